@@ -1,0 +1,233 @@
+"""Where the checkpoints of a run lie, and how a directory becomes one: whole or not at all.
+
+{output}/checkpoints/step-00000100/     one checkpoint, complete when it has this name
+{output}/checkpoints/step-00000200.partial/  one being written, or left by a run that died
+{output}/checkpoints/latest             the name of the newest complete checkpoint
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ee_llm.checkpoint.safe import CheckpointError
+
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+MANIFEST = "manifest.json"
+TENSORS = "tensors"
+FORMAT = "ee_llm checkpoint"
+VERSION = 1
+_PARTIAL = ".partial"
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+def step_name(step: int) -> str:
+    """Return the directory name of the checkpoint of `step`."""
+    return f"step-{step:08d}"
+
+
+def check_output(output: str | Path) -> None:
+    """Raise ValueError unless the run directory `output` can be created and written to."""
+    path = Path(output)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"output: the directory {str(path)!r} can not be written to ({error.strerror}); choose "
+            "another with --output, or mend its permissions"
+        ) from error
+
+
+def complete_steps(checkpoints: Path) -> list[Path]:
+    """Return the complete checkpoints in a run's checkpoints directory, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    found = [path for path in checkpoints.iterdir() if _is_complete(path)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def _is_complete(path: Path) -> bool:
+    return bool(_STEP.fullmatch(path.name)) and (path / MANIFEST).is_file()
+
+
+def find_latest(output: str | Path) -> Path | None:
+    """Return the newest complete checkpoint of the run directory `output`, None if it has none.
+
+    Raises CheckpointError if `latest` names a checkpoint that is not there.
+    """
+    checkpoints = Path(output) / CHECKPOINTS
+    pointer = checkpoints / LATEST
+    if not pointer.is_file():
+        # A run that died between its first rename and the pointer's still has a whole checkpoint.
+        steps = complete_steps(checkpoints)
+        return steps[-1] if steps else None
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    if not _STEP.fullmatch(name):
+        raise CheckpointError(f"{pointer}: expected a name such as step-00000100, found {name!r}")
+    path = checkpoints / name
+    if not _is_complete(path):
+        there = ", ".join(step.name for step in complete_steps(checkpoints)) or "none"
+        raise CheckpointError(
+            f"{pointer} names {name}, which is not a complete checkpoint; complete here: {there}"
+        )
+    return path
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint that `path` means: itself, or the newest of a run or its checkpoints.
+
+    Raises CheckpointError naming what was looked for if there is none.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist: expected a run directory or a checkpoint "
+            f"such as {path / CHECKPOINTS / step_name(100)}"
+        )
+    found = find_latest(path.parent if path.name == CHECKPOINTS else path)
+    if found is not None:
+        return found
+    if _STEP.match(path.name) or (path / "metadata.json").is_file():
+        raise CheckpointError(
+            f"{path / MANIFEST} is missing: {path} is no complete checkpoint of ee_llm"
+        )
+    raise CheckpointError(
+        f"no checkpoint in {path}: expected {path / CHECKPOINTS} with directories such as "
+        f"{step_name(100)} in it"
+    )
+
+
+def partial_path(checkpoints: Path, step: int) -> Path:
+    """Return the directory in which the checkpoint of `step` is written aside."""
+    return checkpoints / (step_name(step) + _PARTIAL)
+
+
+def create_partial(checkpoints: Path, step: int) -> Path:
+    """Make the directory to write the checkpoint of `step` into; clear what dead runs left."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for leftover in checkpoints.glob(f"step-*{_PARTIAL}"):
+        shutil.rmtree(leftover)
+    path = partial_path(checkpoints, step)
+    (path / TENSORS).mkdir(parents=True)
+    return path
+
+
+def seal(partial: Path, facts: dict[str, Any]) -> None:
+    """Write the manifest: `facts` and the size of every file; all is on disk when it returns."""
+    files = {
+        path.relative_to(partial).as_posix(): path.stat().st_size
+        for path in sorted(partial.rglob("*"))
+        if path.is_file()
+    }
+    for name in files:
+        _sync(partial / name)
+    manifest = {"format": FORMAT, "version": VERSION, **facts, "files": files}
+    write_json(partial / MANIFEST, manifest)
+    for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
+        _sync(path)
+
+
+def publish(partial: Path, keep_last: int) -> Path:
+    """Give a sealed directory its final name, point `latest` at it, drop all but `keep_last`.
+
+    `keep_last` 0 keeps all. Returns the checkpoint's path.
+    """
+    checkpoints = partial.parent
+    final = checkpoints / partial.name.removesuffix(_PARTIAL)
+    if final.exists():  # a run that went back to an older checkpoint arrives at this step again
+        replaced = checkpoints / f"{final.name}.replaced{_PARTIAL}"
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(final)
+    _sync(checkpoints)
+    write_file(checkpoints / LATEST, final.name + "\n")
+    for path in _superseded(checkpoints, final, keep_last):
+        # Renamed first: a checkpoint that is half deleted must not keep the name of a whole one.
+        doomed = path.rename(path.with_name(path.name + _PARTIAL))
+        shutil.rmtree(doomed)
+    return final
+
+
+def _superseded(checkpoints: Path, newest: Path, keep_last: int) -> Iterator[Path]:
+    if keep_last <= 0:
+        return
+    # By time of writing: after a run went back, a higher step may be the older checkpoint.
+    older = [path for path in complete_steps(checkpoints) if path != newest]
+    older.sort(key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
+    yield from older[: max(0, len(older) - (keep_last - 1))]
+
+
+def discard(partial: Path) -> None:
+    """Remove a directory that will never be whole, and free the disk; never raises."""
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint after comparing every file's size with it.
+
+    Raises CheckpointError naming the file that is missing, truncated or foreign.
+    """
+    path = checkpoint / MANIFEST
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        found = f"{manifest.get('format')!r} version {manifest.get('version')!r}"
+        raise CheckpointError(f"{path}: expected {FORMAT!r} version {VERSION}, found {found}")
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{path}: expected a table of files")
+    for name, size in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: expected {size} bytes")
+        if (found_size := file.stat().st_size) != size:
+            raise CheckpointError(f"{file} is truncated: expected {size} bytes, found {found_size}")
+    return manifest
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a checkpoint; raises CheckpointError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: expected a JSON object in it") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: expected a JSON object: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a JSON file by a new one, or leave it as it is."""
+    write_file(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replace a text file by a new one, or leave it as it is: never half of either."""
+    aside = path.with_name(f".{path.name}.new")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""Tensors by name from a checkpoint, whatever layout wrote it; needs torch, not megatron-core."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ee_llm.checkpoint import directory, safe, tokenizer
+from ee_llm.checkpoint.directory import resolve_checkpoint
+from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.config import Config, load_config
+
+CONFIG = "config.toml"
+OPTIMIZER_PREFIX = "optimizer."
+
+__all__ = ["CONFIG", "CheckpointError", "TensorReader", "resolve_checkpoint"]
+
+
+class TensorReader:
+    """The tensors, configuration and tokenizer of one checkpoint.
+
+    Nothing that the files hold is run (`safe`). Tensors are read when asked for, one block of
+    the file at a time.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open a checkpoint, or the newest of a run directory.
+
+        Raises CheckpointError if there is none, or if a file is missing, truncated or foreign.
+        """
+        self.path = resolve_checkpoint(path)
+        self.manifest: dict[str, Any] = directory.read_manifest(self.path)
+        self._tensors = self.path / directory.TENSORS
+        self._entries = safe.read_metadata(self._tensors)
+
+    def names(self, *, optimizer: bool = False) -> list[str]:
+        """Return the sorted names of the model's tensors, or of the optimizer's."""
+        return sorted(
+            name for name in self._entries if name.startswith(OPTIMIZER_PREFIX) == optimizer
+        )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape of the whole tensor `name`; raises CheckpointError if there is none."""
+        return torch.Size(self._entry(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of the tensor `name`; raises CheckpointError if there is none."""
+        return self._entry(name).dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return the whole tensor `name` on the CPU, assembled from the blocks of all ranks."""
+        entry = self._entry(name)
+        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        self.read_into(whole, name, (0,) * len(entry.shape))
+        return whole
+
+    def read_into(self, target: torch.Tensor, name: str, offsets: Sequence[int]) -> None:
+        """Fill `target` with the part of the tensor `name` that begins at `offsets`.
+
+        The target's own shape states how much; values are converted to its dtype and device.
+        Raises CheckpointError if that part is not within the tensor, or not stored completely.
+        """
+        entry = self._entry(name)
+        ends = [offset + size for offset, size in zip(offsets, target.shape, strict=True)]
+        if any(end > size for end, size in zip(ends, entry.shape, strict=True)):
+            raise CheckpointError(
+                f"{self.path}: {name!r} has shape {list(entry.shape)}, the part from "
+                f"{list(offsets)} to {ends} was asked for"
+            )
+        filled = 0
+        for chunk in entry.chunks:
+            lows = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
+            chunk_ends = [a + n for a, n in zip(chunk.offsets, chunk.sizes, strict=True)]
+            highs = [min(a, b) for a, b in zip(ends, chunk_ends, strict=True)]
+            if any(low >= high for low, high in zip(lows, highs, strict=True)):
+                continue
+            block = safe.read_chunk(self._tensors, name, entry, chunk)
+            part = block[_slices(lows, highs, chunk.offsets)]
+            with torch.no_grad():
+                target[_slices(lows, highs, offsets)].copy_(part)
+            filled += part.numel()
+        # Blocks of one tensor are disjoint, as the writer has checked, so that counting is enough.
+        if filled != target.numel():
+            raise CheckpointError(
+                f"{self.path}: of {name!r} {filled} of {target.numel()} elements are stored"
+            )
+
+    def config(self) -> Config:
+        """Return the configuration that the checkpoint was trained with."""
+        return load_config(self.path / CONFIG, None)
+
+    def tokenizer(self) -> str:
+        """Return the checkpoint's tokenizer as `data.tokenizer` names one: "bytes" or a path."""
+        return tokenizer.stored(self.path)
+
+    def _entry(self, name: str) -> safe.TensorEntry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path} holds no tensor {name!r}") from None
+
+
+def _slices(lows: Sequence[int], highs: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(lows, highs, origin, strict=True))

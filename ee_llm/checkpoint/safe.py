@@ -1,0 +1,189 @@
+"""Reads the pickled parts of a torch_dist checkpoint without running anything they name.
+
+Three kinds of files carry pickles: `.metadata` (the index, read by torch with a plain
+`pickle.load`), `common.pt` (megatron-core's non-tensor state) and the entries of `*.distcp`
+(tensors written with `torch.save`, and byte entries, which torch unpickles without restriction).
+Here the index goes through an unpickler that resolves an allow-list of passive classes, tensors
+and common.pt go through torch's weights-only unpickler, and byte entries are refused.
+"""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+
+METADATA = ".metadata"
+COMMON = "common.pt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, foreign or does not fit; names the file or field."""
+
+
+class Chunk(NamedTuple):
+    """A block of a tensor: where it lies in the whole, and in which file."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    position: int
+    length: int
+
+
+class TensorEntry(NamedTuple):
+    """A tensor of the checkpoint: its shape, its dtype, the blocks that cover it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+
+# Dataclasses, enums and tuples: building them from attacker-chosen values runs no code. The one
+# function, `_get_layout`, looks a name up in a table.
+_METADATA_CLASSES = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    # Plans of all ranks, which megatron-core's own writer adds to the index.
+    "torch.distributed.checkpoint.planner": (
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    ),
+    "collections": ("OrderedDict",),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        # No dots: "Size.__init__.__globals__" would walk from an allowed class to anything.
+        if name in _METADATA_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of ours holds")
+
+
+def read_metadata(directory: Path) -> dict[str, TensorEntry]:
+    """Return the index of a torch_dist directory: tensor name -> shape, dtype and blocks.
+
+    Raises CheckpointError if `.metadata` is missing, truncated, no index of tensors, names a class
+    outside of the allow-list, or points outside of the directory.
+    """
+    path = directory / METADATA
+    try:
+        with open(path, "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: expected the index of a checkpoint") from None
+    except Exception as error:  # a damaged pickle may raise anything
+        raise CheckpointError(f"{path} is not a readable index of a checkpoint: {error}") from error
+    try:
+        return _plain_index(metadata, path)
+    except (AttributeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is not an index of tensors: {error}") from error
+
+
+def _plain_index(metadata: Any, path: Path) -> dict[str, TensorEntry]:
+    stored = {
+        (index.fqn, _sizes(index.offset)): info for index, info in metadata.storage_data.items()
+    }
+    entries = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if not hasattr(entry, "chunks"):
+            raise CheckpointError(
+                f"{path}: {name!r} is an entry of pickled bytes, which is never read; expected "
+                "tensors only"
+            )
+        chunks = []
+        for chunk in entry.chunks:
+            offsets = _sizes(chunk.offsets)
+            info = stored[name, offsets]
+            if getattr(info, "transform_descriptors", None):
+                raise CheckpointError(
+                    f"{path}: {name!r} is stored compressed; expected plain tensors"
+                )
+            file = _inside(info.relative_path, path)
+            position, length = int(info.offset), int(info.length)
+            chunks.append(Chunk(offsets, _sizes(chunk.sizes), file, position, length))
+        entries[name] = TensorEntry(_sizes(entry.size), entry.properties.dtype, tuple(chunks))
+    return entries
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    return tuple(int(value) for value in values or ())
+
+
+def _inside(name: Any, path: Path) -> str:
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        raise CheckpointError(f"{path} points at {name!r}, outside of the checkpoint's directory")
+    return name
+
+
+def read_chunk(directory: Path, name: str, entry: TensorEntry, chunk: Chunk) -> torch.Tensor:
+    """Return one block of the tensor `name` on the CPU.
+
+    Raises CheckpointError if the file is missing or truncated, or holds anything but a tensor of
+    the shape and dtype that the index states.
+    """
+    path = directory / chunk.file
+    try:
+        with open(path, "rb") as file:
+            file.seek(chunk.position)
+            data = file.read(chunk.length)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: expected {name!r} in it") from None
+    if len(data) < chunk.length:
+        end = chunk.position + chunk.length
+        raise CheckpointError(
+            f"{path} is truncated: expected at least {end} bytes for {name!r}, "
+            f"found {path.stat().st_size}"
+        )
+    tensor = _load_zip(io.BytesIO(data), f"{path} ({name!r})")
+    if type(tensor) is not torch.Tensor:
+        raise CheckpointError(f"{path}: expected a tensor for {name!r}, found {type(tensor)}")
+    if tuple(tensor.shape) != chunk.sizes or tensor.dtype != entry.dtype:
+        raise CheckpointError(
+            f"{path}: expected {entry.dtype} {list(chunk.sizes)} for {name!r}, "
+            f"found {tensor.dtype} {list(tensor.shape)}"
+        )
+    return tensor
+
+
+def check_common(directory: Path) -> None:
+    """Raise CheckpointError unless `common.pt` is what our checkpoints hold there: nothing."""
+    path = directory / COMMON
+    try:
+        with open(path, "rb") as file:
+            content = _load_zip(file, str(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: expected an empty dictionary in it") from None
+    if content != {}:
+        raise CheckpointError(f"{path}: expected an empty dictionary, found {type(content)}")
+
+
+def _load_zip(file: BinaryIO, what: str) -> Any:
+    """Return the content of a `torch.save` archive, read by torch's weights-only unpickler."""
+    # torch.load would take anything that is no zip archive for one of its two older formats.
+    if file.read(4) != b"PK\x03\x04":
+        raise CheckpointError(f"{what} is not an archive as torch.save writes it")
+    file.seek(0)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling errors, damaged archives, sizes that do not fit
+        raise CheckpointError(f"{what} can not be read as tensors: {error}") from error

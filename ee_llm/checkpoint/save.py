@@ -1,0 +1,148 @@
+"""Writes everything of a run into one directory, which gets its name when it is whole."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import checkpoint as dcp
+
+from ee_llm import __version__, platform
+from ee_llm.checkpoint import directory, safe, sharded, tokenizer
+from ee_llm.checkpoint.agree import on_first, together
+from ee_llm.checkpoint.read import CONFIG
+from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.checkpoint.state import STATE, TrainState, save_generators
+from ee_llm.config import Config
+
+platform.enable_megatron()
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # noqa: E402
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.torch import (  # noqa: E402
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.optimizer import MegatronOptimizer  # noqa: E402
+
+
+def save(
+    output: str | Path,
+    stages: Sequence[sharded.ShardedModule],
+    optimizer: MegatronOptimizer | None,
+    state: TrainState,
+    config: Config,
+) -> Path:
+    """Return the checkpoint of `state.step` that all ranks together wrote below `output`.
+
+    It is written aside, flushed to disk, renamed, and `latest` is pointed at it; then all but the
+    newest `config.checkpoint.keep_last` are removed. Collective.
+
+    Raises CheckpointError on every rank if any rank fails (disk full, not writable): then the
+    checkpoints there were, and `latest`, are as before. A rank that dies ends the others' wait
+    by the time-out of the process group.
+    """
+    checkpoints = Path(output) / directory.CHECKPOINTS
+    what = f"can not save {checkpoints / directory.step_name(state.step)}"
+    partial = directory.partial_path(checkpoints, state.step)
+    try:
+        on_first(what, lambda: directory.create_partial(checkpoints, state.step))
+        steps = _write_tensors(what, partial / directory.TENSORS, stages, optimizer)
+        together(what, lambda: save_generators(partial, dist.get_rank()))
+        facts = {"optimizer_steps": steps, "layout": layout(), "ee_llm": __version__}
+        on_first(what, lambda: _write_rest(partial, state, config, facts))
+        return on_first(what, lambda: directory.publish(partial, config.checkpoint.keep_last))
+    except CheckpointError:
+        if dist.get_rank() == 0:
+            directory.discard(partial)
+        raise
+
+
+def layout() -> dict[str, int]:
+    """Return the sizes of the parallel layout of this run."""
+    return {
+        "world": dist.get_world_size(),
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def _write_tensors(
+    what: str,
+    path: Path,
+    stages: Sequence[sharded.ShardedModule],
+    optimizer: MegatronOptimizer | None,
+) -> int:
+    """Write model and optimizer in megatron-core's torch_dist format; return the optimizer's steps.
+
+    The steps of `megatron.core.dist_checkpointing.save`, each of which may fail on one rank alone,
+    with the ranks agreeing in between; and torch's own synchronous writer instead of
+    megatron-core's, which starts a manager process and forks once per file.
+    """
+    described: list[sharded.Flat] = []
+    prepared: list[dict[str, Any]] = []
+
+    def describe() -> int:
+        model = sharded.model_state(stages)
+        if optimizer is None:
+            described.append(model)
+            return 0
+        moments = sharded.OptimizerState(optimizer, model, is_loading=False)
+        described.append({**model, **moments.tensors()})
+        return sharded.optimizer_steps(optimizer)
+
+    def prepare() -> None:
+        # Checks on rank 0 that the shards of all ranks cover every tensor exactly once.
+        tensors, _ = save_preprocess(described[0], validate_access_integrity=True)
+        named, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            tensors, keep_only_main_replica=True
+        )
+        prepared.append(mcore_to_pyt_state_dict(named))
+
+    steps = max(together(what, describe))
+    together(what, prepare)
+    on_first(what, lambda: _write_header(path))
+    try:
+        dcp.save(
+            prepared[0],
+            storage_writer=dcp.FileSystemWriter(path, thread_count=1, sync_files=True),
+            planner=MCoreSavePlanner(
+                can_run_decentralized_global_plan=False, flatten_state_dict=False
+            ),
+        )
+    except dcp.CheckpointException as error:  # raised on all ranks alike
+        causes = {f"{type(cause[0]).__name__}: {cause[0]}" for cause in error.failures.values()}
+        raise CheckpointError(f"{what}: {'; '.join(sorted(causes))}") from error
+    return steps
+
+
+def _write_header(path: Path) -> None:
+    """Write the two files that mark a directory as megatron-core's; nothing of ours is in them."""
+    content = io.BytesIO()  # torch.save to a path reports a full disk as "iostream error"
+    torch.save({}, content)
+    (path / safe.COMMON).write_bytes(content.getvalue())
+    save_config(CheckpointingConfig("torch_dist"), str(path))
+
+
+def _write_rest(partial: Path, state: TrainState, config: Config, facts: dict[str, Any]) -> None:
+    tensors = partial / directory.TENSORS
+    absent = {
+        chunk.file
+        for entry in safe.read_metadata(tensors).values()
+        for chunk in entry.chunks
+        if not (tensors / chunk.file).is_file()
+    }
+    if absent:
+        raise CheckpointError(
+            f"{', '.join(sorted(absent))}: written by other ranks, but not to be seen from rank 0; "
+            "output must be on a file system that all machines share"
+        )
+    mark = tokenizer.fingerprint(config.data.tokenizer)
+    tokenizer.store(config.data.tokenizer, partial)
+    directory.write_file(partial / CONFIG, config.to_toml())
+    directory.write_json(partial / STATE, state.to_json())
+    directory.seal(partial, {**facts, "step": state.step, "tokenizer": mark})

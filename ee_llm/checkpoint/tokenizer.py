@@ -1,0 +1,61 @@
+"""The tokenizer that belongs to a checkpoint: its files, and the mark by which it is recognised."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+from ee_llm.checkpoint.safe import CheckpointError
+
+DIRECTORY = "tokenizer"
+BYTES = "bytes"
+
+
+def fingerprint(tokenizer: str) -> str:
+    """Return what two equal tokenizers share: "bytes", or the SHA-256 of the tokenizer's file.
+
+    `tokenizer` is as in the configuration: "bytes" or the path of a file. Raises ValueError if
+    there is no such file.
+    """
+    if tokenizer == BYTES:
+        return BYTES
+    try:
+        digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(
+            f"data.tokenizer: can not read {tokenizer!r} ({error.strerror}); give 'bytes' or the "
+            "path of a SentencePiece .model or a tokenizer.json"
+        ) from error
+    return f"sha256:{digest}"
+
+
+def store(tokenizer: str, checkpoint: Path) -> None:
+    """Copy the tokenizer's file into a checkpoint; the byte tokenizer has none."""
+    if tokenizer != BYTES:
+        (checkpoint / DIRECTORY).mkdir()
+        shutil.copyfile(tokenizer, checkpoint / DIRECTORY / Path(tokenizer).name)
+
+
+def stored(checkpoint: Path) -> str:
+    """Return the checkpoint's own tokenizer as the configuration names one: "bytes" or a path."""
+    directory = checkpoint / DIRECTORY
+    if not directory.is_dir():
+        return BYTES
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files) or "none"
+        raise CheckpointError(f"{directory}: expected one tokenizer file, found {names}")
+    return str(files[0])
+
+
+def check(tokenizer: str, expected: str, checkpoint: Path) -> None:
+    """Raise CheckpointError if `tokenizer` is not the one that the checkpoint was trained with."""
+    found = fingerprint(tokenizer)
+    if found != expected:
+        raise CheckpointError(
+            f"data.tokenizer: {tokenizer!r} ({_short(found)}) is not the tokenizer that "
+            f"{checkpoint} was trained with ({_short(expected)}); use {stored(checkpoint)!r}"
+        )
+
+
+def _short(mark: str) -> str:
+    return mark[: len("sha256:") + 12]

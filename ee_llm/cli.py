@@ -1,0 +1,305 @@
+"""The command line: `ee-llm COMMAND`, a dictionary of functions.
+
+Whatever is slow to import is imported inside the command that needs it, so that help is quick.
+"""
+
+import difflib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
+
+import ee_llm
+
+if TYPE_CHECKING:
+    from ee_llm.config import Config
+
+# Set in the ranks that `train --nproc` starts: their errors go to the launcher, which prints one.
+_LAUNCHED = "EE_LLM_LAUNCHED"
+
+
+class Command(NamedTuple):
+    """What a command does, in one line, and the function that does it with its arguments."""
+
+    summary: str
+    run: Callable[[list[str]], None]
+
+
+def train_options() -> Any:
+    """Return the type of `ee-llm train`'s options: every configuration field, none required.
+
+    A TypedDict whose keys are all optional, so that tyro returns what was given and nothing else;
+    what was not given comes from the file.
+    """
+    import tyro
+
+    from ee_llm.config import Config, default_text, section_types
+
+    def options(model: Any) -> dict[str, Any]:
+        fields = {}
+        for name, field in model.model_fields.items():
+            if name in section_types() and model is Config:
+                continue
+            argument = tyro.conf.arg(
+                help=field.description, help_behavior_hint=f"(default: {default_text(field)})"
+            )
+            fields[name] = Annotated[field.annotation, argument]
+        return fields
+
+    typed_dict: Any = TypedDict  # type checkers know the literal form only
+    sections = {}
+    for name, model in section_types().items():
+        section = typed_dict(name, options(model), total=False)
+        section.__doc__ = model.__doc__
+        sections[name] = section
+    return typed_dict("TrainOptions", {**options(Config), **sections}, total=False)
+
+
+def _train(arguments: list[str]) -> None:
+    import tyro
+
+    from ee_llm.config import load_config
+
+    file_argument = tyro.conf.arg(
+        metavar="FILE", help="TOML file with the configuration.", help_behavior_hint=""
+    )
+    nproc_argument = tyro.conf.arg(
+        metavar="INT",
+        help="Number of processes to start on this machine: a multiple of parallel.tensor x "
+        "parallel.pipeline.",
+        help_behavior_hint="(default: this one)",
+    )
+
+    def parse(
+        overrides: Annotated[Any, tyro.conf.arg(name="", constructor=train_options())],
+        config: Annotated[Path | None, file_argument] = None,
+        nproc: Annotated[int | None, nproc_argument] = None,
+    ) -> tuple[Path | None, int | None, dict[str, Any]]:
+        """Train the model that a TOML file describes; any option here overrides the file's.
+
+        Several processes: --nproc on one machine, scripts/torchrun.sh on more. The options are in
+        docs/configuration.md too, and examples/ has files to start from.
+        """
+        return config, nproc, overrides
+
+    path, nproc, overrides = tyro.cli(
+        parse, prog="ee-llm train", args=arguments, use_underscores=True
+    )
+    config = load_config(path, overrides)
+    _check_start(config, nproc)
+    if nproc is None:
+        from ee_llm.training.run import train
+
+        train(config)
+    else:
+        _launch(nproc, ["train", *_without_option(arguments, "--nproc")])
+
+
+def _check_start(config: "Config", nproc: int | None) -> None:
+    """Refuse what can be seen to fail before any process is started; raises `ConfigError`."""
+    from ee_llm.config import ConfigError
+
+    world_size = os.environ.get("WORLD_SIZE")
+    if nproc is not None and world_size is not None:
+        raise ConfigError(
+            f"--nproc = {nproc} within a launcher that already started {world_size} processes; "
+            "leave --nproc out"
+        )
+    if nproc is not None and nproc < 1:
+        raise ConfigError(f"--nproc = {nproc}: give 1 or more")
+    if not config.data.prefixes:
+        raise ConfigError(
+            "data.prefixes = [] names nothing to train on; make data with 'ee-llm data prepare' "
+            "and give the --output of that"
+        )
+    config.num_microbatches(nproc or int(world_size or 1))
+
+
+def _without_option(arguments: Sequence[str], name: str) -> list[str]:
+    """`arguments` without `name VALUE` and `name=VALUE`."""
+    kept: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == name:
+            next(remaining, None)
+        elif not argument.startswith(f"{name}="):
+            kept.append(argument)
+    return kept
+
+
+def _launch(num_processes: int, arguments: list[str]) -> None:
+    """Run `ee-llm ARGUMENTS` in `num_processes` ranks; exits as the first rank that failed."""
+    os.environ[_LAUNCHED] = "1"
+    num_cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_processes)))
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # The launcher's account of a failed rank gives way to ours, below.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    launcher = ["--standalone", "--nproc-per-node", str(num_processes)]
+    try:
+        run.run(run.parse_args([*launcher, "--module", "ee_llm.cli", *arguments]))
+    except ChildFailedError as failures:
+        rank, failure = failures.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
+            _complain(f"rank {rank} was ended by {name}{hint}")
+            sys.exit(128 - failure.exitcode)
+        told = failure.error_file_data.get("message")
+        status = f"rank {rank} ended with status {failure.exitcode}; what it said is above"
+        _complain(told if isinstance(told, str) else status)
+        sys.exit(failure.exitcode)
+    except SignalException as stopped:
+        _complain(f"stopped by {stopped.sigval.name}")
+        sys.exit(128 + stopped.sigval)
+
+
+def _data_prepare(arguments: list[str]) -> None:
+    import tyro
+
+    from ee_llm.data.prepare import PrepareOptions, prepare
+
+    print(prepare(tyro.cli(PrepareOptions, prog="ee-llm data prepare", args=arguments)))
+
+
+def _data_train_tokenizer(arguments: list[str]) -> None:
+    import tyro
+
+    from ee_llm.data.train_tokenizer import TrainTokenizerOptions, train_tokenizer
+
+    prog = "ee-llm data train-tokenizer"
+    print(train_tokenizer(tyro.cli(TrainTokenizerOptions, prog=prog, args=arguments)))
+
+
+def _data_stats(arguments: list[str]) -> None:
+    import tyro
+
+    from ee_llm.data.statistics import StatisticsOptions, statistics
+
+    print(statistics(tyro.cli(StatisticsOptions, prog="ee-llm data stats", args=arguments)))
+
+
+def _generate(arguments: list[str]) -> None:
+    import tyro
+
+    from ee_llm.inference.command import GenerateOptions, generate
+
+    generate(tyro.cli(GenerateOptions, prog="ee-llm generate", args=arguments))
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("train the model that a TOML file describes", _train),
+    "data train-tokenizer": Command("make a SentencePiece vocabulary", _data_train_tokenizer),
+    "data prepare": Command("turn texts into the token files that training reads", _data_prepare),
+    "data stats": Command("print what prepared data consist of", _data_stats),
+    "generate": Command("continue a prompt, showing where each token exited", _generate),
+}
+
+_EXAMPLES = """\
+A first run, from text to text:
+  ee-llm data train-tokenizer --inputs texts/ --output data/tokenizer.model --vocab-size 4096
+  ee-llm data prepare --inputs texts/ --output data/corpus --tokenizer data/tokenizer.model
+  ee-llm train --nproc 2 --model.shape llama-tiny --exits.boundaries 2 4 --parallel.pipeline 2 \\
+      --data.tokenizer data/tokenizer.model --data.prefixes data/corpus --output runs/first
+  ee-llm generate --checkpoint runs/first --prompt "Once upon"
+"""
+
+
+def help_text(prefix: str = "") -> str:
+    """Return the help of `ee-llm`, or of one group of commands such as `data`."""
+    names = [name for name in COMMANDS if name.startswith(prefix)]
+    width = max(map(len, names))
+    lines = [
+        "usage: ee-llm COMMAND [OPTIONS]",
+        "",
+        ee_llm.__doc__.splitlines()[0] if ee_llm.__doc__ else "",
+        "",
+        "commands:",
+        *(f"  {name:<{width}}  {COMMANDS[name].summary}" for name in names),
+        "",
+        "'ee-llm COMMAND --help' shows a command's options, 'ee-llm --version' the version.",
+    ]
+    return "\n".join([*lines, "", _EXAMPLES] if not prefix else lines)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if arguments[:1] == ["--version"]:
+        print(f"ee-llm {ee_llm.__version__}")
+        return
+    for length in (1, 2):
+        command = COMMANDS.get(" ".join(arguments[:length]))
+        if command is not None:
+            command.run(arguments[length:])
+            return
+    groups = {name.partition(" ")[0] + " " for name in COMMANDS if " " in name}
+    group = next((group for group in groups if arguments[:1] == [group.strip()]), "")
+    rest = arguments[1:] if group else arguments
+    if not rest or rest[0] in ("-h", "--help", "help"):
+        print(help_text(group))
+        return
+    given = " ".join(arguments[:2] if group else arguments[:1])
+    near = difflib.get_close_matches(given, COMMANDS, n=1, cutoff=0.5)
+    mend = f"did you mean {near[0]!r}?" if near else "'ee-llm --help' lists the commands"
+    raise ValueError(f"no such command: {given!r}; {mend}")
+
+
+def _complain(message: str) -> None:
+    is_colored = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    line = f"ee-llm: {message}"
+    print(f"\033[31m{line}\033[0m" if is_colored else line, file=sys.stderr)
+
+
+def _is_users_mistake(error: Exception) -> bool:
+    """Whether `error` speaks to the user: this package raised it, in a `raise` statement.
+
+    One from inside a library, or from an expression, is more likely a bug and keeps its traceback.
+    """
+    if isinstance(error, OSError):
+        return True
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    is_ours = Path(frame.filename).is_relative_to(Path(__file__).parent)
+    return is_ours and (frame.line or "").startswith("raise ")
+
+
+def _report(message: str) -> None:
+    """Say what went wrong: to the launcher, if it asked for it, else to the user."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if _LAUNCHED in os.environ and error_file:
+        Path(error_file).write_text(json.dumps({"message": message, "timestamp": time.time()}))
+    else:
+        _complain(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit status of `ee-llm ARGUMENTS`: 0, 2 after a mistake of the user's, else 1.
+
+    What went wrong is one line on standard error; EE_LLM_DEBUG=1 shows where it was found.
+    """
+    try:
+        _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except BrokenPipeError:
+        # Whoever read our output has stopped reading. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("EE_LLM_DEBUG") == "1" or not _is_users_mistake(error):
+            raise
+        _report(str(error))
+        return 1 if isinstance(error, RuntimeError) else 2
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

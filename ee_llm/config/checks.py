@@ -1,0 +1,209 @@
+"""Checks across sections. Each yields lines that name the options, their values and the mend."""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ee_llm.config import Config
+
+
+def _layers(config: "Config") -> Iterator[str]:
+    num_layers, num_stages = config.model.num_layers, config.parallel.pipeline
+    split = config.parallel.layer_split
+    if not split:
+        if num_layers % num_stages:
+            yield (
+                f"model.num_layers = {num_layers} is not divisible by parallel.pipeline = "
+                f"{num_stages}; give parallel.layer_split, for example "
+                f"{_example_split(num_layers, num_stages)}, or change one of the two"
+            )
+    elif len(split) != num_stages or sum(split) != num_layers or min(split) < 1:
+        yield (
+            f"parallel.layer_split = {list(split)} must be {num_stages} positive numbers "
+            f"(parallel.pipeline) that add up to {num_layers} (model.num_layers), for example "
+            f"{_example_split(num_layers, num_stages)}"
+        )
+
+
+def _example_split(num_layers: int, num_stages: int) -> str:
+    if num_stages > num_layers:
+        return "one with fewer stages (parallel.pipeline)"
+    # The last stage has the head as well, so the layers that are over go to the first ones.
+    even, over = divmod(num_layers, num_stages)
+    return str([even + (stage < over) for stage in range(num_stages)])
+
+
+def _heads(config: "Config") -> Iterator[str]:
+    model = config.model
+    if model.num_heads % model.num_kv_heads:
+        yield (
+            f"model.num_heads = {model.num_heads} is not divisible by model.num_kv_heads = "
+            f"{model.num_kv_heads}; choose a divisor of {model.num_heads}"
+        )
+    if model.position == "rope" and model.head_dim % 2:
+        yield (
+            f"model.head_dim = {model.head_dim} is odd, and rotary positions turn pairs; make it "
+            "even or set model.position = learned"
+        )
+
+
+def _tensor_parallel(config: "Config") -> Iterator[str]:
+    size = config.parallel.tensor
+    for name in ("num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size"):
+        value = getattr(config.model, name)
+        if name == "num_kv_heads" and value == config.model.num_heads:
+            continue  # said already
+        if value % size:
+            mend = f"parallel.tensor to a divisor of {value}"
+            if name in ("ffn_hidden_size", "vocab_size"):
+                mend = f"model.{name} = {-(-value // size) * size}, or {mend}"
+            yield (
+                f"model.{name} = {value} is not divisible by parallel.tensor = {size}; set {mend}"
+            )
+    if config.parallel.sequence and size == 1:
+        yield (
+            "parallel.sequence = true needs tensor parallelism, and parallel.tensor = 1; set "
+            "parallel.tensor = 2 or more, or parallel.sequence = false"
+        )
+    if config.parallel.sequence and config.data.seq_length % size:
+        yield (
+            f"data.seq_length = {config.data.seq_length} is not divisible by parallel.tensor = "
+            f"{size}, which parallel.sequence = true needs; set data.seq_length = "
+            f"{config.data.seq_length // size * size}"
+        )
+
+
+def _boundaries(config: "Config") -> Iterator[str]:
+    boundaries, num_layers = config.exits.boundaries, config.model.num_layers
+    inside = [boundary for boundary in boundaries if 1 <= boundary < num_layers]
+    for boundary in boundaries:
+        if boundary not in inside:
+            yield (
+                f"exits.boundaries = {list(boundaries)}: boundary {boundary} is outside 1.."
+                f"{num_layers - 1} (model.num_layers = {num_layers}, whose own exit is always "
+                "there); remove or move it"
+            )
+    if any(a >= b for a, b in pairwise(boundaries)):
+        yield (
+            f"exits.boundaries = {list(boundaries)} does not increase; write {sorted(set(inside))}"
+        )
+
+
+def _per_exit_values(config: "Config") -> Iterator[str]:
+    exits = config.exits
+    count = len(exits.boundaries)
+    lists = {
+        "weights": exits.weights,
+        "initial_weights": exits.initial_weights,
+        "temperatures": exits.temperatures,
+    }
+    for name, values in lists.items():
+        if len(values) != count:
+            yield (
+                f"exits.{name} = {list(values)} has {len(values)} values for {count} exits "
+                f"(exits.boundaries = {list(exits.boundaries)}); give one for each, the final exit "
+                "not counted"
+            )
+        if name == "temperatures" and any(value <= 0 for value in values):
+            yield f"exits.temperatures = {list(values)} must be greater than 0; 1 is neutral"
+        if name != "temperatures" and any(value < 0 for value in values):
+            yield f"exits.{name} = {list(values)} must not be negative; 0 switches a loss off"
+    if exits.weight_schedule == "constant" and any(exits.initial_weights):
+        yield (
+            f"exits.initial_weights = {list(exits.initial_weights)} has no effect with "
+            "exits.weight_schedule = constant; set it to linear or cosine, or leave "
+            "initial_weights out"
+        )
+
+
+def _exit_head(config: "Config") -> Iterator[str]:
+    exits = config.exits
+    ordered = [part for part in ("block", "mlp", "norm") if part in exits.head]
+    if list(exits.head) != ordered:
+        yield f"exits.head = {list(exits.head)} must name each part once, in order: write {ordered}"
+    if "mlp" in exits.head and "block" not in exits.head and exits.placement == "pre":
+        yield (
+            f"exits.head = {list(exits.head)} with exits.placement = pre: an mlp head reads its "
+            "own layer's residual stream after attention, which only that layer's stage has; set "
+            "exits.placement = post, or add block to the head"
+        )
+
+
+def _data(config: "Config") -> Iterator[str]:
+    data = config.data
+    if data.weights and len(data.weights) != len(data.prefixes):
+        yield (
+            f"data.weights = {list(data.weights)} has {len(data.weights)} values for "
+            f"{len(data.prefixes)} data.prefixes; give one for each, or none"
+        )
+    if any(weight <= 0 for weight in data.weights):
+        yield (
+            f"data.weights = {list(data.weights)} must be greater than 0; leave out a prefix that "
+            "is not wanted"
+        )
+    if any(share < 0 for share in data.split) or abs(sum(data.split) - 1) > 1e-6:
+        yield (
+            f"data.split = {list(data.split)} must be three fractions from 0 to 1 that add up to "
+            "1, such as [0.98, 0.02, 0.0]"
+        )
+    if data.seq_length > config.model.max_seq_length:
+        yield (
+            f"data.seq_length = {data.seq_length} is greater than model.max_seq_length = "
+            f"{config.model.max_seq_length}; lower the first or raise the second"
+        )
+
+
+def _batch(config: "Config") -> Iterator[str]:
+    micro, whole = config.training.micro_batch_size, config.training.global_batch_size
+    if whole % micro:
+        yield (
+            f"training.global_batch_size = {whole} is not divisible by training.micro_batch_size = "
+            f"{micro}; set the first to {-(-whole // micro) * micro} or change the second"
+        )
+
+
+def _learning_rate(config: "Config") -> Iterator[str]:
+    optimizer = config.optimizer
+    decay_steps = optimizer.decay_steps or config.training.steps
+    if optimizer.min_lr > optimizer.lr:
+        yield (
+            f"optimizer.min_lr = {optimizer.min_lr} is greater than optimizer.lr = {optimizer.lr}; "
+            "lower the first or raise the second"
+        )
+    if optimizer.schedule != "constant" and optimizer.warmup_steps >= decay_steps:
+        yield (
+            f"optimizer.warmup_steps = {optimizer.warmup_steps} leaves nothing of "
+            f"optimizer.decay_steps = {decay_steps}; lower the first or raise the second"
+        )
+    if optimizer.schedule != "wsd" and optimizer.wsd_decay_steps:
+        yield (
+            f"optimizer.wsd_decay_steps = {optimizer.wsd_decay_steps} has no effect with "
+            f"optimizer.schedule = {optimizer.schedule}; set it to wsd, or leave "
+            "wsd_decay_steps out"
+        )
+    room = decay_steps - optimizer.warmup_steps
+    if optimizer.schedule == "wsd" and not 0 < optimizer.wsd_decay_steps <= max(room, 1):
+        yield (
+            f"optimizer.wsd_decay_steps = {optimizer.wsd_decay_steps} must be from 1 to {room}: "
+            f"optimizer.decay_steps = {decay_steps} less optimizer.warmup_steps = "
+            f"{optimizer.warmup_steps}"
+        )
+
+
+CHECKS: tuple[Callable[["Config"], Iterator[str]], ...] = (
+    _layers,
+    _heads,
+    _tensor_parallel,
+    _boundaries,
+    _per_exit_values,
+    _exit_head,
+    _data,
+    _batch,
+    _learning_rate,
+)
+
+
+def problems(config: "Config") -> list[str]:
+    """All lines of all checks; empty when the configuration is sound."""
+    return [line for check in CHECKS for line in check(config)]

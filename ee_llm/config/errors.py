@@ -1,0 +1,100 @@
+"""The error that a user's configuration mistake ends in, and its wording."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ee_llm.config import toml
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration: names the option, shows the value, suggests the mend."""
+
+
+def unknown_key(path: str, known: Iterable[str]) -> str:
+    """The line for an option that does not exist, with the nearest valid ones."""
+    names = sorted(known)
+    section, _, leaf = path.rpartition(".")
+    if section:
+        names = [name for name in names if "." in name]
+    # The section is usually right and the leaf misspelt, so neighbours within it come first; then
+    # the same word in other sections; then anything that looks alike as a whole.
+    split = [(name.rpartition("."), name) for name in names]
+    inside = {leaf: name for (parent, _, leaf), name in split if parent == section}
+    near = [inside[match] for match in difflib.get_close_matches(leaf, inside, n=1)]
+    near += [name for (_, _, other), name in split if other == leaf]
+    near += difflib.get_close_matches(path, names, n=1, cutoff=0.8)
+    mend = " or ".join(list(dict.fromkeys(near))[:2])
+    if mend:
+        return f"{path}: no such option; did you mean {mend}?"
+    if section and inside:
+        return f"{path}: no such option; {section} has {', '.join(sorted(inside))}"
+    return f"{path}: no such option; 'ee-llm train --help' lists all of them"
+
+
+def render(problems: Sequence[Mapping[str, Any]], known: Iterable[str], source: str = "") -> str:
+    """One readable line for each of pydantic's `ValidationError.errors()`.
+
+    `known` holds the dotted names of all options; `source` is the file that was read, if any.
+    """
+    names = list(known)
+    lines: list[str] = []
+    for problem in problems:
+        lines += _render_one(problem, names)
+    lines = list(dict.fromkeys(lines))
+    where = f"{source}: " if source else ""
+    if len(lines) == 1:
+        return where + lines[0]
+    return f"{where}{len(lines)} problems\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _render_one(problem: Mapping[str, Any], known: Sequence[str]) -> list[str]:
+    path = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+    kind = problem["type"]
+    given = problem.get("input")
+    if kind == "extra_forbidden":
+        return [unknown_key(path, known)]
+    if kind == "value_error":
+        # Raised by our own checks: the message already names the options, values and mend.
+        return str(problem["ctx"]["error"]).splitlines()
+    if kind == "missing" and isinstance(problem["loc"][-1], int):
+        return [f"{path}: has too few values, got {_shown(given)}"]
+    index = next((part for part in problem["loc"] if isinstance(part, int)), None)
+    item = "" if index is None else f" (item {index + 1})"
+    return [f"{path}: {_expectation(kind, problem)}, got {_shown(given)}{item}"]
+
+
+def _shown(given: object) -> str:
+    try:
+        return toml.notation(given)
+    except TypeError:
+        return repr(given)
+
+
+def _expectation(kind: str, problem: Mapping[str, Any]) -> str:
+    context = problem.get("ctx", {})
+    if kind == "literal_error":
+        return f"must be one of {context['expected']}"
+    if kind.startswith(("int_", "float_", "bool_", "string_", "tuple_", "model_", "dict_")):
+        types = {
+            "int": "an integer such as 8",
+            "float": "a number such as 0.1",
+            "bool": "true or false",
+            "string": "a string",
+            "tuple": "a list such as [2, 4]",
+            "model": "a table of options",
+            "dict": "a table of options",
+        }
+        return f"must be {types[kind.partition('_')[0]]}"
+    bounds = {
+        "greater_than": ("gt", "greater than"),
+        "greater_than_equal": ("ge", "at least"),
+        "less_than": ("lt", "less than"),
+        "less_than_equal": ("le", "at most"),
+    }
+    if kind in bounds:
+        key, words = bounds[kind]
+        return f"must be {words} {context[key]:g}"
+    if kind == "finite_number":
+        return "must be a finite number"
+    return str(problem["msg"][0].lower() + problem["msg"][1:])

@@ -1,0 +1,282 @@
+"""The sections of the configuration: one model each, one documented field per option."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, model_validator
+
+from ee_llm.config.base import Floats, Integers, Section, Strings, fill, list_to_tuple, option
+from ee_llm.config.errors import ConfigError
+from ee_llm.config.shapes import SHAPES, ffn_size, shape_fields
+
+HeadPart = Literal["block", "mlp", "norm"]
+
+
+class ModelConfig(Section):
+    """The transformer: its family, its sizes, its initialization."""
+
+    shape: str | None = option(
+        None,
+        "Ready-made sizes by name: " + ", ".join(SHAPES) + ". Options given beside it override it.",
+        shown="none",
+    )
+    family: Literal["llama", "gpt"] = option(
+        "llama",
+        "llama: RMSNorm, SwiGLU, no biases. gpt: LayerNorm, GELU, biases.",
+    )
+    num_layers: int = option(0, "Number of transformer layers.", shown="from shape", gt=0)
+    hidden_size: int = option(0, "Width of the residual stream.", shown="from shape", gt=0)
+    num_heads: int = option(0, "Number of attention heads (of queries).", shown="from shape", gt=0)
+    num_kv_heads: int = option(
+        0,
+        "Number of key and value heads; fewer than num_heads is grouped-query attention.",
+        shown="num_heads",
+        gt=0,
+    )
+    head_dim: int = option(0, "Width of one attention head.", shown="hidden_size / num_heads", gt=0)
+    ffn_hidden_size: int = option(
+        0,
+        "Width of the MLP.",
+        shown="llama: 8/3 hidden_size rounded up to a multiple of 256; gpt: 4 hidden_size",
+        gt=0,
+    )
+    vocab_size: int = option(
+        0,
+        "Rows of the embedding, in tokens: at least the tokenizer's vocabulary, and a multiple of "
+        "parallel.tensor.",
+        shown="from shape",
+        gt=0,
+    )
+    max_seq_length: int = option(
+        2048, "Longest sequence, in tokens.", shown="from shape, else 2048", gt=0
+    )
+    position: Literal["rope", "learned"] = option(
+        "rope", "Rotary or learned position embedding.", shown="llama: rope; gpt: learned"
+    )
+    rope_theta: float = option(10000.0, "Base of the rotary frequencies.", gt=0)
+    norm_eps: float = option(1e-5, "Added to the variance in norms.", gt=0)
+    tie_embeddings: bool = option(
+        False, "Whether the final exit's output weight is the word embedding."
+    )
+    dropout: float = option(
+        0.0, "Dropout probability of hidden states and attention weights.", ge=0, lt=1
+    )
+    init_std: float = option(0.02, "Standard deviation of initial weights.", gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        name = given.get("shape")
+        if isinstance(name, str):
+            if name not in SHAPES:
+                raise ValueError(
+                    f"model.shape = {name!r} does not exist; choose among {', '.join(SHAPES)}"
+                )
+            given = fill(given, shape_fields(name).items())
+        needed = ("num_layers", "hidden_size", "num_heads", "vocab_size")
+        missing = [f"model.{name}" for name in needed if given.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing)}: not given; give a number, or sizes by name with "
+                f"model.shape ({', '.join(SHAPES)})"
+            )
+        family = given.get("family", "llama")
+        hidden_size, num_heads = given.get("hidden_size"), given.get("num_heads")
+        sizes_known = all(type(n) is int and n > 0 for n in (hidden_size, num_heads))
+        if sizes_known and given.get("head_dim") is None and hidden_size % num_heads:
+            raise ValueError(
+                f"model.hidden_size = {hidden_size} is not divisible by model.num_heads = "
+                f"{num_heads}; change one of them or give model.head_dim"
+            )
+        # Where a size is wrong, that is the one problem to report: the 1s keep others from
+        # following.
+        derived = {
+            "position": "learned" if family == "gpt" else "rope",
+            "num_kv_heads": num_heads if sizes_known else 1,
+            "head_dim": hidden_size // num_heads if sizes_known else 1,
+            "ffn_hidden_size": ffn_size(family, hidden_size) if sizes_known else 1,
+        }
+        given = fill(given, derived.items())
+        return given
+
+
+class ExitsConfig(Section):
+    """The early exits: where they are, what they are made of, how their losses weigh."""
+
+    boundaries: Integers = option(
+        (),
+        "Where the exits are: exit b reads the residual stream after layer b, 1 <= b < num_layers, "
+        "in increasing order.",
+    )
+    placement: Literal["post", "pre"] = option(
+        "post",
+        "Pipeline stage of an exit at boundary b: post is the stage of layer b, pre that of layer "
+        "b+1. The function is the same; memory and time differ.",
+    )
+    head: Annotated[tuple[HeadPart, ...], BeforeValidator(list_to_tuple)] = option(
+        ("norm",),
+        "Parts between the boundary and the output projection, in this order: block (a "
+        "transformer layer), mlp, norm.",
+    )
+    output: Literal["tied", "shared", "own"] = option(
+        "shared",
+        "Output weight of the exits: tied to the word embedding, shared with the final exit, or "
+        "own (one each).",
+    )
+    weights: Floats = option(
+        (), "Weight of each exit's loss; the final exit's is 1.", shown="1 each"
+    )
+    weight_schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "How the weights move from initial_weights to weights."
+    )
+    initial_weights: Floats = option(
+        (), "Weight of each exit's loss at step 0, unless the schedule is constant.", shown="0 each"
+    )
+    schedule_steps: int = option(1000, "Length of the weight schedule, in steps.", gt=0)
+    temperatures: Floats = option(
+        (), "Each exit's logits are divided by its temperature.", shown="1 each"
+    )
+    dynamic_token_weights: bool = option(
+        False,
+        "Whether a token's exit loss is multiplied by the exit's own top probability (detached).",
+    )
+    deferred: bool = option(
+        True,
+        "Whether exit losses are computed in the backward pass of their microbatch, which keeps "
+        "the logits of one microbatch at a time. false is for comparison.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        boundaries = given.get("boundaries", ())
+        count = len(boundaries) if isinstance(boundaries, list | tuple) else 0
+        ones, zeros = (1.0,) * count, (0.0,) * count
+        return fill(given, [("weights", ones), ("initial_weights", zeros), ("temperatures", ones)])
+
+
+class ParallelConfig(Section):
+    """How the model is spread over processes; what is left over is data parallel."""
+
+    tensor: int = option(1, "Tensor-parallel size, in processes.", gt=0)
+    pipeline: int = option(1, "Pipeline-parallel size, in stages.", gt=0)
+    sequence: bool = option(
+        False, "Whether norms and dropout are split along the sequence over the tensor ranks."
+    )
+    layer_split: Integers = option(
+        (), "Number of layers of each stage, first to last.", shown="even"
+    )
+    timeout_s: float = option(600.0, "Time-out of any wait for another process, in seconds.", gt=0)
+
+    def data_size(self, world_size: int) -> int:
+        """The data-parallel size for `world_size` processes; raises `ConfigError`."""
+        model_size = self.tensor * self.pipeline
+        if world_size < 1 or world_size % model_size:
+            raise ConfigError(
+                f"the number of processes, {world_size}, is not a multiple of parallel.tensor = "
+                f"{self.tensor} x parallel.pipeline = {self.pipeline}; start a multiple of "
+                f"{model_size} (--nproc {model_size} on one machine) or change the layout"
+            )
+        return world_size // model_size
+
+
+class DataConfig(Section):
+    """What is read, and how it is cut into sequences."""
+
+    tokenizer: str = option(
+        "bytes", "'bytes', the path of a SentencePiece .model, or the path of a tokenizer.json."
+    )
+    prefixes: Strings = option(
+        (), "Paths of prepared data (the common part of a .bin and .idx pair)."
+    )
+    weights: Floats = option(
+        (), "Share of each prefix in the blend; normalized.", shown="in proportion to size"
+    )
+    split: Annotated[tuple[float, float, float], BeforeValidator(list_to_tuple)] = option(
+        (0.98, 0.02, 0.0), "Fractions of training, validation and test data; they add up to 1."
+    )
+    seq_length: int = option(
+        0, "Length of a training sequence, in tokens.", shown="model.max_seq_length", ge=0
+    )
+    mask_after_eod: bool = option(
+        False, "Whether everything after the first end-of-document token has no loss."
+    )
+    reset_positions: bool = option(
+        False, "Whether positions start again at 0 after an end-of-document token."
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW, its learning rate over time, and clipping."""
+
+    lr: float = option(3e-4, "Highest learning rate.", gt=0)
+    min_lr: float = option(0.0, "Learning rate that the schedule ends in.", ge=0)
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = option(
+        "cosine",
+        "Course of the learning rate after warm-up; wsd is constant, then decays at the end.",
+    )
+    warmup_steps: int = option(0, "Linear warm-up from 0, in steps.", ge=0)
+    decay_steps: int | None = option(
+        None, "Step at which min_lr is reached.", shown="training.steps", gt=0
+    )
+    wsd_decay_steps: int = option(
+        0, "Length of the decay at the end of a wsd schedule, in steps.", ge=0
+    )
+    weight_decay: float = option(0.1, "Decoupled weight decay; norms and biases have none.", ge=0)
+    beta1: float = option(0.9, "Adam's decay of the gradient's mean, per step.", ge=0, lt=1)
+    beta2: float = option(0.95, "Adam's decay of the gradient's square, per step.", ge=0, lt=1)
+    eps: float = option(1e-8, "Adam's term against division by zero.", gt=0)
+    clip_grad: float = option(1.0, "Largest global gradient norm; 0 is no clipping.", ge=0)
+
+
+class TrainingConfig(Section):
+    """How long, in what portions and in what precision to train."""
+
+    steps: int = option(1000, "Number of optimizer steps.", gt=0)
+    micro_batch_size: int = option(
+        1, "Sequences in one forward pass of one data-parallel rank.", gt=0
+    )
+    global_batch_size: int = option(8, "Sequences in one optimizer step, over all ranks.", gt=0)
+    seed: int = option(1234, "Seed of initialization, data order and dropout.", ge=0)
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
+        "auto",
+        "Precision of forward and backward passes; auto chooses the faster of bfloat16 and "
+        "float32. Master weights of bfloat16 are float32.",
+    )
+    recompute: Literal["none", "selective", "full"] = option(
+        "none",
+        "Activations computed again in the backward pass instead of being kept: none, those of "
+        "attention, or whole layers.",
+    )
+    eval_interval: int = option(100, "Steps between validations; 0 is none.", ge=0)
+    eval_steps: int = option(10, "Global batches in one validation.", gt=0)
+    max_bad_steps: int = option(
+        10, "Steps in a row with a NaN or infinite loss or gradient after which to stop.", gt=0
+    )
+
+
+class CheckpointConfig(Section):
+    """When to save, what to keep, what to start from."""
+
+    interval: int = option(1000, "Steps between saves; 0 saves at the end only.", ge=0)
+    keep_last: int = option(3, "Number of checkpoints to keep; 0 keeps all.", ge=0)
+    resume: str = option(
+        "auto",
+        "auto goes on from the newest checkpoint in output if there is one, never starts afresh, "
+        "and a path goes on from that checkpoint.",
+        min_length=1,
+    )
+
+
+class LoggingConfig(Section):
+    """What is reported where; the console and metrics.jsonl always are."""
+
+    interval: int = option(10, "Steps between reports.", gt=0)
+    tensorboard: bool = option(False, "Whether to write TensorBoard events below output.")
+    wandb_project: str | None = option(None, "Weights & Biases project to report to.", shown="none")
+    wandb_mode: Literal["online", "offline", "disabled"] = option(
+        "offline", "Whether W&B sends its records at once, keeps them on disk, or does nothing."
+    )

@@ -1,0 +1,54 @@
+"""Files that appear whole or not at all: written beside their place, then renamed into it."""
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+class AsideFile:
+    """A binary file that is written under another name until `commit` puts it in its place.
+
+    As a context manager it discards what was not committed, so that a failure leaves whatever
+    was there before. Raises ValueError if the place can not be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._aside.open("wb")
+        except OSError as error:
+            raise ValueError(
+                f"output {path}: can not be written ({error.strerror}); choose another output"
+            ) from error
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`."""
+        self._file.write(data)
+
+    def sync(self) -> None:
+        """Return when everything written is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def commit(self) -> None:
+        """Put the file in its place, over what is there."""
+        self.sync()
+        self._file.close()
+        os.replace(self._aside, self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._file.close()  # writes what is buffered, for which the disk may be too full
+        finally:
+            self._aside.unlink(missing_ok=True)  # after a commit there is none

@@ -1,0 +1,276 @@
+"""`ee-llm data prepare`: texts in, Megatron's `.bin` and `.idx` out, in parallel.
+
+What is written depends on the inputs and the tokenizer alone: any number of workers gives the same
+bytes.
+"""
+
+import json
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ee_llm.data.aside import AsideFile
+from ee_llm.data.corpus import (
+    DEFAULT_EXCLUDE,
+    Format,
+    RawDocument,
+    decode_document,
+    find_sources,
+    raw_documents,
+)
+from ee_llm.data.indexed import IndexedTokens, IndexedWriter, Tokens, token_dtype
+from ee_llm.data.tokenizer import Tokenizer, load_tokenizer
+
+_CHUNK_BYTES = 1 << 20  # of text, the unit of work that is handed to a worker
+_POOL_BYTES = 8 << 20  # below this much text the start of worker processes is not worth it
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Turn texts into the token files that training reads: PREFIX.bin and PREFIX.idx."""
+
+    inputs: tuple[Path, ...]
+    """JSONL files (one document per line), text files (one document each), folders of them."""
+
+    output: Path
+    """Prefix of the files to write, for example data/corpus for data/corpus.bin and .idx."""
+
+    tokenizer: str = "bytes"
+    """'bytes', the path of a SentencePiece .model, or the path of a tokenizer.json."""
+
+    key: str = "text"
+    """Key of the text in each line of a JSONL file."""
+
+    suffixes: tuple[str, ...] = ()
+    """Read only files with these endings in a folder, for example .py .md; default: every file."""
+
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE
+    """Names of folders that are left out, at any depth."""
+
+    format: Format = "auto"
+    """What the inputs are; auto takes .jsonl and .ndjson files for JSONL, all others for text."""
+
+    eod: str | None = None
+    """The tokenizer's end-of-document token, where it is not one of the usual names."""
+
+    append_eod: bool = True
+    """Whether an end-of-document token follows each document."""
+
+    workers: int = 0
+    """Number of processes; 0 is one per CPU core, or none for a small input."""
+
+    progress: bool = True
+    """Whether a progress bar is shown (at a terminal, on standard error)."""
+
+
+class PrepareReport(NamedTuple):
+    """What `prepare` wrote; as text, one line for people."""
+
+    prefix: str
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
+    """Bytes of UTF-8 text, before tokenization."""
+    num_empty: int
+    """Documents without any text, which were left out."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text per token, end-of-document tokens included."""
+        return self.num_bytes / self.num_tokens
+
+    def __str__(self) -> str:
+        empty = f", {self.num_empty:,} empty ones left out" if self.num_empty else ""
+        return (
+            f"{self.prefix}.bin and .idx: {self.num_documents:,} documents{empty}, "
+            f"{self.num_tokens:,} tokens, {self.bytes_per_token:.2f} bytes/token"
+        )
+
+
+def prepare(options: PrepareOptions) -> PrepareReport:
+    """Return what was written for `options`: both files, and `PREFIX.json` that describes them.
+
+    Nothing is replaced unless everything went well. Raises ValueError for what is wrong with the
+    inputs (file and line or byte), the tokenizer or the output.
+    """
+    if options.workers < 0:
+        raise ValueError(f"workers = {options.workers}: give a number of processes, or 0")
+    tokenizer = load_tokenizer(options.tokenizer, options.eod)
+    sources = find_sources(options.inputs, options.suffixes, options.exclude, options.format)
+    total = sum(source.num_bytes for source in sources)
+    encode = partial(_encode, (options.tokenizer, options.eod), options.key, options.append_eod)
+    chunks = _chunks(raw_documents(sources))
+    num_bytes = num_empty = 0
+    with (
+        IndexedWriter(options.output, token_dtype(tokenizer.vocab_size)) as writer,
+        _progress(options.progress) as progress,
+    ):
+        task = progress.add_task("preparing", total=total)
+        for encoded in ordered_map(encode, chunks, _num_workers(options.workers, total)):
+            writer.add(encoded.tokens, encoded.lengths)
+            num_bytes += encoded.num_bytes
+            num_empty += encoded.num_empty
+            progress.update(task, advance=encoded.num_raw_bytes)
+        if writer.num_documents == 0:
+            names = ", ".join(str(path) for path in options.inputs)
+            raise ValueError(f"inputs {names}: no document with any text in them")
+        description = describe(tokenizer, writer.num_documents, writer.num_tokens)
+        with AsideFile(Path(f"{options.output}.json")) as aside:
+            aside.write(json.dumps(description, indent=1).encode() + b"\n")
+            aside.path.unlink(missing_ok=True)  # an old one must never describe new tokens
+            writer.commit()
+            aside.commit()
+    return PrepareReport(
+        str(options.output), writer.num_documents, writer.num_tokens, num_bytes, num_empty
+    )
+
+
+def describe(tokenizer: Tokenizer, num_documents: int, num_tokens: int) -> dict[str, object]:
+    """Return the content of `PREFIX.json`: which tokenizer the tokens are of, and how many."""
+    return {
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eod": tokenizer.eod,
+        "num_documents": num_documents,
+        "num_tokens": num_tokens,
+    }
+
+
+def check_tokenizer(prefix: Path | str, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if the data at `prefix` was prepared with another tokenizer.
+
+    Data without a `PREFIX.json` (made by other tools) pass: what is not said can not be checked.
+    """
+    path = Path(f"{prefix}.json")
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_bytes())
+        fingerprint, eod, num_tokens = (found[key] for key in ("tokenizer", "eod", "num_tokens"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected the description that 'ee-llm data prepare' writes; prepare the data "
+            "again, or remove the file if the data are of another tool"
+        ) from error
+    if num_tokens != IndexedTokens(prefix).num_tokens:
+        raise ValueError(
+            f"{path}: describes other data than {prefix}.bin; prepare the data again, or remove "
+            "the file if the data are of another tool"
+        )
+    for what, here, there in (
+        ("tokenizer", tokenizer.fingerprint, fingerprint),
+        ("end-of-document token", tokenizer.eod, eod),
+    ):
+        if here != there:
+            raise ValueError(
+                f"data {prefix}: prepared with {what} {there}, but data.tokenizer "
+                f"({tokenizer.name}) has {here}; name the same tokenizer, or prepare the data again"
+            )
+
+
+_Chunk = tuple[RawDocument, ...]
+
+
+class _Encoded(NamedTuple):
+    """A chunk's tokens [t], the number of tokens of each document, and what they were made of."""
+
+    tokens: Tokens
+    lengths: list[int]
+    num_raw_bytes: int
+    num_bytes: int
+    num_empty: int
+
+
+def _chunks(documents: Iterable[RawDocument]) -> Iterator[_Chunk]:
+    """Group documents by size alone, so that the number of workers can not matter."""
+    group: list[RawDocument] = []
+    size = 0
+    for document in documents:
+        group.append(document)
+        size += len(document.data)
+        if size >= _CHUNK_BYTES:
+            yield tuple(group)
+            group, size = [], 0
+    if group:
+        yield tuple(group)
+
+
+@lru_cache(maxsize=1)
+def _worker_tokenizer(spec: str, eod: str | None) -> Tokenizer:
+    return load_tokenizer(spec, eod)
+
+
+def _encode(spec: tuple[str, str | None], key: str, append_eod: bool, chunk: _Chunk) -> _Encoded:
+    tokenizer = _worker_tokenizer(*spec)
+    parts = []
+    num_bytes = num_empty = 0
+    for document in chunk:
+        text = decode_document(document, key)
+        if not text:
+            num_empty += 1
+            continue
+        num_bytes += len(text.encode())
+        ids = tokenizer.encode(text)
+        if append_eod:
+            ids.append(tokenizer.eod)
+        parts.append(np.array(ids, dtype=token_dtype(tokenizer.vocab_size)))
+    tokens = np.concatenate([np.zeros(0, token_dtype(tokenizer.vocab_size)), *parts])
+    raw = sum(len(document.data) for document in chunk)
+    return _Encoded(tokens, [part.size for part in parts], raw, num_bytes, num_empty)
+
+
+def ordered_map(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int
+) -> Iterator[_Result]:
+    """Yield function(item) of each item, in order, computed by `workers` processes.
+
+    With one worker everything happens in this process. A few items per worker are under way at a
+    time, so that `items` may be larger than memory. `function` and the items must be picklable.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    # Spawned, not forked: a fork of a process with threads (progress bar, torch) may deadlock.
+    context = multiprocessing.get_context("spawn")
+    under_way: deque[Future[_Result]] = deque()
+    with ProcessPoolExecutor(workers, context) as pool:
+        try:
+            for item in items:
+                under_way.append(pool.submit(function, item))
+                if len(under_way) >= 4 * workers:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            for future in under_way:
+                future.cancel()
+
+
+def _num_workers(wanted: int, total_bytes: int) -> int:
+    if wanted:
+        return wanted
+    return 1 if total_bytes < _POOL_BYTES else len(os.sched_getaffinity(0))
+
+
+def _progress(is_shown: bool) -> Progress:
+    columns: Sequence[TextColumn | BarColumn | TimeRemainingColumn] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not (is_shown and console.is_terminal))

@@ -1,0 +1,145 @@
+"""`ee-llm data train-tokenizer`: a SentencePiece vocabulary from texts, the same on every run."""
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ee_llm.data.aside import AsideFile
+from ee_llm.data.corpus import (
+    DEFAULT_EXCLUDE,
+    Format,
+    decode_document,
+    find_sources,
+    raw_documents,
+)
+
+_MAX_LINE = 4096  # characters; the trainer's time grows faster than the length of a line
+
+
+@dataclass(frozen=True)
+class TrainTokenizerOptions:
+    """Train a SentencePiece tokenizer (byte-pair encoding with byte fallback) on texts."""
+
+    inputs: tuple[Path, ...]
+    """JSONL files (one document per line), text files (one document each), folders of them."""
+
+    output: Path
+    """File to write, for example data/tokenizer.model."""
+
+    vocab_size: int = 32_000
+    """Number of token ids, the 256 bytes and 4 special ones included."""
+
+    key: str = "text"
+    """Key of the text in each line of a JSONL file."""
+
+    suffixes: tuple[str, ...] = ()
+    """Read only files with these endings in a folder, for example .py .md; default: every file."""
+
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE
+    """Names of folders that are left out, at any depth."""
+
+    format: Format = "auto"
+    """What the inputs are; auto takes .jsonl and .ndjson files for JSONL, all others for text."""
+
+    max_megabytes: float = 200.0
+    """Text to learn from; of a larger input, documents are taken at even distances."""
+
+
+class TrainTokenizerReport(NamedTuple):
+    """What `train_tokenizer` wrote; as text, one line for people."""
+
+    path: Path
+    vocab_size: int
+    num_documents: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.vocab_size:,} tokens, from {self.num_documents:,} documents"
+
+
+def train_tokenizer(options: TrainTokenizerOptions) -> TrainTokenizerReport:
+    """Return what was written for `options`; raises ValueError for what is wrong with them."""
+    if options.output.suffix != ".model":
+        raise ValueError(f"output {options.output}: the file's name must end with .model")
+    if options.max_megabytes <= 0:
+        raise ValueError(f"max_megabytes = {options.max_megabytes}: must be above 0")
+    sources = find_sources(options.inputs, options.suffixes, options.exclude, options.format)
+    share = options.max_megabytes * 1e6 / sum(source.num_bytes for source in sources)
+    num_documents = 0
+
+    def documents() -> Iterator[str]:
+        nonlocal num_documents
+        for index, raw in enumerate(raw_documents(sources)):
+            if share >= 1 or int((index + 1) * share) > int(index * share):
+                num_documents += 1
+                yield decode_document(raw, options.key)
+
+    train_sentencepiece(documents(), options.vocab_size, options.output)
+    return TrainTokenizerReport(options.output, options.vocab_size, num_documents)
+
+
+def train_sentencepiece(documents: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Write a SentencePiece model trained on `documents` to `path`.
+
+    Whatever the text, the model gives it back unchanged: no normalization, white space kept as it
+    is, and bytes for characters that were too rare to learn. Newline and tab are tokens of their
+    own; `<eod>` ends documents and is never found in a text. Equal documents give an equal file.
+    Raises ValueError if the documents do not suffice for `vocab_size`, or it not for them.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    with AsideFile(path) as file:  # opened first: an output that can not be written costs no time
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_lines(documents),
+                model_writer=model,
+                # Byte-pair encoding rather than unigram: as many bytes per token on source code,
+                # and trained in a tenth of the time.
+                model_type="bpe",
+                vocab_size=vocab_size,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,
+                byte_fallback=True,
+                character_coverage=0.9995,
+                unk_id=0,
+                bos_id=-1,
+                eos_id=-1,
+                pad_id=-1,
+                control_symbols=["<eod>"],
+                user_defined_symbols=["\n", "\t"],
+                # Both are written into the model: any other value changes the file.
+                num_threads=1,
+                max_sentence_length=4 * _MAX_LINE,  # bytes
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise ValueError(_explained(str(error), vocab_size)) from error
+        file.write(model.getvalue())
+        file.commit()
+
+
+def _lines(documents: Iterable[str]) -> Iterator[str]:
+    """Yield what the trainer can take: lines, of bounded length, without NUL."""
+    for text in documents:
+        for line in text.replace("\0", "\n").split("\n"):
+            for start in range(0, len(line), _MAX_LINE):
+                yield line[start : start + _MAX_LINE]
+
+
+def _explained(message: str, vocab_size: int) -> str:
+    """Return what the trainer's error means to the user."""
+    if found := re.search(r"value <= (\d+)", message):
+        return (
+            f"vocab_size = {vocab_size}: the text is too short or too uniform for it; give at most "
+            f"{found[1]}, or more text"
+        )
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return f"vocab_size = {vocab_size}: the characters of the text alone need {found[1]}"
+    if "sentences_.empty()" in message:
+        return "no text to train a tokenizer on: the documents are empty"
+    return f"training the tokenizer failed: {message}"

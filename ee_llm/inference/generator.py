@@ -1,0 +1,145 @@
+"""Decoding one sequence at a time with the reference model: plain, slow and exact.
+
+This is the meaning of the `exact` and `full` strategies. Each new token costs a forward over the
+whole sequence, so every earlier position is computed to the exit's depth, never approximated.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ee_llm.inference.policy import Policy
+from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.sampling import Sampling, sample
+
+Strategy = Literal["exact", "full"]
+FinishReason = Literal["eod", "length", "context"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished sequence and all that its tokens are a function of, but for the weights.
+
+    prompt, tokens: token ids; a final end-of-document token is among `tokens`.
+    exits: the boundary each token left at. confidences: what the policy measured there.
+    logprobs: each token's log probability in its exit's own distribution, before sampling settings.
+    finish_reason: "eod" end of document, "length" as many tokens as asked for, "context" the
+    sequence is longer than the model's max_seq_length and no row can follow.
+    policy: the one in force; the strategy "full" has every exit off.
+    """
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    exits: tuple[int, ...]
+    confidences: tuple[float, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    policy: Policy
+    sampling: Sampling
+    strategy: Strategy
+
+    @property
+    def mean_depth(self) -> float:
+        """Return the mean number of layers that the new tokens took."""
+        return sum(self.exits) / len(self.exits)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One new token: its id, the boundary it left at, its confidence and log probability."""
+
+    token: int
+    exit: int
+    confidence: float
+    logprob: float
+
+
+@torch.no_grad()
+def generate_reference(
+    model: ReferenceModel,
+    prompt: Sequence[int],
+    policy: Policy,
+    sampling: Sampling,
+    strategy: Strategy = "exact",
+    max_new_tokens: int = 64,
+    eod: int | None = None,
+    on_token: Callable[[Decision], None] | None = None,
+) -> Generation:
+    """Return the continuation of `prompt`, decided token by token.
+
+    exact: a token leaves at the first exit whose confidence reaches its threshold, else at the
+    final one. full: always at the final one. It ends after `eod` (None: never). `on_token` is
+    called with each decision as it falls. Raises ValueError for an empty or overlong prompt, ids
+    beyond the vocabulary, a policy for other exits than the model's, or fewer than 1 new token.
+    """
+    policy = policy_in_force(model, policy, strategy)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
+    if len(prompt) == 0:
+        raise ValueError("the prompt is empty; give at least one token")
+    decisions: list[Decision] = []
+    sequence = list(prompt)
+    finish_reason: FinishReason = "length"
+    while len(decisions) < max_new_tokens:
+        decisions.append(_decide(model, torch.tensor(sequence), policy, sampling))
+        sequence.append(decisions[-1].token)
+        if on_token:
+            on_token(decisions[-1])
+        if decisions[-1].token == eod:
+            finish_reason = "eod"
+            break
+        if len(sequence) > model.config.model.max_seq_length:
+            finish_reason = "context"
+            break
+    return Generation(
+        prompt=tuple(prompt),
+        tokens=tuple(decision.token for decision in decisions),
+        exits=tuple(decision.exit for decision in decisions),
+        confidences=tuple(decision.confidence for decision in decisions),
+        logprobs=tuple(decision.logprob for decision in decisions),
+        finish_reason=finish_reason,
+        policy=policy,
+        sampling=sampling,
+        strategy=strategy,
+    )
+
+
+def policy_in_force(model: ReferenceModel, policy: Policy, strategy: Strategy) -> Policy:
+    """Return `policy` as the strategy applies it to the model, or raise ValueError."""
+    if policy.boundaries != model.config.exits.boundaries:
+        raise ValueError(
+            f"the policy is for exits at boundaries {list(policy.boundaries)}, but the model has"
+            f" {list(model.config.exits.boundaries)}"
+        )
+    if strategy not in ("exact", "full"):
+        raise ValueError(f"strategy {strategy!r} is unknown; choose of exact, full")
+    return policy.without_exits() if strategy == "full" else policy
+
+
+def finite_logits(model: ReferenceModel, boundary: int, hidden: Tensor) -> Tensor:
+    """Return the exit's logits [..., v], or raise ValueError where one is NaN or infinite."""
+    logits = model.logits(boundary, hidden)
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            f"the exit at boundary {boundary} gives logits that are not finite in {model.dtype};"
+            " are the weights damaged, or is this dtype too narrow for them?"
+        )
+    return logits
+
+
+def _decide(model: ReferenceModel, tokens: Tensor, policy: Policy, sampling: Sampling) -> Decision:
+    """Return the decision of the newest row of `tokens` [s]."""
+    for boundary, hidden in model.walk(tokens):
+        final = boundary == model.num_layers
+        if not final and policy.threshold(boundary) is None:
+            continue
+        logits = finite_logits(model, boundary, hidden[-1])
+        confidence = float(policy.confidence(logits))
+        if final or policy.leaves(boundary, confidence):
+            token = sample(logits, sampling, position=len(tokens) - 1)
+            logprob = float(logits.double().log_softmax(dim=-1)[token])
+            return Decision(token, boundary, confidence, logprob)
+    raise AssertionError("the walk ends with the final exit")

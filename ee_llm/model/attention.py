@@ -1,0 +1,49 @@
+"""Causal attention by torch's scaled_dot_product_attention, in megatron-core's interface."""
+
+from typing import Any
+
+import torch
+
+from ee_llm import platform
+
+platform.enable_megatron()
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class CausalAttention(torch.nn.Module):
+    """Core attention of a layer: softmax(q k / sqrt(d)) v over this and earlier positions.
+
+    Stands in for megatron-core's DotProductAttention: no [s, s] scores in memory, torch's flash
+    kernels on GPUs without Transformer Engine, any dtype.
+    """
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Return [s, b, heads * d] from queries [s, b, heads, d], keys and values [s, b, groups, d]."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        grouped = q.shape[1] != k.shape[1]
+        if self.training and self.dropout > 0:
+            with get_cuda_rng_tracker().fork():  # tensor ranks drop different heads' scores
+                out = _attend(q, k, v, self.dropout, grouped)
+        else:
+            out = _attend(q, k, v, 0.0, grouped)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, grouped: bool
+) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped
+    )

@@ -1,0 +1,68 @@
+"""Token and position embeddings.
+
+Shapes: s sequence, b microbatch, h hidden, d head dimension, t tensor-parallel ranks.
+"""
+
+import torch
+
+from ee_llm import platform
+from ee_llm.config import ModelConfig
+
+platform.enable_megatron()
+from megatron.core.tensor_parallel import VocabParallelEmbedding, get_cuda_rng_tracker
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class Embedding(MegatronModule):
+    """Word embeddings, with learned position embeddings on the first stage where the model has them.
+
+    A stage that is not the first holds one for its weight alone, tied to outputs of exits.
+    """
+
+    def __init__(self, config: ModelConfig, parts: TransformerConfig, with_positions: bool) -> None:
+        super().__init__(config=parts)
+        self.word = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, init_method=parts.init_method, config=parts
+        )
+        self.position = None
+        if with_positions and config.position == "learned":
+            self.position = torch.nn.Embedding(
+                config.max_seq_length,
+                config.hidden_size,
+                device=platform.device(),
+                dtype=parts.params_dtype,
+            )
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return [s, b, h] ([s / t, b, h] if sequence parallel) from tokens and positions [b, s]."""
+        hidden = self.word(tokens)
+        if self.position is not None:
+            hidden = hidden + self.position(positions)
+        hidden = hidden.transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:
+            hidden = scatter_to_sequence_parallel_region(hidden)
+        dropout = self.config.hidden_dropout
+        if not self.training or dropout == 0:
+            return hidden
+        if not self.config.sequence_parallel:
+            return torch.nn.functional.dropout(hidden, dropout)
+        with get_cuda_rng_tracker().fork():  # each tensor rank has other positions
+            return torch.nn.functional.dropout(hidden, dropout)
+
+
+class RotaryAngles(torch.nn.Module):
+    """Angles of the rotary embedding (RoFormer, 2104.09864), halves not interleaved."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        frequencies = 1.0 / config.rope_theta**steps
+        self.register_buffer("frequencies", frequencies.to(platform.device()), persistent=False)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return angles [s, b, 1, d] for positions [b, s]."""
+        angles = positions.t().to(self.wide).unsqueeze(-1) * self.frequencies.to(self.wide)
+        return torch.cat([angles, angles], dim=-1).unsqueeze(2)

@@ -1,0 +1,86 @@
+"""The head of an exit: [block] -> [mlp] -> [norm] -> output projection.
+
+Shapes: s sequence, b microbatch, h hidden, v vocabulary, t tensor-parallel ranks.
+"""
+
+import torch
+
+from ee_llm import platform
+from ee_llm.config import Config
+from ee_llm.model.specs import Norm, layer_spec, mlp_spec
+
+platform.enable_megatron()
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+def output_weight_name(config: Config, boundary: int) -> str:
+    """Return the name of the parameter that projects the exit at `boundary` to the vocabulary.
+
+    The final exit uses the embedding's weight if they are tied, else `output.weight`. Another exit's
+    output is `tied` to the embedding, `shared` with the final exit, or its `own`.
+    """
+    is_final = boundary == config.model.num_layers
+    if not is_final and config.exits.output == "own":
+        return f"exits.{boundary}.output.weight"
+    to_embedding = not is_final and config.exits.output == "tied"
+    return "embedding.word.weight" if to_embedding or config.model.tie_embeddings else "output.weight"
+
+
+class Exit(MegatronModule):
+    """A head attached at a boundary; the final exit is one of them, with a norm alone.
+
+    An `mlp` without a block reads the residual stream of layer `boundary` after attention and stands
+    in for that layer's own MLP (EE-Tuning, 2402.00518); behind a block it refines the block's output.
+    It has a norm of its own in both cases, so that a head can be trained without touching the layer.
+    """
+
+    def __init__(self, config: Config, parts: TransformerConfig, boundary: int) -> None:
+        super().__init__(config=parts)
+        self.boundary = boundary
+        self.is_final = boundary == config.model.num_layers
+        head = ("norm",) if self.is_final else config.exits.head
+        self.taps_attention = "mlp" in head and "block" not in head
+        self.temperature = 1.0
+        if not self.is_final and config.exits.temperatures:
+            self.temperature = config.exits.temperatures[config.exits.boundaries.index(boundary)]
+        hidden_size = parts.hidden_size
+        self.block = self.mlp = self.mlp_norm = self.norm = None
+        if "block" in head:
+            self.block = build_module(layer_spec(), config=parts, layer_number=boundary)
+        if "mlp" in head:
+            self.mlp_norm = Norm(parts, hidden_size, eps=parts.layernorm_epsilon)
+            group = parallel_state.get_tensor_model_parallel_group()
+            self.mlp = build_module(
+                mlp_spec(), config=parts, ffn_hidden_size=parts.ffn_hidden_size, tp_group=group
+            )
+        if "norm" in head:
+            self.norm = Norm(parts, hidden_size, eps=parts.layernorm_epsilon)
+        owns_weight = output_weight_name(config, boundary).startswith("exits.")
+        self.output = ColumnParallelLinear(
+            hidden_size,
+            config.model.vocab_size,
+            config=parts,
+            init_method=parts.init_method,
+            bias=False,
+            skip_weight_param_allocation=not owns_weight,
+        )
+
+    def forward(
+        self, tap: torch.Tensor, rotary: torch.Tensor | None, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return logits [s, b, v / t] from the exit's input [s, b, h] ([s / t, b, h] if sequence
+        parallel); `weight` is the output weight unless the exit has its own."""
+        hidden = tap
+        if self.block is not None:
+            hidden, _ = self.block(hidden, attention_mask=None, rotary_pos_emb=rotary)
+        if self.mlp is not None:
+            update, bias = self.mlp(self.mlp_norm(hidden))
+            hidden = hidden + (update if bias is None else update + bias)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        logits, _ = self.output(hidden, weight)
+        return logits if self.temperature == 1.0 else logits / self.temperature

@@ -1,0 +1,61 @@
+"""The sums that make the gradients of a model whole that is spread over ranks."""
+
+import torch
+import torch.distributed as dist
+
+from ee_llm import platform
+from ee_llm.config import Config
+from ee_llm.model.stage import Stage, holders
+
+platform.enable_megatron()
+from megatron.core.distributed import DistributedDataParallel
+
+
+class GradientSums:
+    """The sums over ranks that make a step's gradients whole, in a fixed order.
+
+    1. Weights held by several stages: over those stages (as if untied, then all-reduced: EE-LLM,
+       Prop. 3.1).
+    2. Parameters that sequence-parallel ranks saw only part of the positions of: over tensor ranks.
+    3. Everything: over data-parallel ranks, by megatron-core, as sums (losses come normalised).
+    """
+
+    def __init__(self, config: Config, grid: platform.Grid) -> None:
+        """Make the groups of shared weights; every rank must do so, in the same order."""
+        self.grid = grid
+        self.groups: dict[str, dist.ProcessGroup | None] = {}
+        for name in ("embedding.word.weight", "output.weight"):
+            stages = holders(config, name)
+            if len(stages) > 1:
+                self.groups[name] = grid.column_group(stages)
+
+    def __call__(self, chunks: list[DistributedDataParallel]) -> None:
+        """Finish the gradients (`main_grad`) of all parameters of this rank's stages."""
+        for name, group in self.groups.items():
+            if group is not None:
+                self._sum_copies(chunks, name, group)
+        self._sum_sequence_parallel(chunks)
+        if self.grid.data_size > 1:
+            for chunk in chunks:
+                chunk.finish_grad_sync()
+
+    def _sum_copies(
+        self, chunks: list[DistributedDataParallel], name: str, group: dist.ProcessGroup
+    ) -> None:
+        held = [chunk.module for chunk in chunks if name in chunk.module.copies]
+        for stage in held:
+            dist.all_reduce(stage.get_parameter(name).main_grad, group=group)
+
+    def _sum_sequence_parallel(self, chunks: list[DistributedDataParallel]) -> None:
+        grads = [
+            parameter.main_grad
+            for chunk in chunks
+            for parameter in chunk.module.parameters()
+            if getattr(parameter, "sequence_parallel", False) and parameter.requires_grad
+        ]
+        if not grads or self.grid.tensor_size == 1:
+            return
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat, group=self.grid.tensor_group)
+        for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))

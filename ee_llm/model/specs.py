@@ -1,0 +1,155 @@
+"""megatron-core's configuration and layer parts for a model of ours."""
+
+from typing import Any
+
+import torch
+
+from ee_llm import platform
+from ee_llm.config import Config
+
+platform.enable_megatron()
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from ee_llm.model.attention import CausalAttention
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+# Transformer Engine keeps a norm's parameters in the linear layer behind it.
+FUSED_NORM_NAMES = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def has_transformer_engine() -> bool:
+    """Return whether layers are built from Transformer Engine (on CUDA, where it can be imported)."""
+    if not platform.has_cuda():
+        return False  # its CPU meta package raises RuntimeError on import
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
+    """Return megatron-core's configuration of one layer of the model in `dtype`.
+
+    Pipeline parallelism is not named in it: stages are cut, numbered and joined by ours.
+    """
+    model, parallel = config.model, config.parallel
+    llama = model.family == "llama"
+    fused = platform.has_cuda() and dtype == torch.bfloat16
+    recompute: dict[str, Any] = {}
+    if config.training.recompute == "selective":
+        # Not an MLP with a bias: it returns the bias parameter, which megatron-core's checkpoint
+        # would make an output of itself; its backward pass then never ends and eats all memory.
+        modules = ["core_attn", "mlp"] if llama else ["core_attn"]
+        recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size,
+        normalization="RMSNorm" if llama else "LayerNorm",
+        layernorm_epsilon=model.norm_eps,
+        add_bias_linear=not llama,
+        gated_linear_unit=llama,
+        activation_func=torch.nn.functional.silu if llama else torch.nn.functional.gelu,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.dropout,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not platform.has_cuda(),
+        init_method=_keep,  # ee_llm.model.initialize fills every parameter by its name
+        output_layer_init_method=_keep,
+        calculate_per_token_loss=True,  # gradients are summed over ranks: losses come normalised
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=fused,
+        bias_activation_fusion=fused,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        **recompute,
+    )
+
+
+def _keep(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+class Norm:
+    """Makes torch's RMSNorm or LayerNorm, marked so that sequence-parallel gradients are summed."""
+
+    def __new__(
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> torch.nn.Module:
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps, device=platform.device(), dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+class _LocalParts(LocalSpecProvider):
+    """megatron-core's own linears, with torch's norms and scaled_dot_product_attention."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return Norm
+
+    def core_attention(self) -> type:
+        return CausalAttention
+
+
+def mlp_spec() -> ModuleSpec:
+    """Return the parts of an MLP without its norm."""
+    return get_mlp_module_spec_for_backend(backend=_LocalParts())
+
+
+def layer_spec() -> ModuleSpec:
+    """Return the parts of one transformer layer."""
+    if has_transformer_engine():
+        from megatron.core.models.gpt.gpt_layer_specs import (
+            get_gpt_layer_with_transformer_engine_spec,
+        )
+
+        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec.submodules.sharded_state_dict_keys_map = FUSED_NORM_NAMES
+        return spec
+    parts = _LocalParts()
+    attention = SelfAttentionSubmodules(
+        linear_qkv=parts.column_parallel_linear(),
+        core_attention=parts.core_attention(),
+        linear_proj=parts.row_parallel_linear(),
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=parts.layer_norm(),
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=attention,
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=parts.layer_norm(),
+            mlp=mlp_spec(),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

@@ -1,0 +1,222 @@
+"""One pipeline stage: consecutive layers, the exits placed among them, and what they need.
+
+Shapes: s sequence, b microbatch, h hidden, v vocabulary, t tensor-parallel ranks.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from ee_llm import platform
+from ee_llm.config import Config, exit_stage, stage_layers
+from ee_llm.losses import ExitLoss, exit_loss
+from ee_llm.model.embedding import Embedding, RotaryAngles
+from ee_llm.model.exits import Exit, output_weight_name
+from ee_llm.model.initialize import initialize
+from ee_llm.model.specs import layer_spec, transformer_config
+
+platform.enable_megatron()
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear, checkpoint, get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.utils import sharded_state_dict_default
+
+
+class ModuleTable(torch.nn.ModuleDict):
+    """Modules by layer number or boundary, whose checkpoint keys carry that number."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        for name, module in self.items():
+            state |= sharded_state_dict_default(
+                module, f"{prefix}{name}.", sharded_offsets, metadata
+            )
+        return state
+
+
+def stages_of_exits(config: Config) -> dict[int, int]:
+    """Return the stage of every exit by boundary, in increasing order, the final exit included."""
+    boundaries = (*config.exits.boundaries, config.model.num_layers)
+    return {boundary: exit_stage(config, boundary) for boundary in boundaries}
+
+
+def holders(config: Config, weight_name: str) -> tuple[int, ...]:
+    """Return the stages that hold a copy of an embedding or output weight, the owner first."""
+    stages = {
+        stage
+        for boundary, stage in stages_of_exits(config).items()
+        if output_weight_name(config, boundary) == weight_name
+    }
+    if weight_name == "embedding.word.weight":
+        stages.add(0)
+    return tuple(sorted(stages))
+
+
+class Stage(MegatronModule):
+    """Layers of stage `index` of the pipeline, and the exits placed on it.
+
+    Parameter names do not depend on the layout: layers carry their number, exits their boundary.
+    """
+
+    def __init__(self, config: Config, index: int, dtype: torch.dtype) -> None:
+        parts = transformer_config(config, dtype)
+        super().__init__(config=parts)
+        self.index = index
+        self.is_first = index == 0
+        self.is_last = index == config.parallel.pipeline - 1
+        self.recompute = config.training.recompute == "full"
+        self.shares_positions = not config.data.reset_positions
+        boundaries = [b for b, stage in stages_of_exits(config).items() if stage == index]
+
+        self.embedding = self.output = None
+        if index in holders(config, "embedding.word.weight"):
+            self.embedding = Embedding(config.model, parts, with_positions=self.is_first)
+        if index in holders(config, "output.weight"):
+            self.output = ColumnParallelLinear(
+                parts.hidden_size,
+                config.model.vocab_size,
+                config=parts,
+                init_method=parts.init_method,
+                bias=False,
+            )
+        self.layers = ModuleTable(
+            {
+                str(number): build_module(layer_spec(), config=parts, layer_number=number)
+                for number in stage_layers(config, index)
+            }
+        )
+        self.exits = ModuleTable({str(b): Exit(config, parts, b) for b in boundaries})
+        self.output_weights = {b: output_weight_name(config, b) for b in boundaries}
+        self.rotary = None
+        if config.model.position == "rope":
+            self.rotary = RotaryAngles(config.model, dtype)
+        self._mark_copies(config)
+        initialize(
+            self,
+            config,
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+
+    def _mark_copies(self, config: Config) -> None:
+        """Mark weights that live on several stages: `shared_embedding` on all of them, and `shared`
+        on every copy but the owner's, which megatron-core leaves out of the gradient norm."""
+        self.copies: dict[str, int] = {}
+        for name in ("embedding.word.weight", "output.weight"):
+            stages = holders(config, name)
+            if self.index in stages and len(stages) > 1:
+                weight = self.get_parameter(name)
+                weight.shared_embedding = True
+                weight.shared = self.index != stages[0]
+                self.copies[name] = stages.index(self.index)
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Boundaries of the exits on this stage, in increasing order."""
+        return tuple(self.output_weights)
+
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, hidden: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return the residual stream behind the last layer and the input of each exit, by boundary.
+
+        `tokens` and `positions` are [b, s]; `hidden` is the previous stage's output [s, b, h]
+        ([s / t, b, h] if sequence parallel), None on the first stage.
+        """
+        if self.is_first:
+            hidden = self.embedding(tokens, positions)
+        rotary = self._angles(positions)
+        taps = {}
+        for boundary in self.boundaries:
+            if str(boundary) not in self.layers:  # a pre-exit at the stage's start
+                taps[boundary] = hidden
+        for number, layer in self.layers.items():
+            head = self.exits[number] if number in self.exits else None
+            taps_attention = head is not None and head.taps_attention
+            hidden, attended = self._run_layer(layer, hidden, rotary, taps_attention)
+            if head is not None:
+                taps[head.boundary] = attended if taps_attention else hidden
+        return hidden, tuple(taps[boundary] for boundary in self.boundaries)
+
+    def _run_layer(
+        self,
+        layer: torch.nn.Module,
+        hidden: torch.Tensor,
+        rotary: torch.Tensor | None,
+        taps_attention: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the layer's output and, if wanted, the residual stream between its halves."""
+
+        def run(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            attended: list[torch.Tensor] = []
+            hook = None
+            if taps_attention:
+                hook = layer.pre_mlp_layernorm.register_forward_pre_hook(
+                    lambda _, inputs: attended.append(inputs[0])
+                )
+            with self._dropout_context():
+                output, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
+            if hook is not None:
+                hook.remove()
+            return (output, *attended)
+
+        # The tap leaves the recomputed region as an output, so that its gradient finds its way back.
+        recompute = self.recompute and torch.is_grad_enabled()
+        outputs = checkpoint(run, False, hidden) if recompute else run(hidden)
+        return outputs[0], outputs[1] if taps_attention else None
+
+    def _dropout_context(self) -> AbstractContextManager[None]:
+        """Sequence parallel ranks hold other positions, so that their dropout must differ."""
+        if self.config.sequence_parallel and self.config.hidden_dropout > 0 and self.training:
+            return get_cuda_rng_tracker().fork()
+        return nullcontext()
+
+    def exit_logits(
+        self, boundary: int, tap: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the exit's logits [s, b, v / t] from its input."""
+        name = self.output_weights[boundary]
+        weight = None if name.startswith("exits.") else self.get_parameter(name)
+        head = self.exits[str(boundary)]
+        rotary = self._angles(positions) if head.block is not None else None
+        return head(tap, rotary, weight)
+
+    def exit_loss(
+        self,
+        boundary: int,
+        tap: torch.Tensor,
+        positions: torch.Tensor,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor,
+        *,
+        dynamic_token_weights: bool = False,
+    ) -> ExitLoss:
+        """Return the exit's loss summed over valid tokens; labels and mask are [b, s]."""
+        dynamic = dynamic_token_weights and not self.exits[str(boundary)].is_final
+        return exit_loss(
+            self.exit_logits(boundary, tap, positions),
+            labels.t(),
+            loss_mask.t(),
+            group=parallel_state.get_tensor_model_parallel_group(),
+            dynamic_token_weights=dynamic,
+        )
+
+    def _angles(self, positions: torch.Tensor) -> torch.Tensor | None:
+        if self.rotary is None:
+            return None
+        return self.rotary(positions[:1] if self.shares_positions else positions)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Return megatron-core's sharded tensors by canonical name; copies of a weight are replicas."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        for name, copy in self.copies.items():
+            shard = state[prefix + name]
+            shard.replica_id = (copy, *shard.replica_id[1:])
+        return state

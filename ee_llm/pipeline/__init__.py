@@ -1,0 +1,26 @@
+"""Pipeline schedules: plans as data, their lowering, simulation and (`pipeline.runtime`) execution.
+
+Importing this package does not import torch; `ee_llm.pipeline.runtime` does.
+"""
+
+from ee_llm.pipeline.lower import lower, verify
+from ee_llm.pipeline.plan import Action, Op, Plan, PlanError, Visit, forward_only, one_f_one_b
+from ee_llm.pipeline.simulate import Costs, ExitCost, Simulation, StageCost, grid, simulate
+
+__all__ = [
+    "Action",
+    "Costs",
+    "ExitCost",
+    "Op",
+    "Plan",
+    "PlanError",
+    "Simulation",
+    "StageCost",
+    "Visit",
+    "forward_only",
+    "grid",
+    "lower",
+    "one_f_one_b",
+    "simulate",
+    "verify",
+]

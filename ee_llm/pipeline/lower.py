@@ -1,0 +1,195 @@
+"""Lowering: adds sends and receives to a plan and proves that it can be carried out. Pure Python.
+
+The proof has three parts (docs/pipeline.md): every action that the visits call for is there once;
+between any two ranks messages are sent in the order in which they are received; and the lists run
+to their end even if every send blocked until its receive is posted.
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+
+from ee_llm.pipeline.plan import Action, Op, Plan, PlanError, step_grid
+from ee_llm.pipeline.simulate import timeline
+
+_SEND = {Op.FORWARD: Op.SEND_FORWARD, Op.BACKWARD: Op.SEND_BACKWARD}
+_RECEIVE = {Op.FORWARD: Op.RECV_FORWARD, Op.BACKWARD: Op.RECV_BACKWARD}
+_COMPUTES = {op: compute for table in (_SEND, _RECEIVE) for compute, op in table.items()}
+
+Place = tuple[int, int]  # (rank, step)
+
+
+def lower(plan: Plan) -> Plan:
+    """Return the plan with its communication, proved sound by `verify`.
+
+    A send stands where its F or B ends, before the next F or B. The receive is posted at the same
+    moment of the plan's timeline (at nominal costs) on the other rank, hence before it is needed.
+    Both ends of every message take their places from one clock, so the lists agree on the order
+    of all messages, whatever the plan.
+
+    Raises PlanError, with the place marked in the grid, if the plan is already lowered, misses or
+    repeats an action, or deadlocks.
+    """
+    if plan.is_lowered:
+        raise PlanError("the plan already has communication: lower the plan it was made from")
+    _check_actions(plan, plan.work)
+    # (time, computes?, action, rank): a message that arrives at t precedes an action that starts
+    # at t. Compute actions keep their rank's order because each takes time.
+    events: list[tuple[float, bool, Action, int]] = []
+    for rank, spans in enumerate(timeline(plan).ranks):
+        for span in spans:
+            events.append((span.start, True, span.action, rank))
+            for send, receive in _messages(plan, span.action):
+                events.append((span.end, False, send, rank))
+                events.append((span.end, False, receive, plan.stage_ranks[receive.stage]))
+    events.sort(key=lambda event: (event[0], event[1], _message_key(event[2])))
+    ranks: list[list[Action]] = [[] for _ in plan.ranks]
+    for _, _, action, rank in events:
+        ranks[rank].append(action)
+    lowered = replace(plan, ranks=tuple(tuple(actions) for actions in ranks))
+    verify(lowered)
+    return lowered
+
+
+def verify(plan: Plan) -> None:
+    """Prove that a lowered plan can be carried out; PlanError, with the place marked, if not."""
+    messages = [pair for action in plan.work for pair in _messages(plan, action)]
+    _check_actions(plan, plan.work.union(*messages))
+    _check_order(plan)
+    _dry_run(plan)
+
+
+def counterpart(action: Action) -> Action:
+    """Return the receive that belongs to a send, and the send that belongs to a receive."""
+    match action.op:
+        case Op.SEND_FORWARD:
+            return Action(action.stage + 1, Op.RECV_FORWARD, action.microbatch)
+        case Op.RECV_FORWARD:
+            return Action(action.stage - 1, Op.SEND_FORWARD, action.microbatch)
+        case Op.SEND_BACKWARD:
+            return Action(action.stage - 1, Op.RECV_BACKWARD, action.microbatch)
+        case Op.RECV_BACKWARD:
+            return Action(action.stage + 1, Op.SEND_BACKWARD, action.microbatch)
+    raise AssertionError(f"{action} is no communication")
+
+
+def _messages(plan: Plan, action: Action) -> list[tuple[Action, Action]]:
+    # The (send, receive) that carries the result of an F or B to another rank; none if it stays.
+    target = plan.target(action)
+    if target is None or not plan.crosses_ranks(action, target):
+        return []
+    return [(action._replace(op=_SEND[action.op]), target._replace(op=_RECEIVE[action.op]))]
+
+
+def _message_key(action: Action) -> tuple[int, str, int]:
+    # The same for both ends of a message, so that simultaneous messages are ordered alike.
+    if action.op in _RECEIVE.values():
+        action = counterpart(action)
+    return action.stage, action.op.value, action.microbatch
+
+
+def _check_actions(plan: Plan, expected: frozenset[Action]) -> None:
+    if len(plan.ranks) <= max(plan.stage_ranks, default=-1) or min(plan.stage_ranks) < 0:
+        raise PlanError(
+            f"stage_ranks {plan.stage_ranks} name ranks outside 0..{plan.num_ranks - 1}"
+        )
+    for microbatch, visit in enumerate(plan.visits):
+        if not 0 <= visit.first_backward <= visit.depth <= plan.num_stages or visit.depth == 0:
+            raise PlanError(f"microbatch {microbatch}: {visit} with {plan.num_stages} stages")
+    places: dict[Action, list[Place]] = defaultdict(list)
+    for rank, actions in enumerate(plan.ranks):
+        for step, action in enumerate(actions):
+            places[action].append((rank, step))
+    for action, found in places.items():
+        if action not in expected:
+            raise _error(plan, f"{action} is not called for by any visit", found)
+        if len(found) > 1:
+            raise _error(plan, f"{action} stands {len(found)} times", found)
+        if found[0][0] != plan.stage_ranks[action.stage]:
+            owner = plan.stage_ranks[action.stage]
+            raise _error(
+                plan, f"{action} stands on rank {found[0][0]}, its stage on {owner}", found
+            )
+    for action in sorted(expected - places.keys()):
+        owner = plan.stage_ranks[action.stage]
+        raise _error(
+            plan, f"{action} is missing from rank {owner}", [(owner, len(plan.ranks[owner]))]
+        )
+
+
+def _check_order(plan: Plan) -> None:
+    # NCCL matches messages between two ranks by order alone: tags do not exist there.
+    sent: dict[tuple[int, int, Op], list[Place]] = defaultdict(list)
+    received: dict[tuple[int, int, Op], list[Place]] = defaultdict(list)
+    for rank, actions in enumerate(plan.ranks):
+        for step, action in enumerate(actions):
+            if action.op.computes:
+                continue
+            peer = plan.stage_ranks[counterpart(action).stage]
+            if action.op in _SEND.values():
+                sent[rank, peer, _COMPUTES[action.op]].append((rank, step))
+            else:
+                received[peer, rank, _COMPUTES[action.op]].append((rank, step))
+    for key, sends in sent.items():
+        for nth, (send, receive) in enumerate(zip(sends, received[key], strict=True)):
+            one, other = _at(plan, send), _at(plan, receive)
+            if counterpart(one) != other:
+                raise _error(
+                    plan,
+                    f"message {nth} from rank {key[0]} to rank {key[1]} is sent by {one} and taken "
+                    f"by {other}: the order of sends must be that of receives",
+                    [send, receive],
+                )
+
+
+def _dry_run(plan: Plan) -> None:
+    # A message moves only when both of its ranks have come to it. This is the strictest meaning a
+    # backend can give to the lists; whatever runs so also runs with buffers and threads.
+    position = [0] * plan.num_ranks
+    done: set[Action] = set()
+
+    def head(rank: int) -> Action | None:
+        queue = plan.ranks[rank]
+        return queue[position[rank]] if position[rank] < len(queue) else None
+
+    def is_ready(action: Action) -> bool:
+        if action.op.computes:
+            return all(need in done for need in _local_needs(plan, action))
+        other = counterpart(action)
+        is_send = action.op in _SEND.values()
+        send = action if is_send else other
+        produced = send._replace(op=_COMPUTES[send.op]) in done
+        return produced and head(plan.stage_ranks[other.stage]) == other
+
+    moved = True
+    while moved:
+        moved = False
+        for rank in range(plan.num_ranks):
+            while (action := head(rank)) is not None and is_ready(action):
+                done.add(action)
+                position[rank] += 1
+                if not action.op.computes:
+                    other = counterpart(action)
+                    done.add(other)
+                    position[plan.stage_ranks[other.stage]] += 1
+                moved = True
+    stuck = [(rank, at) for rank, at in enumerate(position) if at < len(plan.ranks[rank])]
+    if stuck:
+        waits = ", ".join(f"rank {rank} at {_at(plan, (rank, at))}" for rank, at in stuck)
+        raise _error(plan, f"the plan deadlocks: {waits}", stuck)
+
+
+def _local_needs(plan: Plan, action: Action) -> list[Action]:
+    # What must have happened on the action's own rank: a receive stands for the peer's result.
+    return [
+        action._replace(op=_RECEIVE[action.op]) if plan.crosses_ranks(need, action) else need
+        for need in plan.needs(action)
+    ]
+
+
+def _at(plan: Plan, place: Place) -> Action:
+    rank, step = place
+    return plan.ranks[rank][step]
+
+
+def _error(plan: Plan, message: str, places: list[Place]) -> PlanError:
+    return PlanError(f"{message}\n{step_grid(plan.ranks, places)}")

@@ -1,0 +1,222 @@
+"""Pipeline schedules as data: per rank, a list of actions such as `2F0`.
+
+A plan says who computes what in which order and nothing else. `lower` adds the communication and
+proves the plan sound, `simulate` times it, `runtime` carries it out. Pure Python.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cached_property
+from typing import NamedTuple
+
+
+class PlanError(ValueError):
+    """A plan that cannot be carried out; the message shows where."""
+
+
+class Op(StrEnum):
+    """What an action does. Only F and B compute; the others are added by lowering."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    SEND_FORWARD = "SF"
+    RECV_FORWARD = "RF"
+    SEND_BACKWARD = "SB"
+    RECV_BACKWARD = "RB"
+
+    @property
+    def computes(self) -> bool:
+        """Whether this is work of a stage, not communication."""
+        return self in (Op.FORWARD, Op.BACKWARD)
+
+
+_ACTION = re.compile(r"(\d+)(SF|RF|SB|RB|F|B)(\d+)")
+
+
+class Action(NamedTuple):
+    """One step of one rank: `2F0` is the forward of microbatch 0 on stage 2.
+
+    The stage is always the one that acts: `2SF0` sends the output of 2F0, `3RF0` receives it, and
+    `3SB0` returns to `2RB0` the gradient of that output.
+    """
+
+    stage: int
+    op: Op
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.op.value}{self.microbatch}"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    @classmethod
+    def parse(cls, text: str) -> "Action":
+        """Return the action that prints as `text`; ValueError if there is none."""
+        match = _ACTION.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                f"{text!r} is no action: expected stage, operation ({', '.join(Op)}) and "
+                f"microbatch, as in 2F0"
+            )
+        stage, op, microbatch = match.groups()
+        return cls(int(stage), Op(op), int(microbatch))
+
+
+class Visit(NamedTuple):
+    """How far one microbatch travels: down to `depth`, and how far back.
+
+    Forward on stages 0 .. depth-1, then backward on stages depth-1 .. first_backward;
+    first_backward == depth means that there is no backward at all.
+    """
+
+    depth: int
+    first_backward: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every rank does, in order, and the visits that this is to accomplish.
+
+    ranks: per rank, its actions. stage_ranks: per stage, the rank that holds it (a rank may hold
+    several). visits: per microbatch, which stages it has to see; stated apart from the lists so
+    that an action missing from them is known to be missing.
+    """
+
+    ranks: tuple[tuple[Action, ...], ...]
+    stage_ranks: tuple[int, ...]
+    visits: tuple[Visit, ...]
+
+    @property
+    def num_ranks(self) -> int:
+        """Return the number of pipeline ranks."""
+        return len(self.ranks)
+
+    @property
+    def num_stages(self) -> int:
+        """Return the number of stages over all ranks."""
+        return len(self.stage_ranks)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Return the number of microbatches, those that visit few stages included."""
+        return len(self.visits)
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether communication has been added."""
+        return any(not action.op.computes for actions in self.ranks for action in actions)
+
+    @cached_property
+    def work(self) -> frozenset[Action]:
+        """The F and B actions that the visits call for."""
+        return frozenset(
+            Action(stage, op, microbatch)
+            for microbatch, visit in enumerate(self.visits)
+            for op, stages in (
+                (Op.FORWARD, range(visit.depth)),
+                (Op.BACKWARD, range(visit.first_backward, visit.depth)),
+            )
+            for stage in stages
+        )
+
+    def source(self, action: Action) -> Action | None:
+        """Return the action on the neighbouring stage whose result this F or B takes, if any."""
+        towards = -1 if action.op is Op.FORWARD else 1
+        return self._neighbour(action, towards)
+
+    def target(self, action: Action) -> Action | None:
+        """Return the action on the neighbouring stage that takes this F's or B's result, if any."""
+        towards = 1 if action.op is Op.FORWARD else -1
+        return self._neighbour(action, towards)
+
+    def needs(self, action: Action) -> tuple[Action, ...]:
+        """Return the F and B actions that must be over before this F or B can be completed."""
+        own = (action._replace(op=Op.FORWARD),) if action.op is Op.BACKWARD else ()
+        source = self.source(action)
+        return own if source is None else (*own, source)
+
+    def has_backward(self, action: Action) -> bool:
+        """Return whether the action's microbatch runs backward on the action's stage."""
+        return action._replace(op=Op.BACKWARD) in self.work
+
+    def crosses_ranks(self, one: Action, other: Action) -> bool:
+        """Return whether the two actions' stages lie on different ranks."""
+        return self.stage_ranks[one.stage] != self.stage_ranks[other.stage]
+
+    def without_communication(self) -> "Plan":
+        """Return the plan as it was before lowering."""
+        return replace(
+            self, ranks=tuple(tuple(a for a in actions if a.op.computes) for actions in self.ranks)
+        )
+
+    def _neighbour(self, action: Action, towards: int) -> Action | None:
+        neighbour = action._replace(stage=action.stage + towards)
+        return neighbour if neighbour in self.work else None
+
+
+def one_f_one_b(num_stages: int, num_microbatches: int) -> Plan:
+    """Return the 1F1B plan, one stage per rank (Narayanan et al., arXiv 2104.04473, section 2.2).
+
+    Rank i runs P-1-i forwards ahead and then alternates, so that it holds the activations of at
+    most P-i microbatches, however many there are.
+    """
+    _check_counts(num_stages, num_microbatches)
+    ranks = []
+    for stage in range(num_stages):
+        forwards = [Action(stage, Op.FORWARD, m) for m in range(num_microbatches)]
+        backwards = [Action(stage, Op.BACKWARD, m) for m in range(num_microbatches)]
+        ahead = min(num_stages - 1 - stage, num_microbatches)
+        actions = forwards[:ahead]
+        for forward, backward in zip(forwards[ahead:], backwards, strict=False):
+            actions += [forward, backward]
+        ranks.append((*actions, *backwards[num_microbatches - ahead :]))
+    visits = (Visit(depth=num_stages, first_backward=0),) * num_microbatches
+    return Plan(tuple(ranks), tuple(range(num_stages)), visits)
+
+
+def forward_only(num_stages: int, num_microbatches: int) -> Plan:
+    """Return the plan that runs every microbatch forward and nothing backward (evaluation)."""
+    _check_counts(num_stages, num_microbatches)
+    ranks = tuple(
+        tuple(Action(stage, Op.FORWARD, m) for m in range(num_microbatches))
+        for stage in range(num_stages)
+    )
+    visits = (Visit(depth=num_stages, first_backward=num_stages),) * num_microbatches
+    return Plan(ranks, tuple(range(num_stages)), visits)
+
+
+def _check_counts(num_stages: int, num_microbatches: int) -> None:
+    for name, value in (("num_stages", num_stages), ("num_microbatches", num_microbatches)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: a plan needs at least 1")
+
+
+def step_grid(
+    ranks: Sequence[Sequence[Action]], marked: Collection[tuple[int, int]] = (), around: int = 6
+) -> str:
+    """Return the rank x step grid, the `marked` (rank, step) cells in >arrows<.
+
+    With marks, only steps up to `around` away from one are shown. A mark one past a rank's last
+    action shows as >end<.
+    """
+    columns = max((len(actions) for actions in ranks), default=0)
+    columns = max([columns, *(step + 1 for _, step in marked)])
+    first = max(0, min((step for _, step in marked), default=0) - around)
+    last = min(columns, max((step for _, step in marked), default=columns) + around + 1)
+
+    def cell(rank: int, step: int) -> str:
+        actions = ranks[rank]
+        text = str(actions[step]) if step < len(actions) else ""
+        return f">{text or 'end'}<" if (rank, step) in marked else text
+
+    rows = [["step", *(str(step) for step in range(first, last))]]
+    for rank in range(len(ranks)):
+        rows.append([f"rank {rank}", *(cell(rank, step) for step in range(first, last))])
+    widths = [max(len(row[column]) for row in rows) for column in range(last - first + 1)]
+    return "\n".join(
+        " ".join(text.center(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,43 @@
+"""Where the code runs: the one room that names cuda, nccl and gloo.
+
+It chooses the device and backend, forms the grid of ranks, carries tensors between pipeline ranks
+and makes megatron-core run on a CPU. Everything else asks here.
+"""
+
+from ee_llm.platform.console import console, is_rank_zero, log
+from ee_llm.platform.devices import (
+    backend,
+    device,
+    has_cuda,
+    local_rank,
+    peak_flops,
+    peak_memory_bytes,
+    reset_peak_memory,
+    rng_state,
+    seed_everything,
+    set_rng_state,
+    synchronize,
+)
+from ee_llm.platform.grid import Grid, initialize, shutdown
+from ee_llm.platform.megatron import enable as enable_megatron
+
+__all__ = [
+    "Grid",
+    "backend",
+    "console",
+    "device",
+    "enable_megatron",
+    "has_cuda",
+    "initialize",
+    "is_rank_zero",
+    "local_rank",
+    "log",
+    "peak_flops",
+    "peak_memory_bytes",
+    "reset_peak_memory",
+    "rng_state",
+    "seed_everything",
+    "set_rng_state",
+    "shutdown",
+    "synchronize",
+]

@@ -1,0 +1,83 @@
+"""The accelerator of this process: CUDA with NCCL where there is one, else the CPU with gloo."""
+
+import os
+import random
+import resource
+import sys
+
+import numpy as np
+import torch
+
+
+def local_rank() -> int:
+    """Return this process's index on its machine (torchrun's LOCAL_RANK, 0 without a launcher)."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def has_cuda() -> bool:
+    """Return whether the ranks compute on CUDA devices."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Return the device this rank computes on: its own GPU, or the CPU."""
+    return torch.device("cuda", local_rank()) if has_cuda() else torch.device("cpu")
+
+
+def backend() -> str:
+    """Return the torch.distributed backend that belongs to `device()`: "nccl" or "gloo"."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait until the device has finished all queued work, so that a clock read next is true."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak memory of this rank in bytes: allocated on the GPU, resident on the CPU."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux reports KiB
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement of `peak_memory_bytes` (the CPU's figure is the process's life)."""
+    if has_cuda():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch on the CPU and this rank's GPU."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # seeds every CUDA generator too
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """Return torch's generator states of this rank as byte tensors, by device type."""
+    states = {"cpu": torch.get_rng_state()}
+    if has_cuda():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng_state(states: dict[str, torch.Tensor]) -> None:
+    """Restore what `rng_state` returned; a state of a device that is not here is left out."""
+    torch.set_rng_state(states["cpu"].cpu())
+    if has_cuda() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu())
+
+
+def peak_flops(dtype: torch.dtype) -> float | None:
+    """Return the device's dense peak in FLOP/s for `dtype`, or None where it is not known.
+
+    Source: NVIDIA's data sheets (without sparsity).
+    """
+    if not has_cuda() or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name()
+    table = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+    return next((flops for key, flops in table.items() if key in name), None)

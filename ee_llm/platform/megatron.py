@@ -1,0 +1,77 @@
+"""Makes megatron-core importable here: checks versions, quietens it, adapts it where CUDA is absent."""
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+
+import torch
+from packaging.version import Version
+
+from ee_llm.platform import devices
+
+# Inclusive lower, exclusive upper bounds of what the test suite was run with.
+TESTED = {
+    "python": ("3.11", "3.13"),
+    "torch": ("2.11", "2.14"),
+    "megatron-core": ("0.16.1", "0.17"),
+}
+_enabled = False
+
+
+def check_versions(found: dict[str, str]) -> None:
+    """Raise RuntimeError if a version in `found` (name -> version) is outside the tested range."""
+    for name, (low, high) in TESTED.items():
+        version = Version(Version(found[name]).base_version)
+        if not Version(low) <= version < Version(high):
+            mend = "use another interpreter" if name == "python" else f'pip install "{name}>={low},<{high}"'
+            raise RuntimeError(
+                f"{name} {found[name]} is outside the tested range >={low},<{high}; {mend} "
+                "(EE_LLM_UNTESTED_VERSIONS=1 tries it all the same)"
+            )
+
+
+def check_checkpoint_dependencies() -> None:
+    """Raise RuntimeError where psutil is missing: megatron-core's saving would hang for ever."""
+    if importlib.util.find_spec("psutil") is None:
+        raise RuntimeError(
+            "psutil is not installed, and without it megatron-core never finishes saving a "
+            "checkpoint; pip install psutil"
+        )
+
+
+def enable() -> None:
+    """Prepare the process for importing `megatron.core`; call it before, any number of times.
+
+    Raises RuntimeError for an untested version of Python, torch or megatron-core.
+    """
+    global _enabled
+    if _enabled:
+        return
+    if os.environ.get("EE_LLM_UNTESTED_VERSIONS") != "1":
+        check_versions(
+            {
+                "python": ".".join(map(str, sys.version_info[:3])),
+                "torch": torch.__version__,
+                "megatron-core": importlib.metadata.version("megatron-core"),
+            }
+        )
+    check_checkpoint_dependencies()
+    _quieten()
+    if not devices.has_cuda():
+        from ee_llm.platform import cpu_megatron
+
+        cpu_megatron.install()
+    _enabled = True
+
+
+def _quieten() -> None:
+    """Silence megatron-core's routine warnings at the modules that raise them."""
+    # Its sequence-parallel linears warn unless the CUDA queue is a single one.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    warnings.filterwarnings("ignore", module=r"megatron\.core(\.|$)")
+    for module in ("torch.distributed.c10d_logger", "torch.distributed.checkpoint"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module.replace(".", r"\."))
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)

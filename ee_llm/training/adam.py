@@ -1,0 +1,111 @@
+"""Adam for machines without Transformer Engine and apex, in the state layout of their FusedAdam.
+
+megatron-core falls back to torch's AdamW there, whose per-parameter step tensors its distributed
+optimizer cannot save and load: a load fails on the missing 'step', or all parameters come back
+with one shared step tensor (distrib_optimizer.py of 0.16.1, where HAVE_APEX_OR_TE is False).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+
+from ee_llm import platform
+
+_FUSED_DEVICES = ("cpu", "cuda")
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam whose state per parameter is exp_avg and exp_avg_sq, and whose step lies in the group.
+
+    Interface and layout are those of Transformer Engine's FusedAdam; the arithmetic is torch's
+    fused kernel where the device has one, its foreach kernel elsewhere. With `adam_w_mode` weight
+    decay is decoupled (Loshchilov and Hutter, arXiv 1711.05101), else it is added to the gradient.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+    ) -> None:
+        """Raise ValueError without bias correction: torch's kernels always apply it."""
+        if not bias_correction:
+            raise ValueError("bias_correction=False is not supported: torch's kernels apply it")
+        self.adam_w_mode = adam_w_mode
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+
+    def initialize_state(self, param: torch.Tensor) -> None:
+        """Give `param` zero moments, as before its first step."""
+        zeros = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+        self.state[param] = zeros
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient; return what `closure` returns, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if not group["params"]:
+                continue  # FusedAdam counts no steps for an empty group either
+            group["step"] = group.get("step", 0) + 1
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return
+        for param in params:
+            if not self.state[param]:
+                self.initialize_state(param)
+        # The kernels count each parameter's steps in a tensor of its own, which they increment.
+        # These live only during the call: the group's integer is the truth.
+        steps = torch.full((len(params),), float(group["step"] - 1), device=params[0].device)
+        fused = all(param.device.type in _FUSED_DEVICES for param in params)
+        update = adamw if self.adam_w_mode else adam
+        update(
+            params,
+            [param.grad for param in params],
+            [self.state[param]["exp_avg"] for param in params],
+            [self.state[param]["exp_avg_sq"] for param in params],
+            [],
+            list(steps.unbind()),
+            fused=fused,
+            foreach=not fused,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def install() -> bool:
+    """Return whether megatron-core was given this Adam: only where it found neither TE nor apex.
+
+    It then takes the same branches as with Transformer Engine. Calling it again changes nothing.
+    """
+    platform.enable_megatron()
+    import megatron.core.optimizer as optimizers
+    from megatron.core.optimizer import distrib_optimizer
+
+    if optimizers.USING_PYTORCH_OPTIMIZER:
+        optimizers.Adam = FusedAdam
+        optimizers.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.Adam = FusedAdam
+        distrib_optimizer.HAVE_APEX_OR_TE = True
+        distrib_optimizer.USING_TE_OPTIMIZER = True
+    return optimizers.Adam is FusedAdam

@@ -1,0 +1,270 @@
+"""What a run reports: a JSONL file always, the console, TensorBoard and W&B when asked.
+
+Names of quantities are Megatron's, so that its dashboards and scripts read our runs.
+"""
+
+import datetime
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ee_llm import platform
+from ee_llm.config import Config
+
+LOG = "log.jsonl"
+SUPERSEDED = "log.superseded.jsonl"
+LEARNING_RATE = "learning-rate"
+GRAD_NORM = "grad-norm"
+TOKENS_PER_SECOND = "tokens-per-second"
+ITERATION_TIME = "iteration-time"
+
+
+def loss_name(boundary: int, num_layers: int) -> str:
+    """Return what the loss of the exit at `boundary` is called: "exit 6 loss", or "lm loss"."""
+    return "lm loss" if boundary == num_layers else f"exit {boundary} loss"
+
+
+def validation_metrics(losses: Mapping[int, float], num_layers: int) -> dict[str, float]:
+    """Return validation losses (by boundary, in nats) and perplexities under Megatron's names."""
+    metrics = {}
+    for boundary, loss in losses.items():
+        name = f"{loss_name(boundary, num_layers)} validation"
+        metrics[name] = loss
+        metrics[f"{name} ppl"] = math.exp(min(loss, 700.0))  # beyond, a float overflows
+    return metrics
+
+
+class Sink(Protocol):
+    """A place that takes numbers by name and step."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class RunLog:
+    """Reports a run from the one rank that logs; on other ranks it does nothing.
+
+    `start_step` is the step that the run goes on from. Lines of later steps, which a run that
+    stopped after its last checkpoint has left, move to log.superseded.jsonl: the log holds every
+    step once, and nothing is lost.
+    """
+
+    def __init__(self, config: Config, *, start_step: int = 0, is_logging: bool = True) -> None:
+        """Open what the configuration asks for; raises ValueError for a package that is missing."""
+        self._steps = config.training.steps
+        self._sinks: list[Sink] = []
+        self._file: _JsonLines | None = None
+        self._progress: Progress | None = None
+        self._step = start_step
+        self._reported = start_step
+        self._tokens = 0
+        self._since = time.perf_counter()
+        if not is_logging:
+            return
+        output = Path(config.output)
+        if config.logging.tensorboard:
+            self._sinks.append(_TensorBoard(output / "tensorboard", start_step))
+        if config.logging.wandb_project is not None:
+            self._sinks.append(_WandB(output, config))
+        self._file = _JsonLines(output, start_step)
+        self._progress = _progress_bar(self._steps, start_step)
+
+    def advance(self, step: int, tokens: int) -> None:
+        """Count a finished training step of `tokens` tokens over all ranks."""
+        self._step = step
+        self._tokens += tokens
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step)
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write training metrics of `step`, with the speed since the last report added."""
+        if self._file is None:
+            return
+        seconds = time.perf_counter() - self._since
+        steps = self._step - self._reported
+        speed = {}
+        if steps > 0 and self._tokens:
+            speed = {TOKENS_PER_SECOND: self._tokens / seconds, ITERATION_TIME: seconds / steps}
+        self._write(step, {**metrics, **speed})
+        left = (self._steps - step) * speed.get(ITERATION_TIME, math.nan)
+        self._print(step, metrics, speed, left)
+        self.restart_clock()
+
+    def report_validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write metrics of a validation, which does not count in the training speed."""
+        self._write(step, metrics)
+        self._print(step, metrics, {}, math.nan)
+
+    def event(self, step: int, what: str, **facts: Any) -> None:
+        """Write that something happened ("saved", "skipped", "resumed") to the JSONL file alone."""
+        if self._file is not None:
+            self._file.write({"step": step, "event": what, **facts})
+
+    def restart_clock(self) -> None:
+        """Begin to measure the speed anew, as after a validation or a save."""
+        self._since = time.perf_counter()
+        self._reported = self._step
+        self._tokens = 0
+
+    def close(self) -> None:
+        """Flush and close everything; calling it twice does no harm."""
+        if self._progress is not None:
+            self._progress.stop()
+        for sink in self._sinks:
+            sink.close()
+        if self._file is not None:
+            self._file.close()
+        self._sinks, self._file, self._progress = [], None, None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._file is not None:
+            self._file.write({"step": step, "time": round(time.time(), 3), **metrics})
+        for sink in self._sinks:
+            sink.write(step, metrics)
+
+    def _print(
+        self, step: int, metrics: Mapping[str, float], speed: Mapping[str, float], left: float
+    ) -> None:
+        if self._progress is None:
+            return
+        parts = [f"step {step}/{self._steps}"]
+        parts += [f"{name} {value:.4g}" for name, value in metrics.items()]
+        if speed:
+            parts.append(f"{speed[TOKENS_PER_SECOND]:,.0f} tokens/s")
+        if math.isfinite(left) and left > 0:
+            parts.append(f"ETA {datetime.timedelta(seconds=round(left))}")
+        self._progress.console.print(" · ".join(parts), soft_wrap=True)
+
+
+def _progress_bar(steps: int, start_step: int) -> Progress:
+    progress = Progress(
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        console=platform.console,
+        transient=True,
+        # Where nobody watches, the printed lines say it all.
+        disable=not platform.console.is_terminal,
+    )
+    progress.add_task("training", total=steps, completed=start_step)
+    progress.start()
+    return progress
+
+
+class _JsonLines:
+    """One JSON object per line, flushed at once; numbers that are not finite become null."""
+
+    def __init__(self, output: Path, start_step: int) -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        path = output / LOG
+        if path.exists():
+            _supersede(path, output / SUPERSEDED, start_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        plain = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _supersede(path: Path, superseded: Path, start_step: int) -> None:
+    """Move the lines of steps after `start_step`, and a line torn by a crash, to another file."""
+    kept: list[str] = []
+    moved: list[str] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        (kept if _step_of(line) <= start_step else moved).append(line + "\n")
+    if not moved:
+        return
+    with open(superseded, "a", encoding="utf-8") as file:
+        file.writelines(moved)
+    aside = path.with_name(path.name + ".new")
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path, start_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing("logging.tensorboard", "tensorboard") from error
+        # Hides what an earlier run wrote about steps that are now taken again.
+        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, output: Path, config: Config) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise _missing("logging.wandb_project", "wandb") from error
+        output.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=config.logging.wandb_project,
+            mode=config.logging.wandb_mode,
+            dir=str(output),
+            name=output.name,
+            id=_run_id(output),
+            resume="allow",
+            config=config.model_dump(),
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _run_id(output: Path) -> str:
+    """Return the W&B id of the run in `output`, the same when it is resumed."""
+    path = output / "wandb-run-id"
+    if not path.exists():
+        path.write_text(os.urandom(4).hex() + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _missing(option: str, package: str) -> ValueError:
+    return ValueError(
+        f"{option} needs the package {package}, which is not installed; "
+        "pip install 'ee-llm[track]', or turn the option off"
+    )

@@ -1,0 +1,154 @@
+"""megatron-core's optimizer for our stages: masters, weight decay groups, clipping, one step.
+
+Gradients arrive finalised (summed over data-parallel ranks and over copies of tied weights).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ee_llm import platform
+from ee_llm.training import adam
+
+platform.enable_megatron()
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.optimizer import (  # noqa: E402
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+
+class OptimizerOptions(Protocol):
+    """What is read of the optimizer's configuration."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def min_lr(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def beta1(self) -> float: ...
+    @property
+    def beta2(self) -> float: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def clip_grad(self) -> float: ...
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did."""
+
+    updated: bool
+    """False when the gradients were not finite: then nothing changed, the step count included."""
+    grad_norm: float
+    """Global norm before clipping; tied weights count once."""
+
+
+def use_distributed_optimizer(data_size: int, dtype: torch.dtype) -> bool:
+    """Return whether the optimizer's state is split over the data-parallel ranks.
+
+    float64 keeps a whole copy per rank: megatron-core's distributed optimizer has no float64.
+    """
+    return data_size > 1 and dtype != torch.float64
+
+
+def wrap_stages(
+    stages: Sequence[MegatronModule],
+    config: TransformerConfig,
+    *,
+    data_size: int,
+    dtype: torch.dtype,
+) -> list[DistributedDataParallel]:
+    """Return the stages in megatron-core's DDP, which holds their gradients in contiguous buffers.
+
+    Gradients are summed, in float32 for bfloat16 parameters; our losses are normalised already, so
+    nothing may divide them by the number of ranks (`config.calculate_per_token_loss`).
+    """
+    if not config.calculate_per_token_loss:
+        raise ValueError(
+            "TransformerConfig.calculate_per_token_loss must be True: without it megatron-core "
+            "divides gradients by the data-parallel size, and ours are normalised already"
+        )
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=dtype == torch.bfloat16,
+        use_distributed_optimizer=use_distributed_optimizer(data_size, dtype),
+        overlap_grad_reduce=False,
+    )
+    return [DistributedDataParallel(config, ddp_config, stage) for stage in stages]
+
+
+def build_optimizer(
+    stages: Sequence[DistributedDataParallel],
+    options: OptimizerOptions,
+    *,
+    data_size: int,
+    dtype: torch.dtype,
+) -> MegatronOptimizer:
+    """Return megatron-core's AdamW over the trainable parameters of the DDP-wrapped `stages`.
+
+    Parameters of `dtype` bfloat16 have float32 masters. Biases and norms (one-dimensional
+    parameters) have no weight decay. Parameters marked `shared` (copies of a tied weight on other
+    pipeline stages) are updated but do not count in the gradient's norm.
+    Collective: every rank calls it, a rank without trainable parameters included.
+    """
+    adam.install()
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        adam_eps=options.eps,
+        clip_grad=0.0,  # `take_step` clips: it must see the norm before anything is updated
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=use_distributed_optimizer(data_size, dtype),
+    )
+    optimizer = get_megatron_optimizer(
+        config, list(stages), config_overrides=get_standard_config_overrides(config)
+    )
+    for group in optimizer.param_groups:
+        group["weight_decay"] = options.weight_decay * group["wd_mult"]
+    return optimizer
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
+    """Make every parameter group use `learning_rate` from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_mult"]
+
+
+@torch.no_grad()
+def take_step(optimizer: MegatronOptimizer, *, clip_grad: float) -> StepResult:
+    """Update the parameters from the finalised gradients, clipped to the global norm `clip_grad`.
+
+    `clip_grad` 0 leaves gradients as they are. If their norm is not finite, which all ranks see
+    alike, parameters, moments and step counts stay untouched. Collective over all ranks.
+    """
+    if optimizer.prepare_grads():
+        return StepResult(False, math.inf)  # a gradient scaler found an overflow
+    grad_norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        return StepResult(False, grad_norm)
+    if clip_grad > 0 and grad_norm > clip_grad:
+        gradients = list(_gradients(optimizer))
+        if gradients:
+            # The small constant is megatron-core's and torch's: it guards a norm of zero.
+            torch._foreach_mul_(gradients, clip_grad / (grad_norm + 1e-6))
+    return StepResult(bool(optimizer.step_with_ready_grads()), grad_norm)
+
+
+def _gradients(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                yield param.grad

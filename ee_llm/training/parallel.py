@@ -1,0 +1,175 @@
+"""The model as the trainer sees it: one object, whatever ranks its stages live on.
+
+Shapes: s sequence, b microbatch, h hidden.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from ee_llm import platform
+from ee_llm.config import Config
+from ee_llm.data import Microbatch
+from ee_llm.losses import scheduled_weight
+from ee_llm.model.gradients import GradientSums
+from ee_llm.model.stage import Stage, stages_of_exits
+from ee_llm.pipeline.lower import lower
+from ee_llm.pipeline.plan import Plan, forward_only, one_f_one_b
+from ee_llm.pipeline.runtime import Runtime, TensorSpec
+from ee_llm.platform.transport import connect
+from ee_llm.training.optimizer import wrap_stages
+
+platform.enable_megatron()
+from megatron.core.distributed import DistributedDataParallel
+
+
+def exit_weights(config: Config, step: int) -> dict[int, float]:
+    """Return the loss weight of every exit at `step` (from 0) by boundary; the final exit's is 1."""
+    exits = config.exits
+    weights = {
+        boundary: scheduled_weight(
+            exits.weight_schedule, initial, weight, exits.schedule_steps, step
+        )
+        for boundary, initial, weight in zip(
+            exits.boundaries, exits.initial_weights, exits.weights, strict=True
+        )
+    }
+    return weights | {config.model.num_layers: 1.0}
+
+
+class StageOnData:
+    """A stage with the microbatches and weights of the step at hand: what the runtime drives.
+
+    `sums` gathers each exit's loss, summed over valid tokens, unweighted.
+    """
+
+    def __init__(self, chunk: DistributedDataParallel, config: Config) -> None:
+        self.chunk = chunk
+        self.stage: Stage = chunk.module
+        self.dynamic_token_weights = config.exits.dynamic_token_weights
+        self.microbatches: Sequence[Microbatch] = ()
+        self.factors: dict[int, float] = {}
+        self.sums: dict[int, torch.Tensor] = {}
+
+    def begin(self, microbatches: Sequence[Microbatch], factors: dict[int, float]) -> None:
+        """Take the step's data, and by boundary the factor from an exit's loss sum to its loss."""
+        self.microbatches = microbatches
+        self.factors = factors
+        self.sums = {}
+
+    def forward(
+        self, microbatch: int, hidden: torch.Tensor | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return the stage's output and the inputs of its exits."""
+        batch = self.microbatches[microbatch]
+        return self.chunk(batch.tokens, batch.positions, hidden)
+
+    def exit_loss(self, microbatch: int, index: int, tap: torch.Tensor) -> torch.Tensor:
+        """Return an exit's weighted loss of one microbatch, normalised by the step's valid tokens."""
+        batch = self.microbatches[microbatch]
+        boundary = self.stage.boundaries[index]
+        loss = self.stage.exit_loss(
+            boundary,
+            tap,
+            batch.positions,
+            batch.labels,
+            batch.loss_mask,
+            dynamic_token_weights=self.dynamic_token_weights,
+        )
+        seen = self.sums.get(boundary)
+        self.sums[boundary] = loss.reported if seen is None else seen + loss.reported
+        return loss.objective * self.factors[boundary]
+
+
+class ParallelModel:
+    """This rank's stages, their place in the pipeline, and the sums that join the ranks.
+
+    `chunks` are the stages in megatron-core's DDP, which holds their gradients (`main_grad`).
+    """
+
+    def __init__(self, config: Config, grid: platform.Grid, dtype: torch.dtype) -> None:
+        """Build, initialise and connect the stages; collective over all ranks."""
+        self.config = config
+        self.grid = grid
+        self.dtype = dtype
+        self.num_microbatches = config.num_microbatches(grid.world_size)
+        stage = Stage(config, grid.pipeline_rank, dtype)
+        self.chunks = wrap_stages([stage], stage.config, data_size=grid.data_size, dtype=dtype)
+        self.stages = [chunk.module for chunk in self.chunks]
+        self.boundaries = tuple(stages_of_exits(config))
+        self._on_data = {stage.index: StageOnData(self.chunks[0], config)}
+        self._sum_gradients = GradientSums(config, grid)
+        transport = None
+        if grid.pipeline_size > 1:
+            transport = connect(grid, config.parallel.timeout_s)
+
+        def runtime(plan: Plan) -> Runtime:
+            return Runtime(
+                lower(plan),
+                grid.pipeline_rank,
+                self._on_data,
+                transport,
+                self.hidden_spec(),
+                deferred=config.exits.deferred,
+            )
+
+        self._train = runtime(one_f_one_b(grid.pipeline_size, self.num_microbatches))
+        self._evaluate = runtime(forward_only(grid.pipeline_size, self.num_microbatches))
+
+    def hidden_spec(self) -> TensorSpec:
+        """Return shape, type and device of the hidden states that stages hand on."""
+        config = self.config
+        length = config.data.seq_length
+        if config.parallel.sequence:
+            length //= config.parallel.tensor
+        shape = (length, config.training.micro_batch_size, config.model.hidden_size)
+        return TensorSpec(shape, self.dtype, platform.device())
+
+    def forward_backward(self, microbatches: Sequence[Microbatch], step: int) -> dict[int, float]:
+        """Compute the gradients of one step (from 0) and return every exit's mean loss in nats.
+
+        Takes this data-parallel rank's microbatches. Losses are over the step's valid tokens of
+        all ranks, and so are the gradients in `main_grad`, whole on return.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        tokens = self._begin(microbatches, exit_weights(self.config, step))
+        self._train.step()
+        self._sum_gradients(self.chunks)
+        return {boundary: total / tokens for boundary, total in self._loss_sums().items()}
+
+    def evaluate(self, steps: Sequence[Sequence[Microbatch]]) -> dict[int, float]:
+        """Return every exit's mean loss in nats over the valid tokens of some global batches."""
+        totals = dict.fromkeys(self.boundaries, 0.0)
+        tokens = 0.0
+        for chunk in self.chunks:
+            chunk.eval()
+        for microbatches in steps:
+            tokens += self._begin(microbatches, dict.fromkeys(self.boundaries, 1.0))
+            self._evaluate.step()
+            for boundary, total in self._loss_sums().items():
+                totals[boundary] += total
+        return {boundary: total / max(tokens, 1.0) for boundary, total in totals.items()}
+
+    def _begin(self, microbatches: Sequence[Microbatch], weights: dict[int, float]) -> float:
+        """Hand the data to the stages and return the number of valid tokens over all ranks."""
+        here = [Microbatch(*(x.to(platform.device()) for x in batch)) for batch in microbatches]
+        count = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in here]).sum()
+        dist.all_reduce(count, group=self.grid.data_group)
+        tokens = max(count.item(), 1.0)  # a step without valid tokens has no loss
+        factors = {boundary: weight / tokens for boundary, weight in weights.items()}
+        for stage in self._on_data.values():
+            stage.begin(here, factors)
+        return tokens
+
+    def _loss_sums(self) -> dict[int, float]:
+        """Return the loss sum of every exit over microbatches and data ranks, on all ranks."""
+        sums = torch.zeros(len(self.boundaries), dtype=torch.float64, device=platform.device())
+        for stage in self._on_data.values():
+            for boundary, total in stage.sums.items():
+                sums[self.boundaries.index(boundary)] = total
+        dist.all_reduce(sums, group=self.grid.pipeline_group)
+        dist.all_reduce(sums, group=self.grid.data_group)
+        return dict(zip(self.boundaries, sums.tolist(), strict=True))

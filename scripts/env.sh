@@ -1,0 +1,115 @@
+# Sourced by the other scripts: makes a Python environment with ee_llm in it and leaves its
+# interpreter in $PYTHON. Does nothing but that, and nothing at all when it was done before.
+#
+#   ee_llm_environment EXTRA...    EXTRA: extras of pyproject.toml, such as dev
+#
+# Variables a user may set:
+#   EE_LLM_SYSTEM=1       install into the active environment, as inside a CUDA container that brings
+#                         its own torch, which is kept. Default: .venv, made if there is none.
+#   EE_LLM_TORCH_INDEX    one more package index to find torch in. On Linux PyPI's torch brings CUDA
+#                         libraries of several GB; without a GPU
+#                         EE_LLM_TORCH_INDEX=https://download.pytorch.org/whl/cpu spares them.
+#   EE_LLM_PYTHON         the Python (3.11 or 3.12) that .venv is made with.
+
+set -o pipefail
+ee_llm_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+ee_llm_fail() {
+    echo "ee-llm: $*" >&2
+    exit 1
+}
+
+# The first of the given Pythons that is of a supported version; the user's choice goes first.
+ee_llm_find_python() {
+    local candidate
+    for candidate in ${EE_LLM_PYTHON:-"$@"}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+            2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+ee_llm_environment() {
+    local extras="$*" stamp_folder hash
+    cd "$ee_llm_root" || exit 1
+    if [[ "${EE_LLM_SYSTEM:-0}" == 1 ]]; then
+        PYTHON="$(ee_llm_find_python python python3)" ||
+            ee_llm_fail "EE_LLM_SYSTEM=1, but no Python 3.11 or 3.12 is active; set EE_LLM_PYTHON"
+        stamp_folder="$("$PYTHON" -c 'import sys; print(sys.prefix)')"
+    else
+        PYTHON="$ee_llm_root/.venv/bin/python"
+        stamp_folder="$ee_llm_root/.venv"
+        if [[ ! -x "$PYTHON" ]]; then
+            local base
+            base="$(ee_llm_find_python python3.12 python3.11 python3 python)" ||
+                ee_llm_fail "needs Python 3.11 or 3.12; install one, or name it in EE_LLM_PYTHON"
+            echo "ee-llm: making .venv with $base"
+            "$base" -m venv "$ee_llm_root/.venv" ||
+                ee_llm_fail "$base can not make environments; on Debian: apt install python3-venv"
+        fi
+    fi
+    "$PYTHON" -m pip --version >/dev/null 2>&1 ||
+        ee_llm_fail "$PYTHON has no pip; remove .venv if it is half made, and run this again"
+    # What an environment was made from; when nothing of it changed, nothing is installed again.
+    hash="$("$PYTHON" - "$ee_llm_root" pyproject.toml setup.py constraints.txt <<'PYTHON_CODE'
+import hashlib, pathlib, sys
+root, *names = sys.argv[1:]
+parts = [root, sys.version, *(pathlib.Path(root, name).read_text() for name in names)]
+print(hashlib.sha256("\0".join(parts).encode()).hexdigest())
+PYTHON_CODE
+)"
+    local extra missing=0
+    for extra in core $extras; do
+        [[ "$(cat "$stamp_folder/.ee_llm-$extra" 2>/dev/null)" == "$hash" ]] || missing=1
+    done
+    if [[ $missing == 1 ]]; then
+        ee_llm_install $extras
+        for extra in core $extras; do
+            echo "$hash" 2>/dev/null >"$stamp_folder/.ee_llm-$extra" || true
+        done
+    fi
+}
+
+ee_llm_install() {
+    local target="." constraints="constraints.txt" torch_version temporary=""
+    [[ $# -gt 0 ]] && target=".[$(IFS=,; echo "$*")]"
+    if [[ "${EE_LLM_SYSTEM:-0}" == 1 ]] &&
+        torch_version="$("$PYTHON" -c 'import torch; print(torch.__version__)' 2>/dev/null)"; then
+        # The packages that are there stay as they are; only what is missing is added.
+        temporary="$(mktemp)"
+        echo "torch==$torch_version" >"$temporary"
+        constraints="$temporary"
+    fi
+    echo "ee-llm: installing $target into $("$PYTHON" -c 'import sys; print(sys.prefix)')"
+    if [[ -z "${EE_LLM_TORCH_INDEX:-}" && "$(uname)" == Linux ]] &&
+        ! command -v nvidia-smi >/dev/null &&
+        ! "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))'; then
+        echo "ee-llm: no GPU here; EE_LLM_TORCH_INDEX=https://download.pytorch.org/whl/cpu" \
+            "would make this download smaller"
+    fi
+    local log status=0
+    log="$(mktemp)"
+    "$PYTHON" -m pip install --progress-bar off --disable-pip-version-check \
+        ${EE_LLM_TORCH_INDEX:+--extra-index-url "$EE_LLM_TORCH_INDEX"} \
+        --constraint "$constraints" --editable "$target" 2>&1 |
+        tee "$log" | ee_llm_progress || status=$?
+    [[ $status == 0 ]] || cat "$log" >&2
+    rm -f "$log" ${temporary:+"$temporary"}
+    [[ $status == 0 ]] || ee_llm_fail "installation failed; the lines above say why"
+}
+
+# pip's output as one line that changes in a terminal, and as its longer steps elsewhere.
+ee_llm_progress() {
+    local line
+    while IFS= read -r line; do
+        if [[ -t 1 ]]; then
+            printf '\r\033[K  %.70s' "${line#"${line%%[![:space:]]*}"}"
+        elif [[ "$line" =~ ^\ *Downloading.*[0-9]{2}\.[0-9]\ MB || "$line" == Installing\ coll* ]]; then
+            printf '  %.70s\n' "${line#"${line%%[![:space:]]*}"}"
+        fi
+    done
+    if [[ -t 1 ]]; then printf '\r\033[K'; fi
+}

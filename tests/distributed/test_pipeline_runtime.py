@@ -1,0 +1,240 @@
+"""The runtime over real ranks and messages: gradients, liveness, lost peers."""
+
+import time
+
+import pytest
+import torch
+
+from ee_llm import platform
+from ee_llm.pipeline import Action, Plan, Visit, forward_only, lower, one_f_one_b
+from ee_llm.pipeline.runtime import Runtime
+from ee_llm.platform.transport import connect
+from tests.distributed.harness import run_ranks
+from tests.unit.pipeline.toy import SPEC, Shape, assert_same_gradients, reference, stages_of
+
+SHAPES = {
+    1: [Shape(("imo",)), Shape(("o",))],
+    2: [
+        Shape(("o", "io")),
+        Shape(("", "o")),
+        Shape(("mo", "mo")),
+        Shape(("o", "i"), frozenset({0, 1})),
+    ],
+    3: [Shape(("o", "iom", "o")), Shape(("", "", "o")), Shape(("", "ii", "o"), frozenset({1}))],
+    4: [
+        Shape(("mo", "io", "i", "o")),
+        Shape(("", "oo", "", "o")),
+        Shape(("m", "", "i", "o"), frozenset({0, 2, 3})),
+        Shape(("o", "", "", "")),
+    ],
+}
+
+
+def _join(stages, timeout_s=30.0):
+    grid = platform.initialize(tensor=1, pipeline=stages, timeout_s=timeout_s)
+    return grid, connect(grid, timeout_s)
+
+
+def _run(grid, transport, plan, shape, deferred=True):
+    rank = grid.pipeline_rank
+    stages = stages_of(shape, plan, rank)
+    Runtime(lower(plan), rank, stages, transport, SPEC, deferred).step()
+    return stages
+
+
+def _gradients(stages):
+    return {name: g for stage in stages.values() for name, g in stage.gradients().items()}
+
+
+def _parity(size):
+    grid, transport = _join(size)
+    checked = 0
+    for shape in SHAPES[size]:
+        for microbatches in (1, 2, 3, 8):
+            plan = one_f_one_b(size, microbatches)
+            expected = reference(shape, plan)
+            for deferred in (True, False):
+                stages = _run(grid, transport, plan, shape, deferred)
+                assert_same_gradients(_gradients(stages), expected)
+                (stage,) = stages.values()
+                exits = len(stage.kinds)
+                ahead = min(size - stage.stage, microbatches)
+                assert stage.live.total == exits * microbatches
+                assert stage.live.peak == (min(1, exits) if deferred else exits * ahead)
+                assert not stage.live.alive
+                checked += 1
+    return checked
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_gradients_equal_the_single_process_and_exit_graphs_are_bounded(size):
+    """1F1B over `size` ranks, also with fewer microbatches than ranks; float64 to 1e-12.
+
+    Exit graphs alive on stage i: one when deferred, P-i microbatches' when naive.
+    """
+    assert run_ranks(size, _parity, size) == [8 * len(SHAPES[size])] * size
+
+
+def _parse(*lines):
+    return tuple(tuple(Action.parse(text) for text in line.split()) for line in lines)
+
+
+TWO_STAGES_EACH = Plan(
+    _parse(
+        "0F0 0F1 2F0 2F1 2B0 0B0 2B1 0B1",
+        "1F0 1F1 3F0 3B0 1B0 3F1 3B1 1B1",
+    ),
+    (0, 1, 0, 1),
+    (Visit(4, 0),) * 2,
+)
+NEIGHBOURS_SHARE_A_RANK = Plan(
+    _parse(
+        "0F0 1F0 0F1 1F1 1B0 0B0 1B1 0B1",
+        "2F0 3F0 3B0 2B0 2F1 3F1 3B1 2B1",
+    ),
+    (0, 0, 1, 1),
+    (Visit(4, 0),) * 2,
+)
+SHORT_VISITS = Plan(
+    _parse(
+        "0F0 0F1 0F2 0B1 0B0",
+        "1F0 1F1 1B1 1F2 1B0",
+        "2F0 2F2 2B0 2B2",
+        "3F0 3B0 3F2 3B2",
+    ),
+    (0, 1, 2, 3),
+    (Visit(4, 0), Visit(2, 0), Visit(4, 2)),
+)
+
+
+def _plan_parity(size, plan, rounds):
+    grid, transport = _join(size)
+    shape = Shape(("mo", "io", "i", "o"))
+    expected = reference(shape, plan)
+    for _ in range(rounds):
+        assert_same_gradients(_gradients(_run(grid, transport, plan, shape)), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "plan"),
+    [(2, TWO_STAGES_EACH), (2, NEIGHBOURS_SHARE_A_RANK), (4, SHORT_VISITS)],
+    ids=["two stages each", "neighbours share a rank", "short visits"],
+)
+def test_other_plans_need_no_other_runtime(size, plan):
+    """Both directions between the same two peers must not swap messages, step after step."""
+    run_ranks(size, _plan_parity, size, plan, 5)
+
+
+def _evaluation():
+    grid, transport = _join(3)
+    stages = _run(grid, transport, forward_only(3, 5), Shape(("o", "im", "o")))
+    (stage,) = stages.values()
+    assert stage.grad_modes == [False] * 5
+    assert all(gradient is None for gradient in _gradients(stages).values())
+    return stage.live.total
+
+
+def test_forward_only_computes_every_exit_and_no_gradient():
+    assert run_ranks(3, _evaluation) == [5, 10, 5]
+
+
+def _two_columns():
+    """Each column trains on its own; messages must stay in their column."""
+    grid, transport = _join(2)
+    shape = [Shape(("o", "o")), Shape(("mm", "io"))][grid.data_rank]
+    plan = one_f_one_b(2, 3 + grid.data_rank)
+    assert_same_gradients(_gradients(_run(grid, transport, plan, shape)), reference(shape, plan))
+
+
+def test_columns_do_not_mix():
+    run_ranks(4, _two_columns)
+
+
+def _lost(silent, patience):
+    """Rank `silent` never takes part; the others report what they saw."""
+    grid, transport = _join(2, timeout_s=1.0)
+    if grid.rank == silent:
+        time.sleep(patience)
+        return "slept"
+    start = time.monotonic()
+    try:
+        _run(grid, transport, one_f_one_b(2, 1), Shape(("o", "o")))
+    except RuntimeError as error:
+        return str(error), time.monotonic() - start
+    return "no error"
+
+
+def test_a_silent_peer_is_an_error_that_names_peer_channel_and_place():
+    (message, seconds), _ = run_ranks(2, _lost, 1, 3.0)
+    assert "pipeline rank 0 failed at 0B0" in message
+    assert (
+        "backward message with tag 1 did not come from pipeline rank 1 (global rank 1)" in message
+    )
+    assert "no answer within 1 s (parallel.timeout_s)" in message
+    assert ">0B0<" in message
+    assert 0.9 < seconds < 2.9
+    _, (message, seconds) = run_ranks(2, _lost, 0, 3.0)
+    assert "pipeline rank 1 failed at 1F0" in message
+    assert "forward message with tag 0 did not come from pipeline rank 0 (global rank 0)" in message
+    assert 0.9 < seconds < 2.9
+
+
+def _dead():
+    grid, transport = _join(2, timeout_s=20)
+    if grid.rank == 1:
+        torch.distributed.destroy_process_group()
+        return None
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"did not come from pipeline rank 1 .*(?i:clos)"):
+        _run(grid, transport, one_f_one_b(2, 1), Shape(("o", "o")))
+    return time.monotonic() - start
+
+
+def test_a_peer_that_left_is_noticed_at_once():
+    seconds, _ = run_ranks(2, _dead)
+    assert seconds < 10
+
+
+def _unread():
+    grid, transport = _join(2, timeout_s=1.0)
+    if grid.rank == 1:
+        time.sleep(3)
+        return None
+    for tag in range(6):  # more than may be in flight
+        try:
+            transport.send(torch.zeros(1 << 20), peer=1, channel="forward", tag=tag)
+        except RuntimeError as error:
+            return tag, str(error)
+    return "no error"
+
+
+def test_sends_that_nobody_takes_are_bounded():
+    """Guards memory: gloo keeps every sent tensor alive until the peer has taken it."""
+    (tag, message), _ = run_ranks(2, _unread)
+    assert tag == 4
+    assert "forward message with tag 0 was not taken by pipeline rank 1" in message
+
+
+def _tags():
+    """Messages of one channel taken in another order than they were sent in; odd strides too."""
+    grid, transport = _join(2)
+    if grid.rank == 0:
+        source = torch.arange(12.0).reshape(3, 4)
+        for tag in range(3):
+            transport.send(source.T + tag, peer=1, channel="forward", tag=tag)
+        transport.send(source, peer=1, channel="backward", tag=0)
+        transport.flush()
+        return None
+    buffers = [torch.empty(4, 3) for _ in range(3)]
+    for tag in (2, 0, 1):
+        transport.post(buffers[tag], peer=0, channel="forward", tag=tag)
+    transport.post(torch.empty(3, 4), peer=0, channel="backward", tag=0)
+    returned = transport.take(peer=0, channel="backward", tag=0)
+    taken = [transport.take(peer=0, channel="forward", tag=tag) for tag in (1, 2, 0)]
+    assert returned[1, 0] == 4
+    assert [tensor[1, 0].item() for tensor in taken] == [2.0, 3.0, 1.0]
+    return True
+
+
+def test_messages_are_matched_by_channel_and_tag():
+    assert run_ranks(2, _tags) == [None, True]

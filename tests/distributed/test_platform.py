@@ -1,0 +1,56 @@
+"""The grid of ranks, and megatron-core on a CPU."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ee_llm import platform
+from tests.distributed.harness import RankFailed, run_ranks
+
+
+def _grid(tensor, pipeline):
+    grid = platform.initialize(tensor=tensor, pipeline=pipeline, timeout_s=20)
+    total = torch.tensor([float(grid.rank)])
+    dist.all_reduce(total, group=grid.pipeline_group)
+    return grid.tensor_rank, grid.pipeline_rank, grid.data_rank, grid.pipeline_ranks, total.item()
+
+
+def test_layout_is_tensor_then_data_then_pipeline():
+    assert run_ranks(4, _grid, 2, 2) == [
+        (0, 0, 0, [0, 2], 2.0),
+        (1, 0, 0, [1, 3], 4.0),
+        (0, 1, 0, [0, 2], 2.0),
+        (1, 1, 0, [1, 3], 4.0),
+    ]
+    assert [place[2] for place in run_ranks(4, _grid, 1, 2)] == [0, 1, 0, 1]
+
+
+def test_four_ranks_start_in_well_under_two_seconds():
+    run_ranks(1, _grid, 1, 1)  # imports
+    start = time.monotonic()
+    run_ranks(4, _grid, 2, 2)
+    assert time.monotonic() - start < 10  # a bound on breakage, not a benchmark
+
+
+def test_world_size_that_does_not_match_the_layout():
+    with pytest.raises(RankFailed, match=r"world size 2 does not fit .* --nproc 4"):
+        run_ranks(2, _grid, 2, 2)
+
+
+def _lost_peer():
+    grid = platform.initialize(tensor=1, pipeline=2, timeout_s=1)
+    if grid.rank == 0:
+        time.sleep(4)
+        return "slept"
+    try:
+        dist.all_reduce(torch.ones(1))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_collective_without_its_peer_times_out():
+    _, message = run_ranks(2, _lost_peer)
+    assert "imed out" in message or "timeout" in message.lower()

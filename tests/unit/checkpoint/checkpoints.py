@@ -1,0 +1,61 @@
+"""Checkpoints for tests: written by torch's own writer, sealed as ours, no megatron-core needed."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from torch.distributed import checkpoint as dcp
+
+from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.read import CONFIG
+from ee_llm.config import load_config
+
+TENSORS = {
+    "embedding.word.weight": torch.arange(12.0).reshape(4, 3),
+    "layers.1.norm.weight": torch.ones(3, dtype=torch.bfloat16),
+    "optimizer.state.exp_avg.embedding.word.weight": torch.zeros(4, 3),
+}
+
+
+def write_checkpoint(output: Path, step: int = 7, tensors=None, publish: bool = True) -> Path:
+    """Return a complete checkpoint below `output` (or, not published, a sealed partial one)."""
+    partial = directory.create_partial(output / directory.CHECKPOINTS, step)
+    dcp.save(
+        dict(TENSORS if tensors is None else tensors),
+        storage_writer=dcp.FileSystemWriter(partial / directory.TENSORS),
+        no_dist=True,
+    )
+    torch.save({}, partial / directory.TENSORS / "common.pt")
+    config = load_config(None, {"model.shape": "llama-tiny", "output": str(output)})
+    directory.write_file(partial / CONFIG, config.to_toml())
+    directory.seal(partial, {"step": step, "tokenizer": "bytes"})
+    return directory.publish(partial, keep_last=0) if publish else partial
+
+
+def accept_sizes(checkpoint: Path) -> None:
+    """Make the manifest agree with files that a test has changed, as an attacker would."""
+    path = checkpoint / directory.MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["files"] = {name: (checkpoint / name).stat().st_size for name in manifest["files"]}
+    path.write_text(json.dumps(manifest))
+
+
+def edit_metadata(checkpoint: Path, change) -> None:
+    """Apply `change` to torch's own metadata object and write it back."""
+    path = checkpoint / directory.TENSORS / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+    accept_sizes(checkpoint)
+
+
+class Payload:
+    """Creates a file when it is unpickled without care."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.marker}'",)

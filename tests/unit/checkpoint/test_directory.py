@@ -1,0 +1,124 @@
+"""A checkpoint has its name when it is whole, and never before; `latest` follows last."""
+
+import os
+import time
+
+import pytest
+
+from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.directory import (
+    CheckpointError,
+    check_output,
+    find_latest,
+    resolve_checkpoint,
+)
+from tests.unit.checkpoint.checkpoints import write_checkpoint
+
+
+def add(output, step, keep_last=0):
+    """Publish an empty checkpoint."""
+    checkpoints = output / directory.CHECKPOINTS
+    partial = directory.create_partial(checkpoints, step)
+    (partial / directory.TENSORS / "data").write_text(f"step {step}")
+    directory.seal(partial, {"step": step})
+    return directory.publish(partial, keep_last)
+
+
+def names(output):
+    return sorted(path.name for path in (output / directory.CHECKPOINTS).iterdir())
+
+
+def test_keeps_the_last(tmp_path):
+    for step in (1, 2, 10, 200):
+        add(tmp_path, step, keep_last=2)
+    assert names(tmp_path) == ["latest", "step-00000010", "step-00000200"]
+    assert find_latest(tmp_path).name == "step-00000200"
+
+
+def test_keeps_all_if_asked(tmp_path):
+    for step in (1, 2, 3):
+        add(tmp_path, step, keep_last=0)
+    assert len(directory.complete_steps(tmp_path / directory.CHECKPOINTS)) == 3
+
+
+def test_after_going_back_the_newest_by_time_are_kept(tmp_path):
+    """Steps 400 and 500 are of a branch that was left at 200: 300 must not push 200 out."""
+    for step in (100, 400, 500, 200):
+        add(tmp_path, step)
+        time.sleep(0.01)
+    add(tmp_path, 300, keep_last=2)
+    assert names(tmp_path) == ["latest", "step-00000200", "step-00000300"]
+
+
+def test_a_step_that_is_reached_again_replaces(tmp_path):
+    first = add(tmp_path, 5)
+    (first / "tensors" / "data").write_text("old")
+    assert (add(tmp_path, 5) / "tensors" / "data").read_text() == "step 5"
+    assert names(tmp_path) == ["latest", "step-00000005"]
+
+
+def test_what_a_dead_run_left_is_no_checkpoint_and_is_cleared(tmp_path):
+    add(tmp_path, 1)
+    write_checkpoint(tmp_path, step=2, publish=False)
+    assert find_latest(tmp_path).name == "step-00000001"
+    assert "step-00000002.partial" in names(tmp_path)
+    add(tmp_path, 3)
+    assert names(tmp_path) == ["latest", "step-00000001", "step-00000003"]
+
+
+def test_half_a_directory_with_a_final_name_is_not_complete(tmp_path):
+    """A copy that was interrupted has the name, but not the manifest, which is written last."""
+    add(tmp_path, 1)
+    (add(tmp_path, 2) / directory.MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"latest names step-00000002.*step-00000001"):
+        find_latest(tmp_path)
+    (tmp_path / directory.CHECKPOINTS / "latest").unlink()
+    assert find_latest(tmp_path).name == "step-00000001"
+
+
+def test_latest_must_be_a_name(tmp_path):
+    add(tmp_path, 1)
+    (tmp_path / directory.CHECKPOINTS / "latest").write_text("../../elsewhere")
+    with pytest.raises(CheckpointError, match="expected a name such as step-00000100"):
+        find_latest(tmp_path)
+
+
+def test_resolves_what_a_person_would_point_at(tmp_path, monkeypatch):
+    step = add(tmp_path, 1)
+    newest = add(tmp_path, 2)
+    assert resolve_checkpoint(tmp_path) == newest
+    assert resolve_checkpoint(str(newest.parent)) == newest
+    assert resolve_checkpoint(step) == step
+    monkeypatch.chdir(tmp_path)
+    assert resolve_checkpoint("checkpoints").name == newest.name
+    with pytest.raises(CheckpointError, match=r"does not exist: .*step-00000100"):
+        resolve_checkpoint(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*empty: expected"):
+        resolve_checkpoint(tmp_path / "empty")
+    assert find_latest(tmp_path / "empty") is None
+
+
+def test_files_are_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "latest"
+    directory.write_file(path, "old")
+
+    def no_space(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        directory.write_file(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_unwritable_output_is_said_at_the_start(tmp_path):
+    check_output(tmp_path / "new" / "run")
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output: the directory '.*file/run' can not be written"):
+        check_output(tmp_path / "file" / "run")
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "closed").mkdir(mode=0o500)
+        with pytest.raises(ValueError, match="Permission denied"):
+            check_output(tmp_path / "closed")

@@ -1,0 +1,97 @@
+"""Tensors by name, and every way in which a checkpoint can be incomplete."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.read import CheckpointError, TensorReader
+from tests.unit.checkpoint.checkpoints import TENSORS, edit_metadata, write_checkpoint
+
+
+def test_tensors_come_back(tmp_path):
+    write_checkpoint(tmp_path)
+    reader = TensorReader(tmp_path)  # the run's directory
+    assert reader.names() == ["embedding.word.weight", "layers.1.norm.weight"]
+    assert reader.names(optimizer=True) == ["optimizer.state.exp_avg.embedding.word.weight"]
+    for name, tensor in TENSORS.items():
+        assert torch.equal(reader.tensor(name), tensor)
+        assert (reader.shape(name), reader.dtype(name)) == (tensor.shape, tensor.dtype)
+        assert name in reader
+    assert reader.config().model.num_layers == 8
+    assert reader.tokenizer() == "bytes"
+
+
+def test_part_of_a_tensor(tmp_path):
+    reader = TensorReader(write_checkpoint(tmp_path))
+    part = torch.empty(2, 1, dtype=torch.float64)
+    reader.read_into(part, "embedding.word.weight", (1, 2))
+    assert part.tolist() == [[5.0], [8.0]]
+    with pytest.raises(CheckpointError, match=r"has shape \[4, 3\].* from \[3, 2\] to \[5, 3\]"):
+        reader.read_into(part, "embedding.word.weight", (3, 2))
+
+
+def test_unknown_tensor(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no tensor 'output\.weight'"):
+        TensorReader(write_checkpoint(tmp_path)).tensor("output.weight")
+
+
+def test_tensor_with_a_hole_is_refused(tmp_path):
+    """Otherwise the rows that no rank wrote would be whatever the memory held."""
+    checkpoint = write_checkpoint(tmp_path)
+
+    def change(metadata):
+        metadata.state_dict_metadata["embedding.word.weight"].size = torch.Size([6, 3])
+
+    edit_metadata(checkpoint, change)
+    with pytest.raises(CheckpointError, match="12 of 18 elements are stored"):
+        TensorReader(checkpoint).tensor("embedding.word.weight")
+
+
+@pytest.mark.parametrize("name", ["tensors/__0_0.distcp", "tensors/.metadata", "config.toml"])
+def test_missing_and_truncated_files_are_named(tmp_path, name):
+    checkpoint = write_checkpoint(tmp_path)
+    file = checkpoint / name
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    expected = f"{name}.* truncated: expected {len(content)} bytes, found {len(content) - 1}"
+    with pytest.raises(CheckpointError, match=expected):
+        TensorReader(checkpoint)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is missing: expected {len(content)} bytes"):
+        TensorReader(checkpoint)
+
+
+def test_foreign_checkpoints_say_what_was_expected(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "run")
+    manifest = checkpoint / directory.MANIFEST
+    text = manifest.read_text()
+    for old, new, expected in [
+        ('"ee_llm checkpoint"', '"something else"', "expected 'ee_llm checkpoint' version 1"),
+        ('"version": 1', '"version": 2', "found 'ee_llm checkpoint' version 2"),
+        (text, "[1]", "expected a JSON object, found list"),
+        (text, "{", "expected a JSON object"),
+    ]:
+        manifest.write_text(text.replace(old, new))
+        with pytest.raises(CheckpointError, match=expected):
+            TensorReader(checkpoint)
+    megatron = tmp_path / "iter_0000100"
+    megatron.mkdir()
+    (megatron / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    with pytest.raises(CheckpointError, match="no complete checkpoint of ee_llm"):
+        TensorReader(megatron)
+
+
+def test_reading_needs_no_megatron(tmp_path):
+    """Inference loads what training saved, on machines without megatron-core."""
+    write_checkpoint(tmp_path)
+    program = (
+        "import sys; sys.modules['megatron'] = None; sys.modules['megatron.core'] = None\n"
+        "from ee_llm.checkpoint.read import TensorReader\n"
+        f"reader = TensorReader({str(tmp_path)!r})\n"
+        "print(sum(reader.tensor(name).sum().item() for name in reader.names()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "69.0", done.stderr

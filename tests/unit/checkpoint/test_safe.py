@@ -1,0 +1,154 @@
+"""Nothing that a checkpoint holds is run, wherever it is planted."""
+
+import builtins
+import io
+import pickle
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+from ee_llm.checkpoint import directory, safe
+from ee_llm.checkpoint.read import CheckpointError, TensorReader
+from tests.unit.checkpoint.checkpoints import Payload, accept_sizes, edit_metadata, write_checkpoint
+
+NAME = "embedding.word.weight"
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """A path that a payload creates; the payload is shown to work before the test begins."""
+    path = tmp_path / "executed"
+    pickle.loads(pickle.dumps(Payload(path)))
+    assert path.exists(), "the payload does nothing, so that this test would prove nothing"
+    path.unlink()
+    return path
+
+
+def plant_entry(checkpoint, data, is_bytes):
+    """Append `data` to a .distcp file and let the index say that `NAME` is there."""
+    tensors = checkpoint / directory.TENSORS
+    file = next(tensors.glob("*.distcp"))
+    position = file.stat().st_size
+    file.write_bytes(file.read_bytes() + data)
+
+    def change(metadata):
+        index = next(index for index in metadata.storage_data if index.fqn == NAME)
+        if is_bytes:
+            metadata.state_dict_metadata[NAME] = BytesStorageMetadata()
+            del metadata.storage_data[index]
+            index = MetadataIndex(NAME)
+        metadata.storage_data[index] = _StorageInfo(file.name, position, len(data))
+
+    edit_metadata(checkpoint, change)
+
+
+def saved(content, **options):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def read_all(checkpoint):
+    reader = TensorReader(checkpoint)
+    safe.check_common(checkpoint / directory.TENSORS)
+    return [reader.tensor(name) for name in reader.names()]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "metadata",
+        "metadata_inside",
+        "common",
+        "common_legacy",
+        "tensor",
+        "tensor_legacy",
+        "tensor_raw",
+        "bytes",
+    ],
+)
+def test_planted_pickle_is_refused_and_not_run(tmp_path, marker, place):
+    checkpoint = write_checkpoint(tmp_path / "run")
+    tensors = checkpoint / directory.TENSORS
+    payload = Payload(marker)
+    file = ".metadata"
+    if place == "metadata":
+        (tensors / ".metadata").write_bytes(pickle.dumps(payload))
+    elif place == "metadata_inside":
+        edit_metadata(checkpoint, lambda metadata: setattr(metadata, "planner_data", payload))
+    elif place.startswith("common"):
+        file = "common.pt"
+        content = saved(payload, _use_new_zipfile_serialization=place == "common")
+        (tensors / "common.pt").write_bytes(content)
+    elif place == "bytes":
+        plant_entry(checkpoint, saved([payload]), is_bytes=True)
+    else:
+        file = ".distcp"
+        data = {
+            "tensor": saved(payload),
+            "tensor_legacy": saved(payload, _use_new_zipfile_serialization=False),
+            "tensor_raw": pickle.dumps(payload),
+        }[place]
+        plant_entry(checkpoint, data, is_bytes=False)
+    accept_sizes(checkpoint)
+    with pytest.raises(CheckpointError, match=file):
+        read_all(checkpoint)
+    assert not marker.exists()
+
+
+def test_untouched_checkpoint_is_read(tmp_path):
+    """The control of the test above: it is the planting that is refused."""
+    assert len(read_all(write_checkpoint(tmp_path))) == 2
+
+
+@pytest.mark.parametrize("name", ["Size.__class__", "Size.__init__.__globals__", "load"])
+def test_allowed_classes_are_no_way_to_others(name):
+    """A dotted name would walk from an allowed class to anything; torch.load unpickles files."""
+    program = b"\x80\x04\x8c\x05torch\x8c" + bytes([len(name)]) + name.encode() + b"\x93."
+    with pytest.raises(pickle.UnpicklingError, match="it names torch"):
+        safe._MetadataUnpickler(io.BytesIO(program)).load()
+
+
+@pytest.mark.parametrize("name", ["eval", "exec", "getattr", "__import__", "open"])
+def test_builtins_are_refused(name):
+    with pytest.raises(pickle.UnpicklingError, match=rf"it names \w+\.{name},"):
+        safe._MetadataUnpickler(io.BytesIO(pickle.dumps(getattr(builtins, name)))).load()
+
+
+@pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "..", "a/b"])
+def test_index_that_points_outside_of_the_directory_is_refused(tmp_path, path):
+    checkpoint = write_checkpoint(tmp_path)
+
+    def change(metadata):
+        for info in metadata.storage_data.values():
+            info.relative_path = path
+
+    edit_metadata(checkpoint, change)
+    with pytest.raises(CheckpointError, match="outside of the checkpoint's directory"):
+        TensorReader(checkpoint)
+
+
+def test_content_of_common_is_refused(tmp_path):
+    checkpoint = write_checkpoint(tmp_path)
+    torch.save({"args": 1}, checkpoint / directory.TENSORS / "common.pt")
+    with pytest.raises(CheckpointError, match=r"common\.pt: expected an empty dictionary"):
+        safe.check_common(checkpoint / directory.TENSORS)
+
+
+def test_entry_of_another_shape_or_type_is_refused(tmp_path):
+    for number, content in enumerate([torch.zeros(2, 3), torch.zeros(4, 3).double(), [1.0]]):
+        checkpoint = write_checkpoint(tmp_path / str(number))
+        plant_entry(checkpoint, saved(content), is_bytes=False)
+        with pytest.raises(CheckpointError, match=r"distcp.*expected"):
+            TensorReader(checkpoint).tensor(NAME)
+
+
+def test_damaged_index_names_the_file(tmp_path):
+    for number, content in enumerate([b"", b"\x80\x04", b"no pickle", pickle.dumps([1, 2])]):
+        checkpoint = write_checkpoint(tmp_path / str(number))
+        (checkpoint / directory.TENSORS / ".metadata").write_bytes(content)
+        accept_sizes(checkpoint)
+        with pytest.raises(CheckpointError, match=r"\.metadata"):
+            TensorReader(checkpoint)

@@ -1,0 +1,74 @@
+"""Small data sets and tokenizers that several tests of this room read."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ee_llm.data.indexed import IndexedWriter
+from ee_llm.data.train_tokenizer import train_sentencepiece
+
+CODE = '''\
+def area(width, height):
+    """Return the area of a rectangle."""
+    if width < 0 or height < 0:
+        raise ValueError(f"negative side: {width} x {height}")
+    return width * height
+
+
+class Shape:
+\tname = "shape"
+
+    def __init__(self, sides):
+        self.sides = [float(side) for side in sides]
+'''
+
+WriteData = Callable[[str, Sequence[Sequence[int]]], str]
+
+
+@pytest.fixture
+def write_data(tmp_path: Path) -> WriteData:
+    """A function of a name and documents (lists of token ids) that writes them; gives the prefix."""
+
+    def write(name: str, documents: Sequence[Sequence[int]]) -> str:
+        prefix = str(tmp_path / name)
+        with IndexedWriter(prefix, np.uint16) as writer:
+            for document in documents:
+                writer.add(document)
+            writer.commit()
+        return prefix
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sentencepiece") / "code.model"
+    train_sentencepiece([CODE], 330, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def huggingface_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer.json that also asks to cut and pad texts and to add a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<|endoftext|>", "<|stop|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([CODE], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 1)]
+    )
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    path = tmp_path_factory.mktemp("huggingface") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path

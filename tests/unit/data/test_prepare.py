@@ -1,0 +1,218 @@
+"""`ee-llm data prepare`: the same bytes from any number of workers, and clear words for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ee_llm.data import prepare as module
+from ee_llm.data.indexed import IndexedTokens
+from ee_llm.data.prepare import PrepareOptions, check_tokenizer, ordered_map, prepare
+from ee_llm.data.tokenizer import BytesTokenizer, load_tokenizer
+
+
+def options(inputs: Path, output: Path, **changes: object) -> PrepareOptions:
+    return PrepareOptions(**{"inputs": (inputs,), "output": output, "progress": False, **changes})
+
+
+def read(prefix: Path) -> list[list[int]]:
+    data = IndexedTokens(prefix)
+    return [data.document(i).tolist() for i in range(data.num_documents)]
+
+
+def test_documents_and_report(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": ""}\n{"text": "zwölf"}\n', encoding="utf-8")
+    report = prepare(options(path, tmp_path / "out" / "deep" / "a"))
+    eod = BytesTokenizer.eod
+    assert read(tmp_path / "out/deep/a") == [[*b"one", eod], [*"zwölf".encode(), eod]]
+    assert report == (str(tmp_path / "out/deep/a"), 2, 11, 9, 1)
+    assert "2 documents, 1 empty ones left out, 11 tokens, 0.82 bytes/token" in str(report)
+    assert sorted(os.listdir(tmp_path / "out/deep")) == ["a.bin", "a.idx", "a.json"]
+    prepare(options(path, tmp_path / "b", append_eod=False))
+    assert read(tmp_path / "b") == [[*b"one"], [*"zwölf".encode()]]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+def test_workers_do_not_matter(
+    tmp_path: Path, sentencepiece_model: Path, huggingface_json: Path, kind: str
+):
+    """Several chunks, of lines and of files, finished in any order by real processes."""
+    tokenizer = {"sentencepiece": sentencepiece_model, "huggingface": huggingface_json}[kind]
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(3_000):  # of very different lengths, so that chunks take different times
+        lines.append(json.dumps({"text": f"document {i} " + "item " * int(rng.integers(1, 400))}))
+    (inputs / "lines.jsonl").write_text("\n".join(lines))
+    (inputs / "file.txt").write_text("a plain file\n" * 1000)
+    for workers in (1, 2, 3):
+        changes = {"workers": workers, "tokenizer": str(tokenizer)}
+        report = prepare(options(inputs, tmp_path / f"out{workers}", **changes))
+        assert report.num_documents == 3_001
+    for suffix in (".bin", ".idx", ".json"):
+        first, *others = [(tmp_path / f"out{n}{suffix}").read_bytes() for n in (1, 2, 3)]
+        assert all(other == first for other in others)
+    some = load_tokenizer(tokenizer)
+    data = IndexedTokens(tmp_path / "out3")
+    for i in (0, 1, 1500, 3_000):  # file.txt comes before lines.jsonl
+        text = "a plain file\n" * 1000 if i == 0 else json.loads(lines[i - 1])["text"]
+        *ids, last = data.document(i).tolist()
+        assert some.decode(ids) == text
+        assert last == some.eod
+
+
+def test_error_in_a_worker_comes_through(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n' * 5 + "{}\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 6: no key 'text'"):
+        prepare(options(path, tmp_path / "out", workers=2))
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+def test_worker_that_dies_is_no_endless_wait(tmp_path: Path):
+    with pytest.raises(Exception, match="terminated abruptly"):
+        list(ordered_map(os._exit, [1] * 20, 2))
+
+
+def test_items_are_not_read_far_ahead():
+    """The texts of a large corpus must not all be in memory, waiting for a worker."""
+    num_taken = 0
+
+    def items() -> Iterator[int]:
+        nonlocal num_taken
+        for i in range(1_000):
+            num_taken += 1
+            yield i
+
+    results = ordered_map(abs, items(), 2)
+    assert [next(results) for _ in range(10)] == list(range(10))
+    assert num_taken < 30
+    results.close()
+
+
+def test_unchanged_after_a_failure(tmp_path: Path):
+    good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
+    good.write_text("good")
+    bad.write_bytes(b"b\xe4d")
+    prepare(options(good, tmp_path / "out"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"bad\.txt: not UTF-8 text, byte 0xe4 at offset 1"):
+        prepare(options(bad, tmp_path / "out"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", ["\n\n", '{"text": ""}\n'])
+def test_no_document(tmp_path: Path, content: str):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"inputs .*a\.jsonl: no document with any text"):
+        prepare(options(path, tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+def test_no_such_input(tmp_path: Path):
+    with pytest.raises(ValueError, match="nowhere: no such file or folder"):
+        prepare(options(tmp_path / "nowhere", tmp_path / "out"))
+
+
+def test_unwritable_output(tmp_path: Path):
+    """Under a file, which even root can not write; told before any text is read."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"a\.txt/out\.bin: can not be written \(Not a directory"):
+        prepare(options(path, path / "out"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_output_directory_without_permission(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    path.write_text("a")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    with pytest.raises(ValueError, match=r"can not be written \(Permission denied"):
+        prepare(options(path, locked / "out"))
+
+
+def test_negative_workers(tmp_path: Path):
+    with pytest.raises(ValueError, match="workers = -1"):
+        prepare(options(tmp_path, tmp_path / "out", workers=-1))
+
+
+def test_data_of_another_tokenizer(tmp_path: Path, sentencepiece_model: Path):
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    prepare(options(path, tmp_path / "out", tokenizer=str(sentencepiece_model)))
+    check_tokenizer(tmp_path / "out", load_tokenizer(sentencepiece_model))
+    with pytest.raises(ValueError, match=r"prepared with tokenizer sha256:.*but data\.tokenizer"):
+        check_tokenizer(tmp_path / "out", BytesTokenizer())
+    (tmp_path / "out.json").unlink()
+    check_tokenizer(tmp_path / "out", BytesTokenizer())
+
+
+def test_data_with_another_eod(tmp_path: Path, huggingface_json: Path):
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    prepare(options(path, tmp_path / "out", tokenizer=str(huggingface_json), eod="<|stop|>"))
+    assert read(tmp_path / "out")[0][-1] == 2
+    check_tokenizer(tmp_path / "out", load_tokenizer(huggingface_json, "<|stop|>"))
+    with pytest.raises(ValueError, match="prepared with end-of-document token 2.* has 1"):
+        check_tokenizer(tmp_path / "out", load_tokenizer(huggingface_json))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff"])
+def test_description_that_is_none(tmp_path: Path, content: bytes):
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+    prepare(options(path, tmp_path / "out"))
+    (tmp_path / "out.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"out\.json: expected the description"):
+        check_tokenizer(tmp_path / "out", BytesTokenizer())
+
+
+def test_description_of_other_data(tmp_path: Path):
+    """Data that another tool wrote over ours: the description that stayed is not theirs."""
+    for name, text in (("a", "some text"), ("b", "other text")):
+        (tmp_path / f"{name}.txt").write_text(text)
+        prepare(options(tmp_path / f"{name}.txt", tmp_path / name))
+    os.replace(tmp_path / "a.json", tmp_path / "b.json")
+    with pytest.raises(ValueError, match=r"b\.json: describes other data than"):
+        check_tokenizer(tmp_path / "b", BytesTokenizer())
+
+
+def test_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The bar counts bytes of the input and is full in the end."""
+    made = []
+    make = module._progress
+    monkeypatch.setattr(module, "_progress", lambda shown: made.append(make(shown)) or made[-1])
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": ""}\n')
+    prepare(options(path, tmp_path / "out"))
+    (task,) = made[0].tasks
+    assert task.completed == task.total == path.stat().st_size
+
+
+def test_tool(tmp_path: Path):
+    """tools/preprocess_data.py runs, and an error is one line without a traceback."""
+    tool = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
+    path = tmp_path / "a.txt"
+    path.write_text("some text")
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(tool), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+
+    done = run("--inputs", path, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "1 documents, 10 tokens, 0.90 bytes/token" in done.stdout
+    assert read(tmp_path / "out") == [[*b"some text", 256]]
+    failed = run("--inputs", tmp_path / "nowhere", "--output", tmp_path / "out")
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("preprocess_data: input")
+    assert "Traceback" not in failed.stderr

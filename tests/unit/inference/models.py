@@ -1,0 +1,77 @@
+"""Small random models with enough signal in them for exits to differ."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.read import CONFIG
+from ee_llm.config import Config
+from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.weights import tensor_shapes
+from tests.unit.checkpoint.checkpoints import accept_sizes, write_checkpoint
+
+VOCABULARY = 40
+
+
+def tiny_config(
+    family: str = "llama",
+    boundaries: tuple[int, ...] = (1, 2),
+    head: tuple[str, ...] = ("norm",),
+    output: str = "shared",
+    temperatures: tuple[float, ...] = (),
+    **model: object,
+) -> Config:
+    sizes = {
+        "family": family,
+        "num_layers": 4,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "ffn_hidden_size": 48,
+        "vocab_size": VOCABULARY,
+        "max_seq_length": 32,
+    }
+    exits = {
+        "boundaries": boundaries,
+        "head": head,
+        "output": output,
+        "temperatures": temperatures,
+    }
+    return Config.model_validate(
+        {"model": sizes | model, "exits": exits, "data": {"seq_length": 32}}
+    )
+
+
+def random_tensors(
+    config: Config, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Return tensors wide enough that distributions are neither flat nor certain."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in tensor_shapes(config).items():
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        is_norm = "norm" in name and name.endswith("weight")
+        scale = 0.2 if is_norm or name.endswith("bias") else 0.35
+        tensors[name] = (noise * scale + is_norm).to(dtype)
+    return tensors
+
+
+def tiny_model(
+    config: Config | None = None, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> ReferenceModel:
+    config = config or tiny_config()
+    return ReferenceModel(config, random_tensors(config, seed), dtype)
+
+
+def random_tokens(length: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def save_model(output: Path, config: Config, tensors: dict[str, Tensor]) -> Path:
+    """Return the checkpoint, below the run directory `output`, that holds a model."""
+    partial = write_checkpoint(output, tensors=tensors, publish=False)
+    directory.write_file(partial / CONFIG, config.to_toml())
+    accept_sizes(partial)
+    return directory.publish(partial, keep_last=0)

@@ -1,0 +1,234 @@
+"""The import rules between the rooms, as one table, enforced on the syntax trees of ee_llm/."""
+
+import ast
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "ee_llm"
+
+
+class Rule(NamedTuple):
+    """What the modules below `where` may import; names are dotted and cover what is below them."""
+
+    where: str
+    ours: tuple[str, ...] | None = None  # rooms of ours besides its own; None: any
+    never: tuple[str, ...] = ()  # modules of anybody's
+    standard_only: bool = False  # of others' modules, the standard library's alone
+    through: bool = False  # `never` holds for what is imported by what it imports as well
+    besides: tuple[str, ...] = ()  # rooms that the rule does not hold for
+
+
+RULES = (
+    Rule("config", ours=(), never=("torch", "megatron"), through=True),
+    Rule("platform", ours=()),
+    Rule("model", ours=("config", "platform", "losses")),
+    Rule("pipeline.plan", ours=(), standard_only=True, never=("torch",), through=True),
+    Rule("pipeline.lower", ours=(), standard_only=True, never=("torch",), through=True),
+    Rule("pipeline.simulate", ours=(), standard_only=True, never=("torch",), through=True),
+    Rule("pipeline.runtime", never=("ee_llm.model",), through=True),
+    Rule("training", never=("ee_llm.inference", "ee_llm.evaluation", "ee_llm.serving")),
+    Rule("checkpoint.read", never=("megatron",), through=True),
+    Rule("inference", never=("ee_llm.training", "ee_llm.pipeline", "megatron"), through=True),
+    Rule("inference.request", never=("torch",), through=True),
+    Rule("inference.blocks", never=("torch",), through=True),
+    Rule("inference.scheduler", never=("torch",), through=True),
+    Rule("evaluation", ours=("config", "data", "losses", "model", "inference")),
+    Rule("serving", ours=("config", "inference")),
+    Rule("", never=("ee_llm.cli",)),
+    Rule("", never=("megatron",), besides=("platform", "model", "checkpoint", "training", "data")),
+)
+
+# The only room that says on what hardware things run.
+DEVICE_WORDS = ("cuda", "nccl", "gloo")
+DEVICE_ROOM = "platform"
+
+
+class Import(NamedTuple):
+    """One imported name, and whether importing the module already imports it."""
+
+    name: str
+    line: int
+    at_once: bool
+
+
+def package_sources() -> dict[str, str]:
+    """The source of each module of ee_llm by dotted name; packages end in `.__init__`."""
+    return {
+        ".".join(("ee_llm", *path.relative_to(PACKAGE).with_suffix("").parts)): path.read_text()
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
+
+
+def within(name: str, *prefixes: str) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def imports(module: str, source: str) -> Iterator[Import]:
+    """Every import of a module but those for type checkers, which never happen."""
+
+    def visit(node: ast.AST, at_once: bool) -> Iterator[Import]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            children: list[ast.AST] = list(node.orelse)
+        else:
+            children = list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, at_once)
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -node.level] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            # `from a import b` may import the module a.b; where it does not, no rule is so narrow.
+            for alias in node.names:
+                yield Import(f"{origin}.{alias.name}", node.lineno, at_once)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("import_module", "__import__")
+        ):
+            for argument in node.args[:1]:
+                if isinstance(argument, ast.Constant):
+                    yield Import(str(argument.value), node.lineno, at_once)
+        in_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in children:
+            yield from visit(child, at_once and not in_function)
+
+    yield from visit(ast.parse(source), True)
+
+
+def imported_at_once(module: str, sources: Mapping[str, str]) -> dict[str, str]:
+    """What importing `module` imports, through modules of ours too, each with its importer."""
+    found: dict[str, str] = {}
+    queue = [module]
+    seen = set()
+    while queue:
+        current = queue.pop()
+        if current in seen or current not in sources:
+            continue
+        seen.add(current)
+        # The packages that a module is in are imported before it.
+        parts = current.split(".")
+        queue += [".".join([*parts[:n], "__init__"]) for n in range(1, len(parts))]
+        for name, _, at_once in imports(current, sources[current]):
+            if at_once:
+                found.setdefault(name, current)
+                queue += [name, f"{name}.__init__", name.rpartition(".")[0]]
+                queue.append(f"{name.rpartition('.')[0]}.__init__")
+    return found
+
+
+def broken_imports(sources: Mapping[str, str]) -> list[str]:
+    """One line for each import that breaks a rule."""
+    lines = []
+    for module, source in sources.items():
+        for rule in RULES:
+            where = f"ee_llm.{rule.where}" if rule.where else "ee_llm"
+            room = module.split(".")[1]
+            if not within(module, where) or room in rule.besides:
+                continue
+            for name, line, _ in imports(module, source):
+                place = f"{module}:{line} imports {name}"
+                if within(name, *rule.never):
+                    lines.append(f"{place}: never in {where}")
+                elif within(name, "ee_llm"):
+                    theirs = [*name.split("."), ""][1]
+                    if rule.ours is not None and theirs not in (room, *rule.ours):
+                        lines.append(f"{place}: {where} may import of ours {rule.ours}")
+                elif rule.standard_only and name.split(".")[0] not in sys.stdlib_module_names:
+                    lines.append(f"{place}: {where} has the standard library only")
+            if rule.through:
+                for name, importer in imported_at_once(module, sources).items():
+                    if within(name, *rule.never) and importer != module:
+                        lines.append(f"{module} imports {name} through {importer}")
+    return lines
+
+
+def device_words(sources: Mapping[str, str]) -> list[str]:
+    """One line for each place outside the platform that names a device or its backend in code."""
+    lines = []
+    for module, source in sources.items():
+        if within(module, f"ee_llm.{DEVICE_ROOM}"):
+            continue
+        for node in ast.walk(ast.parse(source)):
+            word = ""
+            if isinstance(node, ast.Attribute):
+                word = node.attr
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                word = node.value.partition(":")[0]
+            elif isinstance(node, ast.ImportFrom | ast.Import):
+                names = [alias.name for alias in node.names]
+                dotted = ".".join([getattr(node, "module", None) or "", *names])
+                word = next((part for part in dotted.split(".") if part in DEVICE_WORDS), "")
+            if word in DEVICE_WORDS:
+                lines.append(f"{module}:{getattr(node, 'lineno', 0)} names {word}")
+    return lines
+
+
+def test_the_package_keeps_the_rules() -> None:
+    assert broken_imports(package_sources()) == []
+
+
+def test_devices_are_named_in_the_platform_alone() -> None:
+    assert device_words(package_sources()) == []
+
+
+def test_there_is_no_utils() -> None:
+    """A drawer for everything is where rooms lose their purpose."""
+    assert not [name for name in package_sources() if {"utils", "util"} & set(name.split("."))]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("ee_llm.config.sections", "import torch"),
+        ("ee_llm.config.sections", "from ee_llm import platform"),
+        ("ee_llm.platform.grid", "from ee_llm.config import Config"),
+        ("ee_llm.model.stage", "def build():\n    from ee_llm.training import run"),
+        ("ee_llm.model.stage", "from ..pipeline.runtime import Runtime"),
+        ("ee_llm.losses", "import megatron.core.tensor_parallel as tp"),
+        ("ee_llm.pipeline.plan", "import numpy"),
+        ("ee_llm.pipeline.lower", "from ee_llm.config import Config"),
+        ("ee_llm.pipeline.simulate", "import rich.table"),
+        ("ee_llm.cli", "import megatron.core"),
+        ("ee_llm.some.new.room", "import megatron"),
+        ("ee_llm.pipeline.runtime", "import ee_llm.model.stage"),
+        ("ee_llm.inference.engine", "from ee_llm.training.run import train"),
+        ("ee_llm.inference.engine", "import importlib\nimportlib.import_module('megatron.core')"),
+        ("ee_llm.inference.scheduler", "if True:\n    from torch import Tensor"),
+        ("ee_llm.training.run", "from ee_llm import inference"),
+        ("ee_llm.evaluation.sweep", "from ee_llm.checkpoint.read import tensors"),
+        ("ee_llm.serving.api", "from ee_llm.model import build"),
+        ("ee_llm.training.run", "from ee_llm.cli import main"),
+    ],
+)
+def test_a_planted_import_is_found(module: str, source: str) -> None:
+    assert broken_imports({module: "import os\n"}) == []
+    assert len(broken_imports({module: source})) >= 1
+
+
+def test_a_planted_import_is_found_through_others() -> None:
+    """Importing the reader would import megatron-core if the package it lies in did."""
+    sources = {
+        "ee_llm.checkpoint.__init__": "from ee_llm.checkpoint.save import save",
+        "ee_llm.checkpoint.save": "import megatron.core",
+        "ee_llm.checkpoint.read": "import torch",
+    }
+    assert broken_imports(sources) == [
+        "ee_llm.checkpoint.read imports megatron.core through ee_llm.checkpoint.save"
+    ]
+    sources["ee_llm.checkpoint.save"] = "def save():\n    import megatron.core"
+    assert broken_imports(sources) == []
+
+
+def test_imports_for_type_checkers_are_free() -> None:
+    source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"
+    assert broken_imports({"ee_llm.inference.scheduler": source}) == []
+
+
+@pytest.mark.parametrize(
+    "source", ["x.cuda()", "d = 'cuda:0'", "init(backend='nccl')", "from torch import cuda"]
+)
+def test_a_planted_device_is_found(source: str) -> None:
+    assert len(device_words({"ee_llm.model.stage": source})) == 1
+    assert device_words({"ee_llm.platform.devices": source}) == []

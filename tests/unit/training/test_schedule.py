@@ -1,0 +1,63 @@
+"""The learning rate against values worked out by hand."""
+
+import pytest
+
+from ee_llm.config import OptimizerConfig
+from ee_llm.training.schedule import SCHEDULES, learning_rate
+
+
+def rates(steps, total=100, **options):
+    config = OptimizerConfig(**{"lr": 1.0, "min_lr": 0.2, **options})
+    return [learning_rate(step, config, total) for step in steps]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warmup_is_linear_and_reaches_the_full_rate(schedule):
+    found = rates([1, 5, 9, 10], schedule=schedule, warmup_steps=10, wsd_decay_steps=20)
+    assert found == pytest.approx([0.1, 0.5, 0.9, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # warm-up ends at 20, decay at 100: u = 0, 1/4, 1/2, 3/4, 1, and beyond
+        ("cosine", [1.0, 0.2 + 0.4 * (1 + 0.5**0.5), 0.6, 0.2 + 0.4 * (1 - 0.5**0.5), 0.2, 0.2]),
+        ("linear", [1.0, 0.8, 0.6, 0.4, 0.2, 0.2]),
+        ("constant", [1.0] * 6),
+        # the last 40 steps decay: full at 60
+        ("wsd", [1.0, 1.0, 1.0, 0.6, 0.2, 0.2]),
+    ],
+)
+def test_decay(schedule, expected):
+    steps = [20, 40, 60, 80, 100, 120]
+    found = rates(steps, schedule=schedule, warmup_steps=20, wsd_decay_steps=40)
+    assert found == pytest.approx(expected)
+
+
+def test_decay_steps_end_the_decay_before_the_run():
+    assert rates([25, 50, 75], schedule="linear", decay_steps=50, min_lr=0.0) == [0.5, 0.0, 0.0]
+
+
+def test_without_warmup_the_first_step_is_nearly_full():
+    assert rates([1], schedule="linear", min_lr=0.0) == pytest.approx([0.99])
+
+
+def test_wsd_decay_longer_than_the_run_begins_after_warmup():
+    found = rates([10, 55, 100], schedule="wsd", warmup_steps=10, wsd_decay_steps=1000)
+    assert found == pytest.approx([1.0, 0.6, 0.2])
+
+
+def test_wsd_without_decay_steps_stays_until_the_last():
+    assert rates([99, 100], schedule="wsd") == [1.0, 0.2]
+
+
+def test_warmup_longer_than_the_run():
+    assert rates([50], total=10, warmup_steps=100) == [0.5]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="counted from 1, got 0"):
+        rates([0])
+    config = OptimizerConfig().model_copy(update={"schedule": "cosin"})
+    with pytest.raises(ValueError, match=r"optimizer\.schedule: 'cosin' is not one of cosine"):
+        learning_rate(1, config, 10)
