@@ -7,6 +7,7 @@ import difflib
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import time
@@ -94,7 +95,7 @@ def _train(arguments: list[str]) -> None:
     config = load_config(path, overrides)
     _check_start(config, nproc)
     if nproc is None:
-        from ee_llm.training.run import train
+        from ee_llm.training.trainer import train
 
         train(config)
     else:
@@ -136,14 +137,17 @@ def _without_option(arguments: Sequence[str], name: str) -> list[str]:
 def _launch(num_processes: int, arguments: list[str]) -> None:
     """Run `ee-llm ARGUMENTS` in `num_processes` ranks; exits as the first rank that failed."""
     os.environ[_LAUNCHED] = "1"
-    num_cores = len(os.sched_getaffinity(0))
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on a Mac
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_processes)))
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # The launcher's account of a failed rank gives way to ours, below.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    # The launcher's accounts of a failed rank and of a signal give way to ours, below.
+    elastic = "torch.distributed.elastic"
+    logging.getLogger(f"{elastic}.multiprocessing.api").setLevel(logging.CRITICAL)
+    logging.getLogger(f"{elastic}.agent.server.api").setLevel(logging.ERROR)
     launcher = ["--standalone", "--nproc-per-node", str(num_processes)]
     try:
         run.run(run.parse_args([*launcher, "--module", "ee_llm.cli", *arguments]))
@@ -279,6 +283,16 @@ def _report(message: str) -> None:
         _complain(message)
 
 
+def _is_output_closed() -> bool:
+    """Whether whoever read our standard output has stopped reading, as head does."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_closed:  # what is left goes nowhere, or Python would complain about it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_closed
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit status of `ee-llm ARGUMENTS`: 0, 2 after a mistake of the user's, else 1.
 
@@ -286,18 +300,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         _dispatch(list(sys.argv[1:] if arguments is None else arguments))
-    except BrokenPipeError:
-        # Whoever read our output has stopped reading. Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        sys.stdout.flush()  # here, where a closed pipe is dealt with
     except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            return 128 + signal.SIGPIPE
         if os.environ.get("EE_LLM_DEBUG") == "1" or not _is_users_mistake(error):
             raise
         _report(str(error))
         return 1 if isinstance(error, RuntimeError) else 2
     except KeyboardInterrupt:
-        _complain("interrupted")
-        return 130
+        if _LAUNCHED not in os.environ:
+            _complain("interrupted")
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -29,7 +29,7 @@ def scheduled_weight(
 
 
 class TokenLoss(NamedTuple):
-    """Cross entropy in nats and the largest probability, both [s, b]; only the first has a gradient."""
+    """Cross entropy in nats, and the largest probability, without a gradient; both [s, b]."""
 
     loss: torch.Tensor
     top_probability: torch.Tensor
@@ -42,7 +42,8 @@ def vocab_parallel_cross_entropy(
 
     `logits` is [s, b, v / t], this rank's consecutive part of the vocabulary; `labels` is [s, b] of
     global token ids. Computed in float32, in float64 for float64 logits. Two all-reduces: of the
-    maxima, and of the sums of exponentials together with the label's logit.
+    maxima, and of the sums of exponentials together with the label's logit. Has a first derivative
+    only and one backward pass: a second of either raises RuntimeError.
     """
     return TokenLoss(*_VocabParallelCrossEntropy.apply(logits, labels, group))
 
@@ -79,6 +80,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        if torch.is_grad_enabled():  # which create_graph=True asks of backward functions
+            raise RuntimeError("vocab_parallel_cross_entropy has no second derivative")
         probabilities, local, mine = ctx.saved_tensors
         scale = grads[0].unsqueeze(-1)
         # d loss / d logit = p - [label]; written over the probabilities, which nobody needs again.
@@ -88,7 +91,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 class ExitLoss(NamedTuple):
-    """Sums over a microbatch's valid tokens, in nats: what is trained, and the plain loss for people."""
+    """Sums over a microbatch's valid tokens in nats: what is trained, and the plain loss."""
 
     objective: torch.Tensor
     reported: torch.Tensor
@@ -104,10 +107,10 @@ def exit_loss(
 ) -> ExitLoss:
     """Return an exit's loss summed over the valid tokens of one microbatch.
 
-    `logits` is [s, b, v / t], `labels` and `loss_mask` are [s, b]. With `dynamic_token_weights` each
-    token's loss is multiplied by the exit's own detached largest probability (EE-Tuning, 2402.00518).
-    The caller divides by the global number of valid tokens, so that sums over microbatches and ranks
-    do not depend on how the batch was split.
+    `logits` is [s, b, v / t], `labels` and `loss_mask` are [s, b]. With `dynamic_token_weights`
+    each token's loss is multiplied by the exit's own detached largest probability (EE-Tuning,
+    2402.00518). The caller divides by the global number of valid tokens, so that sums over
+    microbatches and ranks do not depend on how the batch was split.
     """
     token = vocab_parallel_cross_entropy(logits, labels, group)
     masked = token.loss * loss_mask

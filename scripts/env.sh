@@ -22,7 +22,8 @@ ee_llm_fail() {
 # The first of the given Pythons that is of a supported version; the user's choice goes first.
 ee_llm_find_python() {
     local candidate
-    for candidate in ${EE_LLM_PYTHON:-"$@"}; do
+    [[ -z "${EE_LLM_PYTHON:-}" ]] || set -- "$EE_LLM_PYTHON"
+    for candidate in "$@"; do
         if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
             2>/dev/null; then
             command -v "$candidate"

@@ -75,7 +75,8 @@ def find_latest(output: str | Path) -> Path | None:
     if not _is_complete(path):
         there = ", ".join(step.name for step in complete_steps(checkpoints)) or "none"
         raise CheckpointError(
-            f"{pointer} names {name}, which is not a complete checkpoint; complete here: {there}"
+            f"{pointer} names {name}, which is not a complete checkpoint; go on from another with "
+            f"--checkpoint.resume, complete here: {there}"
         )
     return path
 
@@ -155,8 +156,9 @@ def publish(partial: Path, keep_last: int) -> Path:
     write_file(checkpoints / LATEST, final.name + "\n")
     for path in _superseded(checkpoints, final, keep_last):
         # Renamed first: a checkpoint that is half deleted must not keep the name of a whole one.
+        # What can not be deleted now, the next save meets again, and says so.
         doomed = path.rename(path.with_name(path.name + _PARTIAL))
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
     return final
 
 
@@ -167,6 +169,14 @@ def _superseded(checkpoints: Path, newest: Path, keep_last: int) -> Iterator[Pat
     older = [path for path in complete_steps(checkpoints) if path != newest]
     older.sort(key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
     yield from older[: max(0, len(older) - (keep_last - 1))]
+
+
+def free_space(path: Path) -> str:
+    """Return a remark on the space that is left where `path` is, or nothing if that is unknown."""
+    try:
+        return f" ({shutil.disk_usage(path).free / 2**20:,.1f} MiB are free there)"
+    except OSError:
+        return ""
 
 
 def discard(partial: Path) -> None:

@@ -17,19 +17,20 @@ from ee_llm.checkpoint.state import STATE, TrainState, load_generators
 from ee_llm.config import Config
 
 platform.enable_megatron()
-from megatron.core import dist_checkpointing  # noqa: E402
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.base import (  # noqa: E402
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.base import (
     LoadCommonStrategy,
     LoadShardedStrategy,
 )
-from megatron.core.optimizer import MegatronOptimizer  # noqa: E402
+from megatron.core.optimizer import MegatronOptimizer
 
 # Options that may change between a checkpoint and the run that goes on from it: they change neither
 # which tensors there are nor what the model computes at inference.
 _FREE_MODEL = {"shape", "dropout", "init_std"}
 _FIXED_EXITS = ("boundaries", "head", "output")
+_FACTS = {"tokenizer": str, "optimizer_steps": int, "layout": dict}  # of the manifest
 
 
 def load(
@@ -41,8 +42,10 @@ def load(
     """Return the state of the run in a checkpoint; stages, optimizer and generators get theirs.
 
     `path` is a checkpoint, or a run directory, whose newest is meant. Without an optimizer only
-    the parameters are loaded, as to begin a new run from them. Random generators are restored
-    where the layout is the one that saved, for only then do they mean the same. Collective.
+    the parameters are loaded, as to begin a new run from them; an optimizer that exists already
+    must then be told (`reload_model_params`): it may hold masters of its own. Random generators
+    are restored where the layout is the one that saved, for only then do they mean the same.
+    Collective.
 
     Raises CheckpointError, before anything is changed, if a file is missing, truncated or foreign,
     if the model, its exits or the tokenizer are not those of `config`, or if the checkpoint's
@@ -53,34 +56,50 @@ def load(
     together(what, lambda: opened.append(_open(path, config)))
     reader, state = opened[0]
 
-    model = sharded.model_state(stages)
-    flat = dict(model)
-    moments = None
-    if optimizer is not None:
-        moments = sharded.OptimizerState(optimizer, model, is_loading=True)
-        flat |= moments.tensors()
+    model: sharded.Flat = {}
+    moments: list[sharded.OptimizerState] = []
+
+    def describe() -> dict[str, tuple[int, ...]]:
+        model.update(sharded.model_state(stages))
+        if optimizer is not None:
+            moments.append(sharded.OptimizerState(optimizer, model, is_loading=True))
+        return sharded.tensor_shapes(_all_tensors(model, moments))
+
     wanted: dict[str, tuple[int, ...]] = {}
-    for shapes in together(what, lambda: sharded.tensor_shapes(flat)):
+    for shapes in together(what, describe):
         wanted |= shapes
     together(what, lambda: _compare_tensors(reader, wanted, optimizer is not None))
 
-    loaded: dict[str, torch.Tensor] = {}
-    together(what, lambda: loaded.update(_read(reader, flat)))
-    _place(model, loaded)
-    if optimizer is not None and moments is not None:
-        moments.load(loaded, reader.manifest["optimizer_steps"])
-        if reader.manifest["layout"] == layout():
-            together(what, lambda: load_generators(reader.path, dist.get_rank()))
+    def fill() -> None:
+        loaded = _read(reader, _all_tensors(model, moments))
+        _place(model, loaded)
+        for part in moments:
+            part.load(loaded, reader.manifest["optimizer_steps"])
+        if moments and reader.manifest["layout"] == layout():
+            load_generators(reader.path, dist.get_rank())
+
+    together(what, fill)
     return state
 
 
 def _open(path: str | Path, config: Config) -> tuple[TensorReader, TrainState]:
     reader = TensorReader(path)
+    for name, kind in _FACTS.items():
+        if not isinstance(found := reader.manifest.get(name), kind):
+            manifest = reader.path / directory.MANIFEST
+            raise CheckpointError(f"{manifest}: expected {name} ({kind.__name__}), found {found!r}")
     safe.check_common(reader.path / directory.TENSORS)
     compare_configs(reader.config(), config, reader.path / CONFIG)
     tokenizer.check(config.data.tokenizer, reader.manifest["tokenizer"], reader.path)
     source = reader.path / STATE
     return reader, TrainState.from_json(directory.read_json(source), source)
+
+
+def _all_tensors(model: sharded.Flat, moments: list[sharded.OptimizerState]) -> sharded.Flat:
+    tensors = dict(model)
+    for part in moments:
+        tensors |= part.tensors()
+    return tensors
 
 
 def compare_configs(saved: Config, current: Config, source: Path) -> None:

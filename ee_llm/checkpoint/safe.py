@@ -8,6 +8,8 @@ and common.pt go through torch's weights-only unpickler, and byte entries are re
 """
 
 import io
+import itertools
+import math
 import pickle
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -95,8 +97,10 @@ def read_metadata(directory: Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{path} is not a readable index of a checkpoint: {error}") from error
     try:
         return _plain_index(metadata, path)
-    except (AttributeError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} is not an index of tensors: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # passive objects, but of any shape
+        raise CheckpointError(f"{path} is not an index of tensors: {error!r}") from error
 
 
 def _plain_index(metadata: Any, path: Path) -> dict[str, TensorEntry]:
@@ -110,9 +114,9 @@ def _plain_index(metadata: Any, path: Path) -> dict[str, TensorEntry]:
                 f"{path}: {name!r} is an entry of pickled bytes, which is never read; expected "
                 "tensors only"
             )
-        chunks = []
+        shape, chunks = _sizes(entry.size), []
         for chunk in entry.chunks:
-            offsets = _sizes(chunk.offsets)
+            offsets, sizes = _sizes(chunk.offsets), _sizes(chunk.sizes)
             info = stored[name, offsets]
             if getattr(info, "transform_descriptors", None):
                 raise CheckpointError(
@@ -120,9 +124,39 @@ def _plain_index(metadata: Any, path: Path) -> dict[str, TensorEntry]:
                 )
             file = _inside(info.relative_path, path)
             position, length = int(info.offset), int(info.length)
-            chunks.append(Chunk(offsets, _sizes(chunk.sizes), file, position, length))
-        entries[name] = TensorEntry(_sizes(entry.size), entry.properties.dtype, tuple(chunks))
+            if min(position, length) < 0 or not _lies_in(offsets, sizes, shape):
+                raise CheckpointError(
+                    f"{path}: a block of {name!r} at {list(offsets)} of size {list(sizes)} does "
+                    f"not lie in a tensor of shape {list(shape)}"
+                )
+            chunks.append(Chunk(offsets, sizes, file, position, length))
+        # Before anything of that shape is allocated.
+        covered, elements = sum(math.prod(chunk.sizes) for chunk in chunks), math.prod(shape)
+        if covered != elements:
+            raise CheckpointError(
+                f"{path}: of {name!r} {covered} of {elements} elements are stored, expected all"
+            )
+        if any(_overlap(one, other) for one, other in itertools.combinations(chunks, 2)):
+            raise CheckpointError(f"{path}: two blocks of {name!r} overlap, and leave a hole")
+        if not isinstance(dtype := entry.properties.dtype, torch.dtype):
+            raise CheckpointError(f"{path}: {name!r} has no dtype, but {dtype!r}")
+        entries[name] = TensorEntry(shape, dtype, tuple(chunks))
     return entries
+
+
+def _lies_in(offsets: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    if not len(offsets) == len(sizes) == len(shape):
+        return False
+    return all(0 <= a <= a + n <= end for a, n, end in zip(offsets, sizes, shape, strict=True))
+
+
+def _overlap(one: Chunk, other: Chunk) -> bool:
+    return all(
+        a < b + other_size and b < a + size
+        for a, size, b, other_size in zip(
+            one.offsets, one.sizes, other.offsets, other.sizes, strict=True
+        )
+    )
 
 
 def _sizes(values: Any) -> tuple[int, ...]:

@@ -18,15 +18,15 @@ from ee_llm.checkpoint.state import STATE, TrainState, save_generators
 from ee_llm.config import Config
 
 platform.enable_megatron()
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # noqa: E402
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess  # noqa: E402
-from megatron.core.dist_checkpointing.strategies.torch import (  # noqa: E402
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.optimizer import MegatronOptimizer  # noqa: E402
+from megatron.core.optimizer import MegatronOptimizer
 
 
 def save(
@@ -55,10 +55,12 @@ def save(
         facts = {"optimizer_steps": steps, "layout": layout(), "ee_llm": __version__}
         on_first(what, lambda: _write_rest(partial, state, config, facts))
         return on_first(what, lambda: directory.publish(partial, config.checkpoint.keep_last))
-    except CheckpointError:
+    except CheckpointError as error:
+        # Measured before clearing up: torch's writer does not say that the disk is full.
+        space = directory.free_space(checkpoints)
         if dist.get_rank() == 0:
             directory.discard(partial)
-        raise
+        raise CheckpointError(f"{error}{space}") from error
 
 
 def layout() -> dict[str, int]:

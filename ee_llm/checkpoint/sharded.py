@@ -19,15 +19,15 @@ import torch
 from ee_llm import platform
 
 platform.enable_megatron()
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import (  # noqa: E402
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedBase,
     ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.optimizer import MegatronOptimizer  # noqa: E402
+from megatron.core.optimizer import MegatronOptimizer
 
 MASTER = "optimizer.state.fp32_param."
 # What the distributed optimizer calls a master weight; it has one for float32 parameters too.

@@ -14,7 +14,7 @@ from ee_llm import platform
 from ee_llm.checkpoint.safe import CheckpointError
 
 platform.enable_megatron()
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 STATE = "state.json"
 RNG = "rng"

@@ -1,7 +1,7 @@
 """The tokenizer that belongs to a checkpoint: its files, and the mark by which it is recognised."""
 
+import functools
 import hashlib
-import shutil
 from pathlib import Path
 
 from ee_llm.checkpoint.safe import CheckpointError
@@ -18,21 +18,26 @@ def fingerprint(tokenizer: str) -> str:
     """
     if tokenizer == BYTES:
         return BYTES
-    try:
-        digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
-    except OSError as error:
-        raise ValueError(
-            f"data.tokenizer: can not read {tokenizer!r} ({error.strerror}); give 'bytes' or the "
-            "path of a SentencePiece .model or a tokenizer.json"
-        ) from error
-    return f"sha256:{digest}"
+    return f"sha256:{hashlib.sha256(_content(tokenizer)).hexdigest()}"
 
 
 def store(tokenizer: str, checkpoint: Path) -> None:
     """Copy the tokenizer's file into a checkpoint; the byte tokenizer has none."""
     if tokenizer != BYTES:
         (checkpoint / DIRECTORY).mkdir()
-        shutil.copyfile(tokenizer, checkpoint / DIRECTORY / Path(tokenizer).name)
+        (checkpoint / DIRECTORY / Path(tokenizer).name).write_bytes(_content(tokenizer))
+
+
+@functools.lru_cache(maxsize=2)
+def _content(tokenizer: str) -> bytes:
+    # Kept: the run goes on with the tokenizer it began with, even if the file changes or vanishes.
+    try:
+        return Path(tokenizer).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"data.tokenizer: can not read {tokenizer!r} ({error.strerror}); give 'bytes' or the "
+            "path of a SentencePiece .model or a tokenizer.json"
+        ) from error
 
 
 def stored(checkpoint: Path) -> str:

@@ -144,7 +144,7 @@ def load_config(
     given = _read(Path(path)) if path is not None else {}
     nested = _nest(overrides or {})
     chosen, in_file = nested.get("model"), given.get("model")
-    if isinstance(chosen, dict) and "shape" in chosen and isinstance(in_file, dict):
+    if isinstance(chosen, dict) and chosen.get("shape") and isinstance(in_file, dict):
         given["model"] = {k: v for k, v in in_file.items() if k not in SHAPE_FIELDS}
     source = "" if path is None else f"{path} with the options given" if nested else str(path)
     try:

@@ -202,7 +202,9 @@ class DataConfig(Section):
         0, "Length of a training sequence, in tokens.", shown="model.max_seq_length", ge=0
     )
     mask_after_eod: bool = option(
-        False, "Whether everything after the first end-of-document token has no loss."
+        False,
+        "Whether there is no loss where the input is an end-of-document token, which would have to "
+        "predict the beginning of an unrelated document.",
     )
     reset_positions: bool = option(
         False, "Whether positions start again at 0 after an end-of-document token."
@@ -272,7 +274,7 @@ class CheckpointConfig(Section):
 
 
 class LoggingConfig(Section):
-    """What is reported where; the console and metrics.jsonl always are."""
+    """What is reported where; the console and log.jsonl always are."""
 
     interval: int = option(10, "Steps between reports.", gt=0)
     tensorboard: bool = option(False, "Whether to write TensorBoard events below output.")

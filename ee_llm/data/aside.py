@@ -20,13 +20,18 @@ class AsideFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._aside.open("wb")
         except OSError as error:
+            in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+            reason = f"{path.parent} is not a folder" if in_the_way else error.strerror
             raise ValueError(
-                f"output {path}: can not be written ({error.strerror}); choose another output"
+                f"output {path}: can not be written ({reason}); choose another output"
             ) from error
 
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`."""
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:  # a full disk, most likely: it does not say of which file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def sync(self) -> None:
         """Return when everything written is on the disk."""

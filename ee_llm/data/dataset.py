@@ -40,6 +40,13 @@ class RowOptions:
     reset_positions: bool = False
     """Whether positions start again at 0 after an end-of-document token."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.eod < self.vocab_size:
+            raise ValueError(
+                f"model.vocab_size = {self.vocab_size}: the tokenizer's end-of-document token "
+                f"{self.eod} is beyond it; set it to {self.eod + 1} or more"
+            )
+
 
 class Location(NamedTuple):
     """A sample: which source of a blend, and which window of it."""

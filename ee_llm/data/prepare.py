@@ -101,10 +101,12 @@ class PrepareReport(NamedTuple):
 
 
 def prepare(options: PrepareOptions) -> PrepareReport:
-    """Return what was written for `options`: both files, and `PREFIX.json` that describes them.
+    """Return what was written for `options`: both files, and PREFIX.meta.json that describes them.
 
-    Nothing is replaced unless everything went well. Raises ValueError for what is wrong with the
-    inputs (file and line or byte), the tokenizer or the output.
+    Nothing is replaced unless everything went well. A script that calls this must do so under
+    `if __name__ == "__main__":`, as worker processes import the script. Raises
+    ValueError for what is wrong with the inputs (file and line or byte), the tokenizer or the
+    output.
     """
     if options.workers < 0:
         raise ValueError(f"workers = {options.workers}: give a number of processes, or 0")
@@ -128,7 +130,7 @@ def prepare(options: PrepareOptions) -> PrepareReport:
             names = ", ".join(str(path) for path in options.inputs)
             raise ValueError(f"inputs {names}: no document with any text in them")
         description = describe(tokenizer, writer.num_documents, writer.num_tokens)
-        with AsideFile(Path(f"{options.output}.json")) as aside:
+        with AsideFile(Path(f"{options.output}.meta.json")) as aside:
             aside.write(json.dumps(description, indent=1).encode() + b"\n")
             aside.path.unlink(missing_ok=True)  # an old one must never describe new tokens
             writer.commit()
@@ -139,7 +141,7 @@ def prepare(options: PrepareOptions) -> PrepareReport:
 
 
 def describe(tokenizer: Tokenizer, num_documents: int, num_tokens: int) -> dict[str, object]:
-    """Return the content of `PREFIX.json`: which tokenizer the tokens are of, and how many."""
+    """Return the content of `PREFIX.meta.json`: which tokenizer the tokens are of, and how many."""
     return {
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
@@ -152,9 +154,9 @@ def describe(tokenizer: Tokenizer, num_documents: int, num_tokens: int) -> dict[
 def check_tokenizer(prefix: Path | str, tokenizer: Tokenizer) -> None:
     """Raise ValueError if the data at `prefix` was prepared with another tokenizer.
 
-    Data without a `PREFIX.json` (made by other tools) pass: what is not said can not be checked.
+    Data without a PREFIX.meta.json (made by other tools) pass: there is nothing to check.
     """
-    path = Path(f"{prefix}.json")
+    path = Path(f"{prefix}.meta.json")
     if not path.is_file():
         return
     try:

@@ -23,7 +23,8 @@ class Tokenizer(Protocol):
 
     `encode` never yields special tokens, whatever the text contains: a document that spells out
     "<|endoftext|>" does not end there. `decode` leaves special tokens out, shows bytes that are
-    not UTF-8 as U+FFFD, and raises ValueError for an id that the tokenizer does not have.
+    not UTF-8 as U+FFFD. Both raise ValueError for what they can not take: a text with an unpaired
+    surrogate, an id that the tokenizer does not have.
     """
 
     @property
@@ -126,6 +127,7 @@ class SentencePieceTokenizer(_FileTokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of the pieces of `text`."""
+        text.encode()  # an unpaired surrogate is a ValueError here, in the library anything
         if not self._spelled_mark or _SPACE_MARK not in text:
             return list(self._model.encode(text))
         first, *others = text.split(_SPACE_MARK)
@@ -166,6 +168,7 @@ class HuggingFaceTokenizer(_FileTokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without the special tokens of a post-processor."""
+        text.encode()  # an unpaired surrogate is a ValueError here, in the library anything
         return list(self._model.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -30,7 +30,7 @@ class TrainTokenizerOptions:
     """File to write, for example data/tokenizer.model."""
 
     vocab_size: int = 32_000
-    """Number of token ids, the 256 bytes and 4 special ones included."""
+    """Number of token ids, the 256 bytes and 2 special ones included."""
 
     key: str = "text"
     """Key of the text in each line of a JSONL file."""
@@ -84,8 +84,8 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int, path: Path) -
     """Write a SentencePiece model trained on `documents` to `path`.
 
     Whatever the text, the model gives it back unchanged: no normalization, white space kept as it
-    is, and bytes for characters that were too rare to learn. Newline and tab are tokens of their
-    own; `<eod>` ends documents and is never found in a text. Equal documents give an equal file.
+    is, and bytes for newlines, tabs and characters that were too rare to learn. `<eod>` ends
+    documents and is never found in a text. Equal documents give an equal file.
     Raises ValueError if the documents do not suffice for `vocab_size`, or it not for them.
     """
     import sentencepiece
@@ -111,7 +111,6 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int, path: Path) -
                 eos_id=-1,
                 pad_id=-1,
                 control_symbols=["<eod>"],
-                user_defined_symbols=["\n", "\t"],
                 # Both are written into the model: any other value changes the file.
                 num_threads=1,
                 max_sentence_length=4 * _MAX_LINE,  # bytes

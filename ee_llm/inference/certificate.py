@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from ee_llm.inference.generator import Generation, finite_logits, policy_in_force
+from ee_llm.inference.policy import Policy
 from ee_llm.inference.reference import ReferenceModel
 from ee_llm.inference.sampling import sample, token_margin
 
@@ -32,8 +33,9 @@ class Divergence:
 def verify_trace(model: ReferenceModel, generation: Generation) -> list[Divergence]:
     """Return every divergence of `generation` from the teacher-forced definition: [] proves it.
 
-    A token is held against the exit it claims, so that a wrong exit does not count twice. In
-    float64 there must be none; in lower precision the margins tell rounding from a mistake.
+    A token is held against the exit it claims (the expected one if the claimed one does not exist
+    or is off), so that a wrong exit does not count twice. In float64 there must be no divergence;
+    in lower precision the margins tell rounding from a mistake.
     Raises ValueError when the sequence or its policy does not fit the model.
     """
     policy = policy_in_force(model, generation.policy, generation.strategy)
@@ -50,21 +52,20 @@ def verify_trace(model: ReferenceModel, generation: Generation) -> list[Divergen
         )
     sequence = torch.tensor([*generation.prompt, *generation.tokens])
     rows = slice(len(generation.prompt) - 1, len(sequence) - 1)
+    permitted = [exit for exit in policy.boundaries if policy.threshold(exit) is not None]
     logits = {
         boundary: finite_logits(model, boundary, hidden[rows])  # [new tokens, v]
         for boundary, hidden in model.walk(sequence[:-1])
+        if boundary in permitted or boundary == model.num_layers
     }
-    confidences = {boundary: policy.confidence(logits[boundary]) for boundary in policy.boundaries}
+    confidences = {exit: policy.confidence(logits[exit]).tolist() for exit in permitted}
     divergences = []
     for index, (token, found) in enumerate(zip(generation.tokens, generation.exits, strict=True)):
-        at_exits = {boundary: float(row[index]) for boundary, row in confidences.items()}
-        leaving = [exit for exit in policy.boundaries if policy.leaves(exit, at_exits[exit])]
+        at_exits = {exit: values[index] for exit, values in confidences.items()}
+        leaving = [exit for exit in permitted if policy.leaves(exit, at_exits[exit])]
         expected = leaving[0] if leaving else model.num_layers
         if found != expected:
-            errors = [
-                _error(policy.threshold(exit), at_exits[exit], exit, found) for exit in at_exits
-            ]
-            margin = max(errors) if found in logits else math.inf
+            margin = _exit_margin(policy, at_exits, found) if found in logits else math.inf
             divergences.append(Divergence(index, "exit", found, expected, margin))
         row, position = logits[found if found in logits else expected][index], rows.start + index
         drawn = sample(row, generation.sampling, position)
@@ -74,10 +75,11 @@ def verify_trace(model: ReferenceModel, generation: Generation) -> list[Divergen
     return divergences
 
 
-def _error(threshold: float | None, confidence: float, exit: int, found: int) -> float:
-    """Return the error of the confidence at `exit` that leaving at `found` would take."""
-    if exit > found or (threshold is None and exit < found):
-        return 0.0
-    if threshold is None:
-        return math.inf
-    return max(0.0, threshold - confidence if exit == found else confidence - threshold)
+def _exit_margin(policy: Policy, at_exits: dict[int, float], found: int) -> float:
+    """Return the least error of the confidences that explains leaving at `found`.
+
+    Every shallower exit must fall under its threshold, and `found` must rise to its own.
+    """
+    over = {exit: value - (policy.threshold(exit) or 0.0) for exit, value in at_exits.items()}
+    errors = [value for exit, value in over.items() if exit < found] + [-over.get(found, 0.0)]
+    return max(0.0, *errors)

@@ -7,8 +7,9 @@ import torch
 from ee_llm import platform
 
 platform.enable_megatron()
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ee_llm.model.dropout import head_region
 
 
 class CausalAttention(torch.nn.Module):
@@ -20,7 +21,7 @@ class CausalAttention(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
-        self.dropout = config.attention_dropout
+        self.config = config
 
     def forward(
         self,
@@ -30,12 +31,13 @@ class CausalAttention(torch.nn.Module):
         attention_mask: torch.Tensor | None,
         **_: Any,
     ) -> torch.Tensor:
-        """Return [s, b, heads * d] from queries [s, b, heads, d], keys and values [s, b, groups, d]."""
+        """Return [s, b, heads * d] from queries [s, b, heads, d]; keys, values [s, b, kv, d]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = q.shape[1] != k.shape[1]
-        if self.training and self.dropout > 0:
-            with get_cuda_rng_tracker().fork():  # tensor ranks drop different heads' scores
-                out = _attend(q, k, v, self.dropout, grouped)
+        dropout = self.config.attention_dropout
+        if self.training and dropout > 0:
+            with head_region(self.config):
+                out = _attend(q, k, v, dropout, grouped)
         else:
             out = _attend(q, k, v, 0.0, grouped)
         return out.permute(2, 0, 1, 3).flatten(2)

@@ -7,16 +7,17 @@ import torch
 
 from ee_llm import platform
 from ee_llm.config import ModelConfig
+from ee_llm.model.dropout import hidden_region
 
 platform.enable_megatron()
-from megatron.core.tensor_parallel import VocabParallelEmbedding, get_cuda_rng_tracker
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class Embedding(MegatronModule):
-    """Word embeddings, with learned position embeddings on the first stage where the model has them.
+    """Word embeddings, and on the first stage learned position embeddings if the model has them.
 
     A stage that is not the first holds one for its weight alone, tied to outputs of exits.
     """
@@ -36,7 +37,7 @@ class Embedding(MegatronModule):
             )
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return [s, b, h] ([s / t, b, h] if sequence parallel) from tokens and positions [b, s]."""
+        """Return [s, b, h] ([s / t, b, h] if sequence parallel); tokens, positions [b, s]."""
         hidden = self.word(tokens)
         if self.position is not None:
             hidden = hidden + self.position(positions)
@@ -46,14 +47,14 @@ class Embedding(MegatronModule):
         dropout = self.config.hidden_dropout
         if not self.training or dropout == 0:
             return hidden
-        if not self.config.sequence_parallel:
-            return torch.nn.functional.dropout(hidden, dropout)
-        with get_cuda_rng_tracker().fork():  # each tensor rank has other positions
+        with hidden_region(self.config, self.training):
             return torch.nn.functional.dropout(hidden, dropout)
 
 
 class RotaryAngles(torch.nn.Module):
     """Angles of the rotary embedding (RoFormer, 2104.09864), halves not interleaved."""
+
+    frequencies: torch.Tensor
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()

@@ -3,10 +3,13 @@
 Shapes: s sequence, b microbatch, h hidden, v vocabulary, t tensor-parallel ranks.
 """
 
+from typing import Any
+
 import torch
 
 from ee_llm import platform
 from ee_llm.config import Config
+from ee_llm.model.dropout import hidden_region
 from ee_llm.model.specs import Norm, layer_spec, mlp_spec
 
 platform.enable_megatron()
@@ -20,22 +23,25 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 def output_weight_name(config: Config, boundary: int) -> str:
     """Return the name of the parameter that projects the exit at `boundary` to the vocabulary.
 
-    The final exit uses the embedding's weight if they are tied, else `output.weight`. Another exit's
-    output is `tied` to the embedding, `shared` with the final exit, or its `own`.
+    The final exit uses the embedding's weight if they are tied, else `output.weight`. Another
+    exit's output is `tied` to the embedding, `shared` with the final exit, or its `own`.
     """
     is_final = boundary == config.model.num_layers
     if not is_final and config.exits.output == "own":
         return f"exits.{boundary}.output.weight"
     to_embedding = not is_final and config.exits.output == "tied"
-    return "embedding.word.weight" if to_embedding or config.model.tie_embeddings else "output.weight"
+    if to_embedding or config.model.tie_embeddings:
+        return "embedding.word.weight"
+    return "output.weight"
 
 
 class Exit(MegatronModule):
     """A head attached at a boundary; the final exit is one of them, with a norm alone.
 
-    An `mlp` without a block reads the residual stream of layer `boundary` after attention and stands
-    in for that layer's own MLP (EE-Tuning, 2402.00518); behind a block it refines the block's output.
-    It has a norm of its own in both cases, so that a head can be trained without touching the layer.
+    An `mlp` without a block reads the residual stream of layer `boundary` after attention and
+    stands in for that layer's own MLP (EE-Tuning, 2402.00518); behind a block it refines the
+    block's output. It has a norm of its own in both cases, so that a head can be trained without
+    touching the layer.
     """
 
     def __init__(self, config: Config, parts: TransformerConfig, boundary: int) -> None:
@@ -48,7 +54,10 @@ class Exit(MegatronModule):
         if not self.is_final and config.exits.temperatures:
             self.temperature = config.exits.temperatures[config.exits.boundaries.index(boundary)]
         hidden_size = parts.hidden_size
-        self.block = self.mlp = self.mlp_norm = self.norm = None
+        self.block: Any = None
+        self.mlp_norm: Any = None
+        self.mlp: Any = None
+        self.norm: Any = None
         if "block" in head:
             self.block = build_module(layer_spec(), config=parts, layer_number=boundary)
         if "mlp" in head:
@@ -72,11 +81,15 @@ class Exit(MegatronModule):
     def forward(
         self, tap: torch.Tensor, rotary: torch.Tensor | None, weight: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return logits [s, b, v / t] from the exit's input [s, b, h] ([s / t, b, h] if sequence
-        parallel); `weight` is the output weight unless the exit has its own."""
+        """Return logits [s, b, v / t] from the exit's input.
+
+        That is [s, b, h] ([s / t, b, h] if sequence parallel). `weight` is the output weight
+        unless the exit has its own.
+        """
         hidden = tap
         if self.block is not None:
-            hidden, _ = self.block(hidden, attention_mask=None, rotary_pos_emb=rotary)
+            with hidden_region(self.config, self.training):
+                hidden, _ = self.block(hidden, attention_mask=None, rotary_pos_emb=rotary)
         if self.mlp is not None:
             update, bias = self.mlp(self.mlp_norm(hidden))
             hidden = hidden + (update if bias is None else update + bias)

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from ee_llm import platform
 from ee_llm.config import Config
-from ee_llm.model.stage import Stage, holders
+from ee_llm.model.stage import holders
 
 platform.enable_megatron()
 from megatron.core.distributed import DistributedDataParallel

@@ -14,7 +14,7 @@ from ee_llm.model.specs import FUSED_NORM_NAMES
 
 
 def canonical_name(name: str) -> str:
-    """Return a parameter's name in checkpoints: the same for every layout and layer implementation."""
+    """Return a parameter's name in checkpoints, whatever the layout and the layers' origin."""
     for fused, plain in FUSED_NORM_NAMES.items():
         if fused in name:
             return name.replace(fused, plain)
@@ -37,8 +37,8 @@ def split_over_tensor_ranks(
 def whole_parameter(name: str, shape: torch.Size, config: Config) -> torch.Tensor:
     """Return the initial value of a whole parameter in float32.
 
-    Norms start at 1 and biases at 0; weights are normal with `model.init_std`, those that write into
-    the residual stream with init_std / sqrt(2 L) (GPT-2; Megatron-LM).
+    Norms start at 1 and biases at 0; weights are normal with `model.init_std`, those that write
+    into the residual stream with init_std / sqrt(2 L) (GPT-2; Megatron-LM).
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "bias":
@@ -54,9 +54,7 @@ def whole_parameter(name: str, shape: torch.Size, config: Config) -> torch.Tenso
 
 
 @torch.no_grad()
-def initialize(
-    module: torch.nn.Module, config: Config, tensor_rank: int, tensor_size: int
-) -> None:
+def initialize(module: torch.nn.Module, config: Config, tensor_rank: int, tensor_size: int) -> None:
     """Fill every parameter of a stage with its initial value."""
     gated = config.model.family == "llama"
     for local_name, parameter in module.named_parameters():
@@ -64,10 +62,8 @@ def initialize(
         if not getattr(parameter, "tensor_model_parallel", False):
             parameter.copy_(whole_parameter(name, parameter.shape, config))
             continue
-        axis = parameter.partition_dim
+        axis = parameter.partition_dim  # type: ignore[attr-defined]
         shape = list(parameter.shape)
         shape[axis] *= tensor_size
         whole = whole_parameter(name, torch.Size(shape), config)
-        parameter.copy_(
-            split_over_tensor_ranks(whole, name, axis, tensor_rank, tensor_size, gated)
-        )
+        parameter.copy_(split_over_tensor_ranks(whole, name, axis, tensor_rank, tensor_size, gated))

@@ -21,9 +21,8 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from ee_llm.model.activation import SwiGlu
 from ee_llm.model.attention import CausalAttention
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 # Transformer Engine keeps a norm's parameters in the linear layer behind it.
 FUSED_NORM_NAMES = {
@@ -33,7 +32,7 @@ FUSED_NORM_NAMES = {
 
 
 def has_transformer_engine() -> bool:
-    """Return whether layers are built from Transformer Engine (on CUDA, where it can be imported)."""
+    """Return whether layers are built from Transformer Engine: on CUDA, if it can be imported."""
     if not platform.has_cuda():
         return False  # its CPU meta package raises RuntimeError on import
     try:
@@ -82,6 +81,7 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=fused,
         bias_activation_fusion=fused,
+        use_te_activation_func=llama and not fused and not has_transformer_engine(),  # SwiGlu
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         **recompute,
@@ -95,13 +95,13 @@ def _keep(tensor: torch.Tensor) -> torch.Tensor:
 class Norm:
     """Makes torch's RMSNorm or LayerNorm, marked so that sequence-parallel gradients are summed."""
 
-    def __new__(
+    def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
     ) -> torch.nn.Module:
         kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
         norm = kind(hidden_size, eps=eps, device=platform.device(), dtype=config.params_dtype)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
 
 
@@ -114,10 +114,13 @@ class _LocalParts(LocalSpecProvider):
     def core_attention(self) -> type:
         return CausalAttention
 
+    def activation_func(self) -> type:
+        return SwiGlu
+
 
 def mlp_spec() -> ModuleSpec:
     """Return the parts of an MLP without its norm."""
-    return get_mlp_module_spec_for_backend(backend=_LocalParts())
+    return get_mlp_module_spec_for_backend(backend=_LocalParts(), use_te_activation_func=True)
 
 
 def layer_spec() -> ModuleSpec:

@@ -3,7 +3,6 @@
 Shapes: s sequence, b microbatch, h hidden, v vocabulary, t tensor-parallel ranks.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from ee_llm import platform
 from ee_llm.config import Config, exit_stage, stage_layers
 from ee_llm.losses import ExitLoss, exit_loss
+from ee_llm.model.dropout import hidden_region
 from ee_llm.model.embedding import Embedding, RotaryAngles
 from ee_llm.model.exits import Exit, output_weight_name
 from ee_llm.model.initialize import initialize
@@ -18,7 +18,7 @@ from ee_llm.model.specs import layer_spec, transformer_config
 
 platform.enable_megatron()
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import ColumnParallelLinear, checkpoint, get_cuda_rng_tracker
+from megatron.core.tensor_parallel import ColumnParallelLinear, checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import sharded_state_dict_default
@@ -72,7 +72,8 @@ class Stage(MegatronModule):
         self.shares_positions = not config.data.reset_positions
         boundaries = [b for b, stage in stages_of_exits(config).items() if stage == index]
 
-        self.embedding = self.output = None
+        self.embedding: Any = None
+        self.output: Any = None
         if index in holders(config, "embedding.word.weight"):
             self.embedding = Embedding(config.model, parts, with_positions=self.is_first)
         if index in holders(config, "output.weight"):
@@ -103,8 +104,11 @@ class Stage(MegatronModule):
         )
 
     def _mark_copies(self, config: Config) -> None:
-        """Mark weights that live on several stages: `shared_embedding` on all of them, and `shared`
-        on every copy but the owner's, which megatron-core leaves out of the gradient norm."""
+        """Mark weights that live on several stages.
+
+        `shared_embedding` on all of them, and `shared` on every copy but the owner's, which
+        megatron-core leaves out of the gradient norm.
+        """
         self.copies: dict[str, int] = {}
         for name in ("embedding.word.weight", "output.weight"):
             stages = holders(config, name)
@@ -129,22 +133,23 @@ class Stage(MegatronModule):
         """
         if self.is_first:
             hidden = self.embedding(tokens, positions)
+        assert hidden is not None, f"stage {self.index} was not given hidden states"
         rotary = self._angles(positions)
-        taps = {}
+        taps: dict[int, torch.Tensor] = {}
         for boundary in self.boundaries:
             if str(boundary) not in self.layers:  # a pre-exit at the stage's start
                 taps[boundary] = hidden
         for number, layer in self.layers.items():
-            head = self.exits[number] if number in self.exits else None
+            head: Any = self.exits[number] if number in self.exits else None  # noqa: SIM401
             taps_attention = head is not None and head.taps_attention
             hidden, attended = self._run_layer(layer, hidden, rotary, taps_attention)
             if head is not None:
-                taps[head.boundary] = attended if taps_attention else hidden
+                taps[head.boundary] = hidden if attended is None else attended
         return hidden, tuple(taps[boundary] for boundary in self.boundaries)
 
     def _run_layer(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         hidden: torch.Tensor,
         rotary: torch.Tensor | None,
         taps_attention: bool,
@@ -158,22 +163,16 @@ class Stage(MegatronModule):
                 hook = layer.pre_mlp_layernorm.register_forward_pre_hook(
                     lambda _, inputs: attended.append(inputs[0])
                 )
-            with self._dropout_context():
+            with hidden_region(self.config, self.training):
                 output, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
             if hook is not None:
                 hook.remove()
             return (output, *attended)
 
-        # The tap leaves the recomputed region as an output, so that its gradient finds its way back.
+        # The tap leaves the recomputed region as an output: its gradient has to find the way back.
         recompute = self.recompute and torch.is_grad_enabled()
         outputs = checkpoint(run, False, hidden) if recompute else run(hidden)
         return outputs[0], outputs[1] if taps_attention else None
-
-    def _dropout_context(self) -> AbstractContextManager[None]:
-        """Sequence parallel ranks hold other positions, so that their dropout must differ."""
-        if self.config.sequence_parallel and self.config.hidden_dropout > 0 and self.training:
-            return get_cuda_rng_tracker().fork()
-        return nullcontext()
 
     def exit_logits(
         self, boundary: int, tap: torch.Tensor, positions: torch.Tensor
@@ -213,7 +212,7 @@ class Stage(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Return megatron-core's sharded tensors by canonical name; copies of a weight are replicas."""
+        """Return megatron-core's sharded tensors by name; copies of a weight are replicas."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
         for name, copy in self.copies.items():

@@ -88,7 +88,7 @@ def _message_key(action: Action) -> tuple[int, str, int]:
 
 
 def _check_actions(plan: Plan, expected: frozenset[Action]) -> None:
-    if len(plan.ranks) <= max(plan.stage_ranks, default=-1) or min(plan.stage_ranks) < 0:
+    if not all(0 <= rank < plan.num_ranks for rank in plan.stage_ranks):
         raise PlanError(
             f"stage_ranks {plan.stage_ranks} name ranks outside 0..{plan.num_ranks - 1}"
         )

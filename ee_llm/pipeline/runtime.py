@@ -149,19 +149,8 @@ class Runtime:
     def _backward(self, action: Action) -> None:
         key = (action.stage, action.microbatch)
         visit = self._visits.pop(key)
-        roots: list[GradientEdge] = []
-        gradients: list[Tensor] = []
-        for loss in visit.losses:
-            if loss.requires_grad:
-                roots.append(get_gradient_edge(loss))
-                gradients.append(torch.ones_like(loss))
         # The exits come before the received gradient is waited for: they do not need it.
-        for index, tap in enumerate(visit.taps):
-            gradient = self._exit_gradient(action, index, tap)
-            if gradient is not None:
-                roots.append(get_gradient_edge(tap))
-                gradients.append(gradient)
-        visit.taps, visit.losses = (), ()
+        roots, gradients = self._exit_roots(action, visit)
         received = self._result(action, self._gradients)
         if received is not None and visit.output is not None:
             roots.append(visit.output)
@@ -174,6 +163,23 @@ class Runtime:
             gradient = visit.hidden.grad
             # Nothing here depends on the input in a differentiable way; the neighbour still waits.
             self._gradients[key] = torch.zeros_like(visit.hidden) if gradient is None else gradient
+
+    def _exit_roots(self, action: Action, visit: _Visit) -> tuple[list[GradientEdge], list[Tensor]]:
+        # Where the exits' gradients enter the stage's graph. Edges hold no data, so that taps and
+        # losses are let go before the stage's own backward.
+        roots: list[GradientEdge] = []
+        gradients: list[Tensor] = []
+        for loss in visit.losses:
+            if loss.requires_grad:
+                roots.append(get_gradient_edge(loss))
+                gradients.append(torch.ones_like(loss))
+        for index, tap in enumerate(visit.taps):
+            gradient = self._exit_gradient(action, index, tap)
+            if gradient is not None:
+                roots.append(get_gradient_edge(tap))
+                gradients.append(gradient)
+        visit.taps, visit.losses = (), ()
+        return roots, gradients
 
     def _exit_gradient(self, action: Action, index: int, tap: Tensor) -> Tensor | None:
         # Cut off from the stage's graph, so that the exit's own graph dies before the next one's.

@@ -152,7 +152,7 @@ def grid(source: Plan | Timeline, slot: float | None = None) -> str:
     if slot is None:
         slot = min((s.end - s.start for s in spans if s.end > s.start), default=1.0)
     width = max((len(str(span.action)) for span in spans), default=0) + 1
-    total = math.ceil(line.makespan / slot - 1e-9)
+    total = max(1, math.ceil(line.makespan / slot - 1e-9))
     rows = []
     for rank, actions in enumerate(line.ranks):
         row = list((".".ljust(width)) * total)

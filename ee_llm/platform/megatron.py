@@ -1,4 +1,4 @@
-"""Makes megatron-core importable here: checks versions, quietens it, adapts it where CUDA is absent."""
+"""Prepares for megatron-core: checks versions, quietens it, adapts it where CUDA is absent."""
 
 import importlib.metadata
 import importlib.util
@@ -26,11 +26,25 @@ def check_versions(found: dict[str, str]) -> None:
     for name, (low, high) in TESTED.items():
         version = Version(Version(found[name]).base_version)
         if not Version(low) <= version < Version(high):
-            mend = "use another interpreter" if name == "python" else f'pip install "{name}>={low},<{high}"'
+            mend = (
+                "use another interpreter"
+                if name == "python"
+                else f'pip install "{name}>={low},<{high}"'
+            )
             raise RuntimeError(
                 f"{name} {found[name]} is outside the tested range >={low},<{high}; {mend} "
                 "(EE_LLM_UNTESTED_VERSIONS=1 tries it all the same)"
             )
+
+
+def _installed_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        low, high = TESTED[name]
+        raise RuntimeError(
+            f'{name} is not installed; pip install "{name}>={low},<{high}"'
+        ) from None
 
 
 def check_checkpoint_dependencies() -> None:
@@ -45,7 +59,8 @@ def check_checkpoint_dependencies() -> None:
 def enable() -> None:
     """Prepare the process for importing `megatron.core`; call it before, any number of times.
 
-    Raises RuntimeError for an untested version of Python, torch or megatron-core.
+    Raises RuntimeError for an untested version of Python, torch or megatron-core, and where
+    megatron-core or what its checkpoints need is missing.
     """
     global _enabled
     if _enabled:
@@ -55,7 +70,7 @@ def enable() -> None:
             {
                 "python": ".".join(map(str, sys.version_info[:3])),
                 "torch": torch.__version__,
-                "megatron-core": importlib.metadata.version("megatron-core"),
+                "megatron-core": _installed_version("megatron-core"),
             }
         )
     check_checkpoint_dependencies()
@@ -72,6 +87,14 @@ def _quieten() -> None:
     # Its sequence-parallel linears warn unless the CUDA queue is a single one.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     warnings.filterwarnings("ignore", module=r"megatron\.core(\.|$)")
+    # Raised while megatron-core is imported and attributed to others: one names the importer of a
+    # module of its own that it still uses, one comes from a torch module that it pulls in.
+    warnings.filterwarnings(
+        "ignore", r"\s*The 'megatron\.core\.[\w.]+'\s+module is deprecated", DeprecationWarning
+    )
+    warnings.filterwarnings(
+        "ignore", "`torch.jit.script_method`", DeprecationWarning, r"torch\.jit\._script$"
+    )
     for module in ("torch.distributed.c10d_logger", "torch.distributed.checkpoint"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module.replace(".", r"\."))
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)

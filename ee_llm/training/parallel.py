@@ -3,7 +3,8 @@
 Shapes: s sequence, b microbatch, h hidden.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 
 def exit_weights(config: Config, step: int) -> dict[int, float]:
-    """Return the loss weight of every exit at `step` (from 0) by boundary; the final exit's is 1."""
+    """Return every exit's loss weight at `step` (from 0) by boundary; the final exit's is 1."""
     exits = config.exits
     weights = {
         boundary: scheduled_weight(
@@ -66,7 +67,7 @@ class StageOnData:
         return self.chunk(batch.tokens, batch.positions, hidden)
 
     def exit_loss(self, microbatch: int, index: int, tap: torch.Tensor) -> torch.Tensor:
-        """Return an exit's weighted loss of one microbatch, normalised by the step's valid tokens."""
+        """Return an exit's weighted loss of one microbatch, over the step's valid tokens."""
         batch = self.microbatches[microbatch]
         boundary = self.stage.boundaries[index]
         loss = self.stage.exit_loss(
@@ -77,8 +78,9 @@ class StageOnData:
             batch.loss_mask,
             dynamic_token_weights=self.dynamic_token_weights,
         )
+        reported = loss.reported.double()
         seen = self.sums.get(boundary)
-        self.sums[boundary] = loss.reported if seen is None else seen + loss.reported
+        self.sums[boundary] = reported if seen is None else seen + reported
         return loss.objective * self.factors[boundary]
 
 
@@ -130,18 +132,27 @@ class ParallelModel:
         """Compute the gradients of one step (from 0) and return every exit's mean loss in nats.
 
         Takes this data-parallel rank's microbatches. Losses are over the step's valid tokens of
-        all ranks, and so are the gradients in `main_grad`, whole on return.
+        all ranks, and so are the gradients in `main_grad`, whole on return. Every rank gets the
+        same numbers; a loss that is not finite on one rank is not finite on any.
         """
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
+            for parameter in chunk.parameters():
+                # megatron-core's float32 optimizer leaves `main_grad` itself as `grad`. A backward
+                # would add to it in place, and DDP then once more: the first microbatch doubled.
+                parameter.grad = None
         tokens = self._begin(microbatches, exit_weights(self.config, step))
         self._train.step()
         self._sum_gradients(self.chunks)
-        return {boundary: total / tokens for boundary, total in self._loss_sums().items()}
+        # Without a valid token there is no loss, and nothing to learn.
+        return {boundary: total / max(tokens, 1.0) for boundary, total in self._loss_sums().items()}
 
-    def evaluate(self, steps: Sequence[Sequence[Microbatch]]) -> dict[int, float]:
-        """Return every exit's mean loss in nats over the valid tokens of some global batches."""
+    def evaluate(self, steps: Iterable[Sequence[Microbatch]]) -> dict[int, float]:
+        """Return every exit's mean loss in nats over the valid tokens of some global batches.
+
+        NaN if there is no valid token. Every rank gets the same numbers.
+        """
         totals = dict.fromkeys(self.boundaries, 0.0)
         tokens = 0.0
         for chunk in self.chunks:
@@ -151,15 +162,17 @@ class ParallelModel:
             self._evaluate.step()
             for boundary, total in self._loss_sums().items():
                 totals[boundary] += total
-        return {boundary: total / max(tokens, 1.0) for boundary, total in totals.items()}
+        return {
+            boundary: total / tokens if tokens else math.nan for boundary, total in totals.items()
+        }
 
     def _begin(self, microbatches: Sequence[Microbatch], weights: dict[int, float]) -> float:
         """Hand the data to the stages and return the number of valid tokens over all ranks."""
         here = [Microbatch(*(x.to(platform.device()) for x in batch)) for batch in microbatches]
         count = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in here]).sum()
         dist.all_reduce(count, group=self.grid.data_group)
-        tokens = max(count.item(), 1.0)  # a step without valid tokens has no loss
-        factors = {boundary: weight / tokens for boundary, weight in weights.items()}
+        tokens = count.item()
+        factors = {boundary: weight / max(tokens, 1.0) for boundary, weight in weights.items()}
         for stage in self._on_data.values():
             stage.begin(here, factors)
         return tokens
@@ -167,9 +180,9 @@ class ParallelModel:
     def _loss_sums(self) -> dict[int, float]:
         """Return the loss sum of every exit over microbatches and data ranks, on all ranks."""
         sums = torch.zeros(len(self.boundaries), dtype=torch.float64, device=platform.device())
-        for stage in self._on_data.values():
-            for boundary, total in stage.sums.items():
-                sums[self.boundaries.index(boundary)] = total
-        dist.all_reduce(sums, group=self.grid.pipeline_group)
-        dist.all_reduce(sums, group=self.grid.data_group)
+        if self.grid.tensor_rank == 0:  # its peers have the same sums
+            for stage in self._on_data.values():
+                for boundary, total in stage.sums.items():
+                    sums[self.boundaries.index(boundary)] = total
+        dist.all_reduce(sums)
         return dict(zip(self.boundaries, sums.tolist(), strict=True))

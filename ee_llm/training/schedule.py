@@ -55,7 +55,9 @@ def learning_rate(step: int, options: ScheduleOptions, total_steps: int) -> floa
         start = max(start, end - options.wsd_decay_steps)
     if step >= end:
         return options.min_lr
-    behind = max(0.0, (step - start) / (end - start))
+    if step <= start:
+        return options.lr
+    behind = (step - start) / (end - start)
     if options.schedule == "cosine":
         return options.min_lr + (options.lr - options.min_lr) * (1 + math.cos(math.pi * behind)) / 2
     return options.lr - (options.lr - options.min_lr) * behind

@@ -149,7 +149,12 @@ def single_process(items: tuple, dtype: torch.dtype):
 
 
 def compare(
-    variant: dict, layout, micro_batch_size: int, dtype, tolerance: float, spread: dict | None = None
+    variant: dict,
+    layout,
+    micro_batch_size: int,
+    dtype,
+    tolerance: float,
+    spread: dict | None = None,
 ) -> None:
     world_size = layout[0] * layout[1] * layout[2]
     losses, gradients = single_process(tuple(variant.items()), dtype)

@@ -1,6 +1,7 @@
 """The command line: dispatch, help, overrides, and what mistakes are answered with."""
 
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -39,9 +40,9 @@ def tiny(tmp_path: Path) -> Path:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """The configurations that reach training, which is recorded instead of being run."""
     configs: list[Config] = []
-    module = types.ModuleType("ee_llm.training.run")
+    module = types.ModuleType("ee_llm.training.trainer")
     module.train = configs.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ee_llm.training.run", module)
+    monkeypatch.setitem(sys.modules, "ee_llm.training.trainer", module)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     return configs
 
@@ -295,14 +296,28 @@ def test_an_interrupt_is_no_traceback(
     monkeypatch.setitem(cli.COMMANDS, "fail", cli.Command("", interrupt))
     assert cli.main(["fail"]) == 130
     assert capsys.readouterr().err == "ee-llm: interrupted\n"
+    # Every rank is interrupted with its launcher, which says so for all.
+    monkeypatch.setenv(cli._LAUNCHED, "1")
+    assert cli.main(["fail"]) == 130
+    assert capsys.readouterr().err == ""
 
 
-def test_output_may_be_cut_short() -> None:
-    """`ee-llm --help | head -n 1` is no error."""
-    command = f"{sys.executable} -u -m ee_llm.cli --help | head -n 1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines()[-1] == "0"
-    assert done.stderr == ""
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_may_be_cut_short(unbuffered: str) -> None:
+    """`ee-llm --help | head -n 1` ends as other programs do there: as told, and in silence."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    # Buffered, the text is written at the end of the program; unbuffered, by print.
+    done = subprocess.run(
+        [sys.executable, "-m", "ee_llm.cli", "--help"],
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize(
@@ -318,6 +333,17 @@ def test_ranks_are_started_without_the_option_that_starts_them(
     arguments: list[str], kept: list[str]
 ) -> None:
     assert cli._without_option(arguments, "--nproc") == kept
+
+
+def test_ranks_get_the_other_options(
+    tiny: Path, trained: list[Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+    monkeypatch.setattr(cli, "_launch", lambda *call: launched.append(call))
+    options = ["--config", str(tiny), "--parallel.pipeline", "2"]
+    assert cli.main(["train", *options, "--nproc", "4"]) == 0
+    assert launched == [(4, ["train", *options])]
+    assert not trained
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import CheckpointError, TensorReader
@@ -47,7 +48,41 @@ def test_tensor_with_a_hole_is_refused(tmp_path):
 
     edit_metadata(checkpoint, change)
     with pytest.raises(CheckpointError, match="12 of 18 elements are stored"):
-        TensorReader(checkpoint).tensor("embedding.word.weight")
+        TensorReader(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "sizes"), [((2, 0), (4, 3)), ((-1, 0), (4, 3)), ((0,), (12,)), ((0, 0), (-4, -3))]
+)
+def test_block_outside_of_its_tensor_is_refused(tmp_path, offsets, sizes):
+    checkpoint = write_checkpoint(tmp_path)
+
+    def change(metadata):
+        [chunk] = metadata.state_dict_metadata["embedding.word.weight"].chunks
+        [index] = [i for i in metadata.storage_data if i.fqn == "embedding.word.weight"]
+        info = metadata.storage_data.pop(index)
+        chunk.offsets, chunk.sizes = offsets, sizes
+        metadata.storage_data[MetadataIndex(index.fqn, offsets)] = info
+
+    edit_metadata(checkpoint, change)
+    with pytest.raises(
+        CheckpointError, match=r"a block of 'embedding\.word\.weight' at .* does not"
+    ):
+        TensorReader(checkpoint)
+
+
+def test_overlapping_blocks_are_refused(tmp_path):
+    """Two blocks in one place leave another place empty."""
+    checkpoint = write_checkpoint(tmp_path, tensors={"a": torch.ones(2), "b": torch.zeros(4)})
+
+    def change(metadata):
+        twice = metadata.state_dict_metadata["a"].chunks * 2
+        metadata.state_dict_metadata["a"].chunks = twice
+        metadata.state_dict_metadata["a"].size = torch.Size([4])
+
+    edit_metadata(checkpoint, change)
+    with pytest.raises(CheckpointError, match="two blocks of 'a' overlap"):
+        TensorReader(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["tensors/__0_0.distcp", "tensors/.metadata", "config.toml"])

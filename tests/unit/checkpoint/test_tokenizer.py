@@ -19,6 +19,19 @@ def test_stored_file_is_the_tokenizer(tmp_path):
     tokenizer.check(stored, tokenizer.fingerprint(str(source)), checkpoint)
 
 
+def test_the_run_keeps_the_tokenizer_it_began_with(tmp_path):
+    """A save after hours must not fail, or store another vocabulary, because a file has changed."""
+    source = tmp_path / "spm.model"
+    source.write_bytes(b"first")
+    mark = tokenizer.fingerprint(str(source))
+    source.write_bytes(b"second")
+    assert tokenizer.fingerprint(str(source)) == mark
+    source.unlink()
+    (tmp_path / "checkpoint").mkdir()
+    tokenizer.store(str(source), tmp_path / "checkpoint")
+    assert (tmp_path / "checkpoint" / "tokenizer" / "spm.model").read_bytes() == b"first"
+
+
 def test_bytes_needs_no_file(tmp_path):
     tokenizer.store("bytes", tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ def area(width, height):
 
 
 class Shape:
-\tname = "shape"
+    name = "shape"
 
     def __init__(self, sides):
         self.sides = [float(side) for side in sides]
@@ -29,7 +29,7 @@ WriteData = Callable[[str, Sequence[Sequence[int]]], str]
 
 @pytest.fixture
 def write_data(tmp_path: Path) -> WriteData:
-    """A function of a name and documents (lists of token ids) that writes them; gives the prefix."""
+    """A function that writes documents (lists of token ids) under a name and gives the prefix."""
 
     def write(name: str, documents: Sequence[Sequence[int]]) -> str:
         prefix = str(tmp_path / name)

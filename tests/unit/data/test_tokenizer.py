@@ -65,6 +65,17 @@ def test_long_text_is_not_cut(tokenizer: Tokenizer):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_short_text_is_not_padded(tokenizer: Tokenizer):
+    assert tokenizer.encode("") == []
+    assert len(tokenizer.encode("x")) == 1
+
+
+def test_unpaired_surrogate(tokenizer: Tokenizer):
+    """JSON can spell one, and the libraries raise RuntimeError or TypeError for it."""
+    with pytest.raises(ValueError, match="surrogate"):
+        tokenizer.encode("a\ud800")
+
+
 def test_eod_has_no_text(tokenizer: Tokenizer):
     ids = tokenizer.encode("one")
     assert tokenizer.decode([*ids, tokenizer.eod, *ids, tokenizer.eod]) == "oneone"

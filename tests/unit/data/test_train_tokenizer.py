@@ -18,7 +18,7 @@ def test_same_text_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Neither the paths of text and model nor the machine's cores may leave a trace."""
     text = "for item in items:\n    total += item.price * item.count\n" * 5
     models = []
-    for name in ("one", "two"):
+    for name in ("one", "three"):
         folder = tmp_path / name
         folder.mkdir()
         (folder / f"{name}.py").write_text(text)
@@ -32,7 +32,7 @@ def test_same_text_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_indentation_is_learned(sentencepiece_model: Path):
-    """Eight spaces must not be eight tokens, or code is all spaces."""
+    """Eight spaces must not be eight tokens, nor a tab three, though the text had none."""
     tokenizer = load_tokenizer(sentencepiece_model)
     assert len(tokenizer.encode(" " * 8)) == 2
     newline, tab = tokenizer.encode("\n"), tokenizer.encode("\t")
@@ -56,9 +56,7 @@ def test_large_input_is_sampled_evenly(tmp_path: Path):
     path.write_text("".join(lines))
     output = tmp_path / "letters.model"
     megabytes = 3.01 * len(lines[0]) / 1e6
-    report = train_tokenizer(
-        TrainTokenizerOptions((path,), output, 266, max_megabytes=megabytes)
-    )
+    report = train_tokenizer(TrainTokenizerOptions((path,), output, 264, max_megabytes=megabytes))
     assert report.num_documents == 3
     model = sentencepiece.SentencePieceProcessor(model_file=str(output))
     pieces = {model.id_to_piece(i) for i in range(model.vocab_size())}

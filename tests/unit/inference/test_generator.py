@@ -205,6 +205,18 @@ def test_certificate_tells_rounding_from_a_mistake() -> None:
         assert all(d.margin < 1e-4 for d in verify_trace(tiny_model(config), made))
 
 
+def test_an_exit_that_is_off_is_never_looked_at() -> None:
+    """It may be untrained or broken; nobody can have left there."""
+    model, policy = tiny_model(), make_policy((1, 2), [0.4, None])
+    model._tensors["exits.2.norm.weight"].fill_(float("nan"))
+    made = _generate(model, policy)
+    assert verify_trace(model, made) == []
+    at_four = made.exits.index(4)
+    exits = (*made.exits[:at_four], 2, *made.exits[at_four + 1 :])
+    (found,) = verify_trace(model, dataclasses.replace(made, exits=exits))
+    assert (found.index, found.expected, found.margin) == (at_four, 4, float("inf"))
+
+
 def test_certificate_refuses_what_is_no_finished_sequence() -> None:
     model = tiny_model()
     made = _generate(model, make_policy((1, 2), [0.4]))

@@ -1,7 +1,9 @@
 """Actions and plans as data."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -97,3 +99,19 @@ def test_step_grid_shows_the_marked_place_and_its_surroundings():
 def test_plans_need_no_torch():
     code = "import sys, ee_llm.pipeline; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_examples_of_the_documentation_print_what_it_shows(capsys):
+    page = Path(__file__).parents[3] / "docs" / "pipeline.md"
+    first, second = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(first, {})
+    assert f"```\n{capsys.readouterr().out}```" in page.read_text()
+    names = {}
+    exec(second, names)
+    for label, name in (("naive", "naive"), ("deferred", "exits")):
+        found = names[name]
+        row = (
+            f"| {found.makespan} | {' '.join(map(str, found.peak_exit_logits))} "
+            f"| {' '.join(map(str, found.peak_activations))} |"
+        )
+        assert f"| + two exits, {label} {row}" in page.read_text()

@@ -56,6 +56,10 @@ def test_grid_of_uneven_costs_shows_lengths():
     )
 
 
+def test_grid_of_costless_work_is_one_column():
+    assert grid(simulate(one_f_one_b(1, 1), uniform(1, 0, 0)).timeline) == "rank 0  0B0"
+
+
 @given(sizes, sizes, seconds, seconds)
 def test_makespan_of_one_f_one_b_is_the_closed_form(stages, microbatches, forward, backward):
     found = simulate(one_f_one_b(stages, microbatches), uniform(stages, forward, backward))

@@ -18,11 +18,13 @@ class Shape:
     """What each stage looks like.
 
     exits: per stage a word, one letter per exit: i reads the stage's input, m its middle, o its
-    output. frozen: stages whose layers are not trained (their exits are).
+    output. frozen: stages whose layers are not trained (their exits are). dead: stages without any
+    trained parameter, whose layers build no graph at all.
     """
 
     exits: tuple[str, ...]
     frozen: frozenset[int] = frozenset()
+    dead: frozenset[int] = frozenset()
 
 
 class LiveCount:
@@ -80,8 +82,11 @@ class ToyStage(nn.Module):
 
         self.layers = nn.ParameterList([matrix(WIDTH), matrix(WIDTH)])
         self.heads = nn.ParameterList([matrix(CLASSES) for _ in self.kinds])
+        self.dead = stage in shape.dead
         if stage in shape.frozen:
             self.layers.requires_grad_(False)
+        if self.dead:
+            self.requires_grad_(False)
         self.live = LiveCount()
         self.grad_modes: list[bool] = []
 
@@ -91,6 +96,8 @@ class ToyStage(nn.Module):
         assert (hidden is None) == self.first
         self.grad_modes.append(torch.is_grad_enabled())
         x = inputs(microbatch) if hidden is None else hidden
+        if self.dead:
+            x = x.detach()
         middle = x + torch.tanh(x @ self.layers[0].T)
         output = middle + torch.tanh(middle @ self.layers[1].T)
         places = {"i": x, "m": middle, "o": output}

@@ -1,5 +1,7 @@
 """Our Adam against torch's, and the state layout that megatron-core's checkpoints rely on."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -87,7 +89,7 @@ def test_going_on_from_a_state_dict_is_bit_identical():
     with torch.no_grad():
         for param, target in zip(params, copies, strict=True):
             target.copy_(param)
-    copy.load_state_dict(adam.state_dict())
+    copy.load_state_dict(deepcopy(adam.state_dict()))  # else both would share moments
     for step in (3, 4):
         for optimizer, those in ((adam, params), (copy, copies)):
             set_gradients(those, step)

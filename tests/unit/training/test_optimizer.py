@@ -17,9 +17,9 @@ from ee_llm.training.optimizer import (
 from tests.distributed.harness import run_ranks
 
 platform.enable_megatron()
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
-from megatron.core.transformer.module import MegatronModule  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 OPTIONS = OptimizerConfig(lr=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9, eps=1e-6, clip_grad=1.0)
 
@@ -135,7 +135,7 @@ def test_bfloat16_masters_add_up_what_is_below_their_precision():
 
 
 def _tied():
-    grid, module, optimizer = make(torch.float32, pipeline=2)
+    _, module, optimizer = make(torch.float32, pipeline=2)
     set_gradients(module, 1)
     result = take_step(optimizer, clip_grad=0.0)
     return result.grad_norm, module.weight.detach()

@@ -1,0 +1,1 @@
+"""Training: the loop, the optimizer and its schedules, logging; `trainer.train` runs it all."""

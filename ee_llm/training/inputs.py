@@ -1,0 +1,54 @@
+"""What a run reads: its configuration's data, as the microbatches of one rank."""
+
+from ee_llm import platform
+from ee_llm.config import Config
+from ee_llm.data.batches import BatchShape, EvaluationBatches, TrainingBatches
+from ee_llm.data.dataset import Blend, Part, RowOptions, open_blend
+from ee_llm.data.prepare import check_tokenizer
+from ee_llm.data.tokenizer import load_tokenizer
+
+
+def open_data(
+    config: Config, grid: platform.Grid
+) -> tuple[TrainingBatches, EvaluationBatches | None]:
+    """Return this rank's training data, and its validation data where there are any to be read.
+
+    Raises ValueError, naming the option or file, for what is wrong with them.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of "
+            f"data.tokenizer {config.data.tokenizer!r}, {tokenizer.vocab_size} tokens; set it to "
+            f"{tokenizer.vocab_size} or more"
+        )
+    for prefix in config.data.prefixes:
+        check_tokenizer(prefix, tokenizer)
+    options = RowOptions(
+        eod=tokenizer.eod,
+        vocab_size=config.model.vocab_size,
+        mask_after_eod=config.data.mask_after_eod,
+        reset_positions=config.data.reset_positions,
+    )
+    shape = BatchShape(
+        config.training.micro_batch_size,
+        config.training.global_batch_size,
+        grid.data_rank,
+        grid.data_size,
+    )
+
+    def blend(part: Part) -> Blend:
+        return open_blend(
+            config.data.prefixes,
+            part,
+            seq_length=config.data.seq_length,
+            options=options,
+            seed=config.training.seed,
+            weights=config.data.weights,
+            split=config.data.split,
+        )
+
+    training = TrainingBatches(blend("train"), shape)
+    if config.training.eval_interval == 0 or config.data.split[1] == 0:
+        return training, None
+    return training, EvaluationBatches(blend("validation"), shape, config.training.eval_steps)

@@ -1,0 +1,54 @@
+"""The precision to train in: on a CPU, whichever of bfloat16 and float32 multiplies faster."""
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from ee_llm import platform
+from ee_llm.config import Config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_PATIENCE_S = 2.0  # after which one measurement is enough
+_MAX_ROWS = 2048  # more rows take longer and do not change the ratio
+
+
+def choose_dtype(config: Config) -> str:
+    """Return the name of the dtype that `training.dtype` asks for, measured where it says "auto".
+
+    Collective: rank 0 measures, so that all ranks agree.
+    """
+    if config.training.dtype != "auto":
+        return config.training.dtype
+    if platform.has_cuda():
+        return "bfloat16"
+    rows = min(_MAX_ROWS, config.training.micro_batch_size * config.data.seq_length)
+    chosen: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        seconds = {
+            name: _seconds(
+                DTYPES[name], rows, config.model.hidden_size, config.model.ffn_hidden_size
+            )
+            for name in ("float32", "bfloat16")
+        }
+        chosen[0] = min(seconds, key=lambda name: seconds[name])
+    dist.broadcast_object_list(chosen, src=0)
+    assert chosen[0] is not None
+    return chosen[0]
+
+
+def _seconds(dtype: torch.dtype, rows: int, width: int, inner: int) -> float:
+    """Return the time of a linear layer's three products: output, input and weight gradient."""
+    # No random numbers: drawn here, on one rank, they would set its dropout apart from that of
+    # its tensor-parallel peers.
+    x, weight = torch.ones(rows, width, dtype=dtype), torch.ones(inner, width, dtype=dtype)
+    best, until = float("inf"), time.perf_counter() + _PATIENCE_S
+    for _ in range(5):
+        start = time.perf_counter()
+        y = x @ weight.t()
+        y @ weight
+        y.t() @ x
+        best = min(best, time.perf_counter() - start)
+        if time.perf_counter() > until:
+            break
+    return best

@@ -1,0 +1,274 @@
+"""The training loop: steps, validation, reports, checkpoints."""
+
+import functools
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from rich.markup import escape
+
+from ee_llm import platform
+from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.load import load
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.save import save
+from ee_llm.checkpoint.state import TrainState
+from ee_llm.config import Config
+from ee_llm.data import Microbatch
+from ee_llm.training.inputs import open_data
+from ee_llm.training.logging import (
+    GRAD_NORM,
+    LEARNING_RATE,
+    LOG,
+    RunLog,
+    loss_name,
+    validation_metrics,
+)
+from ee_llm.training.optimizer import build_optimizer, set_learning_rate, take_step
+from ee_llm.training.parallel import ParallelModel
+from ee_llm.training.precision import DTYPES, choose_dtype
+from ee_llm.training.schedule import learning_rate
+from ee_llm.training.signals import StopSignals
+from ee_llm.training.together import (
+    LostContactError,
+    fail_together,
+    from_first,
+    is_lost_contact,
+    largest,
+)
+
+SKIPPED = "skipped iterations"
+Result = TypeVar("Result")
+# How long a rank that lost another waits before it says so: the lost one's own message comes first,
+# and a launcher ends those that wait.
+_PATIENCE_S = 2.0
+
+
+class TrainingStopped(RuntimeError):
+    """Training gave up, with its state saved; the message says why and where."""
+
+
+class TrainingInterrupted(SystemExit):
+    """A signal ended training after a whole step, with its state saved.
+
+    `code` is the exit status that a shell expects: 128 + the signal's number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+
+
+def train(config: Config) -> Path:
+    """Train the model of `config` and return its last checkpoint.
+
+    Under torchrun this is one rank of many; without a launcher, the whole run. Goes on from the
+    newest checkpoint in `config.output` unless `checkpoint.resume` says otherwise. SIGTERM or
+    SIGINT on any rank ends it after the step at hand, saved, with TrainingInterrupted.
+
+    Raises ValueError for what a user can mend, TrainingStopped after too many bad steps in a row,
+    LostContactError when another rank died.
+    """
+    grid = platform.initialize(
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        timeout_s=config.parallel.timeout_s,
+        seed=config.training.seed,
+    )
+    try:
+        return _Trainer(config, grid).run()
+    except RuntimeError as error:
+        if grid.world_size == 1 or not is_lost_contact(error):
+            raise
+        platform.shutdown()  # first, so that the others hear of it
+        time.sleep(_PATIENCE_S)
+        raise LostContactError(
+            f"rank {grid.rank} lost contact with another rank, which says why in its own output; "
+            f"here it was: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        platform.shutdown()
+
+
+class _Trainer:
+    def __init__(self, config: Config, grid: platform.Grid) -> None:
+        fail_together(lambda: directory.check_output(config.output))
+        resume = from_first(lambda: _resume_path(config))
+        self.grid = grid
+        self.config = config = _with_dtype(config, resume)
+        dtype = DTYPES[config.training.dtype]
+        self.train_data, self.validation_data = fail_together(lambda: open_data(config, grid))
+        self.model = ParallelModel(config, grid, dtype)
+        self.optimizer = build_optimizer(
+            self.model.chunks, config.optimizer, data_size=grid.data_size, dtype=dtype
+        )
+        self.state = TrainState()
+        self.saved: tuple[int, Path] | None = None
+        if resume is not None:
+            self.state = load(resume, self.model.stages, self.optimizer, config)
+            self.train_data.consumed_samples = self.state.consumed_samples
+            self.saved = self.state.step, resume
+        self.signals = StopSignals()
+        self.batches = self.agreed(self.train_data)
+        self.log = fail_together(lambda: _open_log(config, self.state.step, grid))
+        self.first_step = self.state.step + 1
+        self.bad_steps = 0
+
+    def run(self) -> Path:
+        """Return the last checkpoint, after all steps that are left."""
+        self.announce()
+        with self.log, self.signals:
+            try:
+                self.loop()
+            except TrainingInterrupted as stop:
+                self.interrupted(stop.signal.name)
+                raise
+        assert self.saved is not None
+        platform.log(f"step {self.state.step} is saved in {escape(str(self.saved[1]))}")
+        return self.saved[1]
+
+    def announce(self) -> None:
+        config, grid = self.config, self.grid
+        if self.state.step >= config.training.steps:
+            begin = f"nothing to do: training.steps = {config.training.steps}, and this is"
+        else:
+            begin = "going on from" if self.saved else "beginning"
+        where = f" step {self.state.step}, {escape(str(self.saved[1]))}" if self.saved else ""
+        platform.log(
+            f"{begin}{where}: {config.training.dtype}, tensor {grid.tensor_size} x pipeline "
+            f"{grid.pipeline_size} x data {grid.data_size}, log in "
+            f"{escape(str(Path(config.output) / LOG))}"
+        )
+
+    def loop(self) -> None:
+        config, state = self.config, self.state
+        while state.step < config.training.steps:
+            self.step(next(self.batches))
+            is_last = state.step == config.training.steps
+            if _is_due(state.step, config.training.eval_interval) or is_last:
+                self.validate()
+            if _is_due(state.step, config.checkpoint.interval) or is_last:
+                self.save()
+
+    def agreed(self, steps: Iterable[Sequence[Microbatch]]) -> Iterator[Sequence[Microbatch]]:
+        """Yield this rank's share of each global batch that all ranks could read.
+
+        Raises on every rank if one could not, and TrainingInterrupted if one was told to stop.
+        """
+        batches = iter(steps)
+        while True:
+            read = _attempt(lambda: next(batches, None))
+            failed, number = largest(isinstance(read, Exception), self.signals.received)
+            if failed:
+                fail_together(functools.partial(_raise, read))
+            if number:
+                raise TrainingInterrupted(number)
+            if read is None:
+                return
+            assert not isinstance(read, Exception)
+            yield read
+
+    def step(self, batches: Sequence[Microbatch]) -> None:
+        """Take one optimizer step, or skip it if its loss or gradient is not finite."""
+        config, state = self.config, self.state
+        losses = self.model.forward_backward(batches, state.step)
+        state.step += 1
+        state.consumed_samples = self.train_data.consumed_samples
+        rate = learning_rate(state.step, config.optimizer, config.training.steps)
+        set_learning_rate(self.optimizer, rate)
+        updated, grad_norm = False, math.nan
+        if all(math.isfinite(loss) for loss in losses.values()):
+            updated, grad_norm = take_step(self.optimizer, clip_grad=config.optimizer.clip_grad)
+        self.log.advance(state.step, config.training.global_batch_size * config.data.seq_length)
+        if state.step == self.first_step:
+            self.log.restart_clock()  # the first step builds what the others find ready
+        metrics = {loss_name(b, config.model.num_layers): loss for b, loss in losses.items()}
+        metrics |= {LEARNING_RATE: rate, GRAD_NORM: grad_norm}
+        self.bad_steps = 0 if updated else self.bad_steps + 1
+        if not updated:
+            state.skipped_steps += 1
+            self.log.event(state.step, "skipped", **metrics)
+        if _is_due(state.step, config.logging.interval) or state.step == config.training.steps:
+            self.log.report(state.step, {**metrics, SKIPPED: state.skipped_steps})
+        if self.bad_steps >= config.training.max_bad_steps:
+            self.stop(metrics)
+
+    def stop(self, metrics: dict[str, float]) -> None:
+        self.save()
+        self.log.event(self.state.step, "stopped")
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        assert self.saved is not None
+        raise TrainingStopped(
+            f"{self.bad_steps} steps in a row (training.max_bad_steps) had a loss or gradient that "
+            f"is not finite (the last one: {shown}); none of them changed the model, which is "
+            f"saved in {self.saved[1]}; try a lower optimizer.lr, more optimizer.warmup_steps or "
+            "float32"
+        )
+
+    def interrupted(self, name: str) -> None:
+        step = self.state.step
+        if step and (self.saved is None or self.saved[0] != step):
+            self.save()
+        self.log.event(step, "interrupted", signal=name)
+        where = "nothing to save" if self.saved is None else f"saved in {self.saved[1]}"
+        platform.log(f"stopped by {name} after step {step}: {escape(where)}")
+
+    def validate(self) -> None:
+        """Measure and report the loss of every exit on the validation data, if there is any."""
+        if self.validation_data is None:
+            return
+        losses = self.model.evaluate(self.agreed(self.validation_data))
+        self.log.report_validation(
+            self.state.step, validation_metrics(losses, self.config.model.num_layers)
+        )
+        self.log.restart_clock()
+
+    def save(self) -> None:
+        path = save(self.config.output, self.model.stages, self.optimizer, self.state, self.config)
+        self.saved = self.state.step, path
+        self.log.event(self.state.step, "saved", checkpoint=str(path))
+        self.log.restart_clock()
+
+
+def _attempt(step: Callable[[], Result]) -> Result | Exception:
+    try:
+        return step()
+    except Exception as error:
+        return error
+
+
+def _raise(error: object) -> None:
+    if isinstance(error, Exception):
+        raise error
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _resume_path(config: Config) -> Path | None:
+    if config.checkpoint.resume == "never":
+        return None
+    if config.checkpoint.resume == "auto":
+        return directory.find_latest(config.output)
+    return directory.resolve_checkpoint(config.checkpoint.resume)
+
+
+def _with_dtype(config: Config, resume: Path | None) -> Config:
+    """Return the configuration with a definite precision: a resumed run keeps the one it had."""
+    name: str = config.training.dtype
+    if name == "auto" and resume is not None:
+        name = from_first(lambda: TensorReader(resume).config().training.dtype)
+    elif name == "auto":
+        name = choose_dtype(config)
+    training = config.training.model_copy(update={"dtype": name})
+    return config.model_copy(update={"training": training})
+
+
+def _open_log(config: Config, start_step: int, grid: platform.Grid) -> RunLog:
+    if grid.rank == 0:
+        directory.write_file(Path(config.output) / "config.toml", config.to_toml())
+    return RunLog(config, start_step=start_step, is_logging=grid.rank == 0)

@@ -1,0 +1,152 @@
+"""Tiny training runs: their data and configuration, what they leave, faults planted in them."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.config import Config, load_config
+from ee_llm.data.indexed import IndexedWriter
+from ee_llm.training.parallel import ParallelModel
+from ee_llm.training.trainer import TrainingInterrupted, TrainingStopped, train
+from tests.distributed.harness import run_ranks
+
+EOD = 256  # of the byte tokenizer
+SENTENCE = "the quick brown fox jumps over a lazy dog and then it runs away from him"
+WORDS = SENTENCE.split(" ")
+
+
+def text(num_documents: int, seed: int = 0) -> list[str]:
+    """Sentences of few words, so that there is something to learn soon."""
+    draw = random.Random(seed)
+    return [
+        " ".join(draw.choices(WORDS, k=draw.randint(5, 60))) + "." for _ in range(num_documents)
+    ]
+
+
+def write_corpus(prefix: Path, num_documents: int = 60, extra: Sequence[int] = ()) -> str:
+    """Documents as the byte tokenizer has them; `extra` is one more, of any tokens."""
+    with IndexedWriter(str(prefix), np.uint16) as writer:
+        for document in text(num_documents):
+            writer.add([*document.encode(), EOD])
+        if extra:
+            writer.add(list(extra))
+        writer.commit()
+    return str(prefix)
+
+
+def make_config(output: Path | str, prefix: str, **overrides: Any) -> Config:
+    options: dict[str, Any] = {
+        "output": str(output),
+        "model.num_layers": 4,
+        "model.hidden_size": 16,
+        "model.num_heads": 4,
+        "model.num_kv_heads": 2,
+        "model.ffn_hidden_size": 24,
+        "model.vocab_size": 258,
+        "model.max_seq_length": 16,
+        "model.init_std": 0.2,
+        "exits.boundaries": (1, 2),
+        "exits.weights": (0.3, 0.7),
+        "exits.output": "tied",
+        "data.prefixes": (prefix,),
+        "data.split": (0.9, 0.1, 0.0),
+        "optimizer.lr": 1e-2,
+        "optimizer.warmup_steps": 2,
+        "optimizer.decay_steps": 30,
+        "training.steps": 5,
+        "training.micro_batch_size": 1,
+        "training.global_batch_size": 4,
+        "training.dtype": "float32",
+        "training.eval_interval": 0,
+        "checkpoint.interval": 0,
+        "checkpoint.keep_last": 0,
+        "logging.interval": 1,
+        "parallel.timeout_s": 30.0,
+    }
+    return load_config(None, options | overrides)
+
+
+def layout(tensor: int, pipeline: int, sequence: bool = False) -> dict[str, Any]:
+    return {
+        "parallel.tensor": tensor,
+        "parallel.pipeline": pipeline,
+        "parallel.sequence": sequence,
+    }
+
+
+Fault = Callable[[ParallelModel, int], None]
+
+
+def train_here(config: Config, fault: Fault | None = None) -> str:
+    """Train as one rank; return the checkpoint's path, or the message of what ended training.
+
+    `fault(model, step)` is called with every step (from 1) behind its gradients.
+    """
+    if fault is not None:
+        plant(fault)
+    try:
+        return str(train(config))
+    except (TrainingStopped, TrainingInterrupted, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def plant(fault: Fault) -> None:
+    """Call `fault` behind the gradients of every step, for the rest of this process."""
+    whole = ParallelModel.forward_backward
+
+    def forward_backward(
+        self: ParallelModel, microbatches: Sequence[Any], step: int
+    ) -> dict[int, float]:
+        losses = whole(self, microbatches, step)
+        fault(self, step + 1)
+        return losses
+
+    ParallelModel.forward_backward = forward_backward  # type: ignore[method-assign]
+
+
+def train_ranks(world_size: int, config: Config, fault: Fault | None = None) -> list[str]:
+    return run_ranks(world_size, train_here, config, fault, timeout_s=120)
+
+
+def log_of(output: Path | str) -> list[dict[str, Any]]:
+    lines = (Path(output) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def training_log(output: Path | str) -> dict[int, dict[str, Any]]:
+    """The reports of training steps, by step, without what the clock decides."""
+    clock = ("time", "tokens-per-second", "iteration-time")
+    return {
+        line["step"]: {name: value for name, value in line.items() if name not in clock}
+        for line in log_of(output)
+        if "learning-rate" in line and "event" not in line
+    }
+
+
+def validation_log(output: Path | str) -> dict[int, dict[str, float]]:
+    return {line["step"]: line for line in log_of(output) if "lm loss validation" in line}
+
+
+def events(output: Path | str, what: str) -> list[dict[str, Any]]:
+    return [line for line in log_of(output) if line.get("event") == what]
+
+
+def tensors_of(checkpoint: Path | str) -> dict[str, torch.Tensor]:
+    """Parameters and the optimizer's state, whole, by name."""
+    reader = TensorReader(checkpoint)
+    names = {*reader.names(), *reader.names(optimizer=True)}
+    return {name: reader.tensor(name) for name in sorted(names)}
+
+
+def assert_equal_bits(one: Path | str, other: Path | str) -> None:
+    first, second = tensors_of(one), tensors_of(other)
+    assert first.keys() == second.keys()
+    assert any("exp_avg" in name for name in first)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name

@@ -1,0 +1,276 @@
+"""What training answers to what is wrong: the option or file, the value, the mend; on all ranks."""
+
+import contextlib
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ee_llm.checkpoint import directory
+from ee_llm.data.train_tokenizer import train_sentencepiece
+from ee_llm.training.trainer import train
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import (
+    assert_equal_bits,
+    layout,
+    log_of,
+    make_config,
+    plant,
+    tensors_of,
+    text,
+    train_here,
+    train_ranks,
+    training_log,
+    write_corpus,
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+def refusal(world_size, config):
+    """The one message that all ranks refuse with, soon."""
+    start = time.monotonic()
+    ends = train_ranks(world_size, config)
+    assert time.monotonic() - start < 30
+    messages = {end.partition("Error: ")[2] for end in ends}
+    assert len(messages) == 1, ends
+    return messages.pop()
+
+
+# Before the first step.
+
+
+def test_world_size_that_does_not_fit(tmp_path, corpus):
+    config = make_config(tmp_path, corpus, **layout(1, 2))
+    message = refusal(3, config)
+    assert (
+        "world size 3 does not fit the layout: parallel.tensor 1 x parallel.pipeline 2" in message
+    )
+    assert "--nproc 2" in message
+
+
+def test_world_size_that_does_not_fit_under_a_launcher(tmp_path, corpus):
+    """As torchrun would start it, wrongly: said at once, without waiting for other ranks."""
+    path = tmp_path / "train.toml"
+    path.write_text(make_config(tmp_path, corpus, **layout(1, 2)).to_toml())
+    environment = {**os.environ, "WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ee_llm.cli", "train", "--config", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**environment, "MASTER_PORT": "1"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("ee-llm: the number of processes, 3, is not a multiple of")
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_such_data(tmp_path, corpus):
+    config = make_config(tmp_path, str(tmp_path / "nowhere"), **layout(1, 2))
+    message = refusal(2, config)
+    assert f"{tmp_path}/nowhere.bin" in message or f"{tmp_path}/nowhere.idx" in message
+
+
+def test_validation_part_without_documents(tmp_path):
+    prefix = write_corpus(tmp_path / "one", num_documents=1)
+    message = refusal(1, make_config(tmp_path / "run", prefix))
+    assert "data.split = [0.9, 0.1, 0.0]: 2 parts, but only 1 document(s)" in message
+    [end] = train_ranks(1, make_config(tmp_path / "run", prefix, **{"data.split": (1.0, 0.0, 0.0)}))
+    assert end.endswith("step-00000005")
+
+
+def test_vocabulary_smaller_than_the_tokenizers(tmp_path, corpus):
+    message = refusal(2, make_config(tmp_path, corpus, **layout(1, 2), **{"model.vocab_size": 200}))
+    assert "model.vocab_size = 200 is smaller than the vocabulary of data.tokenizer" in message
+    assert "257" in message
+
+
+def test_output_that_is_a_file(tmp_path, corpus):
+    (tmp_path / "file").write_text("x")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        message = refusal(2, make_config(output, corpus, **layout(1, 2)))
+        assert f"output: the directory {str(output)!r} can not be written to" in message
+        assert "--output" in message
+
+
+def test_output_on_a_read_only_file_system(tmp_path, corpus):
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        message = refusal(2, make_config(tmp_path / "run", corpus, **layout(1, 2)))
+        assert "can not be written to (Read-only file system)" in message
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_checkpoint_of_another_tokenizer(tmp_path, corpus):
+    train_ranks(1, make_config(tmp_path, corpus, **{"training.steps": 1}))
+    train_sentencepiece(text(60), 300, tmp_path / "other.model")
+    other = {"data.tokenizer": str(tmp_path / "other.model"), "model.vocab_size": 300}
+    message = refusal(2, make_config(tmp_path, corpus, **other, **layout(1, 2)))
+    assert "model.vocab_size is 258 in the checkpoint and 300 in this run" in message
+
+    train_ranks(1, make_config(tmp_path / "b", corpus, **{"model.vocab_size": 300}))
+    message = refusal(2, make_config(tmp_path / "b", corpus, **other, **layout(1, 2)))
+    assert "is not the tokenizer that" in message
+    assert "use 'bytes'" in message
+
+
+def test_no_such_checkpoint(tmp_path, corpus):
+    options = {"checkpoint.resume": str(tmp_path / "none"), **layout(1, 2)}
+    message = refusal(2, make_config(tmp_path / "run", corpus, **options))
+    assert f"{tmp_path}/none does not exist" in message
+
+
+def test_data_beyond_the_vocabulary(tmp_path):
+    """One sample of many, met by one of two data ranks: all end with what that one saw."""
+    prefix = write_corpus(tmp_path / "corpus", extra=[5, 999, 7])
+    options = {"data.split": (1.0, 0.0, 0.0), "training.steps": 1000, "checkpoint.interval": 0}
+    start = time.monotonic()
+    messages = train_ranks(2, make_config(tmp_path / "run", prefix, **options))
+    assert time.monotonic() - start < 60
+    said = f"ValueError: {prefix}.bin: token id 999 (in window "
+    [rank] = [rank for rank, message in enumerate(messages) if message.startswith(said)]
+    quoted = said.replace("ValueError: ", f"ValueError: rank {rank}: ")
+    assert messages[1 - rank].startswith(quoted)
+    assert all("model.vocab_size = 258" in message for message in messages)
+
+
+# While it runs.
+
+
+def _full_at(config, step, rank):
+    """Train with a disk that is full, for one rank, from a step on."""
+
+    def fault(model, here):
+        if here == step and model.grid.rank == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, resource.RLIM_INFINITY))
+
+    return train_here(config, fault)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_disk_full_while_saving(tmp_path, corpus, rank):
+    """The run ends with the reason; the checkpoint before is whole, is the latest, and goes on."""
+    options = {"training.steps": 6, "checkpoint.interval": 2, "model.dropout": 0.1, **layout(1, 2)}
+    config = make_config(tmp_path / "full", corpus, **options)
+    messages = run_ranks(2, _full_at, config, 4, rank)
+    step = tmp_path / "full" / "checkpoints" / "step-00000004"
+    for message in messages:
+        assert message.startswith("CheckpointError: ")
+        assert f"can not save {step}: " in message
+        assert re.search("File too large|enforce fail", message)
+    assert not step.exists()
+    assert directory.find_latest(tmp_path / "full").name == "step-00000002"
+    tensors_of(tmp_path / "full")
+    assert sorted(os.listdir(step.parent)) == ["latest", "step-00000002"]
+
+    [straight, _] = train_ranks(2, make_config(tmp_path / "other", corpus, **options))
+    [end, _] = train_ranks(2, config)
+    assert_equal_bits(straight, end)
+
+
+def test_full_file_system(tmp_path, corpus):
+    """A real file system without space, where this may be mounted."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        options = {"training.steps": 6, "checkpoint.interval": 2, **layout(1, 2)}
+        config = make_config(tmp_path / "run", corpus, **options)
+        messages = run_ranks(2, _filled_at, config, 4, tmp_path / "filler")
+        assert all(m.startswith("CheckpointError: can not save") for m in messages), messages
+        assert any("No space left on device" in message for message in messages)
+        assert directory.find_latest(tmp_path / "run").name == "step-00000002"
+        (tmp_path / "filler").unlink()
+        assert train_ranks(2, config)[0].endswith("step-00000006")
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def _filled_at(config, step, filler):
+    def fault(model, here):
+        if here == step and model.grid.rank == 0:
+            # Room is left for a line of the log and the beginning of a checkpoint.
+            stat = os.statvfs(filler.parent)
+            with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+                for _ in range(stat.f_bavail - 5):
+                    file.write(b"x" * stat.f_bsize)
+
+    return train_here(config, fault)
+
+
+def _end_of(config, fault):
+    plant(fault)
+    start = time.monotonic()
+    try:
+        train(config)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - start
+    return "trained", time.monotonic() - start
+
+
+def test_an_error_on_one_rank_ends_all(tmp_path, corpus):
+    """The others neither wait for it until the time-out nor hide it with errors of their own."""
+
+    def fault(model, here):
+        if here == 2 and model.grid.rank == 1:
+            raise ZeroDivisionError("planted")
+
+    config = make_config(tmp_path, corpus, **layout(1, 2))
+    [first, second] = run_ranks(2, _end_of, config, fault)
+    assert second[0] == "ZeroDivisionError: planted"
+    assert first[0].startswith("LostContactError: rank 0 lost contact with another rank, which")
+    assert first[1] < 20
+
+
+def test_a_rank_that_hangs_ends_all(tmp_path, corpus):
+    def fault(model, here):
+        if here == 2 and model.grid.rank == 1:
+            time.sleep(8)
+
+    config = make_config(tmp_path, corpus, **layout(1, 2), **{"parallel.timeout_s": 3.0})
+    [first, second] = run_ranks(2, _end_of, config, fault)
+    for message, seconds in (first, second):
+        assert message.startswith("LostContactError: "), message
+        assert seconds < 25
+    assert len([line for line in log_of(tmp_path) if "learning-rate" in line]) == 1
+
+
+def _elsewhere(config, path):
+    """Rank 1 sees another directory, as on a machine that does not share the first one's disk."""
+    if os.environ["RANK"] == "1":
+        config = config.model_copy(update={"output": str(path)})
+    return train_here(config)
+
+
+def test_a_rank_that_can_not_write(tmp_path, corpus):
+    config = make_config(tmp_path / "run", corpus, **layout(1, 2))
+    ends = run_ranks(2, _elsewhere, config, Path("/proc/no"))
+    said = "output: the directory '/proc/no' can not be written to"
+    assert ends[1].startswith(f"ValueError: {said}")
+    assert ends[0].startswith(f"ValueError: rank 1: {said}")
+
+
+def test_ranks_that_do_not_share_a_disk(tmp_path, corpus):
+    """The checkpoint that rank 0 found is gone on from by all, or by none; saving says the rest."""
+    options = {"training.steps": 4, "checkpoint.interval": 2, **layout(1, 2)}
+    train_ranks(2, make_config(tmp_path / "whole", corpus, **options))
+    short = make_config(tmp_path / "run", corpus, **options | {"training.steps": 2})
+    train_ranks(2, short)
+    config = make_config(tmp_path / "run", corpus, **options)
+    for end in run_ranks(2, _elsewhere, config, tmp_path / "elsewhere"):
+        assert "output must be on a file system that all machines share" in end
+    assert training_log(tmp_path / "run") == training_log(tmp_path / "whole")
+    assert directory.find_latest(tmp_path / "run").name == "step-00000002"

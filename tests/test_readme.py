@@ -1,0 +1,96 @@
+"""The README's commands, run as a stranger would, with smaller numbers where they train."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "--training.steps",
+    "4",
+    "--training.eval_interval",
+    "2",
+    "--training.eval_steps",
+    "1",
+    "--training.global_batch_size",
+    "4",
+    "--training.micro_batch_size",
+    "2",
+    "--data.seq_length",
+    "32",
+    "--optimizer.warmup_steps",
+    "2",
+    "--logging.interval",
+    "1",
+    "--model.hidden_size",
+    "48",
+]
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+def run(arguments: list[str], folder: Path) -> str:
+    # Under test, the environment is made already: scripts use it as it is.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"EE_LLM_SYSTEM": "1", "OMP_NUM_THREADS": "1", "PATH": path}
+    done = subprocess.run(
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_two_commands_come_first():
+    assert [command[0] for command in commands()[:2]] == [
+        "./scripts/quickstart.sh",
+        "./scripts/test.sh",
+    ]
+    assert all(command[0] == "ee-llm" for command in commands()[2:])
+
+
+def test_quickstart(tmp_path):
+    output = tmp_path / "run"
+    text = run([*commands()[0], "--output", str(output), *SMALL], ROOT)
+    assert (output / "losses.png").stat().st_size > 10_000
+    assert re.search(r"unigram entropy", text)
+    for name in ("exit 2", "exit 4", "final exit"):
+        assert re.search(rf"^{name}\s+\d\s+\d+\.\d{{3}}", text, re.MULTILINE), text
+    assert re.search(r"mean depth \d\.\d\d of 8 layers", text)
+    # The next commands that it names work.
+    for line in re.findall(r"^  ee-llm (generate .*)$", text, re.MULTILINE):
+        run(["ee-llm", *shlex.split(line), "--max-new-tokens", "2"], tmp_path)
+
+
+def test_test_script_checks_and_collects():
+    text = run([*commands()[1], "--collect-only", "-q", "tests/test_readme.py"], ROOT)
+    assert "All checks passed" in text
+    assert "test_quickstart" in text
+
+
+def test_own_data(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number, path in enumerate(sorted((ROOT / "ee_llm").rglob("*.py"))):
+        (texts / f"{number}.txt").write_text(path.read_text())
+    for command in commands()[2:]:
+        small = SMALL if command[1] == "train" else []
+        if command[1] == "generate":
+            small = ["--max-new-tokens", "4"]
+        command = ["1024" if word == "4096" else word for word in command]
+        text = run([*command, *small], tmp_path)
+    assert "mean depth" in text
+
+
+@pytest.mark.parametrize(
+    "link", re.findall(r"\]\((docs/[^)]+)\)", (ROOT / "README.md").read_text())
+)
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()

@@ -1,0 +1,261 @@
+"""The stage of a whole model against a plain PyTorch model, written here from the formulas.
+
+Shapes: s sequence, b microbatch, h hidden, d head dimension, g key and value heads, v vocabulary.
+"""
+
+import math
+
+import pytest
+import torch
+
+from ee_llm import platform
+from ee_llm.config import Config, load_config
+from tests.distributed.harness import run_ranks
+
+platform.enable_megatron()
+from ee_llm.model.stage import Stage
+
+VOCAB, LENGTH, BATCH = 40, 9, 3
+WEIGHTS = {1: 0.4, 2: 0.7, 4: 1.0}
+
+HEADS = [
+    ("norm",),
+    ("mlp", "norm"),
+    ("block", "norm"),
+    ("block", "mlp", "norm"),
+    ("block", "mlp"),
+    ("mlp",),
+    (),
+]
+VARIANTS = {
+    f"{family} {'+'.join(head) or 'bare'}": {"model.family": family, "exits.head": head}
+    for family in ("llama", "gpt")
+    for head in HEADS
+} | {
+    "llama tied exits": {"exits.output": "tied"},
+    "llama shared with a tied final exit": {"exits.output": "shared", "model.tie_embeddings": True},
+    "gpt tied everywhere": {
+        "model.family": "gpt",
+        "exits.output": "tied",
+        "model.tie_embeddings": True,
+    },
+    "gpt own, rope, resets": {
+        "model.family": "gpt",
+        "model.position": "rope",
+        "exits.output": "own",
+        "exits.head": ("block", "mlp", "norm"),
+        "data.reset_positions": True,
+    },
+    "gpt learned, resets": {"model.family": "gpt", "data.reset_positions": True},
+    "llama learned": {"model.position": "learned"},
+    "llama resets": {"data.reset_positions": True, "model.rope_theta": 100.0},
+    "llama multi-query": {"model.num_kv_heads": 1, "model.head_dim": 6},
+    "llama every head its own keys": {"model.num_kv_heads": 4, "exits.output": "own"},
+    "llama temperatures": {"exits.temperatures": (2.0, 0.5), "exits.output": "own"},
+    "llama dynamic token weights": {
+        "exits.dynamic_token_weights": True,
+        "exits.temperatures": (1.5, 0.8),
+    },
+    "gpt dynamic token weights, mlp": {
+        "model.family": "gpt",
+        "exits.dynamic_token_weights": True,
+        "exits.head": ("mlp", "norm"),
+    },
+}
+
+
+def make_config(variant: dict) -> Config:
+    sizes = {
+        "model.num_layers": 4,
+        "model.hidden_size": 16,
+        "model.num_heads": 4,
+        "model.num_kv_heads": 2,
+        "model.ffn_hidden_size": 20,
+        "model.vocab_size": VOCAB,
+        "model.max_seq_length": LENGTH,
+        "exits.boundaries": (1, 2),
+    }
+    return load_config(None, sizes | variant)
+
+
+class Plain:
+    """The model's formulas on a table of parameters, with nothing of torch.nn."""
+
+    def __init__(self, config: Config, parameters: dict[str, torch.Tensor]) -> None:
+        self.config, self.p = config, parameters
+        self.llama = config.model.family == "llama"
+
+    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        eps = self.config.model.norm_eps
+        if self.llama:
+            return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * self.p[f"{name}.weight"]
+        x = x - x.mean(-1, keepdim=True)
+        scaled = x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        return scaled * self.p[f"{name}.weight"] + self.p[f"{name}.bias"]
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        y = torch.einsum("...i,oi->...o", x, self.p[f"{name}.weight"])
+        return y if self.llama else y + self.p[f"{name}.bias"]
+
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Turn the pairs (i, i + d/2) of x [b, s, heads, d] by position * theta^(-2i/d)."""
+        if self.config.model.position != "rope":
+            return x
+        half = x.shape[-1] // 2
+        exponents = torch.arange(half, dtype=torch.float32) * 2 / x.shape[-1]
+        # float32 in every precision: the convention of Llama's checkpoints
+        frequencies = (1.0 / self.config.model.rope_theta**exponents).double()
+        angles = positions.double()[:, :, None, None] * frequencies
+        one, two = x[..., :half], x[..., half:]
+        turned = (one * angles.cos() - two * angles.sin(), two * angles.cos() + one * angles.sin())
+        return torch.cat(turned, dim=-1)
+
+    def attention(self, name: str, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        model = self.config.model
+        d, g = model.head_dim, model.num_kv_heads
+        per_group = model.num_heads // g
+        qkv = self.linear(f"{name}.linear_qkv", x).unflatten(-1, (g, per_group + 2, d))
+        q = self.rotate(qkv[..., :per_group, :].flatten(2, 3), positions)
+        k = self.rotate(qkv[..., per_group, :], positions)
+        v = qkv[..., per_group + 1, :]
+        outputs = []
+        for head in range(model.num_heads):
+            keys, values = k[:, :, head // per_group], v[:, :, head // per_group]
+            scores = torch.einsum("bid,bjd->bij", q[:, :, head], keys) / math.sqrt(d)
+            future = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+            scores = scores.masked_fill(future, -math.inf)
+            outputs.append(torch.einsum("bij,bjd->bid", scores.softmax(-1), values))
+        return self.linear(f"{name}.linear_proj", torch.cat(outputs, dim=-1))
+
+    def mlp(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        inner = self.linear(f"{name}.linear_fc1", x)
+        if self.llama:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = gate / (1 + (-gate).exp()) * up
+        else:
+            inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+        return self.linear(f"{name}.linear_fc2", inner)
+
+    def layer(self, name: str, x: torch.Tensor, positions: torch.Tensor):
+        """Return the residual stream after attention, and after the layer."""
+        normed = self.norm(f"{name}.input_layernorm", x)
+        attended = x + self.attention(f"{name}.self_attention", normed, positions)
+        mlp = self.mlp(f"{name}.mlp", self.norm(f"{name}.pre_mlp_layernorm", attended))
+        return attended, attended + mlp
+
+    def output_weight(self, boundary: int) -> torch.Tensor:
+        final = "embedding.word.weight" if self.config.model.tie_embeddings else "output.weight"
+        if boundary == self.config.model.num_layers:
+            return self.p[final]
+        own = f"exits.{boundary}.output.weight"
+        table = {"tied": "embedding.word.weight", "shared": final, "own": own}
+        return self.p[table[self.config.exits.output]]
+
+    def logits(
+        self, boundary: int, attended: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        exits = self.config.exits
+        name, x, temperature, head = f"exits.{boundary}", hidden, 1.0, ("norm",)
+        if boundary in exits.boundaries:
+            head = exits.head
+            temperature = exits.temperatures[exits.boundaries.index(boundary)]
+        if "block" in head:
+            _, x = self.layer(f"{name}.block", x, positions)
+        elif "mlp" in head:
+            x = attended
+        if "mlp" in head:
+            x = x + self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", x))
+        if "norm" in head:
+            x = self.norm(f"{name}.norm", x)
+        return x @ self.output_weight(boundary).T / temperature
+
+    def losses(self, tokens, labels, mask, positions) -> dict[int, tuple[torch.Tensor, ...]]:
+        """Return (trained, reported) sums of losses over valid tokens, by boundary."""
+        x = self.p["embedding.word.weight"][tokens]
+        if self.config.model.position == "learned":
+            x = x + self.p["embedding.position.weight"][positions]
+        found = {}
+        for number in range(1, self.config.model.num_layers + 1):
+            attended, x = self.layer(f"layers.{number}", x, positions)
+            if number not in WEIGHTS:
+                continue
+            logits = self.logits(number, attended, x, positions)
+            one_hot = torch.eye(VOCAB, dtype=torch.float64)[labels]
+            token_loss = logits.exp().sum(-1).log() - (logits * one_hot).sum(-1)
+            trained = token_loss
+            if self.config.exits.dynamic_token_weights and number in self.config.exits.boundaries:
+                trained = token_loss * logits.softmax(-1).amax(-1).detach()
+            found[number] = (trained * mask).sum(), (token_loss * mask).sum()
+        return found
+
+
+def make_batch(config: Config) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator)
+    mask = (torch.rand(BATCH, LENGTH, generator=generator) < 0.7).float()
+    positions = torch.arange(LENGTH).repeat(BATCH, 1)
+    if config.data.reset_positions:
+        positions[0, 4:] -= 4
+        positions[2, 7:] -= 7
+    return tokens[:, :-1], tokens[:, 1:], mask, positions
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+def errors(variant: dict, recompute: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Relative errors of losses and gradients, and how large each gradient is."""
+    config = make_config(variant | {"training.recompute": recompute})
+    platform.initialize(timeout_s=20)
+    stage = Stage(config, 0, torch.float64)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():  # norms that are not 1, biases that are not 0, and signal everywhere
+        for parameter in stage.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(noise * 0.3 + (1.0 if parameter.dim() == 1 else 0.0))
+    tokens, labels, mask, positions = make_batch(config)
+
+    copies = {n: p.detach().clone().requires_grad_() for n, p in stage.named_parameters()}
+    expected = Plain(config, copies).losses(tokens, labels, mask, positions)
+    sum(WEIGHTS[b] * trained for b, (trained, _) in expected.items()).backward()
+
+    _, taps = stage(tokens, positions)
+    assert stage.boundaries == tuple(WEIGHTS)
+    found, total = {}, 0.0
+    for boundary, tap in zip(stage.boundaries, taps, strict=True):
+        loss = stage.exit_loss(
+            boundary,
+            tap,
+            positions,
+            labels,
+            mask,
+            dynamic_token_weights=config.exits.dynamic_token_weights,
+        )
+        total = total + WEIGHTS[boundary] * loss.objective
+        for kind, one, other in zip(loss._fields, loss, expected[boundary], strict=True):
+            found[f"{kind} {boundary}"] = relative_error(one.detach(), other.detach())
+    total.backward()
+    for name, parameter in stage.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        found[name] = relative_error(parameter.grad, copies[name].grad)
+    return found, {name: copy.grad.abs().max().item() for name, copy in copies.items()}
+
+
+def check(variant: dict, recompute: str = "none") -> None:
+    [(found, sizes)] = run_ranks(1, errors, variant, recompute)
+    assert min(sizes.values()) > 1e-6, "a gradient is too small to be a test"
+    wrong = {name: error for name, error in found.items() if not error < 1e-9}
+    assert not wrong
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_gradients_equal_the_plain_model(variant):
+    check(VARIANTS[variant])
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+def test_recomputation_changes_nothing(family, recompute):
+    check({"model.family": family, "exits.head": ("mlp", "norm")}, recompute)

@@ -1,0 +1,140 @@
+"""The benchmarks run and write their figures, and count and compare what they say they do."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ee_llm.config import ConfigError
+from ee_llm.pipeline import ExitCost
+from tools.bench import report, train_overhead
+from tools.bench.live_bytes import LiveBytes
+from tools.bench.overhead_runs import FOUR_STAGES, Sizes, make_config
+from tools.bench.stage_costs import Pieces, median_pieces
+from tools.bench.train_overhead import best_split, makespan
+from tools.bench.train_throughput import Options, flops_per_token
+from tools.bench.train_throughput import make_config as make_throughput_config
+
+BENCHES = Path(__file__).resolve().parents[2] / "tools" / "bench"
+SIZES = Sizes(num_layers=8, hidden_size=32, num_heads=2, vocab_size=64, seq_length=16)
+STANDARD, NAIVE, DEFERRED, _, BOTH = FOUR_STAGES
+
+
+def run(name: str, path: Path, options: dict[str, int]) -> dict:
+    """What the benchmark wrote, run as the documentation says."""
+    command = [sys.executable, str(BENCHES / f"{name}.py"), "--json", str(path)]
+    command += [text for option, value in options.items() for text in (f"--{option}", str(value))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads(path.read_text())
+    assert set(written) == {"machine", "rows", "figures"}
+    return written
+
+
+def test_train_overhead_writes_its_figures(tmp_path):
+    written = run(
+        "train_overhead",
+        tmp_path / "overhead.json",
+        {"num-layers": 4, "hidden-size": 32, "num-heads": 2, "vocab-size": 512, "seq-length": 16}
+        | {"micro-batch-size": 1, "num-microbatches": 6, "simulated-microbatches": 8, "rounds": 2},
+    )
+    figures = written["figures"]
+    assert {"step_time_ratio_naive", "step_time_ratio_best"} <= set(figures)
+    # Bytes are counted, not measured: they are the same on every machine.
+    assert figures["peak_bytes_ratio_best"] == 1.0
+    assert figures["peak_bytes_ratio_naive"] > 2.0
+    layouts = {row["layout"] for row in written["rows"]}
+    assert {"P=2 real", "P=2 simulated", "P=4 simulated"} <= layouts
+
+
+def test_train_throughput_writes_its_figure(tmp_path):
+    pytest.importorskip("transformers")
+    written = run(
+        "train_throughput",
+        tmp_path / "throughput.json",
+        {"num-layers": 1, "seq-length": 16, "micro-batch-size": 1, "rounds": 2, "threads": 1},
+    )
+    assert written["figures"]["tokens_per_s_ratio"] > 0
+    assert [row["side"] for row in written["rows"]] == ["ee_llm", "transformers"]
+
+
+def test_a_layer_count_that_cannot_be_split_is_named():
+    with pytest.raises(ConfigError, match="--num-layers 6"):
+        train_overhead.main(train_overhead.Options(num_layers=6))
+
+
+def test_live_bytes_count_what_lives_and_nothing_that_was_there_before():
+    weight = torch.ones(100, 10, requires_grad=True)
+    there_before = torch.zeros(100)
+    counter = LiveBytes()
+    with counter:
+        there_before.add_(1)  # in place, and a view: nothing new
+        there_before[:10].view(2, 5)
+        assert counter.peak == 0
+        with counter.marked():
+            logits = weight * 2  # 4,000 bytes, kept by exp's result only until here
+            probabilities = logits.exp()  # 4,000 bytes, kept for the backward pass
+        del logits
+        loss = probabilities.sum()
+        del probabilities
+        assert counter.marked_peak == 8000
+        assert 8000 <= counter.peak < 8100
+        third = torch.ones(100, 10)  # beside the 4,000 bytes that the graph keeps
+        assert 8000 <= counter.peak < 8100
+        loss.backward()
+        del third, loss
+    assert counter.marked_peak == 8000
+
+
+def test_ratios_are_of_medians_with_the_quartiles_of_rounds():
+    ratio = report.ratio_of_medians([2.0, 4.0, 6.0], [1.0, 1.0, 3.0])
+    assert ratio == (4.0, 2.0, 3.0)
+    assert report.ratio_of_medians([3.0], [2.0]) == (1.5, 1.5, 1.5)
+
+
+@pytest.fixture
+def pieces() -> Pieces:
+    """One layer takes 1 + 2, a head, the final one or not, 1 + 1.5."""
+    head = ExitCost(1.0, 1.5)
+    return Pieces(ExitCost(1.0, 2.0), ExitCost(0.0, 0.0), head, head)
+
+
+def test_exits_behind_the_final_one_cost_no_time(pieces):
+    """EE-LLM's claim, in our simulation: exits on middle stages hide behind the last stage's."""
+    standard, naive, both = (makespan(SIZES, v, 4, pieces) for v in (STANDARD, NAIVE, BOTH))
+    assert both == pytest.approx(standard)
+    assert naive > standard
+
+
+def test_an_uneven_split_makes_room_for_a_dear_final_exit(pieces):
+    dear = replace(pieces, final=ExitCost(2.0, 4.0))
+    split = best_split(SIZES, STANDARD, 4, dear)
+    assert sum(split) == SIZES.num_layers
+    assert split[-1] == 1
+    assert makespan(SIZES, STANDARD, 4, dear, split) < makespan(SIZES, STANDARD, 4, dear)
+
+
+def test_pieces_make_the_stages_of_a_configuration():
+    pieces = Pieces(ExitCost(1, 2), ExitCost(0.5, 0.25), ExitCost(3, 4), ExitCost(5, 6), hop=0.1)
+    stages = pieces.costs(make_config(SIZES, BOTH, 4)).stages
+    assert [stage.forward for stage in stages] == [2.5, 2, 2, 2]
+    assert [stage.backward for stage in stages] == [4.25, 4, 4, 4]
+    assert [stage.exits for stage in stages] == [(), ((3, 4),), ((3, 4),), ((5, 6),)]
+    post = pieces.costs(make_config(SIZES, DEFERRED, 4)).stages
+    assert [stage.exits for stage in post] == [((3, 4),), ((3, 4),), (), ((5, 6),)]
+
+
+def test_median_pieces_are_medians_of_each_cost():
+    rounds = [Pieces(*(ExitCost(n, -n) for _ in range(4)), hop=n) for n in (1.0, 5.0, 2.0)]
+    assert median_pieces(rounds) == Pieces(*(ExitCost(2.0, -2.0) for _ in range(4)), hop=2.0)
+
+
+def test_flops_of_a_token_are_six_for_each_weight_of_a_product():
+    config = make_throughput_config(Options(seq_length=64))
+    layer = 4 * 288 * 288 + 3 * 288 * 768
+    expected = 6 * (8 * layer + 288 * 4096) + 6 * 8 * 288 * 64
+    assert flops_per_token(config) == expected

@@ -1,0 +1,49 @@
+"""The precision that `auto` stands for, and that measuring it leaves no trace."""
+
+import pytest
+import torch
+
+from ee_llm import platform
+from ee_llm.config import load_config
+from ee_llm.training import precision
+from ee_llm.training.precision import choose_dtype
+from tests.distributed.harness import run_ranks
+
+SIZES = {
+    "model.num_layers": 2,
+    "model.hidden_size": 16,
+    "model.num_heads": 2,
+    "model.vocab_size": 32,
+    "model.max_seq_length": 8,
+}
+
+
+def make_config(dtype):
+    return load_config(None, SIZES | {"training.dtype": dtype})
+
+
+def _choose(dtype, seconds):
+    platform.initialize(seed=3)
+    if seconds is not None:
+        precision._seconds = lambda dtype, *sizes: seconds[str(dtype).removeprefix("torch.")]
+    before = torch.get_rng_state()
+    chosen = choose_dtype(make_config(dtype))
+    return chosen, torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_what_is_asked_for(dtype):
+    assert run_ranks(1, _choose, dtype, None) == [(dtype, True)]
+
+
+@pytest.mark.parametrize("faster", ["float32", "bfloat16"])
+def test_auto_is_the_faster(faster):
+    seconds = {"float32": 2.0, "bfloat16": 2.0, faster: 1.0}
+    assert run_ranks(1, _choose, "auto", seconds) == [(faster, True)]
+
+
+def test_measuring_leaves_the_random_generator_alone():
+    """Rank 0 alone measures; numbers drawn for it would set its dropout apart from its peers'."""
+    results = run_ranks(2, _choose, "auto", None)
+    assert len({chosen for chosen, _ in results}) == 1
+    assert results[0][1]

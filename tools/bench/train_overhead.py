@@ -1,0 +1,232 @@
+"""What early exits cost in training: time and memory, over the same model without exits.
+
+    python tools/bench/train_overhead.py --json overhead.json [--quick]
+
+Two real pipeline ranks are timed; four are simulated from costs measured in the same run, and their
+memory is counted in four real ranks. What is measured and why: docs/benchmarks.md.
+"""
+
+import itertools
+import os
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core per rank
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ee_llm.config import Config, ConfigError
+from ee_llm.pipeline import one_f_one_b, simulate
+from tools.bench import report
+from tools.bench.overhead_runs import (
+    FOUR_STAGES,
+    TWO_STAGES,
+    RankResult,
+    Sizes,
+    Variant,
+    make_config,
+    random_batch,
+    run_variants,
+)
+from tools.bench.ranks import run_ranks
+from tools.bench.stage_costs import Pieces, measure_pieces, median_pieces
+
+
+@dataclass(frozen=True)
+class Options(Sizes):
+    """Time and memory of training with early exits, over the same model without."""
+
+    json: Path | None = None
+    """Where to write machine, rows and figures."""
+    quick: bool = False
+    """Fewer rounds on smaller microbatches: ends within a minute on two cores."""
+
+
+def makespan(
+    sizes: Sizes, variant: Variant, stages: int, pieces: Pieces, split: Sequence[int] = ()
+) -> float:
+    """Return the simulated seconds of the forward and backward passes of one step."""
+    config = make_config(sizes, variant, stages, split)
+    # Two real ranks are simulated as they ran, to be compared with.
+    count = sizes.num_microbatches if stages == 2 else sizes.simulated_microbatches
+    plan = one_f_one_b(stages, count)
+    return simulate(plan, pieces.costs(config), deferred=variant.deferred).makespan
+
+
+def best_split(sizes: Sizes, variant: Variant, stages: int, pieces: Pieces) -> tuple[int, ...]:
+    """Return the layers per stage with which a simulated step is shortest; every stage has one."""
+    cuts = itertools.combinations(range(1, sizes.num_layers), stages - 1)
+    ends = [(0, *cut, sizes.num_layers) for cut in cuts]
+    splits = [tuple(b - a for a, b in itertools.pairwise(end)) for end in ends]
+    return min(splits, key=lambda split: makespan(sizes, variant, stages, pieces, split))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; ratios are over the standard model in the same layout."""
+
+    layout: str
+    variant: str
+    seconds: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    exit_bytes: int | None = None
+    exit_bytes_ratio: float | None = None
+    total_bytes: int | None = None
+    total_bytes_ratio: float | None = None
+
+    def cells(self) -> dict[str, str]:
+        """Return the row as the table shows it."""
+
+        def size(count: int | None, ratio: float | None) -> str:
+            return "" if count is None else f"{count / 2**20:.1f} MiB x {ratio:.3f}"
+
+        return {
+            "layout": self.layout,
+            "variant": self.variant,
+            "seconds": f"{self.seconds:.3f}",
+            "time ratio [quartiles]": str(
+                report.Ratio(self.ratio, self.ratio_low, self.ratio_high)
+            ),
+            "peak of exits": size(self.exit_bytes, self.exit_bytes_ratio),
+            "peak of all activations": size(self.total_bytes, self.total_bytes_ratio),
+        }
+
+
+def real_rows(layout: str, ranks: Sequence[RankResult]) -> list[Row]:
+    """Return a row per variant: medians over rounds of the slowest rank's seconds."""
+    seconds = {
+        name: [max(round_) for round_ in zip(*(rank.steps[name] for rank in ranks), strict=True)]
+        for name in ranks[0].steps
+    }
+    return [
+        Row(
+            layout,
+            name,
+            statistics.median(samples),
+            *report.ratio_of_medians(samples, seconds["standard"]),
+            *peaks(name, ranks),
+        )
+        for name, samples in seconds.items()
+    ]
+
+
+def simulated_rows(
+    layout: str,
+    seconds: Mapping[str, Callable[[Pieces], float]],
+    rounds: Sequence[Pieces],
+    ranks: Sequence[RankResult] = (),
+) -> list[Row]:
+    """Return a row per variant at the median costs; the spread is that of single rounds' costs."""
+    standard = seconds["standard"]
+    pieces = median_pieces(rounds)
+    return [
+        Row(
+            layout,
+            name,
+            simulated(pieces),
+            simulated(pieces) / standard(pieces),
+            *report.quartiles([simulated(r) / standard(r) for r in rounds]),
+            *peaks(name, ranks),
+        )
+        for name, simulated in seconds.items()
+    ]
+
+
+def peaks(name: str, ranks: Sequence[RankResult]) -> tuple[Any, ...]:
+    """Return the fullest stage's bytes and their ratio to standard's: of exits, of everything."""
+    if not ranks:
+        return ()
+    exits, exits_base = (max(r.exit_bytes[n] for r in ranks) for n in (name, "standard"))
+    total, total_base = (max(r.total_bytes[n] for r in ranks) for n in (name, "standard"))
+    return exits, exits / exits_base, total, total / total_base
+
+
+def even(
+    sizes: Sizes, wanted: Sequence[Variant], stages: int
+) -> dict[str, Callable[[Pieces], float]]:
+    """Return the simulated step of every variant, its layers split evenly."""
+    return {v.name: partial(makespan, sizes, v, stages) for v in wanted}
+
+
+def balanced_rows(sizes: Sizes, rounds: Sequence[Pieces]) -> list[Row]:
+    """Return simulated rows against a standard model whose layers are split for speed."""
+    pieces = median_pieces(rounds)
+    standard, *_, both = FOUR_STAGES
+    split = best_split(sizes, standard, 4, pieces)
+    own_split = best_split(sizes, both, 4, pieces)
+    seconds = {
+        "standard": partial(makespan, sizes, standard, 4, split=split),
+        "both, layers even": partial(makespan, sizes, both, 4),
+        f"both, layers {_joined(own_split)}": partial(makespan, sizes, both, 4, split=own_split),
+    }
+    return simulated_rows(f"P=4 simulated, layers {_joined(split)}", seconds, rounds)
+
+
+def _joined(split: Sequence[int]) -> str:
+    return "-".join(map(str, split))
+
+
+def main(options: Options) -> None:
+    """Measure, print the table and write the figures."""
+    if options.num_layers % 4:
+        raise ConfigError(f"--num-layers {options.num_layers} is not a multiple of 4 stages")
+    two = run_ranks(2, run_variants, options, TWO_STAGES, 2, options.rounds)
+    both = FOUR_STAGES[-1]
+    config = make_config(options, both, 4)
+    (measured,) = run_ranks(1, _measure_pieces, config, options.rounds)
+    hop = max(rank.hop for rank in two)
+    rounds = [Pieces(p.layer, p.embedding, p.exit, p.final, hop) for p in measured]
+    four = run_ranks(4, run_variants, options, FOUR_STAGES, 4, 0)
+
+    simulated = simulated_rows("P=4 simulated", even(options, FOUR_STAGES, 4), rounds, four)
+    rows = [
+        *real_rows("P=2 real", two),
+        *simulated_rows("P=2 simulated", even(options, TWO_STAGES, 2), rounds),
+        *simulated,
+        *balanced_rows(options, rounds),
+    ]
+    report.print_table("early-exit training over standard", [row.cells() for row in rows])
+    pieces = median_pieces(rounds)
+    passes = statistics.median(two[0].passes["standard"])
+    print(f"costs in ms (forward, backward): {_shown(pieces)}")
+    print(f"P=2 standard, forward and backward passes alone: {passes:.3f} s measured")
+    by_name = {row.variant: row for row in simulated}
+    figures = {
+        f"{figure}_{label}": getattr(by_name[name], field)
+        for label, name in (("naive", "naive"), ("best", "both"))
+        for figure, field in (
+            ("step_time_ratio", "ratio"),
+            ("peak_bytes_ratio", "exit_bytes_ratio"),
+            ("total_peak_bytes_ratio", "total_bytes_ratio"),
+        )
+    }
+    report.write_json(options.json, [asdict(row) for row in rows], figures)
+
+
+def _measure_pieces(config: Config, num_rounds: int) -> list[Pieces]:
+    return measure_pieces(config, random_batch(config), num_rounds)
+
+
+def _shown(pieces: Pieces) -> str:
+    costs = {"layer": pieces.layer, "embedding": pieces.embedding, "exit": pieces.exit}
+    costs["final exit"] = pieces.final
+    shown = [f"{name} {1e3 * c.forward:.2f}, {1e3 * c.backward:.2f}" for name, c in costs.items()]
+    return "; ".join([*shown, f"message {1e3 * pieces.hop:.2f}"])
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options)
+    if chosen.quick:
+        chosen = replace(chosen, seq_length=128, micro_batch_size=1, num_microbatches=4, rounds=3)
+    try:
+        main(chosen)
+    except ValueError as error:
+        sys.exit(f"train_overhead: {error}")

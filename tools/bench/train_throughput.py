@@ -1,0 +1,234 @@
+"""Tokens per second of ours, without exits, over a plain PyTorch loop on transformers' Llama.
+
+    python tools/bench/train_throughput.py --json throughput.json [--quick]
+    python tools/bench/train_throughput.py --shape llama-1.3B --dtype bfloat16    (on a GPU)
+
+Both train in one process, step by step in turn. What is measured and why: docs/benchmarks.md.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ee_llm import platform
+from ee_llm.config import Config, load_config
+from ee_llm.data import Microbatch
+from ee_llm.training.optimizer import build_optimizer, take_step
+from ee_llm.training.parallel import ParallelModel
+from ee_llm.training.precision import DTYPES
+from tools.bench import report
+
+
+@dataclass(frozen=True)
+class Options:
+    """Training speed of one process without exits, over a plain loop on transformers' Llama."""
+
+    json: Path | None = None
+    """Where to write machine, rows and figures."""
+    quick: bool = False
+    """Fewer rounds on smaller batches: ends within a minute on two cores."""
+    shape: str = "llama-tiny"
+    """A ready-made llama shape of ee_llm (docs/configuration.md)."""
+    num_layers: int | None = None
+    """Transformer layers, if not those of the shape."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of both. In bfloat16 ours keeps float32 masters and gradients, the plain loop
+    does not, which favours it."""
+    seq_length: int | None = None
+    """Tokens in a sequence; the shape's longest unless given."""
+    micro_batch_size: int = 4
+    """Sequences in one forward pass."""
+    num_microbatches: int = 2
+    """Forward and backward passes in one optimizer step."""
+    rounds: int = 20
+    """Steps that are timed of each side, in turn."""
+    threads: int | None = None
+    """Threads of this process on a CPU; torch's choice unless given."""
+
+
+def make_config(options: Options) -> Config:
+    """Return ee_llm's configuration of the model without exits."""
+    overrides: dict[str, object] = {
+        "model.shape": options.shape,
+        "training.dtype": options.dtype,
+        "training.micro_batch_size": options.micro_batch_size,
+        "training.global_batch_size": options.micro_batch_size * options.num_microbatches,
+    }
+    if options.num_layers is not None:
+        overrides["model.num_layers"] = options.num_layers
+    if options.seq_length is not None:
+        overrides["data.seq_length"] = options.seq_length
+    return load_config(None, overrides)
+
+
+def our_step(config: Config, tokens: list[torch.Tensor]) -> Callable[[], Any]:
+    """Return a function that takes one training step as `ee-llm train` does."""
+    dtype = DTYPES[config.training.dtype]
+    grid = platform.initialize(seed=config.training.seed)
+    model = ParallelModel(config, grid, dtype)
+    optimizer = build_optimizer(model.chunks, config.optimizer, data_size=1, dtype=dtype)
+    length = config.data.seq_length
+    positions = torch.arange(length, device=platform.device())
+    batches = [
+        Microbatch(
+            tokens=batch[:, :-1],
+            labels=batch[:, 1:],
+            loss_mask=torch.ones(len(batch), length, device=platform.device()),
+            positions=positions.expand(len(batch), length),
+        )
+        for batch in tokens
+    ]
+
+    def step() -> None:
+        model.forward_backward(batches, 0)
+        take_step(optimizer, clip_grad=config.optimizer.clip_grad)
+
+    return step
+
+
+def plain_step(config: Config, tokens: list[torch.Tensor]) -> Callable[[], Any]:
+    """Return a function that takes one step of the loop one would write with transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape, options = config.model, config.optimizer
+    llama = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.max_seq_length,
+        rms_norm_eps=shape.norm_eps,
+        tie_word_embeddings=shape.tie_embeddings,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(llama)
+    model = model.to(platform.device(), DTYPES[config.training.dtype]).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=options.lr,
+        betas=(options.beta1, options.beta2),
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        fused=True,
+    )
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for batch in tokens:
+            # transformers shifts the labels itself; as many positions as ours are computed.
+            inputs = batch[:, :-1]
+            (model(input_ids=inputs, labels=inputs).loss / len(tokens)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)
+        optimizer.step()
+
+    return step
+
+
+def flops_per_token(config: Config) -> float:
+    """Return the floating-point operations of forward and backward passes for one token.
+
+    6 for each weight of a matrix product (the embedding's is none), and 6 s for each layer and unit
+    of the heads' width: causal attention sees half of the s positions on average.
+    """
+    shape = config.model
+    queries, groups = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    attention = shape.hidden_size * (2 * queries + 2 * groups)
+    mlp = 3 * shape.hidden_size * shape.ffn_hidden_size
+    weights = shape.num_layers * (attention + mlp) + shape.hidden_size * shape.vocab_size
+    return 6 * weights + 6 * shape.num_layers * queries * config.data.seq_length
+
+
+def measure(options: Options, config: Config) -> dict[str, list[float]]:
+    """Return the seconds of each side's steps, by round."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (options.micro_batch_size, config.data.seq_length + 1)
+    tokens = [
+        torch.randint(config.model.vocab_size, shape, generator=generator).to(platform.device())
+        for _ in range(options.num_microbatches)
+    ]
+    sides = {"ee_llm": our_step(config, tokens), "transformers": plain_step(config, tokens)}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for index in range(-2, options.rounds):
+        for name in sorted(sides, reverse=index % 2 == 1):
+            platform.synchronize()
+            start = time.perf_counter()
+            sides[name]()
+            platform.synchronize()
+            if index >= 0:  # the first rounds allocate and choose kernels
+                seconds[name].append(time.perf_counter() - start)
+    platform.shutdown()
+    return seconds
+
+
+def main(options: Options) -> None:
+    """Measure, print the table and write the figures."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    config = make_config(options)
+    seconds = measure(options, config)
+    tokens = options.micro_batch_size * options.num_microbatches * config.data.seq_length
+    peak = platform.peak_flops(DTYPES[config.training.dtype])
+    rows: list[dict[str, Any]] = []
+    for name, samples in seconds.items():
+        speed = tokens / statistics.median(samples)
+        low, high = (tokens / x for x in reversed(report.quartiles(samples)))
+        flops = speed * flops_per_token(config)
+        rows.append(
+            {
+                "side": name,
+                "tokens_per_s": speed,
+                "tokens_per_s_low": low,
+                "tokens_per_s_high": high,
+                "flops": flops,
+                "mfu": None if peak is None else flops / peak,
+            }
+        )
+    ratio = report.ratio_of_medians(seconds["transformers"], seconds["ee_llm"])
+    title = (
+        f"training, {options.shape}, {config.model.num_layers} layers, {options.dtype}, "
+        f"{options.num_microbatches} x {options.micro_batch_size} x {config.data.seq_length} tokens"
+    )
+    if not platform.has_cuda():
+        title += f", {torch.get_num_threads()} threads"
+    report.print_table(title, [_cells(row) for row in rows])
+    print(f"ee_llm over transformers: {ratio}")
+    figures = {
+        "tokens_per_s_ratio": ratio.value,
+        "tokens_per_s_ratio_low": ratio.low,
+        "tokens_per_s_ratio_high": ratio.high,
+    }
+    if peak is not None:
+        figures["mfu"] = rows[0]["mfu"]
+    report.write_json(options.json, rows, figures)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    low, high = row["tokens_per_s_low"], row["tokens_per_s_high"]
+    return {
+        "": row["side"],
+        "tokens/s [quartiles]": f"{row['tokens_per_s']:,.0f} [{low:,.0f} .. {high:,.0f}]",
+        "GFLOP/s": f"{row['flops'] / 1e9:,.0f}",
+        "MFU": "unknown peak" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %",
+    }
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options)
+    if chosen.quick:
+        chosen = replace(chosen, seq_length=128, num_microbatches=1, rounds=8)
+    try:
+        main(chosen)
+    except ValueError as error:
+        sys.exit(f"train_throughput: {error}")
