@@ -45,6 +45,7 @@ __all__ = [
     "exit_stage",
     "load_config",
     "option_names",
+    "output_weight_name",
     "section_types",
     "stage_layers",
 ]
@@ -219,3 +220,16 @@ def exit_stage(config: Config, boundary: int) -> int:
         )
     layer = boundary if config.exits.placement == "post" else boundary + 1
     return next(stage for stage in range(num_stages) if layer in stage_layers(config, stage))
+
+
+def output_weight_name(config: Config, boundary: int) -> str:
+    """The name of the [vocabulary, hidden] tensor with which the exit at `boundary` projects.
+
+    The final exit uses the embedding's weight if they are tied, else `output.weight`. Another
+    exit's is `tied` to the embedding, `shared` with the final exit, or its `own`.
+    """
+    final = "embedding.word.weight" if config.model.tie_embeddings else "output.weight"
+    if boundary == config.model.num_layers or config.exits.output == "shared":
+        return final
+    tied = config.exits.output == "tied"
+    return "embedding.word.weight" if tied else f"exits.{boundary}.output.weight"

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.config import Config
-from ee_llm.inference.weights import output_name, take_tensors
+from ee_llm.config import Config, output_weight_name
+from ee_llm.inference.weights import take_tensors
 
 
 class ReferenceModel:
@@ -58,7 +58,7 @@ class ReferenceModel:
 
     def logits(self, boundary: int, hidden: Tensor) -> Tensor:
         """Return the logits [..., v] of the exit at `boundary` for its hidden states [..., h]."""
-        weight = self._tensors[output_name(self.config, boundary)]
+        weight = self._tensors[output_weight_name(self.config, boundary)]
         return F.linear(hidden, weight) / self._temperature[boundary]
 
     def forward(self, tokens: Tensor) -> dict[int, Tensor]:

@@ -42,18 +42,6 @@ def tensor_shapes(config: Config) -> Shapes:
     return shapes
 
 
-def output_name(config: Config, boundary: int) -> str:
-    """Return the name of the [v, h] weight that the exit at `boundary` projects with."""
-    final = "embedding.word.weight" if config.model.tie_embeddings else "output.weight"
-    if boundary == config.model.num_layers or config.exits.output == "shared":
-        return final
-    return (
-        "embedding.word.weight"
-        if config.exits.output == "tied"
-        else f"exits.{boundary}.output.weight"
-    )
-
-
 def take_tensors(
     config: Config,
     tensors: Mapping[str, Tensor],

@@ -11,8 +11,8 @@ _silu_backward = torch.ops.aten.silu_backward.grad_input
 class SwiGlu:
     """silu(gate) * up of a linear layer's output [gate; up] (Shazeer 2020, arXiv 2002.05202).
 
-    Keeps its input alone for the backward pass, which computes silu(gate) once more and writes
-    both halves of the gradient in place: two MLP-wide tensors less per layer than plain autograd.
+    The backward pass writes both halves of the gradient in place. megatron-core's own formula, in
+    plain autograd, also adds a constant 0 to `up`, keeps that sum, and joins the halves by a copy.
     """
 
     def __init__(self, config: Any = None) -> None:
@@ -26,16 +26,17 @@ class SwiGlu:
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(both)
         gate, up = both.chunk(2, dim=-1)
-        return silu(gate).mul_(up)
+        activated = silu(gate)
+        ctx.save_for_backward(both, activated)
+        return activated * up
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        (both,) = ctx.saved_tensors
+        both, activated = ctx.saved_tensors
         gate, up = both.chunk(2, dim=-1)
         result = torch.empty_like(both)
         grad_gate, grad_up = result.chunk(2, dim=-1)
-        torch.mul(grads[0], silu(gate), out=grad_up)
+        torch.mul(grads[0], activated, out=grad_up)
         _silu_backward(grads[0] * up, gate, grad_input=grad_gate)
         return result

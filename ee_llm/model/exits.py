@@ -8,31 +8,16 @@ from typing import Any
 import torch
 
 from ee_llm import platform
-from ee_llm.config import Config
+from ee_llm.config import Config, output_weight_name
 from ee_llm.model.dropout import hidden_region
+from ee_llm.model.linear import ColumnLinear
 from ee_llm.model.specs import Norm, layer_spec, mlp_spec
 
 platform.enable_megatron()
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-
-
-def output_weight_name(config: Config, boundary: int) -> str:
-    """Return the name of the parameter that projects the exit at `boundary` to the vocabulary.
-
-    The final exit uses the embedding's weight if they are tied, else `output.weight`. Another
-    exit's output is `tied` to the embedding, `shared` with the final exit, or its `own`.
-    """
-    is_final = boundary == config.model.num_layers
-    if not is_final and config.exits.output == "own":
-        return f"exits.{boundary}.output.weight"
-    to_embedding = not is_final and config.exits.output == "tied"
-    if to_embedding or config.model.tie_embeddings:
-        return "embedding.word.weight"
-    return "output.weight"
 
 
 class Exit(MegatronModule):
@@ -69,7 +54,7 @@ class Exit(MegatronModule):
         if "norm" in head:
             self.norm = Norm(parts, hidden_size, eps=parts.layernorm_epsilon)
         owns_weight = output_weight_name(config, boundary).startswith("exits.")
-        self.output = ColumnParallelLinear(
+        self.output = ColumnLinear(
             hidden_size,
             config.model.vocab_size,
             config=parts,

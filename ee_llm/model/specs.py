@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from ee_llm.model.activation import SwiGlu
 from ee_llm.model.attention import CausalAttention
+from ee_llm.model.linear import ColumnLinear, RowLinear
 
 # Transformer Engine keeps a norm's parameters in the linear layer behind it.
 FUSED_NORM_NAMES = {
@@ -110,6 +111,12 @@ class _LocalParts(LocalSpecProvider):
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         return Norm
+
+    def column_parallel_linear(self) -> type:
+        return ColumnLinear
+
+    def row_parallel_linear(self) -> type:
+        return RowLinear
 
     def core_attention(self) -> type:
         return CausalAttention

@@ -14,14 +14,12 @@ from torch.optim.adamw import adamw
 
 from ee_llm import platform
 
-_FUSED_DEVICES = ("cpu", "cuda")
-
 
 class FusedAdam(torch.optim.Optimizer):
     """Adam whose state per parameter is exp_avg and exp_avg_sq, and whose step lies in the group.
 
     Interface and layout are those of Transformer Engine's FusedAdam; the arithmetic is torch's
-    fused kernel where the device has one, its foreach kernel elsewhere. With `adam_w_mode` weight
+    fused kernel. With `adam_w_mode` weight
     decay is decoupled (Loshchilov and Hutter, arXiv 1711.05101), else it is added to the gradient.
     """
 
@@ -72,7 +70,6 @@ class FusedAdam(torch.optim.Optimizer):
         # The kernels count each parameter's steps in a tensor of its own, which they increment.
         # These live only during the call: the group's integer is the truth.
         steps = torch.full((len(params),), float(group["step"] - 1), device=params[0].device)
-        fused = all(param.device.type in _FUSED_DEVICES for param in params)
         update = adamw if self.adam_w_mode else adam
         update(
             params,
@@ -81,8 +78,8 @@ class FusedAdam(torch.optim.Optimizer):
             [self.state[param]["exp_avg_sq"] for param in params],
             [],
             list(steps.unbind()),
-            fused=fused,
-            foreach=not fused,
+            fused=True,
+            foreach=False,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

@@ -144,7 +144,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @functools.lru_cache(maxsize=1)
 def single_process(items: tuple, dtype: torch.dtype):
-    """One rank, microbatches of two sequences; the same variant is asked for many times in a row."""
+    """One rank, microbatches of two; the same variant is asked for many times in a row."""
     return run_ranks(1, losses_and_gradients, dict(items), (1, 1, 1, False), 2, dtype)[0]
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ee_llm.config import Config
+from ee_llm.config import Config, output_weight_name
 from ee_llm.inference.reference import ReferenceModel
-from ee_llm.inference.weights import output_name, tensor_shapes
+from ee_llm.inference.weights import tensor_shapes
 from tests.unit.inference.models import random_tensors, random_tokens, tiny_config, tiny_model
 
 
@@ -41,7 +41,7 @@ def _llama_of_transformers(config: Config, tensors: dict[str, Tensor]):
     state = {
         "model.embed_tokens.weight": tensors["embedding.word.weight"],
         "model.norm.weight": tensors[f"exits.{model.num_layers}.norm.weight"],
-        "lm_head.weight": tensors[output_name(config, model.num_layers)],
+        "lm_head.weight": tensors[output_weight_name(config, model.num_layers)],
     }
     for n in range(1, model.num_layers + 1):
         ours, name = f"layers.{n}", f"model.layers.{n - 1}"
@@ -83,7 +83,7 @@ def _gpt2_of_transformers(config: Config, tensors: dict[str, Tensor]):
         "transformer.wpe.weight": tensors["embedding.position.weight"],
         "transformer.ln_f.weight": tensors[f"{final}.weight"],
         "transformer.ln_f.bias": tensors[f"{final}.bias"],
-        "lm_head.weight": tensors[output_name(config, model.num_layers)],
+        "lm_head.weight": tensors[output_weight_name(config, model.num_layers)],
     }
     names = {
         "ln_1": "input_layernorm",

@@ -20,9 +20,9 @@ def test_swiglu_equals_the_formula_and_its_gradient():
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
 
 
-def test_swiglu_keeps_nothing_but_its_input():
+def test_swiglu_keeps_its_input_and_the_activated_gate_alone():
     kept: list[torch.Tensor] = []
     both = torch.randn(5, 12, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         SwiGlu()(both)
-    assert [tuple(tensor.shape) for tensor in kept] == [(5, 12)]
+    assert [tuple(tensor.shape) for tensor in kept] == [(5, 12), (5, 6)]

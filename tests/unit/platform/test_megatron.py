@@ -3,6 +3,7 @@
 import importlib
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,22 @@ def test_megatrons_torch_is_adapted_where_cuda_is_absent():
     with pytest.raises((RuntimeError, AssertionError), match=r"CUDA|cuda"):
         torch.empty(1, device="cuda")
     assert torch.ones(1).type() == "torch.FloatTensor"
+
+
+def _warnings_of_imports(quiet: bool) -> list[str]:
+    """Messages of importing once more what is deprecated in and below megatron-core."""
+    noisy = ("megatron.core.transformer.custom_layers.transformer_engine", "torch.utils.mkldnn")
+    modules = [importlib.import_module(name) for name in noisy]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if quiet:
+            megatron._quieten()
+        for module in modules:
+            importlib.reload(module)
+        warnings.warn("of the user's own code", DeprecationWarning, stacklevel=1)
+    return [str(warning.message) for warning in caught]
+
+
+def test_imports_of_megatron_are_quiet_and_others_are_not():
+    assert len(run_ranks(1, _warnings_of_imports, False)[0]) > 2
+    assert run_ranks(1, _warnings_of_imports, True) == [["of the user's own code"]]
