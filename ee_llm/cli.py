@@ -4,25 +4,20 @@ Whatever is slow to import is imported inside the command that needs it, so that
 """
 
 import difflib
-import json
-import logging
 import os
 import select
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
 import ee_llm
+from ee_llm.launch import complain, is_launched, launch, report
 
 if TYPE_CHECKING:
     from ee_llm.config import Config
-
-# Set in the ranks that `train --nproc` starts: their errors go to the launcher, which prints one.
-_LAUNCHED = "EE_LLM_LAUNCHED"
 
 
 class Command(NamedTuple):
@@ -99,7 +94,7 @@ def _train(arguments: list[str]) -> None:
 
         train(config)
     else:
-        _launch(nproc, ["train", *_without_option(arguments, "--nproc")])
+        launch(nproc, ["train", *_without_option(arguments, "--nproc")])
 
 
 def _check_start(config: "Config", nproc: int | None) -> None:
@@ -107,6 +102,11 @@ def _check_start(config: "Config", nproc: int | None) -> None:
     from ee_llm.config import ConfigError
 
     world_size = os.environ.get("WORLD_SIZE")
+    if world_size is not None and not (world_size.isdecimal() and int(world_size) > 0):
+        raise ConfigError(
+            f"WORLD_SIZE = {world_size!r} in the environment is no number of processes; unset it, "
+            "or let torchrun set it"
+        )
     if nproc is not None and world_size is not None:
         raise ConfigError(
             f"--nproc = {nproc} within a launcher that already started {world_size} processes; "
@@ -132,39 +132,6 @@ def _without_option(arguments: Sequence[str], name: str) -> list[str]:
         elif not argument.startswith(f"{name}="):
             kept.append(argument)
     return kept
-
-
-def _launch(num_processes: int, arguments: list[str]) -> None:
-    """Run `ee-llm ARGUMENTS` in `num_processes` ranks; exits as the first rank that failed."""
-    os.environ[_LAUNCHED] = "1"
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on a Mac
-    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores // num_processes)))
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    # The launcher's accounts of a failed rank and of a signal give way to ours, below.
-    elastic = "torch.distributed.elastic"
-    logging.getLogger(f"{elastic}.multiprocessing.api").setLevel(logging.CRITICAL)
-    logging.getLogger(f"{elastic}.agent.server.api").setLevel(logging.ERROR)
-    launcher = ["--standalone", "--nproc-per-node", str(num_processes)]
-    try:
-        run.run(run.parse_args([*launcher, "--module", "ee_llm.cli", *arguments]))
-    except ChildFailedError as failures:
-        rank, failure = failures.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
-            _complain(f"rank {rank} was ended by {name}{hint}")
-            sys.exit(128 - failure.exitcode)
-        told = failure.error_file_data.get("message")
-        status = f"rank {rank} ended with status {failure.exitcode}; what it said is above"
-        _complain(told if isinstance(told, str) else status)
-        sys.exit(failure.exitcode)
-    except SignalException as stopped:
-        _complain(f"stopped by {stopped.sigval.name}")
-        sys.exit(128 + stopped.sigval)
 
 
 def _data_prepare(arguments: list[str]) -> None:
@@ -256,12 +223,6 @@ def _dispatch(arguments: list[str]) -> None:
     raise ValueError(f"no such command: {given!r}; {mend}")
 
 
-def _complain(message: str) -> None:
-    is_colored = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    line = f"ee-llm: {message}"
-    print(f"\033[31m{line}\033[0m" if is_colored else line, file=sys.stderr)
-
-
 def _is_users_mistake(error: Exception) -> bool:
     """Whether `error` speaks to the user: this package raised it, in a `raise` statement.
 
@@ -272,15 +233,6 @@ def _is_users_mistake(error: Exception) -> bool:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     is_ours = Path(frame.filename).is_relative_to(Path(__file__).parent)
     return is_ours and (frame.line or "").startswith("raise ")
-
-
-def _report(message: str) -> None:
-    """Say what went wrong: to the launcher, if it asked for it, else to the user."""
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if _LAUNCHED in os.environ and error_file:
-        Path(error_file).write_text(json.dumps({"message": message, "timestamp": time.time()}))
-    else:
-        _complain(message)
 
 
 def _is_output_closed() -> bool:
@@ -306,11 +258,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
         if os.environ.get("EE_LLM_DEBUG") == "1" or not _is_users_mistake(error):
             raise
-        _report(str(error))
+        report(str(error))
         return 1 if isinstance(error, RuntimeError) else 2
     except KeyboardInterrupt:
-        if _LAUNCHED not in os.environ:
-            _complain("interrupted")
+        if not is_launched():
+            complain("interrupted")
         return 128 + signal.SIGINT
     return 0
 

@@ -59,19 +59,22 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         top = logits.amax(dim=-1).to(wide)
         if num_ranks > 1:
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-        shifted = logits.to(wide) - top.unsqueeze(-1)
 
         local = labels - rank * logits.shape[-1]
         mine = (local >= 0) & (local < logits.shape[-1])
         local = local.where(mine, torch.zeros_like(local)).unsqueeze(-1)
-        label_logit = shifted.gather(-1, local).squeeze(-1).where(mine, shifted.new_zeros(()))
-        exponentials = shifted.exp_()
-        sums = torch.stack([exponentials.sum(dim=-1), label_logit])
-        if num_ranks > 1:
+        label_logit = logits.gather(-1, local).squeeze(-1).to(wide) - top
+        label_logit = label_logit.where(mine, label_logit.new_zeros(()))
+        if num_ranks == 1:
+            # The same numbers in one kernel, half the time: the largest shifted logit is 0.
+            probabilities = logits.softmax(dim=-1, dtype=wide)
+            total = probabilities.amax(dim=-1).reciprocal()
+        else:
+            exponentials = (logits.to(wide) - top.unsqueeze(-1)).exp_()
+            sums = torch.stack([exponentials.sum(dim=-1), label_logit])
             dist.all_reduce(sums, group=group)
-
-        total, label_logit = sums[0], sums[1]
-        probabilities = exponentials.div_(total.unsqueeze(-1))
+            total, label_logit = sums[0], sums[1]
+            probabilities = exponentials.div_(total.unsqueeze(-1))
         ctx.save_for_backward(probabilities, local, mine)
         ctx.dtype = logits.dtype
         top_probability = total.reciprocal()  # the largest shifted logit is 0

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ee_llm.cli import main as ee_llm
@@ -35,7 +36,7 @@ console = Console(highlight=False)
 
 def run(*arguments: str) -> None:
     """Print an ee-llm command and give it; exits with its status if it fails."""
-    console.print(f"\n[bold]$ ee-llm {shlex.join(arguments)}[/]", soft_wrap=True)
+    console.print(f"\n[bold]$ ee-llm {escape(shlex.join(arguments))}[/]", soft_wrap=True)
     if arguments[0] == "train":  # ends its process in the ranks' name
         status = subprocess.run([sys.executable, "-m", "ee_llm.cli", *arguments]).returncode
     else:
@@ -56,7 +57,7 @@ def prepare_data(config: Config) -> float:
     return statistics(StatisticsOptions(Path(prefix))).unigram_entropy
 
 
-def report(config: Config, entropy: float) -> None:
+def report(config: Config, entropy: float, train: list[str]) -> None:
     """Show how well each exit has learned, and where to go from here."""
     picture = Path(config.output) / "losses.png"
     plot_losses(config.output, picture, entropy)
@@ -70,34 +71,40 @@ def report(config: Config, entropy: float) -> None:
             label = "final exit" if name.startswith("lm") else f"exit {layers}"
             table.add_row(label, layers, f"{points[-1][1]:.3f}")
     console.print("\n", table)
-    console.print(f"\nloss curves  {picture}", soft_wrap=True)
     latest = (Path(config.output) / "checkpoints" / "latest").read_text().strip()
-    console.print(f"checkpoint   {config.output}/checkpoints/{latest}", soft_wrap=True)
-    console.print(
-        "\nNext: lower the threshold, look at confidences, compare with all layers, train on:\n"
-        f"  ee-llm generate --checkpoint {config.output} --prompt 'import ' --thresholds 0.2\n"
-        f"  ee-llm generate --checkpoint {config.output} --prompt 'class ' --show-confidence\n"
-        f"  ee-llm generate --checkpoint {config.output} --prompt 'class ' --strategy full\n"
-        f"  ee-llm train --config {CONFIG} --nproc 2 --training.steps {2 * config.training.steps}",
-        soft_wrap=True,
-    )
+    output, steps = shlex.quote(config.output), str(2 * config.training.steps)
+    lines = [
+        "",
+        f"loss curves  {picture}",
+        f"checkpoint   {config.output}/checkpoints/{latest}",
+        "",
+        "Next: lower the threshold, look at confidences, compare with all layers, train longer:",
+        "  source .venv/bin/activate",
+        f"  ee-llm generate --checkpoint {output} --prompt 'import ' --thresholds 0.2",
+        f"  ee-llm generate --checkpoint {output} --prompt 'class ' --show-confidence",
+        f"  ee-llm generate --checkpoint {output} --prompt 'class ' --strategy full",
+        f"  ee-llm {shlex.join([*train, '--training.steps', steps])}",
+    ]
+    console.print(escape("\n".join(lines)), soft_wrap=True)
 
 
 def main(arguments: list[str]) -> None:
     """Run the whole story; options of `ee-llm train` override the configuration's."""
     start = time.monotonic()
-    os.chdir(ROOT)
     overrides = tyro.cli(train_options(), args=arguments, use_underscores=True)
+    os.chdir(ROOT)
     if output := overrides.get("output"):  # another run directory has data of its own
         arguments = [*arguments, "--data.tokenizer", f"{output}/data/tokenizer.model"]
         arguments += ["--data.prefixes", f"{output}/data/corpus"]
         overrides = tyro.cli(train_options(), args=arguments, use_underscores=True)
     config = load_config(CONFIG, overrides)
     entropy = prepare_data(config)
-    run("train", "--config", CONFIG, "--nproc", str(config.parallel.pipeline), *arguments)
-    generate = ["--checkpoint", config.output, "--prompt", PROMPT]
-    run("generate", *generate, "--thresholds", "0.5", "--max-new-tokens", "96")
-    report(config, entropy)
+    num_ranks = config.parallel.pipeline * config.parallel.tensor
+    train = ["train", "--config", CONFIG, "--nproc", str(num_ranks), *arguments]
+    run(*train)
+    generate = ["--checkpoint", config.output, "--prompt", PROMPT, "--thresholds", "0.5"]
+    run("generate", *generate, "--max-new-tokens", "96", "--temperature", "0.7")
+    report(config, entropy, train)
     console.print(f"\nAll of this took {time.monotonic() - start:.0f} s.")
 
 

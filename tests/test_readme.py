@@ -53,7 +53,14 @@ def test_the_two_commands_come_first():
         "./scripts/quickstart.sh",
         "./scripts/test.sh",
     ]
-    assert all(command[0] == "ee-llm" for command in commands()[2:])
+    assert commands()[2] == ["source", ".venv/bin/activate"]
+    assert all(command[0] == "ee-llm" for command in commands()[3:])
+
+
+def test_nothing_is_left_to_be_filled_in():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        assert not re.search(r"^[A-Z_]{4,}$", page.read_text(), re.MULTILINE), page
 
 
 def test_quickstart(tmp_path):
@@ -80,7 +87,7 @@ def test_own_data(tmp_path):
     texts.mkdir()
     for number, path in enumerate(sorted((ROOT / "ee_llm").rglob("*.py"))):
         (texts / f"{number}.txt").write_text(path.read_text())
-    for command in commands()[2:]:
+    for command in commands()[3:]:
         small = SMALL if command[1] == "train" else []
         if command[1] == "generate":
             small = ["--max-new-tokens", "4"]

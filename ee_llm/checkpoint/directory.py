@@ -5,15 +5,17 @@
 {output}/checkpoints/latest             the name of the newest complete checkpoint
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.checkpoint.safe import CheckpointError, is_plain_name
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -22,6 +24,7 @@ TENSORS = "tensors"
 FORMAT = "ee_llm checkpoint"
 VERSION = 1
 _PARTIAL = ".partial"
+_REPLACED = ".replaced" + _PARTIAL
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -35,9 +38,9 @@ def check_output(output: str | Path) -> None:
     path = Path(output)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        # A name of its own: processes of several machines look here at the same time.
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"x")
     except OSError as error:
         raise ValueError(
             f"output: the directory {str(path)!r} can not be written to ({error.strerror}); choose "
@@ -54,12 +57,22 @@ def complete_steps(checkpoints: Path) -> list[Path]:
 
 
 def _is_complete(path: Path) -> bool:
-    return bool(_STEP.fullmatch(path.name)) and (path / MANIFEST).is_file()
+    return bool(_STEP.fullmatch(path.name)) and _is_sealed(path)
+
+
+def _is_sealed(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def _replaced(final: Path) -> Path:
+    """Return where a checkpoint waits for the one that takes its place."""
+    return final.with_name(final.name + _REPLACED)
 
 
 def find_latest(output: str | Path) -> Path | None:
     """Return the newest complete checkpoint of the run directory `output`, None if it has none.
 
+    One that was being replaced when a run died is still whole, under the name it waits by.
     Raises CheckpointError if `latest` names a checkpoint that is not there.
     """
     checkpoints = Path(output) / CHECKPOINTS
@@ -72,6 +85,8 @@ def find_latest(output: str | Path) -> Path | None:
     if not _STEP.fullmatch(name):
         raise CheckpointError(f"{pointer}: expected a name such as step-00000100, found {name!r}")
     path = checkpoints / name
+    if not path.exists() and _is_sealed(_replaced(path)):
+        return _replaced(path)  # a run died while it replaced this one; the next save renames it
     if not _is_complete(path):
         there = ", ".join(step.name for step in complete_steps(checkpoints)) or "none"
         raise CheckpointError(
@@ -113,8 +128,16 @@ def partial_path(checkpoints: Path, step: int) -> Path:
 
 
 def create_partial(checkpoints: Path, step: int) -> Path:
-    """Make the directory to write the checkpoint of `step` into; clear what dead runs left."""
+    """Make the directory to write the checkpoint of `step` into; clear what dead runs left.
+
+    A checkpoint that had given way to one that never came gets its name back.
+    """
     checkpoints.mkdir(parents=True, exist_ok=True)
+    for replaced in checkpoints.glob(f"step-*{_REPLACED}"):
+        final = replaced.with_name(replaced.name.removesuffix(_REPLACED))
+        if _is_sealed(replaced) and not final.exists():
+            replaced.rename(final)
+    _sync(checkpoints)
     for leftover in checkpoints.glob(f"step-*{_PARTIAL}"):
         shutil.rmtree(leftover)
     path = partial_path(checkpoints, step)
@@ -145,14 +168,22 @@ def publish(partial: Path, keep_last: int) -> Path:
     checkpoints = partial.parent
     final = checkpoints / partial.name.removesuffix(_PARTIAL)
     if final.exists():  # a run that went back to an older checkpoint arrives at this step again
-        replaced = checkpoints / f"{final.name}.replaced{_PARTIAL}"
+        replaced = _replaced(final)
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
-        partial.rename(final)
-        shutil.rmtree(replaced)
+        try:
+            partial.rename(final)
+        except BaseException:
+            replaced.rename(final)
+            raise
+        _sync(checkpoints)
+        # The manifest first: half of a checkpoint must not be taken for one that is to come back.
+        with contextlib.suppress(OSError):
+            (replaced / MANIFEST).unlink()
+        shutil.rmtree(replaced, ignore_errors=True)
     else:
         partial.rename(final)
-    _sync(checkpoints)
+        _sync(checkpoints)
     write_file(checkpoints / LATEST, final.name + "\n")
     for path in _superseded(checkpoints, final, keep_last):
         # Renamed first: a checkpoint that is half deleted must not keep the name of a whole one.
@@ -198,6 +229,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(files, dict):
         raise CheckpointError(f"{path}: expected a table of files")
     for name, size in files.items():
+        if not all(is_plain_name(part) for part in name.split("/")):
+            raise CheckpointError(f"{path} names {name!r}, outside of the checkpoint's directory")
+        if type(size) is not int or size < 0:
+            raise CheckpointError(f"{path}: the size of {name!r} is no count of bytes")
         file = checkpoint / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing: expected {size} bytes")
@@ -209,14 +244,20 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a checkpoint; raises CheckpointError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_int64)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: expected a JSON object in it") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected a JSON object: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def _int64(digits: str) -> int:
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"an integer of {len(digits)} digits is more than 64 bits can hold")
+    return int(digits)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

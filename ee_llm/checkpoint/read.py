@@ -33,6 +33,7 @@ class TensorReader:
         self.manifest: dict[str, Any] = directory.read_manifest(self.path)
         self._tensors = self.path / directory.TENSORS
         self._entries = safe.read_metadata(self._tensors)
+        safe.check_sizes(self._tensors, self._entries)
 
     def names(self, *, optimizer: bool = False) -> list[str]:
         """Return the sorted names of the model's tensors, or of the optimizer's."""
@@ -87,8 +88,11 @@ class TensorReader:
         return load_config(self.path / CONFIG, None)
 
     def tokenizer(self) -> str:
-        """Return the checkpoint's tokenizer as `data.tokenizer` names one: "bytes" or a path."""
-        return tokenizer.stored(self.path)
+        """Return the checkpoint's tokenizer as `data.tokenizer` names one: "bytes" or a path.
+
+        Raises CheckpointError if it is missing, or not the one that the manifest states.
+        """
+        return tokenizer.proven(self.path, self.manifest.get("tokenizer"))
 
     def _entry(self, name: str) -> safe.TensorEntry:
         try:

@@ -3,14 +3,16 @@
 Three kinds of files carry pickles: `.metadata` (the index, read by torch with a plain
 `pickle.load`), `common.pt` (megatron-core's non-tensor state) and the entries of `*.distcp`
 (tensors written with `torch.save`, and byte entries, which torch unpickles without restriction).
-Here the index goes through an unpickler that resolves an allow-list of passive classes, tensors
-and common.pt go through torch's weights-only unpickler, and byte entries are refused.
+Here the index goes through an unpickler that puts inert stand-ins in the place of an allow-list of
+classes, tensors and common.pt go through torch's weights-only unpickler, and byte entries are
+refused. Nothing is allocated or read that is larger than the files.
 """
 
 import io
 import itertools
 import math
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -42,8 +44,7 @@ class TensorEntry(NamedTuple):
     chunks: tuple[Chunk, ...]
 
 
-# Dataclasses, enums and tuples: building them from attacker-chosen values runs no code. The one
-# function, `_get_layout`, looks a name up in a table.
+# What the index of a checkpoint names. None of it is imported: each becomes a stand-in.
 _METADATA_CLASSES = {
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
@@ -71,13 +72,43 @@ _METADATA_CLASSES = {
 }
 
 
+class _Sealed(type):
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"it sets {name!r} of the class {cls.__name__}")
+
+
+class _Inert(metaclass=_Sealed):
+    """Holds the arguments and the state that a pickle gives an object, and does nothing."""
+
+    args: tuple[Any, ...]
+
+    def __init__(self, *args: Any) -> None:
+        vars(self)["args"] = args
+
+    def __setstate__(self, state: Any) -> None:
+        vars(self).update(state if isinstance(state, dict) else {"state": state})
+
+
+class _InertDict(_Inert, dict):
+    pass
+
+
 class _MetadataUnpickler(pickle.Unpickler):
+    # A pickle can set attributes of whatever it gets hold of, classes included (BUILD): it gets
+    # none that anything else knows.
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self._stand_ins: dict[tuple[str, str], Any] = {}
+
     def find_class(self, module: str, name: str) -> Any:
+        """Return a stand-in, made for this pickle, of an allowed class or dtype."""
         # No dots: "Size.__init__.__globals__" would walk from an allowed class to anything.
+        base = _InertDict if name == "OrderedDict" else _Inert
         if name in _METADATA_CLASSES.get(module, ()):
-            return super().find_class(module, name)
+            known = self._stand_ins
+            return known.setdefault((module, name), _Sealed(name, (base,), {}))
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+            return _Inert(name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of ours holds")
 
 
@@ -105,15 +136,20 @@ def read_metadata(directory: Path) -> dict[str, TensorEntry]:
 
 def _plain_index(metadata: Any, path: Path) -> dict[str, TensorEntry]:
     stored = {
-        (index.fqn, _sizes(index.offset)): info for index, info in metadata.storage_data.items()
+        (index.fqn, _sizes(getattr(index, "offset", None))): info
+        for index, info in metadata.storage_data.items()
     }
     entries = {}
     for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path}: a tensor's name is of type {type(name).__name__}")
         if not hasattr(entry, "chunks"):
             raise CheckpointError(
                 f"{path}: {name!r} is an entry of pickled bytes, which is never read; expected "
                 "tensors only"
             )
+        if (dtype := _dtype(entry.properties)) is None:
+            raise CheckpointError(f"{path}: {name!r} has no dtype")
         shape, chunks = _sizes(entry.size), []
         for chunk in entry.chunks:
             offsets, sizes = _sizes(chunk.offsets), _sizes(chunk.sizes)
@@ -123,11 +159,16 @@ def _plain_index(metadata: Any, path: Path) -> dict[str, TensorEntry]:
                     f"{path}: {name!r} is stored compressed; expected plain tensors"
                 )
             file = _inside(info.relative_path, path)
-            position, length = int(info.offset), int(info.length)
+            position, length = _sizes((info.offset, info.length))
             if min(position, length) < 0 or not _lies_in(offsets, sizes, shape):
                 raise CheckpointError(
                     f"{path}: a block of {name!r} at {list(offsets)} of size {list(sizes)} does "
                     f"not lie in a tensor of shape {list(shape)}"
+                )
+            if (size := math.prod(sizes) * dtype.itemsize) > length:
+                raise CheckpointError(
+                    f"{path}: a block of {name!r} has {size} bytes of {dtype} {list(sizes)}, but "
+                    f"only {length} in its file"
                 )
             chunks.append(Chunk(offsets, sizes, file, position, length))
         # Before anything of that shape is allocated.
@@ -138,10 +179,42 @@ def _plain_index(metadata: Any, path: Path) -> dict[str, TensorEntry]:
             )
         if any(_overlap(one, other) for one, other in itertools.combinations(chunks, 2)):
             raise CheckpointError(f"{path}: two blocks of {name!r} overlap, and leave a hole")
-        if not isinstance(dtype := entry.properties.dtype, torch.dtype):
-            raise CheckpointError(f"{path}: {name!r} has no dtype, but {dtype!r}")
         entries[name] = TensorEntry(shape, dtype, tuple(chunks))
     return entries
+
+
+def check_sizes(directory: Path, entries: dict[str, TensorEntry]) -> None:
+    """Raise CheckpointError unless every block has bytes of its own in a file of `directory`.
+
+    With that, and an index that `read_metadata` returned, the tensors are no larger than the files.
+    """
+    blocks = sorted(
+        (chunk.file, chunk.position, chunk.length, name)
+        for name, entry in entries.items()
+        for chunk in entry.chunks
+    )
+    last, end, file_size = "", 0, 0
+    for file, position, length, name in blocks:
+        path = directory / file
+        if file != last:
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing: expected {name!r} in it")
+            last, end, file_size = file, 0, path.stat().st_size
+        if position + length > file_size:
+            raise CheckpointError(
+                f"{path} is truncated: expected at least {position + length} bytes for {name!r}, "
+                f"found {file_size}"
+            )
+        if position < end:
+            raise CheckpointError(f"{path}: {name!r} shares bytes with another block")
+        end = position + length
+
+
+def _dtype(properties: Any) -> torch.dtype | None:
+    # torch pickles them as a tuple, its dtype first.
+    value = properties.state[0]
+    dtype = getattr(torch, value.args[0], None) if isinstance(value, _Inert) else None
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _lies_in(offsets: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...]) -> bool:
@@ -160,12 +233,23 @@ def _overlap(one: Chunk, other: Chunk) -> bool:
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    return tuple(int(value) for value in values or ())
+    if isinstance(values, _Inert):  # a torch.Size
+        (values,) = values.args or ((),)
+    values = tuple(values or ())
+    if not all(type(value) is int and abs(value) < 2**63 for value in values):
+        raise ValueError("a size or an offset is not a 64-bit integer")
+    return values
+
+
+def is_plain_name(name: Any) -> bool:
+    """Return whether `name` is that of a file in a directory, and no way out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\0"}
 
 
 def _inside(name: Any, path: Path) -> str:
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-        raise CheckpointError(f"{path} points at {name!r}, outside of the checkpoint's directory")
+    if not is_plain_name(name):
+        shown = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+        raise CheckpointError(f"{path} points at {shown}, outside of the checkpoint's directory")
     return name
 
 
@@ -176,17 +260,18 @@ def read_chunk(directory: Path, name: str, entry: TensorEntry, chunk: Chunk) -> 
     the shape and dtype that the index states.
     """
     path = directory / chunk.file
+    end = chunk.position + chunk.length
     try:
+        # Asked first: a read allocates what it is asked for, whatever the file holds.
+        found = path.stat().st_size
         with open(path, "rb") as file:
-            file.seek(chunk.position)
-            data = file.read(chunk.length)
+            file.seek(min(chunk.position, found))
+            data = file.read(min(chunk.length, found))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: expected {name!r} in it") from None
-    if len(data) < chunk.length:
-        end = chunk.position + chunk.length
+    if end > found or len(data) < chunk.length:
         raise CheckpointError(
-            f"{path} is truncated: expected at least {end} bytes for {name!r}, "
-            f"found {path.stat().st_size}"
+            f"{path} is truncated: expected at least {end} bytes for {name!r}, found {found}"
         )
     tensor = _load_zip(io.BytesIO(data), f"{path} ({name!r})")
     if type(tensor) is not torch.Tensor:
@@ -216,8 +301,12 @@ def _load_zip(file: BinaryIO, what: str) -> Any:
     # torch.load would take anything that is no zip archive for one of its two older formats.
     if file.read(4) != b"PK\x03\x04":
         raise CheckpointError(f"{what} is not an archive as torch.save writes it")
-    file.seek(0)
+    size = file.seek(0, io.SEEK_END)
     try:
+        # Deflated parts, which torch never writes and yet reads, could be a thousand times larger.
+        if sum(part.file_size for part in zipfile.ZipFile(file).infolist()) > size:
+            raise ValueError("its parts are larger than the archive")
+        file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling errors, damaged archives, sizes that do not fit
         raise CheckpointError(f"{what} can not be read as tensors: {error}") from error

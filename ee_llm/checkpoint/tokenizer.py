@@ -18,7 +18,7 @@ def fingerprint(tokenizer: str) -> str:
     """
     if tokenizer == BYTES:
         return BYTES
-    return f"sha256:{hashlib.sha256(_content(tokenizer)).hexdigest()}"
+    return _mark(_content(tokenizer))
 
 
 def store(tokenizer: str, checkpoint: Path) -> None:
@@ -52,6 +52,24 @@ def stored(checkpoint: Path) -> str:
     return str(files[0])
 
 
+def proven(checkpoint: Path, expected: object) -> str:
+    """Return `stored(checkpoint)` if its fingerprint is `expected`; raises CheckpointError."""
+    if not isinstance(expected, str):
+        raise CheckpointError(f"{checkpoint}: its manifest does not state the tokenizer")
+    found = stored(checkpoint)
+    if found == BYTES and expected != BYTES:
+        raise CheckpointError(
+            f"{checkpoint / DIRECTORY} is missing: expected the tokenizer {_short(expected)}"
+        )
+    mark = BYTES if found == BYTES else _mark(Path(found).read_bytes())
+    if mark != expected:
+        raise CheckpointError(
+            f"{found} ({_short(mark)}) is not the tokenizer that the checkpoint was trained with "
+            f"({_short(expected)})"
+        )
+    return found
+
+
 def check(tokenizer: str, expected: str, checkpoint: Path) -> None:
     """Raise CheckpointError if `tokenizer` is not the one that the checkpoint was trained with."""
     found = fingerprint(tokenizer)
@@ -60,6 +78,10 @@ def check(tokenizer: str, expected: str, checkpoint: Path) -> None:
             f"data.tokenizer: {tokenizer!r} ({_short(found)}) is not the tokenizer that "
             f"{checkpoint} was trained with ({_short(expected)}); use {stored(checkpoint)!r}"
         )
+
+
+def _mark(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def _short(mark: str) -> str:

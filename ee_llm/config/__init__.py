@@ -88,9 +88,6 @@ class Config(Section):
         if not self.data.seq_length:
             length = {"seq_length": self.model.max_seq_length}
             object.__setattr__(self, "data", self.data.model_copy(update=length))
-        if self.optimizer.decay_steps is None:
-            steps = {"decay_steps": self.training.steps}
-            object.__setattr__(self, "optimizer", self.optimizer.model_copy(update=steps))
         found = checks.problems(self)
         if found:
             raise ValueError("\n".join(found))

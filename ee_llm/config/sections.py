@@ -245,13 +245,13 @@ class TrainingConfig(Section):
     seed: int = option(1234, "Seed of initialization, data order and dropout.", ge=0)
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
         "auto",
-        "Precision of forward and backward passes; auto chooses the faster of bfloat16 and "
-        "float32. Master weights of bfloat16 are float32.",
+        "Precision of forward and backward passes; auto is bfloat16 on a GPU, on a CPU the faster "
+        "of bfloat16 and float32. Master weights of bfloat16 are float32.",
     )
     recompute: Literal["none", "selective", "full"] = option(
         "none",
         "Activations computed again in the backward pass instead of being kept: none, those of "
-        "attention, or whole layers.",
+        "attention (and of llama's MLPs), or whole layers.",
     )
     eval_interval: int = option(100, "Steps between validations; 0 is none.", ge=0)
     eval_steps: int = option(10, "Global batches in one validation.", gt=0)

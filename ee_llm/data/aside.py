@@ -1,6 +1,8 @@
 """Files that appear whole or not at all: written beside their place, then renamed into it."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,21 +30,32 @@ class AsideFile:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`."""
-        try:
+        with self._named():
             self._file.write(data)
-        except OSError as error:  # a full disk, most likely: it does not say of which file
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def sync(self) -> None:
-        """Return when everything written is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Return when everything written is on the disk: from then on a full disk is no danger."""
+        with self._named():
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def commit(self) -> None:
         """Put the file in its place, over what is there."""
         self.sync()
         self._file.close()
         os.replace(self._aside, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name too is to be on the disk
+        finally:
+            os.close(folder)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # a full disk, most likely: it does not say of which file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def __enter__(self) -> Self:
         return self
@@ -53,7 +66,6 @@ class AsideFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            self._file.close()  # writes what is buffered, for which the disk may be too full
-        finally:
-            self._aside.unlink(missing_ok=True)  # after a commit there is none
+        with contextlib.suppress(OSError):  # it writes what is buffered: the disk may be full
+            self._file.close()
+        self._aside.unlink(missing_ok=True)  # after a commit there is none

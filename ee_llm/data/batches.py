@@ -82,11 +82,6 @@ class TrainingBatches:
         self.shape = shape
         self.consumed_samples = consumed_samples
 
-    @property
-    def epoch(self) -> float:
-        """How often as many samples were read as there are different ones."""
-        return self.consumed_samples / len(self.blend)
-
     def __iter__(self) -> Iterator[list[Microbatch]]:
         return self
 
@@ -114,11 +109,6 @@ class EvaluationBatches:
         self.blend = blend
         self.shape = shape
         self._locations = blend.once(num_steps * shape.global_batch_size)
-
-    @property
-    def num_samples(self) -> int:
-        """Number of samples over all ranks."""
-        return len(self._locations)
 
     def __len__(self) -> int:
         return -(-len(self._locations) // self.shape.global_batch_size)

@@ -73,8 +73,12 @@ class IndexedWriter:
         self.num_documents += sizes.size
         self.num_tokens += array.size
 
-    def commit(self) -> None:
-        """Put both files in place, the index last: without it there is no data set."""
+    def commit(self, *about: AsideFile) -> None:
+        """Put both files in place, the index last: without it there is no data set.
+
+        `about` are files that describe these tokens; they are replaced together with them. Nothing
+        of before is removed until everything new is on the disk.
+        """
         lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
         offsets = np.cumsum(lengths, dtype=np.int64) - lengths
         with AsideFile(self._idx_path) as index:
@@ -83,11 +87,13 @@ class IndexedWriter:
             index.write(lengths.astype("<i4").tobytes())
             index.write((offsets * self.dtype.itemsize).astype("<i8").tobytes())
             index.write(np.arange(bounds, dtype="<i8").tobytes())
-            index.sync()
-            # Removing the old index first: an old index must never stand beside new tokens.
-            self._idx_path.unlink(missing_ok=True)
-            self._bin.commit()
-            index.commit()
+            for file in (self._bin, *about, index):
+                file.sync()
+            # An old index or description must never stand beside new tokens.
+            for file in (index, *about):
+                file.path.unlink(missing_ok=True)
+            for file in (self._bin, *about, index):
+                file.commit()
 
     def __enter__(self) -> Self:
         return self
@@ -138,12 +144,6 @@ class IndexedTokens:
     def num_tokens(self) -> int:
         """Number of tokens, end-of-document tokens included."""
         return len(self.tokens)
-
-    def document(self, index: int) -> Tokens:
-        """Return a copy of the tokens of one document."""
-        if not 0 <= index < self.num_documents:
-            raise IndexError(f"document {index} of {self.num_documents} in {self.prefix}")
-        return np.array(self.tokens[self.bounds[index] : self.bounds[index + 1]])
 
 
 _Index = tuple[np.dtype[Any], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]

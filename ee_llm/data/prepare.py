@@ -6,7 +6,6 @@ bytes.
 
 import json
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -30,6 +29,7 @@ from ee_llm.data.corpus import (
 )
 from ee_llm.data.indexed import IndexedTokens, IndexedWriter, Tokens, token_dtype
 from ee_llm.data.tokenizer import Tokenizer, load_tokenizer
+from ee_llm.launch import num_cores
 
 _CHUNK_BYTES = 1 << 20  # of text, the unit of work that is handed to a worker
 _POOL_BYTES = 8 << 20  # below this much text the start of worker processes is not worth it
@@ -62,9 +62,6 @@ class PrepareOptions:
 
     format: Format = "auto"
     """What the inputs are; auto takes .jsonl and .ndjson files for JSONL, all others for text."""
-
-    eod: str | None = None
-    """The tokenizer's end-of-document token, where it is not one of the usual names."""
 
     append_eod: bool = True
     """Whether an end-of-document token follows each document."""
@@ -110,10 +107,10 @@ def prepare(options: PrepareOptions) -> PrepareReport:
     """
     if options.workers < 0:
         raise ValueError(f"workers = {options.workers}: give a number of processes, or 0")
-    tokenizer = load_tokenizer(options.tokenizer, options.eod)
+    tokenizer = load_tokenizer(options.tokenizer)
     sources = find_sources(options.inputs, options.suffixes, options.exclude, options.format)
     total = sum(source.num_bytes for source in sources)
-    encode = partial(_encode, (options.tokenizer, options.eod), options.key, options.append_eod)
+    encode = partial(_encode, options.tokenizer, options.key, options.append_eod)
     chunks = _chunks(raw_documents(sources))
     num_bytes = num_empty = 0
     with (
@@ -132,9 +129,7 @@ def prepare(options: PrepareOptions) -> PrepareReport:
         description = describe(tokenizer, writer.num_documents, writer.num_tokens)
         with AsideFile(Path(f"{options.output}.meta.json")) as aside:
             aside.write(json.dumps(description, indent=1).encode() + b"\n")
-            aside.path.unlink(missing_ok=True)  # an old one must never describe new tokens
-            writer.commit()
-            aside.commit()
+            writer.commit(aside)
     return PrepareReport(
         str(options.output), writer.num_documents, writer.num_tokens, num_bytes, num_empty
     )
@@ -211,12 +206,12 @@ def _chunks(documents: Iterable[RawDocument]) -> Iterator[_Chunk]:
 
 
 @lru_cache(maxsize=1)
-def _worker_tokenizer(spec: str, eod: str | None) -> Tokenizer:
-    return load_tokenizer(spec, eod)
+def _worker_tokenizer(spec: str) -> Tokenizer:
+    return load_tokenizer(spec)
 
 
-def _encode(spec: tuple[str, str | None], key: str, append_eod: bool, chunk: _Chunk) -> _Encoded:
-    tokenizer = _worker_tokenizer(*spec)
+def _encode(spec: str, key: str, append_eod: bool, chunk: _Chunk) -> _Encoded:
+    tokenizer = _worker_tokenizer(spec)
     parts = []
     num_bytes = num_empty = 0
     for document in chunk:
@@ -241,6 +236,7 @@ def ordered_map(
 
     With one worker everything happens in this process. A few items per worker are under way at a
     time, so that `items` may be larger than memory. `function` and the items must be picklable.
+    A ValueError of `function` comes through as it is; where it was raised is its cause.
     """
     if workers == 1:
         yield from map(function, items)
@@ -253,18 +249,26 @@ def ordered_map(
             for item in items:
                 under_way.append(pool.submit(function, item))
                 if len(under_way) >= 4 * workers:
-                    yield under_way.popleft().result()
+                    yield _result(under_way.popleft())
             while under_way:
-                yield under_way.popleft().result()
+                yield _result(under_way.popleft())
         finally:
             for future in under_way:
                 future.cancel()
 
 
+def _result(future: Future[_Result]) -> _Result:
+    try:
+        return future.result()
+    except ValueError as error:
+        # As one of ours, not of the pool's: the command line tells a user's mistake by that.
+        raise error.with_traceback(None)  # noqa: B904  (its cause is the worker's traceback)
+
+
 def _num_workers(wanted: int, total_bytes: int) -> int:
     if wanted:
         return wanted
-    return 1 if total_bytes < _POOL_BYTES else len(os.sched_getaffinity(0))
+    return 1 if total_bytes < _POOL_BYTES else num_cores()
 
 
 def _progress(is_shown: bool) -> Progress:

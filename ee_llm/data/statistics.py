@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ee_llm.data.indexed import IndexedTokens, Tokens
 
 _CHUNK = 1 << 22  # tokens
+_MAX_IDS = 1 << 31  # more than any vocabulary has; each id is a counter in memory
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Statistics(NamedTuple):
 def statistics(options: StatisticsOptions) -> Statistics:
     """Return the figures of the data at `options.prefix`; reads all of them once."""
     data = IndexedTokens(options.prefix)
-    counts = token_counts(data.tokens)
+    counts = token_counts(data.tokens, f"{data.prefix}.bin")
     return Statistics(
         prefix=data.prefix,
         num_documents=data.num_documents,
@@ -59,18 +60,19 @@ def statistics(options: StatisticsOptions) -> Statistics:
     )
 
 
-def unigram_entropy(tokens: Tokens) -> float:
-    """Return the entropy, in nats, of the frequencies of the ids in `tokens` [t]."""
-    return entropy(token_counts(tokens))
+def token_counts(tokens: Tokens, path: str) -> NDArray[np.int64]:
+    """Return how often each id from 0 to the largest occurs in `tokens` [t], read in chunks.
 
-
-def token_counts(tokens: Tokens) -> NDArray[np.int64]:
-    """Return how often each id from 0 to the largest occurs in `tokens` [t], read in chunks."""
+    Raises ValueError, naming the file `path` that they are of, for what can be no token id.
+    """
     counts = np.zeros(0, dtype=np.int64)
     for start in range(0, len(tokens), _CHUNK):
         ids = tokens[start : start + _CHUNK]
-        if int(ids.min()) < 0:
-            raise ValueError(f"token id {int(ids.min())}: these are no token ids, which start at 0")
+        for extreme in (int(ids.min()), int(ids.max())):
+            if not 0 <= extreme < _MAX_IDS:
+                raise ValueError(
+                    f"{path}: holds {extreme}, which is no token id: these are 0 to {_MAX_IDS - 1}"
+                )
         chunk = np.bincount(ids, minlength=len(counts))
         chunk[: len(counts)] += counts
         counts = chunk

@@ -49,9 +49,6 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
 
-    def save(self, directory: Path) -> str:
-        """Copy the model file into `directory` (made if missing); returns what loads it again."""
-
 
 class BytesTokenizer:
     """UTF-8 bytes as they are, and one end-of-document token: 257 ids, no file."""
@@ -70,10 +67,6 @@ class BytesTokenizer:
         _check_range(ids, self.vocab_size, self.name)
         return bytes(i for i in ids if i != self.eod).decode(errors="replace")
 
-    def save(self, directory: Path) -> str:
-        """Return "bytes": there is nothing to copy."""
-        return BYTES
-
 
 class _FileTokenizer:
     """What the tokenizers that live in one file have in common."""
@@ -82,18 +75,9 @@ class _FileTokenizer:
     vocab_size: int
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self._content = _read(path)
         self.fingerprint = f"sha256:{hashlib.sha256(self._content).hexdigest()}"
         self.name = f"{self.kind} {path}"
-
-    def save(self, directory: Path) -> str:
-        """Write the model file into `directory`; returns the path of the copy."""
-        # The content that was loaded, not the file: that one may have changed meanwhile.
-        directory.mkdir(parents=True, exist_ok=True)
-        copy = directory / self.path.name
-        copy.write_bytes(self._content)
-        return str(copy)
 
 
 class SentencePieceTokenizer(_FileTokenizer):
@@ -104,7 +88,7 @@ class SentencePieceTokenizer(_FileTokenizer):
 
     kind = "sentencepiece"
 
-    def __init__(self, path: Path, eod: str | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(path)
         import sentencepiece
 
@@ -114,9 +98,9 @@ class SentencePieceTokenizer(_FileTokenizer):
         except RuntimeError as error:
             raise ValueError(f"{path}: not a SentencePiece model") from error
         self.vocab_size = self._model.vocab_size()
-        pieces = {name: self._model.piece_to_id(name) for name in (eod, *EOD_NAMES) if name}
+        pieces = {name: self._model.piece_to_id(name) for name in EOD_NAMES}
         known = {name: i for name, i in pieces.items() if self._model.id_to_piece(i) == name}
-        self.eod = _find_eod(known, eod, path)
+        self.eod = _find_eod(known, path)
         # SentencePiece writes a space as U+2581 and so turns a U+2581 of the text into a space.
         # Where the model has byte pieces that one character is spelled in bytes; not where the
         # model puts a space before the text, as every part of a divided text would get one.
@@ -148,7 +132,7 @@ class HuggingFaceTokenizer(_FileTokenizer):
 
     kind = "huggingface"
 
-    def __init__(self, path: Path, eod: str | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(path)
         import tokenizers
 
@@ -164,7 +148,7 @@ class HuggingFaceTokenizer(_FileTokenizer):
         self._model.encode_special_tokens = True  # as text, letter by letter
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.eod = _find_eod(vocabulary, eod, path)
+        self.eod = _find_eod(vocabulary, path)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without the special tokens of a post-processor."""
@@ -177,13 +161,12 @@ class HuggingFaceTokenizer(_FileTokenizer):
         return str(self._model.decode([int(i) for i in ids], skip_special_tokens=True))
 
 
-def load_tokenizer(spec: str | Path, eod: str | None = None) -> Tokenizer:
+def load_tokenizer(spec: str | Path) -> Tokenizer:
     """Return the tokenizer that `spec` names.
 
     `spec` is "bytes", the path of a SentencePiece `.model`, of a `tokenizer.json`, or of a
-    directory that holds one such file and nothing else (as in a checkpoint). `eod` is the text of
-    the end-of-document token, where it is none of EOD_NAMES. Raises ValueError if there is no such
-    file, if it is not what its suffix says, or if it has no end-of-document token.
+    directory that holds one such file and nothing else (as in a checkpoint). Raises ValueError if
+    there is no such file, if it is not what its suffix says, or if it has none of EOD_NAMES.
     """
     if str(spec) == BYTES:
         return BytesTokenizer()
@@ -195,9 +178,9 @@ def load_tokenizer(spec: str | Path, eod: str | None = None) -> Tokenizer:
             raise ValueError(f"tokenizer {path}: expected one file in the directory, found {names}")
         path = files[0]
     if path.suffix == ".model":
-        return SentencePieceTokenizer(path, eod)
+        return SentencePieceTokenizer(path)
     if path.suffix == ".json":
-        return HuggingFaceTokenizer(path, eod)
+        return HuggingFaceTokenizer(path)
     raise ValueError(
         f"tokenizer {str(spec)!r}: expected 'bytes', a SentencePiece .model or a tokenizer.json"
     )
@@ -213,17 +196,13 @@ def _read(path: Path) -> bytes:
         ) from error
 
 
-def _find_eod(known: dict[str, int], wanted: str | None, path: Path) -> int:
-    if wanted is not None:
-        if wanted not in known:
-            raise ValueError(f"tokenizer {path}: has no token {wanted!r} to end documents with")
-        return known[wanted]
+def _find_eod(known: dict[str, int], path: Path) -> int:
     for name in EOD_NAMES:
         if name in known:
             return known[name]
     raise ValueError(
-        f"tokenizer {path}: has none of the usual end-of-document tokens ({', '.join(EOD_NAMES)}); "
-        "name the one it has with the eod option"
+        f"tokenizer {path}: has no end-of-document token of a name that is looked for "
+        f"({', '.join(EOD_NAMES)}); add one of these to it, or use another tokenizer"
     )
 
 

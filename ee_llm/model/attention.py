@@ -15,8 +15,8 @@ from ee_llm.model.dropout import head_region
 class CausalAttention(torch.nn.Module):
     """Core attention of a layer: softmax(q k / sqrt(d)) v over this and earlier positions.
 
-    Stands in for megatron-core's DotProductAttention: no [s, s] scores in memory, torch's flash
-    kernels on GPUs without Transformer Engine, any dtype.
+    Stands in for megatron-core's DotProductAttention: any dtype, and torch's own choice of
+    kernel, which keeps no [s, s] scores in memory where it can (on a CPU: without dropout).
     """
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:

@@ -44,7 +44,7 @@ class Exit(MegatronModule):
         self.mlp: Any = None
         self.norm: Any = None
         if "block" in head:
-            self.block = build_module(layer_spec(), config=parts, layer_number=boundary)
+            self.block = build_module(layer_spec(parts), config=parts, layer_number=boundary)
         if "mlp" in head:
             self.mlp_norm = Norm(parts, hidden_size, eps=parts.layernorm_epsilon)
             group = parallel_state.get_tensor_model_parallel_group()

@@ -1,5 +1,6 @@
 """megatron-core's configuration and layer parts for a model of ours."""
 
+import functools
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ FUSED_NORM_NAMES = {
 }
 
 
-def has_transformer_engine() -> bool:
-    """Return whether layers are built from Transformer Engine: on CUDA, if it can be imported."""
+@functools.cache
+def _has_transformer_engine() -> bool:
     if not platform.has_cuda():
         return False  # its CPU meta package raises RuntimeError on import
     try:
@@ -81,8 +82,9 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         calculate_per_token_loss=True,  # gradients are summed over ranks: losses come normalised
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=fused,
-        bias_activation_fusion=fused,
-        use_te_activation_func=llama and not fused and not has_transformer_engine(),  # SwiGlu
+        # megatron-core's fused GELU is the tanh approximation: another function than elsewhere.
+        bias_activation_fusion=fused and llama,
+        use_te_activation_func=llama and not fused,  # SwiGlu
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         **recompute,
@@ -130,9 +132,9 @@ def mlp_spec() -> ModuleSpec:
     return get_mlp_module_spec_for_backend(backend=_LocalParts(), use_te_activation_func=True)
 
 
-def layer_spec() -> ModuleSpec:
-    """Return the parts of one transformer layer."""
-    if has_transformer_engine():
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Return the parts of one transformer layer: Transformer Engine's in bfloat16, where it is."""
+    if config.bf16 and _has_transformer_engine():
         from megatron.core.models.gpt.gpt_layer_specs import (
             get_gpt_layer_with_transformer_engine_spec,
         )

@@ -86,7 +86,7 @@ class Stage(MegatronModule):
             )
         self.layers = ModuleTable(
             {
-                str(number): build_module(layer_spec(), config=parts, layer_number=number)
+                str(number): build_module(layer_spec(parts), config=parts, layer_number=number)
                 for number in stage_layers(config, index)
             }
         )

@@ -15,8 +15,9 @@ def local_rank() -> int:
 
 
 def has_cuda() -> bool:
-    """Return whether the ranks compute on CUDA devices."""
-    return torch.cuda.is_available()
+    """Return whether the ranks compute on CUDA: only if each on this machine has a GPU."""
+    num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return torch.cuda.is_available() and torch.cuda.device_count() >= num_local_ranks
 
 
 def device() -> torch.device:

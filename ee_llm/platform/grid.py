@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ee_llm.platform import devices, megatron
+from ee_llm.platform import console, devices, megatron
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,11 @@ def initialize(
     _timeout = datetime.timedelta(seconds=timeout_s)
     if devices.has_cuda():
         torch.cuda.set_device(devices.device())
+    elif torch.cuda.is_available():
+        console.log(
+            f"[yellow]{torch.cuda.device_count()} GPUs for more ranks on this machine: all compute "
+            "on the CPU; start one rank per GPU to use them[/]"
+        )
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(devices.backend(), timeout=_timeout)
     else:

@@ -21,7 +21,7 @@ def read_losses(output: str | Path) -> dict[str, list[tuple[int, float]]]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the output directory of a training run")
     curves: dict[str, list[tuple[int, float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").strip().split("\n"):
         entry = json.loads(line)
         for name, value in entry.items():
             if _LOSS.fullmatch(name) and value is not None:

@@ -196,7 +196,8 @@ def _supersede(path: Path, superseded: Path, start_step: int) -> None:
     """Move the lines of steps after `start_step`, and a line torn by a crash, to another file."""
     kept: list[str] = []
     moved: list[str] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in filter(None, text.split("\n")):
         (kept if _step_of(line) <= start_step else moved).append(line + "\n")
     if not moved:
         return

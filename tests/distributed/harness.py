@@ -17,6 +17,8 @@ platform.enable_megatron()
 import megatron.core.parallel_state
 import megatron.core.tensor_parallel  # noqa: F401  (imported here, once, and not in each rank)
 
+gc.freeze()  # what the parent has imported is no rank's garbage: their collections stay quick
+
 
 class RankFailed(AssertionError):
     """A rank raised, died or did not finish in time; the message carries its traceback."""
@@ -31,7 +33,6 @@ def run_ranks(
     groups itself. Results must be picklable. Raises RankFailed with the traceback of the first rank
     that failed; all other ranks are killed, so nothing is left behind.
     """
-    gc.freeze()  # what the parent has imported is no rank's garbage: their collections stay quick
     context = get_context("fork")
     port = _free_port()
     pipes, processes = [], []

@@ -473,6 +473,7 @@ def test_inference_has_the_losses_of_training(tmp_path, corpus, family, head):
         "model.family": family,
         "exits.head": head,
         "exits.temperatures": (1.5, 0.8),
+        "model.dropout": 0.2,  # of training alone
         "training.eval_interval": 5,
         "training.eval_steps": 50,
         "training.global_batch_size": 6,

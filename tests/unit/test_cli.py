@@ -12,7 +12,7 @@ import pytest
 import tyro
 
 import ee_llm
-from ee_llm import cli
+from ee_llm import cli, launch
 from ee_llm.config import Config, load_config, option_names, section_types
 
 TINY = """
@@ -238,6 +238,32 @@ def test_mistakes_are_one_line(
     assert not trained
 
 
+@pytest.mark.parametrize("value", ["", "two", "0", "-1"])
+def test_a_world_size_that_is_none(
+    value: str,
+    tiny: Path,
+    trained: list[Config],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", value)
+    assert cli.main(["train", "--config", str(tiny)]) == 2
+    assert f"WORLD_SIZE = {value!r} in the environment is no number" in capsys.readouterr().err
+    assert not trained
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_mistake_found_by_a_worker_is_one_line(workers: str, tmp_path: Path) -> None:
+    """An error that comes out of a pool of processes has the pool's frames in its traceback."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n{"txt": "?"}\n')
+    output = ["--output", str(tmp_path / "out")]
+    done = run("data", "prepare", "--inputs", str(path), *output, "--workers", workers)
+    assert (done.returncode, done.stdout) == (2, "")
+    keys = "no key 'text' (keys: 'txt'); name the right one with key"
+    assert done.stderr == f"ee-llm: {path}, line 2: {keys}\n"
+
+
 def test_processes_are_started_once(
     tiny: Path,
     trained: list[Config],
@@ -297,7 +323,7 @@ def test_an_interrupt_is_no_traceback(
     assert cli.main(["fail"]) == 130
     assert capsys.readouterr().err == "ee-llm: interrupted\n"
     # Every rank is interrupted with its launcher, which says so for all.
-    monkeypatch.setenv(cli._LAUNCHED, "1")
+    monkeypatch.setenv(launch._LAUNCHED, "1")
     assert cli.main(["fail"]) == 130
     assert capsys.readouterr().err == ""
 
@@ -339,29 +365,29 @@ def test_ranks_get_the_other_options(
     tiny: Path, trained: list[Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
-    monkeypatch.setattr(cli, "_launch", lambda *call: launched.append(call))
+    monkeypatch.setattr(cli, "launch", lambda *call: launched.append(call))
     options = ["--config", str(tiny), "--parallel.pipeline", "2"]
     assert cli.main(["train", *options, "--nproc", "4"]) == 0
     assert launched == [(4, ["train", *options])]
     assert not trained
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from ee_llm.cli import _launch; _launch(2, sys.argv[1:])"
+def run_ranks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from ee_llm.launch import launch; launch(2, sys.argv[1:])"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
     )
 
 
 def test_ranks_run_the_command() -> None:
-    done = launch("--version")
+    done = run_ranks("--version")
     assert done.returncode == 0
     assert done.stdout.splitlines() == [f"ee-llm {ee_llm.__version__}"] * 2
 
 
 def test_a_mistake_found_in_every_rank_is_told_once() -> None:
     """N ranks that say the same, and a launcher's page about each, hide the one line that helps."""
-    done = launch("data", "stats", "--prefix", "/nowhere/corpus")
+    done = run_ranks("data", "stats", "--prefix", "/nowhere/corpus")
     assert done.returncode == 2
     assert done.stderr.startswith("ee-llm: ")
     assert done.stderr.count("\n") == 1

@@ -104,7 +104,7 @@ def test_saved_sizes_are_concrete() -> None:
     text = config(exits__boundaries=(2, 4)).to_toml()
     for line in ("num_kv_heads = 6", "ffn_hidden_size = 768", "seq_length = 256"):
         assert line in text
-    for line in ("decay_steps = 1000", "weights = [1.0, 1.0]", "temperatures = [1.0, 1.0]"):
+    for line in ("weights = [1.0, 1.0]", "temperatures = [1.0, 1.0]"):
         assert line in text
 
 
@@ -148,11 +148,15 @@ def test_gpt_defaults() -> None:
 
 
 def test_defaults_across_sections() -> None:
-    resolved = config(training__steps=50, model__max_seq_length=64)
-    assert resolved.data.seq_length == 64
-    assert resolved.optimizer.decay_steps == 50
+    assert config(model__max_seq_length=64).data.seq_length == 64
     given = config(data__seq_length=32, optimizer__decay_steps=7)
     assert (given.data.seq_length, given.optimizer.decay_steps) == (32, 7)
+
+
+def test_a_saved_schedule_ends_with_the_training_it_is_extended_to(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(config(training__steps=50).to_toml(), encoding="utf-8")
+    assert load_config(path, {"training.steps": 100}).optimizer.decay_steps is None
 
 
 def test_configurations_are_immutable() -> None:

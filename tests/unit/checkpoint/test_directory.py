@@ -1,7 +1,10 @@
 """A checkpoint has its name when it is whole, and never before; `latest` follows last."""
 
 import os
+import shutil
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +58,49 @@ def test_a_step_that_is_reached_again_replaces(tmp_path):
     (first / "tensors" / "data").write_text("old")
     assert (add(tmp_path, 5) / "tensors" / "data").read_text() == "step 5"
     assert names(tmp_path) == ["latest", "step-00000005"]
+
+
+def test_replacing_that_fails_leaves_the_old(tmp_path, monkeypatch):
+    first = add(tmp_path, 5)
+    (first / "tensors" / "data").write_text("old")
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.name == "step-00000005.partial":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        add(tmp_path, 5)
+    assert (find_latest(tmp_path) / "tensors" / "data").read_text() == "old"
+    assert names(tmp_path) == ["latest", "step-00000005", "step-00000005.partial"]
+
+
+def test_replacing_that_is_cut_short_loses_nothing(tmp_path):
+    """Died between the renames: the next run reads the old one, and its first save keeps it."""
+    first = add(tmp_path, 5)
+    (first / "tensors" / "data").write_text("old")
+    directory.seal(directory.create_partial(first.parent, 5), {"step": 5})
+    first.rename(first.with_name("step-00000005.replaced.partial"))
+    assert (find_latest(tmp_path) / "tensors" / "data").read_text() == "old"
+    add(tmp_path, 6)
+    assert names(tmp_path) == ["latest", "step-00000005", "step-00000006"]
+    assert (first / "tensors" / "data").read_text() == "old"
+
+
+def test_a_replaced_checkpoint_that_is_no_longer_whole_does_not_come_back(tmp_path, monkeypatch):
+    add(tmp_path, 5)
+    monkeypatch.setattr(shutil, "rmtree", lambda *given, **options: None)
+    checkpoints = tmp_path / directory.CHECKPOINTS
+    add(tmp_path, 5)
+    left = checkpoints / "step-00000005.replaced.partial"
+    assert left.is_dir()
+    assert not (left / directory.MANIFEST).exists()
+    monkeypatch.undo()
+    (checkpoints / "step-00000005").rename(tmp_path / "pruned")
+    add(tmp_path, 6)
+    assert names(tmp_path) == ["latest", "step-00000006"]
 
 
 def test_what_a_dead_run_left_is_no_checkpoint_and_is_cleared(tmp_path):
@@ -115,6 +161,9 @@ def test_files_are_replaced_whole(tmp_path, monkeypatch):
 def test_unwritable_output_is_said_at_the_start(tmp_path):
     check_output(tmp_path / "new" / "run")
     assert list((tmp_path / "new" / "run").iterdir()) == []
+    with tempfile.TemporaryDirectory(dir=tmp_path) as other:  # as of a process with the same id
+        (Path(other) / f".write-test-{os.getpid()}").mkdir()
+        check_output(other)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output: the directory '.*file/run' can not be written"):
         check_output(tmp_path / "file" / "run")

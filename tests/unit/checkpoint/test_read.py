@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from ee_llm.checkpoint import directory
+from ee_llm.checkpoint import directory, tokenizer
 from ee_llm.checkpoint.read import CheckpointError, TensorReader
 from tests.unit.checkpoint.checkpoints import TENSORS, edit_metadata, write_checkpoint
 
@@ -108,6 +108,13 @@ def test_foreign_checkpoints_say_what_was_expected(tmp_path):
         ('"version": 1', '"version": 2', "found 'ee_llm checkpoint' version 2"),
         (text, "[1]", "expected a JSON object, found list"),
         (text, "{", "expected a JSON object"),
+        (text, "[" * 200_000, "expected a JSON object"),
+        ('"version": 1', '"version": 1' + "0" * 5000, "5001 digits is more than 64 bits"),
+        ('"version": 1', f'"version": {2**63}', "19 digits is more than 64 bits"),
+        ('"config.toml": ', '"config.toml": -', "the size of 'config.toml' is no count of bytes"),
+        ('"config.toml"', '"../config.toml"', "outside of the checkpoint's directory"),
+        ('"config.toml"', '"/etc/passwd"', "outside of the checkpoint's directory"),
+        ('"config.toml"', '"tensors/../config.toml"', "outside of the checkpoint's directory"),
     ]:
         manifest.write_text(text.replace(old, new))
         with pytest.raises(CheckpointError, match=expected):
@@ -117,6 +124,30 @@ def test_foreign_checkpoints_say_what_was_expected(tmp_path):
     (megatron / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     with pytest.raises(CheckpointError, match="no complete checkpoint of ee_llm"):
         TensorReader(megatron)
+
+
+def test_tokenizer_must_be_the_one_it_was_trained_with(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "run")
+    source = tmp_path / "spm.model"
+    source.write_bytes(b"model")
+    manifest = checkpoint / directory.MANIFEST
+    bytes_text = manifest.read_text()
+    text = bytes_text.replace('"bytes"', f'"{tokenizer.fingerprint(str(source))}"')
+
+    manifest.write_text(text)
+    with pytest.raises(CheckpointError, match="tokenizer is missing: expected the tokenizer sha2"):
+        TensorReader(checkpoint).tokenizer()
+    tokenizer.store(str(source), checkpoint)
+    stored = TensorReader(checkpoint).tokenizer()
+    assert stored == str(checkpoint / "tokenizer" / "spm.model")
+    (checkpoint / "tokenizer" / "spm.model").write_bytes(b"other")
+    for content in (text, bytes_text):
+        manifest.write_text(content)
+        with pytest.raises(CheckpointError, match=r"spm\.model .* is not the tokenizer that"):
+            TensorReader(checkpoint).tokenizer()
+    manifest.write_text(text.replace('"tokenizer"', '"other"'))
+    with pytest.raises(CheckpointError, match="manifest does not state the tokenizer"):
+        TensorReader(checkpoint).tokenizer()
 
 
 def test_reading_needs_no_megatron(tmp_path):

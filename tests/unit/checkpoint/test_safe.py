@@ -1,8 +1,11 @@
 """Nothing that a checkpoint holds is run, wherever it is planted."""
 
 import builtins
+import importlib
 import io
 import pickle
+import pickletools
+import zipfile
 
 import pytest
 import torch
@@ -111,13 +114,58 @@ def test_allowed_classes_are_no_way_to_others(name):
         safe._MetadataUnpickler(io.BytesIO(program)).load()
 
 
+def build(module, name, attribute):
+    """A pickle whose BUILD sets an attribute of a class (the "slots" half of a state)."""
+    program = b"\x80\x04"
+    for text in (module, name):
+        program += b"\x8c" + bytes([len(text)]) + text.encode()
+    program += b"\x93N}\x8c" + bytes([len(attribute)]) + attribute.encode() + b"\x88s\x86b."
+    return program
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "attribute"),
+    [
+        ("pathlib", "Path", "exists"),
+        ("pathlib", "PosixPath", "name"),
+        ("collections", "OrderedDict", "planted"),
+        ("torch.distributed.checkpoint.metadata", "Metadata", "storage_data"),
+    ],
+)
+def test_classes_of_the_process_can_not_be_changed(tmp_path, module, name, attribute):
+    """BUILD is setattr on whatever is on the stack: here on classes that all of Python uses."""
+    checkpoint = write_checkpoint(tmp_path)
+    program = build(module, name, attribute)
+    control = pickletools.genops(program)
+    assert [opcode.name for opcode, _, _ in control][-2:] == ["BUILD", "STOP"]
+    real = getattr(importlib.import_module(module), name)
+    before = dict(vars(real))
+    (checkpoint / directory.TENSORS / ".metadata").write_bytes(program)
+    accept_sizes(checkpoint)
+    with pytest.raises(CheckpointError, match=r"\.metadata"):
+        TensorReader(checkpoint)
+    assert dict(vars(real)) == before
+    stand_in = safe._MetadataUnpickler(io.BytesIO(program)).find_class(module, name)
+    assert stand_in is not real
+    with pytest.raises(pickle.UnpicklingError, match=f"it sets 'planted' of the class {name}"):
+        stand_in.planted = True
+
+
+def test_build_does_set_attributes_of_classes():
+    """The control of the test above: with real classes, such a pickle changes them."""
+    name = "Victim"
+    globals()[name] = type(name, (), {})
+    pickle.loads(build(__name__, name, "planted"))
+    assert globals().pop(name).planted is True
+
+
 @pytest.mark.parametrize("name", ["eval", "exec", "getattr", "__import__", "open"])
 def test_builtins_are_refused(name):
     with pytest.raises(pickle.UnpicklingError, match=rf"it names \w+\.{name},"):
         safe._MetadataUnpickler(io.BytesIO(pickle.dumps(getattr(builtins, name)))).load()
 
 
-@pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "..", "a/b"])
+@pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "..", ".", "", "a/b", "a/", "a\0b"])
 def test_index_that_points_outside_of_the_directory_is_refused(tmp_path, path):
     checkpoint = write_checkpoint(tmp_path)
 
@@ -152,3 +200,74 @@ def test_damaged_index_names_the_file(tmp_path):
         accept_sizes(checkpoint)
         with pytest.raises(CheckpointError, match=r"\.metadata"):
             TensorReader(checkpoint)
+
+
+def test_shape_that_the_file_is_too_small_for_is_refused(tmp_path):
+    """12 EiB would be allocated before anything is read."""
+    checkpoint = write_checkpoint(tmp_path)
+
+    def change(metadata):
+        entry = metadata.state_dict_metadata[NAME]
+        entry.size = entry.chunks[0].sizes = torch.Size([2**40, 3 * 2**20])
+
+    edit_metadata(checkpoint, change)
+    with pytest.raises(CheckpointError, match=rf"a block of '{NAME}' has \d+ bytes.* but only"):
+        TensorReader(checkpoint)
+
+
+@pytest.mark.parametrize("field", ["length", "offset"])
+def test_length_beyond_the_file_is_refused(tmp_path, field):
+    checkpoint = write_checkpoint(tmp_path)
+
+    def change(metadata):
+        index = next(index for index in metadata.storage_data if index.fqn == NAME)
+        setattr(metadata.storage_data[index], field, 2**62)
+
+    edit_metadata(checkpoint, change)
+    entry = safe.read_metadata(checkpoint / directory.TENSORS)[NAME]
+    for read in (
+        lambda: TensorReader(checkpoint),
+        lambda: safe.read_chunk(checkpoint / directory.TENSORS, NAME, entry, entry.chunks[0]),
+    ):
+        with pytest.raises(CheckpointError, match=rf"is truncated: .* for '{NAME}', found \d+"):
+            read()
+
+
+def test_integers_that_no_tensor_can_have_are_refused(tmp_path):
+    checkpoint = write_checkpoint(tmp_path)
+
+    def change(metadata):
+        index = next(index for index in metadata.storage_data if index.fqn == NAME)
+        metadata.storage_data[index].length = 10**5000
+
+    edit_metadata(checkpoint, change)
+    with pytest.raises(CheckpointError, match="not a 64-bit integer"):
+        TensorReader(checkpoint)
+
+
+def test_blocks_that_share_their_bytes_are_refused(tmp_path):
+    """A thousand tensors in the bytes of one would be a thousand times the file in memory."""
+    checkpoint = write_checkpoint(tmp_path)
+
+    def change(metadata):
+        places = list(metadata.storage_data)
+        for index in places[1:]:
+            metadata.storage_data[index] = metadata.storage_data[places[0]]
+
+    edit_metadata(checkpoint, change)
+    with pytest.raises(CheckpointError, match="shares bytes with another block"):
+        TensorReader(checkpoint)
+
+
+def test_deflated_archive_larger_than_its_file_is_refused(tmp_path):
+    checkpoint = write_checkpoint(tmp_path)
+    deflated = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(saved(torch.zeros(1 << 16)))) as source,
+        zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for part in source.namelist():
+            target.writestr(part, source.read(part))
+    plant_entry(checkpoint, deflated.getvalue(), is_bytes=False)
+    with pytest.raises(CheckpointError, match="larger than the archive"):
+        TensorReader(checkpoint).tensor(NAME)

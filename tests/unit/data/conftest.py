@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ee_llm.data.indexed import IndexedWriter
+from ee_llm.data.indexed import IndexedTokens, IndexedWriter
 from ee_llm.data.train_tokenizer import train_sentencepiece
 
 CODE = '''\
@@ -25,6 +25,15 @@ class Shape:
 '''
 
 WriteData = Callable[[str, Sequence[Sequence[int]]], str]
+
+
+def read_documents(prefix: Path | str) -> list[list[int]]:
+    """The token ids of each document of a data set."""
+    data = IndexedTokens(prefix)
+    return [
+        data.tokens[begin:end].tolist()
+        for begin, end in zip(data.bounds, data.bounds[1:], strict=False)
+    ]
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ee_llm import platform
 from ee_llm.data.aside import AsideFile
 from ee_llm.data.indexed import IndexedTokens, IndexedWriter, token_dtype
+from tests.unit.data.conftest import read_documents
 
 platform.enable_megatron()
 from megatron.core.datasets.indexed_dataset import (
@@ -64,7 +65,7 @@ def test_ours_reads_megatron(tmp_path: Path, dtype: type):
     write_with_megatron(tmp_path / "theirs", DOCUMENTS, dtype)
     ours = IndexedTokens(tmp_path / "theirs")
     assert ours.dtype == dtype
-    assert [ours.document(i).tolist() for i in range(ours.num_documents)] == DOCUMENTS
+    assert read_documents(tmp_path / "theirs") == DOCUMENTS
     assert ours.tokens.tolist() == sum(DOCUMENTS, [])
     assert ours.num_tokens == 9
 
@@ -76,10 +77,7 @@ def test_documents_of_several_sequences(tmp_path: Path):
     builder.add_item(torch.tensor([7, 8]))
     builder.end_document()
     builder.finalize(f"{tmp_path}/split.idx")
-    data = IndexedTokens(tmp_path / "split")
-    assert [data.document(i).tolist() for i in range(data.num_documents)] == [
-        [0, 1, 2, 3, 4, 5, 6], [7, 8]
-    ]  # fmt: skip
+    assert read_documents(tmp_path / "split") == [[0, 1, 2, 3, 4, 5, 6], [7, 8]]
 
 
 def test_same_type_as_megatron():
@@ -103,8 +101,7 @@ def test_round_trip(
             writer.add(sum(some, []), [len(document) for document in some])
         writer.commit()
     assert writer.num_documents == len(documents)
-    data = IndexedTokens(prefix)
-    assert [data.document(i).tolist() for i in range(data.num_documents)] == documents
+    assert read_documents(prefix) == documents
 
 
 def test_prefix_with_a_dot(tmp_path: Path):
@@ -226,10 +223,3 @@ def test_prefix_with_the_suffix(tmp_path: Path):
     write(tmp_path / "a", DOCUMENTS)
     with pytest.raises(ValueError, match=r"give the prefix without \.bin or \.idx"):
         IndexedTokens(tmp_path / "a.bin")
-
-
-def test_document_beyond_the_last(tmp_path: Path):
-    write(tmp_path / "a", DOCUMENTS)
-    for index in (-1, 4):
-        with pytest.raises(IndexError, match=f"document {index} of 4"):
-            IndexedTokens(tmp_path / "a").document(index)

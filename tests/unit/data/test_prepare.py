@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 
 from ee_llm.data import prepare as module
-from ee_llm.data.indexed import IndexedTokens
 from ee_llm.data.prepare import PrepareOptions, check_tokenizer, ordered_map, prepare
 from ee_llm.data.tokenizer import BytesTokenizer, load_tokenizer
+from tests.unit.data.conftest import read_documents
 
 
 def options(inputs: Path, output: Path, **changes: object) -> PrepareOptions:
     return PrepareOptions(**{"inputs": (inputs,), "output": output, "progress": False, **changes})
 
 
-def read(prefix: Path) -> list[list[int]]:
-    data = IndexedTokens(prefix)
-    return [data.document(i).tolist() for i in range(data.num_documents)]
+def environment() -> dict[str, str]:
+    """For a process in another folder, which finds this checkout and leaves no files in it."""
+    root = str(Path(__file__).parents[3])
+    return {**os.environ, "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def test_documents_and_report(tmp_path: Path):
@@ -30,12 +31,12 @@ def test_documents_and_report(tmp_path: Path):
     path.write_text('{"text": "one"}\n{"text": ""}\n{"text": "zwölf"}\n', encoding="utf-8")
     report = prepare(options(path, tmp_path / "out" / "deep" / "a"))
     eod = BytesTokenizer.eod
-    assert read(tmp_path / "out/deep/a") == [[*b"one", eod], [*"zwölf".encode(), eod]]
+    assert read_documents(tmp_path / "out/deep/a") == [[*b"one", eod], [*"zwölf".encode(), eod]]
     assert report == (str(tmp_path / "out/deep/a"), 2, 11, 9, 1)
     assert "2 documents, 1 empty ones left out, 11 tokens, 0.82 bytes/token" in str(report)
     assert sorted(os.listdir(tmp_path / "out/deep")) == ["a.bin", "a.idx", "a.meta.json"]
     prepare(options(path, tmp_path / "b", append_eod=False))
-    assert read(tmp_path / "b") == [[*b"one"], [*"zwölf".encode()]]
+    assert read_documents(tmp_path / "b") == [[*b"one"], [*"zwölf".encode()]]
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
@@ -65,10 +66,10 @@ def test_workers_do_not_matter(
         first, *others = [(tmp_path / f"out{n}{suffix}").read_bytes() for n in (1, 2, 3)]
         assert all(other == first for other in others)
     some = load_tokenizer(tokenizer)
-    data = IndexedTokens(tmp_path / "out3")
+    documents = read_documents(tmp_path / "out3")
     for i in (0, 1, 150, 300):  # file.txt comes before lines.jsonl
         text = "a plain file\n" * 1000 if i == 0 else json.loads(lines[i - 1])["text"]
-        *ids, last = data.document(i).tolist()
+        *ids, last = documents[i]
         assert some.decode(ids) == text
         assert last == some.eod
 
@@ -110,6 +111,30 @@ def test_unchanged_after_a_failure(tmp_path: Path):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=r"bad\.txt: not UTF-8 text, byte 0xe4 at offset 1"):
         prepare(options(bad, tmp_path / "out"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_data_of_before(tmp_path: Path):
+    """A limit on the size of files stands for the end of the disk. Index and description fit, the
+    tokens do not, and stay in a buffer until the last moment: an order of steps that removes the
+    old files as soon as some of the new ones are written loses both.
+    """
+    (tmp_path / "old.txt").write_text("old")
+    (tmp_path / "new.txt").write_text("new " * 500)
+    prepare(options(tmp_path / "old.txt", tmp_path / "out"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    code = (
+        "import resource, sys; from ee_llm import cli\n"
+        "from ee_llm.data import prepare\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "sys.exit(cli.main(['data', 'prepare', *sys.argv[1:]]))"
+    )
+    command = [sys.executable, "-c", code, "--inputs", "new.txt", "--output", "out"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment()
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "ee-llm: [Errno 27] File too large: 'out.bin'\n"
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -164,11 +189,13 @@ def test_data_of_another_tokenizer(tmp_path: Path, sentencepiece_model: Path):
 
 
 def test_data_with_another_eod(tmp_path: Path, huggingface_json: Path):
+    """Of a version that ended documents with another token of the same tokenizer."""
     path = tmp_path / "a.txt"
     path.write_text("some text")
-    prepare(options(path, tmp_path / "out", tokenizer=str(huggingface_json), eod="<|stop|>"))
-    assert read(tmp_path / "out")[0][-1] == 2
-    check_tokenizer(tmp_path / "out", load_tokenizer(huggingface_json, "<|stop|>"))
+    prepare(options(path, tmp_path / "out", tokenizer=str(huggingface_json)))
+    check_tokenizer(tmp_path / "out", load_tokenizer(huggingface_json))
+    description = json.loads((tmp_path / "out.meta.json").read_text())
+    (tmp_path / "out.meta.json").write_text(json.dumps({**description, "eod": 2}))
     with pytest.raises(ValueError, match="prepared with end-of-document token 2.* has 1"):
         check_tokenizer(tmp_path / "out", load_tokenizer(huggingface_json))
 
@@ -218,8 +245,8 @@ def test_tool(tmp_path: Path):
     done = run("--inputs", path, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "1 documents, 10 tokens, 0.90 bytes/token" in done.stdout
-    assert read(tmp_path / "out") == [[*b"some text", 256]]
+    assert read_documents(tmp_path / "out") == [[*b"some text", 256]]
     failed = run("--inputs", tmp_path / "nowhere", "--output", tmp_path / "out")
     assert failed.returncode == 2
-    assert failed.stderr.startswith("preprocess_data: input")
+    assert failed.stderr.startswith("ee-llm: input")
     assert "Traceback" not in failed.stderr

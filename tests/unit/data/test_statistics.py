@@ -8,16 +8,16 @@ import pytest
 
 from ee_llm.data import statistics as module
 from ee_llm.data.indexed import IndexedWriter
-from ee_llm.data.statistics import StatisticsOptions, statistics, token_counts, unigram_entropy
+from ee_llm.data.statistics import StatisticsOptions, entropy, statistics, token_counts
 from tests.unit.data.conftest import WriteData
 
 
 def test_entropy():
     """By hand: all alike, a fair coin, and 1/2, 1/4, 1/4."""
-    assert unigram_entropy(np.array([7, 7, 7])) == 0
-    assert unigram_entropy(np.array([0, 9] * 50)) == pytest.approx(math.log(2), rel=1e-15)
-    assert unigram_entropy(np.array([3, 1, 3, 2])) == pytest.approx(1.5 * math.log(2), rel=1e-15)
-    assert unigram_entropy(np.zeros(0, np.uint16)) == 0
+    assert entropy(np.array([0, 3])) == 0
+    assert entropy(np.array([50, 0, 0, 50])) == pytest.approx(math.log(2), rel=1e-15)
+    assert entropy(np.array([0, 1, 1, 2])) == pytest.approx(1.5 * math.log(2), rel=1e-15)
+    assert entropy(np.zeros(0, np.int64)) == 0
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64, 1000])
@@ -26,23 +26,25 @@ def test_chunks_do_not_matter(chunk: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "_CHUNK", chunk)
     tokens = np.random.default_rng(0).integers(0, 50, 200).astype(np.uint16)
     tokens[-1] = 3
-    assert token_counts(tokens).tolist() == np.bincount(tokens).tolist()
+    assert token_counts(tokens, "a.bin").tolist() == np.bincount(tokens).tolist()
     tokens[0] = 60
-    assert token_counts(tokens).tolist() == np.bincount(tokens).tolist()
+    assert token_counts(tokens, "a.bin").tolist() == np.bincount(tokens).tolist()
 
 
 def test_statistics(write_data: WriteData):
     prefix = write_data("a", [[1, 2, 300], [1, 1]])
     found = statistics(StatisticsOptions(Path(prefix)))
-    entropy = -(0.6 * math.log(0.6) + 0.4 * math.log(0.2))
-    assert found == (prefix, 2, 5, 3, 300, 3, pytest.approx(entropy))
+    nats = -(0.6 * math.log(0.6) + 0.4 * math.log(0.2))
+    assert found == (prefix, 2, 5, 3, 300, 3, pytest.approx(nats))
     assert "2 documents of at most 3 tokens, 5 tokens, 3 different ids up to 300" in str(found)
-    assert f"unigram entropy {entropy:.3f} nats/token" in str(found)
+    assert f"unigram entropy {nats:.3f} nats/token" in str(found)
 
 
-def test_negative_ids(tmp_path: Path):
-    with IndexedWriter(tmp_path / "a", np.int32) as writer:
-        writer.add([1, -5])
+@pytest.mark.parametrize("wrong", [-5, 2**31, 2**40])
+def test_what_is_no_token_id(tmp_path: Path, wrong: int):
+    """Counting up to 2**40 would take 8 TB."""
+    with IndexedWriter(tmp_path / "a", np.int64) as writer:
+        writer.add([1, wrong])
         writer.commit()
-    with pytest.raises(ValueError, match="token id -5"):
+    with pytest.raises(ValueError, match=rf"a\.bin: holds {wrong}, which is no token id"):
         statistics(StatisticsOptions(tmp_path / "a"))

@@ -100,16 +100,6 @@ def test_sizes_and_eod(sentencepiece_model: Path, huggingface_json: Path):
     assert (sentencepiece.vocab_size, sentencepiece.eod) == (330, 1)
     huggingface = load_tokenizer(huggingface_json)
     assert (huggingface.vocab_size, huggingface.eod) == (300, 1)
-    assert load_tokenizer(huggingface_json, eod="<|stop|>").eod == 2
-
-
-def test_copy_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path):
-    spec = tokenizer.save(tmp_path / "checkpoint" / "tokenizer")
-    copy = load_tokenizer(spec)
-    assert copy.fingerprint == tokenizer.fingerprint
-    assert copy.encode("def f(x):\n") == tokenizer.encode("def f(x):\n")
-    if spec != "bytes":
-        assert load_tokenizer(tmp_path / "checkpoint" / "tokenizer").eod == tokenizer.eod
 
 
 def test_fingerprints_tell_tokenizers_apart(
@@ -148,17 +138,13 @@ def test_directory_with_two_files(tmp_path: Path):
         load_tokenizer(tmp_path)
 
 
-def test_unknown_eod(sentencepiece_model: Path, huggingface_json: Path):
-    for path in (sentencepiece_model, huggingface_json):
-        with pytest.raises(ValueError, match="has no token '<halt>'"):
-            load_tokenizer(path, eod="<halt>")
-
-
 def test_no_eod(tmp_path: Path):
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="none of the usual end-of-document tokens"):
+    with pytest.raises(
+        ValueError, match=r"no end-of-document token .*\(<eod>, <\|endoftext\|>, .*<eos>\)"
+    ):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 

@@ -17,7 +17,6 @@ from ee_llm.training.optimizer import (
 from tests.distributed.harness import run_ranks
 
 platform.enable_megatron()
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -113,7 +112,6 @@ def test_which_optimizer():
     assert use_distributed_optimizer(2, torch.float32)
     assert not use_distributed_optimizer(1, torch.bfloat16)
     assert not use_distributed_optimizer(2, torch.float64)
-    assert DistributedOptimizer is not None
 
 
 def _masters():

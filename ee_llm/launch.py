@@ -1,0 +1,71 @@
+"""Processes on this machine: starting the ranks of a run, and one account of what went wrong."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+# Set in the ranks that `launch` starts: their errors go to the launcher, which prints one.
+_LAUNCHED = "EE_LLM_LAUNCHED"
+
+
+def num_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def is_launched() -> bool:
+    """Whether this process is a rank that `launch` started."""
+    return _LAUNCHED in os.environ
+
+
+def launch(num_processes: int, arguments: list[str]) -> None:
+    """Run `ee-llm ARGUMENTS` in `num_processes` ranks; exits as the first rank that failed."""
+    os.environ[_LAUNCHED] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # The launcher's accounts of a failed rank and of a signal give way to ours, below.
+    elastic = "torch.distributed.elastic"
+    logging.getLogger(f"{elastic}.multiprocessing.api").setLevel(logging.CRITICAL)
+    logging.getLogger(f"{elastic}.agent.server.api").setLevel(logging.ERROR)
+    launcher = ["--standalone", "--nproc-per-node", str(num_processes)]
+    try:
+        run.run(run.parse_args([*launcher, "--module", "ee_llm.cli", *arguments]))
+    except ChildFailedError as failures:
+        rank, failure = failures.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
+            complain(f"rank {rank} was ended by {name}{hint}")
+            sys.exit(128 - failure.exitcode)
+        told = failure.error_file_data.get("message")
+        status = f"rank {rank} ended with status {failure.exitcode}; what it said is above"
+        complain(told if isinstance(told, str) else status)
+        sys.exit(failure.exitcode)
+    except SignalException as stopped:
+        complain(f"stopped by {stopped.sigval.name}")
+        sys.exit(128 + stopped.sigval)
+
+
+def report(message: str) -> None:
+    """Say what went wrong: to the launcher, if it asked for it, else to the user."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if is_launched() and error_file:
+        Path(error_file).write_text(json.dumps({"message": message, "timestamp": time.time()}))
+    else:
+        complain(message)
+
+
+def complain(message: str) -> None:
+    """Print one line about what went wrong, in red at a terminal."""
+    is_colored = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    line = f"ee-llm: {message}"
+    print(f"\033[31m{line}\033[0m" if is_colored else line, file=sys.stderr)
