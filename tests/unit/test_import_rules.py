@@ -25,6 +25,10 @@ class Rule(NamedTuple):
 RULES = (
     Rule("config", ours=(), never=("torch", "megatron"), through=True),
     Rule("platform", ours=()),
+    Rule("losses", ours=()),
+    Rule("data", ours=("config", "platform", "launch")),
+    Rule("checkpoint", ours=("config", "platform", "__version__")),
+    Rule("inference", ours=("config", "platform", "data", "checkpoint")),
     Rule("model", ours=("config", "platform", "losses")),
     Rule("pipeline.plan", ours=(), standard_only=True, never=("torch",), through=True),
     Rule("pipeline.lower", ours=(), standard_only=True, never=("torch",), through=True),

@@ -37,6 +37,9 @@ from tools.bench.overhead_runs import (
 from tools.bench.ranks import run_ranks
 from tools.bench.stage_costs import Pieces, measure_pieces, median_pieces
 
+# A round of single pieces is much shorter than one of whole steps.
+PIECE_ROUNDS = 4
+
 
 @dataclass(frozen=True)
 class Options(Sizes):
@@ -181,7 +184,7 @@ def main(options: Options) -> None:
     two = run_ranks(2, run_variants, options, TWO_STAGES, 2, options.rounds)
     both = FOUR_STAGES[-1]
     config = make_config(options, both, 4)
-    (measured,) = run_ranks(1, _measure_pieces, config, options.rounds)
+    (measured,) = run_ranks(1, _measure_pieces, config, PIECE_ROUNDS * options.rounds)
     hop = max(rank.hop for rank in two)
     rounds = [Pieces(p.layer, p.embedding, p.exit, p.final, hop) for p in measured]
     four = run_ranks(4, run_variants, options, FOUR_STAGES, 4, 0)
