@@ -1,6 +1,6 @@
 """Token and position embeddings.
 
-Shapes: s sequence, b microbatch, h hidden, d head dimension, t tensor-parallel ranks.
+Shapes: s sequence, b microbatch, h hidden, t tensor-parallel ranks.
 """
 
 import torch
@@ -49,21 +49,3 @@ class Embedding(MegatronModule):
             return hidden
         with hidden_region(self.config, self.training):
             return torch.nn.functional.dropout(hidden, dropout)
-
-
-class RotaryAngles(torch.nn.Module):
-    """Angles of the rotary embedding (RoFormer, 2104.09864), halves not interleaved."""
-
-    frequencies: torch.Tensor
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
-        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        frequencies = 1.0 / config.rope_theta**steps
-        self.register_buffer("frequencies", frequencies.to(platform.device()), persistent=False)
-
-    def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        """Return angles [s, b, 1, d] for positions [b, s]."""
-        angles = positions.t().to(self.wide).unsqueeze(-1) * self.frequencies.to(self.wide)
-        return torch.cat([angles, angles], dim=-1).unsqueeze(2)

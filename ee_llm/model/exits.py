@@ -49,7 +49,7 @@ class Exit(MegatronModule):
             self.mlp_norm = Norm(parts, hidden_size, eps=parts.layernorm_epsilon)
             group = parallel_state.get_tensor_model_parallel_group()
             self.mlp = build_module(
-                mlp_spec(), config=parts, ffn_hidden_size=parts.ffn_hidden_size, tp_group=group
+                mlp_spec(parts), config=parts, ffn_hidden_size=parts.ffn_hidden_size, tp_group=group
             )
         if "norm" in head:
             self.norm = Norm(parts, hidden_size, eps=parts.layernorm_epsilon)

@@ -10,11 +10,10 @@ from ee_llm.config import Config
 
 platform.enable_megatron()
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -22,9 +21,10 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from ee_llm.model.activation import SwiGlu
+from ee_llm.model.activation import AlreadyActivated, SwiGluLinear
 from ee_llm.model.attention import CausalAttention
 from ee_llm.model.linear import ColumnLinear, RowLinear
+from ee_llm.model.rotary import RotarySelfAttention
 
 # Transformer Engine keeps a norm's parameters in the linear layer behind it.
 FUSED_NORM_NAMES = {
@@ -84,7 +84,7 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         bias_dropout_fusion=fused,
         # megatron-core's fused GELU is the tanh approximation: another function than elsewhere.
         bias_activation_fusion=fused and llama,
-        use_te_activation_func=llama and not fused,  # SwiGlu
+        use_te_activation_func=llama and not fused,  # SwiGluLinear
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         **recompute,
@@ -108,28 +108,15 @@ class Norm:
         return norm
 
 
-class _LocalParts(LocalSpecProvider):
-    """megatron-core's own linears, with torch's norms and scaled_dot_product_attention."""
-
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        return Norm
-
-    def column_parallel_linear(self) -> type:
-        return ColumnLinear
-
-    def row_parallel_linear(self) -> type:
-        return RowLinear
-
-    def core_attention(self) -> type:
-        return CausalAttention
-
-    def activation_func(self) -> type:
-        return SwiGlu
-
-
-def mlp_spec() -> ModuleSpec:
+def mlp_spec(config: TransformerConfig) -> ModuleSpec:
     """Return the parts of an MLP without its norm."""
-    return get_mlp_module_spec_for_backend(backend=_LocalParts(), use_te_activation_func=True)
+    ours = config.use_te_activation_func
+    parts = MLPSubmodules(
+        linear_fc1=SwiGluLinear if ours else ColumnLinear,
+        linear_fc2=RowLinear,
+        activation_func=AlreadyActivated if ours else None,
+    )
+    return ModuleSpec(module=MLP, submodules=parts)
 
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
@@ -142,26 +129,25 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
         spec = get_gpt_layer_with_transformer_engine_spec()
         spec.submodules.sharded_state_dict_keys_map = FUSED_NORM_NAMES
         return spec
-    parts = _LocalParts()
     attention = SelfAttentionSubmodules(
-        linear_qkv=parts.column_parallel_linear(),
-        core_attention=parts.core_attention(),
-        linear_proj=parts.row_parallel_linear(),
+        linear_qkv=ColumnLinear,
+        core_attention=CausalAttention,
+        linear_proj=RowLinear,
         q_layernorm=IdentityOp,
         k_layernorm=IdentityOp,
     )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=parts.layer_norm(),
+            input_layernorm=Norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=RotarySelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=attention,
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=parts.layer_norm(),
-            mlp=mlp_spec(),
+            pre_mlp_layernorm=Norm,
+            mlp=mlp_spec(config),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -11,9 +11,10 @@ from ee_llm import platform
 from ee_llm.config import Config, exit_stage, output_weight_name, stage_layers
 from ee_llm.losses import ExitLoss, exit_loss
 from ee_llm.model.dropout import hidden_region
-from ee_llm.model.embedding import Embedding, RotaryAngles
+from ee_llm.model.embedding import Embedding
 from ee_llm.model.exits import Exit
 from ee_llm.model.initialize import initialize
+from ee_llm.model.rotary import RotaryAngles
 from ee_llm.model.specs import layer_spec, transformer_config
 
 platform.enable_megatron()

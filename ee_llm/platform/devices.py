@@ -1,5 +1,6 @@
 """The accelerator of this process: CUDA with NCCL where there is one, else the CPU with gloo."""
 
+import ctypes
 import os
 import random
 import resource
@@ -34,6 +35,19 @@ def synchronize() -> None:
     """Wait until the device has finished all queued work, so that a clock read next is true."""
     if has_cuda():
         torch.cuda.synchronize()
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees on the CPU, for the next tensor of that size.
+
+    glibc hands large blocks back to the system; every training step then gets its activations as
+    new pages that the kernel clears one by one. Does nothing with another C library.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_threshold, 32 << 20)  # bytes; the most that glibc takes
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def peak_memory_bytes() -> int:

@@ -84,6 +84,8 @@ def initialize(
             f"[yellow]{torch.cuda.device_count()} GPUs for more ranks on this machine: all compute "
             "on the CPU; start one rank per GPU to use them[/]"
         )
+    if not devices.has_cuda():
+        devices.keep_freed_memory()
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(devices.backend(), timeout=_timeout)
     else:

@@ -138,10 +138,6 @@ class ParallelModel:
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
-            for parameter in chunk.parameters():
-                # megatron-core's float32 optimizer leaves `main_grad` itself as `grad`. A backward
-                # would add to it in place, and DDP then once more: the first microbatch doubled.
-                parameter.grad = None
         tokens = self._begin(microbatches, exit_weights(self.config, step))
         self._train.step()
         self._sum_gradients(self.chunks)

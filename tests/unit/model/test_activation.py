@@ -1,28 +1,70 @@
-"""Our gated activation equals the plain formula, forward and backward."""
+"""The gated linear layer equals the plain formula, forward and backward."""
 
+import pytest
 import torch
+from torch.nn.functional import silu
 
-from ee_llm.model.activation import SwiGlu
-
-
-def plain(both: torch.Tensor) -> torch.Tensor:
-    gate, up = both.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
-
-
-def test_swiglu_equals_the_formula_and_its_gradient():
-    generator = torch.Generator().manual_seed(3)
-    both = torch.randn(5, 2, 12, dtype=torch.float64, generator=generator, requires_grad=True)
-    weight = torch.randn(5, 2, 6, dtype=torch.float64, generator=generator)
-    (expected,) = torch.autograd.grad((plain(both) * weight).sum(), both)
-    (found,) = torch.autograd.grad((SwiGlu()(both) * weight).sum(), both)
-    assert torch.equal(SwiGlu()(both), plain(both))
-    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+from ee_llm import platform
+from ee_llm.config import load_config
+from ee_llm.model.activation import SwiGluLinear
+from ee_llm.model.specs import transformer_config
+from tests.distributed.harness import run_ranks
 
 
-def test_swiglu_keeps_its_input_and_the_activated_gate_alone():
-    kept: list[torch.Tensor] = []
-    both = torch.randn(5, 12, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        SwiGlu()(both)
-    assert [tuple(tensor.shape) for tensor in kept] == [(5, 12), (5, 6)]
+def plain(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    gate, up = (hidden @ weight.t()).chunk(2, dim=-1)
+    return silu(gate) * up
+
+
+def make_layer() -> SwiGluLinear:
+    platform.initialize(timeout_s=20)
+    config = load_config(None, {"model.shape": "llama-tiny"})
+    parts = transformer_config(config, torch.float64)
+    layer = SwiGluLinear(
+        8,
+        12,
+        config=parts,
+        init_method=parts.init_method,
+        bias=False,
+        skip_bias_add=True,
+        gather_output=False,
+    )
+    torch.nn.init.normal_(layer.weight)
+    return layer
+
+
+def _compare() -> None:
+    layer = make_layer()
+    x = torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=True)
+    expected = plain(x, layer.weight)
+    found, bias = layer(x)
+    assert bias is None
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    upstream = torch.randn(5, 2, 6, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, [x, layer.weight], upstream),
+        torch.autograd.grad(expected, [x, layer.weight], upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+
+
+def test_swiglu_equals_the_formula_and_its_gradients() -> None:
+    run_ranks(1, _compare)
+
+
+def _freeze(frozen: str) -> None:
+    layer = make_layer()
+    x = torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=frozen != "input")
+    layer.weight.requires_grad_(frozen != "weight")
+    out, _ = layer(x)
+    out.sum().backward()
+    wanted, unwanted = (x, layer.weight) if frozen == "weight" else (layer.weight, x)
+    assert unwanted.grad is None
+    (expected,) = torch.autograd.grad(plain(x, layer.weight).sum(), wanted)
+    torch.testing.assert_close(wanted.grad, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight"])
+def test_swiglu_computes_no_gradient_that_nobody_wants(frozen: str) -> None:
+    run_ranks(1, _freeze, frozen)
