@@ -226,10 +226,16 @@ def _dispatch(arguments: list[str]) -> None:
 def _is_users_mistake(error: Exception) -> bool:
     """Whether `error` speaks to the user: this package raised it, in a `raise` statement.
 
-    One from inside a library, or from an expression, is more likely a bug and keeps its traceback.
+    One from inside a library, or from an expression, is more likely a bug and keeps its traceback;
+    so does what ended a pipeline's plan, whose picture it shows.
     """
     if isinstance(error, OSError):
         return True
+    if isinstance(error, RuntimeError):
+        from ee_llm.pipeline.runtime import PipelineError
+
+        if isinstance(error, PipelineError):
+            return False
     frame = traceback.extract_tb(error.__traceback__)[-1]
     is_ours = Path(frame.filename).is_relative_to(Path(__file__).parent)
     return is_ours and (frame.line or "").startswith("raise ")

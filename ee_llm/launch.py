@@ -10,13 +10,7 @@ from pathlib import Path
 
 # Set in the ranks that `launch` starts: their errors go to the launcher, which prints one.
 _LAUNCHED = "EE_LLM_LAUNCHED"
-
-
-def num_cores() -> int:
-    """Return how many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on a Mac
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+_TOLD = "ee_llm"  # what a rank told its launcher, in its error file
 
 
 def is_launched() -> bool:
@@ -27,7 +21,10 @@ def is_launched() -> bool:
 def launch(num_processes: int, arguments: list[str]) -> None:
     """Run `ee-llm ARGUMENTS` in `num_processes` ranks; exits as the first rank that failed."""
     os.environ[_LAUNCHED] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
+    from ee_llm import platform
+
+    num_threads = max(1, platform.num_cores() // num_processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -46,9 +43,10 @@ def launch(num_processes: int, arguments: list[str]) -> None:
             hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
             complain(f"rank {rank} was ended by {name}{hint}")
             sys.exit(128 - failure.exitcode)
-        told = failure.error_file_data.get("message")
-        status = f"rank {rank} ended with status {failure.exitcode}; what it said is above"
-        complain(told if isinstance(told, str) else status)
+        if _TOLD in failure.error_file_data:
+            complain(failure.error_file_data[_TOLD])
+        else:  # it did not get to `report`
+            complain(f"rank {rank} ended with status {failure.exitcode}; what it said is above")
         sys.exit(failure.exitcode)
     except SignalException as stopped:
         complain(f"stopped by {stopped.sigval.name}")
@@ -59,7 +57,9 @@ def report(message: str) -> None:
     """Say what went wrong: to the launcher, if it asked for it, else to the user."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if is_launched() and error_file:
-        Path(error_file).write_text(json.dumps({"message": message, "timestamp": time.time()}))
+        # torch's launcher wants a message too; where there is none it makes up one.
+        account = {"message": message, "timestamp": time.time(), _TOLD: message}
+        Path(error_file).write_text(json.dumps(account))
     else:
         complain(message)
 

@@ -79,9 +79,9 @@ ee_llm_install() {
     [[ $# -gt 0 ]] && target=".[$(IFS=,; echo "$*")]"
     if [[ "${EE_LLM_SYSTEM:-0}" == 1 ]] &&
         torch_version="$("$PYTHON" -c 'import torch; print(torch.__version__)' 2>/dev/null)"; then
-        # The packages that are there stay as they are; only what is missing is added.
+        # Torch stays as it is, built for this machine; all else is pinned as in .venv.
         temporary="$(mktemp)"
-        echo "torch==$torch_version" >"$temporary"
+        { grep -v '^torch==' constraints.txt; echo "torch==$torch_version"; } >"$temporary"
         constraints="$temporary"
     fi
     echo "ee-llm: installing $target into $("$PYTHON" -c 'import sys; print(sys.prefix)')"

@@ -48,12 +48,12 @@ def load(
     Collective.
 
     Raises CheckpointError, before anything is changed, if a file is missing, truncated or foreign,
-    if the model, its exits or the tokenizer are not those of `config`, or if the checkpoint's
-    tensors are not exactly those that are asked for.
+    if the model, its exits or the tokenizer are not those of `config`, if with an optimizer the
+    order of its data is not, or if the checkpoint's tensors are not exactly those asked for.
     """
     what = f"can not load {path}"
     opened: list[tuple[TensorReader, TrainState]] = []
-    together(what, lambda: opened.append(_open(path, config)))
+    together(what, lambda: opened.append(_open(path, config, goes_on=optimizer is not None)))
     reader, state = opened[0]
 
     model: sharded.Flat = {}
@@ -82,7 +82,7 @@ def load(
     return state
 
 
-def _open(path: str | Path, config: Config) -> tuple[TensorReader, TrainState]:
+def _open(path: str | Path, config: Config, *, goes_on: bool) -> tuple[TensorReader, TrainState]:
     reader = TensorReader(path)
     for name, kind in _FACTS.items():
         if not isinstance(found := reader.manifest.get(name), kind):
@@ -90,6 +90,8 @@ def _open(path: str | Path, config: Config) -> tuple[TensorReader, TrainState]:
             raise CheckpointError(f"{manifest}: expected {name} ({kind.__name__}), found {found!r}")
     safe.check_common(reader.path / directory.TENSORS)
     compare_configs(reader.config(), config, reader.path / CONFIG)
+    if goes_on:
+        compare_data(reader.config(), config, reader.path / CONFIG)
     tokenizer.check(config.data.tokenizer, reader.manifest["tokenizer"], reader.path)
     source = reader.path / STATE
     return reader, TrainState.from_json(directory.read_json(source), source)
@@ -114,15 +116,45 @@ def compare_configs(saved: Config, current: Config, source: Path) -> None:
             (f"exits.{name}", getattr(saved.exits, name), getattr(current.exits, name))
             for name in _FIXED_EXITS
         ]
-    different = [
+    if different := _differences(pairs):
+        raise CheckpointError(
+            f"{source} describes another model: {different}; use the checkpoint's values"
+        )
+
+
+def compare_data(saved: Config, current: Config, source: Path) -> None:
+    """Raise CheckpointError unless the same sample comes at every position of the data.
+
+    A run that goes on takes the position from the checkpoint, in samples: of another order it
+    would meet some a second time and others never. Batch sizes, the folders of the prefixes and
+    what is not for training are free.
+    """
+
+    def order(config: Config) -> dict[str, Any]:
+        data = config.data
+        return {
+            "training.seed": config.training.seed,
+            "data.prefixes": tuple(Path(prefix).name for prefix in data.prefixes),
+            "data.weights": data.weights,
+            "data.split[0]": data.split[0],
+            "data.seq_length": data.seq_length,
+        }
+
+    old, new = order(saved), order(current)
+    if different := _differences([(name, old[name], new[name]) for name in old]):
+        raise CheckpointError(
+            f"{source} is of a run that reads its data in another order: {different}; some samples "
+            "would come twice and others never: use the checkpoint's values, or begin a new run "
+            "with another --output"
+        )
+
+
+def _differences(pairs: Sequence[tuple[str, Any, Any]]) -> str:
+    return "; ".join(
         f"{name} is {_shown(old)} in the checkpoint and {_shown(new)} in this run"
         for name, old, new in pairs
         if old != new
-    ]
-    if different:
-        raise CheckpointError(
-            f"{source} describes another model: {'; '.join(different)}; use the checkpoint's values"
-        )
+    )
 
 
 def _shown(value: Any) -> str:

@@ -9,7 +9,6 @@ refused. Nothing is allocated or read that is larger than the files.
 """
 
 import io
-import itertools
 import math
 import pickle
 import zipfile
@@ -18,22 +17,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from ee_llm.checkpoint import blocks
+from ee_llm.checkpoint.blocks import Chunk
+
 METADATA = ".metadata"
 COMMON = "common.pt"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, foreign or does not fit; names the file or field."""
-
-
-class Chunk(NamedTuple):
-    """A block of a tensor: where it lies in the whole, and in which file."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    position: int
-    length: int
 
 
 class TensorEntry(NamedTuple):
@@ -160,7 +152,7 @@ def _plain_index(metadata: Any, path: Path) -> dict[str, TensorEntry]:
                 )
             file = _inside(info.relative_path, path)
             position, length = _sizes((info.offset, info.length))
-            if min(position, length) < 0 or not _lies_in(offsets, sizes, shape):
+            if min(position, length) < 0 or not blocks.lies_in(offsets, sizes, shape):
                 raise CheckpointError(
                     f"{path}: a block of {name!r} at {list(offsets)} of size {list(sizes)} does "
                     f"not lie in a tensor of shape {list(shape)}"
@@ -177,7 +169,7 @@ def _plain_index(metadata: Any, path: Path) -> dict[str, TensorEntry]:
             raise CheckpointError(
                 f"{path}: of {name!r} {covered} of {elements} elements are stored, expected all"
             )
-        if any(_overlap(one, other) for one, other in itertools.combinations(chunks, 2)):
+        if blocks.any_overlap(chunks):
             raise CheckpointError(f"{path}: two blocks of {name!r} overlap, and leave a hole")
         entries[name] = TensorEntry(shape, dtype, tuple(chunks))
     return entries
@@ -215,21 +207,6 @@ def _dtype(properties: Any) -> torch.dtype | None:
     value = properties.state[0]
     dtype = getattr(torch, value.args[0], None) if isinstance(value, _Inert) else None
     return dtype if isinstance(dtype, torch.dtype) else None
-
-
-def _lies_in(offsets: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    if not len(offsets) == len(sizes) == len(shape):
-        return False
-    return all(0 <= a <= a + n <= end for a, n, end in zip(offsets, sizes, shape, strict=True))
-
-
-def _overlap(one: Chunk, other: Chunk) -> bool:
-    return all(
-        a < b + other_size and b < a + size
-        for a, size, b, other_size in zip(
-            one.offsets, one.sizes, other.offsets, other.sizes, strict=True
-        )
-    )
 
 
 def _sizes(values: Any) -> tuple[int, ...]:

@@ -1,13 +1,12 @@
 """The tokenizer that belongs to a checkpoint: its files, and the mark by which it is recognised."""
 
 import functools
-import hashlib
 from pathlib import Path
 
 from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.config.tokenizer import BYTES, file_mark
 
 DIRECTORY = "tokenizer"
-BYTES = "bytes"
 
 
 def fingerprint(tokenizer: str) -> str:
@@ -18,7 +17,7 @@ def fingerprint(tokenizer: str) -> str:
     """
     if tokenizer == BYTES:
         return BYTES
-    return _mark(_content(tokenizer))
+    return file_mark(_content(tokenizer))
 
 
 def store(tokenizer: str, checkpoint: Path) -> None:
@@ -61,7 +60,7 @@ def proven(checkpoint: Path, expected: object) -> str:
         raise CheckpointError(
             f"{checkpoint / DIRECTORY} is missing: expected the tokenizer {_short(expected)}"
         )
-    mark = BYTES if found == BYTES else _mark(Path(found).read_bytes())
+    mark = BYTES if found == BYTES else file_mark(Path(found).read_bytes())
     if mark != expected:
         raise CheckpointError(
             f"{found} ({_short(mark)}) is not the tokenizer that the checkpoint was trained with "
@@ -78,10 +77,6 @@ def check(tokenizer: str, expected: str, checkpoint: Path) -> None:
             f"data.tokenizer: {tokenizer!r} ({_short(found)}) is not the tokenizer that "
             f"{checkpoint} was trained with ({_short(expected)}); use {stored(checkpoint)!r}"
         )
-
-
-def _mark(content: bytes) -> str:
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def _short(mark: str) -> str:

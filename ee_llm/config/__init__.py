@@ -85,7 +85,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _resolve_and_check(self) -> "Config":
-        if not self.data.seq_length:
+        if "seq_length" not in self.data.model_fields_set:
             length = {"seq_length": self.model.max_seq_length}
             object.__setattr__(self, "data", self.data.model_copy(update=length))
         found = checks.problems(self)
@@ -110,7 +110,16 @@ class Config(Section):
                 f"{-(-training.global_batch_size // at_once) * at_once}, or change the number of "
                 "processes"
             )
-        return training.global_batch_size // at_once
+        found = training.global_batch_size // at_once
+        if self.parallel.virtual > 1 and found % self.parallel.pipeline:
+            whole = -(-found // self.parallel.pipeline) * self.parallel.pipeline
+            raise ConfigError(
+                f"training.global_batch_size = {training.global_batch_size} makes {found} "
+                f"microbatches, and parallel.virtual = {self.parallel.virtual} passes them in "
+                f"groups of parallel.pipeline = {self.parallel.pipeline}; set the first to "
+                f"{whole * at_once}, or parallel.virtual to 1"
+            )
+        return found
 
 
 def section_types() -> dict[str, type[Section]]:
@@ -194,7 +203,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def stage_layers(config: Config, stage: int) -> range:
     """The numbers (from 1) of the layers on a pipeline stage (from 0)."""
-    num_stages = config.parallel.pipeline
+    num_stages = config.parallel.num_stages
     if not 0 <= stage < num_stages:
         raise ValueError(f"stage {stage} is outside 0..{num_stages - 1}")
     even = (config.model.num_layers // num_stages,) * num_stages
@@ -208,7 +217,7 @@ def exit_stage(config: Config, boundary: int) -> int:
 
     A post-exit is on the stage of layer `boundary`, a pre-exit on that of the layer after it.
     """
-    num_layers, num_stages = config.model.num_layers, config.parallel.pipeline
+    num_layers, num_stages = config.model.num_layers, config.parallel.num_stages
     if boundary == num_layers:
         return num_stages - 1
     if boundary not in config.exits.boundaries:

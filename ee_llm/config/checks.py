@@ -9,29 +9,46 @@ if TYPE_CHECKING:
 
 
 def _layers(config: "Config") -> Iterator[str]:
-    num_layers, num_stages = config.model.num_layers, config.parallel.pipeline
+    num_layers, num_stages = config.model.num_layers, config.parallel.num_stages
     split = config.parallel.layer_split
+    size = f"parallel.pipeline = {config.parallel.pipeline}"
+    if config.parallel.virtual > 1:
+        size += f" x parallel.virtual = {config.parallel.virtual}"
     if not split:
         if num_layers % num_stages:
             yield (
-                f"model.num_layers = {num_layers} is not divisible by parallel.pipeline = "
-                f"{num_stages}; give parallel.layer_split, for example "
-                f"{_example_split(num_layers, num_stages)}, or change one of the two"
+                f"model.num_layers = {num_layers} is not divisible by {size}; give "
+                f"parallel.layer_split, for example {_example_split(num_layers, num_stages)}, or "
+                "change one of them"
             )
     elif len(split) != num_stages or sum(split) != num_layers or min(split) < 1:
         yield (
             f"parallel.layer_split = {list(split)} must be {num_stages} positive numbers "
-            f"(parallel.pipeline) that add up to {num_layers} (model.num_layers), for example "
+            f"({size}) that add up to {num_layers} (model.num_layers), for example "
             f"{_example_split(num_layers, num_stages)}"
         )
 
 
 def _example_split(num_layers: int, num_stages: int) -> str:
     if num_stages > num_layers:
-        return "one with fewer stages (parallel.pipeline)"
+        return "one with fewer stages (parallel.pipeline, parallel.virtual)"
     # The last stage has the head as well, so the layers that are over go to the first ones.
     even, over = divmod(num_layers, num_stages)
     return str([even + (stage < over) for stage in range(num_stages)])
+
+
+def _schedule(config: "Config") -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.virtual > 1 and parallel.pipeline == 1:
+        yield (
+            f"parallel.virtual = {parallel.virtual} interleaves the stages of several processes, "
+            "and parallel.pipeline = 1; raise the second or set the first to 1"
+        )
+    if parallel.virtual > 1 and parallel.schedule != "1f1b":
+        yield (
+            f"parallel.virtual = {parallel.virtual} does not go with parallel.schedule = "
+            f"{parallel.schedule}; set the first to 1 or the second to 1f1b"
+        )
 
 
 def _heads(config: "Config") -> Iterator[str]:
@@ -147,6 +164,17 @@ def _data(config: "Config") -> Iterator[str]:
             f"data.split = {list(data.split)} must be three fractions from 0 to 1 that add up to "
             "1, such as [0.98, 0.02, 0.0]"
         )
+    if config.training.eval_interval and data.split[1] == 0:
+        yield (
+            f"training.eval_interval = {config.training.eval_interval} finds nothing to read: "
+            f"data.split = {list(data.split)} has no validation part; set training.eval_interval = "
+            "0, or give the part a share"
+        )
+    if data.seq_length < 1:
+        yield (
+            f"data.seq_length = {data.seq_length} must be greater than 0; leave it out for "
+            "sequences of model.max_seq_length"
+        )
     if data.seq_length > config.model.max_seq_length:
         yield (
             f"data.seq_length = {data.seq_length} is greater than model.max_seq_length = "
@@ -176,6 +204,13 @@ def _learning_rate(config: "Config") -> Iterator[str]:
             f"optimizer.warmup_steps = {optimizer.warmup_steps} leaves nothing of "
             f"optimizer.decay_steps = {decay_steps}; lower the first or raise the second"
         )
+    for name in ("min_lr", "decay_steps"):
+        value = getattr(optimizer, name)
+        if optimizer.schedule == "constant" and value:
+            yield (
+                f"optimizer.{name} = {value} has no effect with optimizer.schedule = constant; set "
+                f"it to cosine, linear or wsd, or leave {name} out"
+            )
     if optimizer.schedule != "wsd" and optimizer.wsd_decay_steps:
         yield (
             f"optimizer.wsd_decay_steps = {optimizer.wsd_decay_steps} has no effect with "
@@ -193,6 +228,7 @@ def _learning_rate(config: "Config") -> Iterator[str]:
 
 CHECKS: tuple[Callable[["Config"], Iterator[str]], ...] = (
     _layers,
+    _schedule,
     _heads,
     _tensor_parallel,
     _boundaries,

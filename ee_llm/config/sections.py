@@ -162,14 +162,32 @@ class ParallelConfig(Section):
     """How the model is spread over processes; what is left over is data parallel."""
 
     tensor: int = option(1, "Tensor-parallel size, in processes.", gt=0)
-    pipeline: int = option(1, "Pipeline-parallel size, in stages.", gt=0)
+    pipeline: int = option(1, "Pipeline-parallel size, in processes.", gt=0)
+    virtual: int = option(
+        1,
+        "Stages of each pipeline process; more than 1 interleaves them, for a smaller bubble.",
+        gt=0,
+    )
+    schedule: Literal["1f1b", "zero-bubble"] = option(
+        "1f1b",
+        "Order of forward and backward passes. zero-bubble: ZB-H1, which computes the weights' "
+        "gradients while a process would wait.",
+    )
     sequence: bool = option(
         False, "Whether norms and dropout are split along the sequence over the tensor ranks."
     )
     layer_split: Integers = option(
-        (), "Number of layers of each stage, first to last.", shown="even"
+        (),
+        "Number of layers of each stage, first to last: parallel.pipeline x parallel.virtual "
+        "numbers; stage s is on pipeline process s modulo parallel.pipeline.",
+        shown="even",
     )
     timeout_s: float = option(600.0, "Time-out of any wait for another process, in seconds.", gt=0)
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages over all processes."""
+        return self.pipeline * self.virtual
 
     def data_size(self, world_size: int) -> int:
         """The data-parallel size for `world_size` processes; raises `ConfigError`."""
@@ -199,7 +217,7 @@ class DataConfig(Section):
         (0.98, 0.02, 0.0), "Fractions of training, validation and test data; they add up to 1."
     )
     seq_length: int = option(
-        0, "Length of a training sequence, in tokens.", shown="model.max_seq_length", ge=0
+        0, "Length of a training sequence, in tokens.", shown="model.max_seq_length"
     )
     mask_after_eod: bool = option(
         False,
@@ -215,14 +233,19 @@ class OptimizerConfig(Section):
     """AdamW, its learning rate over time, and clipping."""
 
     lr: float = option(3e-4, "Highest learning rate.", gt=0)
-    min_lr: float = option(0.0, "Learning rate that the schedule ends in.", ge=0)
+    min_lr: float = option(
+        0.0, "Learning rate that the schedule ends in, unless it is constant.", ge=0
+    )
     schedule: Literal["cosine", "linear", "constant", "wsd"] = option(
         "cosine",
         "Course of the learning rate after warm-up; wsd is constant, then decays at the end.",
     )
     warmup_steps: int = option(0, "Linear warm-up from 0, in steps.", ge=0)
     decay_steps: int | None = option(
-        None, "Step at which min_lr is reached.", shown="training.steps", gt=0
+        None,
+        "Step at which min_lr is reached, unless the schedule is constant.",
+        shown="training.steps",
+        gt=0,
     )
     wsd_decay_steps: int = option(
         0, "Length of the decay at the end of a wsd schedule, in steps.", ge=0
@@ -253,7 +276,9 @@ class TrainingConfig(Section):
         "Activations computed again in the backward pass instead of being kept: none, those of "
         "attention (and of llama's MLPs), or whole layers.",
     )
-    eval_interval: int = option(100, "Steps between validations; 0 is none.", ge=0)
+    eval_interval: int = option(
+        100, "Steps between validations; 0 is none, and needs no share of data.split.", ge=0
+    )
     eval_steps: int = option(10, "Global batches in one validation.", gt=0)
     max_bad_steps: int = option(
         10, "Steps in a row with a NaN or infinite loss or gradient after which to stop.", gt=0
@@ -268,7 +293,7 @@ class CheckpointConfig(Section):
     resume: str = option(
         "auto",
         "auto goes on from the newest checkpoint in output if there is one, never starts afresh, "
-        "and a path goes on from that checkpoint.",
+        "and a path goes on from that checkpoint; started again, from what the run saved since.",
         min_length=1,
     )
 

@@ -29,7 +29,6 @@ from ee_llm.data.corpus import (
 )
 from ee_llm.data.indexed import IndexedTokens, IndexedWriter, Tokens, token_dtype
 from ee_llm.data.tokenizer import Tokenizer, load_tokenizer
-from ee_llm.launch import num_cores
 
 _CHUNK_BYTES = 1 << 20  # of text, the unit of work that is handed to a worker
 _POOL_BYTES = 8 << 20  # below this much text the start of worker processes is not worth it
@@ -268,7 +267,11 @@ def _result(future: Future[_Result]) -> _Result:
 def _num_workers(wanted: int, total_bytes: int) -> int:
     if wanted:
         return wanted
-    return 1 if total_bytes < _POOL_BYTES else num_cores()
+    if total_bytes < _POOL_BYTES:
+        return 1
+    from ee_llm import platform  # here: torch, which it imports, is of no use to the workers
+
+    return platform.num_cores()
 
 
 def _progress(is_shown: bool) -> Progress:

@@ -4,16 +4,14 @@ Inference reads this module too, so it imports neither torch nor megatron-core, 
 behind a tokenizer only when that tokenizer is loaded.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ee_llm.config.tokenizer import BYTES, file_mark
+
 EOD_NAMES = ("<eod>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<|eot_id|>", "<eos>")
 """What tokenizers call the end-of-document token, in the order in which they are looked for."""
-
-BYTES = "bytes"
-"""The specification of the byte tokenizer, which needs no file."""
 
 _SPACE_MARK = "\u2581"  # SentencePiece's stand-in for a space
 
@@ -76,7 +74,7 @@ class _FileTokenizer:
 
     def __init__(self, path: Path) -> None:
         self._content = _read(path)
-        self.fingerprint = f"sha256:{hashlib.sha256(self._content).hexdigest()}"
+        self.fingerprint = file_mark(self._content)
         self.name = f"{self.kind} {path}"
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from rich.console import Console
 
 from ee_llm import platform
@@ -17,8 +16,6 @@ from ee_llm.inference.policy import Measure, make_policy
 from ee_llm.inference.reference import load_reference
 from ee_llm.inference.render import as_json, colored_text, legend, token_pieces, token_table
 from ee_llm.inference.sampling import Sampling
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def generate(options: GenerateOptions) -> None:
     prompt = _prompt(options)
     reader = TensorReader(options.checkpoint)
     tokenizer = load_tokenizer(reader.tokenizer())
-    model = load_reference(reader, _DTYPES[options.dtype], platform.device())
+    model = load_reference(reader, platform.DTYPES[options.dtype], platform.device())
     thresholds = [None if value == "off" else value for value in options.thresholds]
     policy = make_policy(model.config.exits.boundaries, thresholds, options.measure)
     with platform.console.status("generating") as status:  # on standard error, at a terminal only

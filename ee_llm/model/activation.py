@@ -29,7 +29,7 @@ class SwiGluLinear(ColumnLinear):
         runtime_gather_output: bool | None = None,
     ) -> Product:
         """Return [s, b, f / t] and no bias, from [s, b, h] ([s / t, b, h] if sequence parallel)."""
-        if self.config.tensor_model_parallel_size > 1:
+        if self.config.tensor_model_parallel_size > 1 or self.later is not None:
             both, _ = super().forward(input_, weight, runtime_gather_output)
             gate, up = both.chunk(2, dim=-1)
             return silu(gate) * up, None

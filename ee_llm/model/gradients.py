@@ -27,7 +27,8 @@ class GradientSums:
         for name in ("embedding.word.weight", "output.weight"):
             stages = holders(config, name)
             if len(stages) > 1:
-                self.groups[name] = grid.column_group(stages)
+                ranks = sorted({stage % grid.pipeline_size for stage in stages})
+                self.groups[name] = grid.column_group(tuple(ranks))
 
     def __call__(self, chunks: list[DistributedDataParallel]) -> None:
         """Finish the gradients (`main_grad`) of all parameters of this rank's stages."""
@@ -42,9 +43,16 @@ class GradientSums:
     def _sum_copies(
         self, chunks: list[DistributedDataParallel], name: str, group: dist.ProcessGroup
     ) -> None:
-        held = [chunk.module for chunk in chunks if name in chunk.module.copies]
-        for stage in held:
-            dist.all_reduce(stage.get_parameter(name).main_grad, group=group)
+        copies = [
+            chunk.module.get_parameter(name).main_grad
+            for chunk in chunks
+            if name in chunk.module.copies
+        ]
+        for other in copies[1:]:
+            copies[0].add_(other)
+        dist.all_reduce(copies[0], group=group)
+        for other in copies[1:]:
+            other.copy_(copies[0])
 
     def _sum_sequence_parallel(self, chunks: list[DistributedDataParallel]) -> None:
         grads = [

@@ -119,9 +119,14 @@ def mlp_spec(config: TransformerConfig) -> ModuleSpec:
     return ModuleSpec(module=MLP, submodules=parts)
 
 
+def uses_transformer_engine(config: TransformerConfig) -> bool:
+    """Return whether the layers are Transformer Engine's: in bfloat16, where it is."""
+    return config.bf16 and _has_transformer_engine()
+
+
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """Return the parts of one transformer layer: Transformer Engine's in bfloat16, where it is."""
-    if config.bf16 and _has_transformer_engine():
+    """Return the parts of one transformer layer."""
+    if uses_transformer_engine(config):
         from megatron.core.models.gpt.gpt_layer_specs import (
             get_gpt_layer_with_transformer_engine_spec,
         )

@@ -3,6 +3,7 @@
 Shapes: s sequence, b microbatch, h hidden, v vocabulary, t tensor-parallel ranks.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,14 +15,17 @@ from ee_llm.model.dropout import hidden_region
 from ee_llm.model.embedding import Embedding
 from ee_llm.model.exits import Exit
 from ee_llm.model.initialize import initialize
+from ee_llm.model.later import WeightGradients
+from ee_llm.model.linear import ColumnLinear, RowLinear
 from ee_llm.model.rotary import RotaryAngles
-from ee_llm.model.specs import layer_spec, transformer_config
+from ee_llm.model.specs import layer_spec, transformer_config, uses_transformer_engine
 
 platform.enable_megatron()
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 
 
@@ -68,7 +72,7 @@ class Stage(MegatronModule):
         super().__init__(config=parts)
         self.index = index
         self.is_first = index == 0
-        self.is_last = index == config.parallel.pipeline - 1
+        self.is_last = index == config.parallel.num_stages - 1
         self.recompute = config.training.recompute == "full"
         self.shares_positions = not config.data.reset_positions
         boundaries = [b for b, stage in stages_of_exits(config).items() if stage == index]
@@ -93,6 +97,9 @@ class Stage(MegatronModule):
         )
         self.exits = ModuleTable({str(b): Exit(config, parts, b) for b in boundaries})
         self.output_weights = {b: output_weight_name(config, b) for b in boundaries}
+        self.weight_gradients = WeightGradients()
+        if config.parallel.schedule == "zero-bubble":
+            self._let_weights_wait(parts)
         self.rotary = None
         if config.model.position == "rope":
             self.rotary = RotaryAngles(config.model, dtype)
@@ -103,6 +110,20 @@ class Stage(MegatronModule):
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_tensor_model_parallel_world_size(),
         )
+
+    def _let_weights_wait(self, parts: TransformerConfig) -> None:
+        """Let the schedule put the layers' weight gradients off; exits compute theirs at once.
+
+        An exit's would keep the gradient of its logits alive until then.
+        """
+        if uses_transformer_engine(parts):
+            raise ValueError(
+                "parallel.schedule = zero-bubble needs layers whose backward pass can be split, "
+                "which Transformer Engine's are not here; set it to 1f1b, or train in float32"
+            )
+        for module in self.layers.modules():
+            if isinstance(module, ColumnLinear | RowLinear):
+                module.later = self.weight_gradients
 
     def _mark_copies(self, config: Config) -> None:
         """Mark weights that live on several stages.
@@ -159,15 +180,13 @@ class Stage(MegatronModule):
 
         def run(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
             attended: list[torch.Tensor] = []
-            hook = None
+            tap: AbstractContextManager[Any] = nullcontext()
             if taps_attention:
-                hook = layer.pre_mlp_layernorm.register_forward_pre_hook(
+                tap = layer.pre_mlp_layernorm.register_forward_pre_hook(
                     lambda _, inputs: attended.append(inputs[0])
                 )
-            with hidden_region(self.config, self.training):
+            with tap, hidden_region(self.config, self.training):
                 output, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
-            if hook is not None:
-                hook.remove()
             return (output, *attended)
 
         # The tap leaves the recomputed region as an output: its gradient has to find the way back.

@@ -3,7 +3,7 @@
 Importing this package does not import torch; `ee_llm.pipeline.runtime` does.
 """
 
-from ee_llm.pipeline.lower import lower, verify
+from ee_llm.pipeline.lower import LoweredPlan, lower, verify
 from ee_llm.pipeline.plan import Action, Op, Plan, PlanError, Visit, forward_only, one_f_one_b
 from ee_llm.pipeline.simulate import Costs, ExitCost, Simulation, StageCost, grid, simulate
 
@@ -11,6 +11,7 @@ __all__ = [
     "Action",
     "Costs",
     "ExitCost",
+    "LoweredPlan",
     "Op",
     "Plan",
     "PlanError",

@@ -6,7 +6,7 @@ to their end even if every send blocked until its receive is posted.
 """
 
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass
 
 from ee_llm.pipeline.plan import Action, Op, Plan, PlanError, step_grid
 from ee_llm.pipeline.simulate import timeline
@@ -18,8 +18,19 @@ _COMPUTES = {op: compute for table in (_SEND, _RECEIVE) for compute, op in table
 Place = tuple[int, int]  # (rank, step)
 
 
-def lower(plan: Plan) -> Plan:
-    """Return the plan with its communication, proved sound by `verify`.
+@dataclass(frozen=True)
+class LoweredPlan(Plan):
+    """A plan with its communication; made only by proving it, so that who has one may trust it.
+
+    Raises PlanError if it cannot be carried out.
+    """
+
+    def __post_init__(self) -> None:
+        verify(self)
+
+
+def lower(plan: Plan) -> LoweredPlan:
+    """Return the plan with its communication, proved sound.
 
     A send stands where its F or B ends, before the next F or B. The receive is posted at the same
     moment of the plan's timeline (at nominal costs) on the other rank, hence before it is needed.
@@ -29,7 +40,7 @@ def lower(plan: Plan) -> Plan:
     Raises PlanError, with the place marked in the grid, if the plan is already lowered, misses or
     repeats an action, or deadlocks.
     """
-    if plan.is_lowered:
+    if isinstance(plan, LoweredPlan):
         raise PlanError("the plan already has communication: lower the plan it was made from")
     _check_actions(plan, plan.work)
     # (time, computes?, action, rank): a message that arrives at t precedes an action that starts
@@ -45,13 +56,13 @@ def lower(plan: Plan) -> Plan:
     ranks: list[list[Action]] = [[] for _ in plan.ranks]
     for _, _, action, rank in events:
         ranks[rank].append(action)
-    lowered = replace(plan, ranks=tuple(tuple(actions) for actions in ranks))
-    verify(lowered)
-    return lowered
+    return LoweredPlan(
+        tuple(map(tuple, ranks)), plan.stage_ranks, plan.visits, plan.splits_backward
+    )
 
 
 def verify(plan: Plan) -> None:
-    """Prove that a lowered plan can be carried out; PlanError, with the place marked, if not."""
+    """Prove that a plan with messages can be carried out; PlanError, its place marked, if not."""
     messages = [pair for action in plan.work for pair in _messages(plan, action)]
     _check_actions(plan, plan.work.union(*messages))
     _check_order(plan)

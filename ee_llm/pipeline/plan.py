@@ -6,7 +6,7 @@ proves the plan sound, `simulate` times it, `runtime` carries it out. Pure Pytho
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
@@ -17,10 +17,14 @@ class PlanError(ValueError):
 
 
 class Op(StrEnum):
-    """What an action does. Only F and B compute; the others are added by lowering."""
+    """What an action does. Only F, B and W compute; the others are added by lowering.
+
+    Where a plan has W, the gradients of weights, B leaves them to it.
+    """
 
     FORWARD = "F"
     BACKWARD = "B"
+    WEIGHT = "W"
     SEND_FORWARD = "SF"
     RECV_FORWARD = "RF"
     SEND_BACKWARD = "SB"
@@ -29,10 +33,10 @@ class Op(StrEnum):
     @property
     def computes(self) -> bool:
         """Whether this is work of a stage, not communication."""
-        return self in (Op.FORWARD, Op.BACKWARD)
+        return self in (Op.FORWARD, Op.BACKWARD, Op.WEIGHT)
 
 
-_ACTION = re.compile(r"(\d+)(SF|RF|SB|RB|F|B)(\d+)")
+_ACTION = re.compile(r"(\d+)(SF|RF|SB|RB|F|B|W)(\d+)")
 
 
 class Action(NamedTuple):
@@ -82,12 +86,14 @@ class Plan:
 
     ranks: per rank, its actions. stage_ranks: per stage, the rank that holds it (a rank may hold
     several). visits: per microbatch, which stages it has to see; stated apart from the lists so
-    that an action missing from them is known to be missing.
+    that an action missing from them is known to be missing. splits_backward: whether every B, the
+    gradient of the stage's input, has a W of its own, the gradients of its weights.
     """
 
     ranks: tuple[tuple[Action, ...], ...]
     stage_ranks: tuple[int, ...]
     visits: tuple[Visit, ...]
+    splits_backward: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -104,37 +110,29 @@ class Plan:
         """Return the number of microbatches, those that visit few stages included."""
         return len(self.visits)
 
-    @property
-    def is_lowered(self) -> bool:
-        """Whether communication has been added."""
-        return any(not action.op.computes for actions in self.ranks for action in actions)
-
     @cached_property
     def work(self) -> frozenset[Action]:
-        """The F and B actions that the visits call for."""
+        """The F, B and W actions that the visits call for."""
+        back = (Op.BACKWARD, Op.WEIGHT) if self.splits_backward else (Op.BACKWARD,)
         return frozenset(
             Action(stage, op, microbatch)
             for microbatch, visit in enumerate(self.visits)
-            for op, stages in (
-                (Op.FORWARD, range(visit.depth)),
-                (Op.BACKWARD, range(visit.first_backward, visit.depth)),
-            )
-            for stage in stages
+            for stage in range(visit.depth)
+            for op in (Op.FORWARD, *(back if stage >= visit.first_backward else ()))
         )
 
     def source(self, action: Action) -> Action | None:
-        """Return the action on the neighbouring stage whose result this F or B takes, if any."""
-        towards = -1 if action.op is Op.FORWARD else 1
-        return self._neighbour(action, towards)
+        """Return the action on the neighbouring stage whose result this one takes, if any."""
+        return self._neighbour(action, {Op.FORWARD: -1, Op.BACKWARD: 1, Op.WEIGHT: 0}[action.op])
 
     def target(self, action: Action) -> Action | None:
-        """Return the action on the neighbouring stage that takes this F's or B's result, if any."""
-        towards = 1 if action.op is Op.FORWARD else -1
-        return self._neighbour(action, towards)
+        """Return the action on the neighbouring stage that takes this one's result, if any."""
+        return self._neighbour(action, {Op.FORWARD: 1, Op.BACKWARD: -1, Op.WEIGHT: 0}[action.op])
 
     def needs(self, action: Action) -> tuple[Action, ...]:
-        """Return the F and B actions that must be over before this F or B can be completed."""
-        own = (action._replace(op=Op.FORWARD),) if action.op is Op.BACKWARD else ()
+        """Return the actions that must be over before this F, B or W can be completed."""
+        before = {Op.BACKWARD: Op.FORWARD, Op.WEIGHT: Op.BACKWARD}
+        own = (action._replace(op=before[action.op]),) if action.op in before else ()
         source = self.source(action)
         return own if source is None else (*own, source)
 
@@ -148,11 +146,12 @@ class Plan:
 
     def without_communication(self) -> "Plan":
         """Return the plan as it was before lowering."""
-        return replace(
-            self, ranks=tuple(tuple(a for a in actions if a.op.computes) for actions in self.ranks)
-        )
+        ranks = tuple(tuple(a for a in actions if a.op.computes) for actions in self.ranks)
+        return Plan(ranks, self.stage_ranks, self.visits, self.splits_backward)
 
     def _neighbour(self, action: Action, towards: int) -> Action | None:
+        if towards == 0:  # the work of W stays on its stage
+            return None
         neighbour = action._replace(stage=action.stage + towards)
         return neighbour if neighbour in self.work else None
 
@@ -177,15 +176,25 @@ def one_f_one_b(num_stages: int, num_microbatches: int) -> Plan:
     return Plan(tuple(ranks), tuple(range(num_stages)), visits)
 
 
-def forward_only(num_stages: int, num_microbatches: int) -> Plan:
-    """Return the plan that runs every microbatch forward and nothing backward (evaluation)."""
-    _check_counts(num_stages, num_microbatches)
+def forward_only(num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> Plan:
+    """Return the plan that runs every microbatch forward and nothing backward (evaluation).
+
+    Rank r holds the stages r, r + num_ranks, ..., `num_chunks` of them; as in interleaved 1F1B,
+    groups of `num_ranks` microbatches pass one after the other.
+    """
+    _check_counts(num_ranks, num_microbatches)
+    num_stages = num_ranks * num_chunks
     ranks = tuple(
-        tuple(Action(stage, Op.FORWARD, m) for m in range(num_microbatches))
-        for stage in range(num_stages)
+        tuple(
+            Action(stage, Op.FORWARD, m)
+            for first in range(0, num_microbatches, num_ranks)
+            for stage in range(rank, num_stages, num_ranks)
+            for m in range(first, min(first + num_ranks, num_microbatches))
+        )
+        for rank in range(num_ranks)
     )
     visits = (Visit(depth=num_stages, first_backward=num_stages),) * num_microbatches
-    return Plan(ranks, tuple(range(num_stages)), visits)
+    return Plan(ranks, tuple(stage % num_ranks for stage in range(num_stages)), visits)
 
 
 def _check_counts(num_stages: int, num_microbatches: int) -> None:

@@ -5,7 +5,8 @@ backward differentiates its own losses plus <g, x>, g being the gradient receive
 (EE-LLM, arXiv 2312.04916, Prop. 3.1; derived in docs/pipeline.md).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ee_llm.pipeline.lower import counterpart, verify
-from ee_llm.pipeline.plan import Action, Op, Plan, step_grid
+from ee_llm.pipeline.lower import LoweredPlan, counterpart
+from ee_llm.pipeline.plan import Action, Op, PlanError, step_grid
 from ee_llm.platform.transport import Channel, Transport
 
 
@@ -45,6 +46,12 @@ class Stage(Protocol):
     def exit_loss(self, microbatch: int, index: int, tap: Tensor) -> Tensor:
         """Return the scalar loss of exit `index`, weighted and normalised, ready to be added."""
 
+    def put_off_weights(self) -> AbstractContextManager[Callable[[], None]]:
+        """Keep weights out of the backward passes within; the function given adds them later.
+
+        Asked for by plans that split the backward pass alone.
+        """
+
 
 Key = tuple[int, int]  # (stage, microbatch)
 
@@ -64,24 +71,25 @@ class Runtime:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: LoweredPlan,
         rank: int,
         stages: Mapping[int, Stage],
         transport: Transport | None,
         hidden: TensorSpec,
         deferred: bool = True,
     ) -> None:
-        """Take a lowered plan, this pipeline rank and the stages it holds by their number.
+        """Take what `lower` returned, this pipeline rank and its stages by their number.
 
         transport may be None where the rank has nobody to talk to. deferred computes the exits of
         a microbatch in its backward action, one at a time, so that at most one exit's graph is
         alive per stage; otherwise in its forward action, for comparison. A microbatch that has no
         backward on a stage runs there without a graph, its exits at once.
 
-        Raises PlanError if the plan cannot be carried out, ValueError if the stages are not those
-        of the rank.
+        Raises PlanError if the plan was not lowered, hence not proved, ValueError if the stages are
+        not those of the rank.
         """
-        verify(plan)
+        if not isinstance(plan, LoweredPlan):
+            raise PlanError("the plan has not been proved sound: pass what `lower(plan)` returns")
         expected = {stage for stage, owner in enumerate(plan.stage_ranks) if owner == rank}
         if set(stages) != expected:
             raise ValueError(f"rank {rank} holds stages {sorted(expected)}, got {sorted(stages)}")
@@ -91,9 +99,11 @@ class Runtime:
         # Results on their way to the neighbouring stage, keyed by the stage that made them.
         self._outputs: dict[Key, Tensor] = {}
         self._gradients: dict[Key, Tensor] = {}
+        self._weights: dict[Key, Callable[[], None]] = {}
         self._handlers = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
+            Op.WEIGHT: self._weight,
             Op.SEND_FORWARD: self._send,
             Op.SEND_BACKWARD: self._send,
             Op.RECV_FORWARD: self._post_receive,
@@ -114,7 +124,7 @@ class Runtime:
             step = len(actions)
             if self._transport is not None:
                 self._transport.flush()
-            left_over = [*self._visits, *self._outputs, *self._gradients]
+            left_over = [*self._visits, *self._outputs, *self._gradients, *self._weights]
             assert not left_over, f"results of (stage, microbatch) {left_over} were not used"
         except Exception as error:
             raise self._failure(step, error) from error
@@ -122,6 +132,7 @@ class Runtime:
             self._visits.clear()
             self._outputs.clear()
             self._gradients.clear()
+            self._weights.clear()
 
     def _forward(self, action: Action) -> None:
         stage, key = self._stages[action.stage], (action.stage, action.microbatch)
@@ -155,14 +166,27 @@ class Runtime:
         if received is not None and visit.output is not None:
             roots.append(visit.output)
             gradients.append(received)
-        if roots:
-            # Roots that coincide (a tap that is the output, or the input) are summed by autograd.
-            torch.autograd.backward(roots, gradients)
+        with self._split_off_weights(action):
+            if roots:
+                # Roots that coincide (a tap is the output, or the input) are summed by autograd.
+                torch.autograd.backward(roots, gradients)
         if self._returns_gradient(action):
             assert visit.hidden is not None, f"{action} has no input to return a gradient of"
             gradient = visit.hidden.grad
             # Nothing here depends on the input in a differentiable way; the neighbour still waits.
             self._gradients[key] = torch.zeros_like(visit.hidden) if gradient is None else gradient
+
+    @contextmanager
+    def _split_off_weights(self, action: Action) -> Iterator[None]:
+        if not self._plan.splits_backward:
+            yield
+            return
+        with self._stages[action.stage].put_off_weights() as add_weights:
+            yield
+        self._weights[action.stage, action.microbatch] = add_weights
+
+    def _weight(self, action: Action) -> None:
+        self._weights.pop((action.stage, action.microbatch))()
 
     def _exit_roots(self, action: Action, visit: _Visit) -> tuple[list[GradientEdge], list[Tensor]]:
         # Where the exits' gradients enter the stage's graph. Edges hold no data, so that taps and

@@ -20,12 +20,14 @@ class StageCost:
     """Seconds that one stage takes for one microbatch.
 
     forward and backward are those of the layers, on the first stage with the embedding; exits are
-    the heads that live there, in order. The final head is the last stage's last exit.
+    the heads that live there, in order. The final head is the last stage's last exit. weight is the
+    part of backward that makes the weights' gradients, which some plans do apart (W).
     """
 
     forward: float
     backward: float
     exits: tuple[ExitCost, ...] = ()
+    weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,16 @@ class Costs:
     communication: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a negative or infinite cost."""
+        """Raise ValueError for a negative or infinite cost, or a part above its whole."""
         for index, stage in enumerate(self.stages):
-            for value in (stage.forward, stage.backward, *(x for e in stage.exits for x in e)):
+            exits = (x for cost in stage.exits for x in cost)
+            for value in (stage.forward, stage.backward, stage.weight, *exits):
                 _check_cost(f"a cost of stage {index}", value)
+            if stage.weight > stage.backward:
+                raise ValueError(
+                    f"stage {index}: weight {stage.weight} is a part of backward {stage.backward} "
+                    "and cannot be above it"
+                )
         _check_cost("communication", self.communication)
 
 
@@ -64,7 +72,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """Per rank, its F and B actions in order with their times."""
+    """Per rank, its F, B and W actions in order with their times."""
 
     ranks: tuple[tuple[Span, ...], ...]
 
@@ -79,8 +87,9 @@ class Simulation:
     """What a plan would cost.
 
     makespan in the costs' unit; bubble_share per rank, the part of the makespan it is idle;
-    peak_activations per stage, in microbatches whose forward has begun and whose backward has not
-    ended; peak_exit_logits per stage, in logits of one exit for one microbatch ([s, b, v]).
+    peak_activations per stage, in microbatches whose forward has begun and whose backward, the
+    weights' part included, has not ended; peak_exit_logits per stage, in logits of one exit for one
+    microbatch ([s, b, v]).
     """
 
     makespan: float
@@ -90,19 +99,23 @@ class Simulation:
     timeline: Timeline
 
 
-def nominal(action: Action) -> Duration:
-    """Return the usual proportions: a forward takes 1, a backward 2, a message nothing."""
-    return Duration(early=0.0, late=1.0 if action.op is Op.FORWARD else 2.0)
+def nominal(plan: Plan) -> Callable[[Action], Duration]:
+    """Return the usual proportions: a forward takes 1, a backward 2 (or 1 and its W 1)."""
+    backward = 1.0 if plan.splits_backward else 2.0
+    return lambda action: Duration(0.0, backward if action.op is Op.BACKWARD else 1.0)
 
 
 def timeline(
-    plan: Plan, duration: Callable[[Action], Duration] = nominal, communication: float = 0.0
+    plan: Plan,
+    duration: Callable[[Action], Duration] | None = None,
+    communication: float = 0.0,
 ) -> Timeline:
-    """Return when each F and B runs if every rank starts its next action as soon as it can.
+    """Return when each F, B and W runs if every rank starts its next action as soon as it can.
 
-    Messages do not occupy their sender. Raises PlanError, with the places marked in the grid, if
-    the ranks come to wait for each other for ever.
+    duration is `nominal(plan)` unless given. Messages do not occupy their sender. Raises PlanError,
+    with the places marked in the grid, if the ranks come to wait for each other for ever.
     """
+    duration = duration or nominal(plan)
     queues = plan.without_communication().ranks
     position = [0] * len(queues)
     ranks: list[list[Span]] = [[] for _ in queues]
@@ -190,9 +203,12 @@ def _duration(plan: Plan, costs: Costs, action: Action, deferred: bool) -> Durat
     if action.op is Op.FORWARD:
         late = deferred and plan.has_backward(action)
         return Duration(0.0, stage.forward + (0.0 if late else exits_forward))
+    if action.op is Op.WEIGHT:
+        return Duration(0.0, stage.weight)
+    layers = stage.backward - (stage.weight if plan.splits_backward else 0.0)
     if deferred:
-        return Duration(exits_forward + exits_backward, stage.backward)
-    return Duration(0.0, stage.backward + exits_backward)
+        return Duration(exits_forward + exits_backward, layers)
+    return Duration(0.0, layers + exits_backward)
 
 
 def _peaks(
@@ -211,7 +227,8 @@ def _peaks(
             activations[stage] = max(activations[stage], live[stage])
         one_at_a_time = exits > 0 and keeps == 0
         logits[stage] = max(logits[stage], held[stage] + one_at_a_time)
-        if action.op is Op.BACKWARD or not plan.has_backward(action):
+        last = Op.WEIGHT if plan.splits_backward else Op.BACKWARD
+        if action.op is last or not plan.has_backward(action):
             live[stage] -= 1
         if action.op is Op.BACKWARD:
             held[stage] -= keeps

@@ -6,13 +6,14 @@ and makes megatron-core run on a CPU. Everything else asks here.
 
 from ee_llm.platform.console import console, is_rank_zero, log
 from ee_llm.platform.devices import (
+    DTYPES,
     backend,
     device,
     has_cuda,
     local_rank,
+    num_cores,
     peak_flops,
     peak_memory_bytes,
-    reset_peak_memory,
     rng_state,
     seed_everything,
     set_rng_state,
@@ -22,6 +23,7 @@ from ee_llm.platform.grid import Grid, initialize, shutdown
 from ee_llm.platform.megatron import enable as enable_megatron
 
 __all__ = [
+    "DTYPES",
     "Grid",
     "backend",
     "console",
@@ -32,9 +34,9 @@ __all__ = [
     "is_rank_zero",
     "local_rank",
     "log",
+    "num_cores",
     "peak_flops",
     "peak_memory_bytes",
-    "reset_peak_memory",
     "rng_state",
     "seed_everything",
     "set_rng_state",

@@ -9,10 +9,20 @@ import sys
 import numpy as np
 import torch
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+"""The precisions to compute in, by the names that options give them."""
+
 
 def local_rank() -> int:
     """Return this process's index on its machine (torchrun's LOCAL_RANK, 0 without a launcher)."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def num_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def has_cuda() -> bool:
@@ -51,17 +61,11 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Return the peak memory of this rank in bytes: allocated on the GPU, resident on the CPU."""
+    """Return this rank's peak memory so far in bytes: allocated on the GPU, resident on the CPU."""
     if has_cuda():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux reports KiB
-
-
-def reset_peak_memory() -> None:
-    """Start a new measurement of `peak_memory_bytes` (the CPU's figure is the process's life)."""
-    if has_cuda():
-        torch.cuda.reset_peak_memory_stats()
 
 
 def seed_everything(seed: int) -> None:

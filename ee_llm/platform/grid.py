@@ -3,6 +3,7 @@
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ class Grid:
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
+    timeout: datetime.timedelta
+    """After which a collective fails, of the groups that are yet to be made too."""
 
     @property
     def pipeline_ranks(self) -> list[int]:
@@ -40,16 +43,13 @@ class Grid:
         Every rank of the world must call this with the same stages: groups are made collectively.
         """
         mine = None
-        for first in range(self.world_size // self.pipeline_size):
-            stride = self.world_size // self.pipeline_size
+        stride = self.world_size // self.pipeline_size
+        for first in range(stride):
             ranks = [first + stage * stride for stage in stages]
-            group = dist.new_group(ranks, timeout=_timeout)
+            group = dist.new_group(ranks, timeout=self.timeout)
             if self.rank in ranks:
                 mine = group
         return mine
-
-
-_timeout = datetime.timedelta(seconds=600)
 
 
 def initialize(
@@ -64,7 +64,6 @@ def initialize(
 
     Raises ValueError if the world size is not a multiple of tensor x pipeline.
     """
-    global _timeout
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size % (tensor * pipeline):
         raise ValueError(
@@ -76,7 +75,7 @@ def initialize(
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    _timeout = datetime.timedelta(seconds=timeout_s)
+    timeout = datetime.timedelta(seconds=timeout_s)
     if devices.has_cuda():
         torch.cuda.set_device(devices.device())
     elif torch.cuda.is_available():
@@ -87,15 +86,15 @@ def initialize(
     if not devices.has_cuda():
         devices.keep_freed_memory()
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(devices.backend(), timeout=_timeout)
+        dist.init_process_group(devices.backend(), timeout=timeout)
     else:
         dist.init_process_group(
-            devices.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=_timeout
+            devices.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     parallel_state.initialize_model_parallel(
         tensor, pipeline, distributed_timeout_minutes=timeout_s / 60
     )
-    grid = _current_grid(parallel_state)
+    grid = _current_grid(parallel_state, timeout)
     # Dropout must differ between pipeline and data ranks; megatron-core's tracker makes the
     # tensor-parallel regions differ over tensor ranks.
     model_seed = seed + 100 * grid.pipeline_rank + 100_000 * grid.data_rank
@@ -104,7 +103,7 @@ def initialize(
     return grid
 
 
-def _current_grid(parallel_state) -> Grid:
+def _current_grid(parallel_state: Any, timeout: datetime.timedelta) -> Grid:
     groups = {
         "tensor": parallel_state.get_tensor_model_parallel_group(),
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
@@ -120,6 +119,7 @@ def _current_grid(parallel_state) -> Grid:
         tensor_group=groups["tensor"],
         pipeline_group=groups["pipeline"],
         data_group=groups["data"],
+        timeout=timeout,
         **places,
     )
 

@@ -126,19 +126,13 @@ class Transport:
         )
 
 
-def connect(grid: Grid, timeout_s: float) -> Transport:
-    """Return the transport of this rank's pipeline column.
+def connect(grid: Grid) -> Transport:
+    """Return the transport of this rank's pipeline column, every wait bounded by the grid's time.
 
     Every rank of the world must call this at the same point: process groups are made together.
     """
-    stride = grid.world_size // grid.pipeline_size
-    timeout = datetime.timedelta(seconds=timeout_s)
-    transport = None
-    for first in range(stride):
-        ranks = [first + stride * stage for stage in range(grid.pipeline_size)]
-        forward = dist.new_group(ranks, timeout=timeout)
-        backward = dist.new_group(ranks, timeout=timeout)
-        if grid.rank in ranks:
-            transport = Transport(ranks, forward, backward, timeout_s)
-    assert transport is not None, f"rank {grid.rank} stands in no pipeline column"
-    return transport
+    column = tuple(range(grid.pipeline_size))
+    forward, backward = grid.column_group(column), grid.column_group(column)
+    assert forward is not None, f"rank {grid.rank} stands in no pipeline column"
+    assert backward is not None, f"rank {grid.rank} stands in no pipeline column"
+    return Transport(grid.pipeline_ranks, forward, backward, grid.timeout.total_seconds())

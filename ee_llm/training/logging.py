@@ -24,6 +24,7 @@ LEARNING_RATE = "learning-rate"
 GRAD_NORM = "grad-norm"
 TOKENS_PER_SECOND = "tokens-per-second"
 ITERATION_TIME = "iteration-time"
+PEAK_MEMORY = "peak-memory-gib"  # of the fullest rank since the process began
 
 
 def loss_name(boundary: int, num_layers: int) -> str:

@@ -4,20 +4,23 @@ Shapes: s sequence, b microbatch, h hidden.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 
 from ee_llm import platform
-from ee_llm.config import Config
+from ee_llm.config import Config, ParallelConfig
 from ee_llm.data import Microbatch
 from ee_llm.losses import scheduled_weight
 from ee_llm.model.gradients import GradientSums
 from ee_llm.model.stage import Stage, stages_of_exits
+from ee_llm.pipeline.interleaved import interleaved
 from ee_llm.pipeline.lower import lower
 from ee_llm.pipeline.plan import Plan, forward_only, one_f_one_b
 from ee_llm.pipeline.runtime import Runtime, TensorSpec
+from ee_llm.pipeline.zero_bubble import zero_bubble_h1
 from ee_llm.platform.transport import connect
 from ee_llm.training.optimizer import wrap_stages
 
@@ -37,6 +40,15 @@ def exit_weights(config: Config, step: int) -> dict[int, float]:
         )
     }
     return weights | {config.model.num_layers: 1.0}
+
+
+def training_plan(parallel: ParallelConfig, num_microbatches: int) -> Plan:
+    """Return the schedule that the configuration asks for."""
+    if parallel.schedule == "zero-bubble":
+        return zero_bubble_h1(parallel.pipeline, num_microbatches)
+    if parallel.virtual > 1:
+        return interleaved(parallel.pipeline, parallel.virtual, num_microbatches)
+    return one_f_one_b(parallel.pipeline, num_microbatches)
 
 
 class StageOnData:
@@ -59,6 +71,10 @@ class StageOnData:
         self.factors = factors
         self.sums = {}
 
+    def put_off_weights(self) -> AbstractContextManager[Callable[[], None]]:
+        """Keep the layers' weights out of the backward passes within."""
+        return self.stage.weight_gradients.put_off()
+
     def forward(
         self, microbatch: int, hidden: torch.Tensor | None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -67,21 +83,26 @@ class StageOnData:
         return self.chunk(batch.tokens, batch.positions, hidden)
 
     def exit_loss(self, microbatch: int, index: int, tap: torch.Tensor) -> torch.Tensor:
-        """Return an exit's weighted loss of one microbatch, over the step's valid tokens."""
+        """Return an exit's weighted loss of one microbatch, over the step's valid tokens.
+
+        An exit of weight 0 is reported and has no graph: it would add zeros to the gradients.
+        """
         batch = self.microbatches[microbatch]
         boundary = self.stage.boundaries[index]
-        loss = self.stage.exit_loss(
-            boundary,
-            tap,
-            batch.positions,
-            batch.labels,
-            batch.loss_mask,
-            dynamic_token_weights=self.dynamic_token_weights,
-        )
+        factor = self.factors[boundary]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and factor != 0):
+            loss = self.stage.exit_loss(
+                boundary,
+                tap,
+                batch.positions,
+                batch.labels,
+                batch.loss_mask,
+                dynamic_token_weights=self.dynamic_token_weights,
+            )
         reported = loss.reported.double()
         seen = self.sums.get(boundary)
         self.sums[boundary] = reported if seen is None else seen + reported
-        return loss.objective * self.factors[boundary]
+        return loss.objective * factor
 
 
 class ParallelModel:
@@ -96,15 +117,20 @@ class ParallelModel:
         self.grid = grid
         self.dtype = dtype
         self.num_microbatches = config.num_microbatches(grid.world_size)
-        stage = Stage(config, grid.pipeline_rank, dtype)
-        self.chunks = wrap_stages([stage], stage.config, data_size=grid.data_size, dtype=dtype)
-        self.stages = [chunk.module for chunk in self.chunks]
+        held = range(grid.pipeline_rank, config.parallel.num_stages, grid.pipeline_size)
+        self.stages = [Stage(config, index, dtype) for index in held]
+        self.chunks = wrap_stages(
+            self.stages, self.stages[0].config, data_size=grid.data_size, dtype=dtype
+        )
         self.boundaries = tuple(stages_of_exits(config))
-        self._on_data = {stage.index: StageOnData(self.chunks[0], config)}
+        self._on_data = {
+            stage.index: StageOnData(chunk, config)
+            for stage, chunk in zip(self.stages, self.chunks, strict=True)
+        }
         self._sum_gradients = GradientSums(config, grid)
         transport = None
         if grid.pipeline_size > 1:
-            transport = connect(grid, config.parallel.timeout_s)
+            transport = connect(grid)
 
         def runtime(plan: Plan) -> Runtime:
             return Runtime(
@@ -116,8 +142,10 @@ class ParallelModel:
                 deferred=config.exits.deferred,
             )
 
-        self._train = runtime(one_f_one_b(grid.pipeline_size, self.num_microbatches))
-        self._evaluate = runtime(forward_only(grid.pipeline_size, self.num_microbatches))
+        self._train = runtime(training_plan(config.parallel, self.num_microbatches))
+        self._evaluate = runtime(
+            forward_only(grid.pipeline_size, self.num_microbatches, config.parallel.virtual)
+        )
 
     def hidden_spec(self) -> TensorSpec:
         """Return shape, type and device of the hidden states that stages hand on."""
@@ -132,8 +160,10 @@ class ParallelModel:
         """Compute the gradients of one step (from 0) and return every exit's mean loss in nats.
 
         Takes this data-parallel rank's microbatches. Losses are over the step's valid tokens of
-        all ranks, and so are the gradients in `main_grad`, whole on return. Every rank gets the
-        same numbers; a loss that is not finite on one rank is not finite on any.
+        all ranks, and so are the gradients in `main_grad`, whole on return (where the optimizer is
+        distributed, in this data rank's share of them); without a valid token losses are NaN and
+        gradients 0. Every rank gets the same numbers; a loss that is not finite on one rank is not
+        finite on any.
         """
         for chunk in self.chunks:
             chunk.train()
@@ -141,8 +171,7 @@ class ParallelModel:
         tokens = self._begin(microbatches, exit_weights(self.config, step))
         self._train.step()
         self._sum_gradients(self.chunks)
-        # Without a valid token there is no loss, and nothing to learn.
-        return {boundary: total / max(tokens, 1.0) for boundary, total in self._loss_sums().items()}
+        return _means(self._loss_sums(), tokens)
 
     def evaluate(self, steps: Iterable[Sequence[Microbatch]]) -> dict[int, float]:
         """Return every exit's mean loss in nats over the valid tokens of some global batches.
@@ -158,9 +187,7 @@ class ParallelModel:
             self._evaluate.step()
             for boundary, total in self._loss_sums().items():
                 totals[boundary] += total
-        return {
-            boundary: total / tokens if tokens else math.nan for boundary, total in totals.items()
-        }
+        return _means(totals, tokens)
 
     def _begin(self, microbatches: Sequence[Microbatch], weights: dict[int, float]) -> float:
         """Hand the data to the stages and return the number of valid tokens over all ranks."""
@@ -182,3 +209,7 @@ class ParallelModel:
                     sums[self.boundaries.index(boundary)] = total
         dist.all_reduce(sums)
         return dict(zip(self.boundaries, sums.tolist(), strict=True))
+
+
+def _means(sums: Mapping[int, float], tokens: float) -> dict[int, float]:
+    return {boundary: total / tokens if tokens else math.nan for boundary, total in sums.items()}

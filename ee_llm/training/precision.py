@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from ee_llm import platform
 from ee_llm.config import Config
+from ee_llm.platform import DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _PATIENCE_S = 2.0  # after which one measurement is enough
 _MAX_ROWS = 2048  # more rows take longer and do not change the ratio
 

@@ -13,7 +13,9 @@ from rich.markup import escape
 from ee_llm import platform
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.load import load
+from ee_llm.checkpoint.lock import OutputLock
 from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.resume import resume_path
 from ee_llm.checkpoint.save import save
 from ee_llm.checkpoint.state import TrainState
 from ee_llm.config import Config
@@ -23,6 +25,7 @@ from ee_llm.training.logging import (
     GRAD_NORM,
     LEARNING_RATE,
     LOG,
+    PEAK_MEMORY,
     RunLog,
     loss_name,
     validation_metrics,
@@ -78,7 +81,10 @@ def train(config: Config) -> Path:
         timeout_s=config.parallel.timeout_s,
         seed=config.training.seed,
     )
+    lock = OutputLock(config.output)
     try:
+        fail_together(lambda: directory.check_output(config.output))
+        from_first(lock.take)
         return _Trainer(config, grid).run()
     except RuntimeError as error:
         if grid.world_size == 1 or not is_lost_contact(error):
@@ -90,13 +96,13 @@ def train(config: Config) -> Path:
             f"here it was: {str(error).splitlines()[0]}"
         ) from error
     finally:
+        lock.release()
         platform.shutdown()
 
 
 class _Trainer:
     def __init__(self, config: Config, grid: platform.Grid) -> None:
-        fail_together(lambda: directory.check_output(config.output))
-        resume = from_first(lambda: _resume_path(config))
+        resume = from_first(lambda: resume_path(config))
         self.grid = grid
         self.config = config = _with_dtype(config, resume)
         dtype = DTYPES[config.training.dtype]
@@ -172,7 +178,10 @@ class _Trainer:
             yield read
 
     def step(self, batches: Sequence[Microbatch]) -> None:
-        """Take one optimizer step, or skip it if its loss or gradient is not finite."""
+        """Take one optimizer step, or skip it if its loss or gradient is not finite.
+
+        Without a valid token the loss is NaN: not even the weights' decay is applied.
+        """
         config, state = self.config, self.state
         losses = self.model.forward_backward(batches, state.step)
         state.step += 1
@@ -192,7 +201,9 @@ class _Trainer:
             state.skipped_steps += 1
             self.log.event(state.step, "skipped", **metrics)
         if _is_due(state.step, config.logging.interval) or state.step == config.training.steps:
-            self.log.report(state.step, {**metrics, SKIPPED: state.skipped_steps})
+            [peak_bytes] = largest(platform.peak_memory_bytes())
+            so_far = {SKIPPED: state.skipped_steps, PEAK_MEMORY: peak_bytes / 2**30}
+            self.log.report(state.step, metrics | so_far)
         if self.bad_steps >= config.training.max_bad_steps:
             self.stop(metrics)
 
@@ -203,9 +214,9 @@ class _Trainer:
         assert self.saved is not None
         raise TrainingStopped(
             f"{self.bad_steps} steps in a row (training.max_bad_steps) had a loss or gradient that "
-            f"is not finite (the last one: {shown}); none of them changed the model, which is "
-            f"saved in {self.saved[1]}; try a lower optimizer.lr, more optimizer.warmup_steps or "
-            "float32"
+            f"is not finite (the last one: {shown}), or no valid token, which makes the loss NaN; "
+            f"none of them changed the model, which is saved in {self.saved[1]}; try a lower "
+            "optimizer.lr, more optimizer.warmup_steps or float32"
         )
 
     def interrupted(self, name: str) -> None:
@@ -247,14 +258,6 @@ def _raise(error: object) -> None:
 
 def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _resume_path(config: Config) -> Path | None:
-    if config.checkpoint.resume == "never":
-        return None
-    if config.checkpoint.resume == "auto":
-        return directory.find_latest(config.output)
-    return directory.resolve_checkpoint(config.checkpoint.resume)
 
 
 def _with_dtype(config: Config, resume: Path | None) -> Config:

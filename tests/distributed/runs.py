@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +120,24 @@ def log_of(output: Path | str) -> list[dict[str, Any]]:
 
 
 def training_log(output: Path | str) -> dict[int, dict[str, Any]]:
-    """The reports of training steps, by step, without what the clock decides."""
-    clock = ("time", "tokens-per-second", "iteration-time")
+    """The reports of training steps, by step, without what the machine decides."""
+    machine = ("time", "tokens-per-second", "iteration-time", "peak-memory-gib")
     return {
-        line["step"]: {name: value for name, value in line.items() if name not in clock}
+        line["step"]: {name: value for name, value in line.items() if name not in machine}
         for line in log_of(output)
         if "learning-rate" in line and "event" not in line
+    }
+
+
+def losses_of(
+    output: Path | str, steps: Collection[int] | None = None
+) -> dict[tuple[int, str], float]:
+    """The losses of every exit and the gradient norm, by (step, name)."""
+    return {
+        (step, name): value
+        for step, line in training_log(output).items()
+        for name, value in line.items()
+        if ("loss" in name or name == "grad-norm") and (steps is None or step in steps)
     }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.lock import OutputLock
 from ee_llm.data.train_tokenizer import train_sentencepiece
 from ee_llm.training.trainer import train
 from tests.distributed.harness import run_ranks
@@ -29,11 +30,6 @@ from tests.distributed.runs import (
     training_log,
     write_corpus,
 )
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
 def refusal(world_size, config):
@@ -131,6 +127,22 @@ def test_no_such_checkpoint(tmp_path, corpus):
     options = {"checkpoint.resume": str(tmp_path / "none"), **layout(1, 2)}
     message = refusal(2, make_config(tmp_path / "run", corpus, **options))
     assert f"{tmp_path}/none does not exist" in message
+
+
+def test_another_order_of_the_data(tmp_path, corpus):
+    train_ranks(1, make_config(tmp_path, corpus, **{"training.steps": 1}))
+    message = refusal(2, make_config(tmp_path, corpus, **{"training.seed": 5}))
+    assert "training.seed is 1234 in the checkpoint and 5 in this run; some samples" in message
+
+
+def test_output_of_a_run_that_lives(tmp_path, corpus):
+    lock = OutputLock(tmp_path)
+    lock.take()
+    config = make_config(tmp_path, corpus, **layout(1, 2), **{"training.steps": 1})
+    assert f"output: another run (process {os.getpid()} on" in refusal(2, config)
+    lock.release()
+    [end, _] = train_ranks(2, config)
+    assert end.endswith("step-00000001")
 
 
 def test_data_beyond_the_vocabulary(tmp_path):

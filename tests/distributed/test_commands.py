@@ -205,6 +205,8 @@ def test_what_one_rank_meets_is_one_line(workplace):
         "1",
         "0",
         "0",
+        "--training.eval_interval",
+        "0",
         "--data.tokenizer",
         "bytes",
     )

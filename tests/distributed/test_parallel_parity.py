@@ -27,6 +27,11 @@ LAYOUTS = [
     for sequence in ((False, True) if tensor > 1 else (False,))
 ]
 
+
+def layout_name(layout):
+    return "tp{}-pp{}-dp{}-sp{:d}".format(*layout)
+
+
 # One variant is a model; `placement` is varied with it, for it may not change a number.
 VARIANTS = {
     "llama, plain heads, own outputs": {"exits.output": "own"},
@@ -112,8 +117,19 @@ def make_batches(config: Config, grid: platform.Grid) -> list[Microbatch]:
     ]
 
 
+def gather_shares(model: ParallelModel) -> None:
+    """A distributed optimizer leaves each data rank the sums of its share of every bucket alone."""
+    grid = model.grid
+    for chunk in model.chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            for bucket in (b for buffer in chunk.buffers for b in buffer.buckets):
+                share = bucket.grad_data.chunk(grid.data_size)[grid.data_rank].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, share, group=grid.data_group)
+
+
 def whole_gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
-    """Gradients by name, put together from the tensor ranks; of this rank's stage."""
+    """Gradients by name, put together from tensor and data ranks; of this rank's stage."""
+    gather_shares(model)
     gradients = {}
     for stage in model.stages:
         for name, parameter in stage.named_parameters():
@@ -137,6 +153,58 @@ def losses_and_gradients(variant: dict, layout, micro_batch_size, dtype=torch.fl
     model = ParallelModel(config, grid, dtype)
     losses = model.forward_backward(make_batches(config, grid), step=0)
     return losses, {name: g.numpy() for name, g in whole_gradients(model).items()}
+
+
+def _with_weights(weights, schedule, head, recompute, deferred):
+    """Losses and gradients, and whether autograd was on for each exit, by boundary."""
+    config = make_config(
+        {
+            "exits.weights": weights,
+            "exits.head": head,
+            "exits.output": "own",
+            "exits.deferred": deferred,
+            "training.recompute": recompute,
+            **schedule,
+        },
+        (1, 2, 1, False),
+    )
+    grid = platform.initialize(pipeline=2, timeout_s=30)
+    model = ParallelModel(config, grid, torch.float64)
+    graphs = {}
+    for stage in model.stages:
+        whole = stage.exit_logits
+
+        def logits(boundary, *args, whole=whole):
+            graphs[boundary] = torch.is_grad_enabled()
+            return whole(boundary, *args)
+
+        stage.exit_logits = logits
+    losses = model.forward_backward(make_batches(config, grid), step=0)
+    return losses, {name: g.numpy() for name, g in whole_gradients(model).items()}, graphs
+
+
+@pytest.mark.parametrize("deferred", [True, False], ids=["deferred", "naive"])
+@pytest.mark.parametrize(
+    ("head", "recompute"),
+    [(("norm",), "none"), (("block", "mlp", "norm"), "full")],
+    ids=["plain", "block-mlp-recomputed"],
+)
+def test_an_exit_of_weight_0_has_a_loss_and_no_graph(head, recompute, deferred):
+    """The limit of ever smaller weights: losses, gradients of all others, and zeros of its own."""
+    options = (head, recompute, deferred)
+    tiny = run_ranks(2, _with_weights, (1e-200, 0.7), {}, *options)
+    warm_up = {"exits.weight_schedule": "linear", "exits.initial_weights": (0.0, 0.7)}
+    warm_up["exits.schedule_steps"] = 9
+    zero = run_ranks(2, _with_weights, (0.3, 0.7), warm_up, *options)
+    for (tiny_losses, expected, _), (losses, found, graphs) in zip(tiny, zero, strict=True):
+        assert losses == tiny_losses
+        assert all(has_graph == (boundary != 1) for boundary, has_graph in graphs.items())
+        for name, gradient in found.items():
+            is_of_exit = name.startswith("exits.1.")
+            assert (gradient == 0).all() == is_of_exit, name
+            if not is_of_exit:
+                assert relative_error(*map(torch.from_numpy, (gradient, expected[name]))) < 1e-12
+    assert {b for _, _, graphs in zero for b in graphs} == {1, 2, 4}
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -179,15 +247,20 @@ def compare(
     assert seen == set(gradients)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=lambda x: "tp{}-pp{}-dp{}-sp{:d}".format(*x))
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=layout_name)
 @pytest.mark.parametrize("variant", VARIANTS, scope="module")
 def test_gradients_equal_the_single_process(variant, layout):
     micro_batch_size = 1 if layout[2] == 1 else 2
     compare(VARIANTS[variant], layout, micro_batch_size, torch.float64, 1e-9)
 
 
-def test_float32_gradients_equal_the_single_process():
-    compare({"exits.output": "tied"}, (2, 2, 1, True), 1, torch.float32, 1e-5)
+@pytest.mark.parametrize(
+    "layout",
+    [(2, 2, 1, True), (2, 1, 1, True), (2, 1, 1, False), (1, 2, 1, False), (1, 1, 2, False)],
+    ids=layout_name,
+)
+def test_float32_gradients_equal_the_single_process(layout):
+    compare({"exits.output": "tied"}, layout, 1, torch.float32, 1e-5)
 
 
 def test_an_uneven_layer_split_changes_nothing():

@@ -8,7 +8,10 @@ import torch.distributed as dist
 
 from ee_llm import platform
 from ee_llm.pipeline import Action, Plan, Visit, forward_only, lower, one_f_one_b
+from ee_llm.pipeline.filled import cooldown_visits, filled_1f1b, warmup_visits
+from ee_llm.pipeline.interleaved import interleaved
 from ee_llm.pipeline.runtime import Runtime
+from ee_llm.pipeline.zero_bubble import zero_bubble_h1
 from ee_llm.platform.transport import Transport, connect
 from tests.distributed.harness import run_ranks
 from tests.unit.pipeline.toy import SPEC, Shape, assert_same_gradients, reference, stages_of
@@ -34,7 +37,7 @@ SHAPES = {
 
 def _join(stages, timeout_s=30.0):
     grid = platform.initialize(tensor=1, pipeline=stages, timeout_s=timeout_s)
-    return grid, connect(grid, timeout_s)
+    return grid, connect(grid)
 
 
 def _run(grid, transport, plan, shape, deferred=True):
@@ -112,7 +115,7 @@ SHORT_VISITS = Plan(
 
 def _plan_parity(size, plan, rounds):
     grid, transport = _join(size)
-    shape = Shape(("mo", "io", "i", "o"))
+    shape = Shape(("mo", "io", "i", "o", "", "m", "i", "o")[-plan.num_stages :])
     expected = reference(shape, plan)
     for _ in range(rounds):
         assert_same_gradients(_gradients(_run(grid, transport, plan, shape)), expected)
@@ -120,8 +123,28 @@ def _plan_parity(size, plan, rounds):
 
 @pytest.mark.parametrize(
     ("size", "plan"),
-    [(2, TWO_STAGES_EACH), (2, NEIGHBOURS_SHARE_A_RANK), (4, SHORT_VISITS)],
-    ids=["two stages each", "neighbours share a rank", "short visits"],
+    [
+        (2, TWO_STAGES_EACH),
+        (2, NEIGHBOURS_SHARE_A_RANK),
+        (4, SHORT_VISITS),
+        (2, interleaved(2, 2, 6)),
+        (2, interleaved(2, 4, 4)),
+        (4, interleaved(4, 2, 8)),
+        (2, zero_bubble_h1(2, 5)),
+        (4, zero_bubble_h1(4, 6)),
+        (4, filled_1f1b(4, 4, warmup_visits(4, 2, 0.5, [0, 1]), cooldown_visits(4, 2, 0.5))),
+    ],
+    ids=[
+        "two stages each",
+        "neighbours share a rank",
+        "short visits",
+        "interleaved, 2 ranks",
+        "interleaved, 4 stages each",
+        "interleaved, 4 ranks",
+        "zero bubble, 2 ranks",
+        "zero bubble, 4 ranks",
+        "filled",
+    ],
 )
 def test_other_plans_need_no_other_runtime(size, plan):
     """Both directions between the same two peers must not swap messages, step after step."""

@@ -51,6 +51,24 @@ def _lost_peer():
     return "no error"
 
 
+def _lost_in_column():
+    grid = platform.initialize(tensor=1, pipeline=2, timeout_s=1)
+    group = grid.column_group((0, 1))
+    if grid.rank == 0:
+        time.sleep(3)
+        return "slept"
+    try:
+        dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_groups_made_later_have_the_same_time():
+    _, message = run_ranks(2, _lost_in_column)
+    assert "imed out" in message or "timeout" in message.lower()
+
+
 def test_a_collective_without_its_peer_times_out():
     _, message = run_ranks(2, _lost_peer)
     assert "imed out" in message or "timeout" in message.lower()

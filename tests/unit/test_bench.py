@@ -1,6 +1,7 @@
 """The benchmarks run and write their figures, and count and compare what they say they do."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,9 +12,10 @@ import torch
 
 from ee_llm.config import ConfigError
 from ee_llm.pipeline import ExitCost
-from tools.bench import report, train_overhead
+from tools.bench import report, train_overhead, train_throughput
 from tools.bench.live_bytes import LiveBytes
 from tools.bench.overhead_runs import FOUR_STAGES, Sizes, make_config
+from tools.bench.ranks import run_ranks
 from tools.bench.stage_costs import Pieces, median_pieces
 from tools.bench.train_overhead import best_split, makespan
 from tools.bench.train_throughput import Options, flops_per_token
@@ -28,7 +30,8 @@ def run(name: str, path: Path, options: dict[str, int]) -> dict:
     """What the benchmark wrote, run as the documentation says."""
     command = [sys.executable, str(BENCHES / f"{name}.py"), "--json", str(path)]
     command += [text for option, value in options.items() for text in (f"--{option}", str(value))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=on_cpu)
     assert done.returncode == 0, done.stdout + done.stderr
     written = json.loads(path.read_text())
     assert set(written) == {"machine", "rows", "figures"}
@@ -60,6 +63,21 @@ def test_train_throughput_writes_its_figure(tmp_path):
     )
     assert written["figures"]["tokens_per_s_ratio"] > 0
     assert [row["side"] for row in written["rows"]] == ["ee_llm", "transformers"]
+
+
+@pytest.mark.parametrize("bench", [train_overhead, train_throughput])
+def test_options_that_are_given_win_over_quick(bench):
+    plain = report.read_options(bench.Options, bench.QUICK, [])
+    assert plain == bench.Options()
+    for args in (["--quick", "--rounds", "5"], ["--rounds", "5", "--quick"]):
+        quick = report.read_options(bench.Options, bench.QUICK, args)
+        assert quick == bench.Options(**bench.QUICK | {"quick": True, "rounds": 5})
+
+
+def test_forked_ranks_are_refused_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="hide the GPUs"):
+        run_ranks(1, print)
 
 
 def test_a_layer_count_that_cannot_be_split_is_named():

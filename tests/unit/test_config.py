@@ -256,3 +256,17 @@ def test_num_microbatches() -> None:
         ConfigError, match=r"global_batch_size = 12 .* x 4 data.*set the first to 16"
     ):
         made.num_microbatches(4)
+
+
+def test_interleaved_stages_need_whole_groups_of_microbatches() -> None:
+    made = config(parallel__pipeline=4, parallel__virtual=2, training__global_batch_size=6)
+    with pytest.raises(
+        ConfigError, match=r"makes 6 microbatches, and parallel.virtual = 2 .* of parallel.pipeline"
+    ):
+        made.num_microbatches(4)
+    assert (
+        config(
+            parallel__pipeline=4, parallel__virtual=2, training__global_batch_size=8
+        ).num_microbatches(4)
+        == 8
+    )

@@ -26,7 +26,7 @@ RULES = (
     Rule("config", ours=(), never=("torch", "megatron"), through=True),
     Rule("platform", ours=()),
     Rule("losses", ours=()),
-    Rule("data", ours=("config", "platform", "launch")),
+    Rule("data", ours=("config", "platform")),
     Rule("checkpoint", ours=("config", "platform", "__version__")),
     Rule("inference", ours=("config", "platform", "data", "checkpoint")),
     Rule("model", ours=("config", "platform", "losses")),

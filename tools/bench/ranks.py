@@ -7,13 +7,22 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
+import torch
+
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Return what `function(*args)` returned in each of `world_size` ranks on this machine.
 
     Every rank sees torchrun's environment and must join the process group before it returns. This
     process must not have computed with several threads before: threads do not survive a fork.
+
+    Raises ValueError where there is a GPU: CUDA does not survive a fork either.
     """
+    if torch.cuda.is_available():
+        raise ValueError(
+            "its ranks are forked and compute on the CPU: hide the GPUs from it, "
+            "CUDA_VISIBLE_DEVICES= python ..."
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -4,15 +4,28 @@ import json
 import os
 import platform as host
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 
 from ee_llm import platform
+
+Options = TypeVar("Options")
+
+
+def read_options(
+    kind: type[Options], quick: Mapping[str, Any], args: Sequence[str] | None = None
+) -> Options:
+    """Return the command line's options; --quick changes defaults alone, what is given wins."""
+    args = sys.argv[1:] if args is None else args
+    defaults = {"quick": True, **quick} if "--quick" in args else {}
+    return tyro.cli(kind, args=args, default=kind(**defaults))
 
 
 class Ratio(NamedTuple):

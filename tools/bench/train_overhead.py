@@ -11,14 +11,12 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core per rank
-
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ee_llm.config import Config, ConfigError
@@ -39,6 +37,7 @@ from tools.bench.stage_costs import Pieces, measure_pieces, median_pieces
 
 # A round of single pieces is much shorter than one of whole steps.
 PIECE_ROUNDS = 4
+QUICK = {"seq_length": 128, "micro_batch_size": 1, "num_microbatches": 4, "rounds": 3}
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class Options(Sizes):
     json: Path | None = None
     """Where to write machine, rows and figures."""
     quick: bool = False
-    """Fewer rounds on smaller microbatches: ends within a minute on two cores."""
+    """Fewer rounds on smaller microbatches: ends within a minute on two cores. What is given
+    beside it wins."""
 
 
 def makespan(
@@ -226,10 +226,7 @@ def _shown(pieces: Pieces) -> str:
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(Options)
-    if chosen.quick:
-        chosen = replace(chosen, seq_length=128, micro_batch_size=1, num_microbatches=4, rounds=3)
     try:
-        main(chosen)
+        main(report.read_options(Options, QUICK))
     except ValueError as error:
         sys.exit(f"train_overhead: {error}")

@@ -10,12 +10,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ee_llm import platform
@@ -26,6 +25,8 @@ from ee_llm.training.parallel import ParallelModel
 from ee_llm.training.precision import DTYPES
 from tools.bench import report
 
+QUICK = {"seq_length": 128, "num_microbatches": 1, "rounds": 8}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -34,7 +35,8 @@ class Options:
     json: Path | None = None
     """Where to write machine, rows and figures."""
     quick: bool = False
-    """Fewer rounds on smaller batches: ends within a minute on two cores."""
+    """Fewer rounds on smaller batches: ends within a minute on two cores. What is given
+    beside it wins."""
     shape: str = "llama-tiny"
     """A ready-made llama shape of ee_llm (docs/configuration.md)."""
     num_layers: int | None = None
@@ -225,10 +227,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(Options)
-    if chosen.quick:
-        chosen = replace(chosen, seq_length=128, num_microbatches=1, rounds=8)
     try:
-        main(chosen)
+        main(report.read_options(Options, QUICK))
     except ValueError as error:
         sys.exit(f"train_throughput: {error}")

@@ -259,3 +259,25 @@ def test_losses_and_gradients_equal_the_plain_model(variant):
 @pytest.mark.parametrize("family", ["llama", "gpt"])
 def test_recomputation_changes_nothing(family, recompute):
     check({"model.family": family, "exits.head": ("mlp", "norm")}, recompute)
+
+
+def _failing_layer():
+    config = make_config({"exits.head": ("mlp", "norm")})
+    platform.initialize(timeout_s=20)
+    stage = Stage(config, 0, torch.float64)
+    layer = stage.layers["1"]
+
+    def fail(*_, **__):
+        raise FloatingPointError
+
+    tokens, _, _, positions = make_batch(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer.mlp, "forward", fail)
+        with pytest.raises(FloatingPointError):
+            stage(tokens, positions)
+    return len(layer.pre_mlp_layernorm._forward_pre_hooks)
+
+
+def test_a_layer_that_fails_leaves_no_tap_behind():
+    """It would keep its activations alive, and tap every later forward once more."""
+    assert run_ranks(1, _failing_layer) == [0]

@@ -19,6 +19,7 @@ from ee_llm.pipeline import (
     verify,
 )
 from ee_llm.pipeline.lower import counterpart
+from ee_llm.pipeline.runtime import Runtime
 
 sizes = st.integers(1, 8)
 SENDS = (Op.SEND_FORWARD, Op.SEND_BACKWARD)
@@ -36,7 +37,7 @@ def edited(plan, rank, edit):
     """The plan with one rank's list changed in place by `edit`."""
     ranks = [list(actions) for actions in plan.ranks]
     edit(ranks[rank])
-    return replace(plan, ranks=tuple(tuple(actions) for actions in ranks))
+    return Plan(tuple(tuple(actions) for actions in ranks), plan.stage_ranks, plan.visits)
 
 
 @st.composite
@@ -108,7 +109,7 @@ def test_the_lowered_list_of_a_small_plan():
 
 def test_stages_on_one_rank_need_no_messages():
     plan = plan_of("0F0 1F0 1B0 0B0", stage_ranks=(0, 0))
-    assert lower(plan) == plan
+    assert lower(plan).ranks == plan.ranks
 
 
 def test_a_planted_deadlock_is_shown_in_the_grid():
@@ -176,6 +177,23 @@ def test_verify_notices_every_missing_and_doubled_action(place):
         verify(edited(lowered, rank, lambda actions: actions.pop(at)))
     with pytest.raises(PlanError, match=f"{action} stands 2 times"):
         verify(edited(lowered, rank, lambda actions: actions.append(action)))
+
+
+def test_a_lowered_plan_cannot_be_made_unsound():
+    """The runtime relies on the type alone."""
+    lowered = lower(one_f_one_b(2, 2))
+    for ranks in (lowered.ranks[::-1], one_f_one_b(2, 2).ranks):
+        with pytest.raises(PlanError):
+            replace(lowered, ranks=ranks)
+
+
+def test_a_plan_is_proved_once(monkeypatch):
+    """The proof takes seconds where there are many microbatches, on every rank."""
+    proofs = []
+    monkeypatch.setitem(lower.__globals__, "verify", proofs.append)
+    plan = lower(one_f_one_b(1, 2))
+    Runtime(plan, 0, {0: None}, None, None)
+    assert proofs == [plan]
 
 
 def test_an_unlowered_plan_is_not_verified():

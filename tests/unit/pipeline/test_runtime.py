@@ -183,5 +183,7 @@ def test_stages_and_plan_must_fit():
     shape, plan = Shape(("", "o")), one_f_one_b(2, 1)
     with pytest.raises(ValueError, match=r"rank 0 holds stages \[0\], got \[1\]"):
         Runtime(lower(plan), 0, stages_of(shape, plan, 1), None, SPEC)
-    with pytest.raises(PlanError, match="is missing from rank"):
-        Runtime(plan, 0, stages_of(shape, plan, 0), None, SPEC)
+    unproved = Plan(lower(plan).ranks, plan.stage_ranks, plan.visits)
+    for refused in (plan, unproved):
+        with pytest.raises(PlanError, match="has not been proved sound"):
+            Runtime(refused, 0, stages_of(shape, plan, 0), None, SPEC)

@@ -1,11 +1,14 @@
 """A toy early-exit pipeline in float64, and its gradients from one plain autograd call."""
 
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ee_llm.model.later import WeightGradients
 from ee_llm.pipeline import Plan
 from ee_llm.pipeline.runtime import TensorSpec
 
@@ -87,6 +90,7 @@ class ToyStage(nn.Module):
             self.layers.requires_grad_(False)
         if self.dead:
             self.requires_grad_(False)
+        self.later = WeightGradients()
         self.live = LiveCount()
         self.grad_modes: list[bool] = []
 
@@ -98,8 +102,8 @@ class ToyStage(nn.Module):
         x = inputs(microbatch) if hidden is None else hidden
         if self.dead:
             x = x.detach()
-        middle = x + torch.tanh(x @ self.layers[0].T)
-        output = middle + torch.tanh(middle @ self.layers[1].T)
+        middle = x + torch.tanh(self.later.linear(x, self.layers[0]))
+        output = middle + torch.tanh(self.later.linear(middle, self.layers[1]))
         places = {"i": x, "m": middle, "o": output}
         return None if self.last else output, tuple(places[kind] for kind in self.kinds)
 
@@ -107,6 +111,9 @@ class ToyStage(nn.Module):
         logits = self.live.watch(tap @ self.heads[index].T)
         target = labels(microbatch, index)
         return (0.3 + index) * nn.functional.cross_entropy(logits, target) / (1 + self.stage)
+
+    def put_off_weights(self) -> AbstractContextManager[Callable[[], None]]:
+        return self.later.put_off()
 
     def gradients(self) -> dict[str, Tensor | None]:
         return {f"{self.stage}.{name}": p.grad for name, p in self.named_parameters()}

@@ -143,9 +143,8 @@ def test_wandb_offline_goes_on_with_its_run(tmp_path, console, monkeypatch):
         with RunLog(config, start_step=start) as log:
             log.report(start + 1, {"lm loss": 1.0})
     identity = (tmp_path / "wandb-run-id").read_text().strip()
-    runs = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert runs
-    assert all(path.name.endswith(identity) for path in runs)
+    runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert runs == [f"run-{identity}.wandb"] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,172 @@
+"""Stopping and going on, as if nothing had happened, under this layout or another."""
+
+import os
+import signal
+
+import pytest
+
+from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.read import TensorReader
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import (
+    assert_equal_bits,
+    events,
+    layout,
+    losses_of,
+    make_config,
+    tensors_of,
+    train_here,
+    train_ranks,
+    training_log,
+    validation_log,
+)
+
+SIGTERM_STATUS = f"TrainingInterrupted: {128 + signal.SIGTERM}"
+
+
+def _stop_at(step, rank, number=signal.SIGTERM):
+    def fault(model, here):
+        if here == step and model.grid.rank == rank:
+            os.kill(os.getpid(), number)
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (1, {}),
+        (2, layout(1, 2)),
+        (4, layout(2, 1) | {"training.dtype": "bfloat16"}),
+        (4, layout(2, 2, sequence=True)),
+    ],
+    ids=["single", "pp2", "tp2-dp2-bf16", "tp2-pp2-sp"],
+)
+def test_going_on_is_as_not_having_stopped(tmp_path, corpus, world_size, options):
+    """20 steps equal 10, a signal on one rank, and 10 more: bit for bit, with dropout."""
+    options = options | {
+        "training.steps": 20,
+        "model.dropout": 0.1,
+        "training.eval_interval": 8,
+        "training.eval_steps": 1,
+    }
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    [whole, *_] = train_ranks(world_size, make_config(straight, corpus, **options))
+
+    config = make_config(stopped, corpus, **options)
+    ends = train_ranks(world_size, config, _stop_at(10, rank=world_size - 1))
+    assert ends == [SIGTERM_STATUS] * world_size
+    assert directory.find_latest(stopped).name == "step-00000010"
+    assert [line["signal"] for line in events(stopped, "interrupted")] == ["SIGTERM"]
+    [resumed, *_] = train_ranks(world_size, config)
+
+    assert whole.endswith("step-00000020")
+    assert resumed.endswith("step-00000020")
+    assert_equal_bits(whole, resumed)
+    assert training_log(stopped) == training_log(straight)
+    assert len(training_log(stopped)) == 20
+    for step, line in validation_log(straight).items():
+        again = validation_log(stopped)[step]
+        assert {**again, "time": 0} == {**line, "time": 0}
+
+
+def test_dropout_is_on(tmp_path, corpus):
+    """Else the test above would not see a lost random generator."""
+    for dropout in (0.0, 0.1):
+        options = {"training.steps": 1, "model.dropout": dropout}
+        train_ranks(1, make_config(tmp_path / str(dropout), corpus, **options))
+    assert losses_of(tmp_path / "0.0") != losses_of(tmp_path / "0.1")
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory, corpus):
+    output = tmp_path_factory.mktemp("four")
+    options = {"training.steps": 6, "checkpoint.interval": 3, **layout(2, 2)}
+    train_ranks(4, make_config(output, corpus, **options))
+    return output
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [(1, {}), (2, layout(1, 2)), (2, layout(1, 1)), (4, layout(2, 1, sequence=True))],
+    ids=["single", "pp2", "dp2", "tp2-dp2-sp"],
+)
+def test_going_on_under_another_layout(tmp_path, corpus, four_ranks, world_size, options):
+    """Parameters, moments, step counts and the data's position, saved under TP2 x PP2."""
+    source = four_ranks / "checkpoints" / "step-00000003"
+    options = options | {"training.steps": 6, "checkpoint.resume": str(source)}
+    train_ranks(world_size, make_config(tmp_path, corpus, **options))
+    found = losses_of(tmp_path)
+    assert found == pytest.approx(losses_of(four_ranks, steps=(4, 5, 6)), rel=1e-6)
+    assert len(found) == 3 * 4
+
+
+def _seen(config):
+    """The tokens that one rank's training reads, without training on them."""
+    seen = []
+
+    def record(model, step):
+        [stage] = model._on_data.values()
+        seen.append([batch.tokens.tolist() for batch in stage.microbatches])
+
+    train_here(config, record)
+    return seen
+
+
+def test_every_sample_is_read_once(tmp_path, corpus):
+    """The position in the data is resumed exactly, skipped and interrupted steps included."""
+    options = {"training.steps": 4, "checkpoint.interval": 2}
+    [straight] = run_ranks(1, _seen, make_config(tmp_path / "a", corpus, **options))
+    short = make_config(tmp_path / "b", corpus, **options | {"training.steps": 2})
+    [first] = run_ranks(1, _seen, short)
+    [second] = run_ranks(1, _seen, make_config(tmp_path / "b", corpus, **options))
+    assert first + second == straight
+    rows = [tuple(row[0]) for step in straight for row in step]
+    assert len(set(rows)) == 16
+
+
+def test_the_last_checkpoints_are_kept(tmp_path, corpus):
+    options = {"checkpoint.interval": 1, "checkpoint.keep_last": 2}
+    train_ranks(2, make_config(tmp_path, corpus, **options, **layout(1, 2)))
+    names = sorted(os.listdir(tmp_path / "checkpoints"))
+    assert names == ["latest", "step-00000004", "step-00000005"]
+    assert len(events(tmp_path, "saved")) == 5
+
+
+def test_a_finished_run_has_nothing_to_do(tmp_path, corpus, capfd):
+    config = make_config(tmp_path, corpus, **{"training.steps": 1})
+    [first] = train_ranks(1, config)
+    before = tensors_of(first)
+    capfd.readouterr()
+    assert train_ranks(1, config) == [first]
+    assert "nothing to do: training.steps = 1" in capfd.readouterr().err
+    assert before.keys() == tensors_of(first).keys()
+    assert len(training_log(tmp_path)) == 1
+
+
+def test_the_precision_that_was_chosen_stays(tmp_path, corpus):
+    """`auto` measures; another answer after a restart would not fit the checkpoint."""
+    for chosen in ("bfloat16", "float32"):
+        output = tmp_path / chosen
+        train_ranks(
+            1, make_config(output, corpus, **{"training.steps": 1, "training.dtype": chosen})
+        )
+        options = {"training.steps": 2, "training.dtype": "auto"}
+        [end] = train_ranks(1, make_config(output, corpus, **options))
+        assert end.endswith("step-00000002")
+        assert TensorReader(end).config().training.dtype == chosen
+
+
+def test_precision_auto_is_the_same_on_all_ranks(tmp_path, corpus):
+    options = {"training.steps": 2, "training.dtype": "auto", **layout(1, 2)}
+    [end, *_] = train_ranks(2, make_config(tmp_path, corpus, **options))
+    assert TensorReader(end).config().training.dtype in ("float32", "bfloat16")
+
+
+def test_a_signal_during_validation(tmp_path, corpus):
+    """Validation may take longer than the time that is given; it is left out."""
+    options = {"training.steps": 4, "training.eval_interval": 2, **layout(1, 2)}
+    ends = train_ranks(2, make_config(tmp_path, corpus, **options), _stop_at(2, 0, signal.SIGINT))
+    assert ends == [f"TrainingInterrupted: {128 + signal.SIGINT}"] * 2
+    assert directory.find_latest(tmp_path).name == "step-00000002"
+    assert validation_log(tmp_path) == {}

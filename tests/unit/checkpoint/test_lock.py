@@ -1,0 +1,58 @@
+"""Two runs in one directory: the second is refused as long as the first lives, and no longer."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ee_llm.checkpoint.lock import OutputLock
+
+HOLDER = """
+import sys, time
+from ee_llm.checkpoint.lock import OutputLock
+lock = OutputLock(sys.argv[1])
+lock.take()
+print("taken", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_directory_is_one_runs_at_a_time(tmp_path):
+    first, second = OutputLock(tmp_path), OutputLock(tmp_path)
+    first.take()
+    with pytest.raises(ValueError, match=rf"process {os.getpid()} on .*'{tmp_path}'.* --output"):
+        second.take()
+    second.release()  # which never had it
+    with pytest.raises(ValueError, match="another run"):
+        second.take()
+    first.release()
+    second.take()
+    second.release()
+
+
+def test_a_run_that_was_killed_leaves_no_lock(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "taken\n"
+        lock = OutputLock(tmp_path)
+        with pytest.raises(ValueError, match=f"process {holder.pid} on"):
+            lock.take()
+        holder.kill()
+    lock.take()
+    lock.release()
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch, capfd):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    lock = OutputLock(tmp_path)
+    lock.take()
+    lock.release()
+    assert "can not be locked (No locks available)" in " ".join(capfd.readouterr().err.split())

@@ -1,0 +1,20 @@
+"""What a configuration is refused with."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ee_llm.config import ConfigError, load_config
+
+
+def message(overrides: dict[str, Any], path: Path | None = None) -> str:
+    """The whole text of the error that `load_config` raises."""
+    shape = {} if path else {"model.shape": "llama-tiny"}
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, {**shape, **overrides})
+    text = str(caught.value)
+    # pydantic's own report is not for users.
+    assert "validation error" not in text
+    assert "pydantic" not in text
+    return text

@@ -1,0 +1,233 @@
+"""Options that do not go together: named with their values and the mend."""
+
+import re
+from typing import Any
+
+import pytest
+
+from ee_llm.config import load_config
+from tests.unit.refusals import message
+
+CROSS_FIELD = {
+    "layers over stages": (
+        {"parallel.pipeline": 3},
+        "model.num_layers = 8 is not divisible by parallel.pipeline = 3; give "
+        "parallel.layer_split, for example [3, 3, 2]",
+    ),
+    "more stages than layers": (
+        {"parallel.pipeline": 9},
+        "model.num_layers = 8 is not divisible by parallel.pipeline = 9.*fewer stages",
+    ),
+    "split of the wrong length": (
+        {"parallel.pipeline": 2, "parallel.layer_split": (8,)},
+        "parallel.layer_split = [8] must be 2 positive numbers",
+    ),
+    "split of the wrong sum": (
+        {"parallel.pipeline": 2, "parallel.layer_split": (4, 5)},
+        "parallel.layer_split = [4, 5] must be 2 .* add up to 8 (model.num_layers), for "
+        "example [4, 4]",
+    ),
+    "empty stage": (
+        {"parallel.pipeline": 2, "parallel.layer_split": (8, 0)},
+        "parallel.layer_split = [8, 0] must be 2 positive",
+    ),
+    "layers over interleaved stages": (
+        {"parallel.pipeline": 2, "parallel.virtual": 3},
+        "model.num_layers = 8 is not divisible by parallel.pipeline = 2 x parallel.virtual = 3; "
+        "give parallel.layer_split, for example [2, 2, 1, 1, 1, 1]",
+    ),
+    "nothing to interleave": (
+        {"parallel.virtual": 2},
+        "parallel.virtual = 2 interleaves the stages of several processes, and parallel.pipeline "
+        "= 1; raise the second or set the first to 1",
+    ),
+    "two schedules at once": (
+        {"parallel.pipeline": 2, "parallel.virtual": 2, "parallel.schedule": "zero-bubble"},
+        "parallel.virtual = 2 does not go with parallel.schedule = zero-bubble; set the first to "
+        "1 or the second to 1f1b",
+    ),
+    "heads over tensor": (
+        {"parallel.tensor": 4},
+        "model.num_heads = 6 is not divisible by parallel.tensor = 4; set parallel.tensor to a "
+        "divisor of 6",
+    ),
+    "key-value heads over tensor": (
+        {"parallel.tensor": 2, "model.num_kv_heads": 1},
+        "model.num_kv_heads = 1 is not divisible by parallel.tensor = 2",
+    ),
+    "vocabulary over tensor": (
+        {"parallel.tensor": 2, "model.vocab_size": 257},
+        "model.vocab_size = 257 is not divisible by parallel.tensor = 2; set "
+        "model.vocab_size = 258",
+    ),
+    "MLP over tensor": (
+        {"parallel.tensor": 2, "model.ffn_hidden_size": 77},
+        "model.ffn_hidden_size = 77 is not divisible by parallel.tensor = 2; set "
+        "model.ffn_hidden_size = 78",
+    ),
+    "query over key-value heads": (
+        {"model.num_kv_heads": 4},
+        "model.num_heads = 6 is not divisible by model.num_kv_heads = 4; choose a divisor of 6",
+    ),
+    "width over heads": (
+        {"model.num_heads": 7},
+        "model.hidden_size = 288 is not divisible by model.num_heads = 7; change one of them or "
+        "give model.head_dim",
+    ),
+    "odd heads with rotary positions": (
+        {"model.head_dim": 5},
+        "model.head_dim = 5 is odd.*model.position = learned",
+    ),
+    "exit before the first layer": (
+        {"exits.boundaries": (0, 2)},
+        "exits.boundaries = [0, 2]: boundary 0 is outside 1..7",
+    ),
+    "exit at the last layer": (
+        {"exits.boundaries": (2, 8)},
+        "exits.boundaries = [2, 8]: boundary 8 is outside 1..7 (model.num_layers = 8.*remove",
+    ),
+    "exits that decrease": (
+        {"exits.boundaries": (4, 2)},
+        "exits.boundaries = [4, 2] does not increase; write [2, 4]",
+    ),
+    "exit given twice": (
+        {"exits.boundaries": (2, 2)},
+        "exits.boundaries = [2, 2] does not increase; write [2]",
+    ),
+    "weights not one per exit": (
+        {"exits.boundaries": (2, 4), "exits.weights": (0.1, 0.2, 1.0)},
+        "exits.weights = [0.1, 0.2, 1.0] has 3 values for 2 exits",
+    ),
+    "initial weights not one per exit": (
+        {
+            "exits.boundaries": (2, 4),
+            "exits.initial_weights": (1.0,),
+            "exits.weight_schedule": "linear",
+        },
+        "exits.initial_weights = [1.0] has 1 values for 2 exits",
+    ),
+    "temperatures not one per exit": (
+        {"exits.boundaries": (2,), "exits.temperatures": (1.0, 2.0)},
+        "exits.temperatures = [1.0, 2.0] has 2 values for 1 exits",
+    ),
+    "negative weight": (
+        {"exits.boundaries": (2,), "exits.weights": (-0.1,)},
+        "exits.weights = [-0.1] must not be negative; 0 switches a loss off",
+    ),
+    "temperature of zero": (
+        {"exits.boundaries": (2,), "exits.temperatures": (0.0,)},
+        "exits.temperatures = [0.0] must be greater than 0; 1 is neutral",
+    ),
+    "initial weights without a schedule": (
+        {"exits.boundaries": (2,), "exits.initial_weights": (0.5,)},
+        "exits.initial_weights = [0.5] has no effect with exits.weight_schedule = constant; set it",
+    ),
+    "head out of order": (
+        {"exits.head": ("norm", "mlp")},
+        "exits.head = ['norm', 'mlp'] must name each part once, in order: write ['mlp', 'norm']",
+    ),
+    "head part given twice": (
+        {"exits.head": ("norm", "norm")},
+        "exits.head = ['norm', 'norm'] must name each part once, in order: write ['norm']",
+    ),
+    "mlp head placed pre": (
+        {"exits.boundaries": (2,), "exits.head": ("mlp", "norm"), "exits.placement": "pre"},
+        "exits.head = ['mlp', 'norm'] with exits.placement = pre.*set exits.placement = post, or "
+        "add block",
+    ),
+    "sequence parallel without tensor parallel": (
+        {"parallel.sequence": True},
+        "parallel.sequence = true needs tensor parallelism, and parallel.tensor = 1; set "
+        "parallel.tensor = 2",
+    ),
+    "sequence length over tensor": (
+        {"parallel.sequence": True, "parallel.tensor": 2, "data.seq_length": 31},
+        "data.seq_length = 31 is not divisible by parallel.tensor = 2.*data.seq_length = 30",
+    ),
+    "sequences of no length": (
+        {"data.seq_length": 0},
+        "data.seq_length = 0 must be greater than 0; leave it out for sequences of model.max_seq_",
+    ),
+    "sequences longer than the model's": (
+        {"data.seq_length": 300},
+        "data.seq_length = 300 is greater than model.max_seq_length = 256; lower",
+    ),
+    "batches that do not divide": (
+        {"training.micro_batch_size": 3},
+        "training.global_batch_size = 8 is not divisible by training.micro_batch_size = 3; set "
+        "the first to 9",
+    ),
+    "blend weights not one per prefix": (
+        {"data.prefixes": ("a", "b"), "data.weights": (1.0,)},
+        "data.weights = [1.0] has 1 values for 2 data.prefixes; give one for each, or none",
+    ),
+    "blend weight of zero": (
+        {"data.prefixes": ("a", "b"), "data.weights": (1.0, 0.0)},
+        "data.weights = [1.0, 0.0] must be greater than 0; leave out a prefix",
+    ),
+    "split that does not add up": (
+        {"data.split": (0.5, 0.3, 0.1)},
+        "data.split = [0.5, 0.3, 0.1] must be three fractions from 0 to 1 that add up to 1",
+    ),
+    "negative fraction": (
+        {"data.split": (1.5, -0.5, 0.0)},
+        "data.split = [1.5, -0.5, 0.0] must be three fractions",
+    ),
+    "validation without data": (
+        {"data.split": (1.0, 0.0, 0.0)},
+        "training.eval_interval = 100 finds nothing to read: data.split = [1.0, 0.0, 0.0] has no "
+        "validation part; set training.eval_interval = 0",
+    ),
+    "lowest learning rate above the highest": (
+        {"optimizer.lr": 1e-5, "optimizer.min_lr": 1e-4},
+        "optimizer.min_lr = 0.0001 is greater than optimizer.lr = 1e-05; lower",
+    ),
+    "warm-up longer than the run": (
+        {"optimizer.warmup_steps": 1000},
+        "optimizer.warmup_steps = 1000 leaves nothing of optimizer.decay_steps = 1000; lower",
+    ),
+    "lowest learning rate of a schedule without one": (
+        {"optimizer.schedule": "constant", "optimizer.min_lr": 1e-5},
+        "optimizer.min_lr = 1e-05 has no effect with optimizer.schedule = constant; set it to "
+        "cosine, linear or wsd, or leave min_lr out",
+    ),
+    "end of a schedule without one": (
+        {"optimizer.schedule": "constant", "optimizer.decay_steps": 500},
+        "optimizer.decay_steps = 500 has no effect with optimizer.schedule = constant; set it",
+    ),
+    "wsd without a decay": (
+        {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 100},
+        "optimizer.wsd_decay_steps = 0 must be from 1 to 900",
+    ),
+    "decay of a schedule without one": (
+        {"optimizer.wsd_decay_steps": 10},
+        "optimizer.wsd_decay_steps = 10 has no effect with optimizer.schedule = cosine; set it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CROSS_FIELD)
+def test_cross_field_checks_name_options_values_and_mend(case: str) -> None:
+    overrides, expected = CROSS_FIELD[case]
+    pattern = re.escape(expected).replace(r"\.\*", ".*").replace(r"\ ", " ")
+    found = message(overrides)
+    assert re.match(pattern, found), found
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"exits.head": ("block", "mlp", "norm"), "exits.placement": "pre"},
+        {"exits.head": ()},
+        {"model.hidden_size": 100, "model.num_heads": 6, "model.head_dim": 16},
+        {"model.head_dim": 5, "model.position": "learned"},
+        {"optimizer.schedule": "constant", "optimizer.warmup_steps": 2000},
+        {"data.split": (1.0, 0.0, 0.0), "training.eval_interval": 0},
+        {"parallel.pipeline": 3, "parallel.layer_split": (2, 3, 3)},
+        {"parallel.tensor": 2, "parallel.sequence": True},
+        {"exits.boundaries": (2,), "exits.initial_weights": (0.0,)},
+    ],
+)
+def test_what_looks_alike_but_is_sound(overrides: dict[str, Any]) -> None:
+    assert load_config(overrides={"model.shape": "llama-tiny", **overrides})
