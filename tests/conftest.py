@@ -10,3 +10,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 
 torch.set_num_threads(1)
+
+from hypothesis import settings
+
+# A busy machine is no mistake of the code.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")

@@ -96,8 +96,18 @@ def test_own_data(tmp_path):
     assert "mean depth" in text
 
 
-@pytest.mark.parametrize(
-    "link", re.findall(r"\]\((docs/[^)]+)\)", (ROOT / "README.md").read_text())
-)
-def test_links_lead_somewhere(link):
-    assert (ROOT / link).exists()
+def _links():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            if not link.startswith("http"):
+                yield pytest.param(page, link, id=f"{page.name} {link}")
+
+
+@pytest.mark.parametrize(("page", "link"), list(_links()))
+def test_links_lead_somewhere(page, link):
+    name, _, heading = link.partition("#")
+    target = page.parent / name if name else page
+    assert target.exists()
+    if heading:
+        found = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+        assert heading in [re.sub(r"[^a-z0-9_ -]", "", h.lower()).replace(" ", "-") for h in found]

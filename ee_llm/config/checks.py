@@ -49,6 +49,13 @@ def _schedule(config: "Config") -> Iterator[str]:
             f"parallel.virtual = {parallel.virtual} does not go with parallel.schedule = "
             f"{parallel.schedule}; set the first to 1 or the second to 1f1b"
         )
+    for name in ("fill_warmup", "fill_cooldown"):
+        fills = getattr(parallel, name)
+        if fills and (parallel.virtual > 1 or parallel.schedule != "1f1b"):
+            yield (
+                f"parallel.{name} = {fills} fills the bubbles of plain 1F1B; set it to 0, or "
+                "parallel.virtual to 1 and parallel.schedule to 1f1b"
+            )
 
 
 def _heads(config: "Config") -> Iterator[str]:

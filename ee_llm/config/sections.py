@@ -176,6 +176,21 @@ class ParallelConfig(Section):
     sequence: bool = option(
         False, "Whether norms and dropout are split along the sequence over the tensor ranks."
     )
+    fill_warmup: int = option(
+        0,
+        "Further microbatches in each step that fill the wait for the first gradient: they run on "
+        "the first stages alone, whose exits they train.",
+        ge=0,
+    )
+    fill_cooldown: int = option(
+        0,
+        "Further microbatches in each step that fill the drain of the pipeline: they go back "
+        "through the last stages alone.",
+        ge=0,
+    )
+    forward_over_backward: float = option(
+        0.5, "Forward time of a stage over its backward time, by which bubbles are filled.", gt=0
+    )
     layer_split: Integers = option(
         (),
         "Number of layers of each stage, first to last: parallel.pipeline x parallel.virtual "
@@ -188,6 +203,11 @@ class ParallelConfig(Section):
     def num_stages(self) -> int:
         """Pipeline stages over all processes."""
         return self.pipeline * self.virtual
+
+    @property
+    def num_fills(self) -> int:
+        """Microbatches in one step that fill bubbles, of one data-parallel rank."""
+        return self.fill_warmup + self.fill_cooldown
 
     def data_size(self, world_size: int) -> int:
         """The data-parallel size for `world_size` processes; raises `ConfigError`."""

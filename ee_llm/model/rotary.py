@@ -35,8 +35,8 @@ class RotaryAngles(torch.nn.Module):
 class RotarySelfAttention(SelfAttention):
     """megatron-core's self-attention that turns queries and keys by `rotate`.
 
-    megatron-core's own unfused formula takes sines and cosines once more for each of them and
-    copies the result: 3 % of a training step on a CPU (docs/benchmarks.md).
+    megatron-core's own unfused formula takes sines and cosines for each of them, joins halves twice
+    and copies the result: 3 % of a training step on a CPU (docs/benchmarks.md).
     """
 
     _angles: torch.Tensor | None = None

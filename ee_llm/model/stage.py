@@ -118,25 +118,26 @@ class Stage(MegatronModule):
         """
         if uses_transformer_engine(parts):
             raise ValueError(
-                "parallel.schedule = zero-bubble needs layers whose backward pass can be split, "
-                "which Transformer Engine's are not here; set it to 1f1b, or train in float32"
+                "parallel.schedule = zero-bubble needs layers whose backward pass can be split: "
+                "here those for training.dtype = bfloat16 are Transformer Engine's; set the first "
+                "to 1f1b or the second to float32"
             )
         for module in self.layers.modules():
             if isinstance(module, ColumnLinear | RowLinear):
                 module.later = self.weight_gradients
 
     def _mark_copies(self, config: Config) -> None:
-        """Mark weights that live on several stages.
+        """Mark the copies of weights that live on several stages, all but the owner's, as `shared`.
 
-        `shared_embedding` on all of them, and `shared` on every copy but the owner's, which
-        megatron-core leaves out of the gradient norm.
+        megatron-core leaves those out of the gradient norm. Its own mark, `shared_embedding`, is
+        not set: it gives the weight a bucket to itself, and the distributed optimizer of 0.16.1
+        loses the padding between buckets when it saves, and mixes up the moments behind it.
         """
         self.copies: dict[str, int] = {}
         for name in ("embedding.word.weight", "output.weight"):
             stages = holders(config, name)
             if self.index in stages and len(stages) > 1:
                 weight = self.get_parameter(name)
-                weight.shared_embedding = True
                 weight.shared = self.index != stages[0]
                 self.copies[name] = stages.index(self.index)
 

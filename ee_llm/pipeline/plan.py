@@ -140,6 +140,11 @@ class Plan:
         """Return whether the action's microbatch runs backward on the action's stage."""
         return action._replace(op=Op.BACKWARD) in self.work
 
+    def goes_back(self, microbatch: int) -> bool:
+        """Return whether the microbatch runs backward on any stage."""
+        visit = self.visits[microbatch]
+        return visit.first_backward < visit.depth
+
     def crosses_ranks(self, one: Action, other: Action) -> bool:
         """Return whether the two actions' stages lie on different ranks."""
         return self.stage_ranks[one.stage] != self.stage_ranks[other.stage]

@@ -83,7 +83,8 @@ class Runtime:
         transport may be None where the rank has nobody to talk to. deferred computes the exits of
         a microbatch in its backward action, one at a time, so that at most one exit's graph is
         alive per stage; otherwise in its forward action, for comparison. A microbatch that has no
-        backward on a stage runs there without a graph, its exits at once.
+        backward on a stage runs there without a graph; its exits are computed, at once, if it has
+        none on any stage.
 
         Raises PlanError if the plan was not lowered, hence not proved, ValueError if the stages are
         not those of the rank.
@@ -145,8 +146,9 @@ class Runtime:
             if self._plan.target(action) is not None:
                 self._outputs[key] = self._checked(output).detach()
             if not trains:
-                for index, tap in enumerate(taps):
-                    stage.exit_loss(action.microbatch, index, tap)
+                if not self._plan.goes_back(action.microbatch):  # an evaluation: its losses count
+                    for index, tap in enumerate(taps):
+                        stage.exit_loss(action.microbatch, index, tap)
                 return
             losses: tuple[Tensor, ...] = ()
             if not self._deferred:

@@ -157,22 +157,25 @@ def grid(source: Plan | Timeline, slot: float | None = None) -> str:
     """Return the rank x time grid, one column per `slot` of time.
 
     A plan is shown at nominal costs (backward = 2 forwards). The slot is the shortest action
-    unless given; actions start at the nearest column, dashes show how long they last, dots idle
-    time.
+    unless given; dashes show how long actions last, to a fraction of a column, dots idle time. An
+    action shorter than the slot takes a whole column, and hides what is below.
     """
     line = timeline(source) if isinstance(source, Plan) else source
     spans = [span for rank in line.ranks for span in rank]
     if slot is None:
         slot = min((s.end - s.start for s in spans if s.end > s.start), default=1.0)
     width = max((len(str(span.action)) for span in spans), default=0) + 1
-    total = max(1, math.ceil(line.makespan / slot - 1e-9))
+    total = width * max(1, math.ceil(line.makespan / slot - 1e-9))
     rows = []
     for rank, actions in enumerate(line.ranks):
-        row = list((".".ljust(width)) * total)
+        row = list(".".ljust(width) * (total // width))
         for span in actions:
-            begin = width * min(round(span.start / slot), total - 1)
-            end = width * max(round(span.end / slot), begin // width + 1) - 1
+            begin = min(round(width * span.start / slot), total - width)
+            end = max(round(width * span.end / slot), begin + width) - 1
             row[begin:end] = str(span.action).ljust(end - begin, "-")
+            row[end : end + 1] = " "
+            if begin and row[begin - 1] == ".":
+                row[begin - 1] = " "
         rows.append(f"rank {rank:>{len(str(len(line.ranks) - 1))}}  {''.join(row)}".rstrip())
     return "\n".join(rows)
 
@@ -201,8 +204,8 @@ def _duration(plan: Plan, costs: Costs, action: Action, deferred: bool) -> Durat
     exits_forward = math.fsum(cost.forward for cost in stage.exits)
     exits_backward = math.fsum(cost.backward for cost in stage.exits)
     if action.op is Op.FORWARD:
-        late = deferred and plan.has_backward(action)
-        return Duration(0.0, stage.forward + (0.0 if late else exits_forward))
+        later = deferred if plan.has_backward(action) else plan.goes_back(action.microbatch)
+        return Duration(0.0, stage.forward + (0.0 if later else exits_forward))
     if action.op is Op.WEIGHT:
         return Duration(0.0, stage.weight)
     layers = stage.backward - (stage.weight if plan.splits_backward else 0.0)
@@ -219,8 +222,10 @@ def _peaks(
     held = [0] * plan.num_stages
     activations, logits = list(live), list(held)
     for action in (span.action for spans in line.ranks for span in spans):
-        stage, exits = action.stage, len(costs.stages[action.stage].exits)
-        keeps = exits if plan.has_backward(action) and not deferred else 0
+        stage, trains = action.stage, plan.has_backward(action)
+        computed = trains or not plan.goes_back(action.microbatch)
+        exits = len(costs.stages[stage].exits) if computed else 0
+        keeps = exits if trains and not deferred else 0
         if action.op is Op.FORWARD:
             live[stage] += 1
             held[stage] += keeps
@@ -228,7 +233,7 @@ def _peaks(
         one_at_a_time = exits > 0 and keeps == 0
         logits[stage] = max(logits[stage], held[stage] + one_at_a_time)
         last = Op.WEIGHT if plan.splits_backward else Op.BACKWARD
-        if action.op is last or not plan.has_backward(action):
+        if action.op is last or not trains:
             live[stage] -= 1
         if action.op is Op.BACKWARD:
             held[stage] -= keeps

@@ -30,12 +30,11 @@ def open_data(
         mask_after_eod=config.data.mask_after_eod,
         reset_positions=config.data.reset_positions,
     )
-    shape = BatchShape(
-        config.training.micro_batch_size,
-        config.training.global_batch_size,
-        grid.data_rank,
-        grid.data_size,
-    )
+    micro_batch_size = config.training.micro_batch_size
+    fills = config.parallel.num_fills * micro_batch_size * grid.data_size
+
+    def shape(global_batch_size: int) -> BatchShape:
+        return BatchShape(micro_batch_size, global_batch_size, grid.data_rank, grid.data_size)
 
     def blend(part: Part) -> Blend:
         return open_blend(
@@ -48,7 +47,9 @@ def open_data(
             split=config.data.split,
         )
 
-    training = TrainingBatches(blend("train"), shape)
+    # What fills bubbles are further samples of the same order: none is replaced or left out.
+    training = TrainingBatches(blend("train"), shape(config.training.global_batch_size + fills))
     if config.training.eval_interval == 0 or config.data.split[1] == 0:
         return training, None
-    return training, EvaluationBatches(blend("validation"), shape, config.training.eval_steps)
+    validation = shape(config.training.global_batch_size)
+    return training, EvaluationBatches(blend("validation"), validation, config.training.eval_steps)

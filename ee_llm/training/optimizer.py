@@ -83,22 +83,31 @@ def wrap_stages(
         overlap_grad_reduce=False,
     )
     chunks = [DistributedDataParallel(config, ddp_config, stage) for stage in stages]
-    if not ddp_config.grad_reduce_in_fp32:
-        for chunk in chunks:
-            _accumulate_in_buffers(chunk)
+    for chunk in chunks:
+        # With several, the distributed optimizer of 0.16.1 saves moments at the wrong offsets.
+        assert all(len(buffer.buckets) == 1 for buffer in chunk.buffers), "one bucket per buffer"
+        if _accumulates_in_place(chunk):
+            chunk.grad_accs.clear()  # DDP's hooks live on these nodes, and would add once more
+        clear_gradients(chunk)
     return chunks
 
 
-def _accumulate_in_buffers(chunk: DistributedDataParallel) -> None:
-    """Let autograd itself add to the gradient buffers, which have the parameters' type.
+def clear_gradients(chunk: DistributedDataParallel) -> None:
+    """Set all gradients of a stage to zero, ready for the next step's first backward pass.
 
-    DDP's hooks would add them in Python, one by one: 2 % of a training step on a CPU
-    (docs/benchmarks.md). They live on the nodes in `grad_accs`, and would add everything twice.
+    Where the buffers have the parameters' type, autograd itself adds to them. DDP's hooks would do
+    it in Python, one parameter after the other: 2 % of a training step on a CPU
+    (docs/benchmarks.md).
     """
-    chunk.grad_accs.clear()
-    for parameter in chunk.parameters():
-        if parameter.requires_grad:
-            parameter.grad = parameter.main_grad
+    chunk.zero_grad_buffer()
+    if _accumulates_in_place(chunk):
+        for parameter in chunk.parameters():
+            if parameter.requires_grad:
+                parameter.grad = parameter.main_grad
+
+
+def _accumulates_in_place(chunk: DistributedDataParallel) -> bool:
+    return not chunk.ddp_config.grad_reduce_in_fp32
 
 
 def build_optimizer(

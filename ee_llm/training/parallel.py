@@ -11,18 +11,20 @@ import torch
 import torch.distributed as dist
 
 from ee_llm import platform
-from ee_llm.config import Config, ParallelConfig
+from ee_llm.config import Config, exit_stage
 from ee_llm.data import Microbatch
 from ee_llm.losses import scheduled_weight
 from ee_llm.model.gradients import GradientSums
 from ee_llm.model.stage import Stage, stages_of_exits
+from ee_llm.pipeline.filled import cooldown_visits, filled_1f1b, warmup_visits
 from ee_llm.pipeline.interleaved import interleaved
 from ee_llm.pipeline.lower import lower
-from ee_llm.pipeline.plan import Plan, forward_only, one_f_one_b
+from ee_llm.pipeline.plan import Plan, forward_only
 from ee_llm.pipeline.runtime import Runtime, TensorSpec
+from ee_llm.pipeline.scaling import unbiased_scaling
 from ee_llm.pipeline.zero_bubble import zero_bubble_h1
 from ee_llm.platform.transport import connect
-from ee_llm.training.optimizer import wrap_stages
+from ee_llm.training.optimizer import clear_gradients, wrap_stages
 
 platform.enable_megatron()
 from megatron.core.distributed import DistributedDataParallel
@@ -42,19 +44,30 @@ def exit_weights(config: Config, step: int) -> dict[int, float]:
     return weights | {config.model.num_layers: 1.0}
 
 
-def training_plan(parallel: ParallelConfig, num_microbatches: int) -> Plan:
-    """Return the schedule that the configuration asks for."""
+def training_plan(config: Config, num_microbatches: int) -> Plan:
+    """Return the schedule that the configuration asks for, of `num_microbatches` and its fills.
+
+    Raises ValueError where bubbles cannot be filled so.
+    """
+    parallel = config.parallel
     if parallel.schedule == "zero-bubble":
         return zero_bubble_h1(parallel.pipeline, num_microbatches)
     if parallel.virtual > 1:
         return interleaved(parallel.pipeline, parallel.virtual, num_microbatches)
-    return one_f_one_b(parallel.pipeline, num_microbatches)
+    exit_stages = [exit_stage(config, boundary) for boundary in config.exits.boundaries]
+    size, ratio = parallel.pipeline, parallel.forward_over_backward
+    return filled_1f1b(
+        size,
+        num_microbatches,
+        warmup_visits(size, parallel.fill_warmup, ratio, exit_stages),
+        cooldown_visits(size, parallel.fill_cooldown, ratio),
+    )
 
 
 class StageOnData:
     """A stage with the microbatches and weights of the step at hand: what the runtime drives.
 
-    `sums` gathers each exit's loss, summed over valid tokens, unweighted.
+    `sums` gathers each exit's loss, unweighted and summed over valid tokens, and their number.
     """
 
     def __init__(self, chunk: DistributedDataParallel, config: Config) -> None:
@@ -63,12 +76,22 @@ class StageOnData:
         self.dynamic_token_weights = config.exits.dynamic_token_weights
         self.microbatches: Sequence[Microbatch] = ()
         self.factors: dict[int, float] = {}
+        self.scaling: Sequence[float] = ()
         self.sums: dict[int, torch.Tensor] = {}
 
-    def begin(self, microbatches: Sequence[Microbatch], factors: dict[int, float]) -> None:
-        """Take the step's data, and by boundary the factor from an exit's loss sum to its loss."""
+    def begin(
+        self,
+        microbatches: Sequence[Microbatch],
+        factors: dict[int, float],
+        scaling: Sequence[float] | None = None,
+    ) -> None:
+        """Take the step's data and the factors from an exit's loss sum to its loss.
+
+        One is the exit's, by boundary, the other, if there is one, the microbatch's.
+        """
         self.microbatches = microbatches
         self.factors = factors
+        self.scaling = [1.0] * len(microbatches) if scaling is None else scaling
         self.sums = {}
 
     def put_off_weights(self) -> AbstractContextManager[Callable[[], None]]:
@@ -89,7 +112,7 @@ class StageOnData:
         """
         batch = self.microbatches[microbatch]
         boundary = self.stage.boundaries[index]
-        factor = self.factors[boundary]
+        factor = self.factors[boundary] * self.scaling[microbatch]
         with torch.set_grad_enabled(torch.is_grad_enabled() and factor != 0):
             loss = self.stage.exit_loss(
                 boundary,
@@ -99,7 +122,7 @@ class StageOnData:
                 batch.loss_mask,
                 dynamic_token_weights=self.dynamic_token_weights,
             )
-        reported = loss.reported.double()
+        reported = torch.stack([loss.reported.double(), batch.loss_mask.sum(dtype=torch.float64)])
         seen = self.sums.get(boundary)
         self.sums[boundary] = reported if seen is None else seen + reported
         return loss.objective * factor
@@ -142,7 +165,9 @@ class ParallelModel:
                 deferred=config.exits.deferred,
             )
 
-        self._train = runtime(training_plan(config.parallel, self.num_microbatches))
+        plan = training_plan(config, self.num_microbatches)
+        self._train = runtime(plan)
+        self._scaling = unbiased_scaling(plan)
         self._evaluate = runtime(
             forward_only(grid.pipeline_size, self.num_microbatches, config.parallel.virtual)
         )
@@ -159,50 +184,57 @@ class ParallelModel:
     def forward_backward(self, microbatches: Sequence[Microbatch], step: int) -> dict[int, float]:
         """Compute the gradients of one step (from 0) and return every exit's mean loss in nats.
 
-        Takes this data-parallel rank's microbatches. Losses are over the step's valid tokens of
-        all ranks, and so are the gradients in `main_grad`, whole on return (where the optimizer is
-        distributed, in this data rank's share of them); without a valid token losses are NaN and
-        gradients 0. Every rank gets the same numbers; a loss that is not finite on one rank is not
-        finite on any.
+        Takes this data-parallel rank's microbatches, those that fill bubbles last. An exit's loss
+        is over the valid tokens it saw on all ranks, gradients are those of the mean over the
+        step's, in `main_grad`, whole on return (where the optimizer is distributed, in this data
+        rank's share of them); without a valid token losses are NaN and gradients 0. Every rank gets
+        the same numbers; a loss that is not finite on one rank is not finite on any.
         """
         for chunk in self.chunks:
             chunk.train()
-            chunk.zero_grad_buffer()
-        tokens = self._begin(microbatches, exit_weights(self.config, step))
+            clear_gradients(chunk)
+        self._begin(microbatches, exit_weights(self.config, step), self._scaling.losses)
         self._train.step()
+        for chunk, stage in zip(self.chunks, self.stages, strict=True):
+            if (factor := self._scaling.gradients[stage.index]) != 1:
+                chunk.scale_gradients(factor)
         self._sum_gradients(self.chunks)
-        return _means(self._loss_sums(), tokens)
+        return _means(self._loss_sums())
 
     def evaluate(self, steps: Iterable[Sequence[Microbatch]]) -> dict[int, float]:
         """Return every exit's mean loss in nats over the valid tokens of some global batches.
 
         NaN if there is no valid token. Every rank gets the same numbers.
         """
-        totals = dict.fromkeys(self.boundaries, 0.0)
-        tokens = 0.0
+        totals = dict.fromkeys(self.boundaries, (0.0, 0.0))
         for chunk in self.chunks:
             chunk.eval()
         for microbatches in steps:
-            tokens += self._begin(microbatches, dict.fromkeys(self.boundaries, 1.0))
+            self._begin(microbatches, dict.fromkeys(self.boundaries, 1.0))
             self._evaluate.step()
-            for boundary, total in self._loss_sums().items():
-                totals[boundary] += total
-        return _means(totals, tokens)
+            for boundary, (loss, tokens) in self._loss_sums().items():
+                totals[boundary] = (totals[boundary][0] + loss, totals[boundary][1] + tokens)
+        return _means(totals)
 
-    def _begin(self, microbatches: Sequence[Microbatch], weights: dict[int, float]) -> float:
-        """Hand the data to the stages and return the number of valid tokens over all ranks."""
+    def _begin(
+        self,
+        microbatches: Sequence[Microbatch],
+        weights: dict[int, float],
+        scaling: Sequence[Sequence[float]] | None = None,
+    ) -> None:
+        """Hand the data to the stages, losses normalised by the valid tokens of all ranks."""
         here = [Microbatch(*(x.to(platform.device()) for x in batch)) for batch in microbatches]
         count = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in here]).sum()
         dist.all_reduce(count, group=self.grid.data_group)
-        tokens = count.item()
-        factors = {boundary: weight / max(tokens, 1.0) for boundary, weight in weights.items()}
-        for stage in self._on_data.values():
-            stage.begin(here, factors)
-        return tokens
+        tokens = max(count.item(), 1.0)
+        factors = {boundary: weight / tokens for boundary, weight in weights.items()}
+        for index, stage in self._on_data.items():
+            stage.begin(here, factors, None if scaling is None else scaling[index])
 
-    def _loss_sums(self) -> dict[int, float]:
-        """Return the loss sum of every exit over microbatches and data ranks, on all ranks."""
-        sums = torch.zeros(len(self.boundaries), dtype=torch.float64, device=platform.device())
+    def _loss_sums(self) -> dict[int, list[float]]:
+        """Return by exit its loss sum and valid tokens, over microbatches and data ranks."""
+        shape = (len(self.boundaries), 2)
+        sums = torch.zeros(shape, dtype=torch.float64, device=platform.device())
         if self.grid.tensor_rank == 0:  # its peers have the same sums
             for stage in self._on_data.values():
                 for boundary, total in stage.sums.items():
@@ -211,5 +243,8 @@ class ParallelModel:
         return dict(zip(self.boundaries, sums.tolist(), strict=True))
 
 
-def _means(sums: Mapping[int, float], tokens: float) -> dict[int, float]:
-    return {boundary: total / tokens if tokens else math.nan for boundary, total in sums.items()}
+def _means(sums: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    return {
+        boundary: total / tokens if tokens else math.nan
+        for boundary, (total, tokens) in sums.items()
+    }

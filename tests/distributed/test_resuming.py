@@ -1,5 +1,6 @@
 """Stopping and going on, as if nothing had happened, under this layout or another."""
 
+import json
 import os
 import signal
 
@@ -24,6 +25,22 @@ from tests.distributed.runs import (
 SIGTERM_STATUS = f"TrainingInterrupted: {128 + signal.SIGTERM}"
 
 
+# The smallest pipeline with room for a filling microbatch in each part.
+FILLED = layout(1, 3) | {
+    "parallel.layer_split": (1, 1, 2),
+    "parallel.fill_warmup": 1,
+    "parallel.fill_cooldown": 1,
+}
+
+
+# Sizes at which megatron-core would pad the buffers of gradients between a tied weight and others.
+ONE_TIED_EXIT = {
+    "exits.boundaries": (1,),
+    "exits.weights": (0.5,),
+    "training.dtype": "bfloat16",
+}
+
+
 def _stop_at(step, rank, number=signal.SIGTERM):
     def fault(model, here):
         if here == step and model.grid.rank == rank:
@@ -39,8 +56,21 @@ def _stop_at(step, rank, number=signal.SIGTERM):
         (2, layout(1, 2)),
         (4, layout(2, 1) | {"training.dtype": "bfloat16"}),
         (4, layout(2, 2, sequence=True)),
+        (4, layout(1, 2) | {"parallel.virtual": 2}),
+        (2, layout(1, 2) | {"parallel.schedule": "zero-bubble", "training.dtype": "bfloat16"}),
+        (3, FILLED),
+        (4, layout(1, 2) | ONE_TIED_EXIT),
     ],
-    ids=["single", "pp2", "tp2-dp2-bf16", "tp2-pp2-sp"],
+    ids=[
+        "single",
+        "pp2",
+        "tp2-dp2-bf16",
+        "tp2-pp2-sp",
+        "vp2-pp2-dp2",
+        "zb-bf16",
+        "filled",
+        "pp2-dp2-bf16",
+    ],
 )
 def test_going_on_is_as_not_having_stopped(tmp_path, corpus, world_size, options):
     """20 steps equal 10, a signal on one rank, and 10 more: bit for bit, with dropout."""
@@ -88,8 +118,15 @@ def four_ranks(tmp_path_factory, corpus):
 
 @pytest.mark.parametrize(
     ("world_size", "options"),
-    [(1, {}), (2, layout(1, 2)), (2, layout(1, 1)), (4, layout(2, 1, sequence=True))],
-    ids=["single", "pp2", "dp2", "tp2-dp2-sp"],
+    [
+        (1, {}),
+        (2, layout(1, 2)),
+        (2, layout(1, 1)),
+        (4, layout(2, 1, sequence=True)),
+        (2, layout(1, 2) | {"parallel.virtual": 2}),
+        (2, layout(1, 2) | {"parallel.schedule": "zero-bubble"}),
+    ],
+    ids=["single", "pp2", "dp2", "tp2-dp2-sp", "vp2-pp2", "zb-pp2"],
 )
 def test_going_on_under_another_layout(tmp_path, corpus, four_ranks, world_size, options):
     """Parameters, moments, step counts and the data's position, saved under TP2 x PP2."""
@@ -123,6 +160,30 @@ def test_every_sample_is_read_once(tmp_path, corpus):
     assert first + second == straight
     rows = [tuple(row[0]) for step in straight for row in step]
     assert len(set(rows)) == 16
+
+
+def _read(config):
+    """The samples' positions in the data that one rank's training reads, by step and microbatch."""
+    seen = []
+
+    def record(model, step):
+        stage = next(iter(model._on_data.values()))
+        seen.append([tuple(batch.tokens[0].tolist()) for batch in stage.microbatches])
+
+    train_here(config, record)
+    return seen
+
+
+def test_what_fills_bubbles_is_read_in_order_and_once(tmp_path, corpus):
+    """6 of 4 + 2 a step: the same samples as a run without filling reads in more steps."""
+    plain = {"training.steps": 6, "training.global_batch_size": 4}
+    [expected] = run_ranks(1, _read, make_config(tmp_path / "plain", corpus, **plain))
+    config = make_config(tmp_path / "filled", corpus, **FILLED | {"training.steps": 4})
+    for found in run_ranks(3, _read, config):
+        assert [len(step) for step in found] == [6] * 4
+        assert [row for step in found for row in step] == [row for step in expected for row in step]
+    state = directory.find_latest(tmp_path / "filled") / "state.json"
+    assert json.loads(state.read_text())["consumed_samples"] == 24
 
 
 def test_the_last_checkpoints_are_kept(tmp_path, corpus):

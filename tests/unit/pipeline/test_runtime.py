@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ee_llm.pipeline import Action, Plan, PlanError, Visit, lower, one_f_one_b
@@ -44,7 +44,6 @@ def gradients(stages):
 words = st.text("imo", max_size=3)
 
 
-@settings(deadline=None)
 @given(st.lists(words, min_size=1, max_size=4), st.booleans(), st.data())
 def test_gradients_equal_one_autograd_call(exits, deferred, data):
     """Over exits anywhere (several on one tensor, or none), frozen layers and short visits."""

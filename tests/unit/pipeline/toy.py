@@ -132,6 +132,8 @@ def reference(shape: Shape, plan: Plan) -> dict[str, Tensor | None]:
         for stage in stages[: visit.depth]:
             with torch.set_grad_enabled(stage.stage >= visit.first_backward):
                 hidden, taps = stage.forward(microbatch, hidden)
+                if stage.stage < visit.first_backward < visit.depth:
+                    continue  # its exits would neither train nor be reported
                 losses += [stage.exit_loss(microbatch, i, tap) for i, tap in enumerate(taps)]
     total = sum(losses, torch.zeros((), dtype=torch.float64))
     if total.requires_grad:

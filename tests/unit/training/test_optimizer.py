@@ -9,6 +9,7 @@ from ee_llm import platform
 from ee_llm.config import OptimizerConfig
 from ee_llm.training.optimizer import (
     build_optimizer,
+    clear_gradients,
     set_learning_rate,
     take_step,
     use_distributed_optimizer,
@@ -178,3 +179,32 @@ def _dividing():
 def test_gradients_may_not_be_divided_by_the_data_parallel_size():
     with pytest.raises(AssertionError, match="calculate_per_token_loss must be True"):
         run_ranks(1, _dividing)
+
+
+def _gradients_after_zero_grad(dtype):
+    platform.initialize(timeout_s=20)
+    transformer = TransformerConfig(
+        num_layers=2,
+        hidden_size=4,
+        num_attention_heads=1,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        calculate_per_token_loss=True,
+    )
+    module = Two(transformer, dtype)
+    [chunk] = wrap_stages([module], transformer, data_size=1, dtype=dtype)
+    optimizer = build_optimizer([chunk], OPTIONS, data_size=1, dtype=dtype)
+    for _ in range(2):
+        optimizer.zero_grad()  # lets go of `grad`
+        clear_gradients(chunk)
+        for _ in range(2):
+            (3 * module.weight.sum()).backward()
+        assert torch.equal(module.weight.main_grad, torch.full((2, 3), 6.0).to(dtype).float())
+        assert not module.bias.main_grad.any()
+        take_step(optimizer, clip_grad=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_reach_their_buffer_once(dtype):
+    """By autograd itself or by DDP's hooks, in every step, whatever became of `grad`."""
+    run_ranks(1, _gradients_after_zero_grad, dtype)
