@@ -39,7 +39,7 @@ def launch(num_processes: int, arguments: list[str]) -> None:
     except ChildFailedError as failures:
         rank, failure = failures.get_first_failure()
         if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
+            name = _signal_name(-failure.exitcode)
             hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
             complain(f"rank {rank} was ended by {name}{hint}")
             sys.exit(128 - failure.exitcode)
@@ -51,6 +51,13 @@ def launch(num_processes: int, arguments: list[str]) -> None:
     except SignalException as stopped:
         complain(f"stopped by {stopped.sigval.name}")
         sys.exit(128 + stopped.sigval)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have none
+        return f"signal {number}"
 
 
 def report(message: str) -> None:

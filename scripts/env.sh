@@ -5,7 +5,8 @@
 #
 # Variables a user may set:
 #   EE_LLM_SYSTEM=1       install into the active environment, as inside a CUDA container that brings
-#                         its own torch, which is kept. Default: .venv, made if there is none.
+#                         its own torch; the packages it has are kept. Default: .venv, made if
+#                         there is none.
 #   EE_LLM_TORCH_INDEX    one more package index to find torch in. On Linux PyPI's torch brings CUDA
 #                         libraries of several GB; without a GPU
 #                         EE_LLM_TORCH_INDEX=https://download.pytorch.org/whl/cpu spares them.
@@ -75,13 +76,11 @@ PYTHON_CODE
 }
 
 ee_llm_install() {
-    local target="." constraints="constraints.txt" torch_version temporary=""
+    local target="." constraints="constraints.txt" temporary=""
     [[ $# -gt 0 ]] && target=".[$(IFS=,; echo "$*")]"
-    if [[ "${EE_LLM_SYSTEM:-0}" == 1 ]] &&
-        torch_version="$("$PYTHON" -c 'import torch; print(torch.__version__)' 2>/dev/null)"; then
-        # Torch stays as it is, built for this machine; all else is pinned as in .venv.
+    if [[ "${EE_LLM_SYSTEM:-0}" == 1 ]]; then
         temporary="$(mktemp)"
-        { grep -v '^torch==' constraints.txt; echo "torch==$torch_version"; } >"$temporary"
+        ee_llm_kept_constraints >"$temporary" || ee_llm_fail "can not tell what $PYTHON has"
         constraints="$temporary"
     fi
     echo "ee-llm: installing $target into $("$PYTHON" -c 'import sys; print(sys.prefix)')"
@@ -100,6 +99,20 @@ ee_llm_install() {
     [[ $status == 0 ]] || cat "$log" >&2
     rm -f "$log" ${temporary:+"$temporary"}
     [[ $status == 0 ]] || ee_llm_fail "installation failed; the lines above say why"
+}
+
+# constraints.txt, but with the version that is there of every package that is: it may be built for
+# this machine, and others may need it.
+ee_llm_kept_constraints() {
+    "$PYTHON" - constraints.txt <<'PYTHON_CODE'
+import importlib.metadata, pathlib, sys
+for line in pathlib.Path(sys.argv[1]).read_text().splitlines():
+    name, is_pin, _ = line.partition("==")
+    try:
+        print(f"{name}=={importlib.metadata.version(name)}" if is_pin else line)
+    except importlib.metadata.PackageNotFoundError:
+        print(line)
+PYTHON_CODE
 }
 
 # pip's output as one line that changes in a terminal, and as its longer steps elsewhere.

@@ -1,6 +1,7 @@
 """Loads a run from a checkpoint under any layout, after proving that it is whole and fits."""
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from ee_llm import platform
 from ee_llm.checkpoint import directory, safe, sharded, tokenizer
 from ee_llm.checkpoint.agree import together
 from ee_llm.checkpoint.read import CONFIG, TensorReader
+from ee_llm.checkpoint.resume import is_path
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.checkpoint.save import layout
-from ee_llm.checkpoint.state import STATE, TrainState, load_generators
+from ee_llm.checkpoint.state import STATE, TrainState, data_files, load_generators
 from ee_llm.config import Config
 
 platform.enable_megatron()
@@ -75,7 +77,7 @@ def load(
         _place(model, loaded)
         for part in moments:
             part.load(loaded, reader.manifest["optimizer_steps"])
-        if moments and reader.manifest["layout"] == layout():
+        if moments and _saved_layout(reader) == layout(config):
             load_generators(reader.path, dist.get_rank())
 
     together(what, fill)
@@ -94,7 +96,19 @@ def _open(path: str | Path, config: Config, *, goes_on: bool) -> tuple[TensorRea
         compare_data(reader.config(), config, reader.path / CONFIG)
     tokenizer.check(config.data.tokenizer, reader.manifest["tokenizer"], reader.path)
     source = reader.path / STATE
-    return reader, TrainState.from_json(directory.read_json(source), source)
+    state = TrainState.from_json(directory.read_json(source), source)
+    if goes_on:
+        compare_files(state, config, source)
+    else:
+        state.data = []  # a new run's are its own
+    if is_path(config.checkpoint.resume):
+        state.origin = config.checkpoint.resume
+    return reader, state
+
+
+def _saved_layout(reader: TensorReader) -> dict[str, int]:
+    # Older manifests do not state the stages; the configuration beside them does.
+    return {"stages": reader.config().parallel.num_stages, **reader.manifest["layout"]}
 
 
 def _all_tensors(model: sharded.Flat, moments: list[sharded.OptimizerState]) -> sharded.Flat:
@@ -126,8 +140,8 @@ def compare_data(saved: Config, current: Config, source: Path) -> None:
     """Raise CheckpointError unless the same sample comes at every position of the data.
 
     A run that goes on takes the position from the checkpoint, in samples: of another order it
-    would meet some a second time and others never. Batch sizes, the folders of the prefixes and
-    what is not for training are free.
+    would meet some a second time and others never. All shares of the split count: a small one
+    takes a document from the largest. Batch sizes and the folders of the prefixes are free.
     """
 
     def order(config: Config) -> dict[str, Any]:
@@ -136,17 +150,46 @@ def compare_data(saved: Config, current: Config, source: Path) -> None:
             "training.seed": config.training.seed,
             "data.prefixes": tuple(Path(prefix).name for prefix in data.prefixes),
             "data.weights": data.weights,
-            "data.split[0]": data.split[0],
+            "data.split": data.split,
             "data.seq_length": data.seq_length,
         }
 
     old, new = order(saved), order(current)
+    for name in ("data.weights", "data.split"):
+        if _proportions(old[name]) == _proportions(new[name]):
+            del old[name]
     if different := _differences([(name, old[name], new[name]) for name in old]):
         raise CheckpointError(
             f"{source} is of a run that reads its data in another order: {different}; some samples "
-            "would come twice and others never: use the checkpoint's values, or begin a new run "
-            "with another --output"
+            f"would come twice and others never: use the checkpoint's values, {_afresh(current)}"
         )
+
+
+def compare_files(saved: TrainState, current: Config, source: Path) -> None:
+    """Raise CheckpointError if the data's files are not as large as when the run first saved.
+
+    Nothing is compared where the checkpoint does not state it, as older ones do not.
+    """
+    prefixes = current.data.prefixes
+    for prefix, old, new in zip(prefixes, saved.data, data_files(prefixes), strict=False):
+        for suffix, before, now in zip((".bin", ".idx"), old[1:], new[1:], strict=True):
+            if before != now:
+                raise CheckpointError(
+                    f"{source} is of a run on other data: {prefix}{suffix} had {before} bytes and "
+                    f"has {now}; some samples would come twice and others never: use the data of "
+                    f"before, {_afresh(current)}"
+                )
+
+
+def _afresh(config: Config) -> str:
+    # A path would load the position again, whatever the output.
+    without = " and without checkpoint.resume" * is_path(config.checkpoint.resume)
+    return f"or begin a new run with another --output{without}"
+
+
+def _proportions(shares: Sequence[float]) -> list[Fraction]:
+    exact = [Fraction(str(share)) for share in shares]
+    return [share / sum(exact) for share in exact]
 
 
 def _differences(pairs: Sequence[tuple[str, Any, Any]]) -> str:

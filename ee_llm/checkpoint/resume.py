@@ -1,6 +1,5 @@
 """Which checkpoint a run goes on from."""
 
-import contextlib
 from pathlib import Path
 
 from rich.markup import escape
@@ -8,21 +7,38 @@ from rich.markup import escape
 from ee_llm import platform
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import CONFIG
+from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.checkpoint.state import STATE, TrainState
 from ee_llm.config import Config, load_config
+
+
+def is_path(resume: str) -> bool:
+    """Return whether `checkpoint.resume` names a place, and not a habit."""
+    return resume not in ("auto", "never")
 
 
 def resume_path(config: Config) -> Path | None:
     """Return the checkpoint that `checkpoint.resume` means for this run, None to begin afresh.
 
     A run that began at a path and is started again by the same command goes on from the newest
-    that it saved itself since, and says so. Raises CheckpointError if there is no such checkpoint.
+    that it saved itself since, and says so. Raises CheckpointError if there is no such checkpoint,
+    or if the newest of the output can not be read; but one of the output's own that is asked for
+    is then taken, which is the way back.
     """
     resume = config.checkpoint.resume
     if resume == "never":
         return None
     if resume == "auto":
         return directory.find_latest(config.output)
-    own = _saved_since(config.output, resume)
+    try:
+        own = _saved_since(config.output, resume)
+    except (ValueError, OSError) as error:
+        if not Path(resume).resolve().is_relative_to(Path(config.output).resolve()):
+            raise CheckpointError(
+                f"{error}; to begin at {resume} once more, give another --output"
+            ) from error
+        platform.log(escape(f"{error}; taking {resume}, as asked"))
+        own = None
     if own is None:
         return directory.resolve_checkpoint(resume)
     platform.log(escape(f"this run began at {resume} and saved since: taking {own} instead"))
@@ -31,8 +47,12 @@ def resume_path(config: Config) -> Path | None:
 
 def _saved_since(output: str, resume: str) -> Path | None:
     """Return the newest checkpoint in `output` if it is of a run that was told to begin there."""
-    with contextlib.suppress(ValueError, OSError):  # what is damaged does not stand in the way
-        newest = directory.find_latest(output)
-        if newest is not None and load_config(newest / CONFIG).checkpoint.resume == resume:
-            return newest
-    return None
+    newest = directory.find_latest(output)
+    if newest is None:
+        return None
+    directory.read_manifest(newest)
+    origin = load_config(newest / CONFIG).checkpoint.resume
+    if not is_path(origin):  # it went on by itself in between, or never began at a path
+        state = newest / STATE
+        origin = TrainState.from_json(directory.read_json(state), state).origin
+    return newest if origin and Path(origin).resolve() == Path(resume).resolve() else None

@@ -180,13 +180,13 @@ def check_sizes(directory: Path, entries: dict[str, TensorEntry]) -> None:
 
     With that, and an index that `read_metadata` returned, the tensors are no larger than the files.
     """
-    blocks = sorted(
+    places = sorted(
         (chunk.file, chunk.position, chunk.length, name)
         for name, entry in entries.items()
         for chunk in entry.chunks
     )
     last, end, file_size = "", 0, 0
-    for file, position, length, name in blocks:
+    for file, position, length, name in places:
         path = directory / file
         if file != last:
             if not path.is_file():

@@ -14,7 +14,7 @@ from ee_llm.checkpoint import directory, safe, sharded, tokenizer
 from ee_llm.checkpoint.agree import on_first, together
 from ee_llm.checkpoint.read import CONFIG
 from ee_llm.checkpoint.safe import CheckpointError
-from ee_llm.checkpoint.state import STATE, TrainState, save_generators
+from ee_llm.checkpoint.state import STATE, TrainState, data_files, save_generators
 from ee_llm.config import Config
 
 platform.enable_megatron()
@@ -52,7 +52,7 @@ def save(
         on_first(what, lambda: directory.create_partial(checkpoints, state.step))
         steps = _write_tensors(what, partial / directory.TENSORS, stages, optimizer)
         together(what, lambda: save_generators(partial, dist.get_rank()))
-        facts = {"optimizer_steps": steps, "layout": layout(), "ee_llm": __version__}
+        facts = {"optimizer_steps": steps, "layout": layout(config), "ee_llm": __version__}
         on_first(what, lambda: _write_rest(partial, state, config, facts))
         return on_first(what, lambda: directory.publish(partial, config.checkpoint.keep_last))
     except CheckpointError as error:
@@ -63,13 +63,14 @@ def save(
         raise CheckpointError(f"{error}{space}") from error
 
 
-def layout() -> dict[str, int]:
+def layout(config: Config) -> dict[str, int]:
     """Return the sizes of the parallel layout of this run."""
     return {
         "world": dist.get_world_size(),
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         "data": parallel_state.get_data_parallel_world_size(),
+        "stages": config.parallel.num_stages,
     }
 
 
@@ -146,5 +147,6 @@ def _write_rest(partial: Path, state: TrainState, config: Config, facts: dict[st
     mark = tokenizer.fingerprint(config.data.tokenizer)
     tokenizer.store(config.data.tokenizer, partial)
     directory.write_file(partial / CONFIG, config.to_toml())
+    state.data = state.data or data_files(config.data.prefixes)
     directory.write_json(partial / STATE, state.to_json())
     directory.seal(partial, {**facts, "step": state.step, "tokenizer": mark})

@@ -96,8 +96,8 @@ def train(config: Config) -> Path:
             f"here it was: {str(error).splitlines()[0]}"
         ) from error
     finally:
-        lock.release()
         platform.shutdown()
+        lock.release()
 
 
 class _Trainer:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ee_llm import platform
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.lock import OutputLock
 from ee_llm.data.train_tokenizer import train_sentencepiece
@@ -133,6 +134,44 @@ def test_another_order_of_the_data(tmp_path, corpus):
     train_ranks(1, make_config(tmp_path, corpus, **{"training.steps": 1}))
     message = refusal(2, make_config(tmp_path, corpus, **{"training.seed": 5}))
     assert "training.seed is 1234 in the checkpoint and 5 in this run; some samples" in message
+
+
+def test_other_data_of_the_same_name(tmp_path, corpus):
+    prefix = write_corpus(tmp_path / "corpus", num_documents=60)
+    old = (tmp_path / "corpus.bin").stat().st_size
+    first = make_config(tmp_path / "run", prefix, **{"training.steps": 1})
+    train_ranks(1, first)
+    write_corpus(tmp_path / "corpus", num_documents=61)
+    new = (tmp_path / "corpus.bin").stat().st_size
+    message = refusal(2, make_config(tmp_path / "run", prefix))
+    assert f"{prefix}.bin had {old} bytes and has {new}; some samples would" in message
+    assert message.endswith("or begin a new run with another --output")
+
+
+def test_a_run_that_went_on_by_itself_does_not_begin_again(tmp_path, corpus):
+    """From a path, then by "auto", then by the first command once more."""
+    source, output = tmp_path / "source", tmp_path / "run"
+    train_ranks(1, make_config(source, corpus, **{"training.steps": 1}))
+    resume = {"checkpoint.resume": str(source)}
+    for steps, options in ((2, resume), (3, {}), (4, resume)):
+        config = make_config(output, corpus, **options, **{"training.steps": steps})
+        assert train_ranks(1, config) == [str(output / f"checkpoints/step-0000000{steps}")]
+    assert sorted(training_log(output)) == [2, 3, 4]
+
+
+def _end_in_order(config):
+    order = []
+    shutdown, release = platform.shutdown, OutputLock.release
+    platform.shutdown = lambda: (order.append("shutdown"), shutdown())
+    OutputLock.release = lambda lock: (order.append("release"), release(lock))
+    train_here(config)
+    return order
+
+
+def test_the_output_is_let_go_last(tmp_path, corpus):
+    """A next run that may write is not to meet ranks of this one that have not ended."""
+    config = make_config(tmp_path, corpus, **{"training.steps": 1})
+    assert run_ranks(1, _end_in_order, config) == [["shutdown", "release"]]
 
 
 def test_output_of_a_run_that_lives(tmp_path, corpus):

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import ee_llm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,12 +49,21 @@ def test_a_rank_that_told_nothing_is_named_with_its_status() -> None:
     assert re.fullmatch(r"ee-llm: rank [01] ended with status 1; what it said is above", last)
 
 
-def test_a_rank_that_was_killed_is_named_with_its_signal(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (signal.SIGKILL, "SIGKILL; the machine may be out of memory"),
+        (signal.SIGRTMIN + 3, f"signal {signal.SIGRTMIN + 3}"),  # has no name
+    ],
+)
+def test_a_rank_that_was_killed_is_named_with_its_signal(
+    tmp_path: Path, number: int, expected: str
+) -> None:
     """As by a machine that is out of memory."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('RANK') == '1':\n    os.kill(os.getpid(), 9)\n"
+        f"import os\nif os.environ.get('RANK') == '1':\n    os.kill(os.getpid(), {int(number)})\n"
     )
     done = run_ranks("--version", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert done.returncode == 128 + signal.SIGKILL
-    expected = "ee-llm: rank 1 was ended by SIGKILL; the machine may be out of memory"
-    assert done.stderr.splitlines() == [expected]
+    assert done.returncode == 128 + number
+    assert done.stderr.splitlines()[-1] == f"ee-llm: rank 1 was ended by {expected}"
+    assert done.stderr.count("\n") == 1

@@ -30,6 +30,8 @@ def write_checkpoint(output: Path, step: int = 7, tensors=None, publish: bool = 
     torch.save({}, partial / directory.TENSORS / "common.pt")
     config = load_config(None, {"model.shape": "llama-tiny", "output": str(output)})
     directory.write_file(partial / CONFIG, config.to_toml())
+    state = {"step": step, "consumed_samples": 0, "skipped_steps": 0, "extra": {}}
+    directory.write_json(partial / "state.json", state)
     directory.seal(partial, {"step": step, "tokenizer": "bytes"})
     return directory.publish(partial, keep_last=0) if publish else partial
 

@@ -1,6 +1,9 @@
 """Where a run goes on: what was asked for, or what it has saved itself since."""
 
+import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +11,7 @@ from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import CONFIG, CheckpointError
 from ee_llm.checkpoint.resume import resume_path
 from ee_llm.config import Config, load_config
-from tests.unit.checkpoint.checkpoints import write_checkpoint
+from tests.unit.checkpoint.checkpoints import accept_sizes, write_checkpoint
 
 
 def asked(output, resume) -> Config:
@@ -23,6 +26,7 @@ def save(output, step, resume):
     config = load_config(path / CONFIG)
     changed = config.checkpoint.model_copy(update={"resume": str(resume)})
     (path / CONFIG).write_text(config.model_copy(update={"checkpoint": changed}).to_toml())
+    accept_sizes(path)
     return path
 
 
@@ -49,10 +53,43 @@ def test_a_run_that_began_at_a_path_keeps_what_it_saved_since(tmp_path, capfd):
     assert resume_path(asked(output, source)) == newest
 
 
-def test_what_can_not_be_read_does_not_hide_what_is_asked_for(tmp_path):
+def test_a_place_may_be_written_in_several_ways(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "source", 5)
+    newest = save(tmp_path / "run", 6, resume=tmp_path / "source")
+    monkeypatch.chdir(tmp_path)
+    for written in ("source", "source/", "./source", os.path.join(tmp_path, "run", "..", "source")):
+        assert resume_path(asked(tmp_path / "run", written)) == newest, written
+
+
+def test_a_run_that_went_on_by_itself_in_between_began_at_the_same_place(tmp_path):
     source, output = write_checkpoint(tmp_path / "source", 5), tmp_path / "run"
-    newest = save(output, 6, resume=source)
+    newest = save(output, 6, resume="auto")
+    assert resume_path(asked(output, source)) == source  # it never began there
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps(state | {"data": [], "origin": str(source)}))
+    accept_sizes(newest)
+    assert resume_path(asked(output, source)) == newest
+
+
+def _damage(output: Path, how: str) -> None:
+    if how == "latest":
+        (output / directory.CHECKPOINTS / directory.LATEST).write_text("step-00000099\n")
+        return
+    newest = directory.find_latest(output)
+    assert newest is not None
     (newest / CONFIG).write_text("no configuration")
-    assert resume_path(asked(output, source)) == source
-    (output / directory.CHECKPOINTS / directory.LATEST).write_text("step-00000099\n")
-    assert resume_path(asked(output, source)) == source
+    if how == "configuration":
+        accept_sizes(newest)
+
+
+@pytest.mark.parametrize("how", ["latest", "size", "configuration"])
+def test_what_can_not_be_read_is_told(tmp_path, capfd, how):
+    """Beginning at the path again would throw away in silence what the run has done since."""
+    source, output = write_checkpoint(tmp_path / "source", 5), tmp_path / "run"
+    first = save(output, 6, resume=source)
+    save(output, 7, resume=source)
+    _damage(output, how)
+    with pytest.raises(CheckpointError, match=f"to begin at {source} once more, give another"):
+        resume_path(asked(output, source))
+    assert resume_path(asked(output, first)) == first  # the way back
+    assert "as asked" in capfd.readouterr().err.replace("\n", " ")
