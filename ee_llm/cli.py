@@ -167,8 +167,23 @@ def _generate(arguments: list[str]) -> None:
     generate(tyro.cli(GenerateOptions, prog="ee-llm generate", args=arguments))
 
 
+def _plan(arguments: list[str]) -> None:
+    import tyro
+
+    from ee_llm.pipeline.command import show_plan
+    from ee_llm.pipeline.plan_options import PlanOptions
+
+    def measure(config: "Config") -> Any:
+        from ee_llm.training.profile import profile
+
+        return profile(config)
+
+    show_plan(tyro.cli(PlanOptions, prog="ee-llm plan", args=arguments), measure)
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command("train the model that a TOML file describes", _train),
+    "plan": Command("show a pipeline schedule: its time, its memory, a picture of it", _plan),
     "data train-tokenizer": Command("make a SentencePiece vocabulary", _data_train_tokenizer),
     "data prepare": Command("turn texts into the token files that training reads", _data_prepare),
     "data stats": Command("print what prepared data consist of", _data_stats),

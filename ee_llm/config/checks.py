@@ -51,6 +51,8 @@ def _schedule(config: "Config") -> Iterator[str]:
         )
     for name in ("fill_warmup", "fill_cooldown"):
         fills = getattr(parallel, name)
+        if fills != "auto" and fills < 0:
+            yield f"parallel.{name} = {fills} must not be below 0; 0 fills nothing"
         if fills and (parallel.virtual > 1 or parallel.schedule != "1f1b"):
             yield (
                 f"parallel.{name} = {fills} fills the bubbles of plain 1F1B; set it to 0, or "

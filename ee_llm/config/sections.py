@@ -158,6 +158,9 @@ class ExitsConfig(Section):
         return fill(given, [("weights", ones), ("initial_weights", zeros), ("temperatures", ones)])
 
 
+Fills = int | Literal["auto"]
+
+
 class ParallelConfig(Section):
     """How the model is spread over processes; what is left over is data parallel."""
 
@@ -176,20 +179,21 @@ class ParallelConfig(Section):
     sequence: bool = option(
         False, "Whether norms and dropout are split along the sequence over the tensor ranks."
     )
-    fill_warmup: int = option(
+    fill_warmup: Fills = option(
         0,
         "Further microbatches in each step that fill the wait for the first gradient: they run on "
-        "the first stages alone, whose exits they train.",
-        ge=0,
+        "the first stages alone, whose exits they train. auto: as many as cost no time.",
     )
-    fill_cooldown: int = option(
+    fill_cooldown: Fills = option(
         0,
         "Further microbatches in each step that fill the drain of the pipeline: they go back "
-        "through the last stages alone.",
-        ge=0,
+        "through the last stages alone. auto: as many as cost no time.",
     )
     forward_over_backward: float = option(
-        0.5, "Forward time of a stage over its backward time, by which bubbles are filled.", gt=0
+        0.5,
+        "Forward time of a stage over its backward time, which decides how many fit; `ee-llm plan "
+        "--profile` measures it.",
+        gt=0,
     )
     layer_split: Integers = option(
         (),
@@ -203,11 +207,6 @@ class ParallelConfig(Section):
     def num_stages(self) -> int:
         """Pipeline stages over all processes."""
         return self.pipeline * self.virtual
-
-    @property
-    def num_fills(self) -> int:
-        """Microbatches in one step that fill bubbles, of one data-parallel rank."""
-        return self.fill_warmup + self.fill_cooldown
 
     def data_size(self, world_size: int) -> int:
         """The data-parallel size for `world_size` processes; raises `ConfigError`."""
@@ -322,6 +321,12 @@ class LoggingConfig(Section):
     """What is reported where; the console and log.jsonl always are."""
 
     interval: int = option(10, "Steps between reports.", gt=0)
+    trace_steps: Integers = option(
+        (),
+        "Steps (from 1) whose pipeline actions are written with their times to "
+        "output/trace-STEP.json, to be seen with chrome://tracing or Perfetto.",
+        shown="none",
+    )
     tensorboard: bool = option(False, "Whether to write TensorBoard events below output.")
     wandb_project: str | None = option(None, "Weights & Biases project to report to.", shown="none")
     wandb_mode: Literal["online", "offline", "disabled"] = option(

@@ -4,7 +4,7 @@ Indices: stages and ranks 0 .. P-1; filling microbatches of one part i = 1 .. K.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ee_llm.pipeline.plan import Action, Op, Plan, Visit, one_f_one_b
 
@@ -19,33 +19,38 @@ def most_fills(num_stages: int, forward_over_backward: float) -> int:
 
 
 def warmup_visits(
-    num_stages: int, num_fills: int, forward_over_backward: float, exit_stages: Sequence[int]
+    num_stages: int, num_fills: int, forward_over_backward: float, exit_stages: Collection[int]
 ) -> tuple[Visit, ...]:
     """Return what the microbatches see that fill the wait for the first gradient.
 
     The i-th runs forward on the first K+1-i stages, not beyond the last stage of `exit_stages`
     (those that have a loss of an early exit), and backward on all of them.
 
-    Raises ValueError for more fills than are useful: more than K, or than reach a stage with an
-    exit.
+    Raises ValueError for more fills than fit, or than meet an exit.
     """
     limit = most_fills(num_stages, forward_over_backward)
     _check_fills("warm-up", num_fills, limit, num_stages, forward_over_backward)
-    visits = []
-    for number in range(1, num_fills + 1):
-        reached = [stage for stage in exit_stages if stage < num_fills + 1 - number]
-        if not reached:
-            first = min(exit_stages, default=None)
-            where = "there is none" if first is None else f"the first lies on stage {first}"
-            useful = 0 if first is None else max(0, num_fills - first)
-            raise ValueError(
-                f"warm-up filling: microbatch {number} of {num_fills} runs on the first "
-                f"{num_fills + 1 - number} stages and meets no exit there ({where}); "
-                f"at most {useful} of {num_fills} would learn anything: place an exit earlier or "
-                "fill the cool-down"
-            )
-        visits.append(Visit(depth=max(reached) + 1, first_backward=0))
-    return tuple(visits)
+    useful = most_useful_warmup_fills(num_stages, forward_over_backward, exit_stages)
+    if num_fills > useful:
+        first = f"the first lies on stage {min(exit_stages)}" if exit_stages else "there is none"
+        raise ValueError(
+            f"warm-up filling: {num_fills} microbatches asked for; the last of them runs on the "
+            f"first {limit + 1 - num_fills} of {num_stages} stages (from stage 0), where it meets "
+            f"no exit: {first}; at most {useful} would learn anything"
+        )
+    return tuple(
+        Visit(max(stage for stage in exit_stages if stage <= limit - number) + 1, 0)
+        for number in range(1, num_fills + 1)
+    )
+
+
+def most_useful_warmup_fills(
+    num_stages: int, forward_over_backward: float, exit_stages: Collection[int]
+) -> int:
+    """Return how many microbatches fit into the warm-up's bubble and meet an early exit there."""
+    if not exit_stages:
+        return 0
+    return max(0, most_fills(num_stages, forward_over_backward) - min(exit_stages))
 
 
 def cooldown_visits(

@@ -5,6 +5,7 @@ backward differentiates its own losses plus <g, x>, g being the gradient receive
 (EE-LLM, arXiv 2312.04916, Prop. 3.1; derived in docs/pipeline.md).
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ee_llm.pipeline.lower import LoweredPlan, counterpart
 from ee_llm.pipeline.plan import Action, Op, PlanError, step_grid
+from ee_llm.pipeline.simulate import Span
+from ee_llm.platform import synchronize
 from ee_llm.platform.transport import Channel, Transport
 
 
@@ -66,6 +69,18 @@ class _Visit:
     losses: tuple[Tensor, ...]  # of exits already computed
 
 
+class _Clock:
+    """Seconds since it was made, the device's work included."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.began = 0.0
+
+    def now(self) -> float:
+        synchronize()
+        return time.perf_counter() - self._start
+
+
 class Runtime:
     """Carries out one rank's part of a plan, over and over."""
 
@@ -101,6 +116,7 @@ class Runtime:
         self._outputs: dict[Key, Tensor] = {}
         self._gradients: dict[Key, Tensor] = {}
         self._weights: dict[Key, Callable[[], None]] = {}
+        self._clock: _Clock | None = None
         self._handlers = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
@@ -111,17 +127,24 @@ class Runtime:
             Op.RECV_BACKWARD: self._post_receive,
         }
 
-    def step(self) -> None:
+    def step(self, spans: list[Span] | None = None) -> None:
         """Run the whole plan once; gradients are added to the parameters' `.grad`.
+
+        To `spans`, if given, are added the actions that compute and their times in seconds, from
+        this call on; an action begins when what it waits for is there. The device is then waited
+        for around each action.
 
         Raises PipelineError, which shows the place in the plan. The transport cannot be used
         after that: messages of the failed step may still be under way.
         """
         actions = self._plan.ranks[self._rank]
         step = 0
+        self._clock = None if spans is None else _Clock()
         try:
             for step, action in enumerate(actions):  # noqa: B007 (the place of a failure)
                 self._handlers[action.op](action)
+                if spans is not None and self._clock is not None and action.op.computes:
+                    spans.append(Span(action, self._clock.began, self._clock.now()))
             step = len(actions)
             if self._transport is not None:
                 self._transport.flush()
@@ -139,6 +162,7 @@ class Runtime:
         stage, key = self._stages[action.stage], (action.stage, action.microbatch)
         trains = self._plan.has_backward(action)
         hidden = self._result(action, self._outputs)
+        self._begins()
         if hidden is not None and self._returns_gradient(action):
             hidden.requires_grad_()
         with torch.set_grad_enabled(trains):
@@ -162,9 +186,13 @@ class Runtime:
     def _backward(self, action: Action) -> None:
         key = (action.stage, action.microbatch)
         visit = self._visits.pop(key)
+        self._begins()
+        has_exits = bool(visit.taps)
         # The exits come before the received gradient is waited for: they do not need it.
         roots, gradients = self._exit_roots(action, visit)
         received = self._result(action, self._gradients)
+        if not has_exits:
+            self._begins()
         if received is not None and visit.output is not None:
             roots.append(visit.output)
             gradients.append(received)
@@ -188,6 +216,7 @@ class Runtime:
         self._weights[action.stage, action.microbatch] = add_weights
 
     def _weight(self, action: Action) -> None:
+        self._begins()
         self._weights.pop((action.stage, action.microbatch))()
 
     def _exit_roots(self, action: Action, visit: _Visit) -> tuple[list[GradientEdge], list[Tensor]]:
@@ -215,6 +244,10 @@ class Runtime:
         if loss.requires_grad:
             loss.backward()
         return leaf.grad
+
+    def _begins(self) -> None:
+        if self._clock is not None:
+            self._clock.began = self._clock.now()
 
     def _returns_gradient(self, action: Action) -> bool:
         # Whether the stage before wants the gradient of this stage's input.

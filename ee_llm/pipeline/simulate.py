@@ -158,7 +158,7 @@ def grid(source: Plan | Timeline, slot: float | None = None) -> str:
 
     A plan is shown at nominal costs (backward = 2 forwards). The slot is the shortest action
     unless given; dashes show how long actions last, to a fraction of a column, dots idle time. An
-    action shorter than the slot takes a whole column, and hides what is below.
+    action shorter than the slot has its name whole, and may hide what comes before.
     """
     line = timeline(source) if isinstance(source, Plan) else source
     spans = [span for rank in line.ranks for span in rank]
@@ -170,9 +170,10 @@ def grid(source: Plan | Timeline, slot: float | None = None) -> str:
     for rank, actions in enumerate(line.ranks):
         row = list(".".ljust(width) * (total // width))
         for span in actions:
-            begin = min(round(width * span.start / slot), total - width)
-            end = max(round(width * span.end / slot), begin + width) - 1
-            row[begin:end] = str(span.action).ljust(end - begin, "-")
+            text = str(span.action)
+            begin = min(math.floor(width * span.start / slot + 0.5), total - width)
+            end = max(math.floor(width * span.end / slot + 0.5) - 1, begin + len(text))
+            row[begin:end] = text.ljust(end - begin, "-")
             row[end : end + 1] = " "
             if begin and row[begin - 1] == ".":
                 row[begin - 1] = " "

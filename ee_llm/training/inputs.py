@@ -6,6 +6,7 @@ from ee_llm.data.batches import BatchShape, EvaluationBatches, TrainingBatches
 from ee_llm.data.dataset import Blend, Part, RowOptions, open_blend
 from ee_llm.data.prepare import check_tokenizer
 from ee_llm.data.tokenizer import load_tokenizer
+from ee_llm.pipeline.chosen import chosen_fills
 
 
 def open_data(
@@ -31,7 +32,7 @@ def open_data(
         reset_positions=config.data.reset_positions,
     )
     micro_batch_size = config.training.micro_batch_size
-    fills = config.parallel.num_fills * micro_batch_size * grid.data_size
+    filling = sum(chosen_fills(config)) * micro_batch_size * grid.data_size
 
     def shape(global_batch_size: int) -> BatchShape:
         return BatchShape(micro_batch_size, global_batch_size, grid.data_rank, grid.data_size)
@@ -48,7 +49,7 @@ def open_data(
         )
 
     # What fills bubbles are further samples of the same order: none is replaced or left out.
-    training = TrainingBatches(blend("train"), shape(config.training.global_batch_size + fills))
+    training = TrainingBatches(blend("train"), shape(config.training.global_batch_size + filling))
     if config.training.eval_interval == 0 or config.data.split[1] == 0:
         return training, None
     validation = shape(config.training.global_batch_size)

@@ -11,18 +11,17 @@ import torch
 import torch.distributed as dist
 
 from ee_llm import platform
-from ee_llm.config import Config, exit_stage
+from ee_llm.config import Config
 from ee_llm.data import Microbatch
 from ee_llm.losses import scheduled_weight
 from ee_llm.model.gradients import GradientSums
 from ee_llm.model.stage import Stage, stages_of_exits
-from ee_llm.pipeline.filled import cooldown_visits, filled_1f1b, warmup_visits
-from ee_llm.pipeline.interleaved import interleaved
+from ee_llm.pipeline.chosen import chosen_plan
 from ee_llm.pipeline.lower import lower
 from ee_llm.pipeline.plan import Plan, forward_only
 from ee_llm.pipeline.runtime import Runtime, TensorSpec
 from ee_llm.pipeline.scaling import unbiased_scaling
-from ee_llm.pipeline.zero_bubble import zero_bubble_h1
+from ee_llm.pipeline.simulate import Span
 from ee_llm.platform.transport import connect
 from ee_llm.training.optimizer import clear_gradients, wrap_stages
 
@@ -42,26 +41,6 @@ def exit_weights(config: Config, step: int) -> dict[int, float]:
         )
     }
     return weights | {config.model.num_layers: 1.0}
-
-
-def training_plan(config: Config, num_microbatches: int) -> Plan:
-    """Return the schedule that the configuration asks for, of `num_microbatches` and its fills.
-
-    Raises ValueError where bubbles cannot be filled so.
-    """
-    parallel = config.parallel
-    if parallel.schedule == "zero-bubble":
-        return zero_bubble_h1(parallel.pipeline, num_microbatches)
-    if parallel.virtual > 1:
-        return interleaved(parallel.pipeline, parallel.virtual, num_microbatches)
-    exit_stages = [exit_stage(config, boundary) for boundary in config.exits.boundaries]
-    size, ratio = parallel.pipeline, parallel.forward_over_backward
-    return filled_1f1b(
-        size,
-        num_microbatches,
-        warmup_visits(size, parallel.fill_warmup, ratio, exit_stages),
-        cooldown_visits(size, parallel.fill_cooldown, ratio),
-    )
 
 
 class StageOnData:
@@ -165,7 +144,7 @@ class ParallelModel:
                 deferred=config.exits.deferred,
             )
 
-        plan = training_plan(config, self.num_microbatches)
+        plan = chosen_plan(config, self.num_microbatches)
         self._train = runtime(plan)
         self._scaling = unbiased_scaling(plan)
         self._evaluate = runtime(
@@ -181,20 +160,25 @@ class ParallelModel:
         shape = (length, config.training.micro_batch_size, config.model.hidden_size)
         return TensorSpec(shape, self.dtype, platform.device())
 
-    def forward_backward(self, microbatches: Sequence[Microbatch], step: int) -> dict[int, float]:
+    def forward_backward(
+        self, microbatches: Sequence[Microbatch], step: int, spans: list[Span] | None = None
+    ) -> dict[int, float]:
         """Compute the gradients of one step (from 0) and return every exit's mean loss in nats.
 
         Takes this data-parallel rank's microbatches, those that fill bubbles last. An exit's loss
         is over the valid tokens it saw on all ranks, gradients are those of the mean over the
         step's, in `main_grad`, whole on return (where the optimizer is distributed, in this data
         rank's share of them); without a valid token losses are NaN and gradients 0. Every rank gets
-        the same numbers; a loss that is not finite on one rank is not finite on any.
+        the same numbers; a loss that is not finite on one rank is not finite on any. `spans`
+        gathers the times of this rank's actions (`Runtime.step`).
         """
         for chunk in self.chunks:
             chunk.train()
             clear_gradients(chunk)
         self._begin(microbatches, exit_weights(self.config, step), self._scaling.losses)
-        self._train.step()
+        if spans is not None:
+            dist.barrier()  # clocks start together
+        self._train.step(spans)
         for chunk, stage in zip(self.chunks, self.stages, strict=True):
             if (factor := self._scaling.gradients[stage.index]) != 1:
                 chunk.scale_gradients(factor)

@@ -42,6 +42,7 @@ from ee_llm.training.together import (
     is_lost_contact,
     largest,
 )
+from ee_llm.training.tracing import traced_step
 
 SKIPPED = "skipped iterations"
 Result = TypeVar("Result")
@@ -183,7 +184,7 @@ class _Trainer:
         Without a valid token the loss is NaN: not even the weights' decay is applied.
         """
         config, state = self.config, self.state
-        losses = self.model.forward_backward(batches, state.step)
+        losses = self.losses_of(batches)
         state.step += 1
         state.consumed_samples = self.train_data.consumed_samples
         rate = learning_rate(state.step, config.optimizer, config.training.steps)
@@ -206,6 +207,16 @@ class _Trainer:
             self.log.report(state.step, metrics | so_far)
         if self.bad_steps >= config.training.max_bad_steps:
             self.stop(metrics)
+
+    def losses_of(self, batches: Sequence[Microbatch]) -> dict[int, float]:
+        """Compute the gradients of the step at hand, written down if it is to be traced."""
+        step, config = self.state.step, self.config
+        if step + 1 not in config.logging.trace_steps:
+            return self.model.forward_backward(batches, step)
+        path = Path(config.output) / f"trace-{step + 1:08}.json"
+        losses = traced_step(self.model, batches, step, path)
+        platform.log(f"step {step + 1} is traced in {escape(str(path))}")
+        return losses
 
     def stop(self, metrics: dict[str, float]) -> None:
         self.save()

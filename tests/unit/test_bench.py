@@ -12,11 +12,12 @@ import torch
 
 from ee_llm.config import ConfigError
 from ee_llm.pipeline import ExitCost
+from ee_llm.pipeline.costs import LayerCost, Pieces
+from ee_llm.training.profile import median_pieces
 from tools.bench import report, train_overhead, train_throughput
 from tools.bench.live_bytes import LiveBytes
 from tools.bench.overhead_runs import FOUR_STAGES, Sizes, make_config
 from tools.bench.ranks import run_ranks
-from tools.bench.stage_costs import Pieces, median_pieces
 from tools.bench.train_overhead import best_split, makespan
 from tools.bench.train_throughput import Options, flops_per_token
 from tools.bench.train_throughput import make_config as make_throughput_config
@@ -118,7 +119,7 @@ def test_ratios_are_of_medians_with_the_quartiles_of_rounds():
 def pieces() -> Pieces:
     """One layer takes 1 + 2, a head, the final one or not, 1 + 1.5."""
     head = ExitCost(1.0, 1.5)
-    return Pieces(ExitCost(1.0, 2.0), ExitCost(0.0, 0.0), head, head)
+    return Pieces(LayerCost(1.0, 2.0), ExitCost(0.0, 0.0), head, head)
 
 
 def test_exits_behind_the_final_one_cost_no_time(pieces):
@@ -137,18 +138,24 @@ def test_an_uneven_split_makes_room_for_a_dear_final_exit(pieces):
 
 
 def test_pieces_make_the_stages_of_a_configuration():
-    pieces = Pieces(ExitCost(1, 2), ExitCost(0.5, 0.25), ExitCost(3, 4), ExitCost(5, 6), hop=0.1)
+    pieces = Pieces(
+        LayerCost(1, 2, 0.5), ExitCost(0.5, 0.25), ExitCost(3, 4), ExitCost(5, 6), communication=0.1
+    )
     stages = pieces.costs(make_config(SIZES, BOTH, 4)).stages
     assert [stage.forward for stage in stages] == [2.5, 2, 2, 2]
     assert [stage.backward for stage in stages] == [4.25, 4, 4, 4]
+    assert [stage.weight for stage in stages] == [1, 1, 1, 1]
     assert [stage.exits for stage in stages] == [(), ((3, 4),), ((3, 4),), ((5, 6),)]
     post = pieces.costs(make_config(SIZES, DEFERRED, 4)).stages
     assert [stage.exits for stage in post] == [((3, 4),), ((3, 4),), (), ((5, 6),)]
 
 
 def test_median_pieces_are_medians_of_each_cost():
-    rounds = [Pieces(*(ExitCost(n, -n) for _ in range(4)), hop=n) for n in (1.0, 5.0, 2.0)]
-    assert median_pieces(rounds) == Pieces(*(ExitCost(2.0, -2.0) for _ in range(4)), hop=2.0)
+    def pieces(n: float) -> Pieces:
+        heads = (ExitCost(n, -n) for _ in range(3))
+        return Pieces(LayerCost(n, -n, 2 * n), *heads, communication=n)
+
+    assert median_pieces([pieces(n) for n in (1.0, 5.0, 2.0)]) == pieces(2.0)
 
 
 def test_flops_of_a_token_are_six_for_each_weight_of_a_product():

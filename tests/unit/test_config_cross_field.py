@@ -46,6 +46,15 @@ CROSS_FIELD = {
         "parallel.virtual = 2 does not go with parallel.schedule = zero-bubble; set the first to "
         "1 or the second to 1f1b",
     ),
+    "filling what is not plain 1F1B": (
+        {"parallel.pipeline": 2, "parallel.virtual": 2, "parallel.fill_cooldown": "auto"},
+        "parallel.fill_cooldown = auto fills the bubbles of plain 1F1B; set it to 0, or "
+        "parallel.virtual to 1",
+    ),
+    "a negative number of fills": (
+        {"parallel.fill_warmup": -1},
+        "parallel.fill_warmup = -1 must not be below 0; 0 fills nothing",
+    ),
     "heads over tensor": (
         {"parallel.tensor": 4},
         "model.num_heads = 6 is not divisible by parallel.tensor = 4; set parallel.tensor to a "

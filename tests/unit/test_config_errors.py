@@ -30,8 +30,8 @@ def test_unknown_names_get_the_nearest_valid_one(name: str, mend: str) -> None:
 
 def test_an_unknown_name_like_no_other_gets_the_names_there_are() -> None:
     assert message({"logging.xyzzy": 1}) == (
-        "logging.xyzzy: no such option; logging has interval, tensorboard, wandb_mode, "
-        "wandb_project"
+        "logging.xyzzy: no such option; logging has interval, tensorboard, trace_steps, "
+        "wandb_mode, wandb_project"
     )
     assert "ee-llm train --help" in message({"xyzzy": 1})
 

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from ee_llm import platform
 from ee_llm.config import Config, load_config
-from ee_llm.data import Microbatch
 from ee_llm.training.optimizer import build_optimizer, take_step
 from ee_llm.training.parallel import ParallelModel, StageOnData
+from ee_llm.training.profile import random_batch
 from tools.bench.live_bytes import LiveBytes
 
 TIMEOUT_S = 300.0
@@ -97,16 +97,6 @@ def make_config(
             "training.dtype": "float32",
         },
     )
-
-
-def random_batch(config: Config) -> Microbatch:
-    """Return a microbatch of random tokens, all of them valid; each field is [b, s]."""
-    rows, length = config.training.micro_batch_size, config.data.seq_length
-    tokens = torch.randint(
-        config.model.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(1)
-    )
-    positions = torch.arange(length).repeat(rows, 1)
-    return Microbatch(tokens[:, :-1], tokens[:, 1:], torch.ones(rows, length), positions)
 
 
 class Run:

@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core per rank
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ee_llm.config import Config, ConfigError
 from ee_llm.pipeline import one_f_one_b, simulate
+from ee_llm.pipeline.costs import Pieces
+from ee_llm.training.profile import measure_pieces, median_pieces, random_batch
 from tools.bench import report
 from tools.bench.overhead_runs import (
     FOUR_STAGES,
@@ -29,11 +31,9 @@ from tools.bench.overhead_runs import (
     Sizes,
     Variant,
     make_config,
-    random_batch,
     run_variants,
 )
 from tools.bench.ranks import run_ranks
-from tools.bench.stage_costs import Pieces, measure_pieces, median_pieces
 
 # A round of single pieces is much shorter than one of whole steps.
 PIECE_ROUNDS = 4
@@ -186,7 +186,7 @@ def main(options: Options) -> None:
     config = make_config(options, both, 4)
     (measured,) = run_ranks(1, _measure_pieces, config, PIECE_ROUNDS * options.rounds)
     hop = max(rank.hop for rank in two)
-    rounds = [Pieces(p.layer, p.embedding, p.exit, p.final, hop) for p in measured]
+    rounds = [replace(pieces, communication=hop) for pieces in measured]
     four = run_ranks(4, run_variants, options, FOUR_STAGES, 4, 0)
 
     simulated = simulated_rows("P=4 simulated", even(options, FOUR_STAGES, 4), rounds, four)
@@ -222,7 +222,7 @@ def _shown(pieces: Pieces) -> str:
     costs = {"layer": pieces.layer, "embedding": pieces.embedding, "exit": pieces.exit}
     costs["final exit"] = pieces.final
     shown = [f"{name} {1e3 * c.forward:.2f}, {1e3 * c.backward:.2f}" for name, c in costs.items()]
-    return "; ".join([*shown, f"message {1e3 * pieces.hop:.2f}"])
+    return "; ".join([*shown, f"message {1e3 * pieces.communication:.2f}"])
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def type_text(annotation: Any) -> str:
     if origin is tuple:
         count = "" if arguments[-1] is ... else f"{len(arguments)} "
         return f"list of {count}{type_text(arguments[0])}" + "s" * (arguments[0] in words)
-    if type(None) in arguments:
-        return type_text(next(part for part in arguments if part is not type(None)))
+    if arguments:  # a union; None is what a missing option is
+        return " or ".join(type_text(part) for part in arguments if part is not type(None))
     return words[annotation]
 
 

@@ -67,7 +67,8 @@ def test_every_number_of_microbatches_is_sound_and_its_memory_bounded(stages, mi
     lower(plan)
     found = simulate(plan, Costs((StageCost(1, 2),) * stages))
     for stage, peak in enumerate(found.peak_activations):
-        assert peak <= min(stages - stage, microbatches + cooldown) + max(0, warmup - stage)
+        here = max(0, min(warmup, most_fills(stages, 0.5) - stage))
+        assert peak <= min(stages - stage, microbatches + cooldown) + here
 
 
 @given(st.integers(2, 8), ratios)
@@ -91,15 +92,20 @@ def test_warmup_fills_stop_at_the_last_stage_with_an_exit():
     assert simulate(filled_1f1b(8, 8, visits, ()), costs).makespan > 0
 
 
+def test_fewer_warmup_fills_go_as_deep_as_the_bubble_allows():
+    assert [visit.depth for visit in warmup_visits(8, 2, 0.5, range(8))] == [4, 3]
+    assert [visit.depth for visit in warmup_visits(4, 1, 0.5, [1])] == [2]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: warmup_visits(4, 3, 0.5, [0]), "warm-up filling: 3 .* between 0 and 2 fit"),
         (lambda: cooldown_visits(4, 3, 0.5), "cool-down filling: 3 .* between 0 and 2 fit"),
         (lambda: cooldown_visits(4, -1, 0.5), "cool-down filling: -1 "),
-        (lambda: warmup_visits(4, 2, 0.5, []), "meets no exit there .there is none"),
-        (lambda: warmup_visits(8, 4, 0.5, [2]), "microbatch 3 of 4 .* first 2 stages .* stage 2"),
-        (lambda: warmup_visits(8, 4, 0.5, [2]), "at most 2 of 4 would learn"),
+        (lambda: warmup_visits(4, 2, 0.5, []), "meets no exit: there is none; at most 0"),
+        (lambda: warmup_visits(8, 4, 0.5, [2]), "first 1 of 8 stages .* the first lies on stage 2"),
+        (lambda: warmup_visits(8, 4, 0.5, [2]), "at most 2 would learn"),
         (lambda: most_fills(4, 0.0), "forward time over backward time is 0.0"),
         (lambda: most_fills(4, float("nan")), "forward time over backward time is nan"),
     ],

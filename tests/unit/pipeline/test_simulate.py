@@ -56,6 +56,14 @@ def test_grid_of_uneven_costs_shows_lengths():
     )
 
 
+def test_grid_shows_fractions_of_a_column():
+    line = simulate(one_f_one_b(2, 1), uniform(2, 1.0, 1.25)).timeline
+    assert grid(line).split("\n") == [
+        "rank 0  0F0 .   .    0B0-",
+        "rank 1  .   1F0 1B0-    .",
+    ]
+
+
 def test_grid_of_costless_work_is_one_column():
     assert grid(simulate(one_f_one_b(1, 1), uniform(1, 0, 0)).timeline) == "rank 0  0B0"
 

@@ -1,0 +1,190 @@
+"""A small, deterministic search for the fastest plan that fits into memory."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ee_llm.config import Config, ConfigError, toml
+from ee_llm.pipeline.chosen import chosen_fills, largest_fills
+from ee_llm.pipeline.costs import Pieces
+from ee_llm.pipeline.predict import Prediction, predict, rank_memory
+
+MOST_CHUNKS = 8  # stages per rank that are tried
+_FILLS = ("parallel.fill_warmup", "parallel.fill_cooldown")
+
+Options = dict[str, object]  # configuration values by dotted name
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A candidate: the options that make it, what it is predicted to do, its fullest rank."""
+
+    options: Options
+    prediction: Prediction
+    memory: float
+
+
+def advise(
+    base: Config,
+    configure: Callable[[Mapping[str, object]], Config],
+    fixed: Mapping[str, object],
+    num_microbatches: int,
+    pieces: Pieces,
+    logits: float = 1.0,
+) -> list[Advice]:
+    """Return all candidates, the best first: least time for an ordinary microbatch.
+
+    Equal times are ordered by memory, then by how plain the plan is. `base` has the model, the
+    exits and the ranks, `configure` makes the configuration that has these options; those in
+    `fixed` are kept as they are, the others searched: schedule, stages per rank, placement of
+    exits, layers per stage, filling. Raises ValueError if nothing goes with what is fixed.
+    """
+    found = []
+    for options in _candidates(base, configure, fixed, num_microbatches, pieces):
+        prediction = predict(configure(options), num_microbatches, pieces)
+        found.append(Advice(options, prediction, max(rank_memory(prediction, logits))))
+    if not found:
+        raise ValueError(
+            f"no plan for {num_microbatches} microbatches goes with all that is given; leave some "
+            "of it to the search"
+        )
+    return sorted(found, key=_order)
+
+
+def within_limit(found: Sequence[Advice], limit: float | None) -> list[Advice]:
+    """Return the candidates whose fullest rank keeps to `limit`; ValueError if none does."""
+    fitting = [advice for advice in found if limit is None or advice.memory <= limit + 1e-9]
+    if not fitting:
+        leanest = min(found, key=lambda advice: advice.memory)
+        raise ValueError(
+            f"--memory-limit {limit:g} is below what any plan needs: the leanest of {len(found)} "
+            f"takes {leanest.memory:g} layer activations; raise it to that, or give more --stages"
+        )
+    return fitting
+
+
+def config_lines(prediction: Prediction) -> str:
+    """Return the TOML of the sections that make `ee-llm train` run this plan."""
+    config = prediction.config
+    names = ["pipeline", "virtual", "schedule", "layer_split"]
+    if any(chosen_fills(config)):
+        names += ["fill_warmup", "fill_cooldown", "forward_over_backward"]
+    parallel = {name: getattr(config.parallel, name) for name in names}
+    if not parallel["layer_split"]:
+        del parallel["layer_split"]
+    exits = {"boundaries": config.exits.boundaries, "placement": config.exits.placement}
+    sections = {"parallel": parallel, "exits": exits}
+    return toml.dump(sections if config.exits.boundaries else {"parallel": parallel})
+
+
+def balanced_split(
+    num_layers: int, num_stages: int, pieces: Pieces, exits: Sequence[int], placement: str
+) -> tuple[int, ...]:
+    """Return layers per stage such that the slowest stage is as fast as it can be.
+
+    The embedding counts on the first stage, the final exit on the last, and `exits` where
+    `placement` puts them. Among equals the split is the one with the most even costs.
+    """
+    shift = 0 if placement == "post" else 1
+    before = [sum(b + shift <= layer for b in exits) for layer in range(num_layers + 1)]
+
+    def cost(stage: int, first: int, last: int) -> float:
+        total = (last - first) * (pieces.layer.forward + pieces.layer.backward)
+        total += (before[last] - before[first]) * sum(pieces.exit)
+        total += sum(pieces.embedding) if stage == 0 else 0.0
+        return total + (sum(pieces.final) if stage == num_stages - 1 else 0.0)
+
+    # best[n]: (slowest stage, sum of squares, split) of the first stages with n layers.
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    for stage in range(num_stages):
+        longer: dict[int, tuple[float, float, tuple[int, ...]]] = {}
+        for end in range(stage + 1, num_layers - (num_stages - 1 - stage) + 1):
+            options = []
+            for start, (slowest, squares, split) in best.items():
+                if start < end:
+                    here = cost(stage, start, end)
+                    options.append(
+                        (max(slowest, here), squares + here * here, (*split, end - start))
+                    )
+            longer[end] = min(options)
+        best = longer
+    return best[num_layers][2]
+
+
+def _candidates(
+    base: Config,
+    configure: Callable[[Mapping[str, object]], Config],
+    fixed: Mapping[str, object],
+    num_microbatches: int,
+    pieces: Pieces,
+) -> Iterator[Options]:
+    exits, size = base.exits, base.parallel.pipeline
+
+    def tried(name: str, values: Sequence[object]) -> Sequence[object]:
+        return [fixed[name]] if name in fixed else values
+
+    whole_groups = size > 1 and num_microbatches % size == 0
+    chunks = range(1, min(MOST_CHUNKS, base.model.num_layers // size) + 1 if whole_groups else 2)
+    needs_own_layer = "mlp" in exits.head and "block" not in exits.head
+    placements = ("post",) if needs_own_layer or not exits.boundaries else ("post", "pre")
+    # Where the weights' part is not known apart, layers may not be able to put it off.
+    schedules = ("1f1b", "zero-bubble") if pieces.layer.weight else ("1f1b",)
+    shapes = itertools.product(
+        tried("parallel.schedule", schedules),
+        tried("parallel.virtual", chunks),
+        tried("exits.placement", placements),
+    )
+    for schedule, virtual, placement in shapes:
+        if virtual != 1 and (schedule != "1f1b" or not whole_groups):
+            continue
+        options: Options = {
+            "parallel.schedule": schedule,
+            "parallel.virtual": virtual,
+            "exits.placement": placement,
+        }
+        num_stages = size * int(str(virtual))
+        for split in _splits(base, fixed, num_stages, pieces, str(placement)):
+            shaped = {**options, "parallel.layer_split": split, **dict.fromkeys(_FILLS, 0)}
+            yield from ({**shaped, **fills} for fills in _fills(configure(shaped), fixed))
+
+
+def _splits(
+    base: Config, fixed: Mapping[str, object], num_stages: int, pieces: Pieces, placement: str
+) -> list[tuple[int, ...]]:
+    num_layers, exits = base.model.num_layers, base.exits.boundaries
+    kept = fixed.get("parallel.layer_split")
+    if isinstance(kept, tuple):
+        return [kept] if len(kept) == num_stages else []
+    if num_layers < num_stages:
+        raise ConfigError(f"{num_layers} layers cannot be split over {num_stages} stages")
+    found = [
+        balanced_split(num_layers, num_stages, pieces, counted, placement)
+        for counted in (exits, ())  # exits can hide in bubbles, then they should not count
+    ]
+    if num_layers % num_stages == 0:
+        even = (num_layers // num_stages,) * num_stages
+        found = [(), *(split for split in found if split != even)]
+    return list(dict.fromkeys(found))
+
+
+def _fills(config: Config, fixed: Mapping[str, object]) -> list[Options]:
+    choices = []
+    for name, largest in zip(_FILLS, largest_fills(config), strict=True):
+        wanted = fixed.get(name)
+        if isinstance(wanted, int) and wanted > largest:
+            return []  # this shape has no room for what was asked for
+        choices.append([wanted] if isinstance(wanted, int) else sorted({0, largest}))
+    return [dict(zip(_FILLS, fills, strict=True)) for fills in itertools.product(*choices)]
+
+
+def _order(advice: Advice) -> tuple[object, ...]:
+    parallel, exits = advice.prediction.config.parallel, advice.prediction.config.exits
+    return (
+        float(f"{advice.prediction.time_per_microbatch:.9g}"),
+        advice.memory,
+        sum(chosen_fills(advice.prediction.config)),
+        parallel.virtual,
+        parallel.schedule,
+        exits.placement,
+        parallel.layer_split,
+    )

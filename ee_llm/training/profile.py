@@ -1,0 +1,172 @@
+"""Times the pieces of a model on this device, so that any pipeline of it can be simulated.
+
+Shapes: s sequence, b microbatch, h hidden.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ee_llm import platform
+from ee_llm.config import Config, ConfigError, load_config
+from ee_llm.data import Microbatch
+from ee_llm.model.specs import uses_transformer_engine
+from ee_llm.model.stage import Stage
+from ee_llm.pipeline.costs import LayerCost, Pieces
+from ee_llm.pipeline.simulate import ExitCost
+from ee_llm.training.optimizer import wrap_stages
+from ee_llm.training.parallel import StageOnData
+from ee_llm.training.precision import choose_dtype
+
+NUM_ROUNDS = 10
+MIDDLE_LAYERS = 2  # of the stage whose layers are timed
+
+
+def profile(config: Config, num_rounds: int = NUM_ROUNDS) -> Pieces:
+    """Return the median costs of the configuration's pieces, in its precision on this device.
+
+    Raises ConfigError where one process cannot measure them.
+    """
+    return median_pieces(measure_pieces(config, random_batch(config), num_rounds))
+
+
+def random_batch(config: Config) -> Microbatch:
+    """Return a microbatch of random tokens, all of them valid; each field is [b, s]."""
+    rows, length = config.training.micro_batch_size, config.data.seq_length
+    tokens = torch.randint(
+        config.model.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(1)
+    )
+    positions = torch.arange(length).repeat(rows, 1)
+    return Microbatch(tokens[:, :-1], tokens[:, 1:], torch.ones(rows, length), positions)
+
+
+def median_pieces(rounds: Sequence[Pieces]) -> Pieces:
+    """Return the median over rounds of every cost by itself."""
+
+    def median(costs: Sequence[tuple[float, ...]]) -> list[float]:
+        return [statistics.median(side) for side in zip(*costs, strict=True)]
+
+    return Pieces(
+        LayerCost(*median([r.layer for r in rounds])),
+        ExitCost(*median([r.embedding for r in rounds])),
+        ExitCost(*median([r.exit for r in rounds])),
+        ExitCost(*median([r.final for r in rounds])),
+        statistics.median([r.communication for r in rounds]),
+    )
+
+
+def measure_pieces(config: Config, batch: Microbatch, num_rounds: int) -> list[Pieces]:
+    """Return the costs measured in each round, all pieces in turn, in one process.
+
+    Gradients go into megatron-core's buffers, as in training. The part of the weights is 0 where
+    the layers' backward cannot be split (with Transformer Engine). Raises ConfigError for a
+    tensor-parallel model.
+    """
+    if config.parallel.tensor > 1:
+        raise ConfigError(
+            f"parallel.tensor = {config.parallel.tensor}: costs are measured in one process; set "
+            "it to 1, or give the costs in a file"
+        )
+    platform.initialize(seed=config.training.seed)
+    try:
+        dtype = platform.DTYPES[choose_dtype(config)]
+        timers = _timers(config, batch, dtype)
+        rounds = []
+        for index in range(num_rounds + 1):
+            layer, weight, embedding, exit_, final = (timer() for timer in timers)
+            # A part is never above its whole, whatever the clock says.
+            whole = LayerCost(*layer, min(weight[1], layer[1]))
+            rounds.append(Pieces(whole, ExitCost(*embedding), ExitCost(*exit_), ExitCost(*final)))
+            if index == 0:
+                rounds.clear()  # the first round allocates
+        return rounds
+    finally:
+        platform.shutdown()
+
+
+def _probe(config: Config, *, splits_backward: bool) -> Config:
+    """Return a model of the same pieces in three stages, whose middle one ends with an exit."""
+    values = config.model_dump()
+    values["model"]["num_layers"] = MIDDLE_LAYERS + 2
+    values["parallel"] |= {
+        "pipeline": 3,
+        "virtual": 1,
+        "schedule": "zero-bubble" if splits_backward else "1f1b",
+        "layer_split": (1, MIDDLE_LAYERS, 1),
+        "fill_warmup": 0,
+        "fill_cooldown": 0,
+    }
+    values["exits"] |= {
+        "boundaries": (1 + MIDDLE_LAYERS,),
+        "placement": "post",
+        "weights": (1.0,),
+        "weight_schedule": "constant",
+        "initial_weights": (),
+        "temperatures": (),
+    }
+    return load_config(None, values)
+
+
+def _timers(
+    config: Config, batch: Microbatch, dtype: torch.dtype
+) -> tuple[Callable[[], tuple[float, float]], ...]:
+    """Return what times a layer, its weights' part, the embedding, an exit and the final exit."""
+    plain, split = (_probe(config, splits_backward=splits) for splits in (False, True))
+    stages = [Stage(plain, index, dtype) for index in range(3)]
+    can_split = not uses_transformer_engine(stages[0].config)
+    if can_split:
+        stages.append(Stage(split, 1, dtype))
+    chunks = wrap_stages(stages, stages[0].config, data_size=1, dtype=dtype)
+    on_data = [StageOnData(chunk, plain) for chunk in chunks]
+    here = Microbatch(*(x.to(platform.device()) for x in batch))
+    for stage in on_data:
+        stage.begin([here], dict.fromkeys(range(MIDDLE_LAYERS + 3), 1.0 / here.tokens.numel()))
+    first, middle, last = on_data[:3]
+    length, width = here.tokens.shape[1], config.model.hidden_size
+    hidden = torch.randn(length, len(here.tokens), width, dtype=dtype, device=platform.device())
+
+    def leaf() -> torch.Tensor:
+        return hidden.detach().requires_grad_()
+
+    def layer() -> tuple[float, float]:
+        # Taps are handed out, but no exit is computed: this is the backbone alone.
+        forward, backward = _time(lambda: middle.forward(0, leaf())[0], hidden)
+        return forward / MIDDLE_LAYERS, backward / MIDDLE_LAYERS
+
+    def weight() -> tuple[float, float]:
+        if not can_split:
+            return 0.0, 0.0
+        output = on_data[3].forward(0, leaf())[0]
+        with on_data[3].put_off_weights() as add_weights:
+            output.backward(hidden)
+        platform.synchronize()
+        start = time.perf_counter()
+        add_weights()
+        platform.synchronize()
+        return 0.0, (time.perf_counter() - start) / MIDDLE_LAYERS
+
+    def embedding() -> tuple[float, float]:
+        words = first.stage.embedding
+        assert words is not None, "the first stage has the embedding"
+        return _time(lambda: words(here.tokens, here.positions), hidden)
+
+    def exit_on(stage: StageOnData) -> Callable[[], tuple[float, float]]:
+        index = len(stage.stage.boundaries) - 1
+        return lambda: _time(lambda: stage.exit_loss(0, index, leaf()), None)
+
+    return layer, weight, embedding, exit_on(middle), exit_on(last)
+
+
+def _time(
+    compute: Callable[[], torch.Tensor], gradient: torch.Tensor | None
+) -> tuple[float, float]:
+    platform.synchronize()
+    start = time.perf_counter()
+    output = compute()
+    platform.synchronize()
+    between = time.perf_counter()
+    output.backward(gradient)
+    platform.synchronize()
+    return between - start, time.perf_counter() - between

@@ -1,0 +1,41 @@
+"""A real step's actions and times, in the form of a predicted plan's."""
+
+import json
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+
+from ee_llm.pipeline import Op
+from ee_llm.pipeline.chosen import chosen_plan
+from tests.distributed.runs import layout, losses_of, make_config, train_ranks
+
+SCHEDULES = {
+    "1f1b": {},
+    "interleaved": {"parallel.virtual": 2},
+    "zb-h1": {"parallel.schedule": "zero-bubble"},
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_steps_asked_for_are_traced(tmp_path, corpus, schedule):
+    options = {"training.steps": 3, **layout(1, 2), **SCHEDULES[schedule]}
+    config = make_config(tmp_path / "traced", corpus, **options | {"logging.trace_steps": (2, 3)})
+    train_ranks(2, config)
+    assert sorted(path.name for path in (tmp_path / "traced").glob("trace-*")) == [
+        "trace-00000002.json",
+        "trace-00000003.json",
+    ]
+    plan = chosen_plan(config, config.num_microbatches(2))
+    trace = json.loads((tmp_path / "traced" / "trace-00000002.json").read_text())
+    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    assert Counter(event["name"] for event in events) == Counter(str(a) for a in plan.work)
+    for rank, actions in enumerate(plan.ranks):
+        mine = sorted((e for e in events if e["tid"] == rank), key=lambda event: event["ts"])
+        assert [event["name"] for event in mine] == [str(action) for action in actions]
+        assert all(event["dur"] > 0 for event in mine if not event["name"].count(Op.WEIGHT))
+        for one, other in pairwise(mine):
+            assert one["ts"] + one["dur"] <= other["ts"] + 1e-3  # microseconds
+    # Looking at a step does not change it.
+    train_ranks(2, make_config(tmp_path / "plain", corpus, **options))
+    assert losses_of(tmp_path / "traced") == losses_of(tmp_path / "plain")
