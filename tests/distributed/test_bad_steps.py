@@ -40,9 +40,9 @@ def _poison_loss(config, steps, rank):
     exit_loss, begin = StageOnData.exit_loss, StageOnData.begin
     began = [0]
 
-    def count(self, microbatches, factors):
+    def count(self, microbatches, factors, scaling):
         began[0] += 1
-        begin(self, microbatches, factors)
+        begin(self, microbatches, factors, scaling)
 
     def poisoned(self, microbatch, index, tap):
         loss = exit_loss(self, microbatch, index, tap)
