@@ -235,6 +235,15 @@ def _learning_rate(config: "Config") -> Iterator[str]:
         )
 
 
+def _traces(config: "Config") -> Iterator[str]:
+    outside = [s for s in config.logging.trace_steps if not 1 <= s <= config.training.steps]
+    if outside:
+        yield (
+            f"logging.trace_steps = {list(config.logging.trace_steps)} names {outside}, outside of "
+            f"1 to training.steps = {config.training.steps}; leave them out"
+        )
+
+
 CHECKS: tuple[Callable[["Config"], Iterator[str]], ...] = (
     _layers,
     _schedule,
@@ -246,6 +255,7 @@ CHECKS: tuple[Callable[["Config"], Iterator[str]], ...] = (
     _data,
     _batch,
     _learning_rate,
+    _traces,
 )
 
 

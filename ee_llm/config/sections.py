@@ -181,13 +181,13 @@ class ParallelConfig(Section):
     )
     fill_warmup: Fills = option(
         0,
-        "Further microbatches in each step that fill the wait for the first gradient: they run on "
-        "the first stages alone, whose exits they train. auto: as many as cost no time.",
+        "Further microbatches that fill the wait for the first gradient and train early exits on "
+        "the first stages. auto: as many as fit into equal stages.",
     )
     fill_cooldown: Fills = option(
         0,
-        "Further microbatches in each step that fill the drain of the pipeline: they go back "
-        "through the last stages alone. auto: as many as cost no time.",
+        "Further microbatches that fill the drain of the pipeline and train its last stages. auto: "
+        "as many as fit into equal stages.",
     )
     forward_over_backward: float = option(
         0.5,

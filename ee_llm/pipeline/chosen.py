@@ -1,6 +1,6 @@
 """The training schedule that a configuration asks for."""
 
-from ee_llm.config import Config, exit_stage
+from ee_llm.config import Config, ConfigError, exit_stage
 from ee_llm.pipeline.filled import (
     cooldown_visits,
     filled_1f1b,
@@ -34,13 +34,29 @@ def chosen_plan(config: Config, num_microbatches: int) -> Plan:
 
 
 def chosen_fills(config: Config) -> tuple[int, int]:
-    """Return how many further microbatches fill the warm-up and the cool-down of each step."""
-    asked = config.parallel.fill_warmup, config.parallel.fill_cooldown
-    useful = largest_fills(config)
-    warmup, cooldown = (
-        most if number == "auto" else number for number, most in zip(asked, useful, strict=True)
+    """Return how many further microbatches fill the warm-up and the cool-down of each step.
+
+    Raises ConfigError for more than are useful.
+    """
+    warmup, cooldown = largest_fills(config)
+    return (
+        _chosen(config, "fill_warmup", warmup, "fit into the bubble and meet an early exit there"),
+        _chosen(config, "fill_cooldown", cooldown, "fit into the bubble"),
     )
-    return warmup, cooldown
+
+
+def _chosen(config: Config, name: str, most: int, why: str) -> int:
+    asked = getattr(config.parallel, name)
+    if asked == "auto":
+        return most
+    if asked > most:
+        raise ConfigError(
+            f"parallel.{name} = {asked}: the largest useful number is {most}, for no more {why} "
+            f"with parallel.pipeline = {config.parallel.pipeline}, parallel.forward_over_backward "
+            f"= {config.parallel.forward_over_backward:g} and exits on stages "
+            f"{exit_stages(config)}; set it to {most} or auto"
+        )
+    return int(asked)
 
 
 def largest_fills(config: Config) -> tuple[int, int]:

@@ -27,9 +27,8 @@ def show_plan(options: PlanOptions, measure: Callable[[Config], Pieces]) -> None
     sizes = _sizes(options)
     given = _given(options, sizes)
     pieces = _pieces(options, given, measure)
-    if pieces is not NOMINAL:
-        ratio = max(0.001, round(pieces.layer.forward / pieces.layer.backward, 3))
-        given["parallel.forward_over_backward"] = ratio
+    if pieces is not NOMINAL and options.config is None:
+        given["parallel.forward_over_backward"] = _ratio(pieces)
     found: list[Advice] = []
     fitting: list[Advice] = []
     if options.advise:
@@ -51,6 +50,10 @@ def show_plan(options: PlanOptions, measure: Callable[[Config], Pieces]) -> None
     _write_files(options, prediction, clock, fitting)
     if str(options.json) != "-":
         _print(options, prediction, clock, found, fitting)
+
+
+def _ratio(pieces: Pieces) -> float:
+    return max(0.001, round(pieces.layer.forward / pieces.layer.backward, 3))
 
 
 class _Sizes(NamedTuple):
@@ -86,9 +89,8 @@ def _sizes(options: PlanOptions) -> _Sizes:
         config = load_config(options.config)
         stages = stages or config.parallel.pipeline
         layers = layers or config.model.num_layers
-        # Those of one data-parallel rank, as if there were no other.
-        in_step = config.training.global_batch_size // config.training.micro_batch_size
-        microbatches = microbatches or in_step
+        one_rank = config.parallel.pipeline * config.parallel.tensor
+        microbatches = microbatches or config.num_microbatches(options.nproc or one_rank)
     for name, value in (("stages", stages), ("microbatches", microbatches)):
         if value is None:
             raise ValueError(f"--{name}: not given; give a number, or a run's --config FILE")
@@ -268,6 +270,12 @@ def _print(
     print(describe.summary(prediction, clock, options.logits_size))
     if options.profile:
         print(f"\nmeasured: {describe.shown_pieces(prediction.pieces)}")
+    used = prediction.config.parallel.forward_over_backward
+    if prediction.pieces is not NOMINAL and (ratio := _ratio(prediction.pieces)) != used:
+        print(
+            f"\nforward / backward of a layer is {ratio:g}; bubbles are filled by the run's "
+            f"parallel.forward_over_backward = {used:g}"
+        )
     if found:
         print(f"\nin the configuration of ee-llm train:\n\n{config_lines(prediction)}", end="")
     files = [options.picture, options.trace, options.costs_output, options.json]

@@ -44,6 +44,9 @@ class PlanOptions:
     microbatches: Annotated[int | None, _shown("the configuration's", "INT")] = None
     """Microbatches in one step of one data-parallel rank. Needed without --config."""
 
+    nproc: Annotated[int | None, _shown("those of one data-parallel rank", "INT")] = None
+    """Processes of the run that --config describes; data-parallel ranks share its microbatches."""
+
     layers: Annotated[int | None, _shown(f"the configuration's, else {DEFAULT_LAYERS}", "INT")] = (
         None
     )

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ee_llm.pipeline.lower import LoweredPlan, counterpart
 from ee_llm.pipeline.plan import Action, Op, PlanError, step_grid
 from ee_llm.pipeline.simulate import Span
-from ee_llm.platform import synchronize
+from ee_llm.platform import synchronize_stream
 from ee_llm.platform.transport import Channel, Transport
 
 
@@ -77,7 +77,7 @@ class _Clock:
         self.began = 0.0
 
     def now(self) -> float:
-        synchronize()
+        synchronize_stream()
         return time.perf_counter() - self._start
 
 
@@ -131,8 +131,8 @@ class Runtime:
         """Run the whole plan once; gradients are added to the parameters' `.grad`.
 
         To `spans`, if given, are added the actions that compute and their times in seconds, from
-        this call on; an action begins when what it waits for is there. The device is then waited
-        for around each action.
+        this call on; an action begins when what it waits for is there, or as much earlier as the
+        exits took that it computed before. The device is then waited for around each action.
 
         Raises PipelineError, which shows the place in the plan. The transport cannot be used
         after that: messages of the failed step may still be under way.
@@ -187,12 +187,11 @@ class Runtime:
         key = (action.stage, action.microbatch)
         visit = self._visits.pop(key)
         self._begins()
-        has_exits = bool(visit.taps)
         # The exits come before the received gradient is waited for: they do not need it.
         roots, gradients = self._exit_roots(action, visit)
+        ahead = self._elapsed()
         received = self._result(action, self._gradients)
-        if not has_exits:
-            self._begins()
+        self._begins(ahead)
         if received is not None and visit.output is not None:
             roots.append(visit.output)
             gradients.append(received)
@@ -245,9 +244,13 @@ class Runtime:
             loss.backward()
         return leaf.grad
 
-    def _begins(self) -> None:
+    def _begins(self, ahead: float = 0.0) -> None:
+        # The action begins now, less what it did before it had to wait: the wait is idle time.
         if self._clock is not None:
-            self._clock.began = self._clock.now()
+            self._clock.began = self._clock.now() - ahead
+
+    def _elapsed(self) -> float:
+        return 0.0 if self._clock is None else self._clock.now() - self._clock.began
 
     def _returns_gradient(self, action: Action) -> bool:
         # Whether the stage before wants the gradient of this stage's input.

@@ -18,6 +18,7 @@ from ee_llm.platform.devices import (
     seed_everything,
     set_rng_state,
     synchronize,
+    synchronize_stream,
 )
 from ee_llm.platform.grid import Grid, initialize, shutdown
 from ee_llm.platform.megatron import enable as enable_megatron
@@ -42,4 +43,5 @@ __all__ = [
     "set_rng_state",
     "shutdown",
     "synchronize",
+    "synchronize_stream",
 ]

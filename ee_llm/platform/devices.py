@@ -47,6 +47,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def synchronize_stream() -> None:
+    """Wait for what was queued on the current stream, not for messages of other streams."""
+    if has_cuda():
+        torch.cuda.current_stream().synchronize()
+
+
 def keep_freed_memory() -> None:
     """Let this process keep the memory it frees on the CPU, for the next tensor of that size.
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
+from rich.markup import escape
 
+from ee_llm import platform
 from ee_llm.checkpoint import directory
 from ee_llm.data import Microbatch
 from ee_llm.pipeline.simulate import Span
@@ -28,5 +30,9 @@ def traced_step(
     dist.all_gather_object(ranks, spans, group=model.grid.pipeline_group)
     if model.grid.rank == 0:
         filling = range(model.num_microbatches, len(microbatches))
-        directory.write_file(path, json.dumps(chrome_trace(ranks, filling=filling)))
+        try:
+            directory.write_file(path, json.dumps(chrome_trace(ranks, filling=filling)))
+            platform.log(f"step {step + 1} is traced in {escape(str(path))}")
+        except OSError as error:  # no reason to end a run
+            platform.log(f"[yellow]{escape(str(path))} cannot be written: {error.strerror}[/]")
     return losses

@@ -214,9 +214,7 @@ class _Trainer:
         if step + 1 not in config.logging.trace_steps:
             return self.model.forward_backward(batches, step)
         path = Path(config.output) / f"trace-{step + 1:08}.json"
-        losses = traced_step(self.model, batches, step, path)
-        platform.log(f"step {step + 1} is traced in {escape(str(path))}")
-        return losses
+        return traced_step(self.model, batches, step, path)
 
     def stop(self, metrics: dict[str, float]) -> None:
         self.save()

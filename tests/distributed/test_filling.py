@@ -106,8 +106,8 @@ def test_each_exit_reports_the_mean_over_the_tokens_it_saw():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fill_warmup": 2}, "warm-up filling: 2 .* between 0 and 1 fit"),
-        ({"fill_cooldown": 2}, "cool-down filling: 2 .* between 0 and 1 fit"),
+        ({"fill_warmup": 2}, r"parallel.fill_warmup = 2: the largest useful number is 1, .* exit"),
+        ({"fill_cooldown": 2}, "parallel.fill_cooldown = 2: the largest useful number is 1, .*"),
     ],
 )
 def test_more_than_fit_are_refused(options, message):

@@ -36,6 +36,9 @@ def test_the_steps_asked_for_are_traced(tmp_path, corpus, schedule):
         assert all(event["dur"] > 0 for event in mine if not event["name"].count(Op.WEIGHT))
         for one, other in pairwise(mine):
             assert one["ts"] + one["dur"] <= other["ts"] + 1e-3  # microseconds
+    ends = {event["name"]: event["ts"] + event["dur"] for event in events}
+    last = f"{plan.num_stages - 1}"
+    assert ends["0F0"] < ends[f"{last}F0"] < ends[f"{last}B0"] < ends["0B0"]  # one clock for all
     # Looking at a step does not change it.
     train_ranks(2, make_config(tmp_path / "plain", corpus, **options))
     assert losses_of(tmp_path / "traced") == losses_of(tmp_path / "plain")

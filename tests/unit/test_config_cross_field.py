@@ -55,6 +55,10 @@ CROSS_FIELD = {
         {"parallel.fill_warmup": -1},
         "parallel.fill_warmup = -1 must not be below 0; 0 fills nothing",
     ),
+    "steps to trace that never come": (
+        {"logging.trace_steps": (0, 5), "training.steps": 9},
+        "logging.trace_steps = [0, 5] names [0], outside of 1 to training.steps = 9; leave",
+    ),
     "heads over tensor": (
         {"parallel.tensor": 4},
         "model.num_heads = 6 is not divisible by parallel.tensor = 4; set parallel.tensor to a "

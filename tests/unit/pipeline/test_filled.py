@@ -88,8 +88,12 @@ def test_warmup_fills_stop_at_the_last_stage_with_an_exit():
     assert [visit.depth for visit in visits] == [2, 2, 2, 1]
     head = (ExitCost(0.3, 0.6),)
     costs = Costs(tuple(StageCost(1, 2, head if s in (0, 1, 7) else ()) for s in range(8)))
-    lower(filled_1f1b(8, 8, visits, ()))
-    assert simulate(filled_1f1b(8, 8, visits, ()), costs).makespan > 0
+    plan = filled_1f1b(8, 8, visits, ())
+    lower(plan)
+    # Two stages with exits stand in the way of what comes to them; no other stage is touched.
+    bare = Costs((StageCost(1, 2),) * 8)
+    assert simulate(plan, bare).makespan == 3 * (8 + 7)
+    assert simulate(plan, costs).makespan <= 3 * (8 + 7) + 2 * 0.9 + 4 * 0.9 + 8 * 0.9
 
 
 def test_fewer_warmup_fills_go_as_deep_as_the_bubble_allows():

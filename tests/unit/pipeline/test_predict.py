@@ -92,5 +92,5 @@ def test_as_many_fills_are_useful_as_a_plan_takes(options, fills):
     if "parallel__virtual" in options or "parallel__schedule" in options:
         return
     for name, most in zip(names, fills, strict=True):
-        with pytest.raises(ValueError, match="filling"):
+        with pytest.raises(ValueError, match="the largest useful number is"):
             predict(config_of(**options, **{name: most + 1}), 8, NOMINAL)
