@@ -1,0 +1,122 @@
+"""What filled bubbles are worth: validation losses with and without them in the same time.
+
+    python tools/bench/filling.py --json filling.json [--quick]
+
+Trains the quick start's model on its data (run ./scripts/quickstart.sh first) over four pipeline
+ranks, once for each seed and way of filling. What is measured and why: docs/experiments.md.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from ee_llm.config import load_config
+from ee_llm.pipeline.costs import NOMINAL
+from ee_llm.pipeline.predict import predict
+from ee_llm.training.logging import loss_name
+from tools.bench import report
+
+WAYS = {
+    "not filled": {},
+    "warm-up": {"parallel.fill_warmup": "auto"},
+    "cool-down": {"parallel.fill_cooldown": "auto"},
+    "both": {"parallel.fill_warmup": "auto", "parallel.fill_cooldown": "auto"},
+}
+PIPELINE = {"parallel.pipeline": 4, "training.micro_batch_size": 4}
+OTHERS = {"training.eval_steps": 16, "checkpoint.interval": 0}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Validation losses of the quick start's model with and without filled bubbles."""
+
+    json: Path | None = None
+    """Where to write machine, rows and figures."""
+    quick: bool = False
+    """One seed, few steps: shows that it runs. What is given beside it wins."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds of initial weights and of the order of data; 1, 2 and 3 unless given."""
+    steps: int | None = None
+    """Training steps of each run; 120 unless given."""
+
+
+def steps_in_time(way: dict[str, str], steps: int) -> int:
+    """Return how many steps take the time of `steps` unfilled ones, by the plan at usual costs."""
+
+    def makespan(extra: dict[str, str]) -> float:
+        config = load_config(ROOT / "examples" / "quickstart.toml", {**PIPELINE, **extra})
+        return predict(config, config.num_microbatches(4), NOMINAL).simulation.makespan
+
+    return round(steps * makespan({}) / makespan(way))
+
+
+def train(seed: int, steps: int, way: dict[str, str], output: Path) -> dict[str, float]:
+    """Return each exit's validation loss in nats at the end of a run of its own processes."""
+    options: dict[str, object] = {
+        **PIPELINE,
+        **OTHERS,
+        **way,
+        "training.seed": seed,
+        "training.steps": steps,
+        "training.eval_interval": steps,
+        "output": output,
+    }
+    command = [sys.executable, "-m", "ee_llm.cli", "train"]
+    command += ["--config", "examples/quickstart.toml", "--nproc", "4"]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    config = load_config(ROOT / "examples" / "quickstart.toml")
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    layers = config.model.num_layers
+    names = [loss_name(b, layers) for b in (*config.exits.boundaries, layers)]
+    [end] = [line for line in lines if f"{names[0]} validation" in line]
+    return {name: end[f"{name} validation"] for name in names}
+
+
+def main(options: Options) -> None:
+    """Train, print the table and write the figures."""
+    seeds = options.seeds or ((1,) if options.quick else (1, 2, 3))
+    steps = options.steps or (25 if options.quick else 120)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in seeds:  # the ways in turn, so that a stopped experiment is of use
+            for way, extra in WAYS.items():
+                number = steps_in_time(extra, steps)
+                found = train(seed, number, extra, Path(scratch) / f"{seed}-{way}")
+                rows.append({"way": way, "seed": seed, "steps": number, **found})
+                print(rows[-1], flush=True)
+    names = [name for name in rows[0] if name not in ("way", "seed", "steps")]
+    title = f"validation loss in nats in the time of {steps} unfilled steps"
+    report.print_table(title, [_cells(row) for row in rows])
+    figures = {}
+    plain = {row["seed"]: row for row in rows if row["way"] == "not filled"}
+    for way in list(WAYS)[1:]:
+        for name in names:
+            gains = [plain[r["seed"]][name] - r[name] for r in rows if r["way"] == way]
+            figures[f"{way}_{name}_gain".replace(" ", "_").replace("-", "")] = statistics.mean(
+                gains
+            )
+            each = ", ".join(f"{gain:+.3f}" for gain in gains)
+            print(f"{way}: {name} is lower by {statistics.mean(gains):+.3f} nats ({each})")
+    report.write_json(options.json, rows, figures)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        name: f"{value:.3f}" if isinstance(value, float) else str(value)
+        for name, value in row.items()
+    }
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
