@@ -171,6 +171,8 @@ def _fills(config: Config, fixed: Mapping[str, object]) -> list[Options]:
     choices = []
     for name, largest in zip(_FILLS, largest_fills(config), strict=True):
         wanted = fixed.get(name)
+        if wanted == "auto":
+            wanted = max(1, largest)
         if isinstance(wanted, int) and wanted > largest:
             return []  # this shape has no room for what was asked for
         choices.append([wanted] if isinstance(wanted, int) else sorted({0, largest}))

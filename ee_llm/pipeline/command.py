@@ -111,8 +111,7 @@ def _given(options: PlanOptions, sizes: _Sizes) -> dict[str, object]:
         "exits.boundaries": _numbers("--exits", options.exits),
     }
     for part in ("fill_warmup", "fill_cooldown"):
-        count = getattr(options, part)
-        given[f"parallel.{part}"] = None if count == "auto" else count
+        given[f"parallel.{part}"] = getattr(options, part)
     if options.exits is not None:  # the file's are for its own exits
         given |= {f"exits.{name}": () for name in ("weights", "initial_weights", "temperatures")}
     return {name: value for name, value in given.items() if value is not None}
@@ -209,7 +208,7 @@ def _fills(options: PlanOptions, config: Config) -> dict[str, object]:
     largest = largest_fills(config)
     for part, most in zip(("fill_warmup", "fill_cooldown"), largest, strict=True):
         count = getattr(config.parallel, part)
-        if "auto" in (getattr(options, part), count):
+        if count == "auto":
             resolved[f"parallel.{part}"] = most
         elif count > most:
             option = f"--{part.replace('_', '-')}"

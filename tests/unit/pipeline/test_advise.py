@@ -129,6 +129,13 @@ def test_what_is_given_is_kept(name, value):
     assert {getattr(getattr(a.prediction.config, section), field) for a in found} == {value}
 
 
+def test_filling_that_is_asked_for_is_advised():
+    found = search(parallel__fill_cooldown="auto")
+    assert found
+    assert {chosen_fills(advice.prediction.config)[1] for advice in found} == {2}
+    assert {advice.prediction.config.parallel.schedule for advice in found} == {"1f1b"}
+
+
 def test_microbatches_that_make_no_whole_groups_are_not_interleaved():
     assert {a.prediction.config.parallel.virtual for a in search(num_microbatches=6)} == {1}
     with pytest.raises(ValueError, match="no plan for 6 microbatches"):

@@ -250,6 +250,10 @@ EIGHT = ("--stages", "4", "--microbatches", "8")
             "and --schedule to 1f1b",
         ),
         (
+            (*EIGHT, "--fill-cooldown", "auto", "--virtual", "2"),
+            "--fill-cooldown = auto fills the bubbles of plain 1F1B; set it to 0, or --virtual to",
+        ),
+        (
             (*EIGHT, "--virtual", "2", "--schedule", "zero-bubble"),
             "--virtual = 2 does not go with --schedule = zero-bubble",
         ),
