@@ -100,7 +100,7 @@ def _train(arguments: list[str]) -> None:
 def _check_start(config: "Config", nproc: int | None) -> None:
     """Refuse what can be seen to fail before any process is started; raises `ConfigError`."""
     from ee_llm.config import ConfigError
-    from ee_llm.pipeline.chosen import chosen_plan
+    from ee_llm.pipeline.chosen import chosen_fills
 
     world_size = os.environ.get("WORLD_SIZE")
     if world_size is not None and not (world_size.isdecimal() and int(world_size) > 0):
@@ -120,7 +120,8 @@ def _check_start(config: "Config", nproc: int | None) -> None:
             "data.prefixes = [] names nothing to train on; make data with 'ee-llm data prepare' "
             "and give the --output of that"
         )
-    chosen_plan(config, config.num_microbatches(nproc or int(world_size or 1)))
+    config.num_microbatches(nproc or int(world_size or 1))
+    chosen_fills(config)
 
 
 def _without_option(arguments: Sequence[str], name: str) -> list[str]:

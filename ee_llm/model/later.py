@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Product = tuple[Tensor, Tensor, Tensor]  # weight [o, i], gradient of the output, input
+Pending = tuple[Tensor, Tensor, Tensor]  # weight [o, i], gradient of the output, input
 
 
 class WeightGradients:
     """Makes linear layers whose weights' gradients can be put off."""
 
     def __init__(self) -> None:
-        self.products: list[Product] | None = None
+        self.products: list[Pending] | None = None
 
     def linear(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Return hidden [..., i] times the transpose of weight [o, i]."""
@@ -32,7 +32,7 @@ class WeightGradients:
         Gives the function that computes them, to be called once, later: it adds them to `main_grad`
         where a weight has one, else to `grad`. Until then inputs and output gradients stay alive.
         """
-        products: list[Product] = []
+        products: list[Pending] = []
         self.products = products
         try:
             yield lambda: _compute(products)
@@ -62,7 +62,7 @@ class _Linear(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _compute(products: list[Product]) -> None:
+def _compute(products: list[Pending]) -> None:
     while products:  # each is let go as soon as it is done
         weight, grad_output, hidden = products.pop(0)
         total = getattr(weight, "main_grad", weight.grad)

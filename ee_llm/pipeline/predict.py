@@ -9,7 +9,7 @@ from ee_llm.pipeline.chosen import chosen_plan
 from ee_llm.pipeline.costs import Pieces
 from ee_llm.pipeline.lower import lower
 from ee_llm.pipeline.plan import Action, Op, Plan, Visit
-from ee_llm.pipeline.simulate import Costs, Simulation, Span, simulate
+from ee_llm.pipeline.simulate import Costs, Simulation, Span, exits_begin_in, simulate
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,8 @@ class Prediction:
 
     def computes_exits(self, action: Action) -> bool:
         """Return whether the exits of the action's stage start within it."""
-        if not self.costs.stages[action.stage].exits:
-            return False
-        if not self.plan.has_backward(action):
-            return not self.plan.goes_back(action.microbatch)  # an evaluation
-        return action.op is (Op.BACKWARD if self.config.exits.deferred else Op.FORWARD)
+        has_exits = bool(self.costs.stages[action.stage].exits)
+        return has_exits and exits_begin_in(self.plan, action, self.config.exits.deferred)
 
     def exit_part(self, span: Span) -> tuple[float, float] | None:
         """Return when within `span` the exits are computed, the final one among them, if at all."""

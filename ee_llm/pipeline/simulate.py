@@ -200,13 +200,20 @@ def simulate(plan: Plan, costs: Costs, *, deferred: bool = True) -> Simulation:
     return Simulation(makespan, idle, activations, logits, line)
 
 
+def exits_begin_in(plan: Plan, action: Action, deferred: bool) -> bool:
+    """Return whether the exits of the action's stage, if it has any, are computed forward in it."""
+    if plan.has_backward(action):
+        return action.op is (Op.BACKWARD if deferred else Op.FORWARD)
+    return action.op is Op.FORWARD and not plan.goes_back(action.microbatch)  # an evaluation
+
+
 def _duration(plan: Plan, costs: Costs, action: Action, deferred: bool) -> Duration:
     stage = costs.stages[action.stage]
     exits_forward = math.fsum(cost.forward for cost in stage.exits)
     exits_backward = math.fsum(cost.backward for cost in stage.exits)
     if action.op is Op.FORWARD:
-        later = deferred if plan.has_backward(action) else plan.goes_back(action.microbatch)
-        return Duration(0.0, stage.forward + (0.0 if later else exits_forward))
+        here = exits_begin_in(plan, action, deferred)
+        return Duration(0.0, stage.forward + (exits_forward if here else 0.0))
     if action.op is Op.WEIGHT:
         return Duration(0.0, stage.weight)
     layers = stage.backward - (stage.weight if plan.splits_backward else 0.0)
@@ -224,14 +231,13 @@ def _peaks(
     activations, logits = list(live), list(held)
     for action in (span.action for spans in line.ranks for span in spans):
         stage, trains = action.stage, plan.has_backward(action)
-        computed = trains or not plan.goes_back(action.microbatch)
-        exits = len(costs.stages[stage].exits) if computed else 0
+        exits = len(costs.stages[stage].exits)
         keeps = exits if trains and not deferred else 0
         if action.op is Op.FORWARD:
             live[stage] += 1
             held[stage] += keeps
             activations[stage] = max(activations[stage], live[stage])
-        one_at_a_time = exits > 0 and keeps == 0
+        one_at_a_time = exits > 0 and keeps == 0 and exits_begin_in(plan, action, deferred)
         logits[stage] = max(logits[stage], held[stage] + one_at_a_time)
         last = Op.WEIGHT if plan.splits_backward else Op.BACKWARD
         if action.op is last or not trains:

@@ -19,8 +19,8 @@ class FusedAdam(torch.optim.Optimizer):
     """Adam whose state per parameter is exp_avg and exp_avg_sq, and whose step lies in the group.
 
     Interface and layout are those of Transformer Engine's FusedAdam; the arithmetic is torch's
-    fused kernel. With `adam_w_mode` weight
-    decay is decoupled (Loshchilov and Hutter, arXiv 1711.05101), else it is added to the gradient.
+    fused kernel. With `adam_w_mode` weight decay is decoupled (Loshchilov and Hutter, arXiv
+    1711.05101), else it is added to the gradient.
     """
 
     def __init__(

@@ -7,7 +7,6 @@ import torch.distributed as dist
 
 from ee_llm import platform
 from ee_llm.config import Config
-from ee_llm.platform import DTYPES
 
 _PATIENCE_S = 2.0  # after which one measurement is enough
 _MAX_ROWS = 2048  # more rows take longer and do not change the ratio
@@ -27,7 +26,7 @@ def choose_dtype(config: Config) -> str:
     if dist.get_rank() == 0:
         seconds = {
             name: _seconds(
-                DTYPES[name], rows, config.model.hidden_size, config.model.ffn_hidden_size
+                platform.DTYPES[name], rows, config.model.hidden_size, config.model.ffn_hidden_size
             )
             for name in ("float32", "bfloat16")
         }

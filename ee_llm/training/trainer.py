@@ -32,7 +32,7 @@ from ee_llm.training.logging import (
 )
 from ee_llm.training.optimizer import build_optimizer, set_learning_rate, take_step
 from ee_llm.training.parallel import ParallelModel
-from ee_llm.training.precision import DTYPES, choose_dtype
+from ee_llm.training.precision import choose_dtype
 from ee_llm.training.schedule import learning_rate
 from ee_llm.training.signals import StopSignals
 from ee_llm.training.together import (
@@ -106,7 +106,7 @@ class _Trainer:
         resume = from_first(lambda: resume_path(config))
         self.grid = grid
         self.config = config = _with_dtype(config, resume)
-        dtype = DTYPES[config.training.dtype]
+        dtype = platform.DTYPES[config.training.dtype]
         self.train_data, self.validation_data = fail_together(lambda: open_data(config, grid))
         self.model = ParallelModel(config, grid, dtype)
         self.optimizer = build_optimizer(

@@ -162,24 +162,12 @@ def test_every_sample_is_read_once(tmp_path, corpus):
     assert len(set(rows)) == 16
 
 
-def _read(config):
-    """The samples' positions in the data that one rank's training reads, by step and microbatch."""
-    seen = []
-
-    def record(model, step):
-        stage = next(iter(model._on_data.values()))
-        seen.append([tuple(batch.tokens[0].tolist()) for batch in stage.microbatches])
-
-    train_here(config, record)
-    return seen
-
-
 def test_what_fills_bubbles_is_read_in_order_and_once(tmp_path, corpus):
     """6 of 4 + 2 a step: the same samples as a run without filling reads in more steps."""
     plain = {"training.steps": 6, "training.global_batch_size": 4}
-    [expected] = run_ranks(1, _read, make_config(tmp_path / "plain", corpus, **plain))
+    [expected] = run_ranks(1, _seen, make_config(tmp_path / "plain", corpus, **plain))
     config = make_config(tmp_path / "filled", corpus, **FILLED | {"training.steps": 4})
-    for found in run_ranks(3, _read, config):
+    for found in run_ranks(3, _seen, config):
         assert [len(step) for step in found] == [6] * 4
         assert [row for step in found for row in step] == [row for step in expected for row in step]
     state = directory.find_latest(tmp_path / "filled") / "state.json"

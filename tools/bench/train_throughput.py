@@ -22,7 +22,6 @@ from ee_llm.config import Config, load_config
 from ee_llm.data import Microbatch
 from ee_llm.training.optimizer import build_optimizer, take_step
 from ee_llm.training.parallel import ParallelModel
-from ee_llm.training.precision import DTYPES
 from tools.bench import report
 
 QUICK = {"seq_length": 128, "num_microbatches": 1, "rounds": 8}
@@ -73,7 +72,7 @@ def make_config(options: Options) -> Config:
 
 def our_step(config: Config, tokens: list[torch.Tensor]) -> Callable[[], Any]:
     """Return a function that takes one training step as `ee-llm train` does."""
-    dtype = DTYPES[config.training.dtype]
+    dtype = platform.DTYPES[config.training.dtype]
     grid = platform.initialize(seed=config.training.seed)
     model = ParallelModel(config, grid, dtype)
     optimizer = build_optimizer(model.chunks, config.optimizer, data_size=1, dtype=dtype)
@@ -116,7 +115,7 @@ def plain_step(config: Config, tokens: list[torch.Tensor]) -> Callable[[], Any]:
         attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(llama)
-    model = model.to(platform.device(), DTYPES[config.training.dtype]).train()
+    model = model.to(platform.device(), platform.DTYPES[config.training.dtype]).train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=options.lr,
@@ -181,7 +180,7 @@ def main(options: Options) -> None:
     config = make_config(options)
     seconds = measure(options, config)
     tokens = options.micro_batch_size * options.num_microbatches * config.data.seq_length
-    peak = platform.peak_flops(DTYPES[config.training.dtype])
+    peak = platform.peak_flops(platform.DTYPES[config.training.dtype])
     rows: list[dict[str, Any]] = []
     for name, samples in seconds.items():
         speed = tokens / statistics.median(samples)

@@ -34,7 +34,7 @@ class Two(MegatronModule):
         self.weight.shared = shared
 
 
-def make(dtype, pipeline=1, **config):
+def wrap(dtype, pipeline=1, **config):
     grid = platform.initialize(pipeline=pipeline, timeout_s=20)
     transformer = TransformerConfig(
         num_layers=2,
@@ -45,9 +45,13 @@ def make(dtype, pipeline=1, **config):
         **{"calculate_per_token_loss": True} | config,
     )
     module = Two(transformer, dtype, shared=grid.pipeline_rank > 0)
-    stages = wrap_stages([module], transformer, data_size=grid.data_size, dtype=dtype)
-    optimizer = build_optimizer(stages, OPTIONS, data_size=grid.data_size, dtype=dtype)
-    return grid, module, optimizer
+    [chunk] = wrap_stages([module], transformer, data_size=grid.data_size, dtype=dtype)
+    return grid, chunk, build_optimizer([chunk], OPTIONS, data_size=grid.data_size, dtype=dtype)
+
+
+def make(dtype, pipeline=1, **config):
+    grid, chunk, optimizer = wrap(dtype, pipeline, **config)
+    return grid, chunk.module, optimizer
 
 
 def set_gradients(module, step):
@@ -182,18 +186,8 @@ def test_gradients_may_not_be_divided_by_the_data_parallel_size():
 
 
 def _gradients_after_zero_grad(dtype):
-    platform.initialize(timeout_s=20)
-    transformer = TransformerConfig(
-        num_layers=2,
-        hidden_size=4,
-        num_attention_heads=1,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        calculate_per_token_loss=True,
-    )
-    module = Two(transformer, dtype)
-    [chunk] = wrap_stages([module], transformer, data_size=1, dtype=dtype)
-    optimizer = build_optimizer([chunk], OPTIONS, data_size=1, dtype=dtype)
+    _, chunk, optimizer = wrap(dtype)
+    module = chunk.module
     for _ in range(2):
         optimizer.zero_grad()  # lets go of `grad`
         clear_gradients(chunk)
