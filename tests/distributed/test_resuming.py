@@ -33,9 +33,10 @@ FILLED = layout(1, 3) | {
 }
 
 
-# Sizes at which megatron-core would pad the buffers of gradients between a tied weight and others.
+# A weight on both stages, at sizes at which megatron-core would pad its gradient bucket, if it had
+# one of its own.
 ONE_TIED_EXIT = {
-    "exits.boundaries": (1,),
+    "exits.boundaries": (3,),
     "exits.weights": (0.5,),
     "training.dtype": "bfloat16",
 }

@@ -120,6 +120,10 @@ MISTAKES = {
         ["--nproc", "8"],
         "training.global_batch_size = 4 is not divisible by .* x 8 data-parallel",
     ),
+    "more filling than fits": (
+        ["--parallel.pipeline", "2", "--parallel.fill_cooldown", "1", "--nproc", "2"],
+        "parallel.fill_cooldown = 1: the largest useful number is 0, .*set it to 0 or auto",
+    ),
     "no processes": (["--nproc", "0"], "--nproc = 0: give 1 or more"),
 }
 
