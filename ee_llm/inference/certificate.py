@@ -5,8 +5,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from ee_llm.inference.generator import Generation, finite_logits, policy_in_force
+from ee_llm.inference.generator import (
+    Generation,
+    finite_logits,
+    policy_in_force,
+    rows_left_at,
+)
 from ee_llm.inference.policy import Policy
 from ee_llm.inference.reference import ReferenceModel
 from ee_llm.inference.sampling import sample, token_margin
@@ -17,7 +23,9 @@ class Divergence:
     """Where a finished sequence is not what its definition says.
 
     index: of the new token. kind: "exit", it left at another boundary than the first confident one;
-    "token", its exit would have drawn another one. found, expected: boundaries or token ids.
+    "token", its exit would have drawn another one. found, expected: boundaries or token ids. Under
+    `propagate` one that left too early is expected at the final exit: where its row was frozen,
+    what lies between can not be told.
     margin: the least error that explains it, in confidence ("exit": infinite if no error does) or
     in logits over the temperature ("token": see `token_margin`).
     """
@@ -50,27 +58,37 @@ def verify_trace(model: ReferenceModel, generation: Generation) -> list[Divergen
             f"token {generation.tokens[-1]} is beyond model.vocab_size ="
             f" {model.config.model.vocab_size}"
         )
-    sequence = torch.tensor([*generation.prompt, *generation.tokens])
+    sequence = [*generation.prompt, *generation.tokens]
     rows = slice(len(generation.prompt) - 1, len(sequence) - 1)
     permitted = [exit for exit in policy.boundaries if policy.threshold(exit) is not None]
-    logits = {
-        boundary: finite_logits(model, boundary, hidden[rows])  # [new tokens, v]
-        for boundary, hidden in model.walk(sequence[:-1])
-        if boundary in permitted or boundary == model.num_layers
-    }
-    confidences = {exit: policy.confidence(logits[exit]).tolist() for exit in permitted}
+    # Under propagate a row says nothing beyond the exit it claims, if there is such an exit.
+    last_exits = [model.num_layers] * num_new
+    if generation.strategy == "propagate":
+        last_exits = [e if e in permitted else model.num_layers for e in generation.exits]
+    left_at = rows_left_at(model, len(generation.prompt), last_exits[:-1], generation.strategy)
+    logits: dict[int, dict[int, Tensor]] = {}  # {boundary: {index: [v]}}
+    confidences: dict[int, dict[int, float]] = {}
+    for boundary, hidden in model.walk(torch.tensor(sequence[:-1]), left_at):
+        if boundary in permitted or boundary == model.num_layers:
+            indices = [index for index, last in enumerate(last_exits) if last >= boundary]
+            values = finite_logits(model, boundary, hidden[rows][indices])
+            logits[boundary] = dict(zip(indices, values, strict=True))
+            if boundary in permitted:
+                measured = policy.confidence(values).tolist()
+                confidences[boundary] = dict(zip(indices, measured, strict=True))
     divergences = []
     for index, (token, found) in enumerate(zip(generation.tokens, generation.exits, strict=True)):
-        at_exits = {exit: values[index] for exit, values in confidences.items()}
-        leaving = [exit for exit in permitted if policy.leaves(exit, at_exits[exit])]
+        at_exits = {exit: of[index] for exit, of in confidences.items() if index in of}
+        leaving = [exit for exit, value in at_exits.items() if policy.leaves(exit, value)]
         expected = leaving[0] if leaving else model.num_layers
         if found != expected:
             margin = _exit_margin(policy, at_exits, found) if found in logits else math.inf
             divergences.append(Divergence(index, "exit", found, expected, margin))
         row, position = logits[found if found in logits else expected][index], rows.start + index
-        drawn = sample(row, generation.sampling, position)
+        history = sequence[: position + 1]
+        drawn = sample(row, generation.sampling, position, history)
         if token != drawn:
-            margin = token_margin(row, generation.sampling, position, token)
+            margin = token_margin(row, generation.sampling, position, token, history)
             divergences.append(Divergence(index, "token", token, drawn, margin))
     return divergences
 

@@ -11,10 +11,11 @@ from rich.console import Console
 from ee_llm import platform
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.data.tokenizer import load_tokenizer
-from ee_llm.inference.generator import Decision, Strategy, generate_reference
+from ee_llm.inference.generator import Decision, generate_reference
 from ee_llm.inference.policy import Measure, make_policy
 from ee_llm.inference.reference import load_reference
 from ee_llm.inference.render import as_json, colored_text, legend, token_pieces, token_table
+from ee_llm.inference.request import Strategy
 from ee_llm.inference.sampling import Sampling
 
 
@@ -38,7 +39,8 @@ class GenerateOptions:
     """What confidence is: the top token's probability, 1 - normalized entropy, or top-1 - top-2."""
 
     strategy: Strategy = "exact"
-    """exact leaves at the first confident exit; full runs every token through all layers."""
+    """exact leaves at the first confident exit; propagate, too, and freezes the row there; full and
+    verify run every token through all layers."""
 
     max_new_tokens: int = 64
     """Number of tokens after which to stop; end of document stops too."""
@@ -51,6 +53,12 @@ class GenerateOptions:
 
     top_p: float = 1.0
     """Draw from the fewest most probable tokens that hold this share of the probability."""
+
+    min_p: float = 0.0
+    """Draw only from tokens with at least this share of the top token's probability; 0 is all."""
+
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens already seen and multiplies negative ones; 1 is off."""
 
     seed: int = 0
     """Seed of the draws; the same seed gives the same text."""
@@ -67,7 +75,14 @@ class GenerateOptions:
 
 def generate(options: GenerateOptions) -> None:
     """Print the continuation of a prompt to standard output; raises ValueError for bad input."""
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    sampling = Sampling(
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.seed,
+        options.min_p,
+        options.repetition_penalty,
+    )
     prompt = _prompt(options)
     reader = TensorReader(options.checkpoint)
     tokenizer = load_tokenizer(reader.tokenizer())

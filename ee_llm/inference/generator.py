@@ -1,34 +1,33 @@
 """Decoding one sequence at a time with the reference model: plain, slow and exact.
 
-This is the meaning of the `exact` and `full` strategies. Each new token costs a forward over the
-whole sequence, so every earlier position is computed to the exit's depth, never approximated.
+This is the meaning of the strategies. Each new token costs a forward over the whole sequence, so
+every earlier position is computed to the exit's depth, never approximated: but for `propagate`,
+whose approximation is its definition.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ee_llm.inference.policy import Policy
 from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.request import STRATEGIES, FinishReason, Strategy
 from ee_llm.inference.sampling import Sampling, sample
-
-Strategy = Literal["exact", "full"]
-FinishReason = Literal["eod", "length", "context"]
 
 
 @dataclass(frozen=True)
 class Generation:
     """A finished sequence and all that its tokens are a function of, but for the weights.
 
-    prompt, tokens: token ids; a final end-of-document token is among `tokens`.
+    prompt, tokens: token ids; a final end-of-document or stop token is among `tokens`.
     exits: the boundary each token left at. confidences: what the policy measured there.
     logprobs: each token's log probability in its exit's own distribution, before sampling settings.
-    finish_reason: "eod" end of document, "length" as many tokens as asked for, "context" the
-    sequence is longer than the model's max_seq_length and no row can follow.
-    policy: the one in force; the strategy "full" has every exit off.
+    finish_reason: "eod" end of document, "stop" a stop token, "length" as many tokens as asked for,
+    "context" the sequence is longer than the model's max_seq_length and no row can follow, "abort"
+    it was given up.
+    policy: the one in force; the strategies "full" and "verify" have every exit off.
     """
 
     prompt: tuple[int, ...]
@@ -66,14 +65,17 @@ def generate_reference(
     strategy: Strategy = "exact",
     max_new_tokens: int = 64,
     eod: int | None = None,
+    stop_tokens: Collection[int] = (),
     on_token: Callable[[Decision], None] | None = None,
 ) -> Generation:
     """Return the continuation of `prompt`, decided token by token.
 
     exact: a token leaves at the first exit whose confidence reaches its threshold, else at the
-    final one. full: always at the final one. It ends after `eod` (None: never). `on_token` is
-    called with each decision as it falls. Raises ValueError for an empty or overlong prompt, ids
-    beyond the vocabulary, a policy for other exits than the model's, or fewer than 1 new token.
+    final one. propagate: likewise, but its row is then frozen there (see `ReferenceModel.walk`).
+    full: always at the final one; verify, too: drafts are to change the cost alone. It ends after
+    `eod` (None: never) or any of `stop_tokens`. `on_token` is called with each decision as it
+    falls. Raises ValueError for an empty or overlong prompt, ids beyond the vocabulary, a policy
+    for other exits than the model's, or fewer than 1 new token.
     """
     policy = policy_in_force(model, policy, strategy)
     if max_new_tokens < 1:
@@ -84,12 +86,17 @@ def generate_reference(
     sequence = list(prompt)
     finish_reason: FinishReason = "length"
     while len(decisions) < max_new_tokens:
-        decisions.append(_decide(model, torch.tensor(sequence), policy, sampling))
+        exits = [decision.exit for decision in decisions]
+        left_at = rows_left_at(model, len(prompt), exits, strategy)
+        decisions.append(_decide(model, sequence, left_at, policy, sampling))
         sequence.append(decisions[-1].token)
         if on_token:
             on_token(decisions[-1])
         if decisions[-1].token == eod:
             finish_reason = "eod"
+            break
+        if decisions[-1].token in stop_tokens:
+            finish_reason = "stop"
             break
         if len(sequence) > model.config.model.max_seq_length:
             finish_reason = "context"
@@ -114,9 +121,22 @@ def policy_in_force(model: ReferenceModel, policy: Policy, strategy: Strategy) -
             f"the policy is for exits at boundaries {list(policy.boundaries)}, but the model has"
             f" {list(model.config.exits.boundaries)}"
         )
-    if strategy not in ("exact", "full"):
-        raise ValueError(f"strategy {strategy!r} is unknown; choose of exact, full")
-    return policy.without_exits() if strategy == "full" else policy
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r} is unknown; choose of {', '.join(STRATEGIES)}")
+    return policy.without_exits() if strategy in ("full", "verify") else policy
+
+
+def rows_left_at(
+    model: ReferenceModel, num_prompt: int, exits: Sequence[int], strategy: Strategy
+) -> list[int] | None:
+    """Return at which boundary each row of a sequence is frozen, None if none is.
+
+    The sequence is a prompt and a token for each of `exits`: row num_prompt - 1 + i decided new
+    token i and left at exits[i]; the row of the last token is live.
+    """
+    if strategy != "propagate":
+        return None
+    return [model.num_layers] * (num_prompt - 1) + [*exits, model.num_layers]
 
 
 def finite_logits(model: ReferenceModel, boundary: int, hidden: Tensor) -> Tensor:
@@ -130,16 +150,22 @@ def finite_logits(model: ReferenceModel, boundary: int, hidden: Tensor) -> Tenso
     return logits
 
 
-def _decide(model: ReferenceModel, tokens: Tensor, policy: Policy, sampling: Sampling) -> Decision:
-    """Return the decision of the newest row of `tokens` [s]."""
-    for boundary, hidden in model.walk(tokens):
+def _decide(
+    model: ReferenceModel,
+    sequence: Sequence[int],
+    left_at: Sequence[int] | None,
+    policy: Policy,
+    sampling: Sampling,
+) -> Decision:
+    """Return the decision of the newest row, the earlier ones being frozen at `left_at`."""
+    for boundary, hidden in model.walk(torch.tensor(sequence), left_at):
         final = boundary == model.num_layers
         if not final and policy.threshold(boundary) is None:
             continue
         logits = finite_logits(model, boundary, hidden[-1])
         confidence = float(policy.confidence(logits))
         if final or policy.leaves(boundary, confidence):
-            token = sample(logits, sampling, position=len(tokens) - 1)
+            token = sample(logits, sampling, len(sequence) - 1, sequence)
             logprob = float(logits.double().log_softmax(dim=-1)[token])
             return Decision(token, boundary, confidence, logprob)
     raise AssertionError("the walk ends with the final exit")

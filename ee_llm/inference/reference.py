@@ -5,7 +5,7 @@ No cache, no batch, no ranks: tokens of a sequence go in, hidden states of every
 Legend of shapes: s sequence, h hidden, v vocabulary, n heads, d head dimension.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,19 +40,28 @@ class ReferenceModel:
         temperatures = (*config.exits.temperatures, 1.0)
         self._temperature = dict(zip(self.boundaries, temperatures, strict=True))
 
-    def walk(self, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def walk(
+        self, tokens: Tensor, left_at: Sequence[int] | Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Yield (boundary, hidden [s, h]) of every exit, shallow to deep, for int64 tokens [s].
 
         `hidden` is what the exit's output weight projects (see `logits`). Layers run as the walk
-        goes on, so who stops at an exit does not pay for the layers above it. Raises ValueError
-        when there is no token, too many, or one beyond the vocabulary.
+        goes on, so who stops at an exit does not pay for the layers above it.
+        left_at: [s], the boundary from which on a row's residual stream is frozen (num_layers:
+        never; None: no row's). In deeper layers its keys and values are those of the frozen stream,
+        and it gets nothing itself (state propagation of CALM, arXiv 2207.07061): its own `hidden`
+        of deeper exits means nothing.
+        Raises ValueError when there is no token, too many, or one beyond the vocabulary, or when
+        `left_at` has another length or a boundary that no row can be frozen at.
         """
         self._check(tokens)
+        frozen_at = self._frozen_at(left_at, len(tokens))
         x = self._embedded(tokens.to(self.device))
         for layer in range(1, self.num_layers + 1):
             name = f"layers.{layer}"
+            live = (frozen_at >= layer)[:, None]
             attended = x + self._attention(name, x)
-            x = attended + self._mlp(name, "pre_mlp_layernorm", attended)
+            x = torch.where(live, attended + self._mlp(name, "pre_mlp_layernorm", attended), x)
             if layer in self._temperature:
                 yield layer, self._head(layer, x, attended)
 
@@ -79,6 +88,22 @@ class ReferenceModel:
                 f"token ids {int(tokens.min())} to {int(tokens.max())} do not fit model.vocab_size"
                 f" = {model.vocab_size}; is this the tokenizer the model was trained with?"
             )
+
+    def _frozen_at(self, left_at: Sequence[int] | Tensor | None, length: int) -> Tensor:
+        if left_at is None:
+            left_at = [self.num_layers] * length
+        frozen_at = torch.as_tensor(left_at, device=self.device)
+        if frozen_at.shape != (length,):
+            raise ValueError(
+                f"left_at has the shape {list(frozen_at.shape)}; give one boundary for each of the"
+                f" {length} tokens"
+            )
+        if int(frozen_at.min()) < 1 or int(frozen_at.max()) > self.num_layers:
+            raise ValueError(
+                f"left_at has boundaries {int(frozen_at.min())} to {int(frozen_at.max())}; a row is"
+                f" frozen at one in 1 .. {self.num_layers}"
+            )
+        return frozen_at
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         x = self._tensors["embedding.word.weight"][tokens]

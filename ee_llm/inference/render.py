@@ -1,5 +1,6 @@
 """How a generation is shown: text coloured by exit, a legend, a table of tokens, or JSON."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -125,18 +126,15 @@ def as_json(prompt: str, pieces: Sequence[str], generation: Generation, num_laye
             "thresholds": {str(b): policy.threshold(b) for b in policy.boundaries},
             "digest": policy.digest,
         },
-        "sampling": {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "seed": sampling.seed,
-        },
+        "sampling": dataclasses.asdict(sampling),
     }
     return json.dumps(record)
 
 
 _FINISH = {
     "eod": "end of document",
+    "stop": "a stop token",
+    "abort": "an abort",
     "length": "the number asked for",
     "context": "the model's context",
 }

@@ -9,6 +9,7 @@ from ee_llm.platform.devices import (
     DTYPES,
     backend,
     device,
+    fast_dtype,
     has_cuda,
     local_rank,
     num_cores,
@@ -22,14 +23,20 @@ from ee_llm.platform.devices import (
 )
 from ee_llm.platform.grid import Grid, initialize, shutdown
 from ee_llm.platform.megatron import enable as enable_megatron
+from ee_llm.platform.serving import RankLostError, ServingGrid
+from ee_llm.platform.serving import connect as connect_serving
 
 __all__ = [
     "DTYPES",
     "Grid",
+    "RankLostError",
+    "ServingGrid",
     "backend",
+    "connect_serving",
     "console",
     "device",
     "enable_megatron",
+    "fast_dtype",
     "has_cuda",
     "initialize",
     "is_rank_zero",

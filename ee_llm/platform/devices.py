@@ -13,6 +13,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 """The precisions to compute in, by the names that options give them."""
 
 
+def fast_dtype() -> torch.dtype:
+    """Return the precision that this rank's device decodes fastest in: bfloat16 or float32.
+
+    bfloat16 on a GPU, and on a CPU that has instructions for its products.
+    """
+    has_products = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_cuda() or has_products else torch.float32
+
+
 def local_rank() -> int:
     """Return this process's index on its machine (torchrun's LOCAL_RANK, 0 without a launcher)."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -65,6 +65,16 @@ def tiny_model(
     return ReferenceModel(config, random_tensors(config, seed), dtype)
 
 
+def split_qkv(config: Config, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the q, k, v rows of a fused weight or bias, undone independently of the model."""
+    model = config.model
+    per_group = model.num_heads // model.num_kv_heads + 2
+    rows = list(qkv.split(model.head_dim))
+    groups = [rows[i : i + per_group] for i in range(0, len(rows), per_group)]
+    q = torch.cat([head for group in groups for head in group[:-2]])
+    return q, torch.cat([group[-2] for group in groups]), torch.cat([group[-1] for group in groups])
+
+
 def random_tokens(length: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))
 

@@ -41,6 +41,8 @@ def test_json_is_all_that_is_printed_and_passes_the_certificate(
         "a prompt",
         thresholds=(0.3, "off"),
         temperature=0.8,
+        min_p=0.01,
+        repetition_penalty=1.2,
         seed=3,
         dtype="float64",
         json=True,
@@ -53,6 +55,8 @@ def test_json_is_all_that_is_printed_and_passes_the_certificate(
     assert record["policy"]["thresholds"] == {"1": 0.3, "2": None}
     assert set(record["exits"]) == {1, 4}
     assert any(token > 256 for token in record["tokens"]), "the test needs an id without text"
+    assert record["sampling"]["min_p"] == 0.01
+    assert record["sampling"]["repetition_penalty"] == 1.2
     made = Generation(
         prompt=tuple(record["prompt_tokens"]),
         tokens=tuple(record["tokens"]),
@@ -120,6 +124,8 @@ def test_generation_stops_at_the_end_of_document(
         ({"thresholds": (0.0,)}, r"thresholds: 0.0 is not in \(0, 1\]"),
         ({"thresholds": (0.5,) * 3}, r"thresholds: 3 given for 2 exits at boundaries \[1, 2\]"),
         ({"temperature": -1.0}, "temperature -1.0 must be"),
+        ({"min_p": 2.0}, r"min_p 2.0 is not in \[0, 1\]"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be"),
         ({"max_new_tokens": 0}, "max_new_tokens 0 must be at least 1"),
         ({"checkpoint": Path("/no/such/run")}, "/no/such/run does not exist"),
     ],

@@ -9,12 +9,14 @@ from ee_llm.inference.certificate import verify_trace
 from ee_llm.inference.generator import Generation, generate_reference
 from ee_llm.inference.policy import MEASURES, Policy, make_policy
 from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.request import STRATEGIES
 from ee_llm.inference.sampling import Sampling, sample
 from tests.unit.inference.models import random_tokens, tiny_config, tiny_model
 
 PROMPT = random_tokens(5, seed=3).tolist()
 GREEDY = Sampling()
 DRAWN = Sampling(0.9, top_k=20, top_p=0.95, seed=4)
+PENALISED = Sampling(0.7, min_p=0.05, repetition_penalty=1.4, seed=2)
 
 
 def _generate(
@@ -32,7 +34,7 @@ def _balanced_policy(model: ReferenceModel, measure: str) -> Policy:
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, PENALISED])
 @pytest.mark.parametrize("head", [("norm",), ("block", "mlp", "norm")])
 def test_tokens_and_exits_are_those_of_the_definition(
     measure: str, sampling: Sampling, head: tuple[str, ...]
@@ -48,7 +50,8 @@ def test_tokens_and_exits_are_those_of_the_definition(
         first, second = (float(policy.confidence(logits[b][row])) for b in (1, 2))
         exit = 1 if first >= lowest[1] else 2 if second >= lowest[2] else 4
         assert made.exits[index] == exit
-        assert token == sample(logits[exit][row], sampling, row)
+        history = [*made.prompt, *made.tokens][: row + 1]
+        assert token == sample(logits[exit][row], sampling, row, history)
         confidence = float(policy.confidence(logits[exit][row]))
         assert made.confidences[index] == pytest.approx(confidence, abs=1e-9)
         logprob = float(logits[exit][row].log_softmax(dim=0)[token])
@@ -67,6 +70,29 @@ def test_thresholds_above_every_confidence_are_full(sampling: Sampling) -> None:
         assert exact.exits == full.exits == (4,) * 20
         assert exact.confidences == full.confidences
         assert exact.logprobs == full.logprobs
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_verify_is_full_by_definition(sampling: Sampling) -> None:
+    model, policy = tiny_model(), make_policy((1, 2), [0.1])
+    full = _generate(model, policy, sampling, strategy="full")
+    made = _generate(model, policy, sampling, strategy="verify")
+    assert made == dataclasses.replace(full, strategy="verify")
+    assert set(made.exits) == {4}
+    (found,) = verify_trace(model, dataclasses.replace(made, exits=(1, *made.exits[1:])))
+    assert (found.index, found.expected, found.margin) == (0, 4, float("inf"))
+
+
+def test_repetition_penalty_changes_tokens_and_no_confidence() -> None:
+    """Greedy too; what the policy measures and the log probability are of the exit's own logits."""
+    model, policy = tiny_model(), make_policy((1, 2), [0.4])
+    plain = _generate(model, policy)
+    made = _generate(model, policy, Sampling(repetition_penalty=50.0))
+    assert len(set(made.tokens)) > len(set(plain.tokens))
+    first = next(i for i in range(20) if made.tokens[i] != plain.tokens[i])
+    assert made.exits[: first + 1] == plain.exits[: first + 1]
+    assert made.confidences[: first + 1] == plain.confidences[: first + 1]
+    assert made.logprobs[first] < plain.logprobs[first]
 
 
 def test_a_threshold_under_every_confidence_leaves_at_the_first_exit() -> None:
@@ -111,6 +137,10 @@ def test_finish_reasons() -> None:
     context = _generate(model, policy, max_new_tokens=1000)
     assert context.finish_reason == "context"
     assert len(PROMPT) + len(context.tokens) == 32 + 1  # the last token needs no row
+    stopped = _generate(model, policy, stop_tokens=(99, eod))
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == made.tokens[: made.tokens.index(eod) + 1]
+    assert _generate(model, policy, eod=eod, stop_tokens=[eod]).finish_reason == "eod"
     full_prompt = random_tokens(32).tolist()
     assert len(generate_reference(model, full_prompt, policy, GREEDY).tokens) == 1
 
@@ -138,8 +168,8 @@ def test_bad_input_is_named() -> None:
         generate_reference(model, [1], make_policy((1, 3), [0.4]), GREEDY)
 
 
-@pytest.mark.parametrize("strategy", ["exact", "full"])
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, PENALISED])
 def test_certificate_passes_what_was_generated(sampling: Sampling, strategy: str) -> None:
     for family in ("llama", "gpt"):
         model = tiny_model(tiny_config(family, head=("block", "mlp", "norm")))
@@ -225,3 +255,34 @@ def test_certificate_refuses_what_is_no_finished_sequence() -> None:
             verify_trace(model, dataclasses.replace(made, **change))
     with pytest.raises(ValueError, match="vocab_size = 40"):
         verify_trace(model, dataclasses.replace(made, tokens=(*made.tokens[:-1], 40)))
+
+
+def test_certificate_of_propagate_finds_every_single_change() -> None:
+    """Later rows see keys and values of the changed one; its own divergence comes first."""
+    model = tiny_model(tiny_config(head=("block", "norm")))
+    policy = _balanced_policy(model, "max_probability")
+    made = _generate(model, policy, DRAWN, strategy="propagate")
+    assert set(made.exits) == {1, 2, 4}
+    for index, (exit, token) in enumerate(zip(made.exits, made.tokens, strict=True)):
+        for wrong in {0, 1, 2, 3, 4, 9} - {exit}:
+            exits = (*made.exits[:index], wrong, *made.exits[index + 1 :])
+            found = verify_trace(model, dataclasses.replace(made, exits=exits))
+            assert (found[0].index, found[0].kind, found[0].found) == (index, "exit", wrong)
+            too_early = wrong in (1, 2) and wrong < exit  # what lies between can not be told
+            assert found[0].expected == (4 if too_early else exit)
+            assert (found[0].margin == float("inf")) == (wrong in (0, 3, 9))
+        wrong = (token + 1) % 40
+        tokens = (*made.tokens[:index], wrong, *made.tokens[index + 1 :])
+        found = verify_trace(model, dataclasses.replace(made, tokens=tokens))
+        assert (found[0].index, found[0].kind) == (index, "token")
+        assert (found[0].found, found[0].expected) == (wrong, token)
+        assert found[0].margin > 0
+
+
+def test_certificate_of_propagate_looks_at_nothing_beyond_an_exit() -> None:
+    """Where every token left at the first exit, what is above it can not matter."""
+    model, policy = tiny_model(), make_policy((1, 2), [1e-9])
+    made = _generate(model, policy, DRAWN, strategy="propagate")
+    model._tensors["layers.2.mlp.linear_fc2.weight"].fill_(float("nan"))
+    assert _generate(model, policy, DRAWN, strategy="propagate") == made
+    assert verify_trace(model, made) == []

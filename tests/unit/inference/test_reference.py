@@ -7,17 +7,13 @@ from torch import Tensor
 from ee_llm.config import Config, output_weight_name
 from ee_llm.inference.reference import ReferenceModel
 from ee_llm.inference.weights import tensor_shapes
-from tests.unit.inference.models import random_tensors, random_tokens, tiny_config, tiny_model
-
-
-def _split_qkv(config: Config, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the q, k, v rows of a fused weight or bias, undone independently of the model."""
-    model = config.model
-    per_group = model.num_heads // model.num_kv_heads + 2
-    rows = list(qkv.split(model.head_dim))
-    groups = [rows[i : i + per_group] for i in range(0, len(rows), per_group)]
-    q = torch.cat([head for group in groups for head in group[:-2]])
-    return q, torch.cat([group[-2] for group in groups]), torch.cat([group[-1] for group in groups])
+from tests.unit.inference.models import (
+    random_tensors,
+    random_tokens,
+    split_qkv,
+    tiny_config,
+    tiny_model,
+)
 
 
 def _llama_of_transformers(config: Config, tensors: dict[str, Tensor]):
@@ -45,7 +41,7 @@ def _llama_of_transformers(config: Config, tensors: dict[str, Tensor]):
     }
     for n in range(1, model.num_layers + 1):
         ours, name = f"layers.{n}", f"model.layers.{n - 1}"
-        qkv = _split_qkv(config, tensors[f"{ours}.self_attention.linear_qkv.weight"])
+        qkv = split_qkv(config, tensors[f"{ours}.self_attention.linear_qkv.weight"])
         for part, weight in zip("qkv", qkv, strict=True):
             state[f"{name}.self_attn.{part}_proj.weight"] = weight
         gate, up = tensors[f"{ours}.mlp.linear_fc1.weight"].chunk(2)
@@ -98,7 +94,7 @@ def _gpt2_of_transformers(config: Config, tensors: dict[str, Tensor]):
             for kind in ("weight", "bias"):
                 tensor = tensors[f"layers.{n}.{ours}.{kind}"]
                 if name == "attn.c_attn":
-                    tensor = torch.cat(_split_qkv(config, tensor))
+                    tensor = torch.cat(split_qkv(config, tensor))
                 # GPT-2's linear weights lie transposed.
                 state[f"transformer.h.{n - 1}.{name}.{kind}"] = (
                     tensor.t() if tensor.dim() == 2 else tensor

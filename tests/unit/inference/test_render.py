@@ -1,7 +1,9 @@
 """What a generation looks like: pieces of text, colours, legend, table."""
 
+import dataclasses
 import io
 import json
+from typing import get_args
 
 import pytest
 from rich.console import Console
@@ -17,6 +19,7 @@ from ee_llm.inference.render import (
     token_pieces,
     token_table,
 )
+from ee_llm.inference.request import FinishReason
 from ee_llm.inference.sampling import Sampling
 
 PIECES = ["a", "[red]", "\x1b[2J", "é"]
@@ -86,6 +89,12 @@ def test_legend_counts_the_tokens_of_each_exit() -> None:
     assert lines[3] == "mean depth 4.00 of 8 layers, 4 tokens, finished by the number asked for"
 
 
+@pytest.mark.parametrize("reason", get_args(FinishReason))
+def test_legend_knows_every_finish_reason(reason: FinishReason) -> None:
+    made = dataclasses.replace(_generation(), finish_reason=reason)
+    assert "tokens, finished by " in _shown(legend(made, 8))
+
+
 def test_table_has_a_row_for_each_token() -> None:
     header, *rows = _shown(token_table(PIECES, _generation(), 8)).splitlines()
     assert header.split() == ["#", "token", "id", "exit", "max_probability", "log", "p"]
@@ -104,4 +113,5 @@ def test_json_is_one_ascii_line_with_everything() -> None:
     assert record["mean_depth"] == 4.0
     assert record["policy"]["thresholds"] == {"2": 0.8, "4": None}
     assert record["policy"]["digest"] == _generation().policy.digest
-    assert record["sampling"] == {"temperature": 0.5, "top_k": 0, "top_p": 1.0, "seed": 3}
+    assert record["sampling"]["temperature"] == 0.5
+    assert Sampling(**record["sampling"]) == _generation().sampling

@@ -1,100 +1,167 @@
-"""Noise keyed by (seed, position, vocabulary id), and what is drawn with it."""
+"""What is drawn from logits, by every setting and beside any other row."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
-from ee_llm.inference.sampling import (
-    Sampling,
-    _log,
-    _philox,
-    gumbel_noise,
-    sample,
-    token_margin,
-)
-
-SETTINGS: list[dict[str, float]] = [
-    {},
-    {"temperature": 0.7},
-    {"temperature": 1.0, "top_k": 4},
-    {"temperature": 1.0, "top_p": 0.6},
-    {"temperature": 1.0, "top_k": 5, "top_p": 0.6},
-]
+from ee_llm.inference import sampling as sampling_module
+from ee_llm.inference.noise import gumbel_noise
+from ee_llm.inference.sampling import Sampling, _kept, draw, sample
 
 
-def _plain_philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x32-10 in Python's integers, as the paper has it."""
-    (c0, c1, c2, c3), (k0, k1) = counter, key
-    for _ in range(10):
-        high0, low0 = divmod(0xD2511F53 * c0, 2**32)
-        high1, low1 = divmod(0xCD9E8D57 * c2, 2**32)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-    return [c0, c1, c2, c3]
+def _plain_kept(values: list[float], sampling: Sampling) -> list[int]:
+    """The ids that may be drawn from logits over the temperature, by the definition."""
+    best = max(values)
+    kept = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    kept = kept[: sampling.top_k or None]
+    before = [0.0, *itertools.accumulate(math.exp(values[i] - best) for i in kept)]
+    if sampling.top_p < 1.0:
+        ahead = zip(kept, before[:-1], strict=True)
+        kept = [i for i, mass in ahead if mass < sampling.top_p * before[-1]]
+    return sorted(i for i in kept if math.exp(values[i] - best) >= sampling.min_p)
 
 
-def test_random_bits_are_philox() -> None:
-    """Against the known answers of Random123, and ours against the plain one at odd keys."""
-    ones = 2**32 - 1
-    for counter, key, answer in (
-        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ([ones] * 4, [ones] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ):
-        assert [f"{word:08x}" for word in _plain_philox(counter, key)] == answer.split()
-    ids = torch.tensor([0, 1, 4095, 2**31, ones])
-    for seed in (0, 1, 2**32, 2**63 - 1, 0x123456789ABCDEF):
-        for position in (0, 77, ones):
-            words = torch.stack(_philox(seed, position, ids), dim=-1)
-            for word, i in zip(words.tolist(), ids.tolist(), strict=True):
-                plain = _plain_philox([i, position, 0, 0], [seed % 2**32, seed >> 32])
-                assert word == plain[:2]
+def _plain_draw(logits: Tensor, sampling: Sampling, position: int, history: Sequence[int]) -> int:
+    """The definition for one row, token by token."""
+    values, penalty = logits.double().tolist(), sampling.repetition_penalty
+    for i in set(history):
+        values[i] = values[i] / penalty if values[i] > 0 else values[i] * penalty
+    if sampling.temperature == 0.0:
+        return values.index(max(values))
+    values = [value / sampling.temperature for value in values]
+    noise = gumbel_noise(sampling.seed, position, torch.arange(len(values))).tolist()
+    return max(_plain_kept(values, sampling), key=lambda i: values[i] + noise[i])
 
 
-def test_log_is_accurate() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(100_000, dtype=torch.float64, generator=generator)
-    x = torch.cat((x, 1 - x * 2**-40, x * 2**-50, x * 40, torch.tensor([2.0**-53, 0.5, 2.0])))
-    error = (_log(x) - x.log()).abs() / x.log().abs().clamp(min=1e-300)
-    assert float(error.max()) < 1e-15
+def _random_batch(
+    num_rows: int, size: int, seed: int
+) -> tuple[Tensor, list[Sampling], list[int], list[list[int]]]:
+    """Logits with equals among them, and settings of all sorts beside each other."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(values: Sequence[float]) -> float:
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    logits = (torch.randn(num_rows, size, generator=generator) * 2).bfloat16()
+    settings = [
+        Sampling(
+            temperature=choose([0.0, 0.6, 1.0, 1.7]),
+            top_k=int(choose([0, 0, 1, 5, size // 2, size + 3])),
+            top_p=choose([1.0, 1.0, 1e-6, 0.3, 0.9, 0.999]),
+            seed=int(choose([0, 1, 2**63 - 1])),
+            min_p=choose([0.0, 0.0, 0.02, 0.4, 1.0]),
+            repetition_penalty=choose([1.0, 1.0, 1.3, 0.8]),
+        )
+        for _ in range(num_rows)
+    ]
+    positions = torch.randint(9, (num_rows,), generator=generator).tolist()
+    histories = [
+        torch.randint(size, (position + 1,), generator=generator).tolist() for position in positions
+    ]
+    return logits, settings, positions, histories
 
 
-def test_noise_is_the_same_for_every_shape_shard_and_batch() -> None:
-    """torch.log fails this: a vector's body and its rest differ in the last bit."""
-    ids = torch.arange(4099)
-    whole = gumbel_noise(11, 5, ids)
-    for start in (0, 1, 3, 1000, 4096):
-        for size in (1, 2, 5, 17, 1024):
-            part = gumbel_noise(11, 5, ids[start : start + size])
-            assert torch.equal(part, whole[start : start + size])
-    seeds, positions = torch.tensor([11, 12, 11])[:, None], torch.tensor([5, 5, 6])[:, None]
-    batch = gumbel_noise(seeds, positions, ids)
-    for row, seed, position in zip(batch, seeds.flatten(), positions.flatten(), strict=True):
-        assert torch.equal(row, gumbel_noise(int(seed), int(position), ids))
+@pytest.mark.parametrize(("num_rows", "size"), [(400, 12), (60, 3000)])
+def test_a_row_draws_what_the_definition_says_whatever_is_beside_it(
+    num_rows: int, size: int
+) -> None:
+    logits, settings, positions, histories = batch = _random_batch(num_rows, size, seed=0)
+    tokens = draw(*batch).tolist()
+    for row, token in enumerate(tokens):
+        args = (logits[row], settings[row], positions[row], histories[row])
+        assert token == sample(*args) == _plain_draw(*args), settings[row]
+    order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(1)).tolist()
+    mixed = [[part[row] for row in order] for part in batch[1:]]
+    assert draw(logits[order], *mixed).tolist() == [tokens[row] for row in order]
 
 
-def test_noise_has_stable_values() -> None:
-    """Saved generations stay reproducible: a change of these numbers is a change of format."""
-    noise = gumbel_noise(7, 3, torch.arange(3)).tolist()
-    assert noise == [0.4916324768944599, 3.6940400069029273, 0.41840998912851995]
+@pytest.mark.parametrize("spread", [0.1, 0.5, 2.0, 8.0])
+@pytest.mark.parametrize("size", [1, 12, 3000])
+def test_exactly_the_tokens_of_the_definition_may_be_drawn(size: int, spread: float) -> None:
+    """Flat rows keep more than are sorted at first; rounded logits have equals at the border."""
+    logits, settings, *_ = _random_batch(30, size, seed=4)
+    scaled = (logits * spread).double()
+    kept = _kept(scaled, settings)
+    for row, sampling in enumerate(settings):
+        expected = _plain_kept(scaled[row].tolist(), sampling)
+        assert kept[row].nonzero()[:, 0].tolist() == expected, sampling
+        alone = _kept(scaled[row : row + 1], [sampling])  # sorts fewer than the largest top_k
+        assert (kept[row] if alone is None else alone[0]).equal(kept[row]), sampling
 
 
-def test_noise_is_gumbel_and_uncorrelated_over_its_keys() -> None:
-    """Mean, variance and correlations of 200,000 numbers; 5 sigma: 1 false alarm in 10**5 seeds."""
-    ids, size = torch.arange(200_000), 200_000
-    noise = gumbel_noise(1, 1, ids)
-    assert float(noise.mean()) == pytest.approx(0.5772156649, abs=5 * math.pi / math.sqrt(6 * size))
-    # The fourth central moment of the Gumbel distribution is 5.4 var^2.
-    assert float(noise.var()) == pytest.approx(math.pi**2 / 6, rel=5 * math.sqrt(4.4 / size))
-    for other in (gumbel_noise(2, 1, ids), gumbel_noise(1, 2, ids), noise.roll(1)):
-        correlation = float(torch.corrcoef(torch.stack((noise, other)))[0, 1])
-        assert abs(correlation) < 5 / math.sqrt(size)
+def test_top_p_ends_where_its_share_is_reached() -> None:
+    for top_p, expected in ((0.5, [0, 1]), (0.5001, [0, 1, 2]), (0.25, [0]), (0.7499, [0, 1, 2])):
+        kept = _kept(torch.zeros(1, 4, dtype=torch.float64), [Sampling(1.0, top_p=top_p)])
+        assert kept.nonzero()[:, 1].tolist() == expected
+
+
+def test_sizes_of_the_parts_that_are_worked_on_do_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = _random_batch(60, 300, seed=2)
+    expected = draw(*batch)
+    for num_sorted, num_cached in ((1, 1), (7, 2**30), (2**30, 1000)):
+        monkeypatch.setattr(sampling_module, "NUM_SORTED", num_sorted)
+        monkeypatch.setattr(sampling_module, "NUM_CACHED", num_cached)
+        assert torch.equal(draw(*batch), expected)
+
+
+def test_greedy_rows_take_one_argmax_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling_module, "_draw", None)
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    found = draw(logits, [Sampling(seed=3)] * 5, [0] * 5, [()] * 5)
+    assert torch.equal(found, logits.argmax(dim=-1))
+    assert draw(logits[:0], [], [], []).tolist() == []
+
+
+def test_penalty_is_of_seen_tokens_and_comes_first() -> None:
+    """Positive logits shrink, negative ones sink; a token seen twice is penalised once."""
+    greedy = Sampling(repetition_penalty=2.0)
+    logits = torch.tensor([3.0, 2.0, -1.0])
+    assert sample(logits, greedy, 0, [2]) == 0
+    assert sample(logits, greedy, 1, [0, 2]) == 1  # 1.5 2 -2
+    assert sample(logits, greedy, 3, [0, 1, 0, 0]) == 0  # 1.5 1 -1
+    assert sample(torch.tensor([-1.0, -1.5]), greedy, 0, [0]) == 1  # -2 -1.5
+    assert sample(torch.tensor([-1.0, -1.5]), Sampling(repetition_penalty=0.5), 0, [1]) == 1
+    # Of 1.5 2 -2 the second alone is in each of these sets; of 3 2 -1 the first.
+    for one in ({"top_k": 1}, {"top_p": 0.4}, {"min_p": 0.7}):
+        settings = [Sampling(1.0, seed=seed, repetition_penalty=2.0, **one) for seed in range(20)]
+        drawn = draw(logits.expand(20, 3), settings, [1] * 20, [[0, 2]] * 20)
+        assert drawn.tolist() == [1] * 20
+    with pytest.raises(AssertionError, match="history ends at the row's own token"):
+        sample(logits, greedy, 1, [0])
+
+
+def test_min_p_is_a_share_of_the_greatest_probability_at_the_temperature() -> None:
+    """0.5 0.3 0.2: against the greatest 1 0.6 0.4, at temperature 2 their roots."""
+    logits = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+
+    def support(**settings: float) -> set[int]:
+        rows = [Sampling(seed=seed, **settings) for seed in range(60)]
+        return set(draw(logits.expand(60, 3), rows, [0] * 60, [()] * 60).tolist())
+
+    assert support(temperature=1.0, min_p=0.39) == {0, 1, 2}
+    assert support(temperature=1.0, min_p=0.41) == {0, 1}
+    assert support(temperature=1.0, min_p=0.61) == {0}
+    assert support(temperature=2.0, min_p=0.61) == {0, 1, 2}
+    assert support(temperature=2.0, min_p=0.64) == {0, 1}
+    assert support(temperature=1.0, min_p=1.0) == {0}
+    assert support(temperature=1.0, min_p=0.39, top_p=0.79) == {0, 1}
+
+
+def _draws(logits: Tensor, sampling: Sampling, draws: int) -> Tensor:
+    rows = logits.expand(draws, len(logits))
+    return draw(rows, [sampling] * draws, range(draws), [()] * draws)
 
 
 def _counts(logits: torch.Tensor, sampling: Sampling, draws: int) -> torch.Tensor:
-    tokens = [sample(logits, sampling, position) for position in range(draws)]
-    return torch.bincount(torch.tensor(tokens), minlength=len(logits))
+    tokens = _draws(logits, sampling, draws)
+    return torch.bincount(tokens, minlength=len(logits))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +172,7 @@ def _counts(logits: torch.Tensor, sampling: Sampling, draws: int) -> torch.Tenso
         ({"temperature": 2.0, "top_k": 3}, (1, 3, 4)),
         ({"temperature": 1.0, "top_p": 0.85}, (1, 2, 3, 4)),
         ({"temperature": 1.0, "top_k": 4, "top_p": 0.62}, (1, 3)),
+        ({"temperature": 1.0, "min_p": 0.5}, (1, 3, 4)),
     ],
 )
 def test_draws_follow_the_distribution(settings: dict[str, float], kept: tuple[int, ...]) -> None:
@@ -125,7 +193,7 @@ def test_draws_follow_the_distribution(settings: dict[str, float], kept: tuple[i
 def test_successive_positions_are_independent() -> None:
     """Chi-square of the pairs of neighbours; a false alarm for 1 seed in 10**4."""
     logits = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-    tokens = [sample(logits, Sampling(1.0, seed=9), position) for position in range(2001)]
+    tokens = _draws(logits, Sampling(1.0, seed=9), 2001).tolist()
     pairs = torch.zeros(3, 3, dtype=torch.float64)
     for left, right in pairwise(tokens):
         pairs[left, right] += 1
@@ -152,57 +220,14 @@ def test_settings_out_of_range_are_refused() -> None:
         {"top_p": math.nan},
         {"seed": -1},
         {"seed": 2**63},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": math.nan},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": -1.0},
+        {"repetition_penalty": math.inf},
+        {"repetition_penalty": math.nan},
     ):
         ((name, value),) = settings.items()
         with pytest.raises(ValueError, match=f"^{name} {value}"):
             Sampling(**settings)
-
-
-def test_margin_is_zero_for_the_drawn_token_alone() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for seed, settings in enumerate(SETTINGS):
-        sampling = Sampling(seed=seed, **settings)
-        for position in range(8):
-            logits = torch.randn(12, generator=generator, dtype=torch.float64) * 2
-            drawn = sample(logits, sampling, position)
-            margins = [token_margin(logits, sampling, position, token) for token in range(12)]
-            assert margins[drawn] == 0.0
-            assert min(margins[:drawn] + margins[drawn + 1 :]) > 0.0
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_rounding_explains_what_its_size_allows(settings: dict[str, float]) -> None:
-    """Whatever perturbed logits draw has a margin of twice the perturbation at most."""
-    generator = torch.Generator().manual_seed(1)
-    error, differ = 0.15, 0
-    for position in range(200):
-        sampling = Sampling(seed=2, **settings)
-        logits = torch.randn(12, generator=generator, dtype=torch.float64)
-        noise = torch.rand(12, generator=generator, dtype=torch.float64) * 2 - 1
-        drawn = sample(logits + error * noise, sampling, position)
-        differ += drawn != sample(logits, sampling, position)
-        bound = 2 * error / (sampling.temperature or 1.0)
-        assert token_margin(logits, sampling, position, drawn) <= bound
-    assert differ > 5  # the bound was put to the test
-
-
-def test_margin_at_the_border_of_top_p_is_the_missing_probability() -> None:
-    """Token 1 has the better score but comes after 0.6 of the probability, just outside."""
-    logits = torch.tensor([0.6, 0.25, 0.15], dtype=torch.float64).log()
-    outside, inside = Sampling(1.0, top_p=0.5999), Sampling(1.0, top_p=0.6001)
-    positions = [p for p in range(30) if sample(logits, inside, p) == 1]
-    assert positions
-    for position in positions:
-        assert sample(logits, outside, position) == 0
-        assert token_margin(logits, outside, position, 1) == pytest.approx(1e-4, rel=1e-6)
-        assert token_margin(logits, inside, position, 0) == pytest.approx(1e-4, rel=1e-6)
-
-
-def test_margin_outside_of_top_k_is_the_gap_to_it() -> None:
-    """However good its score: token 1 must first become one of the most probable."""
-    logits = torch.tensor([0.6, 0.25, 0.15], dtype=torch.float64).log()
-    positions = [p for p in range(30) if sample(logits, Sampling(1.0), p) == 1]
-    assert positions
-    for position in positions:
-        margin = token_margin(logits, Sampling(1.0, top_k=1), position, 1)
-        assert margin == pytest.approx(math.log(0.6 / 0.25), rel=1e-9)

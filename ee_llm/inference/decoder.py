@@ -1,0 +1,195 @@
+"""What every engine offers: requests in, updates out, whatever ranks the model runs on."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Protocol
+
+from ee_llm.config import Config
+from ee_llm.inference.generator import Decision, Generation
+from ee_llm.inference.request import Request, Sequence
+
+Decode = Callable[[list[int]], str]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step brought to one request: new tokens and, when it is finished, all of it."""
+
+    id: str
+    decisions: tuple[Decision, ...]
+    generation: Generation | None = None
+
+
+class Queue(Protocol):
+    """Where requests wait and run."""
+
+    @property
+    def has_work(self) -> bool:
+        """Return whether any sequence is unfinished."""
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; raises ValueError if there could never be room for it."""
+
+    def remove(self, sequence: Sequence) -> None:
+        """Drop a sequence, wherever it stands."""
+
+
+class Decoder(ABC):
+    """Takes requests and decodes them step by step, each as `generate_reference` defines it."""
+
+    def __init__(self, config: Config, queue: Queue, decode: Decode | None) -> None:
+        self.config = config
+        self.boundaries = (*config.exits.boundaries, config.model.num_layers)
+        self._queue = queue
+        self._decode = decode
+        self._sequences: dict[str, Sequence] = {}
+        self._num_told: dict[str, int] = {}
+
+    @abstractmethod
+    def step(self) -> list[Update]:
+        """Do the next piece of work and return what it brought, maybe nothing."""
+
+    @property
+    def has_work(self) -> bool:
+        """Return whether a request is unfinished."""
+        return self._queue.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises ValueError, naming what is wrong, if it can not be served."""
+        if request.id in self._sequences:
+            raise ValueError(f"request id {request.id!r} is in use; ids must differ while they run")
+        self._check(request)
+        max_length = self.config.model.max_seq_length
+        sequence = Sequence(request, self.boundaries, max_length, self._decode)
+        self._queue.add(sequence)
+        self._sequences[request.id] = sequence
+        self._num_told[request.id] = 0
+
+    def abort(self, id: str) -> Generation | None:
+        """Give a request up; return what it has so far, None if it has no token yet.
+
+        Raises ValueError for an id that is not under way.
+        """
+        if id not in self._sequences:
+            raise ValueError(
+                f"request id {id!r} is not under way: finished, aborted or never given"
+            )
+        sequence = self._sequences[id]
+        sequence.finish_reason = "abort"
+        self._queue.remove(sequence)
+        self._forget(id)
+        return _generation(sequence) if sequence.exits else None
+
+    def stream(self, request: Request) -> Iterator[Update]:
+        """Yield the updates of one request as they come; others go on meanwhile.
+
+        Their updates are returned to nobody: who has several calls `add` and `step`. A request
+        whose stream is closed early is aborted.
+        """
+        self.add(request)
+        try:
+            while request.id in self._sequences:
+                yield from (update for update in self.step() if update.id == request.id)
+        finally:
+            if request.id in self._sequences:
+                self.abort(request.id)
+
+    def generate(
+        self, requests: Items[Request], on_update: Callable[[Update], None] | None = None
+    ) -> list[Generation]:
+        """Return the generation of each request, in their order; raises ValueError as `add` does.
+
+        If one of them can not be added, none is.
+        """
+        added: list[str] = []
+        try:
+            for request in requests:
+                self.add(request)
+                added.append(request.id)
+        except ValueError:
+            for id in added:
+                self.abort(id)
+            raise
+        finished: dict[str, Generation] = {}
+        while len(finished) < len(requests):
+            for update in self.step():
+                if on_update:
+                    on_update(update)
+                if update.generation:
+                    finished[update.id] = update.generation
+        return [finished[request.id] for request in requests]
+
+    def _check(self, request: Request) -> None:
+        model = self.config.model
+        if len(request.prompt) > model.max_seq_length:
+            raise ValueError(
+                f"{len(request.prompt)} tokens are more than model.max_seq_length ="
+                f" {model.max_seq_length}; shorten the prompt"
+            )
+        wrong = next((t for t in request.prompt if not 0 <= t < model.vocab_size), None)
+        if wrong is not None:
+            raise ValueError(
+                f"token id {wrong} does not fit model.vocab_size = {model.vocab_size}; is this the"
+                " tokenizer the model was trained with?"
+            )
+        exits = list(self.boundaries[:-1])
+        if list(request.policy.boundaries) != exits:
+            raise ValueError(
+                f"the policy is for exits at boundaries {list(request.policy.boundaries)}, but the"
+                f" model has {exits}"
+            )
+        if request.draft is not None and request.draft.boundary not in exits:
+            raise ValueError(
+                f"draft boundary {request.draft.boundary} is no exit; the model has them at {exits}"
+            )
+        if request.stop_strings and self._decode is None:
+            raise ValueError("stop_strings need an engine with a tokenizer; give it decode=")
+
+    def _updates(self, sequences: Items[Sequence]) -> list[Update]:
+        """Return what is new of these sequences, each once."""
+        unique = {sequence.request.id: sequence for sequence in sequences}
+        return [update for sequence in unique.values() if (update := self._update(sequence))]
+
+    def _update(self, sequence: Sequence) -> Update | None:
+        id = sequence.request.id
+        told, now = self._num_told[id], len(sequence.exits)
+        if told == now:
+            return None
+        self._num_told[id] = now
+        decisions = tuple(
+            Decision(token, exit, confidence, logprob)
+            for token, exit, confidence, logprob in zip(
+                sequence.new_tokens[told:],
+                sequence.exits[told:],
+                sequence.confidences[told:],
+                sequence.logprobs[told:],
+                strict=True,
+            )
+        )
+        if sequence.finish_reason is None:
+            return Update(id, decisions)
+        self._forget(id)
+        return Update(id, decisions, _generation(sequence))
+
+    def _forget(self, id: str) -> None:
+        del self._sequences[id], self._num_told[id]
+
+
+def _generation(sequence: Sequence) -> Generation:
+    request = sequence.request
+    finish_reason = sequence.finish_reason
+    assert finish_reason is not None, "the sequence is not finished"
+    is_full = request.strategy in ("full", "verify")
+    return Generation(
+        prompt=request.prompt,
+        tokens=tuple(sequence.new_tokens),
+        exits=tuple(sequence.exits),
+        confidences=tuple(sequence.confidences),
+        logprobs=tuple(sequence.logprobs),
+        finish_reason=finish_reason,
+        policy=request.policy.without_exits() if is_full else request.policy,
+        sampling=request.sampling,
+        strategy=request.strategy,
+    )

@@ -1,0 +1,121 @@
+"""The engine: requests of any strategy and depth decoded together, none waiting for the deepest."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ee_llm import platform
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.config import Config
+from ee_llm.inference.blocks import BlockManager
+from ee_llm.inference.decoder import Decode, Decoder, Update
+from ee_llm.inference.holding import Holding
+from ee_llm.inference.judge import judge, question
+from ee_llm.inference.request import Verdict
+from ee_llm.inference.runner import Runner
+from ee_llm.inference.scheduler import Limits, Plan, Scheduler
+from ee_llm.inference.stage import Stage, cut, shard
+from ee_llm.inference.weights import take_tensors
+
+Hold = Literal["auto", "off"]
+
+_STEPS_BETWEEN_HOLDS = 16
+
+
+class Engine(Decoder):
+    """Decodes requests in batches; each token is what `generate_reference` would have made.
+
+    Nothing else that runs at the same time, no order of arrival and no lack of room changes a token
+    or its exit but by the rounding of the dtype; in float64 not at all.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.float32,
+        limits: Limits | None = None,
+        decode: Decode | None = None,
+        device: torch.device | str = "cpu",
+        hold: Hold = "off",
+        ranks: platform.ServingGrid | None = None,
+    ) -> None:
+        """Take the model's weights by name (see `take_tensors`).
+
+        decode: ids to text, for stop strings. hold: "auto" measures what passes take and lets rows
+        that declined an exit wait for others where that pays. ranks: those that share the model's
+        tensors; all of them make an engine, and all but the leader call `follow`. Raises ValueError
+        if the tensors do not fit the configuration, or the ranks.
+        """
+        self.limits = limits or Limits()
+        blocks = BlockManager(self.limits.num_blocks, self.limits.block_size)
+        self.scheduler = Scheduler(len(config.exits.boundaries) + 1, self.limits, blocks)
+        super().__init__(config, self.scheduler, decode)
+        (pieces,) = cut(config)
+        stage = Stage(
+            config,
+            take_tensors(config, tensors, dtype, device),
+            self.limits.num_blocks * self.limits.block_size,
+            pieces,
+            shard(config, ranks),
+        )
+        self.runner = Runner(stage, self.limits, config.model.max_seq_length, ranks)
+        self.holding: Holding | None = None
+        if hold == "auto" and len(pieces) > 1 and (ranks is None or ranks.is_leader):
+            self.holding = Holding(self.runner.profile(), self.limits.max_hold)
+
+    def step(self) -> list[Update]:
+        """Run one pass and return what it brought; an empty list if no token was decided by it."""
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return []
+        logits = self.runner.run(plan)
+        running = {sequence.slot: sequence for sequence in self.scheduler.running}
+        questions = [
+            question(running[span.slot], position, plan.last_segment)
+            for span in plan.heads
+            for position in range(span.start, span.stop)
+        ]
+        verdicts = judge(logits, questions)
+        self.scheduler.apply(plan, verdicts)
+        self._hold(plan, verdicts)
+        return self._updates([running[span.slot] for span in plan.heads])
+
+    def follow(self) -> None:
+        """Run what the leader runs, until it closes; for the other ranks of a tensor-parallel group.
+
+        Raises RankLostError if a rank is gone.
+        """
+        self.runner.follow()
+
+    def close(self) -> None:
+        """Let the ranks that follow this one go."""
+        self.runner.dismiss()
+
+    def _hold(self, plan: Plan, verdicts: Items[Verdict]) -> None:
+        if self.holding is None:
+            return
+        if plan.last_segment < len(self.boundaries) - 1:
+            self.holding.observe(plan.last_segment, verdicts)
+        if self.scheduler.step % _STEPS_BETWEEN_HOLDS == 0:
+            self.scheduler.holds = self.holding.holds(len(self.scheduler.running))
+
+
+def load_engine(
+    reader: TensorReader,
+    dtype: torch.dtype | None = None,
+    limits: Limits | None = None,
+    decode: Decode | None = None,
+    hold: Hold = "auto",
+    ranks: platform.ServingGrid | None = None,
+) -> Engine:
+    """Return an engine for the model of a checkpoint, whatever layout saved it.
+
+    dtype: None for the fastest of this device. Raises ValueError for a damaged checkpoint.
+    """
+    tensors = {name: reader.tensor(name) for name in reader.names()}
+    dtype = dtype or platform.fast_dtype()
+    return Engine(reader.config(), tensors, dtype, limits, decode, platform.device(), hold, ranks)

@@ -1,0 +1,38 @@
+"""Linear layers whose weights are laid out once for many calls with few rows."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def is_packable(weight: Tensor) -> bool:
+    """Return whether oneDNN can lay this weight out for itself: on a CPU, in a dtype it knows."""
+    is_built = torch.backends.mkldnn.is_available() and hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    )
+    return is_built and weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES
+
+
+class Linear:
+    """x [t, i] times the transpose of weight [o, i], plus bias [o].
+
+    On a CPU the weight is kept in oneDNN's own order, which halves the time of passes of two to
+    eight rows; the plain product copes with few rows badly, and reorders bfloat16 in every call.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.num_outputs = weight.shape[0]
+        self._bias = bias
+        self._is_packed = is_packable(weight)
+        self._weight = _pack(weight) if self._is_packed else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._is_packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return F.linear(x, self._weight, self._bias)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)

@@ -1,0 +1,244 @@
+"""What is asked of the engine, and the state of a sequence while it is decoded; no torch.
+
+A sequence of n tokens has rows 0 .. n-1; the row at position p decides the token at p + 1, and the
+newest row is the *frontier*. Segment s ends at exit s, the last segment at the final exit.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from ee_llm.inference.policy import Policy
+    from ee_llm.inference.sampling import Sampling
+
+Strategy = Literal["exact", "full", "verify", "propagate"]
+FinishReason = Literal["eod", "stop", "length", "context", "abort"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """How the strategy `verify` drafts tokens (LayerSkip, arXiv 2404.16710).
+
+    boundary: of the exit that drafts. length: at most so many tokens between two deep passes.
+    threshold: drafting goes on while the exit's confidence reaches it; None: always.
+    """
+
+    boundary: int
+    length: int = 4
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"draft length {self.length} must be at least 1")
+        if self.threshold is not None and not 0.0 < self.threshold <= 1.0:  # NaN fails too
+            raise ValueError(f"draft threshold {self.threshold} is not in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and everything that its continuation is a function of, but for the weights.
+
+    id: unique among the requests under way. prompt: token ids. policy: which exits, how confident;
+    `full` and `verify` have them all off. draft: for `verify` alone. eod, stop_tokens: ids that
+    end the sequence, as does a text that holds one of stop_strings. tenant: prompts share cached
+    blocks within one tenant only.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    policy: "Policy"
+    sampling: "Sampling"
+    strategy: Strategy = "exact"
+    draft: Draft | None = None
+    max_new_tokens: int = 64
+    eod: int | None = None
+    stop_tokens: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    tenant: str = ""
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(
+                f"strategy {self.strategy!r} is unknown; choose of {', '.join(STRATEGIES)}"
+            )
+        if len(self.prompt) == 0:
+            raise ValueError("the prompt is empty; give at least one token")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+        if (self.draft is None) == (self.strategy == "verify"):
+            raise ValueError(
+                f"strategy {self.strategy!r} with draft {self.draft}: verify needs a draft, and no"
+                " other strategy has one"
+            )
+        if "" in self.stop_strings:
+            raise ValueError("a stop string is empty; leave it out")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an exit says about one row.
+
+    left: whether its token leaves here (always true at the final exit). token: the one that this
+    exit draws. confidence: the policy's measure. logprob: the token's, in this exit's distribution.
+    """
+
+    slot: int
+    position: int
+    left: bool
+    token: int
+    confidence: float
+    logprob: float
+
+
+@dataclass
+class Sequence:
+    """A request under way: its tokens, and how far each segment has come (the watermarks).
+
+    max_length: rows that the model has positions for. decode: tokens to text, for stop strings.
+    tokens: prompt, decided tokens, then drafts that no deep pass has confirmed yet.
+    watermarks[s]: leading positions that segment s has processed, not increasing in s.
+    declined: the deepest exit that the frontier declined, -1 before the first.
+    blocks: of the K/V cache, in order of positions; keys: of the leading full ones, as others may
+    find them. num_tabled, num_published: how many of the blocks the runner and the cache know of.
+    num_cached: leading positions that were in the cache. waiting_since: the step at which its
+    rows last ran.
+    """
+
+    request: Request
+    boundaries: tuple[int, ...]
+    max_length: int
+    decode: Callable[[list[int]], str] | None = None
+    tokens: list[int] = field(default_factory=list)
+    num_confirmed: int = 0
+    watermarks: list[int] = field(default_factory=list)
+    declined: int = -1
+    slot: int = -1
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    num_tabled: int = 0
+    num_published: int = 0
+    num_cached: int = 0
+    waiting_since: int = 0
+    exits: list[int] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    num_drafted: int = 0
+    num_accepted: int = 0
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        self.num_confirmed = len(self.tokens)
+        self.watermarks = [0] * len(self.boundaries)
+        policy, draft = self.request.policy, self.request.draft
+        exits = self.boundaries[:-1]
+        if draft is not None:
+            self._may_leave = tuple(boundary == draft.boundary for boundary in exits)
+        elif self.request.strategy == "full":
+            self._may_leave = (False,) * len(exits)
+        else:
+            self._may_leave = tuple(policy.threshold(b) is not None for b in exits)
+
+    @property
+    def num_prompt(self) -> int:
+        """Return the number of prompt tokens."""
+        return len(self.request.prompt)
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """Return the tokens decided so far, without drafts."""
+        return self.tokens[self.num_prompt : self.num_confirmed]
+
+    @property
+    def num_reusable(self) -> int:
+        """Return how many leading rows have keys and values that follow from their tokens alone.
+
+        Drafts may yet be taken back, and `propagate` freezes the rows of new tokens.
+        """
+        if self.request.strategy == "propagate":
+            return self.num_prompt - 1
+        return self.num_confirmed
+
+    @property
+    def num_pending(self) -> int:
+        """Return how many positions have been begun and are not through all segments."""
+        return self.watermarks[0] - self.watermarks[-1]
+
+    def decides_at(self, segment: int) -> bool:
+        """Return whether the frontier, once through `segment`, is judged by the exit there."""
+        if segment == len(self._may_leave):
+            return True
+        if not self._may_leave[segment] or self.declined >= segment:
+            return False
+        draft = self.request.draft
+        if draft is None:
+            return True
+        num_left = self.request.max_new_tokens - (len(self.tokens) - self.num_prompt)
+        return (
+            len(self.tokens) - self.num_confirmed < draft.length
+            and num_left > 1
+            and len(self.tokens) < self.max_length
+        )
+
+    def is_frozen(self, position: int, segment: int) -> bool:
+        """Return whether the row at `position` keeps its state in `segment` (`propagate`)."""
+        index = position - (self.num_prompt - 1)
+        if self.request.strategy != "propagate" or not 0 <= index < len(self.exits):
+            return False
+        return segment > 0 and self.exits[index] <= self.boundaries[segment - 1]
+
+    def settle(self, segment: int, verdict: Verdict) -> bool:
+        """Take an exit's verdict on a row; return whether later rows' verdicts still count."""
+        if not verdict.left:
+            self.declined = segment
+            return True
+        self.declined = -1
+        is_final = segment == len(self.boundaries) - 1
+        if self.request.draft is not None and not is_final:
+            self.tokens.append(verdict.token)
+            self.num_drafted += 1
+            return True
+        follows = verdict.position + 1
+        is_confirmed = follows < len(self.tokens) and self.tokens[follows] == verdict.token
+        if not is_confirmed:
+            del self.tokens[follows:]
+            self.tokens.append(verdict.token)
+            self.watermarks = [min(mark, follows) for mark in self.watermarks]
+        self.num_accepted += is_confirmed
+        self.num_confirmed = follows + 1
+        self.exits.append(self.boundaries[segment])
+        self.confidences.append(verdict.confidence)
+        self.logprobs.append(verdict.logprob)
+        self.finish_reason = self._finish_reason(verdict.token)
+        return is_confirmed and self.finish_reason is None
+
+    def restart(self) -> None:
+        """Forget what the cache and the rings held of this sequence, not what was decided."""
+        if len(self.tokens) > self.num_confirmed:  # drafts are made anew
+            del self.tokens[self.num_confirmed :]
+            self.declined = -1
+        self.watermarks = [0] * len(self.boundaries)
+        self.slot, self.blocks = -1, []
+        self.num_tabled = self.num_published = self.num_cached = 0
+
+    def _finish_reason(self, token: int) -> FinishReason | None:
+        if token == self.request.eod:
+            return "eod"
+        if token in self.request.stop_tokens or self._is_stopped():
+            return "stop"
+        if self.num_confirmed > self.max_length:
+            return "context"
+        num_new = self.num_confirmed - self.num_prompt
+        return "length" if num_new >= self.request.max_new_tokens else None
+
+    def _is_stopped(self) -> bool:
+        """Return whether the newest token completed a stop string."""
+        stops = self.request.stop_strings
+        if not stops or self.decode is None:
+            return False
+        # A character takes four tokens at most; a few more, as a decoder may trim what comes first.
+        num_tokens = 4 * max(map(len, stops)) + 4
+        text = self.decode(self.new_tokens[-num_tokens:])
+        return any(stop in text for stop in stops)

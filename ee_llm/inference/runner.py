@@ -1,0 +1,156 @@
+"""Runs passes: plans in, logits of the judged rows out; it decides nothing.
+
+Legend of shapes: t rows of a part, r judged rows, h hidden, v vocabulary.
+"""
+
+import time
+from collections.abc import Sequence as Items
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ee_llm import platform
+from ee_llm.inference.attention import Batch, PageTable, Run
+from ee_llm.inference.holding import Profile
+from ee_llm.inference.scheduler import Limits, Part, Plan, Span
+from ee_llm.inference.stage import Stage
+from ee_llm.inference.wire import decode_plan, encode_plan
+
+ROWS_PROFILED = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Runner:
+    """One model with its cache, and a ring for the pending rows of each slot at each boundary."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        limits: Limits,
+        max_length: int,
+        ranks: platform.ServingGrid | None = None,
+    ) -> None:
+        self.stage = stage
+        self._ranks = ranks
+        self._num_slots, self._num_pending = limits.max_sequences, limits.max_pending
+        num_blocks = -(-max_length // limits.block_size)
+        self._table = PageTable(limits.max_sequences, num_blocks, limits.block_size, stage.device)
+        rows = limits.max_sequences * limits.max_pending
+        hidden = stage.hidden_size
+        self._rings = [
+            torch.zeros(rows, hidden, dtype=stage.dtype, device=stage.device)
+            for _ in stage.pieces[:-1]
+        ]
+
+    def run(self, plan: Plan) -> Tensor:
+        """Return the logits [r, v] of the rows that the plan's heads name, in their order."""
+        if self._ranks:
+            self._ranks.tell(encode_plan(plan))
+            return self._ranks.gather(self._run(plan))
+        return self._run(plan)
+
+    def follow(self) -> None:
+        """Run what the leading rank runs, until it dismisses its followers."""
+        assert self._ranks is not None, "there is nobody to follow"
+        while message := self._ranks.tell():
+            self._ranks.gather(self._run(decode_plan(message)))
+
+    def dismiss(self) -> None:
+        """Let the ranks that follow this one go."""
+        if self._ranks:
+            self._ranks.tell(b"")
+
+    @torch.no_grad()
+    def _run(self, plan: Plan) -> Tensor:
+        for slot, index, block in plan.tables:
+            self._table.set(slot, index, block)
+        x = attended = torch.empty(0)
+        spans: tuple[Span, ...] = ()
+        batch: Batch | None = None
+        for part in plan.parts:
+            if batch is None or part.spans != spans or batch.live is not None or part.frozen:
+                batch = self._batch(part.spans, _live(part))
+            if part.segment == 0:
+                tokens = torch.tensor(plan.tokens, device=self.stage.device)
+                x = self.stage.embed(tokens, batch.positions)
+            elif part.spans != spans:  # rows that were left at this boundary go along
+                if spans:
+                    self._leave(part.segment - 1, x, spans)
+                ring = self._rings[part.segment - 1]
+                x = ring[self._places(part.spans)]
+            spans = part.spans
+            x, attended = self.stage.run(part.segment, x, batch)
+            if part is not plan.parts[-1] and self.stage.has_block(part.segment):
+                self.stage.run_block(part.segment, x, self._batch(part.spans, ()))
+        last = plan.last_segment
+        if last < len(self._rings):
+            self._leave(last, x, spans)
+        if not plan.heads and not self.stage.has_block(last):
+            return x.new_empty(0, self.stage.num_logits)
+        return self._judged(plan, x, attended)
+
+    def profile(self, rows: Items[int] = ROWS_PROFILED) -> Profile:
+        """Return what passes of so many rows take, one row of each of as many slots.
+
+        For when nothing runs: it writes to the cache's block for padding, and to rings.
+        """
+        rows = [count for count in rows if count <= self._num_slots] or [1]
+        segments = range(len(self.stage.pieces))
+        return Profile(
+            tuple(rows), tuple(tuple(self._seconds(s, n) for n in rows) for s in segments)
+        )
+
+    def _seconds(self, segment: int, num_rows: int) -> float:
+        """Return the least time of a few passes; the first is for caches and allocators."""
+        spans = tuple(Span(slot, 0, 1) for slot in range(num_rows))
+        tokens = (0,) * num_rows if segment == 0 else ()
+        plan = Plan((Part(segment, spans),), tokens, spans, ())
+        times: list[float] = []
+        while len(times) < 4 or (len(times) < 20 and sum(times) < 0.02):
+            start = time.perf_counter()
+            self.run(plan)
+            platform.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    def _judged(self, plan: Plan, x: Tensor, attended: Tensor) -> Tensor:
+        """Return the logits of the judged rows; an exit's block sees all rows in any case."""
+        last, spans = plan.last_segment, plan.parts[-1].spans
+        first = {run.slot: run.first - run.start for run in _runs(spans)}
+        judged = [Run(s.slot, s.start, s.stop, first[s.slot] + s.start) for s in plan.heads]
+        rows = [row for run in judged for row in range(run.first, run.first + run.num_rows)]
+        if self.stage.has_block(last):
+            x, attended = self.stage.run_block(last, x, self._batch(spans, judged))
+        elif rows != list(range(len(x))):
+            index = torch.tensor(rows, dtype=torch.int64, device=self.stage.device)
+            x, attended = x[index], attended[index]
+        return self.stage.logits(last, x, attended)
+
+    def _batch(self, spans: Items[Span], live: Items[Run] | None) -> Batch:
+        return self._table.batch(_runs(spans), live, self.stage.cache_dtype)
+
+    def _leave(self, boundary: int, x: Tensor, spans: Items[Span]) -> None:
+        self._rings[boundary].index_copy_(0, self._places(spans), x)
+
+    def _places(self, spans: Items[Span]) -> Tensor:
+        """Return where in a ring the rows of `spans` are [t]."""
+        size = self._num_pending
+        places = [s.slot * size + p % size for s in spans for p in range(s.start, s.stop)]
+        return torch.tensor(places, dtype=torch.int64, device=self.stage.device)
+
+
+def _runs(spans: Items[Span]) -> list[Run]:
+    ends = accumulate(map(len, spans))
+    return [Run(s.slot, s.start, s.stop, end - len(s)) for s, end in zip(spans, ends, strict=True)]
+
+
+def _live(part: Part) -> list[Run] | None:
+    """Return the rows that are not frozen, None if none is."""
+    if not part.frozen:
+        return None
+    return [
+        Run(run.slot, run.start + i, run.start + i + 1, run.first + i)
+        for run in _runs(part.spans)
+        for i in range(run.num_rows)
+        if run.first + i not in part.frozen
+    ]

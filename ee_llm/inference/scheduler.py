@@ -1,0 +1,354 @@
+"""Which rows run through which segments next: a pure function of the sequences' state; no torch.
+
+A pass takes rows through one segment or several in a row, until it reaches an exit that has to
+judge one of its frontiers. A sequence's pending rows always go along, from the boundary where they
+lie, so that every row finds the keys and values of all earlier positions at every layer.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+from ee_llm.inference.blocks import BlockManager, Key, prefix_key
+from ee_llm.inference.request import Sequence, Verdict
+
+
+@dataclass(frozen=True)
+class Span:
+    """The rows at positions start .. stop-1 of the sequence in `slot`."""
+
+    slot: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a pass does in one segment. frozen: numbers of the rows that keep their state there."""
+
+    segment: int
+    spans: tuple[Span, ...]
+    frozen: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Return how many rows run through the segment."""
+        return sum(map(len, self.spans))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass. parts: neighbouring segments. tokens: of the rows that enter segment 0.
+
+    heads: the rows that the exit at the end of the last part judges. tables: newly given blocks
+    as (slot, index within the sequence, block).
+    """
+
+    parts: tuple[Part, ...]
+    tokens: tuple[int, ...]
+    heads: tuple[Span, ...]
+    tables: tuple[tuple[int, int, int], ...]
+
+    @property
+    def last_segment(self) -> int:
+        """Return the segment at whose end the pass stops."""
+        return self.parts[-1].segment
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The engine's room.
+
+    max_sequences: that run at once. num_blocks, block_size: the K/V cache, see `BlockManager`.
+    max_pending: rows of one sequence that may wait at boundaries, also the longest prompt chunk.
+    max_rows: rows of one segment in a pass (a single sequence's may exceed it when going deeper).
+    max_hold: steps after which a row that declined an exit runs whatever else waits.
+    ride_rows: pending rows of other sequences join a deeper pass until it has so many.
+    """
+
+    max_sequences: int = 16
+    num_blocks: int = 257
+    block_size: int = 16
+    max_pending: int = 64
+    max_rows: int = 256
+    max_hold: int = 8
+    ride_rows: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "max_pending", "max_rows", "max_hold"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+
+
+@dataclass
+class Scheduler:
+    """Admits sequences, plans passes, and takes the verdicts on them.
+
+    holds[s]: how many sequences segment s waits for while there is other work (its entry for
+    segment 0 is not read); 1 everywhere is no holding.
+    """
+
+    num_segments: int
+    limits: Limits
+    blocks: BlockManager
+    holds: list[int] = field(default_factory=list)
+    step: int = 0
+    num_preemptions: int = 0
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: list[Sequence] = field(default_factory=list)  # in the order of their admission
+    _slots: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.holds = self.holds or [1] * self.num_segments
+        self._slots = list(range(self.limits.max_sequences))[::-1]
+
+    @property
+    def has_work(self) -> bool:
+        """Return whether any sequence is unfinished."""
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; raises ValueError if the cache could never hold it."""
+        request = sequence.request
+        length = min(sequence.num_prompt + request.max_new_tokens - 1, sequence.max_length)
+        needed, room = self.blocks.num_needed(length), self.blocks.num_blocks - 1
+        if needed > room:
+            raise ValueError(
+                f"request {request.id!r} may grow to {length} positions, {needed} blocks of the"
+                f" cache, which has {room}; ask for fewer tokens or give the engine more blocks"
+            )
+        if request.draft is not None and request.draft.length >= self.limits.max_pending:
+            raise ValueError(
+                f"draft length {request.draft.length} does not fit max_pending ="
+                f" {self.limits.max_pending}, which holds the drafts and one more row"
+            )
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Drop a sequence, wherever it stands, and free what it holds."""
+        if sequence.slot < 0:
+            self.waiting.remove(sequence)
+        else:
+            self._vacate(sequence)
+
+    def schedule(self) -> Plan | None:
+        """Return the next pass, or None if there is nothing to do."""
+        self._admit()
+        while self.running:
+            first = self._pick()
+            spans = self._with_blocks(self._spans(first))
+            if spans:
+                return self._through(first, spans)
+        assert not self.waiting, "a sequence waits for room that nobody holds"
+        return None
+
+    def apply(self, plan: Plan, verdicts: Items[Verdict]) -> list[Sequence]:
+        """Move the watermarks, take the verdicts; return the sequences that are finished by them.
+
+        verdicts: one for each of the rows that the plan's heads name, in their order.
+        """
+        self.step += 1
+        by_slot = {sequence.slot: sequence for sequence in self.running}
+        for part in plan.parts:
+            for span in part.spans:
+                by_slot[span.slot].watermarks[part.segment] = span.stop
+        for span in plan.parts[-1].spans:
+            by_slot[span.slot].waiting_since = self.step
+        unsettled = by_slot.copy()
+        for verdict in verdicts:
+            sequence = unsettled.get(verdict.slot)
+            if sequence and not sequence.settle(plan.last_segment, verdict):
+                del unsettled[verdict.slot]
+        if plan.last_segment == self.num_segments - 1:
+            for span in plan.parts[-1].spans:
+                self._publish(by_slot[span.slot])
+        finished = [sequence for sequence in self.running if sequence.finish_reason]
+        for sequence in finished:
+            self._vacate(sequence)
+        return finished
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's room; it begins anew, before all that wait."""
+        self._vacate(sequence)
+        sequence.restart()
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between any two steps."""
+        self.blocks.check_integrity(sequence.blocks for sequence in self.running)
+        slots = [sequence.slot for sequence in self.running]
+        assert sorted([*slots, *self._slots]) == list(range(self.limits.max_sequences))
+        for sequence in self.running:
+            marks = [len(sequence.tokens), *sequence.watermarks]
+            assert marks == sorted(marks, reverse=True), f"watermarks out of order: {marks}"
+            assert sequence.num_pending <= self.limits.max_pending, "too many rows pend"
+            room = len(sequence.blocks) * self.blocks.block_size
+            assert sequence.watermarks[0] <= room, "rows without a block"
+
+    def due(self, sequence: Sequence) -> int:
+        """Return the segment that the sequence has to go through next."""
+        marks = sequence.watermarks
+        if marks[0] < len(sequence.tokens) and sequence.num_pending < self.limits.max_pending:
+            return 0
+        return next(segment for segment, mark in enumerate(marks) if mark < marks[0])
+
+    def _admit(self) -> None:
+        while self.waiting and self._slots:
+            sequence = self.waiting[0]
+            known = min(len(sequence.tokens) - 1, sequence.num_reusable)
+            shared = self.blocks.share(self._keys(sequence, known))
+            start = len(shared) * self.blocks.block_size
+            stop = min(len(sequence.tokens), start + self.limits.max_pending)
+            needed = self.blocks.num_needed(stop) - len(shared)
+            # One block more for each that runs, so that who comes does not push others out at once.
+            if self.running and self.blocks.num_available < needed + len(self.running):
+                self.blocks.give_back(shared)
+                return
+            self.waiting.popleft()
+            sequence.slot, sequence.blocks = self._slots.pop(), shared
+            sequence.num_cached, sequence.num_published = start, len(shared)
+            sequence.watermarks = [start] * self.num_segments
+            self.running.append(sequence)
+
+    def _vacate(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.blocks.give_back(sequence.blocks)
+        self._slots.append(sequence.slot)
+
+    def _pick(self) -> int:
+        """Return the segment that the next pass begins with."""
+        waiting: list[list[Sequence]] = [[] for _ in range(self.num_segments)]
+        for sequence in self.running:
+            waiting[self.due(sequence)].append(sequence)
+        oldest = self.step - self.limits.max_hold
+        for segment in range(self.num_segments - 1, 0, -1):
+            held = waiting[segment]
+            if held and (
+                len(held) >= self.holds[segment]
+                or any(one.waiting_since <= oldest for one in held)
+                or any(one.watermarks[0] < len(one.tokens) for one in held)  # no room to go on
+            ):
+                return segment
+        return next(segment for segment, held in enumerate(waiting) if held)
+
+    def _spans(self, segment: int, carried: Items[Span] = ()) -> list[Span]:
+        """Return the rows that run through `segment`, after those `carried` from the one before."""
+        by_slot = {span.slot: span.stop for span in carried}
+        spans = [
+            Span(sequence.slot, sequence.watermarks[segment], by_slot[sequence.slot])
+            for sequence in self.running
+            if sequence.slot in by_slot
+        ]
+        num_rows = sum(map(len, spans))
+        others = [sequence for sequence in self.running if sequence.slot not in by_slot]
+        due = [sequence for sequence in others if self.due(sequence) == segment]
+        if segment == 0:  # new tokens go before prompts
+            due.sort(key=lambda sequence: len(sequence.tokens) - sequence.watermarks[0] > 1)
+        for sequence in due:
+            start, stop = sequence.watermarks[segment], sequence.watermarks[0]
+            room = self.limits.max_rows - num_rows
+            if segment == 0:
+                room = min(room, self.limits.max_pending - sequence.num_pending)
+                stop = min(len(sequence.tokens), start + room)
+            if stop > start and (stop - start <= room or not spans):
+                spans.append(Span(sequence.slot, start, stop))
+                num_rows += stop - start
+        if segment > 0:
+            spans += self._riders(segment, [one for one in others if one not in due], num_rows)
+        return spans
+
+    def _riders(self, segment: int, others: Items[Sequence], num_rows: int) -> Iterator[Span]:
+        """Yield pending rows of sequences that could do without this pass yet."""
+        for sequence in others:
+            stop, start = sequence.watermarks[segment - 1 : segment + 1]
+            if 0 < stop - start <= self.limits.ride_rows - num_rows:
+                num_rows += stop - start
+                yield Span(sequence.slot, start, stop)
+
+    def _with_blocks(self, spans: list[Span]) -> list[Span]:
+        """Return the spans that have blocks; the last to come give theirs where none is left."""
+        by_slot = {sequence.slot: sequence for sequence in self.running}
+        for span in spans:
+            sequence = by_slot[span.slot]
+            needed = self.blocks.num_needed(span.stop)
+            while sequence.slot >= 0 and len(sequence.blocks) < needed:
+                if self.blocks.num_available:
+                    sequence.blocks.append(self.blocks.take())
+                else:
+                    self.preempt(self.running[-1])
+        return [span for span in spans if by_slot[span.slot].slot >= 0]
+
+    def _through(self, segment: int, spans: list[Span]) -> Plan:
+        """Return the pass that begins with `spans` and ends where an exit has to judge."""
+        by_slot = {sequence.slot: sequence for sequence in self.running}
+        tokens: list[int] = []
+        if segment == 0:
+            for span in spans:
+                tokens += by_slot[span.slot].tokens[span.start : span.stop]
+        parts: list[Part] = []
+        while True:
+            parts.append(Part(segment, tuple(spans), tuple(_frozen(segment, spans, by_slot))))
+            heads = tuple(self._heads(segment, spans, by_slot))
+            if heads or segment == self.num_segments - 1:
+                break
+            segment += 1
+            spans = self._spans(segment, spans)
+        tables = tuple(self._new_entries(by_slot[span.slot] for span in spans))
+        return Plan(tuple(parts), tuple(tokens), heads, tables)
+
+    def _heads(
+        self, segment: int, spans: Items[Span], by_slot: Mapping[int, Sequence]
+    ) -> Iterator[Span]:
+        """Yield the rows that the exit at the end of `segment` judges."""
+        for span in spans:
+            sequence = by_slot[span.slot]
+            if segment == self.num_segments - 1:
+                start = max(span.start, sequence.num_confirmed - 1)
+                if start < span.stop:
+                    yield Span(span.slot, start, span.stop)
+            elif span.stop == len(sequence.tokens) and sequence.decides_at(segment):
+                yield Span(span.slot, span.stop - 1, span.stop)
+
+    def _new_entries(self, sequences: Iterable[Sequence]) -> Iterator[tuple[int, int, int]]:
+        for sequence in sequences:
+            for index in range(sequence.num_tabled, len(sequence.blocks)):
+                yield sequence.slot, index, sequence.blocks[index]
+            sequence.num_tabled = len(sequence.blocks)
+
+    def _keys(self, sequence: Sequence, num_positions: int) -> list[Key]:
+        """Return the keys of the full blocks within the first `num_positions` positions."""
+        size, request = self.blocks.block_size, sequence.request
+        count = num_positions // size
+        while len(sequence.keys) < count:
+            # One tenant can not learn from a quick answer what another one asked.
+            root = repr((request.tenant, request.policy.digest, request.strategy == "propagate"))
+            parent = sequence.keys[-1] if sequence.keys else root.encode()
+            start = len(sequence.keys) * size
+            sequence.keys.append(prefix_key(parent, sequence.tokens[start : start + size]))
+        return sequence.keys[:count]
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Let others use the blocks that all segments are through with."""
+        num_rows = min(sequence.watermarks[-1], sequence.num_reusable)
+        if num_rows // self.blocks.block_size > sequence.num_published:
+            keys = self._keys(sequence, num_rows)
+            for index in range(sequence.num_published, len(keys)):
+                self.blocks.publish(sequence.blocks[index], keys[index])
+            sequence.num_published = len(keys)
+
+
+def _frozen(segment: int, spans: Items[Span], by_slot: Mapping[int, Sequence]) -> Iterator[int]:
+    """Yield the numbers of the rows that keep their state in `segment`."""
+    first = 0
+    for span in spans:
+        sequence = by_slot[span.slot]
+        if sequence.request.strategy == "propagate":
+            for position in range(span.start, span.stop):
+                if sequence.is_frozen(position, segment):
+                    yield first + position - span.start
+        first += len(span)

@@ -1,0 +1,206 @@
+"""The part of a model that one rank runs: pieces of it, and the heads of the exits in between.
+
+A piece is a segment or, where a pipeline stage ends within one, a part of it.
+
+Legend of shapes: t rows, r rows that an exit judges, h hidden, v vocabulary, c positions in the
+cache, k key/value heads of this rank, d head dimension.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ee_llm import platform
+from ee_llm.config import Config, output_weight_name
+from ee_llm.inference.attention import Batch
+from ee_llm.inference.layers import Layer, Mlp, Norm, Shard, rotations
+from ee_llm.inference.linear import Linear
+
+
+class Piece(NamedTuple):
+    """Layers first .. last (numbered from 1), and whether an exit follows the last."""
+
+    first: int
+    last: int
+    has_exit: bool
+
+
+def cut(config: Config, num_stages: int = 1) -> list[list[Piece]]:
+    """Return the pieces of each pipeline stage; stages have equally many layers as far as possible.
+
+    Raises ValueError if there are more stages than layers.
+    """
+    num_layers = config.model.num_layers
+    if num_stages > num_layers:
+        raise ValueError(
+            f"{num_stages} pipeline stages are more than the model's {num_layers} layers"
+        )
+    exits = (*config.exits.boundaries, num_layers)
+    ends = [num_layers * (stage + 1) // num_stages for stage in range(num_stages)]
+    stages: list[list[Piece]] = []
+    first = 1
+    for end in ends:
+        edges = sorted({*(b for b in exits if first <= b <= end), end})
+        starts = [first, *(edge + 1 for edge in edges[:-1])]
+        pieces = [Piece(a, b, b in exits) for a, b in zip(starts, edges, strict=True)]
+        stages.append(pieces)
+        first = end + 1
+    return stages
+
+
+def shard(config: Config, ranks: platform.ServingGrid | None) -> Shard:
+    """Return this rank's share of a model; raises ValueError if it can not be shared out evenly."""
+    if ranks is None or ranks.tensor_size == 1:
+        return Shard()
+    for name in ("num_kv_heads", "ffn_hidden_size", "vocab_size"):
+        size = getattr(config.model, name)
+        if size % ranks.tensor_size:
+            raise ValueError(
+                f"model.{name} = {size} can not be shared out to {ranks.tensor_size} tensor-parallel"
+                " ranks; take a number of them that divides it"
+            )
+    return Shard(ranks.tensor_rank, ranks.tensor_size, ranks.reduce)
+
+
+class Head:
+    """An exit: [block] -> [mlp] -> [norm] -> output projection; the final one has a norm alone."""
+
+    def __init__(
+        self,
+        config: Config,
+        tensors: Mapping[str, Tensor],
+        boundary: int,
+        output: Linear,
+        shard: Shard,
+    ) -> None:
+        model, exits = config.model, config.exits
+        is_final = boundary == model.num_layers
+        parts = ("norm",) if is_final else exits.head
+        name = f"exits.{boundary}"
+        self.block = Layer(model, tensors, f"{name}.block", shard) if "block" in parts else None
+        self._mlp = None
+        if "mlp" in parts:
+            self._mlp = Mlp(model, tensors, f"{name}.mlp", f"{name}.mlp_norm", shard)
+        self._norm = Norm(model, tensors, f"{name}.norm") if "norm" in parts else None
+        self._output = output
+        temperatures = dict(zip(exits.boundaries, exits.temperatures, strict=True))
+        self._temperature = temperatures.get(boundary, 1.0)
+
+    def __call__(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Return this rank's logits [r, v / t] of x [r, h], the block's outcome where there is one.
+
+        attended [r, h]: the same rows before the layer's (or block's) own MLP, which an `mlp`
+        stands in for if there is no block (EE-Tuning, arXiv 2402.00518).
+        """
+        if self._mlp is not None:
+            start = attended if self.block is None else x
+            x = start + self._mlp(start)
+        if self._norm is not None:
+            x = self._norm(x)
+        logits = self._output(x)
+        return logits if self._temperature == 1.0 else logits / self._temperature
+
+
+class Stage:
+    """Pieces of a model, with a cache for the keys and values of their layers."""
+
+    def __init__(
+        self,
+        config: Config,
+        tensors: Mapping[str, Tensor],
+        num_positions: int,
+        pieces: Sequence[Piece],
+        shard: Shard | None = None,
+    ) -> None:
+        """Take the weights that the pieces need out of `tensors`, all of one dtype and device.
+
+        num_positions: that the cache holds.
+        """
+        shard = shard or Shard()
+        model = config.model
+        self.pieces = tuple(pieces)
+        some = tensors[f"layers.{pieces[0].first}.input_layernorm.weight"]
+        self.dtype, self.device = some.dtype, some.device
+        self.hidden_size = model.hidden_size
+        self.num_logits = model.vocab_size // shard.size  # of this rank
+        self._rotations = rotations(model, self.dtype, self.device)
+        if pieces[0].first == 1:
+            self._words = tensors["embedding.word.weight"]
+            self._places = tensors.get("embedding.position.weight")
+        self._layers = [
+            [
+                Layer(model, tensors, f"layers.{n}", shard)
+                for n in range(piece.first, piece.last + 1)
+            ]
+            for piece in pieces
+        ]
+        outputs: dict[str, Linear] = {}
+        self._heads: list[Head | None] = []
+        for piece in pieces:
+            self._heads.append(None)
+            if piece.has_exit:
+                name = output_weight_name(config, piece.last)
+                if name not in outputs:
+                    outputs[name] = Linear(shard.rows(tensors[name]))
+                self._heads[-1] = Head(config, tensors, piece.last, outputs[name], shard)
+        self.cache_dtype = cache_dtype(self.dtype, self.device)
+        shape = (num_positions, 2, model.num_kv_heads // shard.size, model.head_dim)
+        self._pages = [
+            [
+                torch.zeros(shape, dtype=self.cache_dtype, device=self.device)
+                for _ in range(len(layers) + self.has_block(index))
+            ]
+            for index, layers in enumerate(self._layers)
+        ]
+
+    def has_block(self, piece: int) -> bool:
+        """Return whether the exit at the end of a piece has keys and values of its own."""
+        head = self._heads[piece]
+        return head is not None and head.block is not None
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the rows [t, h] that enter layer 1, of token ids [t] at positions [t]."""
+        x = self._words[tokens]
+        return x if self._places is None else x + self._places[positions]
+
+    def run(self, piece: int, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return rows [t, h] after the piece's layers, and after the last one's attention alone.
+
+        Rows that do not live in the batch stay what they are, but have keys and values.
+        """
+        rotation = None if self._rotations is None else self._rotations[batch.positions]
+        attended = x
+        for layer, pages in zip(self._layers[piece], self._pages[piece], strict=False):
+            after, attended = layer(x, pages, batch, rotation)
+            x = after if batch.live is None else x.index_copy(0, batch.live, after)
+        if batch.live is not None:
+            attended = x.index_copy(0, batch.live, attended)
+        return x, attended
+
+    def run_block(self, piece: int, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the rows that live in the batch after the exit's block, and after its attention.
+
+        The keys and values of all rows x [t, h] are kept.
+        """
+        head = self._heads[piece]
+        assert head is not None, f"piece {piece} has no exit"
+        assert head.block is not None, f"the exit of piece {piece} has no block"
+        rotation = None if self._rotations is None else self._rotations[batch.positions]
+        return head.block(x, self._pages[piece][-1], batch, rotation)
+
+    def logits(self, piece: int, x: Tensor, attended: Tensor) -> Tensor:
+        """Return this rank's logits [r, v / t] of the exit at the end of a piece; see `Head`."""
+        head = self._heads[piece]
+        assert head is not None, f"piece {piece} has no exit"
+        return head(x, attended)
+
+
+def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype to keep keys and values in.
+
+    On a CPU it is float32 where one computes in bfloat16: its attention is many times slower
+    with bfloat16 operands for single rows, and the cache is small beside the weights.
+    """
+    return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype

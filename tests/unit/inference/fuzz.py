@@ -1,0 +1,163 @@
+"""Random traffic for the engine, and a scheduler that does anything legal."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from ee_llm.config import Config
+from ee_llm.inference.engine import Engine
+from ee_llm.inference.generator import Generation, generate_reference
+from ee_llm.inference.policy import make_policy
+from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.request import STRATEGIES, Draft, Request
+from ee_llm.inference.sampling import Sampling
+from ee_llm.inference.scheduler import Limits, Scheduler, Span
+from tests.unit.inference.models import VOCABULARY, random_tensors
+
+
+class RandomScheduler(Scheduler):
+    """Runs any rows that may run, in any segment, and preempts whom it likes."""
+
+    random: random.Random
+
+    def _pick(self) -> int:
+        if self.running and self.random.random() < 0.03:
+            self.preempt(self.random.choice(self.running))
+            self._admit()
+        return self.random.choice([s for s in range(self.num_segments) if self._runnable(s)])
+
+    def _runnable(self, segment: int) -> list[Span]:
+        """Return the longest span of every sequence that may run through `segment`."""
+        spans = []
+        for sequence in self.running:
+            start = sequence.watermarks[segment]
+            if segment == 0:
+                room = self.limits.max_pending - sequence.num_pending
+                stop = min(len(sequence.tokens), start + room)
+            else:
+                stop = sequence.watermarks[segment - 1]
+            if stop > start:
+                spans.append(Span(sequence.slot, start, stop))
+        return spans
+
+    def _spans(self, segment, carried=()):
+        stops = {span.slot: span.stop for span in carried}
+        spans = []
+        for sequence in self.running:
+            if sequence.slot in stops:
+                start = sequence.watermarks[segment]
+                spans.append(Span(sequence.slot, start, stops[sequence.slot]))
+        for span in self._runnable(segment):
+            if span.slot not in stops and (self.random.random() < 0.7 or not spans):
+                stop = self.random.randint(span.start + 1, span.stop)
+                spans.append(Span(span.slot, span.start, stop))
+        self.random.shuffle(spans)
+        return spans
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Requests, when each arrives, and which are aborted at what step."""
+
+    requests: list[Request]
+    arrivals: list[int]
+    aborts: dict[int, list[str]]
+
+
+def random_request(rng: random.Random, id: str, config: Config) -> Request:
+    exits = config.exits.boundaries
+    strategy = rng.choice(STRATEGIES)
+    thresholds = [rng.choice([None, rng.uniform(0.05, 0.9)]) for _ in exits]
+    measure = rng.choice(["max_probability", "entropy", "margin"])
+    draft = None
+    if strategy == "verify":
+        threshold = rng.choice([None, rng.uniform(0.05, 0.9)])
+        draft = Draft(rng.choice(exits), rng.randint(1, 5), threshold)
+    sampling = Sampling()
+    if rng.random() < 0.5:
+        sampling = Sampling(
+            rng.uniform(0.3, 1.5),
+            rng.choice([0, 5]),
+            rng.choice([1.0, 0.8]),
+            rng.randrange(2**40),
+            min_p=rng.choice([0.0, 0.05]),
+            repetition_penalty=rng.choice([1.0, 1.3]),
+        )
+    common = [rng.randrange(VOCABULARY) for _ in range(9)] if rng.random() < 0.3 else [7] * 9
+    prompt = common + [rng.randrange(VOCABULARY) for _ in range(rng.randint(0, 8))]
+    prompt = prompt[rng.randrange(9) :]
+    return Request(
+        id,
+        tuple(prompt),
+        make_policy(exits, thresholds, measure),
+        sampling,
+        strategy,
+        draft,
+        max_new_tokens=rng.randint(1, 24),
+        eod=rng.choice([None, 3]),
+        stop_tokens=rng.choice([(), (5, 6)]),
+    )
+
+
+def random_traffic(rng: random.Random, config: Config) -> Traffic:
+    requests = [random_request(rng, f"r{i}", config) for i in range(rng.randint(1, 16))]
+    arrivals = [rng.randrange(40) for _ in requests]
+    aborted = [(a + rng.randrange(60), r.id) for a, r in zip(arrivals, requests, strict=True)]
+    aborts: dict[int, list[str]] = {}
+    for step, id in aborted:
+        if rng.random() < 0.15:
+            aborts.setdefault(step, []).append(id)
+    return Traffic(requests, arrivals, aborts)
+
+
+def expected(model: ReferenceModel, request: Request) -> Generation:
+    return generate_reference(
+        model,
+        request.prompt,
+        request.policy,
+        request.sampling,
+        request.strategy,
+        request.max_new_tokens,
+        request.eod,
+        request.stop_tokens,
+    )
+
+
+def serve(engine: Engine, traffic: Traffic, check=lambda engine: None) -> dict[str, Generation]:
+    """Return what the engine made of each request; `check` is called after every step."""
+    made, step = {}, 0
+    while step <= max(traffic.arrivals) or engine.has_work:
+        for request, arrival in zip(traffic.requests, traffic.arrivals, strict=True):
+            if arrival == step:
+                engine.add(request)
+        for id in traffic.aborts.get(step, []):
+            if id in engine._sequences:
+                made[id] = engine.abort(id)
+        for update in engine.step():
+            if update.generation:
+                made[update.id] = update.generation
+        check(engine)
+        step += 1
+        assert step < 20_000, "the engine does not come to an end"
+    return made
+
+
+def random_engine(rng: random.Random, config: Config, seed: int, is_wild: bool = True) -> Engine:
+    block_size = rng.choice([2, 4, 16])
+    least = -(-config.model.max_seq_length // block_size) + 1
+    limits = Limits(
+        max_sequences=rng.randint(1, 16),
+        num_blocks=least + rng.choice([0, 3, 100]),
+        block_size=block_size,
+        max_pending=rng.choice([6, 9, 32]),
+        max_rows=rng.choice([6, 40, 1000]),
+        max_hold=rng.choice([1, 5]),
+        ride_rows=rng.choice([0, 20]),
+    )
+    engine = Engine(config, random_tensors(config, seed), torch.float64, limits)
+    engine.scheduler.holds = [rng.randint(1, 5) for _ in engine.boundaries]
+    if is_wild:
+        engine.scheduler.__class__ = RandomScheduler
+        engine.scheduler.random = rng
+    return engine

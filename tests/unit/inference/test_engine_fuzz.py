@@ -1,0 +1,173 @@
+"""Random traffic and schedules: every token and exit must be the reference's, in float64 always."""
+
+import random
+from collections import deque
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ee_llm.inference.engine import Engine
+from ee_llm.inference.generator import rows_left_at
+from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.request import Sequence
+from ee_llm.inference.runner import Runner
+from ee_llm.inference.scheduler import Scheduler
+from tests.unit.inference.fuzz import (
+    RandomScheduler,
+    expected,
+    random_engine,
+    random_traffic,
+    serve,
+)
+from tests.unit.inference.models import random_tensors, tiny_config
+
+SEEDS = range(24)
+HEADS = (("norm",), ("mlp", "norm"), ("block", "norm"), ("block", "mlp", "norm"), ())
+
+
+class Residuals(ReferenceModel):
+    """Gives the residual stream at each boundary in place of what the exit there projects."""
+
+    def _head(self, boundary, x, attended):
+        return x
+
+
+def _config(rng: random.Random):
+    return tiny_config(
+        rng.choice(["llama", "gpt"]),
+        rng.choice([(1, 2), (1,), (2, 3), (1, 2, 3)]),
+        rng.choice(HEADS),
+        rng.choice(["own", "shared", "tied"]),
+        num_kv_heads=rng.choice([1, 2, 4]),
+    )
+
+
+def _check_rings(engine: Engine, model: Residuals) -> None:
+    """Assert that each ring holds the pending rows, as one forward over the sequence has them."""
+    size = engine.limits.max_pending
+    for sequence in engine.scheduler.running:
+        if sequence.watermarks[0] == 0:
+            continue
+        length = sequence.watermarks[0]
+        left_at = rows_left_at(
+            model, sequence.num_prompt, sequence.exits, sequence.request.strategy
+        )
+        left_at = left_at and left_at[:length]
+        walk = dict(model.walk(torch.tensor(sequence.tokens[:length]), left_at))
+        for segment, ring in enumerate(engine.runner._rings):
+            for position in range(*reversed(sequence.watermarks[segment : segment + 2])):
+                held = ring[sequence.slot * size + position % size]
+                wanted = walk[engine.boundaries[segment]][position]
+                torch.testing.assert_close(held, wanted, rtol=1e-9, atol=1e-9)
+
+
+def _run(seed: int, check_rings_every: int = 0) -> set[str]:
+    """Serve random traffic and assert all that must hold; return which strategies ran."""
+    rng = random.Random(seed)
+    config = _config(rng)
+    tensors = random_tensors(config, seed)
+    model = ReferenceModel(config, tensors, torch.float64)
+    residuals = Residuals(config, tensors, torch.float64)
+    traffic = random_traffic(rng, config)
+    engine = random_engine(rng, config, seed, is_wild=seed % 2 == 0)
+
+    def check(engine: Engine) -> None:
+        engine.scheduler.check_integrity()
+        if check_rings_every and engine.scheduler.step % check_rings_every == 0:
+            _check_rings(engine, residuals)
+
+    made = serve(engine, traffic, check)
+    engine.scheduler.blocks.check_integrity([])
+    assert not engine._sequences, "a request was forgotten"
+    for request in traffic.requests:
+        wanted, found = expected(model, request), made[request.id]
+        if found is None:  # aborted before its first token
+            continue
+        count = len(found.tokens)
+        assert found.tokens == wanted.tokens[:count], request
+        assert found.exits == wanted.exits[:count], request
+        if found.finish_reason != "abort":
+            assert (count, found.finish_reason) == (len(wanted.tokens), wanted.finish_reason)
+            assert found.confidences == pytest.approx(wanted.confidences, abs=1e-9)
+            assert found.logprobs == pytest.approx(wanted.logprobs, abs=1e-9)
+    return {request.strategy for request in traffic.requests}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tokens_and_exits_are_the_references(seed: int) -> None:
+    _run(seed)
+
+
+@pytest.mark.parametrize("seed", [100, 101, 102, 103])
+def test_rings_hold_the_pending_rows(seed: int) -> None:
+    _run(seed, check_rings_every=3)
+
+
+def _one_row_late(monkeypatch):
+    """Rows go deeper from one after the watermark: the first pending one is left out."""
+    spans = Scheduler._spans
+
+    def late(self, segment, carried=()):
+        found = spans(self, segment, carried)
+        return [replace(s, start=s.start + 1) if segment and len(s) > 2 else s for s in found]
+
+    monkeypatch.setattr(Scheduler, "_spans", late)
+
+
+def _one_place_short(monkeypatch):
+    """A ring has one place less than rows may pend."""
+    init = Runner.__init__
+
+    def short(self, *args):
+        init(self, *args)
+        self._num_pending -= 1
+
+    monkeypatch.setattr(Runner, "__init__", short)
+
+
+def _one_position_off(monkeypatch):
+    """`propagate` freezes the row after the one that left."""
+    is_frozen = Sequence.is_frozen
+    monkeypatch.setattr(
+        Sequence,
+        "is_frozen",
+        lambda self, position, segment: is_frozen(self, position - 1, segment),
+    )
+
+
+def _one_draft_too_far(monkeypatch):
+    """A rejected draft leaves the watermarks where its row had pushed them."""
+    settle = Sequence.settle
+
+    def careless(self, segment, verdict):
+        marks = list(self.watermarks)
+        counts = settle(self, segment, verdict)
+        self.watermarks = [min(mark, len(self.tokens)) for mark in marks]
+        return counts
+
+    monkeypatch.setattr(Sequence, "settle", careless)
+
+
+@pytest.mark.parametrize(
+    "plant", [_one_row_late, _one_place_short, _one_position_off, _one_draft_too_far]
+)
+def test_the_fuzz_finds_a_planted_off_by_one(plant, monkeypatch) -> None:
+    """Within the seeds above; a fuzz that finds nothing proves nothing."""
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError, ValueError, IndexError, KeyError)):
+        deque(map(_run, SEEDS), maxlen=0)
+
+
+def test_the_fuzz_is_wild() -> None:
+    """Its schedules preempt, and its traffic has all strategies: else it would show little."""
+    rng = random.Random(0)
+    config = tiny_config()
+    engine = random_engine(rng, config, 0)
+    assert isinstance(engine.scheduler, RandomScheduler)
+    strategies = [
+        request.strategy for _ in range(8) for request in random_traffic(rng, config).requests
+    ]
+    assert set(strategies) == {"exact", "full", "verify", "propagate"}
+    serve(engine, random_traffic(random.Random(3), config))
+    assert engine.scheduler.num_preemptions > 0

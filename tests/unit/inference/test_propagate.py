@@ -1,0 +1,181 @@
+"""`propagate`: rows frozen at their exit, against an implementation of its own."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ee_llm.config import Config, output_weight_name
+from ee_llm.inference.generator import generate_reference
+from ee_llm.inference.policy import make_policy
+from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.sampling import Sampling, sample
+from tests.unit.inference.models import (
+    random_tensors,
+    random_tokens,
+    split_qkv,
+    tiny_config,
+    tiny_model,
+)
+
+TOKENS = random_tokens(24)
+
+
+class _Recurrence:
+    """`propagate`, one token at a time with lists of keys and values: llama, heads [block] norm.
+
+    Written from the definition, with nothing of the model but its tensors.
+    """
+
+    def __init__(self, config: Config, tensors: dict[str, Tensor]) -> None:
+        self.config, self.tensors = config, tensors
+        self.cache: dict[str, list[tuple[Tensor, Tensor]]] = {}  # of each attention by name
+
+    def step(
+        self, token: int, leaves: Callable[[int, Tensor], bool]
+    ) -> tuple[int, dict[int, Tensor]]:
+        """Return where the newest token leaves and the logits [v] of each exit on its way."""
+        self.position = len(self.cache.get("layers.1", []))
+        model, head = self.config.model, self.config.exits.head
+        x, left, logits = self.tensors["embedding.word.weight"][token], 0, {}
+        for layer in range(1, model.num_layers + 1):
+            x = x if left else self._layer(f"layers.{layer}", x)
+            if left:
+                self._remember(f"layers.{layer}", x)
+            if layer in self.config.exits.boundaries and "block" in head:
+                block = f"exits.{layer}.block"
+                hidden = x if left else self._layer(block, x)
+                if left:
+                    self._remember(block, x)
+            else:
+                hidden = x
+            if not left and layer in (*self.config.exits.boundaries, model.num_layers):
+                normed = self._norm(f"exits.{layer}.norm", hidden)
+                logits[layer] = self.tensors[output_weight_name(self.config, layer)] @ normed
+                left = layer if leaves(layer, logits[layer]) else 0
+        return left or model.num_layers, logits
+
+    def _layer(self, name: str, x: Tensor) -> Tensor:
+        model = self.config.model
+        queries = self._remember(name, x)
+        mixed = []
+        for head, query in enumerate(queries):
+            group = head // (model.num_heads // model.num_kv_heads)
+            keys = torch.stack([k[group] for k, _ in self.cache[name]])
+            values = torch.stack([v[group] for _, v in self.cache[name]])
+            mixed.append((keys @ query / model.head_dim**0.5).softmax(dim=0) @ values)
+        x = x + self.tensors[f"{name}.self_attention.linear_proj.weight"] @ torch.cat(mixed)
+        normed = self._norm(f"{name}.pre_mlp_layernorm", x)
+        gate, up = (self.tensors[f"{name}.mlp.linear_fc1.weight"] @ normed).chunk(2)
+        inner = gate * gate.sigmoid() * up
+        return x + self.tensors[f"{name}.mlp.linear_fc2.weight"] @ inner
+
+    def _remember(self, name: str, x: Tensor) -> list[Tensor]:
+        """Keep the keys and values of this position, and return its queries by head."""
+        weight = self.tensors[f"{name}.self_attention.linear_qkv.weight"]
+        normed = self._norm(f"{name}.input_layernorm", x)
+        q, k, v = (part @ normed for part in split_qkv(self.config, weight))
+        size = self.config.model.head_dim
+        keys = torch.stack([self._turned(part) for part in k.split(size)])
+        self.cache.setdefault(name, []).append((keys, torch.stack(v.split(size))))
+        return [self._turned(part) for part in q.split(size)]
+
+    def _turned(self, x: Tensor) -> Tensor:
+        model, half = self.config.model, len(x) // 2
+        exponent = torch.arange(half, dtype=torch.float32) * 2 / model.head_dim
+        angle = (1.0 / model.rope_theta**exponent).double() * self.position
+        turned = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat((turned.real, turned.imag))
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        scale = (x.square().mean() + self.config.model.norm_eps).rsqrt()
+        return x * scale * self.tensors[f"{name}.weight"]
+
+
+@pytest.mark.parametrize("head", [("norm",), ("block", "norm")])
+@torch.no_grad()
+def test_frozen_rows_are_those_of_the_recurrence(head: tuple[str, ...]) -> None:
+    """One forward with `left_at` gives, for all that a row may be asked, what step by step does."""
+    config, tokens = tiny_config(head=head), TOKENS
+    tensors = random_tensors(config)
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.tensor([1, 2, 4])[torch.randint(3, (24,), generator=generator)].tolist()
+    left_at = [4] * 4 + chosen[4:]
+    recurrence, steps = _Recurrence(config, tensors), []
+    for position, token in enumerate(tokens.tolist()):
+        left, logits = recurrence.step(token, lambda exit, _, at=position: exit == left_at[at])
+        assert left == left_at[position]
+        steps.append(logits)
+    model = ReferenceModel(config, tensors, torch.float64)
+    found = {b: model.logits(b, hidden) for b, hidden in model.walk(tokens, left_at)}
+    exact = model.forward(tokens)
+    largest = 0.0
+    for position, (left, logits) in enumerate(zip(left_at, steps, strict=True)):
+        assert list(logits) == [b for b in (1, 2, 4) if b <= left]
+        for boundary, expected in logits.items():
+            row = found[boundary][position]
+            torch.testing.assert_close(row, expected, rtol=1e-9, atol=1e-9)
+            largest = max(largest, float((exact[boundary][position] - row).abs().max()))
+    assert largest > 0.1  # and freezing matters
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, min_p=0.02, seed=5)])
+@pytest.mark.parametrize("head", [("norm",), ("block", "norm")])
+@torch.no_grad()
+def test_propagate_generates_what_the_recurrence_does(
+    head: tuple[str, ...], sampling: Sampling
+) -> None:
+    """Confidences tell what tokens of a model this small may not: they are held to 1e-9."""
+    config = tiny_config(head=head)
+    tensors = random_tensors(config)
+    model = ReferenceModel(config, tensors, torch.float64)
+    probabilities = {b: x.softmax(dim=-1).amax(dim=-1) for b, x in model.forward(TOKENS).items()}
+    policy = make_policy((1, 2), [float(probabilities[b].median()) for b in (1, 2)])
+    made, exact = (
+        generate_reference(model, TOKENS[:5].tolist(), policy, sampling, strategy, 20)
+        for strategy in ("propagate", "exact")
+    )
+    recurrence = _Recurrence(config, tensors)
+    sequence = [*made.prompt, *made.tokens]
+
+    def leaves(boundary: int, logits: Tensor) -> bool:
+        return boundary == 4 or policy.leaves(boundary, float(policy.confidence(logits)))
+
+    for token in made.prompt[:-1]:
+        recurrence.step(token, lambda boundary, _: boundary == 4)
+    for index, token in enumerate(made.tokens):
+        position = len(made.prompt) - 1 + index
+        left, logits = recurrence.step(sequence[position], leaves)
+        assert made.exits[index] == left
+        confidence = float(policy.confidence(logits[left]))
+        assert made.confidences[index] == pytest.approx(confidence, abs=1e-9)
+        assert token == sample(logits[left], sampling, position)
+    assert set(made.exits) == {1, 2, 4}, "the test needs tokens at every exit"
+    assert made.confidences != pytest.approx(exact.confidences, abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+@torch.no_grad()
+def test_a_frozen_row_matters_to_later_rows_in_deeper_layers_alone(family: str) -> None:
+    model = tiny_model(tiny_config(family, (1, 2, 3), head=("block", "mlp", "norm")))
+    tokens, never = random_tokens(12), torch.full((12,), 4)
+    live = dict(model.walk(tokens))
+    for boundary, hidden in model.walk(tokens, never):
+        assert torch.equal(hidden, live[boundary])
+    frozen = never.clone()
+    frozen[5] = 2
+    for boundary, hidden in model.walk(tokens, frozen):
+        same = (hidden == live[boundary]).all(dim=1).tolist()
+        assert same == [boundary <= 2 or row < 5 for row in range(12)]
+
+
+def test_frozen_rows_that_do_not_fit_are_refused() -> None:
+    model, tokens = tiny_model(), random_tokens(3)
+    for left_at, message in (
+        ([4, 4], r"left_at has the shape \[2\]; give one boundary for each of the 3 tokens"),
+        ([4, 0, 4], r"boundaries 0 to 4; a row is frozen at one in 1 .. 4"),
+        ([4, 5, 4], r"boundaries 4 to 5; a row is frozen at one in 1 .. 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(model.walk(tokens, left_at))
