@@ -4,6 +4,7 @@ Legend of shapes: t rows of a pass, u those that attend, k key/value heads, r qu
 head, d head dimension, c positions in the cache, B sequences, q rows of each, T positions read.
 """
 
+from collections.abc import Collection
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,6 +30,18 @@ class Run(NamedTuple):
     def num_rows(self) -> int:
         """Return how many rows it has."""
         return self.stop - self.start
+
+
+def live_runs(runs: Items[Run], frozen: Collection[int]) -> list[Run] | None:
+    """Return the rows that are not among the numbers `frozen`; None if that is all of them."""
+    if not frozen:
+        return None
+    return [
+        Run(run.slot, run.start + i, run.start + i + 1, run.first + i)
+        for run in runs
+        for i in range(run.num_rows)
+        if run.first + i not in frozen
+    ]
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,7 @@ class Decoder(ABC):
         Raises ValueError for an id that is not under way.
         """
         if id not in self._sequences:
-            raise ValueError(
-                f"request id {id!r} is not under way: finished, aborted or never given"
-            )
+            raise ValueError(f"request id {id!r} is not under way: finished, aborted or unknown")
         sequence = self._sequences[id]
         sequence.finish_reason = "abort"
         self._queue.remove(sequence)

@@ -17,7 +17,7 @@ from ee_llm.inference.judge import judge, question
 from ee_llm.inference.request import Verdict
 from ee_llm.inference.runner import Runner
 from ee_llm.inference.scheduler import Limits, Plan, Scheduler
-from ee_llm.inference.stage import Stage, cut, shard
+from ee_llm.inference.stage import Stage, cut, shard_of
 from ee_llm.inference.weights import take_tensors
 
 Hold = Literal["auto", "off"]
@@ -60,7 +60,7 @@ class Engine(Decoder):
             take_tensors(config, tensors, dtype, device),
             self.limits.num_blocks * self.limits.block_size,
             pieces,
-            shard(config, ranks),
+            shard_of(config, ranks),
         )
         self.runner = Runner(stage, self.limits, config.model.max_seq_length, ranks)
         self.holding: Holding | None = None
@@ -68,9 +68,13 @@ class Engine(Decoder):
             self.holding = Holding(self.runner.profile(), self.limits.max_hold)
 
     def step(self) -> list[Update]:
-        """Run one pass and return what it brought; an empty list if no token was decided by it."""
+        """Run one pass and return what it brought; an empty list if no token was decided by it.
+
+        To be called now and then without work too, if there are followers: they wait for it.
+        """
         plan = self.scheduler.schedule()
         if plan is None:
+            self.runner.rest()
             return []
         logits = self.runner.run(plan)
         running = {sequence.slot: sequence for sequence in self.scheduler.running}
@@ -85,7 +89,7 @@ class Engine(Decoder):
         return self._updates([running[span.slot] for span in plan.heads])
 
     def follow(self) -> None:
-        """Run what the leader runs, until it closes; for the other ranks of a tensor-parallel group.
+        """Run what the leader runs, until it closes; for the other tensor-parallel ranks.
 
         Raises RankLostError if a rank is gone.
         """

@@ -33,19 +33,15 @@ class Question:
 def question(sequence: Sequence, position: int, segment: int) -> Question:
     """Return what the exit at the end of `segment` is asked about a row of a sequence."""
     request = sequence.request
-    boundary = sequence.boundaries[segment]
-    threshold: float | None
-    if boundary == sequence.boundaries[-1]:
-        threshold = 0.0
-    elif request.draft is not None:
-        threshold = request.draft.threshold or 0.0
-    else:
-        threshold = request.policy.threshold(boundary)
-        assert threshold is not None, f"the exit at boundary {boundary} is off"
     is_penalised = request.sampling.repetition_penalty != 1.0
     history = tuple(sequence.tokens[: position + 1]) if is_penalised else ()
     return Question(
-        sequence.slot, position, threshold, request.policy.measure, request.sampling, history
+        sequence.slot,
+        position,
+        sequence.threshold(segment),
+        request.policy.measure,
+        request.sampling,
+        history,
     )
 
 

@@ -125,6 +125,7 @@ class Sequence:
     confidences: list[float] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     num_drafted: int = 0
+    num_rejections: int = 0
     num_accepted: int = 0
     finish_reason: FinishReason | None = None
 
@@ -182,6 +183,17 @@ class Sequence:
             and len(self.tokens) < self.max_length
         )
 
+    def threshold(self, segment: int) -> float:
+        """Return the confidence at which the frontier leaves at the end of `segment`; 0: at any."""
+        request, boundary = self.request, self.boundaries[segment]
+        if boundary == self.boundaries[-1]:
+            return 0.0
+        if request.draft is not None:
+            return request.draft.threshold or 0.0
+        threshold = request.policy.threshold(boundary)
+        assert threshold is not None, f"the exit at boundary {boundary} is off"
+        return threshold
+
     def is_frozen(self, position: int, segment: int) -> bool:
         """Return whether the row at `position` keeps its state in `segment` (`propagate`)."""
         index = position - (self.num_prompt - 1)
@@ -203,6 +215,7 @@ class Sequence:
         follows = verdict.position + 1
         is_confirmed = follows < len(self.tokens) and self.tokens[follows] == verdict.token
         if not is_confirmed:
+            self.num_rejections += follows < len(self.tokens)
             del self.tokens[follows:]
             self.tokens.append(verdict.token)
             self.watermarks = [min(mark, follows) for mark in self.watermarks]

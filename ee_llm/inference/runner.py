@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ee_llm import platform
-from ee_llm.inference.attention import Batch, PageTable, Run
+from ee_llm.inference.attention import Batch, PageTable, Run, live_runs
 from ee_llm.inference.holding import Profile
 from ee_llm.inference.scheduler import Limits, Part, Plan, Span
 from ee_llm.inference.stage import Stage
 from ee_llm.inference.wire import decode_plan, encode_plan
 
+_HEARTBEAT = b"-"
 ROWS_PROFILED = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -32,6 +33,7 @@ class Runner:
     ) -> None:
         self.stage = stage
         self._ranks = ranks
+        self._last_told = time.monotonic()
         self._num_slots, self._num_pending = limits.max_sequences, limits.max_pending
         num_blocks = -(-max_length // limits.block_size)
         self._table = PageTable(limits.max_sequences, num_blocks, limits.block_size, stage.device)
@@ -44,21 +46,31 @@ class Runner:
 
     def run(self, plan: Plan) -> Tensor:
         """Return the logits [r, v] of the rows that the plan's heads name, in their order."""
-        if self._ranks:
-            self._ranks.tell(encode_plan(plan))
-            return self._ranks.gather(self._run(plan))
-        return self._run(plan)
+        if self._ranks is None:
+            return self._run(plan)
+        self._tell(encode_plan(plan))
+        return self._ranks.gather(self._run(plan))
 
     def follow(self) -> None:
         """Run what the leading rank runs, until it dismisses its followers."""
         assert self._ranks is not None, "there is nobody to follow"
         while message := self._ranks.tell():
-            self._ranks.gather(self._run(decode_plan(message)))
+            if message != _HEARTBEAT:
+                self._ranks.gather(self._run(decode_plan(message)))
 
     def dismiss(self) -> None:
         """Let the ranks that follow this one go."""
+        self._tell(b"")
+
+    def rest(self) -> None:
+        """Tell the ranks that follow this one that it is there, if it is time to."""
+        if self._ranks and time.monotonic() - self._last_told > self._ranks.timeout_s / 3:
+            self._tell(_HEARTBEAT)
+
+    def _tell(self, message: bytes) -> None:
         if self._ranks:
-            self._ranks.tell(b"")
+            self._ranks.tell(message)
+            self._last_told = time.monotonic()
 
     @torch.no_grad()
     def _run(self, plan: Plan) -> Tensor:
@@ -69,7 +81,7 @@ class Runner:
         batch: Batch | None = None
         for part in plan.parts:
             if batch is None or part.spans != spans or batch.live is not None or part.frozen:
-                batch = self._batch(part.spans, _live(part))
+                batch = self._batch(part.spans, live_runs(runs_of(part.spans), part.frozen))
             if part.segment == 0:
                 tokens = torch.tensor(plan.tokens, device=self.stage.device)
                 x = self.stage.embed(tokens, batch.positions)
@@ -85,8 +97,6 @@ class Runner:
         last = plan.last_segment
         if last < len(self._rings):
             self._leave(last, x, spans)
-        if not plan.heads and not self.stage.has_block(last):
-            return x.new_empty(0, self.stage.num_logits)
         return self._judged(plan, x, attended)
 
     def profile(self, rows: Items[int] = ROWS_PROFILED) -> Profile:
@@ -116,18 +126,13 @@ class Runner:
     def _judged(self, plan: Plan, x: Tensor, attended: Tensor) -> Tensor:
         """Return the logits of the judged rows; an exit's block sees all rows in any case."""
         last, spans = plan.last_segment, plan.parts[-1].spans
-        first = {run.slot: run.first - run.start for run in _runs(spans)}
+        first = {run.slot: run.first - run.start for run in runs_of(spans)}
         judged = [Run(s.slot, s.start, s.stop, first[s.slot] + s.start) for s in plan.heads]
-        rows = [row for run in judged for row in range(run.first, run.first + run.num_rows)]
-        if self.stage.has_block(last):
-            x, attended = self.stage.run_block(last, x, self._batch(spans, judged))
-        elif rows != list(range(len(x))):
-            index = torch.tensor(rows, dtype=torch.int64, device=self.stage.device)
-            x, attended = x[index], attended[index]
-        return self.stage.logits(last, x, attended)
+        batch = self._batch(spans, judged) if self.stage.has_block(last) else None
+        return self.stage.logits(last, x, attended, judged, batch)
 
     def _batch(self, spans: Items[Span], live: Items[Run] | None) -> Batch:
-        return self._table.batch(_runs(spans), live, self.stage.cache_dtype)
+        return self._table.batch(runs_of(spans), live, self.stage.cache_dtype)
 
     def _leave(self, boundary: int, x: Tensor, spans: Items[Span]) -> None:
         self._rings[boundary].index_copy_(0, self._places(spans), x)
@@ -139,18 +144,7 @@ class Runner:
         return torch.tensor(places, dtype=torch.int64, device=self.stage.device)
 
 
-def _runs(spans: Items[Span]) -> list[Run]:
+def runs_of(spans: Items[Span]) -> list[Run]:
+    """Return the rows of `spans`, numbered one after the other."""
     ends = accumulate(map(len, spans))
     return [Run(s.slot, s.start, s.stop, end - len(s)) for s, end in zip(spans, ends, strict=True)]
-
-
-def _live(part: Part) -> list[Run] | None:
-    """Return the rows that are not frozen, None if none is."""
-    if not part.frozen:
-        return None
-    return [
-        Run(run.slot, run.start + i, run.start + i + 1, run.first + i)
-        for run in _runs(part.spans)
-        for i in range(run.num_rows)
-        if run.first + i not in part.frozen
-    ]

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
-from ee_llm.inference.blocks import BlockManager, Key, prefix_key
+from ee_llm.inference.blocks import BlockManager
+from ee_llm.inference.prefix import publish_prefix, share_prefix
 from ee_llm.inference.request import Sequence, Verdict
 
 
@@ -165,7 +166,8 @@ class Scheduler:
                 del unsettled[verdict.slot]
         if plan.last_segment == self.num_segments - 1:
             for span in plan.parts[-1].spans:
-                self._publish(by_slot[span.slot])
+                sequence = by_slot[span.slot]
+                publish_prefix(self.blocks, sequence, sequence.watermarks[-1])
         finished = [sequence for sequence in self.running if sequence.finish_reason]
         for sequence in finished:
             self._vacate(sequence)
@@ -200,8 +202,7 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and self._slots:
             sequence = self.waiting[0]
-            known = min(len(sequence.tokens) - 1, sequence.num_reusable)
-            shared = self.blocks.share(self._keys(sequence, known))
+            shared = share_prefix(self.blocks, sequence)
             start = len(shared) * self.blocks.block_size
             stop = min(len(sequence.tokens), start + self.limits.max_pending)
             needed = self.blocks.num_needed(stop) - len(shared)
@@ -319,27 +320,6 @@ class Scheduler:
             for index in range(sequence.num_tabled, len(sequence.blocks)):
                 yield sequence.slot, index, sequence.blocks[index]
             sequence.num_tabled = len(sequence.blocks)
-
-    def _keys(self, sequence: Sequence, num_positions: int) -> list[Key]:
-        """Return the keys of the full blocks within the first `num_positions` positions."""
-        size, request = self.blocks.block_size, sequence.request
-        count = num_positions // size
-        while len(sequence.keys) < count:
-            # One tenant can not learn from a quick answer what another one asked.
-            root = repr((request.tenant, request.policy.digest, request.strategy == "propagate"))
-            parent = sequence.keys[-1] if sequence.keys else root.encode()
-            start = len(sequence.keys) * size
-            sequence.keys.append(prefix_key(parent, sequence.tokens[start : start + size]))
-        return sequence.keys[:count]
-
-    def _publish(self, sequence: Sequence) -> None:
-        """Let others use the blocks that all segments are through with."""
-        num_rows = min(sequence.watermarks[-1], sequence.num_reusable)
-        if num_rows // self.blocks.block_size > sequence.num_published:
-            keys = self._keys(sequence, num_rows)
-            for index in range(sequence.num_published, len(keys)):
-                self.blocks.publish(sequence.blocks[index], keys[index])
-            sequence.num_published = len(keys)
 
 
 def _frozen(segment: int, spans: Items[Span], by_slot: Mapping[int, Sequence]) -> Iterator[int]:

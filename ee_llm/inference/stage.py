@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ee_llm import platform
 from ee_llm.config import Config, output_weight_name
-from ee_llm.inference.attention import Batch
+from ee_llm.inference.attention import Batch, Run
 from ee_llm.inference.layers import Layer, Mlp, Norm, Shard, rotations
 from ee_llm.inference.linear import Linear
 
@@ -50,7 +50,7 @@ def cut(config: Config, num_stages: int = 1) -> list[list[Piece]]:
     return stages
 
 
-def shard(config: Config, ranks: platform.ServingGrid | None) -> Shard:
+def shard_of(config: Config, ranks: platform.ServingGrid | None) -> Shard:
     """Return this rank's share of a model; raises ValueError if it can not be shared out evenly."""
     if ranks is None or ranks.tensor_size == 1:
         return Shard()
@@ -58,8 +58,8 @@ def shard(config: Config, ranks: platform.ServingGrid | None) -> Shard:
         size = getattr(config.model, name)
         if size % ranks.tensor_size:
             raise ValueError(
-                f"model.{name} = {size} can not be shared out to {ranks.tensor_size} tensor-parallel"
-                " ranks; take a number of them that divides it"
+                f"model.{name} = {size} can not be shared out to {ranks.tensor_size} tensor ranks;"
+                " take a number of them that divides it"
             )
     return Shard(ranks.tensor_rank, ranks.tensor_size, ranks.reduce)
 
@@ -190,10 +190,24 @@ class Stage:
         rotation = None if self._rotations is None else self._rotations[batch.positions]
         return head.block(x, self._pages[piece][-1], batch, rotation)
 
-    def logits(self, piece: int, x: Tensor, attended: Tensor) -> Tensor:
-        """Return this rank's logits [r, v / t] of the exit at the end of a piece; see `Head`."""
+    def logits(
+        self, piece: int, x: Tensor, attended: Tensor, judged: Sequence[Run], batch: Batch | None
+    ) -> Tensor:
+        """Return this rank's logits [r, v / t] of the rows that the exit of a piece judges.
+
+        x, attended [t, h]: as `run` returned them. batch: of all rows, in which those judged live,
+        for an exit with a block; its keys and values are kept of all.
+        """
         head = self._heads[piece]
         assert head is not None, f"piece {piece} has no exit"
+        rows = [row for run in judged for row in range(run.first, run.first + run.num_rows)]
+        if batch is not None:
+            x, attended = self.run_block(piece, x, batch)
+        elif rows != list(range(len(x))):
+            index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+            x, attended = x[index], attended[index]
+        if not rows:
+            return x.new_empty(0, self.num_logits)
         return head(x, attended)
 
 

@@ -24,8 +24,9 @@ class RankLostError(RuntimeError):
 class ServingGrid:
     """This rank's place, pipeline stage by tensor rank, and what it says to the others.
 
-    Rank 0 (stage 0, tensor rank 0) leads: it alone knows the requests. Bytes travel over CPU groups,
-    hidden states over the device's own. Every wait ends after `timeout_s`, with a RankLostError.
+    Rank 0 (stage 0, tensor rank 0) leads: it alone knows the requests. Bytes travel over CPU
+    groups, hidden states over the device's own. Every wait ends after `timeout_s`, with a
+    RankLostError.
     """
 
     tensor_rank: int
@@ -100,6 +101,12 @@ class ServingGrid:
         group = self._answer_groups[self.stage]
         self._send(torch.tensor([len(message)]), 0, group)
         self._send(_bytes(message), 0, group)
+
+    def flush(self) -> None:
+        """Wait until all that was sent has been taken."""
+        while self._sent:
+            work, _ = self._sent.popleft()
+            self._try(work.wait)
 
     def listen(self) -> None:
         """Let the leader receive answers from now on, of each stage in the background."""

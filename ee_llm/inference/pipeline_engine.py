@@ -1,0 +1,89 @@
+"""The engine over pipeline stages: a token that leaves early goes on before its row has ended."""
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ee_llm import platform
+from ee_llm.config import Config
+from ee_llm.inference.blocks import BlockManager
+from ee_llm.inference.decoder import Decode, Decoder, Update
+from ee_llm.inference.pipeline_runner import PipelineRunner, decode_answers
+from ee_llm.inference.pipeline_scheduler import PipelinePlan, PipelineScheduler
+from ee_llm.inference.request import Sequence
+from ee_llm.inference.scheduler import Limits
+from ee_llm.inference.stage import Stage, cut, shard_of
+from ee_llm.inference.weights import take_tensors
+
+
+class PipelineEngine(Decoder):
+    """Decodes requests over pipeline stages, each of one or several tensor-parallel ranks.
+
+    Every rank makes one; all but the leader call `follow`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tensors: Mapping[str, Tensor],
+        ranks: platform.ServingGrid,
+        dtype: torch.dtype = torch.float32,
+        limits: Limits | None = None,
+        decode: Decode | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Take this rank's part of the weights out of `tensors`; decode: for stop strings.
+
+        Raises ValueError if the tensors do not fit the configuration, or the ranks.
+        """
+        limits = limits or Limits()
+        blocks = BlockManager(limits.num_blocks, limits.block_size)
+        self.scheduler = PipelineScheduler(limits, blocks, ranks.num_stages)
+        super().__init__(config, self.scheduler, decode)
+        self._ranks = ranks
+        stage = Stage(
+            config,
+            take_tensors(config, tensors, dtype, device),
+            limits.num_blocks * limits.block_size,
+            cut(config, ranks.num_stages)[ranks.stage],
+            shard_of(config, ranks),
+        )
+        max_length = config.model.max_seq_length
+        self._runner = PipelineRunner(stage, self.boundaries, limits, max_length, ranks)
+        self._last_sent = time.monotonic()
+        if ranks.is_leader:
+            ranks.listen()
+
+    def step(self) -> list[Update]:
+        """Send a pass if there is one, else wait for an answer; return what has come back by now.
+
+        To be called now and then without work too: it tells the other ranks that this one is there.
+        """
+        concerned: list[Sequence] = []
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            concerned += self._send(plan)
+        elif time.monotonic() - self._last_sent > self._ranks.timeout_s / 3:
+            self._send(self.scheduler.heartbeat())
+        is_idle = plan is None and self.scheduler.num_sent > 0
+        while answer := self._ranks.next_answer(wait=is_idle):
+            _, message = answer
+            concerned += self.scheduler.answer(*decode_answers(message))
+            is_idle = False
+        return self._updates(concerned)
+
+    def follow(self) -> None:
+        """Run what the leader sends, until it closes. Raises RankLostError if a rank is gone."""
+        self._runner.follow()
+
+    def close(self) -> None:
+        """Let the ranks that follow this one go, once all passes have come through."""
+        while self.scheduler.num_sent:
+            self.step()
+        self._runner.dismiss()
+
+    def _send(self, plan: PipelinePlan) -> list[Sequence]:
+        self._last_sent = time.monotonic()
+        return self.scheduler.answer(plan.id, self._runner.lead(plan))

@@ -1,0 +1,184 @@
+"""One stage of a pipeline: runs its pieces for a pass, and asks its exits.
+
+Legend of shapes: t rows, h hidden.
+"""
+
+import json
+from collections.abc import Sequence as Items
+from dataclasses import asdict, astuple
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ee_llm import platform
+from ee_llm.inference.attention import PageTable, Run, live_runs
+from ee_llm.inference.judge import Question, judge
+from ee_llm.inference.pipeline_scheduler import Answer, Frontier, PipelinePlan
+from ee_llm.inference.request import Verdict
+from ee_llm.inference.runner import runs_of
+from ee_llm.inference.sampling import Sampling
+from ee_llm.inference.scheduler import Limits, Span
+from ee_llm.inference.stage import Stage
+
+
+class PipelineRunner:
+    """Runs passes through one stage; every rank of the stage does the same."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        boundaries: Items[int],
+        limits: Limits,
+        max_length: int,
+        ranks: platform.ServingGrid,
+    ) -> None:
+        self._stage = stage
+        self._ranks = ranks
+        # Of each piece: the number of the exit after it among all exits, None if there is none.
+        self._segments = [
+            boundaries.index(piece.last) if piece.has_exit else None for piece in stage.pieces
+        ]
+        self._last_segment = len(boundaries) - 1
+        num_blocks = -(-max_length // limits.block_size)
+        self._table = PageTable(limits.max_sequences, num_blocks, limits.block_size, stage.device)
+
+    @torch.no_grad()
+    def run(self, plan: PipelinePlan, left: list[int], x: Tensor) -> tuple[Tensor, list[Answer]]:
+        """Return the rows [t, h] that go on to the next stage, and what the exits here say.
+
+        left: for each frontier the segment at whose end its token left for good, -1 before that; it
+        is updated. x [t, h]: from the stage before.
+        """
+        for slot, index, block in plan.tables:
+            self._table.set(slot, index, block)
+        answers: list[Answer] = []
+        if not plan.spans:
+            return x, answers
+        runs = runs_of(plan.spans)
+        for piece, segment in enumerate(self._segments):
+            frozen = [
+                one.row
+                for one, where in zip(plan.frontiers, left, strict=True)
+                if one.freezes and where >= 0
+            ]
+            live = live_runs(runs, frozen)
+            batch = self._table.batch(runs, live, self._stage.cache_dtype)
+            if piece == 0 and self._ranks.stage == 0:
+                tokens = torch.tensor(plan.tokens, device=self._stage.device)
+                x = self._stage.embed(tokens, batch.positions)
+            x, attended = self._stage.run(piece, x, batch)
+            if segment is not None:
+                answers += self._ask(piece, segment, plan, left, runs, x, attended)
+        return x, answers
+
+    def follow(self) -> None:
+        """Run the passes that come from the leader, until it dismisses its followers."""
+        ranks = self._ranks
+        while True:
+            message, x = self._next_pass()
+            if not message:
+                self._hand_on(message, x)
+                break
+            plan, left = decode_pass(message)
+            x, answers = self.run(plan, left, x)
+            self._hand_on(encode_pass(plan, left), x)
+            if ranks.stage > 0 and ranks.tensor_rank == 0:
+                ranks.answer(encode_answers(plan.id, answers))
+        if ranks.stage > 0 and ranks.tensor_rank == 0:
+            ranks.answer(b"")
+        ranks.flush()
+
+    def lead(self, plan: PipelinePlan) -> list[Answer]:
+        """Send a pass through all stages; return what the exits of the first one say."""
+        left = [-1] * len(plan.frontiers)
+        self._ranks.tell(encode_pass(plan, left))
+        x, answers = self.run(plan, left, self._no_rows())
+        self._ranks.pass_on(encode_pass(plan, left), x)
+        return answers
+
+    def dismiss(self) -> None:
+        """Let the ranks that follow this one go."""
+        self._ranks.tell(b"")
+        self._hand_on(b"", self._no_rows())
+        self._ranks.flush()
+
+    def _next_pass(self) -> tuple[bytes, Tensor]:
+        if self._ranks.stage == 0:
+            return self._ranks.tell(), self._no_rows()
+        return self._ranks.take_over(self._stage.hidden_size, self._stage.dtype)
+
+    def _hand_on(self, message: bytes, x: Tensor) -> None:
+        if self._ranks.stage < self._ranks.num_stages - 1:
+            self._ranks.pass_on(message, x)
+
+    def _no_rows(self) -> Tensor:
+        shape = (0, self._stage.hidden_size)
+        return torch.empty(shape, dtype=self._stage.dtype, device=self._stage.device)
+
+    def _ask(
+        self,
+        piece: int,
+        segment: int,
+        plan: PipelinePlan,
+        left: list[int],
+        runs: Items[Run],
+        x: Tensor,
+        attended: Tensor,
+    ) -> list[Answer]:
+        """Return what the exit at the end of `segment` says about those who may leave there."""
+        asked, questions, judged = [], [], []
+        for number, (one, where) in enumerate(zip(plan.frontiers, left, strict=True)):
+            threshold = one.thresholds[segment]
+            if where < 0 and threshold is not None:
+                asked.append(number)
+                judged.append(Run(one.slot, one.position, one.position + 1, one.row))
+                questions.append(
+                    Question(
+                        one.slot, one.position, threshold, one.measure, one.sampling, one.history
+                    )
+                )
+        batch = None
+        if self._stage.has_block(piece):
+            batch = self._table.batch(runs, judged, self._stage.cache_dtype)
+        logits = self._ranks.gather(self._stage.logits(piece, x, attended, judged, batch))
+        answers = []
+        for number, verdict in zip(asked, judge(logits, questions), strict=True):
+            if verdict.left:
+                answers.append(Answer(number, segment, verdict))
+                if segment == self._last_segment or not plan.frontiers[number].is_draft:
+                    left[number] = segment
+        return answers
+
+
+def encode_pass(plan: PipelinePlan, left: Items[int]) -> bytes:
+    """Return a pass as JSON, see `decode_pass`."""
+    return json.dumps([asdict(plan), left]).encode()
+
+
+def decode_pass(message: bytes) -> tuple[PipelinePlan, list[int]]:
+    """Return the pass, and where its frontiers have left, that `encode_pass` made bytes of."""
+    fields, left = json.loads(message)
+    plan = PipelinePlan(
+        fields["id"],
+        tuple(Span(**span) for span in fields["spans"]),
+        tuple(fields["tokens"]),
+        tuple(_frontier(**frontier) for frontier in fields["frontiers"]),
+        tuple((slot, index, block) for slot, index, block in fields["tables"]),
+    )
+    return plan, left
+
+
+def _frontier(sampling: dict[str, Any], history: list[int], **fields: Any) -> Frontier:
+    return Frontier(sampling=Sampling(**sampling), history=tuple(history), **fields)
+
+
+def encode_answers(plan_id: int, answers: Items[Answer]) -> bytes:
+    """Return a stage's answers to a pass as JSON, see `decode_answers`."""
+    return json.dumps([plan_id, [astuple(answer) for answer in answers]]).encode()
+
+
+def decode_answers(message: bytes) -> tuple[int, list[Answer]]:
+    """Return the pass and the answers that `encode_answers` made bytes of."""
+    plan_id, answers = json.loads(message)
+    return plan_id, [Answer(number, segment, Verdict(*said)) for number, segment, said in answers]

@@ -1,0 +1,253 @@
+"""Which rows enter a pipeline of stages next, and what comes back from its exits; no torch.
+
+Rows pass through all stages, one pass behind the other, so that a row always finds the keys and
+values of the rows before it. A token that leaves at an exit comes back to the first stage at once,
+and its row goes on to the last one for its keys and values alone. No row waits at a boundary. A
+sequence's first watermark is the rows sent, its second those that the last stage is through with.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ee_llm.inference.blocks import BlockManager
+from ee_llm.inference.prefix import publish_prefix, share_prefix
+from ee_llm.inference.request import Sequence, Verdict
+from ee_llm.inference.scheduler import Limits, Span
+
+if TYPE_CHECKING:
+    from ee_llm.inference.policy import Measure
+    from ee_llm.inference.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A row that the exits on its way are asked about.
+
+    row: its number in the pass. thresholds: of each exit, the confidence at which its token
+    leaves; None: this exit is not asked. is_draft: if it leaves before the final exit, that one
+    is asked all the same. freezes: the row keeps its state from where it left on. history: the
+    tokens up to `position`, for a repetition penalty alone.
+    """
+
+    slot: int
+    position: int
+    row: int
+    thresholds: tuple[float | None, ...]
+    is_draft: bool
+    freezes: bool
+    measure: "Measure"
+    sampling: "Sampling"
+    history: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """One pass through all stages. tokens: of its rows. tables: new blocks, as in `Plan`."""
+
+    id: int
+    spans: tuple[Span, ...] = ()
+    tokens: tuple[int, ...] = ()
+    frontiers: tuple[Frontier, ...] = ()
+    tables: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an exit says about one frontier of a pass."""
+
+    frontier: int
+    segment: int
+    verdict: Verdict
+
+
+@dataclass
+class _Sent:
+    """A pass on its way. num_missing: stages that have not answered yet.
+
+    passengers: the sequence of each span, and how often drafts of it had been rejected when it was
+    sent: its rows are void after another time.
+    """
+
+    plan: PipelinePlan
+    passengers: list[tuple[Sequence, int]]
+    num_missing: int
+
+
+@dataclass
+class PipelineScheduler:
+    """Admits sequences, sends their rows, takes the stages' answers."""
+
+    limits: Limits
+    blocks: BlockManager
+    num_stages: int
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: list[Sequence] = field(default_factory=list)
+    _leaving: list[Sequence] = field(default_factory=list)  # finished, with rows on their way
+    _sent: deque[_Sent] = field(default_factory=deque)
+    _slots: list[int] = field(default_factory=list)
+    _num_plans: int = 0
+
+    def __post_init__(self) -> None:
+        self._slots = list(range(self.limits.max_sequences))[::-1]
+
+    @property
+    def has_work(self) -> bool:
+        """Return whether any sequence is unfinished, or any pass on its way."""
+        return bool(self.waiting or self.running or self._sent)
+
+    @property
+    def num_sent(self) -> int:
+        """Return how many passes are on their way."""
+        return len(self._sent)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; raises ValueError if the cache could never hold it."""
+        needed, room = self._num_blocks(sequence), self.blocks.num_blocks - 1
+        if needed > room:
+            raise ValueError(
+                f"request {sequence.request.id!r} may need {needed} blocks of the cache, which has"
+                f" {room}; ask for fewer tokens or give the engine more blocks"
+            )
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Drop a sequence; what it holds is freed once its rows have left the pipeline."""
+        if sequence.slot < 0:
+            self.waiting.remove(sequence)
+        else:
+            self._leave(sequence)
+
+    def schedule(self) -> PipelinePlan | None:
+        """Return the next pass; None if no row is ready, or enough passes are on their way."""
+        if len(self._sent) >= 2 * self.num_stages:  # one to work on and one to go on with, each
+            return None
+        self._admit()
+        chosen: list[tuple[Sequence, Span]] = []
+        room = self.limits.max_rows
+        ready = [one for one in self.running if one.watermarks[0] < len(one.tokens)]
+        ready.sort(key=lambda one: len(one.tokens) - one.watermarks[0] > 1)  # prompts come last
+        for sequence in ready:
+            start = sequence.watermarks[0]
+            stop = min(len(sequence.tokens), start + min(room, self.limits.max_pending))
+            if stop > start:
+                chosen.append((sequence, Span(sequence.slot, start, stop)))
+                room -= stop - start
+        return self._send(chosen) if chosen else None
+
+    def heartbeat(self) -> PipelinePlan:
+        """Return a pass without rows, which tells all stages that the first one is there."""
+        return self._send([])
+
+    def answer(self, plan_id: int, answers: Items[Answer]) -> list[Sequence]:
+        """Take what a stage's exits say, each stage once; return the sequences that it concerns."""
+        sent = next(one for one in self._sent if one.plan.id == plan_id)
+        passengers = {one.slot: (one, rejections) for one, rejections in sent.passengers}
+        changed = []
+        for said in answers:
+            slot = sent.plan.frontiers[said.frontier].slot
+            sequence, num_rejections = passengers[slot]
+            if sequence.finish_reason or sequence.num_rejections != num_rejections:
+                continue
+            sequence.settle(said.segment, said.verdict)
+            changed.append(sequence)
+            if sequence.finish_reason:
+                self._leave(sequence)
+        sent.num_missing -= 1
+        while self._sent and self._sent[0].num_missing == 0:
+            self._arrive(self._sent.popleft())
+        return changed
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between any two steps."""
+        holders = [*self.running, *self._leaving]
+        self.blocks.check_integrity(sequence.blocks for sequence in holders)
+        slots = [sequence.slot for sequence in holders]
+        assert sorted([*slots, *self._slots]) == list(range(self.limits.max_sequences))
+        for sequence in self.running:
+            sent, done = sequence.watermarks
+            assert done <= sent <= len(sequence.tokens), f"watermarks out of order: {sent}, {done}"
+
+    def _num_blocks(self, sequence: Sequence) -> int:
+        length = sequence.num_prompt + sequence.request.max_new_tokens - 1
+        return self.blocks.num_needed(min(length, sequence.max_length))
+
+    def _admit(self) -> None:
+        while self.waiting and self._slots:
+            sequence = self.waiting[0]
+            shared = share_prefix(self.blocks, sequence)
+            needed = self._num_blocks(sequence) - len(shared)
+            if self.blocks.num_available < needed:
+                self.blocks.give_back(shared)
+                return
+            # All blocks at once: whose rows are on their way can not be asked to make room.
+            self.waiting.popleft()
+            sequence.slot = self._slots.pop()
+            sequence.blocks = shared + [self.blocks.take() for _ in range(needed)]
+            sequence.num_published = len(shared)
+            sequence.num_cached = len(shared) * self.blocks.block_size
+            sequence.watermarks = [sequence.num_cached, sequence.num_cached]
+            self.running.append(sequence)
+
+    def _send(self, chosen: Items[tuple[Sequence, Span]]) -> PipelinePlan:
+        tables: list[tuple[int, int, int]] = []
+        frontiers, tokens = [], []
+        for sequence, span in chosen:
+            for index in range(sequence.num_tabled, len(sequence.blocks)):
+                tables.append((span.slot, index, sequence.blocks[index]))
+            sequence.num_tabled = len(sequence.blocks)
+            sequence.watermarks[0] = span.stop
+            tokens += sequence.tokens[span.start : span.stop]
+            if span.stop == len(sequence.tokens):
+                frontiers.append(_frontier(sequence, row=len(tokens) - 1))
+        spans = tuple(span for _, span in chosen)
+        plan = PipelinePlan(self._num_plans, spans, tuple(tokens), tuple(frontiers), tuple(tables))
+        self._num_plans += 1
+        passengers = [(one, one.num_rejections) for one, _ in chosen]
+        self._sent.append(_Sent(plan, passengers, self.num_stages))
+        return plan
+
+    def _arrive(self, sent: _Sent) -> None:
+        """Note that all stages are through with a pass."""
+        for span, (sequence, num_rejections) in zip(sent.plan.spans, sent.passengers, strict=True):
+            if sequence.num_rejections == num_rejections and not sequence.finish_reason:
+                sequence.watermarks[1] = span.stop
+                publish_prefix(self.blocks, sequence, span.stop)
+        self._free()
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._leaving.append(sequence)
+        self._free()
+
+    def _free(self) -> None:
+        """Take the room of those that have left, and have no row on its way any more."""
+        on_their_way = {id(one) for sent in self._sent for one, _ in sent.passengers}
+        for sequence in [one for one in self._leaving if id(one) not in on_their_way]:
+            self._leaving.remove(sequence)
+            self.blocks.give_back(sequence.blocks)
+            self._slots.append(sequence.slot)
+
+
+def _frontier(sequence: Sequence, row: int) -> Frontier:
+    request = sequence.request
+    is_penalised = request.sampling.repetition_penalty != 1.0
+    return Frontier(
+        slot=sequence.slot,
+        position=len(sequence.tokens) - 1,
+        row=row,
+        thresholds=tuple(_thresholds(sequence)),
+        is_draft=request.draft is not None,
+        freezes=request.strategy == "propagate",
+        measure=request.policy.measure,
+        sampling=request.sampling,
+        history=tuple(sequence.tokens) if is_penalised else (),
+    )
+
+
+def _thresholds(sequence: Sequence) -> Iterator[float | None]:
+    """Yield at which confidence the frontier's token leaves each exit; None: not there."""
+    for segment in range(len(sequence.boundaries)):
+        yield sequence.threshold(segment) if sequence.decides_at(segment) else None

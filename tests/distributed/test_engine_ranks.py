@@ -1,0 +1,148 @@
+"""The engine over tensor-parallel ranks and pipeline stages: the same tokens and exits."""
+
+import dataclasses
+import itertools
+import random
+import time
+
+import pytest
+import torch
+
+from ee_llm import platform
+from ee_llm.config import Config
+from ee_llm.inference.decoder import Decoder
+from ee_llm.inference.engine import Engine
+from ee_llm.inference.generator import Generation
+from ee_llm.inference.pipeline_engine import PipelineEngine
+from ee_llm.inference.policy import make_policy
+from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.request import Request
+from ee_llm.inference.sampling import Sampling
+from ee_llm.inference.scheduler import Limits
+from tests.distributed.harness import run_ranks
+from tests.unit.inference.fuzz import Traffic, expected, random_traffic, serve
+from tests.unit.inference.models import random_tensors, tiny_config
+
+LAYOUTS = [(2, 1), (1, 2), (2, 2), (1, 4)]
+
+
+def _setting(seed: int):
+    rng = random.Random(seed)
+    head = rng.choice([("norm",), ("mlp", "norm"), ("block", "norm"), ("block", "mlp", "norm")])
+    family, output = rng.choice(["llama", "gpt"]), rng.choice(["own", "shared", "tied"])
+    boundaries = rng.choice([(1, 2), (1,), (2, 3), (1, 2, 3), (2,)])
+    config = tiny_config(family, boundaries, head, output, num_kv_heads=rng.choice([2, 4]))
+    return rng, config, random_tensors(config, seed)
+
+
+def _limits(rng: random.Random) -> Limits:
+    return Limits(
+        max_sequences=rng.randint(1, 8),
+        num_blocks=rng.choice([10, 40]),
+        block_size=4,
+        max_pending=rng.choice([6, 32]),
+        max_rows=rng.choice([6, 40]),
+    )
+
+
+def make_decoder(config, tensors, limits, ranks: platform.ServingGrid, **options) -> Decoder:
+    if ranks.num_stages > 1:
+        return PipelineEngine(config, tensors, ranks, torch.float64, limits, **options)
+    return Engine(config, tensors, torch.float64, limits, ranks=ranks, **options)
+
+
+def _serve(seed: int, tensor: int, pipeline: int) -> dict[str, Generation] | None:
+    torch.set_num_threads(1)
+    rng, config, tensors = _setting(seed)
+    traffic = random_traffic(rng, config)
+    ranks = platform.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=30)
+    engine = make_decoder(config, tensors, _limits(rng), ranks)
+    if not ranks.is_leader:
+        engine.follow()
+        return None
+    made = serve(engine, traffic, lambda engine: engine.scheduler.check_integrity())
+    engine.close()
+    engine.scheduler.blocks.check_integrity([])
+    return made
+
+
+def _traffic(seed: int) -> tuple[Traffic, ReferenceModel]:
+    rng, config, tensors = _setting(seed)
+    return random_traffic(rng, config), ReferenceModel(config, tensors, torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
+def test_tokens_and_exits_are_the_references(tensor: int, pipeline: int, seed: int) -> None:
+    """All strategies, arrivals and aborts mixed, drafts rejected while rows after them are sent."""
+    made, *nothing = run_ranks(tensor * pipeline, _serve, seed, tensor, pipeline)
+    assert nothing == [None] * (tensor * pipeline - 1)
+    traffic, model = _traffic(seed)
+    for request in traffic.requests:
+        wanted, found = expected(model, request), made[request.id]
+        if found is None:
+            continue
+        count = len(found.tokens)
+        assert found.tokens == wanted.tokens[:count], request
+        assert found.exits == wanted.exits[:count], request
+        if found.finish_reason != "abort":
+            assert (count, found.finish_reason) == (len(wanted.tokens), wanted.finish_reason)
+            assert found.confidences == pytest.approx(wanted.confidences, abs=1e-9)
+
+
+def _idle(tensor: int, pipeline: int) -> tuple[int, ...]:
+    _, config, tensors = _setting(0)
+    ranks = platform.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=3)
+    engine = make_decoder(config, tensors, Limits(), ranks)
+    if not ranks.is_leader:
+        engine.follow()
+        return ()
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        assert engine.step() == []
+        time.sleep(0.1)
+    (made,) = engine.generate([_request(config)])
+    engine.close()
+    return made.tokens
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (2, 2)])
+def test_ranks_without_work_stay(tensor: int, pipeline: int) -> None:
+    """Five seconds without a request are longer than the time-out of three."""
+    tokens, *_ = run_ranks(tensor * pipeline, _idle, tensor, pipeline)
+    assert len(tokens) == 20
+
+
+def _lose(tensor: int, pipeline: int, lost: int, hangs_s: float) -> float:
+    _, config, tensors = _setting(0)
+    ranks = platform.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=4)
+    engine = make_decoder(config, tensors, Limits(), ranks)
+    if ranks.stage * tensor + ranks.tensor_rank == lost:
+        time.sleep(hangs_s)
+        return 0.0
+    start = time.monotonic()
+    with pytest.raises(platform.RankLostError, match="lost another rank|no stage answered"):
+        _serve_for_ever(engine, config) if ranks.is_leader else engine.follow()
+    return time.monotonic() - start
+
+
+def _serve_for_ever(engine: Decoder, config: Config) -> None:
+    for number in itertools.count():
+        engine.generate([dataclasses.replace(_request(config), id=f"{number}")])
+
+
+@pytest.mark.parametrize("hangs_s", [0.5, 12.0], ids=["dies", "hangs"])
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "lost"), [(2, 1, 1), (2, 1, 0), (1, 2, 1), (1, 2, 0), (2, 2, 3)]
+)
+def test_all_ranks_end_when_one_is_lost(
+    tensor: int, pipeline: int, lost: int, hangs_s: float
+) -> None:
+    """None of the others may still wait some seconds after the time-out of four."""
+    waited = run_ranks(tensor * pipeline, _lose, tensor, pipeline, lost, hangs_s)
+    assert max(waited) < 11
+
+
+def _request(config: Config) -> Request:
+    policy = make_policy(config.exits.boundaries, [0.3])
+    return Request("one", (1, 2, 3), policy, Sampling(), max_new_tokens=20)
