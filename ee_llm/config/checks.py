@@ -14,7 +14,12 @@ def _layers(config: "Config") -> Iterator[str]:
     size = f"parallel.pipeline = {config.parallel.pipeline}"
     if config.parallel.virtual > 1:
         size += f" x parallel.virtual = {config.parallel.virtual}"
-    if not split:
+    if num_stages > num_layers:
+        yield (
+            f"model.num_layers = {num_layers} is below {num_stages} stages ({size}), each of which "
+            "needs a layer; lower parallel.pipeline or parallel.virtual"
+        )
+    elif not split:
         if num_layers % num_stages:
             yield (
                 f"model.num_layers = {num_layers} is not divisible by {size}; give "
@@ -30,8 +35,6 @@ def _layers(config: "Config") -> Iterator[str]:
 
 
 def _example_split(num_layers: int, num_stages: int) -> str:
-    if num_stages > num_layers:
-        return "one with fewer stages (parallel.pipeline, parallel.virtual)"
     # The last stage has the head as well, so the layers that are over go to the first ones.
     even, over = divmod(num_layers, num_stages)
     return str([even + (stage < over) for stage in range(num_stages)])

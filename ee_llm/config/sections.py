@@ -158,6 +158,7 @@ class ExitsConfig(Section):
         return fill(given, [("weights", ones), ("initial_weights", zeros), ("temperatures", ones)])
 
 
+Schedule = Literal["1f1b", "zero-bubble", "zero-bubble-exits"]
 Fills = int | Literal["auto"]
 
 
@@ -171,10 +172,10 @@ class ParallelConfig(Section):
         "Stages of each pipeline process; more than 1 interleaves them, for a smaller bubble.",
         gt=0,
     )
-    schedule: Literal["1f1b", "zero-bubble"] = option(
+    schedule: Schedule = option(
         "1f1b",
-        "Order of forward and backward passes. zero-bubble: ZB-H1, which computes the weights' "
-        "gradients while a process would wait.",
+        "Order of forward and backward passes. zero-bubble: ZB-H1, layers' weight gradients are "
+        "computed while a process would wait; zero-bubble-exits: exits' too, which takes memory.",
     )
     sequence: bool = option(
         False, "Whether norms and dropout are split along the sequence over the tensor ranks."

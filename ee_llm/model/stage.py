@@ -98,8 +98,8 @@ class Stage(MegatronModule):
         self.exits = ModuleTable({str(b): Exit(config, parts, b) for b in boundaries})
         self.output_weights = {b: output_weight_name(config, b) for b in boundaries}
         self.weight_gradients = WeightGradients()
-        if config.parallel.schedule == "zero-bubble":
-            self._let_weights_wait(parts)
+        if config.parallel.schedule != "1f1b":
+            self._let_weights_wait(config.parallel.schedule, parts)
         self.rotary = None
         if config.model.position == "rope":
             self.rotary = RotaryAngles(config.model, dtype)
@@ -111,18 +111,21 @@ class Stage(MegatronModule):
             parallel_state.get_tensor_model_parallel_world_size(),
         )
 
-    def _let_weights_wait(self, parts: TransformerConfig) -> None:
-        """Let the schedule put the layers' weight gradients off; exits compute theirs at once.
+    def _let_weights_wait(self, schedule: str, parts: TransformerConfig) -> None:
+        """Let the schedule put weight gradients off: those of layers, of exits if it splits them.
 
-        An exit's would keep the gradient of its logits alive until then.
+        An exit's keep the gradient of its logits alive until then.
         """
         if uses_transformer_engine(parts):
             raise ValueError(
-                "parallel.schedule = zero-bubble needs layers whose backward pass can be split: "
+                f"parallel.schedule = {schedule} needs layers whose backward pass can be split: "
                 "here those for training.dtype = bfloat16 are Transformer Engine's; set the first "
                 "to 1f1b or the second to float32"
             )
-        for module in self.layers.modules():
+        modules = [*self.layers.modules()]
+        if schedule == "zero-bubble-exits":
+            modules += self.exits.modules()
+        for module in modules:
             if isinstance(module, ColumnLinear | RowLinear):
                 module.later = self.weight_gradients
 

@@ -5,14 +5,14 @@ Importing this package does not import torch; `ee_llm.pipeline.runtime` does.
 
 from ee_llm.pipeline.lower import LoweredPlan, lower, verify
 from ee_llm.pipeline.plan import Action, Op, Plan, PlanError, Visit, forward_only, one_f_one_b
-from ee_llm.pipeline.simulate import Costs, ExitCost, Simulation, StageCost, grid, simulate
+from ee_llm.pipeline.simulate import Costs, PieceCost, Simulation, StageCost, grid, simulate
 
 __all__ = [
     "Action",
     "Costs",
-    "ExitCost",
     "LoweredPlan",
     "Op",
+    "PieceCost",
     "Plan",
     "PlanError",
     "Simulation",

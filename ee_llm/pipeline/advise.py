@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ee_llm.config import Config, ConfigError, toml
-from ee_llm.pipeline.chosen import chosen_fills, largest_fills
+from ee_llm.pipeline.chosen import FILLS, chosen_fills, largest_fills
 from ee_llm.pipeline.costs import Pieces
 from ee_llm.pipeline.predict import Prediction, predict, rank_memory
 
 MOST_CHUNKS = 8  # stages per rank that are tried
-_FILLS = ("parallel.fill_warmup", "parallel.fill_cooldown")
 
 Options = dict[str, object]  # configuration values by dotted name
 
@@ -37,17 +36,24 @@ def advise(
     Equal times are ordered by memory, then by how plain the plan is. `base` has the model, the
     exits and the ranks, `configure` makes the configuration that has these options; those in
     `fixed` are kept as they are, the others searched: schedule, stages per rank, placement of
-    exits, layers per stage, filling. Raises ValueError if nothing goes with what is fixed.
+    exits, layers per stage, filling. Raises ConfigError if nothing goes with what is fixed: that of
+    the plainest candidate.
     """
     found = []
+    refusals = []
     for options in _candidates(base, configure, fixed, num_microbatches, pieces):
-        prediction = predict(configure(options), num_microbatches, pieces)
-        found.append(Advice(options, prediction, max(rank_memory(prediction, logits))))
+        try:
+            prediction = predict(configure(options), num_microbatches, pieces)
+        except ConfigError as error:
+            refusals.append(error)
+        else:
+            found.append(Advice(options, prediction, max(rank_memory(prediction, logits))))
     if not found:
-        raise ValueError(
+        nothing = ConfigError(
             f"no plan for {num_microbatches} microbatches goes with all that is given; leave some "
             "of it to the search"
         )
+        raise next(iter(refusals), nothing)
     return sorted(found, key=_order)
 
 
@@ -89,10 +95,10 @@ def balanced_split(
     before = [sum(b + shift <= layer for b in exits) for layer in range(num_layers + 1)]
 
     def cost(stage: int, first: int, last: int) -> float:
-        total = (last - first) * (pieces.layer.forward + pieces.layer.backward)
-        total += (before[last] - before[first]) * sum(pieces.exit)
-        total += sum(pieces.embedding) if stage == 0 else 0.0
-        return total + (sum(pieces.final) if stage == num_stages - 1 else 0.0)
+        total = (last - first) * pieces.layer.total
+        total += (before[last] - before[first]) * pieces.exit.total
+        total += pieces.embedding.total if stage == 0 else 0.0
+        return total + (pieces.final.total if stage == num_stages - 1 else 0.0)
 
     # best[n]: (slowest stage, sum of squares, split) of the first stages with n layers.
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
@@ -128,7 +134,9 @@ def _candidates(
     needs_own_layer = "mlp" in exits.head and "block" not in exits.head
     placements = ("post",) if needs_own_layer or not exits.boundaries else ("post", "pre")
     # Where the weights' part is not known apart, layers may not be able to put it off.
-    schedules = ("1f1b", "zero-bubble") if pieces.layer.weight else ("1f1b",)
+    schedules = ("1f1b", "zero-bubble", "zero-bubble-exits") if pieces.layer.weight else ("1f1b",)
+    if any(fixed.get(name) for name in FILLS):
+        chunks, schedules = range(1, 2), ("1f1b",)  # filling that is asked for is advised
     shapes = itertools.product(
         tried("parallel.schedule", schedules),
         tried("parallel.virtual", chunks),
@@ -144,7 +152,7 @@ def _candidates(
         }
         num_stages = size * int(str(virtual))
         for split in _splits(base, fixed, num_stages, pieces, str(placement)):
-            shaped = {**options, "parallel.layer_split": split, **dict.fromkeys(_FILLS, 0)}
+            shaped = {**options, "parallel.layer_split": split, **dict.fromkeys(FILLS, 0)}
             yield from ({**shaped, **fills} for fills in _fills(configure(shaped), fixed))
 
 
@@ -168,15 +176,14 @@ def _splits(
 
 
 def _fills(config: Config, fixed: Mapping[str, object]) -> list[Options]:
-    choices = []
-    for name, largest in zip(_FILLS, largest_fills(config), strict=True):
-        wanted = fixed.get(name)
-        if wanted == "auto":
-            wanted = max(1, largest)
-        if isinstance(wanted, int) and wanted > largest:
-            return []  # this shape has no room for what was asked for
-        choices.append([wanted] if isinstance(wanted, int) else sorted({0, largest}))
-    return [dict(zip(_FILLS, fills, strict=True)) for fills in itertools.product(*choices)]
+    choices: list[Sequence[object]] = []
+    for name, largest in zip(FILLS, largest_fills(config), strict=True):
+        asked = fixed.get(name)
+        if asked is None:
+            choices.append(sorted({0, largest}))
+        else:
+            choices.append([largest if asked == "auto" else asked])
+    return [dict(zip(FILLS, fills, strict=True)) for fills in itertools.product(*choices)]
 
 
 def _order(advice: Advice) -> tuple[object, ...]:

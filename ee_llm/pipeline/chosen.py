@@ -1,5 +1,7 @@
 """The training schedule that a configuration asks for."""
 
+from collections.abc import Callable
+
 from ee_llm.config import Config, ConfigError, exit_stage
 from ee_llm.pipeline.filled import (
     cooldown_visits,
@@ -9,8 +11,10 @@ from ee_llm.pipeline.filled import (
     warmup_visits,
 )
 from ee_llm.pipeline.interleaved import interleaved
-from ee_llm.pipeline.plan import Plan
+from ee_llm.pipeline.plan import Plan, Visit
 from ee_llm.pipeline.zero_bubble import zero_bubble_h1
+
+FILLS = ("parallel.fill_warmup", "parallel.fill_cooldown")
 
 
 def chosen_plan(config: Config, num_microbatches: int) -> Plan:
@@ -19,18 +23,12 @@ def chosen_plan(config: Config, num_microbatches: int) -> Plan:
     Raises ValueError where microbatches or fills do not suit the schedule.
     """
     parallel = config.parallel
-    size, ratio = parallel.pipeline, parallel.forward_over_backward
-    if parallel.schedule == "zero-bubble":
-        return zero_bubble_h1(size, num_microbatches)
+    if parallel.schedule != "1f1b":
+        split_exits = parallel.schedule == "zero-bubble-exits"
+        return zero_bubble_h1(parallel.pipeline, num_microbatches, split_exits)
     if parallel.virtual > 1:
-        return interleaved(size, parallel.virtual, num_microbatches)
-    warmup, cooldown = chosen_fills(config)
-    return filled_1f1b(
-        size,
-        num_microbatches,
-        warmup_visits(size, warmup, ratio, exit_stages(config)),
-        cooldown_visits(size, cooldown, ratio),
-    )
+        return interleaved(parallel.pipeline, parallel.virtual, num_microbatches)
+    return filled_1f1b(parallel.pipeline, num_microbatches, *_fill_visits(config))
 
 
 def chosen_fills(config: Config) -> tuple[int, int]:
@@ -38,25 +36,30 @@ def chosen_fills(config: Config) -> tuple[int, int]:
 
     Raises ConfigError for more than are useful.
     """
-    warmup, cooldown = largest_fills(config)
+    warmup, cooldown = _fill_visits(config)
+    return len(warmup), len(cooldown)
+
+
+def _fill_visits(config: Config) -> tuple[tuple[Visit, ...], tuple[Visit, ...]]:
+    if not _has_room(config):
+        return (), ()
+    size, ratio = config.parallel.pipeline, config.parallel.forward_over_backward
+    stages = exit_stages(config)
+    most_warmup, most_cooldown = largest_fills(config)
+
+    def visits(name: str, most: int, make: Callable[[int], tuple[Visit, ...]]) -> tuple[Visit, ...]:
+        asked = getattr(config.parallel, name)
+        try:
+            return make(most if asked == "auto" else asked)
+        except ValueError as error:
+            raise ConfigError(
+                f"parallel.{name} = {asked}: {error}; set it to {most} or auto"
+            ) from None
+
     return (
-        _chosen(config, "fill_warmup", warmup, "fit into the bubble and meet an early exit there"),
-        _chosen(config, "fill_cooldown", cooldown, "fit into the bubble"),
+        visits("fill_warmup", most_warmup, lambda n: warmup_visits(size, n, ratio, stages)),
+        visits("fill_cooldown", most_cooldown, lambda n: cooldown_visits(size, n, ratio)),
     )
-
-
-def _chosen(config: Config, name: str, most: int, why: str) -> int:
-    asked = getattr(config.parallel, name)
-    if asked == "auto":
-        return most
-    if asked > most:
-        raise ConfigError(
-            f"parallel.{name} = {asked}: the largest useful number is {most}, for no more {why} "
-            f"with parallel.pipeline = {config.parallel.pipeline}, parallel.forward_over_backward "
-            f"= {config.parallel.forward_over_backward:g} and exits on stages "
-            f"{exit_stages(config)}; set it to {most} or auto"
-        )
-    return int(asked)
 
 
 def largest_fills(config: Config) -> tuple[int, int]:
@@ -64,12 +67,16 @@ def largest_fills(config: Config) -> tuple[int, int]:
 
     Useful are those that fit into the bubble and, in the warm-up, meet an early exit, each of them.
     """
-    parallel = config.parallel
-    if parallel.schedule != "1f1b" or parallel.virtual > 1:
+    if not _has_room(config):
         return 0, 0
-    size, ratio = parallel.pipeline, parallel.forward_over_backward
+    size, ratio = config.parallel.pipeline, config.parallel.forward_over_backward
     useful = most_useful_warmup_fills(size, ratio, exit_stages(config))
     return useful, most_fills(size, ratio)
+
+
+def _has_room(config: Config) -> bool:
+    # Other schedules have no bubbles that visits of these forms would fit into.
+    return config.parallel.schedule == "1f1b" and config.parallel.virtual == 1
 
 
 def exit_stages(config: Config) -> list[int]:

@@ -3,13 +3,13 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from ee_llm.config import Config, ConfigError, load_config
 from ee_llm.pipeline import describe
 from ee_llm.pipeline.advise import Advice, advise, config_lines, within_limit
-from ee_llm.pipeline.chosen import exit_stages, largest_fills
+from ee_llm.pipeline.chosen import FILLS, chosen_fills
 from ee_llm.pipeline.costs import NOMINAL, Pieces, read_pieces, write_pieces
 from ee_llm.pipeline.describe import Clock
 from ee_llm.pipeline.picture import check_suffix, save_picture
@@ -24,28 +24,29 @@ def show_plan(options: PlanOptions, measure: Callable[[Config], Pieces]) -> None
     Raises ValueError for bad input, before anything is measured or written where it can.
     """
     _check(options)
-    sizes = _sizes(options)
-    given = _given(options, sizes)
-    pieces = _pieces(options, given, measure)
+    given = _given(options)
+    config = _configure(options, given, searched=options.advise)
+    num_microbatches = _num_microbatches(options, config)
+    pieces = _pieces(options, config, measure)
     if pieces is not NOMINAL and options.config is None:
         given["parallel.forward_over_backward"] = _ratio(pieces)
     found: list[Advice] = []
     fitting: list[Advice] = []
-    if options.advise:
-        found = advise(
-            _configure(options, given, searched=True),
-            lambda more: _configure(options, {**given, **more}),
-            given,
-            sizes.microbatches,
-            pieces,
-            options.logits_size,
-        )
-        fitting = within_limit(found, options.memory_limit)
-        prediction = fitting[0].prediction
-    else:
-        config = _configure(options, {**given, **_fills(options, _configure(options, given))})
-        _check_microbatches(config, sizes.microbatches)
-        prediction = predict(config, sizes.microbatches, pieces)
+    with _told_as_options(options):
+        if options.advise:
+            found = advise(
+                config,
+                lambda more: _configure(options, {**given, **more}),
+                given,
+                num_microbatches,
+                pieces,
+                options.logits_size,
+            )
+            fitting = within_limit(found, options.memory_limit)
+            prediction = fitting[0].prediction
+        else:
+            fills = dict(zip(FILLS, chosen_fills(_configure(options, given)), strict=True))
+            prediction = predict(_configure(options, {**given, **fills}), num_microbatches, pieces)
     clock = describe.clock_of(prediction, in_seconds=pieces is not NOMINAL)
     _write_files(options, prediction, clock, fitting)
     if str(options.json) != "-":
@@ -54,12 +55,6 @@ def show_plan(options: PlanOptions, measure: Callable[[Config], Pieces]) -> None
 
 def _ratio(pieces: Pieces) -> float:
     return max(0.001, round(pieces.layer.forward / pieces.layer.backward, 3))
-
-
-class _Sizes(NamedTuple):
-    stages: int
-    layers: int
-    microbatches: int
 
 
 def _check(options: PlanOptions) -> None:
@@ -78,40 +73,35 @@ def _check(options: PlanOptions) -> None:
         raise ValueError(f"--memory-limit {options.memory_limit:g} bounds what --advise looks for")
     if not 0 <= options.logits_size < math.inf:
         raise ValueError(f"--logits-size {options.logits_size}: give a number from 0")
+    if options.nproc is not None and options.config is None:
+        raise ValueError(
+            f"--nproc {options.nproc} is of the run in a --config FILE: name that, or leave it out"
+        )
+    if options.nproc is not None and options.microbatches is not None:
+        raise ValueError(
+            f"--microbatches {options.microbatches} is what --nproc {options.nproc} would work "
+            "out; leave one out"
+        )
     if options.picture is not None:
         check_suffix(options.picture)
 
 
-def _sizes(options: PlanOptions) -> _Sizes:
-    """Return ranks, layers and microbatches, from the options or else from the configuration."""
-    stages, layers, microbatches = options.stages, options.layers, options.microbatches
-    if options.config is not None:
-        config = load_config(options.config)
-        stages = stages or config.parallel.pipeline
-        layers = layers or config.model.num_layers
-        one_rank = config.parallel.pipeline * config.parallel.tensor
-        microbatches = microbatches or config.num_microbatches(options.nproc or one_rank)
-    for name, value in (("stages", stages), ("microbatches", microbatches)):
-        if value is None:
-            raise ValueError(f"--{name}: not given; give a number, or a run's --config FILE")
-    assert stages is not None
-    assert microbatches is not None
-    return _Sizes(stages, layers or DEFAULT_LAYERS, microbatches)
-
-
-def _given(options: PlanOptions, sizes: _Sizes) -> dict[str, object]:
+def _given(options: PlanOptions) -> dict[str, object]:
     """Return the configuration values that the options say, by dotted name."""
+    if options.config is None and options.stages is None:
+        raise ValueError("--stages: not given; give a number, or a run's --config FILE")
+    layers = DEFAULT_LAYERS if options.config is None else None
     given: dict[str, object] = {
-        "parallel.pipeline": sizes.stages,
-        "model.num_layers": sizes.layers,
+        "parallel.pipeline": options.stages,
+        "model.num_layers": options.layers or layers,
         "parallel.virtual": options.virtual,
         "parallel.schedule": options.schedule,
         "exits.placement": options.placement,
         "parallel.layer_split": _numbers("--layer-split", options.layer_split),
         "exits.boundaries": _numbers("--exits", options.exits),
     }
-    for part in ("fill_warmup", "fill_cooldown"):
-        given[f"parallel.{part}"] = getattr(options, part)
+    for name, fill in zip(FILLS, (options.fill_warmup, options.fill_cooldown), strict=True):
+        given[name] = options.fill if fill is None else fill
     if options.exits is not None:  # the file's are for its own exits
         given |= {f"exits.{name}": () for name in ("weights", "initial_weights", "temperatures")}
     return {name: value for name, value in given.items() if value is not None}
@@ -134,34 +124,46 @@ def _configure(
 
     `searched`: what is not given is about to be searched, and only has to be sound here.
     """
-    values = dict(given)
-    if searched:
-        values = {**_any_shape(options, _sizes(options)), **values}
-    if options.config is not None:
-        if any(size is not None for size in (options.stages, options.virtual, options.layers)):
+    with _told_as_options(options):
+        values = {**(_any_shape(options) if searched else {}), **given}
+        if options.config is None:
+            values = {**_ANY_MODEL, **values}
+        elif any(size is not None for size in (options.stages, options.virtual, options.layers)):
             values.setdefault("parallel.layer_split", ())  # the file's is for other sizes
         return load_config(options.config, values)
+
+
+def _any_shape(options: PlanOptions) -> dict[str, object]:
+    """Return values for what --advise searches with which the options that are given are sound."""
+    stages, layers = options.stages, options.layers or DEFAULT_LAYERS
+    if options.config is not None:
+        config = load_config(options.config)
+        stages = stages or config.parallel.pipeline
+        layers = options.layers or config.model.num_layers
+    assert stages is not None, "--stages or --config is given"
+    split = _numbers("--layer-split", options.layer_split) or ()
+    virtual = options.virtual or max(1, len(split) // stages)
+    each, over = divmod(layers, stages * virtual)
+    return {
+        "parallel.virtual": virtual,
+        "parallel.schedule": "1f1b",
+        "parallel.layer_split": tuple(each + (s < over) for s in range(stages * virtual)),
+        **dict.fromkeys(FILLS, 0),
+    }
+
+
+@contextmanager
+def _told_as_options(options: PlanOptions) -> Iterator[None]:
+    """Name configuration values in errors as the options that say them, without a --config."""
     try:
-        return load_config(None, {**_ANY_MODEL, **values})
+        yield
     except ConfigError as error:
+        if options.config is not None:
+            raise
         message = str(error)
         for name, option in _OPTION_NAMES.items():
             message = message.replace(name, option)
         raise ConfigError(message) from None
-
-
-def _any_shape(options: PlanOptions, sizes: _Sizes) -> dict[str, object]:
-    """Return values for what --advise searches with which the options that are given are sound."""
-    split = _numbers("--layer-split", options.layer_split) or ()
-    virtual = options.virtual or max(1, len(split) // sizes.stages)
-    each, over = divmod(sizes.layers, sizes.stages * virtual)
-    return {
-        "parallel.virtual": virtual,
-        "parallel.schedule": "1f1b",
-        "parallel.layer_split": tuple(each + (s < over) for s in range(sizes.stages * virtual)),
-        "parallel.fill_warmup": 0,
-        "parallel.fill_cooldown": 0,
-    }
 
 
 # A plan needs sizes of nothing but the layers.
@@ -180,48 +182,31 @@ _OPTION_NAMES = {
 }
 
 
-def _check_microbatches(config: Config, count: int) -> None:
-    size, virtual = config.parallel.pipeline, config.parallel.virtual
-    if virtual > 1 and count % size:
+def _num_microbatches(options: PlanOptions, config: Config) -> int:
+    """Return the microbatches of a step; ValueError if they are unknown or make no whole groups."""
+    parallel, count = config.parallel, options.microbatches
+    if count is None:
+        if options.config is None:
+            raise ValueError("--microbatches: not given; give a number, or a run's --config FILE")
+        return config.num_microbatches(options.nproc or parallel.pipeline * parallel.tensor)
+    if parallel.virtual > 1 and count % parallel.pipeline:
         raise ValueError(
-            f"--microbatches {count} with --virtual {virtual}: interleaved stages pass them in "
-            f"groups of --stages {size}; give a multiple, such as {-(-count // size) * size}"
+            f"--microbatches {count} with {parallel.virtual} stages per rank (--virtual, "
+            f"--layer-split): they are passed in groups of --stages {parallel.pipeline}; give a "
+            f"multiple, such as {-(-count // parallel.pipeline) * parallel.pipeline}"
         )
+    return count
 
 
-def _pieces(
-    options: PlanOptions, given: Mapping[str, object], measure: Callable[[Config], Pieces]
-) -> Pieces:
+def _pieces(options: PlanOptions, config: Config, measure: Callable[[Config], Pieces]) -> Pieces:
     if options.costs is not None:
         return read_pieces(options.costs)
     if not options.profile:
         return NOMINAL
-    pieces = measure(_configure(options, given, searched=options.advise))
+    pieces = measure(config)
     if options.costs_output is not None:
         write_pieces(options.costs_output, pieces)
     return pieces
-
-
-def _fills(options: PlanOptions, config: Config) -> dict[str, object]:
-    """Return the number of microbatches that fill each part; ValueError for more than useful."""
-    resolved: dict[str, object] = {}
-    largest = largest_fills(config)
-    for part, most in zip(("fill_warmup", "fill_cooldown"), largest, strict=True):
-        count = getattr(config.parallel, part)
-        if count == "auto":
-            resolved[f"parallel.{part}"] = most
-        elif count > most:
-            option = f"--{part.replace('_', '-')}"
-            fitting = largest[1]  # the cool-down needs no early exit
-            why = f"{fitting} fit into the bubble"
-            if part == "fill_warmup" and most < fitting:
-                stages = exit_stages(config)
-                first = f"the first lies on stage {min(stages)}" if stages else "there is none"
-                why += (
-                    f", on the first {fitting} stages or fewer, and have to meet an exit: {first}"
-                )
-            raise ValueError(f"{option} {count}: the largest useful number is {most}; {why}")
-    return resolved
 
 
 def _write_files(

@@ -6,34 +6,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from ee_llm.config import Config, exit_stage, stage_layers
-from ee_llm.pipeline.simulate import Costs, ExitCost, StageCost
-
-
-class LayerCost(NamedTuple):
-    """Seconds that one layer takes for one microbatch; `weight` is a part of `backward`.
-
-    It is the time of the weights' gradients, which zero-bubble schedules put off.
-    """
-
-    forward: float
-    backward: float
-    weight: float = 0.0
+from ee_llm.pipeline.simulate import Costs, PieceCost, StageCost
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Seconds for one microbatch: one layer, the embedding, an early exit, the final exit.
+    """Costs of one layer, the embedding, an early exit and the final exit.
 
-    Exits include their loss; `communication` is the journey of a hidden state to the next rank.
+    `communication` is the seconds of a hidden state's journey to the next rank.
     """
 
-    layer: LayerCost
-    embedding: ExitCost
-    exit: ExitCost
-    final: ExitCost
+    layer: PieceCost
+    embedding: PieceCost
+    exit: PieceCost
+    final: PieceCost
     communication: float = 0.0
 
     def costs(self, config: Config) -> Costs:
@@ -54,10 +42,10 @@ class Pieces:
 
 
 NOMINAL = Pieces(
-    layer=LayerCost(forward=1.0, backward=2.0, weight=1.0),
-    embedding=ExitCost(forward=0.0, backward=0.0),
-    exit=ExitCost(forward=1.0, backward=2.0),
-    final=ExitCost(forward=1.0, backward=2.0),
+    layer=PieceCost(forward=1.0, backward=2.0, weight=1.0),
+    embedding=PieceCost(forward=0.0, backward=0.0),
+    exit=PieceCost(forward=1.0, backward=2.0, weight=1.0),
+    final=PieceCost(forward=1.0, backward=2.0, weight=1.0),
 )
 """Costs where none are known: a head costs what a layer does, as in models of about 1B."""
 
@@ -65,8 +53,8 @@ NOMINAL = Pieces(
 KEYS: dict[str, tuple[str, ...]] = {
     "layer": ("forward", "backward", "weight"),
     "embedding": ("forward", "backward"),
-    "exit": ("forward", "backward"),
-    "final": ("forward", "backward"),
+    "exit": ("forward", "backward", "weight"),
+    "final": ("forward", "backward", "weight"),
     "communication": (),
 }
 
@@ -89,26 +77,32 @@ def read_pieces(path: Path) -> Pieces:
             near = difflib.get_close_matches(key, KEYS, n=1)
             mend = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(KEYS)}"
             raise ValueError(f"{path}: no such key: {key!r}; {mend}")
-    layer = LayerCost(*_numbers(path, given, "layer"))
-    if layer.weight > layer.backward:
-        raise ValueError(
-            f"{path}: layer: weight {layer.weight:g} is a part of backward {layer.backward:g} and "
-            "cannot be above it"
-        )
+    layer, embedding, exit_, final = (
+        _piece(path, given, key) for key in ("layer", "embedding", "exit", "final")
+    )
     if layer.forward == 0 or layer.backward == 0:
         raise ValueError(f"{path}: layer: forward and backward must be above 0")
     (communication,) = _numbers(path, {"communication": 0, **given}, "communication")
-    embedding, exit_, final = (
-        ExitCost(*_numbers(path, given, key)) for key in ("embedding", "exit", "final")
-    )
     return Pieces(layer, embedding, exit_, final, communication)
 
 
 def write_pieces(path: Path, pieces: Pieces) -> None:
     """Write costs as the JSON file that `read_pieces` reads."""
-    rows = {key: getattr(pieces, key) for key in KEYS}
-    lines = [f'  "{key}": {json.dumps(value)}' for key, value in rows.items()]
+    lines = []
+    for key, names in KEYS.items():
+        value = getattr(pieces, key)
+        lines.append(f'  "{key}": {json.dumps(value[: len(names)] if names else value)}')
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _piece(path: Path, given: Mapping[str, object], key: str) -> PieceCost:
+    piece = PieceCost(*_numbers(path, given, key))
+    if piece.weight > piece.backward:
+        raise ValueError(
+            f"{path}: {key}: weight {piece.weight:g} is a part of backward {piece.backward:g} and "
+            "cannot be above it"
+        )
+    return piece
 
 
 def _numbers(path: Path, given: Mapping[str, object], key: str) -> list[float]:

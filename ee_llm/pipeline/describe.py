@@ -44,8 +44,9 @@ def clock_of(prediction: Prediction, in_seconds: bool) -> Clock:
 def schedule_name(prediction: Prediction) -> str:
     """Return what a reader calls the schedule."""
     parallel = prediction.config.parallel
-    if parallel.schedule == "zero-bubble":
-        return "zero bubble (ZB-H1)"
+    if parallel.schedule != "1f1b":
+        exits = ", exits' weights put off too" if prediction.plan.splits_exits else ""
+        return f"zero bubble (ZB-H1{exits})"
     if parallel.virtual > 1:
         return f"interleaved 1F1B, {parallel.virtual} stages per rank"
     fills = [
@@ -210,7 +211,7 @@ def as_json(
     found, config = prediction.simulation, prediction.config
     figures: dict[str, Any] = {
         "schedule": config.parallel.schedule,
-        "stages": config.parallel.pipeline,
+        "ranks": config.parallel.pipeline,
         "virtual": config.parallel.virtual,
         "layers": [len(stage_layers(config, s)) for s in range(config.parallel.num_stages)],
         "exits": list(config.exits.boundaries),

@@ -26,18 +26,15 @@ def warmup_visits(
     The i-th runs forward on the first K+1-i stages, not beyond the last stage of `exit_stages`
     (those that have a loss of an early exit), and backward on all of them.
 
-    Raises ValueError for more fills than fit, or than meet an exit.
+    Raises ValueError for more fills than are useful: than fit, or than meet an exit.
     """
     limit = most_fills(num_stages, forward_over_backward)
-    _check_fills("warm-up", num_fills, limit, num_stages, forward_over_backward)
     useful = most_useful_warmup_fills(num_stages, forward_over_backward, exit_stages)
-    if num_fills > useful:
+    why = ""
+    if useful < limit:
         first = f"the first lies on stage {min(exit_stages)}" if exit_stages else "there is none"
-        raise ValueError(
-            f"warm-up filling: {num_fills} microbatches asked for; the last of them runs on the "
-            f"first {limit + 1 - num_fills} of {num_stages} stages (from stage 0), where it meets "
-            f"no exit: {first}; at most {useful} would learn anything"
-        )
+        why = f", on the first {limit} or fewer, and each has to meet an early exit: {first}"
+    _check_fills(num_fills, useful, num_stages, forward_over_backward, why)
     return tuple(
         Visit(max(stage for stage in exit_stages if stage <= limit - number) + 1, 0)
         for number in range(1, num_fills + 1)
@@ -61,7 +58,7 @@ def cooldown_visits(
     The i-th runs forward on all stages and backward on the last floor(P - i (f/b + 1)).
     """
     limit = most_fills(num_stages, forward_over_backward)
-    _check_fills("cool-down", num_fills, limit, num_stages, forward_over_backward)
+    _check_fills(num_fills, limit, num_stages, forward_over_backward)
     step = forward_over_backward + 1
     return tuple(
         Visit(num_stages, num_stages - math.floor(num_stages - number * step + 1e-9))
@@ -110,9 +107,12 @@ def _check_ratio(forward_over_backward: float) -> None:
         )
 
 
-def _check_fills(part: str, fills: int, limit: int, num_stages: int, ratio: float) -> None:
-    if not 0 <= fills <= limit:
+def _check_fills(
+    fills: int, useful: int, num_stages: int, forward_over_backward: float, why: str = ""
+) -> None:
+    if not 0 <= fills <= useful:
         raise ValueError(
-            f"{part} filling: {fills} microbatches asked for; with {num_stages} stages and "
-            f"forward / backward = {ratio:g} between 0 and {limit} fit into the bubble"
+            f"the largest useful number is {useful}, not {fills}: the bubble of {num_stages} "
+            f"stages at forward / backward = {forward_over_backward:g} has room for "
+            f"{most_fills(num_stages, forward_over_backward)}{why}"
         )

@@ -32,10 +32,10 @@ class LoweredPlan(Plan):
 def lower(plan: Plan) -> LoweredPlan:
     """Return the plan with its communication, proved sound.
 
-    A send stands where its F or B ends, before the next F or B. The receive is posted at the same
-    moment of the plan's timeline (at nominal costs) on the other rank, hence before it is needed.
-    Both ends of every message take their places from one clock, so the lists agree on the order
-    of all messages, whatever the plan.
+    A send stands behind its F or B, before the next action. The receive is posted before whatever
+    ends later on its own rank, at the nominal costs of the plan's timeline: where the rank computes
+    when the message comes, before that action. Both ends of every message take their places from
+    one sequence, so the lists agree on the order of all messages, whatever the plan.
 
     Raises PlanError, with the place marked in the grid, if the plan is already lowered, misses or
     repeats an action, or deadlocks.
@@ -43,27 +43,24 @@ def lower(plan: Plan) -> LoweredPlan:
     if isinstance(plan, LoweredPlan):
         raise PlanError("the plan already has communication: lower the plan it was made from")
     _check_actions(plan, plan.work)
-    # (time, computes?, action, rank): a message that arrives at t precedes an action that starts
-    # at t. Compute actions keep their rank's order because each takes time.
-    events: list[tuple[float, bool, Action, int]] = []
-    for rank, spans in enumerate(timeline(plan).ranks):
-        for span in spans:
-            events.append((span.start, True, span.action, rank))
-            for send, receive in _messages(plan, span.action):
-                events.append((span.end, False, send, rank))
-                events.append((span.end, False, receive, plan.stage_ranks[receive.stage]))
-    events.sort(key=lambda event: (event[0], event[1], _message_key(event[2])))
+    spans = [span for spans in timeline(plan).ranks for span in spans]
+    # A rank keeps its order, because every action takes time. Of what ends together B goes first:
+    # of two messages that cross, the gradient's receive is then posted an action ahead.
+    first = (Op.BACKWARD, Op.FORWARD, Op.WEIGHT).index
+    spans.sort(key=lambda span: (span.end, first(span.action.op), span.action))
     ranks: list[list[Action]] = [[] for _ in plan.ranks]
-    for _, _, action, rank in events:
-        ranks[rank].append(action)
+    for span in spans:
+        for action in (span.action, *_messages(plan, span.action)):
+            ranks[plan.stage_ranks[action.stage]].append(action)
+    lists = tuple(map(tuple, ranks))
     return LoweredPlan(
-        tuple(map(tuple, ranks)), plan.stage_ranks, plan.visits, plan.splits_backward
+        lists, plan.stage_ranks, plan.visits, plan.splits_backward, plan.splits_exits
     )
 
 
 def verify(plan: Plan) -> None:
     """Prove that a plan with messages can be carried out; PlanError, its place marked, if not."""
-    messages = [pair for action in plan.work for pair in _messages(plan, action)]
+    messages = (_messages(plan, action) for action in plan.work)
     _check_actions(plan, plan.work.union(*messages))
     _check_order(plan)
     _dry_run(plan)
@@ -83,19 +80,12 @@ def counterpart(action: Action) -> Action:
     raise AssertionError(f"{action} is no communication")
 
 
-def _messages(plan: Plan, action: Action) -> list[tuple[Action, Action]]:
-    # The (send, receive) that carries the result of an F or B to another rank; none if it stays.
+def _messages(plan: Plan, action: Action) -> tuple[Action, ...]:
+    # The send and the receive that carry the result of an F or B to another rank; none if it stays.
     target = plan.target(action)
     if target is None or not plan.crosses_ranks(action, target):
-        return []
-    return [(action._replace(op=_SEND[action.op]), target._replace(op=_RECEIVE[action.op]))]
-
-
-def _message_key(action: Action) -> tuple[int, str, int]:
-    # The same for both ends of a message, so that simultaneous messages are ordered alike.
-    if action.op in _RECEIVE.values():
-        action = counterpart(action)
-    return action.stage, action.op.value, action.microbatch
+        return ()
+    return action._replace(op=_SEND[action.op]), target._replace(op=_RECEIVE[action.op])
 
 
 def _check_actions(plan: Plan, expected: frozenset[Action]) -> None:

@@ -87,13 +87,15 @@ class Plan:
     ranks: per rank, its actions. stage_ranks: per stage, the rank that holds it (a rank may hold
     several). visits: per microbatch, which stages it has to see; stated apart from the lists so
     that an action missing from them is known to be missing. splits_backward: whether every B, the
-    gradient of the stage's input, has a W of its own, the gradients of its weights.
+    gradient of the stage's input, has a W of its own, the gradients of its layers' weights;
+    splits_exits: whether that W also makes those of its exits' weights.
     """
 
     ranks: tuple[tuple[Action, ...], ...]
     stage_ranks: tuple[int, ...]
     visits: tuple[Visit, ...]
     splits_backward: bool = False
+    splits_exits: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -109,6 +111,11 @@ class Plan:
     def num_microbatches(self) -> int:
         """Return the number of microbatches, those that visit few stages included."""
         return len(self.visits)
+
+    @property
+    def whole_visit(self) -> Visit:
+        """The visit that sees every stage, forward and back."""
+        return Visit(depth=self.num_stages, first_backward=0)
 
     @cached_property
     def work(self) -> frozenset[Action]:
@@ -152,7 +159,7 @@ class Plan:
     def without_communication(self) -> "Plan":
         """Return the plan as it was before lowering."""
         ranks = tuple(tuple(a for a in actions if a.op.computes) for actions in self.ranks)
-        return Plan(ranks, self.stage_ranks, self.visits, self.splits_backward)
+        return Plan(ranks, self.stage_ranks, self.visits, self.splits_backward, self.splits_exits)
 
     def _neighbour(self, action: Action, towards: int) -> Action | None:
         if towards == 0:  # the work of W stays on its stage

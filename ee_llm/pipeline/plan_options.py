@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ee_llm.config.sections import Fills, Schedule
+
 DEFAULT_LAYERS = 24
 DEFAULT_WIDTH = 160
 
@@ -13,9 +15,9 @@ DEFAULT_WIDTH = 160
 _COSTS = (
     "JSON file with the seconds that each piece takes for one microbatch: "
     '{"layer": [forward, backward, weight], "embedding": [forward, backward], '
-    '"exit": [forward, backward], "final": [forward, backward], "communication": seconds}. '
-    "weight is the part of backward that makes the weights' gradients. Nominal costs are layer "
-    "1, 2, 1, exit and final 1, 2, embedding and communication 0."
+    '"exit": [forward, backward, weight], "final": [forward, backward, weight], '
+    '"communication": seconds}. weight is the part of backward that makes the weights\' gradients. '
+    "Nominal costs are layer, exit and final 1, 2, 1, embedding and communication 0."
 )
 _ADVISE = (
     "Search layer split, placement, schedule, virtual and filling for the least time per ordinary "
@@ -63,8 +65,8 @@ class PlanOptions:
     """Whether an exit at boundary b is on the stage of layer b or on that of layer b+1."""
 
     schedule: Annotated[
-        Literal["1f1b", "zero-bubble"] | None,
-        _shown("the configuration's, else 1f1b", "1f1b|zero-bubble"),
+        Schedule | None,
+        _shown("the configuration's, else 1f1b", "1f1b|zero-bubble|zero-bubble-exits"),
     ] = None
     """Order of forward and backward passes (parallel.schedule)."""
 
@@ -76,14 +78,13 @@ class PlanOptions:
     ] = None
     """Layers of each stage, first to last (parallel.layer_split), as in 7,6,6,5."""
 
-    fill_warmup: Annotated[
-        int | Literal["auto"] | None, _shown("the configuration's, else 0", "INT|auto")
-    ] = None
+    fill: Annotated[Fills | None, _shown("none", "INT|auto")] = None
+    """--fill-warmup and --fill-cooldown at once; what is given of them wins."""
+
+    fill_warmup: Annotated[Fills | None, _shown("the configuration's, else 0", "INT|auto")] = None
     """Further microbatches that fill the wait for the first gradient; auto is as many as useful."""
 
-    fill_cooldown: Annotated[
-        int | Literal["auto"] | None, _shown("the configuration's, else 0", "INT|auto")
-    ] = None
+    fill_cooldown: Annotated[Fills | None, _shown("the configuration's, else 0", "INT|auto")] = None
     """Further microbatches that fill the drain of the pipeline; auto is as many as useful."""
 
     config: Annotated[Path | None, _shown("none", "FILE")] = None

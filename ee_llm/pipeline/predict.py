@@ -8,8 +8,8 @@ from ee_llm.config import Config, stage_layers
 from ee_llm.pipeline.chosen import chosen_plan
 from ee_llm.pipeline.costs import Pieces
 from ee_llm.pipeline.lower import lower
-from ee_llm.pipeline.plan import Action, Op, Plan, Visit
-from ee_llm.pipeline.simulate import Costs, Simulation, Span, exits_begin_in, simulate
+from ee_llm.pipeline.plan import Op, Plan
+from ee_llm.pipeline.simulate import Costs, Simulation, Span, kept, simulate, time_of_exits
 
 
 @dataclass(frozen=True)
@@ -39,29 +39,22 @@ class Prediction:
 
     @cached_property
     def filling(self) -> frozenset[int]:
-        """The microbatches that fill bubbles."""
-        return filling_microbatches(self.plan)
+        """The microbatches that fill bubbles: they see less of the model than the others do."""
+        whole = self.plan.whole_visit
+        return frozenset(m for m, visit in enumerate(self.plan.visits) if visit != whole)
 
     def stages_of(self, rank: int) -> list[int]:
         """Return the stages on a rank."""
         return [stage for stage, owner in enumerate(self.plan.stage_ranks) if owner == rank]
 
-    def computes_exits(self, action: Action) -> bool:
-        """Return whether the exits of the action's stage start within it."""
-        has_exits = bool(self.costs.stages[action.stage].exits)
-        return has_exits and exits_begin_in(self.plan, action, self.config.exits.deferred)
-
     def exit_part(self, span: Span) -> tuple[float, float] | None:
         """Return when within `span` the exits are computed, the final one among them, if at all."""
-        exits = self.costs.stages[span.action.stage].exits
-        forward = math.fsum(cost.forward for cost in exits)
-        backward = math.fsum(cost.backward for cost in exits)
-        if span.action.op is Op.BACKWARD:
-            length = forward + backward if self.config.exits.deferred else backward
-            return (span.start, span.start + length) if length else None
-        if self.computes_exits(span.action) and forward:
-            return span.end - forward, span.end
-        return None
+        length = time_of_exits(self.plan, self.costs, span.action, self.config.exits.deferred)
+        if not length:
+            return None
+        if span.action.op is Op.FORWARD:
+            return span.end - length, span.end
+        return span.start, span.start + length
 
 
 def predict(config: Config, num_microbatches: int, pieces: Pieces) -> Prediction:
@@ -82,35 +75,15 @@ def rank_memory(prediction: Prediction, logits: float = 1.0) -> tuple[float, ...
     `logits` is what one exit's logits take in that unit. A rank's stages are counted together, at
     the worst moment.
     """
-    plan, costs = prediction.plan, prediction.costs
-    layers = [len(stage_layers(prediction.config, stage)) for stage in range(plan.num_stages)]
-    last = Op.WEIGHT if plan.splits_backward else Op.BACKWARD
-    peaks = []
-    for spans in prediction.simulation.timeline.ranks:
-        live = held = peak = 0.0
-        for span in spans:
-            action, trains = span.action, plan.has_backward(span.action)
-            deferred = prediction.config.exits.deferred
-            keeps = 0 if deferred or not trains else len(costs.stages[action.stage].exits)
-            if action.op is Op.FORWARD:
-                live += layers[action.stage]
-                held += keeps
-            at_once = 1 if prediction.computes_exits(action) and not keeps else 0
-            peak = max(peak, live + logits * (held + at_once))
-            if action.op is last or not trains:
-                live -= layers[action.stage]
-            if action.op is Op.BACKWARD:
-                held -= keeps
-        peaks.append(peak)
-    return tuple(peaks)
-
-
-def filling_microbatches(plan: Plan) -> frozenset[int]:
-    """Return the microbatches that see less of the model than others do, forward and back."""
-    full = Visit(depth=plan.num_stages, first_backward=0)
-    if full not in plan.visits:
-        return frozenset()
-    return frozenset(m for m, visit in enumerate(plan.visits) if visit != full)
+    plan, config = prediction.plan, prediction.config
+    layers = [len(stage_layers(config, stage)) for stage in range(plan.num_stages)]
+    return tuple(
+        max(
+            sum(layers[stage] * now.microbatches + logits * now.logits for stage, now in at.items())
+            for at in kept(plan, prediction.costs, spans, config.exits.deferred)
+        )
+        for spans in prediction.simulation.timeline.ranks
+    )
 
 
 def _without_early_exits(costs: Costs) -> Costs:

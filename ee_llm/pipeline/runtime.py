@@ -52,7 +52,8 @@ class Stage(Protocol):
     def put_off_weights(self) -> AbstractContextManager[Callable[[], None]]:
         """Keep weights out of the backward passes within; the function given adds them later.
 
-        Asked for by plans that split the backward pass alone.
+        Asked for by plans that split the backward pass alone. Weights of exits among them, if and
+        only if the plan splits those of exits too.
         """
 
 
@@ -75,6 +76,7 @@ class _Clock:
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self.began = 0.0
+        self.exits = 0.0  # of what began then
 
     def now(self) -> float:
         synchronize_stream()
@@ -131,8 +133,8 @@ class Runtime:
         """Run the whole plan once; gradients are added to the parameters' `.grad`.
 
         To `spans`, if given, are added the actions that compute and their times in seconds, from
-        this call on; an action begins when what it waits for is there, or as much earlier as the
-        exits took that it computed before. The device is then waited for around each action.
+        this call on; an action begins when what it waits for is there, or as much earlier as took
+        the exits that it computed before. The device is then waited for around each action.
 
         Raises PipelineError, which shows the place in the plan. The transport cannot be used
         after that: messages of the failed step may still be under way.
@@ -144,7 +146,8 @@ class Runtime:
             for step, action in enumerate(actions):  # noqa: B007 (the place of a failure)
                 self._handlers[action.op](action)
                 if spans is not None and self._clock is not None and action.op.computes:
-                    spans.append(Span(action, self._clock.began, self._clock.now()))
+                    clock = self._clock
+                    spans.append(Span(action, clock.began, clock.now(), clock.exits))
             step = len(actions)
             if self._transport is not None:
                 self._transport.flush()
@@ -187,15 +190,16 @@ class Runtime:
         key = (action.stage, action.microbatch)
         visit = self._visits.pop(key)
         self._begins()
-        # The exits come before the received gradient is waited for: they do not need it.
-        roots, gradients = self._exit_roots(action, visit)
-        ahead = self._elapsed()
-        received = self._result(action, self._gradients)
-        self._begins(ahead)
-        if received is not None and visit.output is not None:
-            roots.append(visit.output)
-            gradients.append(received)
         with self._split_off_weights(action):
+            # The exits come before the received gradient is waited for: they do not need it.
+            has_exits = bool(visit.taps)
+            roots, gradients = self._exit_roots(action, visit)
+            ahead = self._elapsed() if has_exits else 0.0
+            received = self._result(action, self._gradients)
+            self._begins(ahead)
+            if received is not None and visit.output is not None:
+                roots.append(visit.output)
+                gradients.append(received)
             if roots:
                 # Roots that coincide (a tap is the output, or the input) are summed by autograd.
                 torch.autograd.backward(roots, gradients)
@@ -244,10 +248,10 @@ class Runtime:
             loss.backward()
         return leaf.grad
 
-    def _begins(self, ahead: float = 0.0) -> None:
-        # The action begins now, less what it did before it had to wait: the wait is idle time.
+    def _begins(self, exits: float = 0.0) -> None:
+        # The action begins now, less the exits before it had to wait: the wait is idle time.
         if self._clock is not None:
-            self._clock.began = self._clock.now() - ahead
+            self._clock.began, self._clock.exits = self._clock.now() - exits, exits
 
     def _elapsed(self) -> float:
         return 0.0 if self._clock is None else self._clock.now() - self._clock.began

@@ -27,21 +27,20 @@ def unbiased_scaling(plan: Plan) -> Scaling:
     that turn back early, but not before j. With one part filled these are the factors of EE-LLM,
     C.2; both together are derived in docs/pipeline.md.
     """
-    full = Visit(depth=plan.num_stages, first_backward=0)
-    num_all, num_full = len(plan.visits), plan.visits.count(full)
-    if num_full == 0:
+    num_all, num_whole = len(plan.visits), plan.visits.count(plan.whole_visit)
+    if num_whole == 0:
         raise ValueError("no microbatch of the plan sees all stages forward and backward")
 
     def loss_factor(stage: int, visit: Visit) -> float:
         if visit.first_backward > 0:
-            return num_all / num_full
+            return num_all / num_whole
         return num_all / sum(v.first_backward == 0 and stage < v.depth for v in plan.visits)
 
     stages = range(plan.num_stages)
     return Scaling(
         losses=tuple(tuple(loss_factor(stage, v) for v in plan.visits) for stage in stages),
         gradients=tuple(
-            num_full / (num_full + sum(0 < v.first_backward <= stage for v in plan.visits))
+            num_whole / (num_whole + sum(0 < v.first_backward <= stage for v in plan.visits))
             for stage in stages
         ),
     )

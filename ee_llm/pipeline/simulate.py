@@ -1,32 +1,41 @@
 """Timing and memory of a plan for given costs, worked out without running it. Pure Python."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ee_llm.pipeline.plan import Action, Op, Plan, PlanError, step_grid
 
 
-class ExitCost(NamedTuple):
-    """Seconds that one exit takes for one microbatch, its projection and loss included."""
+class PieceCost(NamedTuple):
+    """Seconds that a layer, the embedding or an exit with its loss takes for one microbatch.
+
+    weight is the part of backward that makes the weights' gradients, which some plans do apart (W).
+    """
 
     forward: float
     backward: float
+    weight: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Return the seconds of both passes."""
+        return self.forward + self.backward
 
 
 @dataclass(frozen=True)
 class StageCost:
     """Seconds that one stage takes for one microbatch.
 
-    forward and backward are those of the layers, on the first stage with the embedding; exits are
-    the heads that live there, in order. The final head is the last stage's last exit. weight is the
-    part of backward that makes the weights' gradients, which some plans do apart (W).
+    forward, backward and weight, which is a part of backward, are those of the layers, on the first
+    stage with the embedding; exits are the heads that live there, in order. The final head is the
+    last stage's last exit.
     """
 
     forward: float
     backward: float
-    exits: tuple[ExitCost, ...] = ()
+    exits: tuple[PieceCost, ...] = ()
     weight: float = 0.0
 
 
@@ -40,14 +49,15 @@ class Costs:
     def __post_init__(self) -> None:
         """Raise ValueError for a negative or infinite cost, or a part above its whole."""
         for index, stage in enumerate(self.stages):
-            exits = (x for cost in stage.exits for x in cost)
-            for value in (stage.forward, stage.backward, stage.weight, *exits):
-                _check_cost(f"a cost of stage {index}", value)
-            if stage.weight > stage.backward:
-                raise ValueError(
-                    f"stage {index}: weight {stage.weight} is a part of backward {stage.backward} "
-                    "and cannot be above it"
-                )
+            layers = PieceCost(stage.forward, stage.backward, stage.weight)
+            for cost in (layers, *stage.exits):
+                for value in cost:
+                    _check_cost(f"a cost of stage {index}", value)
+                if cost.weight > cost.backward:
+                    raise ValueError(
+                        f"stage {index}: weight {cost.weight} is a part of backward "
+                        f"{cost.backward} and cannot be above it"
+                    )
         _check_cost("communication", self.communication)
 
 
@@ -63,11 +73,15 @@ class Duration(NamedTuple):
 
 
 class Span(NamedTuple):
-    """One action on its rank's clock; `end` excludes the journey of its result."""
+    """One action on its rank's clock; `end` excludes the journey of its result.
+
+    `exits` is how long it began with exits, where that was measured.
+    """
 
     action: Action
     start: float
     end: float
+    exits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,9 +101,8 @@ class Simulation:
     """What a plan would cost.
 
     makespan in the costs' unit; bubble_share per rank, the part of the makespan it is idle;
-    peak_activations per stage, in microbatches whose forward has begun and whose backward, the
-    weights' part included, has not ended; peak_exit_logits per stage, in logits of one exit for one
-    microbatch ([s, b, v]).
+    peak_activations and peak_exit_logits per stage, in microbatches and in logits of one exit for
+    one microbatch ([s, b, v]), as `Kept` counts them.
     """
 
     makespan: float
@@ -207,44 +220,74 @@ def exits_begin_in(plan: Plan, action: Action, deferred: bool) -> bool:
     return action.op is Op.FORWARD and not plan.goes_back(action.microbatch)  # an evaluation
 
 
+def time_of_exits(plan: Plan, costs: Costs, action: Action, deferred: bool) -> float:
+    """Return the part of an action's time that the exits of its stage take."""
+    exits = costs.stages[action.stage].exits
+    begins = exits_begin_in(plan, action, deferred)
+    forward = math.fsum(cost.forward for cost in exits) if begins else 0.0
+    weight = math.fsum(cost.weight for cost in exits) if plan.splits_exits else 0.0
+    match action.op:
+        case Op.BACKWARD:
+            return forward + math.fsum(cost.backward for cost in exits) - weight
+        case Op.WEIGHT:
+            return weight
+    return forward
+
+
+class Kept(NamedTuple):
+    """What a stage keeps in memory while its rank is at an action.
+
+    microbatches: those whose forward has begun and whose backward, the weights' part included, has
+    not ended. logits: those of exits, or their gradient, that are computed or still needed.
+    """
+
+    microbatches: int
+    logits: int
+
+
+def kept(
+    plan: Plan, costs: Costs, spans: Sequence[Span], deferred: bool
+) -> Iterator[dict[int, Kept]]:
+    """Yield, for one rank's actions in turn, what each of its stages keeps meanwhile."""
+    stages = {span.action.stage: Kept(0, 0) for span in spans}
+    last = Op.WEIGHT if plan.splits_backward else Op.BACKWARD
+    exits_end = Op.WEIGHT if plan.splits_exits else Op.BACKWARD
+    for action in (span.action for span in spans):
+        trains = plan.has_backward(action)
+        begin = exits_begin_in(plan, action, deferred)
+        end = action.op is exits_end if trains else begin
+        exits = len(costs.stages[action.stage].exits)
+        if begin and end:
+            exits = min(1, exits)  # one after the other
+        live, logits = stages[action.stage]
+        live, logits = live + (action.op is Op.FORWARD), logits + exits * begin
+        stages[action.stage] = Kept(live, logits)
+        yield dict(stages)
+        live -= action.op is last or not trains
+        stages[action.stage] = Kept(live, logits - exits * end)
+
+
 def _duration(plan: Plan, costs: Costs, action: Action, deferred: bool) -> Duration:
     stage = costs.stages[action.stage]
-    exits_forward = math.fsum(cost.forward for cost in stage.exits)
-    exits_backward = math.fsum(cost.backward for cost in stage.exits)
-    if action.op is Op.FORWARD:
-        here = exits_begin_in(plan, action, deferred)
-        return Duration(0.0, stage.forward + (exits_forward if here else 0.0))
-    if action.op is Op.WEIGHT:
-        return Duration(0.0, stage.weight)
+    exits = time_of_exits(plan, costs, action, deferred)
+    match action.op:
+        case Op.FORWARD:
+            return Duration(0.0, stage.forward + exits)
+        case Op.WEIGHT:
+            return Duration(0.0, stage.weight + exits)
     layers = stage.backward - (stage.weight if plan.splits_backward else 0.0)
-    if deferred:
-        return Duration(exits_forward + exits_backward, layers)
-    return Duration(0.0, layers + exits_backward)
+    return Duration(exits, layers) if deferred else Duration(0.0, exits + layers)
 
 
 def _peaks(
     plan: Plan, costs: Costs, line: Timeline, deferred: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    # A stage lives on one rank, so the order of that rank's actions is all that matters.
-    live = [0] * plan.num_stages
-    held = [0] * plan.num_stages
-    activations, logits = list(live), list(held)
-    for action in (span.action for spans in line.ranks for span in spans):
-        stage, trains = action.stage, plan.has_backward(action)
-        exits = len(costs.stages[stage].exits)
-        keeps = exits if trains and not deferred else 0
-        if action.op is Op.FORWARD:
-            live[stage] += 1
-            held[stage] += keeps
-            activations[stage] = max(activations[stage], live[stage])
-        one_at_a_time = exits > 0 and keeps == 0 and exits_begin_in(plan, action, deferred)
-        logits[stage] = max(logits[stage], held[stage] + one_at_a_time)
-        last = Op.WEIGHT if plan.splits_backward else Op.BACKWARD
-        if action.op is last or not trains:
-            live[stage] -= 1
-        if action.op is Op.BACKWARD:
-            held[stage] -= keeps
-    return tuple(activations), tuple(logits)
+    peaks = [Kept(0, 0)] * plan.num_stages
+    for spans in line.ranks:
+        for moment in kept(plan, costs, spans, deferred):
+            for stage, now in moment.items():
+                peaks[stage] = Kept(*map(max, peaks[stage], now))
+    return tuple(peak.microbatches for peak in peaks), tuple(peak.logits for peak in peaks)
 
 
 def _check_cost(name: str, value: float) -> None:

@@ -74,7 +74,7 @@ class StageOnData:
         self.sums = {}
 
     def put_off_weights(self) -> AbstractContextManager[Callable[[], None]]:
-        """Keep the layers' weights out of the backward passes within."""
+        """Keep the weights that the schedule puts off out of the backward passes within."""
         return self.stage.weight_gradients.put_off()
 
     def forward(

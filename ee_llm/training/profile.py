@@ -14,8 +14,8 @@ from ee_llm.config import Config, ConfigError, load_config
 from ee_llm.data import Microbatch
 from ee_llm.model.specs import uses_transformer_engine
 from ee_llm.model.stage import Stage
-from ee_llm.pipeline.costs import LayerCost, Pieces
-from ee_llm.pipeline.simulate import ExitCost
+from ee_llm.pipeline.costs import Pieces
+from ee_llm.pipeline.simulate import PieceCost
 from ee_llm.training.optimizer import wrap_stages
 from ee_llm.training.parallel import StageOnData
 from ee_llm.training.precision import choose_dtype
@@ -49,10 +49,10 @@ def median_pieces(rounds: Sequence[Pieces]) -> Pieces:
         return [statistics.median(side) for side in zip(*costs, strict=True)]
 
     return Pieces(
-        LayerCost(*median([r.layer for r in rounds])),
-        ExitCost(*median([r.embedding for r in rounds])),
-        ExitCost(*median([r.exit for r in rounds])),
-        ExitCost(*median([r.final for r in rounds])),
+        PieceCost(*median([r.layer for r in rounds])),
+        PieceCost(*median([r.embedding for r in rounds])),
+        PieceCost(*median([r.exit for r in rounds])),
+        PieceCost(*median([r.final for r in rounds])),
         statistics.median([r.communication for r in rounds]),
     )
 
@@ -64,10 +64,13 @@ def measure_pieces(config: Config, batch: Microbatch, num_rounds: int) -> list[P
     the layers' backward cannot be split (with Transformer Engine). Raises ConfigError for a
     tensor-parallel model.
     """
-    if config.parallel.tensor > 1:
+    tensor = config.parallel.tensor
+    if tensor > 1:
         raise ConfigError(
-            f"parallel.tensor = {config.parallel.tensor}: costs are measured in one process; set "
-            "it to 1, or give the costs in a file"
+            f"parallel.tensor = {tensor}: one process measures, and {tensor} compute a layer; "
+            "measure a copy of the configuration with parallel.tensor = 1 (ee-llm plan --profile "
+            f"--costs-output costs.json), divide the costs by what {tensor} processes gain, and "
+            "give them to this one with --costs costs.json"
         )
     platform.initialize(seed=config.training.seed)
     try:
@@ -75,10 +78,8 @@ def measure_pieces(config: Config, batch: Microbatch, num_rounds: int) -> list[P
         timers = _timers(config, batch, dtype)
         rounds = []
         for index in range(num_rounds + 1):
-            layer, weight, embedding, exit_, final = (timer() for timer in timers)
-            # A part is never above its whole, whatever the clock says.
-            whole = LayerCost(*layer, min(weight[1], layer[1]))
-            rounds.append(Pieces(whole, ExitCost(*embedding), ExitCost(*exit_), ExitCost(*final)))
+            layer, embedding, exit_, final = (timer() for timer in timers)
+            rounds.append(Pieces(layer, embedding, exit_, final))
             if index == 0:
                 rounds.clear()  # the first round allocates
         return rounds
@@ -93,7 +94,7 @@ def _probe(config: Config, *, splits_backward: bool) -> Config:
     values["parallel"] |= {
         "pipeline": 3,
         "virtual": 1,
-        "schedule": "zero-bubble" if splits_backward else "1f1b",
+        "schedule": "zero-bubble-exits" if splits_backward else "1f1b",
         "layer_split": (1, MIDDLE_LAYERS, 1),
         "fill_warmup": 0,
         "fill_cooldown": 0,
@@ -111,62 +112,71 @@ def _probe(config: Config, *, splits_backward: bool) -> Config:
 
 def _timers(
     config: Config, batch: Microbatch, dtype: torch.dtype
-) -> tuple[Callable[[], tuple[float, float]], ...]:
-    """Return what times a layer, its weights' part, the embedding, an exit and the final exit."""
+) -> tuple[Callable[[], PieceCost], ...]:
+    """Return what times a layer, the embedding, an exit and the final exit."""
     plain, split = (_probe(config, splits_backward=splits) for splits in (False, True))
     stages = [Stage(plain, index, dtype) for index in range(3)]
     can_split = not uses_transformer_engine(stages[0].config)
     if can_split:
-        stages.append(Stage(split, 1, dtype))
+        stages += [Stage(split, index, dtype) for index in (1, 2)]
     chunks = wrap_stages(stages, stages[0].config, data_size=1, dtype=dtype)
     on_data = [StageOnData(chunk, plain) for chunk in chunks]
     here = Microbatch(*(x.to(platform.device()) for x in batch))
     for stage in on_data:
         stage.begin([here], dict.fromkeys(range(MIDDLE_LAYERS + 3), 1.0 / here.tokens.numel()))
     first, middle, last = on_data[:3]
+    split_middle, split_last = on_data[3:] if can_split else (None, None)
     length, width = here.tokens.shape[1], config.model.hidden_size
     hidden = torch.randn(length, len(here.tokens), width, dtype=dtype, device=platform.device())
 
     def leaf() -> torch.Tensor:
         return hidden.detach().requires_grad_()
 
-    def layer() -> tuple[float, float]:
+    def layer() -> PieceCost:
         # Taps are handed out, but no exit is computed: this is the backbone alone.
-        forward, backward = _time(lambda: middle.forward(0, leaf())[0], hidden)
-        return forward / MIDDLE_LAYERS, backward / MIDDLE_LAYERS
+        def output(stage: StageOnData) -> torch.Tensor:
+            return stage.forward(0, leaf())[0]
 
-    def weight() -> tuple[float, float]:
-        if not can_split:
-            return 0.0, 0.0
-        output = on_data[3].forward(0, leaf())[0]
-        with on_data[3].put_off_weights() as add_weights:
-            output.backward(hidden)
-        platform.synchronize()
-        start = time.perf_counter()
-        add_weights()
-        platform.synchronize()
-        return 0.0, (time.perf_counter() - start) / MIDDLE_LAYERS
+        cost = _time(output, middle, split_middle, hidden)
+        return PieceCost(*(seconds / MIDDLE_LAYERS for seconds in cost))
 
-    def embedding() -> tuple[float, float]:
+    def embedding() -> PieceCost:
         words = first.stage.embedding
         assert words is not None, "the first stage has the embedding"
-        return _time(lambda: words(here.tokens, here.positions), hidden)
+        return _time(lambda _: words(here.tokens, here.positions), first, None, hidden)
 
-    def exit_on(stage: StageOnData) -> Callable[[], tuple[float, float]]:
+    def exit_on(stage: StageOnData, split_stage: StageOnData | None) -> Callable[[], PieceCost]:
         index = len(stage.stage.boundaries) - 1
-        return lambda: _time(lambda: stage.exit_loss(0, index, leaf()), None)
+        return lambda: _time(lambda s: s.exit_loss(0, index, leaf()), stage, split_stage, None)
 
-    return layer, weight, embedding, exit_on(middle), exit_on(last)
+    return layer, embedding, exit_on(middle, split_middle), exit_on(last, split_last)
 
 
 def _time(
-    compute: Callable[[], torch.Tensor], gradient: torch.Tensor | None
-) -> tuple[float, float]:
+    compute: Callable[[StageOnData], torch.Tensor],
+    stage: StageOnData,
+    split_stage: StageOnData | None,
+    gradient: torch.Tensor | None,
+) -> PieceCost:
+    """Return the seconds of what `compute` makes on a stage, the weights' part on its twin.
+
+    `split_stage` puts the weights' gradients off; without one their part is 0.
+    """
     platform.synchronize()
     start = time.perf_counter()
-    output = compute()
+    output = compute(stage)
     platform.synchronize()
     between = time.perf_counter()
     output.backward(gradient)
     platform.synchronize()
-    return between - start, time.perf_counter() - between
+    forward, backward = between - start, time.perf_counter() - between
+    if split_stage is None:
+        return PieceCost(forward, backward)
+    with split_stage.put_off_weights() as add_weights:
+        compute(split_stage).backward(gradient)
+    platform.synchronize()
+    start = time.perf_counter()
+    add_weights()
+    platform.synchronize()
+    # A part is never above its whole, whatever the clock says.
+    return PieceCost(forward, backward, min(time.perf_counter() - start, backward))

@@ -20,7 +20,8 @@ def traced_step(
 ) -> dict[int, float]:
     """Return what `forward_backward` does, and write its trace to `path` from global rank 0.
 
-    Of the pipeline that global rank 0 is in. Ranks measure by their own clocks, which start at a
+    Of the pipeline that global rank 0 is in; exits are slices of their own where they are deferred.
+    Ranks measure by their own clocks, which start at a
     barrier, so that they agree to about a millisecond. The device is waited for around every
     action: a traced step is slower than others. Collective over all ranks.
     """
@@ -31,8 +32,13 @@ def traced_step(
     if model.grid.rank == 0:
         filling = range(model.num_microbatches, len(microbatches))
         try:
-            directory.write_file(path, json.dumps(chrome_trace(ranks, filling=filling)))
+            trace = chrome_trace(ranks, filling=filling, exit_part=_exit_part)
+            directory.write_file(path, json.dumps(trace))
             platform.log(f"step {step + 1} is traced in {escape(str(path))}")
         except OSError as error:  # no reason to end a run
             platform.log(f"[yellow]{escape(str(path))} cannot be written: {error.strerror}[/]")
     return losses
+
+
+def _exit_part(span: Span) -> tuple[float, float] | None:
+    return (span.start, span.start + span.exits) if span.exits else None

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ee_llm import platform
 from ee_llm.config import load_config
 from ee_llm.data import Microbatch
+from ee_llm.pipeline.costs import NOMINAL
+from ee_llm.pipeline.predict import predict
 from tests.distributed.harness import run_ranks
 
 platform.enable_megatron()
@@ -56,7 +58,7 @@ class Counting(StageOnData):
         return super().exit_loss(microbatch, index, tap)
 
 
-def _most_alive(deferred: bool, recompute: str, training: bool):
+def _most_alive(deferred: bool, recompute: str, training: bool, schedule: str = "1f1b"):
     options = {
         "model.num_layers": 4,
         "model.hidden_size": 16,
@@ -69,6 +71,7 @@ def _most_alive(deferred: bool, recompute: str, training: bool):
         "exits.temperatures": (2.0, 1.0, 1.0),
         "exits.deferred": deferred,
         "parallel.pipeline": 2,
+        "parallel.schedule": schedule,
         "parallel.timeout_s": 20.0,
         "training.recompute": recompute,
         "training.micro_batch_size": BATCH,
@@ -90,6 +93,9 @@ def _most_alive(deferred: bool, recompute: str, training: bool):
         else:
             model.evaluate([[batch] * NUM_MICROBATCHES])
     assert len(live.noted) == NUM_MICROBATCHES * 2, "two exits on each stage"
+    if training:
+        predicted = predict(config, NUM_MICROBATCHES, NOMINAL).simulation
+        assert live.most == predicted.peak_exit_logits[grid.pipeline_rank]
     return live.most, live.count()
 
 
@@ -100,6 +106,19 @@ def test_deferred_exits_are_alive_one_at_a_time(recompute):
 
 def test_evaluation_keeps_no_logits_either():
     assert run_ranks(2, _most_alive, True, "none", False) == [(1, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+def test_splitting_the_layers_alone_keeps_no_logits(deferred):
+    expected = [(1, 0), (1, 0)] if deferred else [(4, 0), (2, 0)]
+    assert run_ranks(2, _most_alive, deferred, "none", True, "zero-bubble") == expected
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+def test_split_exits_keep_logits_until_their_weights(deferred):
+    """Two exits' on each stage: rank r puts the weights of r + 1 microbatches off."""
+    expected = [(2, 0), (4, 0)] if deferred else [(4, 0), (4, 0)]
+    assert run_ranks(2, _most_alive, deferred, "none", True, "zero-bubble-exits") == expected
 
 
 def test_naive_exits_pile_up():

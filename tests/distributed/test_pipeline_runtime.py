@@ -115,7 +115,8 @@ SHORT_VISITS = Plan(
 
 def _plan_parity(size, plan, rounds):
     grid, transport = _join(size)
-    shape = Shape(("mo", "io", "i", "o", "", "m", "i", "o")[-plan.num_stages :])
+    exits = ("mo", "io", "i", "o", "", "m", "i", "o")[-plan.num_stages :]
+    shape = Shape(exits, split_exits=plan.splits_exits)
     expected = reference(shape, plan)
     for _ in range(rounds):
         assert_same_gradients(_gradients(_run(grid, transport, plan, shape)), expected)
@@ -132,6 +133,7 @@ def _plan_parity(size, plan, rounds):
         (4, interleaved(4, 2, 8)),
         (2, zero_bubble_h1(2, 5)),
         (4, zero_bubble_h1(4, 6)),
+        (4, zero_bubble_h1(4, 6, split_exits=True)),
         (4, filled_1f1b(4, 4, warmup_visits(4, 2, 0.5, [0, 1]), cooldown_visits(4, 2, 0.5))),
     ],
     ids=[
@@ -143,6 +145,7 @@ def _plan_parity(size, plan, rounds):
         "interleaved, 4 ranks",
         "zero bubble, 2 ranks",
         "zero bubble, 4 ranks",
+        "zero bubble of exits too",
         "filled",
     ],
 )

@@ -58,7 +58,10 @@ def _stop_at(step, rank, number=signal.SIGTERM):
         (4, layout(2, 1) | {"training.dtype": "bfloat16"}),
         (4, layout(2, 2, sequence=True)),
         (4, layout(1, 2) | {"parallel.virtual": 2}),
-        (2, layout(1, 2) | {"parallel.schedule": "zero-bubble", "training.dtype": "bfloat16"}),
+        (
+            2,
+            layout(1, 2) | {"parallel.schedule": "zero-bubble-exits", "training.dtype": "bfloat16"},
+        ),
         (3, FILLED),
         (4, layout(1, 2) | ONE_TIED_EXIT),
     ],

@@ -7,12 +7,17 @@ from tests.distributed.test_parallel_parity import VARIANTS, compare, layout_nam
 
 INTERLEAVED = {"parallel.virtual": 2}
 ZERO_BUBBLE = {"parallel.schedule": "zero-bubble"}
+ZERO_BUBBLE_EXITS = {"parallel.schedule": "zero-bubble-exits"}
 
 
 @pytest.mark.parametrize(
     "layout", [(1, 2, 1, False), (2, 2, 1, True), (1, 2, 2, False)], ids=layout_name
 )
-@pytest.mark.parametrize("schedule", [INTERLEAVED, ZERO_BUBBLE], ids=["interleaved", "zb-h1"])
+@pytest.mark.parametrize(
+    "schedule",
+    [INTERLEAVED, ZERO_BUBBLE, ZERO_BUBBLE_EXITS],
+    ids=["interleaved", "zb-h1", "zb-h1 of exits too"],
+)
 @pytest.mark.parametrize("variant", VARIANTS, scope="module")
 def test_gradients_equal_the_single_process(variant, schedule, layout):
     micro_batch_size = 1 if layout[2] == 1 else 2
@@ -34,9 +39,16 @@ EIGHT_LAYERS = {
         (4, INTERLEAVED),
         (2, {"parallel.virtual": 4}),
         (4, ZERO_BUBBLE),
+        (4, ZERO_BUBBLE_EXITS),
         (2, {"parallel.virtual": 2, "parallel.layer_split": (3, 1, 2, 2)}),
     ],
-    ids=["4 ranks interleaved", "4 stages per rank", "4 ranks zb-h1", "uneven, two exits a chunk"],
+    ids=[
+        "4 ranks interleaved",
+        "4 stages per rank",
+        "4 ranks zb-h1",
+        "of exits too",
+        "uneven, two exits a chunk",
+    ],
 )
 def test_more_stages_with_a_weight_on_all_of_them(pipeline, schedule):
     """A rank may hold several copies of a tied weight: they add up before ranks do."""

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+from ee_llm.config import exit_stage
 from ee_llm.pipeline import Op
 from ee_llm.pipeline.chosen import chosen_plan
 from tests.distributed.runs import layout, losses_of, make_config, train_ranks
@@ -28,7 +29,8 @@ def test_the_steps_asked_for_are_traced(tmp_path, corpus, schedule):
     ]
     plan = chosen_plan(config, config.num_microbatches(2))
     trace = json.loads((tmp_path / "traced" / "trace-00000002.json").read_text())
-    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    slices = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    events = [event for event in slices if event["cat"] != "exit"]
     assert Counter(event["name"] for event in events) == Counter(str(a) for a in plan.work)
     for rank, actions in enumerate(plan.ranks):
         mine = sorted((e for e in events if e["tid"] == rank), key=lambda event: event["ts"])
@@ -36,6 +38,16 @@ def test_the_steps_asked_for_are_traced(tmp_path, corpus, schedule):
         assert all(event["dur"] > 0 for event in mine if not event["name"].count(Op.WEIGHT))
         for one, other in pairwise(mine):
             assert one["ts"] + one["dur"] <= other["ts"] + 1e-3  # microseconds
+    by_name = {event["name"]: event for event in events}
+    exits = [event for event in slices if event["cat"] == "exit"]
+    with_exits = {exit_stage(config, b) for b in (*config.exits.boundaries, 4)}
+    assert {event["name"] for event in exits} == {
+        f"exits of {a}" for a in plan.work if a.op is Op.BACKWARD and a.stage in with_exits
+    }
+    for event in exits:
+        whole = by_name[event["name"].removeprefix("exits of ")]
+        assert event["ts"] == whole["ts"]
+        assert 0 < event["dur"] < whole["dur"]
     ends = {event["name"]: event["ts"] + event["dur"] for event in events}
     last = f"{plan.num_stages - 1}"
     assert ends["0F0"] < ends[f"{last}F0"] < ends[f"{last}B0"] < ends["0B0"]  # one clock for all

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ee_llm.config import ConfigError
-from ee_llm.pipeline import ExitCost
-from ee_llm.pipeline.costs import LayerCost, Pieces
+from ee_llm.pipeline import PieceCost
+from ee_llm.pipeline.costs import Pieces
 from ee_llm.training.profile import median_pieces
 from tools.bench import report, train_overhead, train_throughput
 from tools.bench.live_bytes import LiveBytes
@@ -118,8 +118,8 @@ def test_ratios_are_of_medians_with_the_quartiles_of_rounds():
 @pytest.fixture
 def pieces() -> Pieces:
     """One layer takes 1 + 2, a head, the final one or not, 1 + 1.5."""
-    head = ExitCost(1.0, 1.5)
-    return Pieces(LayerCost(1.0, 2.0), ExitCost(0.0, 0.0), head, head)
+    head = PieceCost(1.0, 1.5)
+    return Pieces(PieceCost(1.0, 2.0), PieceCost(0.0, 0.0), head, head)
 
 
 def test_exits_behind_the_final_one_cost_no_time(pieces):
@@ -130,7 +130,7 @@ def test_exits_behind_the_final_one_cost_no_time(pieces):
 
 
 def test_an_uneven_split_makes_room_for_a_dear_final_exit(pieces):
-    dear = replace(pieces, final=ExitCost(2.0, 4.0))
+    dear = replace(pieces, final=PieceCost(2.0, 4.0))
     split = best_split(SIZES, STANDARD, 4, dear)
     assert sum(split) == SIZES.num_layers
     assert split[-1] == 1
@@ -139,21 +139,25 @@ def test_an_uneven_split_makes_room_for_a_dear_final_exit(pieces):
 
 def test_pieces_make_the_stages_of_a_configuration():
     pieces = Pieces(
-        LayerCost(1, 2, 0.5), ExitCost(0.5, 0.25), ExitCost(3, 4), ExitCost(5, 6), communication=0.1
+        PieceCost(1, 2, 0.5),
+        PieceCost(0.5, 0.25),
+        PieceCost(3, 4, 2),
+        PieceCost(5, 6, 3),
+        communication=0.1,
     )
     stages = pieces.costs(make_config(SIZES, BOTH, 4)).stages
     assert [stage.forward for stage in stages] == [2.5, 2, 2, 2]
     assert [stage.backward for stage in stages] == [4.25, 4, 4, 4]
     assert [stage.weight for stage in stages] == [1, 1, 1, 1]
-    assert [stage.exits for stage in stages] == [(), ((3, 4),), ((3, 4),), ((5, 6),)]
+    assert [stage.exits for stage in stages] == [(), ((3, 4, 2),), ((3, 4, 2),), ((5, 6, 3),)]
     post = pieces.costs(make_config(SIZES, DEFERRED, 4)).stages
-    assert [stage.exits for stage in post] == [((3, 4),), ((3, 4),), (), ((5, 6),)]
+    assert [stage.exits for stage in post] == [((3, 4, 2),), ((3, 4, 2),), (), ((5, 6, 3),)]
 
 
 def test_median_pieces_are_medians_of_each_cost():
     def pieces(n: float) -> Pieces:
-        heads = (ExitCost(n, -n) for _ in range(3))
-        return Pieces(LayerCost(n, -n, 2 * n), *heads, communication=n)
+        heads = (PieceCost(n, -n, n / 2) for _ in range(3))
+        return Pieces(PieceCost(n, -n, 2 * n), *heads, communication=n)
 
     assert median_pieces([pieces(n) for n in (1.0, 5.0, 2.0)]) == pieces(2.0)
 

@@ -16,7 +16,8 @@ CROSS_FIELD = {
     ),
     "more stages than layers": (
         {"parallel.pipeline": 9},
-        "model.num_layers = 8 is not divisible by parallel.pipeline = 9.*fewer stages",
+        "model.num_layers = 8 is below 9 stages (parallel.pipeline = 9), each of which needs a "
+        "layer; lower parallel.pipeline or parallel.virtual",
     ),
     "split of the wrong length": (
         {"parallel.pipeline": 2, "parallel.layer_split": (8,)},

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from ee_llm.model.later import WeightGradients
-from ee_llm.pipeline import Costs, ExitCost, Plan, Simulation, StageCost, lower, one_f_one_b
+from ee_llm.pipeline import Costs, PieceCost, Plan, Simulation, StageCost, lower, one_f_one_b
 from ee_llm.pipeline import simulate as simulate_plan
 from ee_llm.pipeline.filled import cooldown_visits, filled_1f1b, most_fills, warmup_visits
 from ee_llm.pipeline.interleaved import interleaved
@@ -89,7 +89,7 @@ def schedules(num_ranks: int, num_microbatches: int, forward: float) -> list[Sch
     nothing fits into the bubbles, and there are no two stages between the first and the last one.
     """
     backward = 2 * forward
-    free, exit_cost = (ExitCost(0.0, 0.0),), (ExitCost(forward / 2, backward / 2),)
+    free, exit_cost = (PieceCost(0.0, 0.0),), (PieceCost(forward / 2, backward / 2),)
     layers = StageCost(forward, backward, weight=backward / 2)
     plain = StageCost(forward, backward)
     with_exit = StageCost(forward, backward, exit_cost)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ee_llm.config import load_config
-from ee_llm.pipeline import ExitCost
+from ee_llm.config import ConfigError, load_config
+from ee_llm.pipeline import PieceCost
 from ee_llm.pipeline.advise import advise, balanced_split, config_lines, within_limit
 from ee_llm.pipeline.chosen import chosen_fills
-from ee_llm.pipeline.costs import NOMINAL, LayerCost, Pieces
+from ee_llm.pipeline.costs import NOMINAL, Pieces
 from ee_llm.pipeline.predict import predict
 
 MODEL = {
@@ -56,7 +56,7 @@ def test_no_split_has_a_faster_slowest_stage(
         return
     boundaries = tuple(sorted(b for b in exits if b < num_layers))
     pieces = Pieces(
-        LayerCost(1, 2), ExitCost(embedding, 0), ExitCost(head, head), ExitCost(final, final)
+        PieceCost(1, 2), PieceCost(embedding, 0), PieceCost(head, head), PieceCost(final, final)
     )
 
     def slowest(split):
@@ -89,7 +89,11 @@ def test_candidates_come_with_the_fastest_first_and_are_as_predicted():
         again = predict(load_config(None, MODEL | advice.options), 8, NOMINAL)
         assert again.time_per_microbatch == advice.prediction.time_per_microbatch
     tried = [advice.prediction.config for advice in found]
-    assert {config.parallel.schedule for config in tried} == {"1f1b", "zero-bubble"}
+    assert {config.parallel.schedule for config in tried} == {
+        "1f1b",
+        "zero-bubble",
+        "zero-bubble-exits",
+    }
     assert {config.parallel.virtual for config in tried} == {1, 2, 3}
     assert {config.exits.placement for config in tried} == {"post", "pre"}
     assert {sum(chosen_fills(config)) for config in tried} == {0, 1, 2, 3, 4}
@@ -97,7 +101,7 @@ def test_candidates_come_with_the_fastest_first_and_are_as_predicted():
 
 
 def test_the_best_beats_the_plain_plan_and_makes_room_for_a_dear_head():
-    dear = replace(NOMINAL, final=ExitCost(2.0, 4.0))
+    dear = replace(NOMINAL, final=PieceCost(2.0, 4.0))
     best = search(dear, parallel__schedule="1f1b", parallel__virtual=1)[0].prediction
     plain = predict(load_config(None, MODEL), 8, dear)
     assert best.time_per_microbatch < plain.time_per_microbatch
@@ -138,12 +142,33 @@ def test_filling_that_is_asked_for_is_advised():
 
 def test_microbatches_that_make_no_whole_groups_are_not_interleaved():
     assert {a.prediction.config.parallel.virtual for a in search(num_microbatches=6)} == {1}
-    with pytest.raises(ValueError, match="no plan for 6 microbatches"):
+    with pytest.raises(ConfigError, match="no plan for 6 microbatches"):
         search(num_microbatches=6, parallel__virtual=3)
 
 
+def test_what_nothing_goes_with_is_said_as_for_a_plan_that_is_not_searched():
+    with pytest.raises(ConfigError, match=r"fill_cooldown = 5: the largest useful number is 2"):
+        search(parallel__fill_cooldown=5)
+    with pytest.raises(ConfigError, match=r"fill_warmup = 1: .* early exit: there is none"):
+        search(parallel__fill_warmup=1, exits__boundaries=())
+
+
+def test_as_many_as_are_useful_may_be_none():
+    found = search(parallel__fill_warmup="auto", exits__boundaries=())
+    assert {chosen_fills(a.prediction.config) for a in found} == {(0, 0), (0, 2)}
+
+
+def test_exits_are_split_where_that_pays_and_memory_allows():
+    """With a dear head the last stage has fewer layers, and its head's weights hold up the rest."""
+    dear = replace(NOMINAL, final=PieceCost(2.0, 4.0, 2.0))
+    found = search(dear, exits__boundaries=(), parallel__virtual=1)
+    assert found[0].options["parallel.schedule"] == "zero-bubble-exits"
+    leaner = within_limit(found, found[0].memory - 1)[0]
+    assert leaner.options["parallel.schedule"] != "zero-bubble-exits"
+
+
 def test_layers_that_may_not_be_splittable_are_not_put_off():
-    bare = replace(NOMINAL, layer=LayerCost(1, 2))
+    bare = replace(NOMINAL, layer=PieceCost(1, 2))
     assert {a.prediction.config.parallel.schedule for a in search(bare)} == {"1f1b"}
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from ee_llm.pipeline import ExitCost
-from ee_llm.pipeline.costs import LayerCost, Pieces, read_pieces, write_pieces
+from ee_llm.pipeline import PieceCost
+from ee_llm.pipeline.costs import Pieces, read_pieces, write_pieces
 
-GIVEN = {"layer": [1, 2, 0.5], "embedding": [0, 0.1], "exit": [3, 4], "final": [5, 6]}
+GIVEN = {"layer": [1, 2, 0.5], "embedding": [0, 0.1], "exit": [3, 4, 2], "final": [5, 6, 3]}
 
 
 def test_a_file_reads_as_what_was_written(tmp_path):
     pieces = Pieces(
-        LayerCost(1 / 3, 2, 0.5), ExitCost(0, 0.1), ExitCost(3, 4), ExitCost(5, 6), 0.25
+        PieceCost(1 / 3, 2, 0.5), PieceCost(0, 0.1), PieceCost(3, 4, 2), PieceCost(5, 6, 3), 0.25
     )
     write_pieces(tmp_path / "costs.json", pieces)
     assert read_pieces(tmp_path / "costs.json") == pieces
@@ -32,11 +32,13 @@ def test_communication_may_be_left_out(tmp_path):
     [
         ({"layers": [1, 2, 1]}, "no such key: 'layers'; did you mean 'layer'?"),
         ({"price": 1}, "no such key: 'price'; the keys are layer, embedding"),
-        ({"exit": None}, "exit is null: it must be [forward, backward] in seconds"),
-        ({"exit": [1]}, "exit is [1]: it must be [forward, backward] in seconds"),
-        ({"exit": [1, "2"]}, 'exit is [1, "2"]: it must be'),
-        ({"final": [True, 2]}, "final is [true, 2]: it must be"),
-        ({"exit": [1, -2]}, "exit: backward is -2: expected seconds, finite and not negative"),
+        ({"exit": None}, "exit is null: it must be [forward, backward, weight] in seconds"),
+        ({"embedding": [1]}, "embedding is [1]: it must be [forward, backward] in seconds"),
+        ({"exit": [1, 2]}, "exit is [1, 2]: it must be [forward, backward, weight] in seconds"),
+        ({"exit": [1, "2", 1]}, 'exit is [1, "2", 1]: it must be'),
+        ({"final": [True, 2, 1]}, "final is [true, 2, 1]: it must be"),
+        ({"final": [1, 2, 2.5]}, "final: weight 2.5 is a part of backward 2"),
+        ({"exit": [1, -2, 0]}, "exit: backward is -2: expected seconds, finite and not negative"),
         ({"layer": [1, float("nan"), 0]}, "layer: backward is nan"),
         ({"layer": [1, 2, 3]}, "layer: weight 3 is a part of backward 2"),
         ({"layer": [0, 2, 1]}, "layer: forward and backward must be above 0"),

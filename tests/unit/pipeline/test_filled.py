@@ -4,8 +4,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ee_llm.pipeline import Costs, ExitCost, StageCost, Visit, grid, lower, simulate
-from ee_llm.pipeline.filled import cooldown_visits, filled_1f1b, most_fills, warmup_visits
+from ee_llm.pipeline import Costs, PieceCost, StageCost, Visit, grid, lower, simulate
+from ee_llm.pipeline.filled import (
+    cooldown_visits,
+    filled_1f1b,
+    most_fills,
+    most_useful_warmup_fills,
+    warmup_visits,
+)
 
 
 def filled(stages, microbatches, warmup, cooldown, ratio=0.5, exit_stages=None):
@@ -52,8 +58,12 @@ ratios = st.sampled_from([0.25, 1 / 3, 0.5, 0.8, 1.0, 1.7])
 @given(st.integers(1, 7), st.integers(0, 12), ratios, st.data())
 def test_filling_is_sound_and_free(stages, more, ratio, data):
     """As many fills as the formula allows cost no time, whichever exits they meet."""
-    fills = st.integers(0, most_fills(stages, ratio))
-    plan = filled(stages, stages + more, data.draw(fills), data.draw(fills), ratio)
+    exits = data.draw(st.sets(st.integers(0, stages - 1)))
+    warmup = data.draw(st.integers(0, most_useful_warmup_fills(stages, ratio, exits)))
+    cooldown = data.draw(st.integers(0, most_fills(stages, ratio)))
+    plan = filled(stages, stages + more, warmup, cooldown, ratio, exits)
+    for visit in plan.visits[stages + more :][:warmup]:
+        assert visit.depth - 1 in exits
     assert lower(plan).without_communication() == plan
     found = simulate(plan, Costs((StageCost(ratio, 1.0),) * stages))
     assert found.makespan == pytest.approx((stages + more + stages - 1) * (ratio + 1), rel=1e-12)
@@ -86,7 +96,7 @@ def test_one_fill_more_would_cost_time(stages, ratio):
 def test_warmup_fills_stop_at_the_last_stage_with_an_exit():
     visits = warmup_visits(8, 4, 0.5, [0, 1, 7])
     assert [visit.depth for visit in visits] == [2, 2, 2, 1]
-    head = (ExitCost(0.3, 0.6),)
+    head = (PieceCost(0.3, 0.6),)
     costs = Costs(tuple(StageCost(1, 2, head if s in (0, 1, 7) else ()) for s in range(8)))
     plan = filled_1f1b(8, 8, visits, ())
     lower(plan)
@@ -104,12 +114,20 @@ def test_fewer_warmup_fills_go_as_deep_as_the_bubble_allows():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: warmup_visits(4, 3, 0.5, [0]), "warm-up filling: 3 .* between 0 and 2 fit"),
-        (lambda: cooldown_visits(4, 3, 0.5), "cool-down filling: 3 .* between 0 and 2 fit"),
-        (lambda: cooldown_visits(4, -1, 0.5), "cool-down filling: -1 "),
-        (lambda: warmup_visits(4, 2, 0.5, []), "meets no exit: there is none; at most 0"),
-        (lambda: warmup_visits(8, 4, 0.5, [2]), "first 1 of 8 stages .* the first lies on stage 2"),
-        (lambda: warmup_visits(8, 4, 0.5, [2]), "at most 2 would learn"),
+        (
+            lambda: warmup_visits(4, 3, 0.5, [0]),
+            "is 2, not 3: the bubble of 4 stages at .* 0.5 has room for 2",
+        ),
+        (
+            lambda: cooldown_visits(4, 3, 0.5),
+            "is 2, not 3: the bubble of 4 stages at .* 0.5 has room for 2",
+        ),
+        (lambda: cooldown_visits(4, -1, 0.5), "number is 2, not -1: the bubble"),
+        (lambda: warmup_visits(4, 2, 0.5, []), "is 0, not 2: .* room for 2.* there is none"),
+        (
+            lambda: warmup_visits(8, 4, 0.5, [2]),
+            "is 2, not 4: .*, on the first 4 or fewer, .* exit: the first lies on stage 2",
+        ),
         (lambda: most_fills(4, 0.0), "forward time over backward time is 0.0"),
         (lambda: most_fills(4, float("nan")), "forward time over backward time is nan"),
     ],

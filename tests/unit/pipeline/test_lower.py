@@ -18,8 +18,10 @@ from ee_llm.pipeline import (
     one_f_one_b,
     verify,
 )
+from ee_llm.pipeline.interleaved import interleaved
 from ee_llm.pipeline.lower import counterpart
 from ee_llm.pipeline.runtime import Runtime
+from ee_llm.pipeline.zero_bubble import zero_bubble_h1
 
 sizes = st.integers(1, 8)
 SENDS = (Op.SEND_FORWARD, Op.SEND_BACKWARD)
@@ -102,8 +104,34 @@ def test_the_lowered_list_of_a_small_plan():
     lowered = lower(one_f_one_b(2, 2))
     assert [" ".join(map(str, actions)) for actions in lowered.ranks] == [
         "0F0 0SF0 0F1 0SF1 0RB0 0B0 0RB1 0B1",
-        "1RF0 1F0 1RF1 1B0 1SB0 1F1 1B1 1SB1",
+        "1RF0 1RF1 1F0 1B0 1SB0 1F1 1B1 1SB1",
     ]
+
+
+def num_ahead(plan):
+    """How many receives stand before another action than the one that takes them, of how many."""
+    ahead = total = 0
+    for actions in lower(plan).ranks:
+        for step, action in enumerate(actions):
+            if action.op in (Op.RECV_FORWARD, Op.RECV_BACKWARD):
+                after = next(a for a in actions[step:] if a.op.computes)
+                ahead += str(after) != str(action).replace("R", "")
+                total += 1
+    return ahead, total
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (one_f_one_b(4, 16), (45, 96)),
+        (interleaved(4, 2, 16), (180, 224)),
+        (zero_bubble_h1(4, 16), (87, 96)),
+    ],
+    ids=["1f1b", "interleaved", "zero bubble"],
+)
+def test_receives_are_posted_before_the_action_during_which_they_arrive(plan, expected):
+    """Of two messages that cross, one: were both posted ahead, each would wait for the other."""
+    assert num_ahead(plan) == expected
 
 
 def test_stages_on_one_rank_need_no_messages():
@@ -220,7 +248,7 @@ def test_receives_in_another_order_than_sends_are_refused():
 
 @pytest.mark.parametrize(
     ("rank", "one", "other"),
-    [(0, "0F0", "0SF0"), (1, "1RF0", "1F0"), (1, "1B1", "1SB1"), (0, "0RB0", "0B0")],
+    [(0, "0F0", "0SF0"), (1, "1RF1", "1F1"), (1, "1B1", "1SB1"), (0, "0RB0", "0B0")],
 )
 def test_a_message_on_the_wrong_side_of_its_work_deadlocks(rank, one, other):
     with pytest.raises(PlanError, match=r"(?s)the plan deadlocks.*>"):

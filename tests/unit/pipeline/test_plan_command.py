@@ -31,8 +31,8 @@ def plan(capsys):
 def costs(tmp_path):
     path = tmp_path / "costs.json"
     path.write_text(
-        '{"layer": [0.1, 0.2, 0.08], "embedding": [0, 0.1], "exit": [0.1, 0.1],'
-        ' "final": [0.1, 0.1], "communication": 0.01}'
+        '{"layer": [0.1, 0.2, 0.08], "embedding": [0, 0.1], "exit": [0.1, 0.1, 0.05],'
+        ' "final": [0.1, 0.1, 0.05], "communication": 0.01}'
     )
     return path
 
@@ -113,6 +113,10 @@ def test_the_configuration_of_a_run_is_shown_and_options_win(plan):
     text = plan("--config", config, "--stages", 4, "--microbatches", 12, "--placement", "pre")
     assert "1F1B: 4 ranks, 12 microbatches, 8 layers (2 each)" in text
     assert "pre-exits at boundary 2 on stage 1, 4 on stage 2" in text
+    # Four processes are then one pipeline, not two.
+    text = plan("--config", config, "--stages", 4, "--nproc", 4)
+    assert "1F1B: 4 ranks, 8 microbatches" in text
+    assert "1F1B: 2 ranks, 4 microbatches" in plan("--config", config, "--nproc", 4)
     # The file's weights are those of two exits.
     assert "exits at boundary 1 on" in plan("--config", config, "--exits", "1,2,3")
 
@@ -127,6 +131,9 @@ def test_auto_fills_as_much_as_is_useful(plan, costs):
     assert (figures["fill_warmup"], figures["fill_cooldown"]) == (1, 1)
     for exit_, count in ((12, 1), (18, 0)):
         assert json.loads(plan(*options, *both, "--exits", exit_))["fill_warmup"] == count
+    assert plan(*options, "--fill", "auto") == plan(*options, *both)
+    figures = json.loads(plan(*options, "--fill", "auto", "--fill-cooldown", 1))
+    assert (figures["fill_warmup"], figures["fill_cooldown"]) == (2, 1)
 
 
 def test_auto_in_the_configuration_is_resolved(plan, tmp_path):
@@ -213,13 +220,29 @@ EIGHT = ("--stages", "4", "--microbatches", "8")
         (("--stages", "4", "--microbatches", "0"), "--microbatches 0: give 1 or more"),
         (
             ("--stages", "4", "--microbatches", "6", "--virtual", "2"),
-            "--microbatches 6 with --virtual 2: interleaved stages pass them in groups of "
-            "--stages 4; give a multiple, such as 8",
+            "--microbatches 6 with 2 stages per rank (--virtual, --layer-split): they are passed "
+            "in groups of --stages 4; give a multiple, such as 8",
+        ),
+        (
+            ("--stages", "4", "--microbatches", "6", "--virtual", "2", "--advise"),
+            "--microbatches 6 with 2 stages per rank",
+        ),
+        (
+            (
+                "--advise",
+                "--layer-split",
+                "3,3,3,3,3,3,3,3",
+                "--stages",
+                "4",
+                "--microbatches",
+                "6",
+            ),
+            "--microbatches 6 with 2 stages per rank",
         ),
         (
             ("--stages", "4", "--microbatches", "2", "--virtual", "2"),
-            "--microbatches 2 with --virtual 2: interleaved stages pass them in groups of "
-            "--stages 4; give a multiple, such as 4",
+            "--microbatches 2 with 2 stages per rank (--virtual, --layer-split): they are passed "
+            "in groups of --stages 4; give a multiple, such as 4",
         ),
         (
             (*EIGHT, "--virtual", "5"),
@@ -229,20 +252,35 @@ EIGHT = ("--stages", "4", "--microbatches", "8")
         ((*EIGHT, "--exits", "six"), "--exits six: 'six' is no number; write 6,12"),
         (
             (*EIGHT, "--exits", "18", "--fill-warmup", "1"),
-            "--fill-warmup 1: the largest useful number is 0; 2 fit into the bubble, on the first "
-            "2 stages or fewer, and have to meet an exit: the first lies on stage 2",
+            "--fill-warmup = 1: the largest useful number is 0, not 1: the bubble of 4 stages at "
+            "forward / backward = 0.5 has room for 2, on the first 2 or fewer, and each has to "
+            "meet an early exit: the first lies on stage 2; set it to 0 or auto",
         ),
         (
             (*EIGHT, "--exits", "12", "--fill-warmup", "2"),
-            "--fill-warmup 2: the largest useful number is 1; 2 fit into the bubble, on the first",
+            "--fill-warmup = 2: the largest useful number is 1, not 2: the bubble of 4 stages",
         ),
         (
             (*EIGHT, "--exits", "6", "--fill-warmup", "3"),
-            "--fill-warmup 3: the largest useful number is 2; 2 fit into the bubble",
+            "--fill-warmup = 3: the largest useful number is 2, not 3: the bubble of 4 stages",
         ),
         (
             (*EIGHT, "--fill-cooldown", "3"),
-            "--fill-cooldown 3: the largest useful number is 2; 2 fit into the bubble",
+            "--fill-cooldown = 3: the largest useful number is 2, not 3: the bubble of 4 stages",
+        ),
+        (
+            (*EIGHT, "--fill-cooldown", "3", "--advise"),
+            "--fill-cooldown = 3: the largest useful number is 2, not 3: the bubble of 4 stages",
+        ),
+        (
+            ("--stages", "40", "--microbatches", "8", "--advise"),
+            "--layers = 24 is below 40 stages (--stages = 40), each of which needs a layer; lower "
+            "--stages or --virtual",
+        ),
+        ((*EIGHT, "--nproc", "8"), "--nproc 8 is of the run in a --config FILE"),
+        (
+            (*EIGHT, "--nproc", "8", "--config", "run.toml"),
+            "--microbatches 8 is what --nproc 8 would work out; leave one out",
         ),
         (
             (*EIGHT, "--fill-cooldown", "1", "--schedule", "zero-bubble"),

@@ -37,6 +37,19 @@ def test_exits_that_are_not_deferred_run_in_both_passes():
     assert found.exit_part(last) == (last.start, last.start + 2)
 
 
+def test_exits_that_are_split_run_in_their_backward_and_their_weights_first():
+    config = config_of(exits__boundaries=(6,), parallel__schedule="zero-bubble-exits")
+    found = predict(config, 8, NOMINAL)
+    parts = {
+        span.action.op: (found.exit_part(span), (span.start, span.end))
+        for span in found.simulation.timeline.ranks[0]
+    }
+    assert parts[Op.FORWARD][0] is None
+    (exits, (start, end)), (weights, (first, last)) = parts[Op.BACKWARD], parts[Op.WEIGHT]
+    assert (exits, end) == ((start, start + 2), start + 2 + 6)
+    assert (weights, last) == ((first, first + 1), first + 1 + 6)
+
+
 def test_the_time_of_exits_is_what_is_left_without_them():
     """Three exits on stage 0 make it the slowest: 9 more than the final exit's 3, less 3 hidden."""
     config = config_of(exits__boundaries=(4, 5, 6))
@@ -54,6 +67,9 @@ def test_memory_is_the_layers_of_live_microbatches_and_one_exit():
     assert rank_memory(predict(split, 8, NOMINAL)) == (36, 15, 10, 6)
     naive = config_of(exits__boundaries=(6, 12), exits__deferred=False)
     assert rank_memory(predict(naive, 8, NOMINAL)) == (4 * 7, 3 * 7, 2 * 6, 7)
+    exits = config_of(exits__boundaries=(6, 12), parallel__schedule="zero-bubble-exits")
+    # Rank r keeps the logits' gradients of r + 1 microbatches at once.
+    assert rank_memory(predict(exits, 8, NOMINAL)) == (4 * 6 + 1, 4 * 6 + 2, 4 * 6, 4 * 6 + 4)
 
 
 def test_memory_of_a_rank_is_that_of_its_stages_together():

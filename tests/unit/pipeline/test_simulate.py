@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from ee_llm.pipeline import (
     Action,
     Costs,
-    ExitCost,
     Op,
+    PieceCost,
     Plan,
     StageCost,
     Visit,
@@ -88,7 +88,7 @@ def test_one_f_one_b_keeps_at_most_p_minus_i_activations(stages, microbatches, d
 @given(sizes, sizes, st.data())
 def test_deferral_keeps_one_exit_alive_instead_of_one_per_microbatch(stages, microbatches, data):
     counts = [data.draw(st.integers(0, 3)) for _ in range(stages)]
-    costs = Costs(tuple(StageCost(1, 2, (ExitCost(1, 1),) * count) for count in counts))
+    costs = Costs(tuple(StageCost(1, 2, (PieceCost(1, 1),) * count) for count in counts))
     plan = one_f_one_b(stages, microbatches)
     assert simulate(plan, costs).peak_exit_logits == tuple(min(1, count) for count in counts)
     assert simulate(plan, costs, deferred=False).peak_exit_logits == tuple(
@@ -104,9 +104,9 @@ def test_exits_cost_no_more_than_the_published_bound(stages, microbatches, defer
     exits = [draw(st.integers(0, 2)) for _ in range(stages)]
     costs = []
     for stage, count in enumerate(exits):
-        heads = [ExitCost(f_ee, b_ee)] * count
+        heads = [PieceCost(f_ee, b_ee)] * count
         if stage == stages - 1:
-            heads.append(ExitCost(f_fe, b_fe))
+            heads.append(PieceCost(f_fe, b_fe))
         first = stage == 0
         costs.append(StageCost(f_bb + first * f_in, b_bb + first * b_in, tuple(heads)))
     slowest = max(
@@ -119,7 +119,7 @@ def test_exits_cost_no_more_than_the_published_bound(stages, microbatches, defer
 
 
 def with_middle_exits(deferred):
-    head = (ExitCost(0.25, 0.5),)
+    head = (PieceCost(0.25, 0.5),)
     costs = Costs(
         (StageCost(1, 2), StageCost(1, 2, head), StageCost(1, 2, head), StageCost(1, 2, head))
     )
@@ -128,7 +128,7 @@ def with_middle_exits(deferred):
 
 def test_deferred_exits_run_while_a_rank_waits_for_its_gradient():
     """Two middle exits as dear as the final head: free when deferred, on the way out otherwise."""
-    head = StageCost(1, 2, (ExitCost(0.25, 0.5),))
+    head = StageCost(1, 2, (PieceCost(0.25, 0.5),))
     plain = Costs((*uniform(3).stages, head))
     without = simulate(one_f_one_b(4, 8), plain).makespan
     assert with_middle_exits(deferred=True) == without
@@ -149,7 +149,7 @@ def test_stages_on_one_rank_exchange_no_messages():
 
 
 def test_forward_only_runs_its_exits_at_once_and_keeps_nothing():
-    costs = Costs((StageCost(1, 2, (ExitCost(1, 5), ExitCost(1, 5))), StageCost(1, 2)))
+    costs = Costs((StageCost(1, 2, (PieceCost(1, 5), PieceCost(1, 5))), StageCost(1, 2)))
     for deferred in (True, False):
         found = simulate(forward_only(2, 3), costs, deferred=deferred)
         assert found.makespan == 3 * 3 + 1
@@ -173,7 +173,7 @@ def test_impossible_costs_are_refused(bad):
     with pytest.raises(ValueError, match="a cost of stage 1 is"):
         Costs((StageCost(1, 1), StageCost(1, bad)))
     with pytest.raises(ValueError, match="a cost of stage 0 is"):
-        Costs((StageCost(1, 1, (ExitCost(bad, 1),)),))
+        Costs((StageCost(1, 1, (PieceCost(bad, 1),)),))
     with pytest.raises(ValueError, match="communication is"):
         Costs((StageCost(1, 1),), communication=bad)
     with pytest.raises(ValueError, match="costs of 2 stages, but 3 in the plan"):

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from ee_llm.pipeline import Action, Costs, ExitCost, StageCost, one_f_one_b, simulate
+from ee_llm.pipeline import Action, Costs, PieceCost, StageCost, one_f_one_b, simulate
 from ee_llm.pipeline.simulate import Span
 from ee_llm.pipeline.trace import chrome_trace
 
-HEAD = (ExitCost(0.25, 0.5),)
+HEAD = (PieceCost(0.25, 0.5),)
 
 
 def slices(trace):

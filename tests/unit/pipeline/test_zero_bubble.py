@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ee_llm.pipeline import Action, Costs, Op, StageCost, grid, lower, one_f_one_b, simulate
+from ee_llm.pipeline import (
+    Action,
+    Costs,
+    Op,
+    PieceCost,
+    StageCost,
+    grid,
+    lower,
+    one_f_one_b,
+    simulate,
+)
 from ee_llm.pipeline.zero_bubble import zero_bubble_h1
 
 
@@ -35,6 +45,40 @@ def test_the_bubble_is_a_third_and_the_memory_that_of_1f1b(stages, more):
     assert max(found.peak_activations) == stages
 
 
+@given(st.integers(1, 8), st.integers(0, 12), st.integers(1, 4))
+def test_split_exits_give_their_weights_time_for_their_memory(stages, more, head):
+    """Where the last rank's layers make room for its head, the gain is P times the weights' part.
+
+    A head is as long as `head` of a rank's 5 layers. On rank r the logits' gradients of r + 1
+    microbatches are alive: twice as many where there are two exits.
+    """
+    microbatches = stages + more
+    final = StageCost(5 - head, 2 * (5 - head), (PieceCost(head, 2 * head, head),), 5 - head)
+    costs = Costs((StageCost(5, 10, weight=5),) * (stages - 1) + (final,))
+    found = {
+        split: simulate(zero_bubble_h1(stages, microbatches, split), costs)
+        for split in (False, True)
+    }
+    assert found[True].makespan == 15 * microbatches + 5 * (stages - 1)
+    gain = stages * head if stages > 1 else 0
+    assert found[False].makespan == found[True].makespan + gain
+    assert found[False].peak_exit_logits == (0,) * (stages - 1) + (1,)
+    assert found[True].peak_exit_logits == (0,) * (stages - 1) + (stages,)
+    everywhere = Costs((StageCost(5, 10, (PieceCost(1, 2, 1),) * 2, 5),) * stages)
+    plan = zero_bubble_h1(stages, microbatches, True)
+    peaks = simulate(plan, everywhere).peak_exit_logits
+    assert peaks == tuple(2 * (rank + 1) for rank in range(stages))
+
+
+def test_split_exits_are_counted_where_their_work_is():
+    costs = Costs((StageCost(1, 2, (PieceCost(4, 10, 3), PieceCost(4, 10, 3)), 1),))
+    for deferred, lengths in ((True, [1, 23, 7]), (False, [9, 15, 7])):
+        found = simulate(zero_bubble_h1(1, 1, split_exits=True), costs, deferred=deferred)
+        [spans] = found.timeline.ranks
+        assert [span.end - span.start for span in spans] == lengths
+        assert found.peak_exit_logits == (2,)
+
+
 def test_a_weight_action_that_is_missing_is_found():
     plan = zero_bubble_h1(2, 2)
     ranks = (tuple(a for a in plan.ranks[0] if str(a) != "0W1"), plan.ranks[1])
@@ -54,3 +98,5 @@ def test_weights_cannot_come_before_their_backward():
 def test_a_part_above_its_whole_is_refused():
     with pytest.raises(ValueError, match="weight 3 is a part of backward 2"):
         Costs((StageCost(1, 2, weight=3),))
+    with pytest.raises(ValueError, match="weight 3 is a part of backward 2"):
+        Costs((StageCost(1, 2, (PieceCost(1, 2, 3),)),))

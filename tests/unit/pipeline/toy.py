@@ -22,12 +22,14 @@ class Shape:
 
     exits: per stage a word, one letter per exit: i reads the stage's input, m its middle, o its
     output. frozen: stages whose layers are not trained (their exits are). dead: stages without any
-    trained parameter, whose layers build no graph at all.
+    trained parameter, whose layers build no graph at all. split_exits: whether heads let their
+    weights' gradients wait, too.
     """
 
     exits: tuple[str, ...]
     frozen: frozenset[int] = frozenset()
     dead: frozenset[int] = frozenset()
+    split_exits: bool = False
 
 
 class LiveCount:
@@ -91,6 +93,7 @@ class ToyStage(nn.Module):
         if self.dead:
             self.requires_grad_(False)
         self.later = WeightGradients()
+        self.split_exits = shape.split_exits
         self.live = LiveCount()
         self.grad_modes: list[bool] = []
 
@@ -108,7 +111,9 @@ class ToyStage(nn.Module):
         return None if self.last else output, tuple(places[kind] for kind in self.kinds)
 
     def exit_loss(self, microbatch: int, index: int, tap: Tensor) -> Tensor:
-        logits = self.live.watch(tap @ self.heads[index].T)
+        head = self.heads[index]
+        product = self.later.linear(tap, head) if self.split_exits else tap @ head.T
+        logits = self.live.watch(product)
         target = labels(microbatch, index)
         return (0.3 + index) * nn.functional.cross_entropy(logits, target) / (1 + self.stage)
 

@@ -49,18 +49,18 @@ def test_costs_are_measured_written_and_given_again(tmp_path, head, recompute):
 
     measured = run("--profile", "--costs-output", str(costs))
     pieces = read_pieces(costs)
-    times = (*pieces.layer, *pieces.embedding, *pieces.exit, *pieces.final)
+    times = (*pieces.layer, *pieces.embedding[:2], *pieces.exit, *pieces.final)
     assert min(times) > 0
     assert pieces.communication == 0
     # A vocabulary 1024 times as wide as the model: a head has 80 times a layer's work.
-    assert sum(pieces.final) > sum(pieces.layer)
+    assert pieces.final.total > pieces.layer.total
     assert measured["unit"] in ("s", "ms")
     assert run("--costs", str(costs)) == measured
 
 
 def test_tensor_parallel_models_are_not_measured_in_one_process():
     values = {"model.shape": "llama-tiny", "parallel.tensor": 2}
-    with pytest.raises(ConfigError, match=r"parallel\.tensor = 2"):
+    with pytest.raises(ConfigError, match=r"parallel\.tensor = 2: .* copy .* --costs costs\.json"):
         profile(load_config(None, values))
 
 
