@@ -164,9 +164,29 @@ def _data_stats(arguments: list[str]) -> None:
 def _generate(arguments: list[str]) -> None:
     import tyro
 
-    from ee_llm.inference.command import GenerateOptions, generate
+    from ee_llm.inference.options import GenerateOptions
 
-    generate(tyro.cli(GenerateOptions, prog="ee-llm generate", args=arguments))
+    options = tyro.cli(GenerateOptions, prog="ee-llm generate", args=arguments)
+    num_ranks = options.tensor * options.pipeline
+    if min(options.tensor, options.pipeline) < 1:
+        raise ValueError(
+            f"--tensor {options.tensor} and --pipeline {options.pipeline} must be at least 1"
+        )
+    if num_ranks > 1 and "WORLD_SIZE" not in os.environ:
+        launch(num_ranks, ["generate", *arguments])
+        return
+    from ee_llm.inference.command import generate
+
+    generate(options)
+
+
+def _verify(arguments: list[str]) -> None:
+    import tyro
+
+    from ee_llm.inference.options import VerifyOptions
+    from ee_llm.inference.verify import verify
+
+    verify(tyro.cli(VerifyOptions, prog="ee-llm verify", args=arguments))
 
 
 def _plan(arguments: list[str]) -> None:
@@ -189,7 +209,8 @@ COMMANDS: dict[str, Command] = {
     "data train-tokenizer": Command("make a SentencePiece vocabulary", _data_train_tokenizer),
     "data prepare": Command("turn texts into the token files that training reads", _data_prepare),
     "data stats": Command("print what prepared data consist of", _data_stats),
-    "generate": Command("continue a prompt, showing where each token exited", _generate),
+    "generate": Command("continue prompts, showing where each token exited", _generate),
+    "verify": Command("check generations against what defines them", _verify),
 }
 
 _EXAMPLES = """\
@@ -282,7 +303,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("EE_LLM_DEBUG") == "1" or not _is_users_mistake(error):
             raise
         report(str(error))
-        return 1 if isinstance(error, RuntimeError) else 2
+        status = 1 if isinstance(error, RuntimeError) else 2
+        if is_launched():
+            os._exit(status)  # threads that wait for other ranks would turn it into an abort
+        return status
     except KeyboardInterrupt:
         if not is_launched():
             complain("interrupted")

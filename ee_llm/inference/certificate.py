@@ -37,6 +37,28 @@ class Divergence:
     margin: float
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """The greatest margins of a divergence that rounding explains: of a token, of an exit."""
+
+    token: float
+    exit: float
+
+    def explains(self, divergence: Divergence) -> bool:
+        """Return whether a divergence lies within the margin of its kind."""
+        return divergence.margin <= (self.token if divergence.kind == "token" else self.exit)
+
+
+def tolerance(dtype: torch.dtype) -> Tolerance:
+    """Return the margins for a dtype: 64 of its epsilons in logits, a quarter of it in confidence.
+
+    A logit is some ten units large and the sum of rounded products of a rounded hidden state;
+    d p / d logit = p (1 - p) is 1/4 at most. In float64 nothing is explained.
+    """
+    token = 0.0 if dtype == torch.float64 else 64 * torch.finfo(dtype).eps
+    return Tolerance(token, token / 4)
+
+
 @torch.no_grad()
 def verify_trace(model: ReferenceModel, generation: Generation) -> list[Divergence]:
     """Return every divergence of `generation` from the teacher-forced definition: [] proves it.

@@ -51,6 +51,17 @@ class Decoder(ABC):
     def step(self) -> list[Update]:
         """Do the next piece of work and return what it brought, maybe nothing."""
 
+    @abstractmethod
+    def follow(self) -> None:
+        """Run what the leading rank runs until it closes; for the other ranks of an engine.
+
+        Raises RankLostError if a rank is gone.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let the ranks that follow this one go."""
+
     @property
     def has_work(self) -> bool:
         """Return whether a request is unfinished."""
@@ -190,4 +201,6 @@ def _generation(sequence: Sequence) -> Generation:
         policy=request.policy.without_exits() if is_full else request.policy,
         sampling=request.sampling,
         strategy=request.strategy,
+        num_drafted=sequence.num_drafted,
+        num_accepted=sequence.num_accepted,
     )

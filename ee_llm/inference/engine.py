@@ -89,10 +89,7 @@ class Engine(Decoder):
         return self._updates([running[span.slot] for span in plan.heads])
 
     def follow(self) -> None:
-        """Run what the leader runs, until it closes; for the other tensor-parallel ranks.
-
-        Raises RankLostError if a rank is gone.
-        """
+        """Run what the leader runs, until it closes; for the other tensor-parallel ranks."""
         self.runner.follow()
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ class Generation:
     "context" the sequence is longer than the model's max_seq_length and no row can follow, "abort"
     it was given up.
     policy: the one in force; the strategies "full" and "verify" have every exit off.
+    num_drafted, num_accepted: tokens that "verify" drafted, and those that the model confirmed.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +40,8 @@ class Generation:
     policy: Policy
     sampling: Sampling
     strategy: Strategy
+    num_drafted: int = 0
+    num_accepted: int = 0
 
     @property
     def mean_depth(self) -> float:

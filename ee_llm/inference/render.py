@@ -1,9 +1,6 @@
-"""How a generation is shown: text coloured by exit, a legend, a table of tokens, or JSON."""
+"""How a generation is shown to people: text coloured by exit, a legend, a table of tokens."""
 
-import dataclasses
-import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -103,32 +100,6 @@ def token_table(pieces: Sequence[str], generation: Generation, num_layers: int) 
             f"{logprob:.4f}",
         )
     return table
-
-
-def as_json(prompt: str, pieces: Sequence[str], generation: Generation, num_layers: int) -> str:
-    """Return the generation as one JSON object on one line, ASCII only."""
-    policy, sampling = generation.policy, generation.sampling
-    record: dict[str, Any] = {
-        "prompt": prompt,
-        "text": "".join(pieces),
-        "prompt_tokens": generation.prompt,
-        "tokens": generation.tokens,
-        "pieces": list(pieces),
-        "exits": generation.exits,
-        "confidences": generation.confidences,
-        "logprobs": generation.logprobs,
-        "mean_depth": generation.mean_depth,
-        "num_layers": num_layers,
-        "finish_reason": generation.finish_reason,
-        "strategy": generation.strategy,
-        "policy": {
-            "measure": policy.measure,
-            "thresholds": {str(b): policy.threshold(b) for b in policy.boundaries},
-            "digest": policy.digest,
-        },
-        "sampling": dataclasses.asdict(sampling),
-    }
-    return json.dumps(record)
 
 
 _FINISH = {

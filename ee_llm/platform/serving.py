@@ -44,6 +44,7 @@ class ServingGrid:
         default_factory=queue.SimpleQueue
     )
     _sent: "deque[tuple[dist.Work, Tensor]]" = field(default_factory=deque)
+    _listeners: list[threading.Thread] = field(default_factory=list)
 
     @property
     def is_leader(self) -> bool:
@@ -111,7 +112,15 @@ class ServingGrid:
     def listen(self) -> None:
         """Let the leader receive answers from now on, of each stage in the background."""
         for stage, group in self._answer_groups.items():
-            threading.Thread(target=self._listen_to, args=(stage, group), daemon=True).start()
+            thread = threading.Thread(target=self._listen_to, args=(stage, group), daemon=True)
+            thread.start()
+            self._listeners.append(thread)
+
+    def leave(self) -> None:
+        """End the groups, once the others have said farewell."""
+        for thread in self._listeners:
+            thread.join(self.timeout_s)
+        dist.destroy_process_group()
 
     def next_answer(self, wait: bool) -> tuple[int, bytes] | None:
         """Return a stage and its answer; None if there is none (yet, unless told to wait)."""

@@ -1,0 +1,123 @@
+"""The options of `ee-llm generate` and `ee-llm verify`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from ee_llm.inference.policy import Measure
+from ee_llm.inference.request import Strategy
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Continue one prompt, or a file of them, and show at which exit each token left."""
+
+    checkpoint: Path
+    """Checkpoint directory, or the run directory that holds it (then its newest one)."""
+
+    prompt: str | None = None
+    """The text to continue. Without it, --prompt-file and --batch-file, standard input is read."""
+
+    prompt_file: Path | None = None
+    """File whose text is continued, to its last character. '-' is standard input."""
+
+    batch_file: Path | None = None
+    """File with one JSON object per line: "prompt", and if wanted "id" and any of the options
+    below by name, with _ for -. All are decoded together, into --output."""
+
+    output: Path | None = None
+    """File that gets one JSON object per line of --batch-file, as they finish. If it is there
+    already, what it holds is not done again."""
+
+    thresholds: tuple[float | Literal["off"], ...] = (0.8,)
+    """Confidence at which a token leaves, in (0, 1], or off: one per exit, or one for all."""
+
+    measure: Measure = "max_probability"
+    """What confidence is: the top token's probability, 1 - normalized entropy, or top-1 - top-2."""
+
+    strategy: Strategy = "exact"
+    """exact leaves at the first confident exit; full runs every token through all layers; verify
+    drafts at an exit and lets all layers check, with the output of full; propagate leaves as exact
+    does and takes the state at the exit for that of all deeper layers (approximate)."""
+
+    draft_exit: int | None = None
+    """For verify: the exit (the layer it follows) that drafts; the first one unless given."""
+
+    draft_length: int = 4
+    """For verify: most tokens drafted before all layers check them."""
+
+    draft_threshold: float | None = None
+    """For verify: draft only while the exit's confidence reaches this; always unless given."""
+
+    max_new_tokens: int = 64
+    """Number of tokens after which to stop; end of document stops too."""
+
+    stop: tuple[str, ...] = ()
+    """Texts at which to stop; what is returned ends before them."""
+
+    temperature: float = 0.0
+    """Divides the logits before drawing; 0 takes the most probable token (greedy)."""
+
+    top_k: int = 0
+    """Draw from this many most probable tokens only; 0 is all."""
+
+    top_p: float = 1.0
+    """Draw from the fewest most probable tokens that hold this share of the probability."""
+
+    min_p: float = 0.0
+    """Draw only from tokens with at least this share of the top token's probability; 0 is all."""
+
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens already seen and multiplies negative ones; 1 is off."""
+
+    seed: int = 0
+    """Seed of the draws; the same seed gives the same text."""
+
+    dtype: DtypeName = "auto"
+    """Precision to compute in; auto is bfloat16 where the device is made for it, else float32."""
+
+    batch_size: int = 16
+    """Sequences that run at once."""
+
+    cache_tokens: int = 65536
+    """Positions that the cache of keys and values holds, of all sequences together; no more than
+    can be used are taken."""
+
+    hold: Literal["auto", "off"] = "auto"
+    """auto: rows that declined an exit wait for others where that pays (measured at the start)."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks to start, of each pipeline stage."""
+
+    pipeline: int = 1
+    """Pipeline stages to start."""
+
+    timeout_s: float = 600
+    """Seconds after which a rank that hears nothing from another gives up."""
+
+    verify: bool = False
+    """Check what was generated against its definition in float64, see 'ee-llm verify'."""
+
+    show_confidence: bool = False
+    """Also print a table with the exit, confidence and log probability of each token."""
+
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Check finished generations against their definition: one forward over each, in float64."""
+
+    file: Positional[Path]
+    """What 'ee-llm generate --json' printed or --output holds: one JSON object per line."""
+
+    checkpoint: Path
+    """The model that made them: a checkpoint directory, or a run directory (its newest)."""
+
+    json: bool = False
+    """Print one JSON object with the divergences and nothing else."""

@@ -1,0 +1,131 @@
+"""`ee-llm verify`: finished generations against what defines them, and margins of divergences."""
+
+import json
+from dataclasses import asdict, dataclass, field
+
+import torch
+from rich.table import Table
+
+from ee_llm import platform
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.inference.certificate import Divergence, tolerance, verify_trace
+from ee_llm.inference.generator import Generation
+from ee_llm.inference.options import VerifyOptions
+from ee_llm.inference.prompts import read_json_lines
+from ee_llm.inference.records import from_record
+from ee_llm.inference.reference import ReferenceModel
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A divergence, and whether the rounding of the dtype explains it."""
+
+    divergence: Divergence
+    is_explained: bool
+
+
+class Checker:
+    """A model as it was served: weights rounded to a dtype, but computed with in float64."""
+
+    def __init__(self, reader: TensorReader, dtype: torch.dtype) -> None:
+        tensors = {name: reader.tensor(name).to(dtype) for name in reader.names()}
+        self._model = ReferenceModel(reader.config(), tensors, torch.float64, platform.device())
+        self._tolerance = tolerance(dtype)
+
+    def check(self, generation: Generation) -> tuple[int, list[Finding]]:
+        """Return the number of new tokens, and the divergences of a generation."""
+        found = verify_trace(self._model, generation)
+        findings = [Finding(one, self._tolerance.explains(one)) for one in found]
+        return len(generation.tokens), findings
+
+
+@dataclass
+class Account:
+    """What was found in some generations."""
+
+    num_generations: int = 0
+    num_tokens: int = 0
+    findings: list[tuple[str, Finding]] = field(default_factory=list)
+
+    @property
+    def num_unexplained(self) -> int:
+        """Return the number of divergences that rounding does not explain."""
+        return sum(not finding.is_explained for _, finding in self.findings)
+
+    def add(self, where: str, checked: tuple[int, list[Finding]]) -> None:
+        """Take in what `Checker.check` said about the generation at a place."""
+        num_tokens, findings = checked
+        self.num_generations += 1
+        self.num_tokens += num_tokens
+        self.findings += [(where, finding) for finding in findings]
+
+    def tell(self) -> None:
+        """Print the divergences and the verdict to standard error.
+
+        Raises ValueError if rounding does not explain all of them.
+        """
+        if self.findings:
+            platform.console.print(self.table())
+        platform.log(
+            f"certificate: {self.num_generations} generations, {self.num_tokens} tokens,"
+            f" {len(self.findings)} divergences, {self.num_unexplained} of them beyond rounding"
+        )
+        if self.num_unexplained:
+            raise ValueError(
+                f"{self.num_unexplained} tokens or exits are not what the model, the policy and the"
+                " seed define; is this the checkpoint that made them?"
+            )
+
+    def table(self) -> Table:
+        """Return a table of all divergences."""
+        table = Table(box=None, pad_edge=False)
+        for name in ("generation", "token", "kind", "found", "expected", "margin", ""):
+            table.add_column(name, justify="left" if name in ("generation", "") else "right")
+        for where, finding in self.findings:
+            one = finding.divergence
+            remark = "rounding" if finding.is_explained else "[red]beyond rounding[/]"
+            table.add_row(
+                where,
+                str(one.index),
+                one.kind,
+                str(one.found),
+                str(one.expected),
+                f"{one.margin:.2e}",
+                remark,
+            )
+        return table
+
+
+def verify(options: VerifyOptions) -> None:
+    """Check a file of generations and print any divergence with its margin.
+
+    Raises ValueError if a line is no generation, or if rounding does not explain a divergence.
+    """
+    reader = TensorReader(options.checkpoint)
+    account, checkers = Account(), {}
+    for where, record in read_json_lines(options.file, str(options.file)):
+        generation, dtype = from_record(record, where)
+        if dtype not in platform.DTYPES:
+            raise ValueError(f"{where}: dtype {dtype!r} is none of {', '.join(platform.DTYPES)}")
+        if dtype not in checkers:
+            checkers[dtype] = Checker(reader, platform.DTYPES[dtype])
+        try:
+            account.add(where, checkers[dtype].check(generation))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    if account.num_generations == 0:
+        raise ValueError(f"{options.file} holds no generation")
+    if options.json:
+        print(json.dumps(_as_record(account)))
+    account.tell()
+
+
+def _as_record(account: Account) -> dict[str, object]:
+    return {
+        "num_generations": account.num_generations,
+        "num_tokens": account.num_tokens,
+        "divergences": [
+            {"generation": where, **asdict(one.divergence), "is_explained": one.is_explained}
+            for where, one in account.findings
+        ],
+    }
