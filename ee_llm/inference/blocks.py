@@ -1,7 +1,8 @@
 """Blocks of the K/V cache: who has which, and which hold a prefix that others may use; no torch."""
 
 import hashlib
-from collections import OrderedDict, deque
+import heapq
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 Key = bytes
@@ -22,7 +23,9 @@ class BlockManager:
             )
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = deque(range(1, num_blocks))
+        self._free = list(
+            range(1, num_blocks)
+        )  # a heap: neighbours are read faster
         self._num_owners = [0] * num_blocks
         self._idle: OrderedDict[int, None] = OrderedDict()  # keyed, without an owner; oldest first
         self._by_key: dict[Key, int] = {}
@@ -40,7 +43,7 @@ class BlockManager:
     def take(self) -> int:
         """Return a block for new content; `num_available` must not be 0."""
         if self._free:
-            block = self._free.popleft()
+            block = heapq.heappop(self._free)
         else:
             block, _ = self._idle.popitem(last=False)
             del self._by_key[self._key_of.pop(block)]
@@ -74,7 +77,7 @@ class BlockManager:
                 if block in self._key_of:
                     self._idle[block] = None
                 else:
-                    self._free.append(block)
+                    heapq.heappush(self._free, block)
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Assert that every block is free, idle, or owned by just those whose table names it."""

@@ -13,12 +13,12 @@ from ee_llm.config import Config
 from ee_llm.inference.blocks import BlockManager
 from ee_llm.inference.decoder import Decode, Decoder, Update
 from ee_llm.inference.holding import Holding
-from ee_llm.inference.judge import judge, question
+from ee_llm.inference.judge import is_short, judge, judge_summaries, question
 from ee_llm.inference.request import Verdict
 from ee_llm.inference.runner import Runner
 from ee_llm.inference.scheduler import Limits, Plan, Scheduler
 from ee_llm.inference.stage import Stage, cut, shard_of
-from ee_llm.inference.weights import take_tensors
+from ee_llm.inference.weights import CheckpointTensors, take_tensors
 
 Hold = Literal["auto", "off"]
 
@@ -76,14 +76,16 @@ class Engine(Decoder):
         if plan is None:
             self.runner.rest()
             return []
-        logits = self.runner.run(plan)
         running = {sequence.slot: sequence for sequence in self.scheduler.running}
         questions = [
             question(running[span.slot], position, plan.last_segment)
             for span in plan.heads
             for position in range(span.start, span.stop)
         ]
-        verdicts = judge(logits, questions)
+        if self.runner.has_followers and is_short(questions):
+            verdicts = judge_summaries(self.runner.run_shortly(plan), questions)
+        else:
+            verdicts = judge(self.runner.run(plan), questions)
         self.scheduler.apply(plan, verdicts)
         self._hold(plan, verdicts)
         return self._updates([running[span.slot] for span in plan.heads])
@@ -117,6 +119,6 @@ def load_engine(
 
     dtype: None for the fastest of this device. Raises ValueError for a damaged checkpoint.
     """
-    tensors = {name: reader.tensor(name) for name in reader.names()}
+    tensors = CheckpointTensors(reader)
     dtype = dtype or platform.fast_dtype()
     return Engine(reader.config(), tensors, dtype, limits, decode, platform.device(), hold, ranks)

@@ -53,10 +53,13 @@ def judge(logits: Tensor, questions: Items[Question]) -> list[Verdict]:
     """
     if not questions:
         return []
-    if not torch.isfinite(logits).all():
+    dtype = logits.dtype
+    if dtype != torch.float64:
+        logits = logits.float()  # of bfloat16 alone: a CPU finds its greatest element slowly
+    if not torch.isfinite(logits.sum()):  # one NaN or infinity is enough, and a sum is quick
         raise ValueError(
-            f"an exit gives logits that are not finite in {logits.dtype}; are the weights damaged,"
-            " or is this dtype too narrow for them?"
+            f"an exit gives logits that are not finite in {dtype}; are the weights damaged, or is"
+            " this dtype too narrow for them?"
         )
     confidences = _confidences(logits, [question.measure for question in questions])
     left = [c >= one.threshold for c, one in zip(confidences, questions, strict=True)]
@@ -66,6 +69,55 @@ def judge(logits: Tensor, questions: Items[Question]) -> list[Verdict]:
         Verdict(question.slot, question.position, leaves, token, confidence, logprob)
         for question, leaves, token, confidence, logprob in columns
     ]
+
+
+def is_short(questions: Items[Question]) -> bool:
+    """Return whether `summaries` of the logits say all that is asked."""
+    return all(
+        one.measure == "max_probability"
+        and one.sampling.temperature == 0.0
+        and one.sampling.repetition_penalty == 1.0
+        for one in questions
+    )
+
+
+def summarize(logits: Tensor, first: int) -> Tensor:
+    """Return greatest logit m, sum of exp(logit - m) and the greatest's id [r, 3] of a shard.
+
+    logits [r, v / ranks]: of the ids from `first` on. Twelve bytes a row, where logits are not
+    float64.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if logits.shape[0] == 0:
+        return logits.new_empty(0, 3)
+    top, place = logits.max(dim=-1)
+    total = (logits - top[:, None]).exp().sum(dim=-1)
+    return torch.stack([top, total, (place + first).to(top.dtype)], dim=-1)
+
+
+def judge_summaries(summaries: Tensor, questions: Items[Question]) -> list[Verdict]:
+    """Return what `judge` does, from the summaries [r, 3 * ranks] of all shards, in their order.
+
+    Of equal logits the lowest id wins. Raises ValueError where a logit is not finite.
+    """
+    if not questions:
+        return []
+    if not torch.isfinite(summaries).all():
+        raise ValueError(
+            "an exit gives logits that are not finite; are the weights damaged, or is their dtype"
+            " too narrow for them?"
+        )
+    top, total, place = summaries.unflatten(-1, (-1, 3)).unbind(-1)  # [r, ranks] each
+    greatest, shard = top.max(dim=-1)
+    logprobs = -(total * (top - greatest[:, None]).exp()).sum(dim=-1).log()
+    tokens = place.gather(-1, shard[:, None])[:, 0].long().tolist()
+    columns = zip(questions, tokens, logprobs.exp().tolist(), logprobs.tolist(), strict=True)
+    verdicts = []
+    for one, token, confidence, logprob in columns:
+        left = confidence >= one.threshold
+        said = (token, confidence, logprob) if left else (-1, confidence, 0.0)
+        verdicts.append(Verdict(one.slot, one.position, left, *said))
+    return verdicts
 
 
 def _confidences(logits: Tensor, measures: list[Measure]) -> list[float]:
@@ -91,8 +143,7 @@ def _tokens(
         [question.position for question in chosen],
         [question.history for question in chosen],
     )
-    precise = logits if logits.dtype == torch.float64 else logits.float()
-    logprob = precise.gather(-1, drawn[:, None])[:, 0] - precise.logsumexp(dim=-1)
+    logprob = logits.gather(-1, drawn[:, None])[:, 0] - logits.logsumexp(dim=-1)
     for index, token, value in zip(leaving, drawn.tolist(), logprob.tolist(), strict=True):
         tokens[index], logprobs[index] = token, value
     return tokens, logprobs

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ee_llm import platform
 from ee_llm.inference.attention import PageTable, Run, live_runs
-from ee_llm.inference.judge import Question, judge
+from ee_llm.inference.judge import Question, is_short, judge, judge_summaries, summarize
 from ee_llm.inference.pipeline_scheduler import Answer, Frontier, PipelinePlan
 from ee_llm.inference.request import Verdict
 from ee_llm.inference.runner import runs_of
@@ -102,6 +102,7 @@ class PipelineRunner:
         self._ranks.tell(b"")
         self._hand_on(b"", self._no_rows())
         self._ranks.flush()
+        self._ranks.await_farewells()
 
     def _next_pass(self) -> tuple[bytes, Tensor]:
         if self._ranks.stage == 0:
@@ -141,9 +142,14 @@ class PipelineRunner:
         batch = None
         if self._stage.has_block(piece):
             batch = self._table.batch(runs, judged, self._stage.cache_dtype)
-        logits = self._ranks.gather(self._stage.logits(piece, x, attended, judged, batch))
+        logits = self._stage.logits(piece, x, attended, judged, batch)
+        if self._ranks.tensor_size > 1 and is_short(questions):
+            summaries = self._ranks.gather(summarize(logits, self._stage.first_id))
+            verdicts = judge_summaries(summaries, questions)
+        else:
+            verdicts = judge(self._ranks.gather(logits), questions)
         answers = []
-        for number, verdict in zip(asked, judge(logits, questions), strict=True):
+        for number, verdict in zip(asked, verdicts, strict=True):
             if verdict.left:
                 answers.append(Answer(number, segment, verdict))
                 if segment == self._last_segment or not plan.frontiers[number].is_draft:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.config import Config, output_weight_name
-from ee_llm.inference.weights import take_tensors
+from ee_llm.inference.weights import CheckpointTensors, take_tensors
 
 
 class ReferenceModel:
@@ -36,7 +36,7 @@ class ReferenceModel:
         self.boundaries = (*config.exits.boundaries, self.num_layers)
         self.dtype = dtype
         self.device = torch.device(device)
-        self._tensors = take_tensors(config, tensors, dtype, device)
+        self._tensors = dict(take_tensors(config, tensors, dtype, device))
         temperatures = (*config.exits.temperatures, 1.0)
         self._temperature = dict(zip(self.boundaries, temperatures, strict=True))
 
@@ -184,8 +184,7 @@ def load_reference(
 
     Raises ValueError when the checkpoint is damaged, or does not fit its own configuration.
     """
-    tensors = {name: reader.tensor(name) for name in reader.names()}
-    return ReferenceModel(reader.config(), tensors, dtype, device)
+    return ReferenceModel(reader.config(), CheckpointTensors(reader), dtype, device)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ from torch import Tensor
 from ee_llm import platform
 from ee_llm.inference.attention import Batch, PageTable, Run, live_runs
 from ee_llm.inference.holding import Profile
+from ee_llm.inference.judge import summarize
 from ee_llm.inference.scheduler import Limits, Part, Plan, Span
 from ee_llm.inference.stage import Stage
 from ee_llm.inference.wire import decode_plan, encode_plan
 
-_HEARTBEAT = b"-"
+# What the leading rank tells the others: nothing, a pass, a pass whose logits it needs not.
+_HEARTBEAT, _WHOLE, _SHORT = b"-", b"w", b"s"
 ROWS_PROFILED = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -48,15 +50,29 @@ class Runner:
         """Return the logits [r, v] of the rows that the plan's heads name, in their order."""
         if self._ranks is None:
             return self._run(plan)
-        self._tell(encode_plan(plan))
+        self._tell(_WHOLE + encode_plan(plan))
         return self._ranks.gather(self._run(plan))
+
+    def run_shortly(self, plan: Plan) -> Tensor:
+        """Return summaries [r, 3 * ranks] of the logits in place of them, see `summarize`."""
+        assert self._ranks is not None, "one rank has all logits"
+        self._tell(_SHORT + encode_plan(plan))
+        return self._ranks.gather(self._summary(plan))
+
+    @property
+    def has_followers(self) -> bool:
+        """Return whether other ranks run what this one runs."""
+        return self._ranks is not None and self._ranks.tensor_size > 1
 
     def follow(self) -> None:
         """Run what the leading rank runs, until it dismisses its followers."""
         assert self._ranks is not None, "there is nobody to follow"
         while message := self._ranks.tell():
-            if message != _HEARTBEAT:
-                self._ranks.gather(self._run(decode_plan(message)))
+            kind, plan = message[:1], message[1:]
+            if kind == _WHOLE:
+                self._ranks.gather(self._run(decode_plan(plan)))
+            elif kind == _SHORT:
+                self._ranks.gather(self._summary(decode_plan(plan)))
 
     def dismiss(self) -> None:
         """Let the ranks that follow this one go."""
@@ -71,6 +87,9 @@ class Runner:
         if self._ranks:
             self._ranks.tell(message)
             self._last_told = time.monotonic()
+
+    def _summary(self, plan: Plan) -> Tensor:
+        return summarize(self._run(plan), self.stage.first_id)
 
     @torch.no_grad()
     def _run(self, plan: Plan) -> Tensor:

@@ -124,7 +124,8 @@ class Stage:
         some = tensors[f"layers.{pieces[0].first}.input_layernorm.weight"]
         self.dtype, self.device = some.dtype, some.device
         self.hidden_size = model.hidden_size
-        self.num_logits = model.vocab_size // shard.size  # of this rank
+        self.num_logits = model.vocab_size // shard.size  # of this rank, for ids from first_id on
+        self.first_id = shard.rank * self.num_logits
         self._rotations = rotations(model, self.dtype, self.device)
         if pieces[0].first == 1:
             self._words = tensors["embedding.word.weight"]

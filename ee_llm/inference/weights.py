@@ -3,12 +3,13 @@
 Legend of shapes: v vocabulary, h hidden, f feed-forward, d head dimension.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
+from ee_llm.checkpoint.read import TensorReader
 from ee_llm.config import Config, ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -42,13 +43,53 @@ def tensor_shapes(config: Config) -> Shapes:
     return shapes
 
 
+class CheckpointTensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, each read when it is asked for, and not kept."""
+
+    def __init__(self, reader: TensorReader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._reader:
+            raise KeyError(name)
+        return self._reader.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reader.names())
+
+    def __len__(self) -> int:
+        return len(self._reader.names())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return tuple(self._reader.shape(name))
+
+
+class Converted(Mapping[str, Tensor]):
+    """Tensors in another dtype, on another device, each converted when it is asked for."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self._tensors, self._dtype, self._device = tensors, dtype, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].to(device=self._device, dtype=self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 def take_tensors(
     config: Config,
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-) -> dict[str, Tensor]:
-    """Return the model's tensors by name, in `dtype` on `device`.
+) -> Mapping[str, Tensor]:
+    """Return the model's tensors by name, each in `dtype` on `device` when it is asked for.
 
     Raises ValueError naming what is missing, what is there and unknown, or which shape is wrong.
     """
@@ -63,12 +104,19 @@ def take_tensors(
             + ". Use the configuration that the weights were saved with."
         )
     for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
+        found = _shape(tensors, name)
+        if found != shape:
             raise ValueError(
-                f"tensor {name} has shape {tuple(tensors[name].shape)}, but the configuration asks"
+                f"tensor {name} has shape {found}, but the configuration asks"
                 f" for {shape}. Use the configuration that the weights were saved with."
             )
-    return {name: tensors[name].to(device=device, dtype=dtype) for name in shapes}
+    return Converted(tensors, dtype, device)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    if isinstance(tensors, CheckpointTensors):
+        return tensors.shape(name)
+    return tuple(tensors[name].shape)
 
 
 def _layer_shapes(model: ModelConfig, name: str) -> Shapes:

@@ -116,10 +116,13 @@ class ServingGrid:
             thread.start()
             self._listeners.append(thread)
 
-    def leave(self) -> None:
-        """End the groups, once the others have said farewell."""
+    def await_farewells(self) -> None:
+        """Wait until every stage that the leader listens to has said that it ends."""
         for thread in self._listeners:
             thread.join(self.timeout_s)
+
+    def leave(self) -> None:
+        """End the groups; nobody may speak or listen after it."""
         dist.destroy_process_group()
 
     def next_answer(self, wait: bool) -> tuple[int, bytes] | None:
