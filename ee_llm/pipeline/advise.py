@@ -1,6 +1,7 @@
 """A small, deterministic search for the fastest plan that fits into memory."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,24 +31,31 @@ def advise(
     num_microbatches: int,
     pieces: Pieces,
     logits: float = 1.0,
+    limit: float = math.inf,
 ) -> list[Advice]:
     """Return all candidates, the best first: least time for an ordinary microbatch.
 
     Equal times are ordered by memory, then by how plain the plan is. `base` has the model, the
     exits and the ranks, `configure` makes the configuration that has these options; those in
     `fixed` are kept as they are, the others searched: schedule, stages per rank, placement of
-    exits, layers per stage, filling. Raises ConfigError if nothing goes with what is fixed: that of
-    the plainest candidate.
+    exits, layers per stage, filling. For those that need more memory than `limit`, layers are moved
+    to where there is room. Raises ConfigError if nothing goes with what is fixed: that of the
+    plainest candidate.
     """
-    found = []
+    found: list[Advice] = []
     refusals = []
-    for options in _candidates(base, configure, fixed, num_microbatches, pieces):
+    tried = list(_candidates(base, configure, fixed, num_microbatches, pieces))
+    for options in tried:  # it grows
         try:
             prediction = predict(configure(options), num_microbatches, pieces)
         except ConfigError as error:
             refusals.append(error)
         else:
             found.append(Advice(options, prediction, max(rank_memory(prediction, logits))))
+            if "parallel.layer_split" not in fixed:
+                splits = _leaner_splits(found[-1], logits, limit)
+                leaner = [{**options, "parallel.layer_split": split} for split in splits]
+                tried += [other for other in leaner if other not in tried]
     if not found:
         nothing = ConfigError(
             f"no plan for {num_microbatches} microbatches goes with all that is given; leave some "
@@ -63,8 +71,9 @@ def within_limit(found: Sequence[Advice], limit: float | None) -> list[Advice]:
     if not fitting:
         leanest = min(found, key=lambda advice: advice.memory)
         raise ValueError(
-            f"--memory-limit {limit:g} is below what any plan needs: the leanest of {len(found)} "
-            f"takes {leanest.memory:g} layer activations; raise it to that, or give more --stages"
+            f"--memory-limit {limit:g} is below what each of the {len(found)} plans tried needs: "
+            f"the leanest takes {leanest.memory:g} layer activations; raise it to that, or give "
+            "more --stages"
         )
     return fitting
 
@@ -84,13 +93,20 @@ def config_lines(prediction: Prediction) -> str:
 
 
 def balanced_split(
-    num_layers: int, num_stages: int, pieces: Pieces, exits: Sequence[int], placement: str
-) -> tuple[int, ...]:
+    num_layers: int,
+    num_stages: int,
+    pieces: Pieces,
+    exits: Sequence[int],
+    placement: str,
+    most: Sequence[int] | None = None,
+) -> tuple[int, ...] | None:
     """Return layers per stage such that the slowest stage is as fast as it can be.
 
     The embedding counts on the first stage, the final exit on the last, and `exits` where
-    `placement` puts them. Among equals the split is the one with the most even costs.
+    `placement` puts them. Among equals the split is the one with the most even costs. No stage has
+    more layers than `most` says, if it is given; None if that leaves no room for all of them.
     """
+    most = [num_layers] * num_stages if most is None else most
     shift = 0 if placement == "post" else 1
     before = [sum(b + shift <= layer for b in exits) for layer in range(num_layers + 1)]
 
@@ -107,14 +123,48 @@ def balanced_split(
         for end in range(stage + 1, num_layers - (num_stages - 1 - stage) + 1):
             options = []
             for start, (slowest, squares, split) in best.items():
-                if start < end:
+                if start < end <= start + most[stage]:
                     here = cost(stage, start, end)
                     options.append(
                         (max(slowest, here), squares + here * here, (*split, end - start))
                     )
-            longer[end] = min(options)
+            if options:
+                longer[end] = min(options)
         best = longer
-    return best[num_layers][2]
+    return best[num_layers][2] if num_layers in best else None
+
+
+def _balanced_splits(
+    config: Config,
+    num_stages: int,
+    pieces: Pieces,
+    placement: str,
+    most: Sequence[int] | None = None,
+) -> list[tuple[int, ...]]:
+    # Exits can hide in bubbles: then they should not count.
+    splits = (
+        balanced_split(config.model.num_layers, num_stages, pieces, exits, placement, most)
+        for exits in (config.exits.boundaries, ())
+    )
+    return list(dict.fromkeys(split for split in splits if split is not None))
+
+
+def _leaner_splits(advice: Advice, logits: float, limit: float) -> list[tuple[int, ...]]:
+    """Return the splits that balance what is within `limit`, if `advice` is not.
+
+    How many microbatches a rank keeps does not depend on how long they take: with one stage per
+    rank that says how many layers it may have. None are sought for more stages per rank.
+    """
+    found = advice.prediction
+    config, peaks = found.config, found.simulation
+    if advice.memory <= limit + 1e-9 or config.parallel.virtual > 1:
+        return []
+    most = [
+        math.floor((limit - logits * exits) / microbatches + 1e-9)
+        for microbatches, exits in zip(peaks.peak_activations, peaks.peak_exit_logits, strict=True)
+    ]
+    placement = config.exits.placement
+    return _balanced_splits(config, config.parallel.pipeline, found.pieces, placement, most)
 
 
 def _candidates(
@@ -159,16 +209,13 @@ def _candidates(
 def _splits(
     base: Config, fixed: Mapping[str, object], num_stages: int, pieces: Pieces, placement: str
 ) -> list[tuple[int, ...]]:
-    num_layers, exits = base.model.num_layers, base.exits.boundaries
+    num_layers = base.model.num_layers
     kept = fixed.get("parallel.layer_split")
     if isinstance(kept, tuple):
         return [kept] if len(kept) == num_stages else []
     if num_layers < num_stages:
         raise ConfigError(f"{num_layers} layers cannot be split over {num_stages} stages")
-    found = [
-        balanced_split(num_layers, num_stages, pieces, counted, placement)
-        for counted in (exits, ())  # exits can hide in bubbles, then they should not count
-    ]
+    found = _balanced_splits(base, num_stages, pieces, placement)
     if num_layers % num_stages == 0:
         even = (num_layers // num_stages,) * num_stages
         found = [(), *(split for split in found if split != even)]

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from ee_llm.config import Config, ConfigError, load_config
 from ee_llm.pipeline import describe
@@ -28,7 +29,7 @@ def show_plan(options: PlanOptions, measure: Callable[[Config], Pieces]) -> None
     config = _configure(options, given, searched=options.advise)
     num_microbatches = _num_microbatches(options, config)
     pieces = _pieces(options, config, measure)
-    if pieces is not NOMINAL and options.config is None:
+    if pieces is not NOMINAL and (options.config is None or options.advise):
         given["parallel.forward_over_backward"] = _ratio(pieces)
     found: list[Advice] = []
     fitting: list[Advice] = []
@@ -41,6 +42,7 @@ def show_plan(options: PlanOptions, measure: Callable[[Config], Pieces]) -> None
                 num_microbatches,
                 pieces,
                 options.logits_size,
+                math.inf if options.memory_limit is None else options.memory_limit,
             )
             fitting = within_limit(found, options.memory_limit)
             prediction = fitting[0].prediction
@@ -59,7 +61,7 @@ def _ratio(pieces: Pieces) -> float:
 
 def _check(options: PlanOptions) -> None:
     """Raise ValueError for options that do not go together."""
-    for name in ("stages", "microbatches", "layers", "virtual", "width"):
+    for name in ("stages", "microbatches", "nproc", "layers", "virtual", "width"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: give 1 or more")
@@ -71,6 +73,8 @@ def _check(options: PlanOptions) -> None:
         raise ValueError(f"--costs-output {options.costs_output} writes what --profile measures")
     if options.memory_limit is not None and not options.advise:
         raise ValueError(f"--memory-limit {options.memory_limit:g} bounds what --advise looks for")
+    if options.memory_limit is not None and not options.memory_limit > 0:
+        raise ValueError(f"--memory-limit {options.memory_limit:g}: give a number above 0")
     if not 0 <= options.logits_size < math.inf:
         raise ValueError(f"--logits-size {options.logits_size}: give a number from 0")
     if options.nproc is not None and options.config is None:
@@ -84,6 +88,23 @@ def _check(options: PlanOptions) -> None:
         )
     if options.picture is not None:
         check_suffix(options.picture)
+    for name in _WRITTEN:
+        _check_writable(f"--{name.replace('_', '-')}", getattr(options, name))
+
+
+_WRITTEN = ("picture", "trace", "costs_output", "json")
+
+
+def _check_writable(name: str, path: Path | None) -> None:
+    """Raise ValueError for a file in no folder, before there is anything to lose."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{name} {path}: is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"{name} {path}: there is no folder {path.parent}; make it, or name another"
+        )
 
 
 def _given(options: PlanOptions) -> dict[str, object]:
@@ -262,6 +283,6 @@ def _print(
         )
     if found:
         print(f"\nin the configuration of ee-llm train:\n\n{config_lines(prediction)}", end="")
-    files = [options.picture, options.trace, options.costs_output, options.json]
+    files = [getattr(options, name) for name in _WRITTEN]
     if written := [str(path) for path in files if path is not None]:
         print(f"\nwrote {', '.join(written)}")

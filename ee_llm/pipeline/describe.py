@@ -72,10 +72,10 @@ def layout_lines(prediction: Prediction) -> str:
     config = prediction.config
     split = [len(stage_layers(config, s)) for s in range(config.parallel.num_stages)]
     layers = f"{split[0]} each" if len(set(split)) == 1 else f"per stage {shown_split(split)}"
-    ranks = prediction.plan.num_ranks
+    ranks, microbatches = prediction.plan.num_ranks, prediction.num_microbatches
     lines = [
         f"{schedule_name(prediction)}: {ranks} rank{'s' * (ranks > 1)}, "
-        f"{prediction.num_microbatches} microbatches, {config.model.num_layers} layers "
+        f"{microbatches} microbatch{'es' * (microbatches > 1)}, {config.model.num_layers} layers "
         f"({layers})"
     ]
     boundaries = config.exits.boundaries

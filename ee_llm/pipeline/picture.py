@@ -11,16 +11,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, and the text on each.
+# Okabe and Ito's colours, which the colour-blind can tell apart, one paler; and the text on each.
 KINDS = {
     "forward": ("#56B4E9", "#10222e"),
     "backward": ("#0072B2", "#ffffff"),
     "weight gradients": ("#E69F00", "#2b1e00"),
     "exits": ("#D55E00", "#ffffff"),
-    "filling, forward": ("#EBC9DB", "#3a1c2c"),
+    "filling, forward": ("#E2B4CE", "#3a1c2c"),
     "filling, backward": ("#CC79A7", "#2b0f1d"),
 }
 IDLE = "#ECECEC"
+# How far the last of a rank's stages is on the way to white: a paler backward would be a forward.
+_FADING = {"forward": 0.55, "backward": 0.15, "exits": 0.55}
 SUFFIXES = (".png", ".svg")
 
 _ROW = 0.84  # of the distance between rows
@@ -103,10 +105,10 @@ def _draw_rank(
         label = str(span.action.microbatch)
         if (end - start) / scale * per_unit > _CHARACTER * (len(label) + 0.6):
             middle = (start + end) / 2 / scale
-            color = KINDS[kind][1] if chunk == 0 else "#202020"
+            color = KINDS[kind][1]
             axes.text(middle, rank, label, color=color, fontsize=7.5, ha="center", va="center")
     for (kind, chunk), boxes in bars.items():
-        shade = _lighter(KINDS[kind][0], 0.55 * chunk / max(1, len(stages) - 1))
+        shade = _lighter(KINDS[kind][0], _FADING.get(kind, 0.0) * chunk / max(1, len(stages) - 1))
         lines = min(0.6, 6.0 * per_unit * min(length for _, length in boxes))
         axes.broken_barh(
             boxes,

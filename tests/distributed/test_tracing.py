@@ -12,26 +12,37 @@ from ee_llm.pipeline.chosen import chosen_plan
 from tests.distributed.runs import layout, losses_of, make_config, train_ranks
 
 SCHEDULES = {
-    "1f1b": {},
-    "interleaved": {"parallel.virtual": 2},
-    "zb-h1": {"parallel.schedule": "zero-bubble"},
+    "1f1b": layout(1, 2),
+    "interleaved": layout(1, 2) | {"parallel.virtual": 2},
+    "zb-h1": layout(1, 2) | {"parallel.schedule": "zero-bubble"},
+    "filled": layout(1, 3)
+    | {
+        "parallel.layer_split": (1, 1, 2),
+        "parallel.fill_warmup": 1,
+        "parallel.fill_cooldown": 1,
+    },
 }
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_steps_asked_for_are_traced(tmp_path, corpus, schedule):
-    options = {"training.steps": 3, **layout(1, 2), **SCHEDULES[schedule]}
+    options = {"training.steps": 3, **SCHEDULES[schedule]}
+    size = SCHEDULES[schedule]["parallel.pipeline"]
     config = make_config(tmp_path / "traced", corpus, **options | {"logging.trace_steps": (2, 3)})
-    train_ranks(2, config)
+    train_ranks(size, config)
     assert sorted(path.name for path in (tmp_path / "traced").glob("trace-*")) == [
         "trace-00000002.json",
         "trace-00000003.json",
     ]
-    plan = chosen_plan(config, config.num_microbatches(2))
+    num_ordinary = config.num_microbatches(size)
+    plan = chosen_plan(config, num_ordinary)
     trace = json.loads((tmp_path / "traced" / "trace-00000002.json").read_text())
     slices = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     events = [event for event in slices if event["cat"] != "exit"]
     assert Counter(event["name"] for event in events) == Counter(str(a) for a in plan.work)
+    for event in events:
+        filling = event["args"]["microbatch"] >= num_ordinary
+        assert event["cat"].startswith("filling") == filling
     for rank, actions in enumerate(plan.ranks):
         mine = sorted((e for e in events if e["tid"] == rank), key=lambda event: event["ts"])
         assert [event["name"] for event in mine] == [str(action) for action in actions]
@@ -52,5 +63,5 @@ def test_the_steps_asked_for_are_traced(tmp_path, corpus, schedule):
     last = f"{plan.num_stages - 1}"
     assert ends["0F0"] < ends[f"{last}F0"] < ends[f"{last}B0"] < ends["0B0"]  # one clock for all
     # Looking at a step does not change it.
-    train_ranks(2, make_config(tmp_path / "plain", corpus, **options))
+    train_ranks(size, make_config(tmp_path / "plain", corpus, **options))
     assert losses_of(tmp_path / "traced") == losses_of(tmp_path / "plain")

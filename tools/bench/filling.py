@@ -86,7 +86,7 @@ def train(seed: int, steps: int, way: dict[str, str], output: Path) -> dict[str,
 def main(options: Options) -> None:
     """Train, print the table and write the figures."""
     seeds = options.seeds or ((1,) if options.quick else (1, 2, 3))
-    steps = options.steps or (25 if options.quick else 120)
+    steps = (25 if options.quick else 120) if options.steps is None else options.steps
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:  # the ways in turn, so that a stopped experiment is of use
@@ -119,4 +119,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    try:
+        main(tyro.cli(Options))
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"filling: a run ended with status {error.returncode}; what it said stands above")

@@ -1,6 +1,7 @@
 """The search: splits are balanced, the order is right, what is given is kept."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from ee_llm.pipeline import PieceCost
 from ee_llm.pipeline.advise import advise, balanced_split, config_lines, within_limit
 from ee_llm.pipeline.chosen import chosen_fills
 from ee_llm.pipeline.costs import NOMINAL, Pieces
-from ee_llm.pipeline.predict import predict
+from ee_llm.pipeline.predict import predict, rank_memory
 
 MODEL = {
     "model.num_layers": 12,
@@ -24,7 +25,7 @@ MODEL = {
 }
 
 
-def search(pieces=NOMINAL, num_microbatches=8, **fixed):
+def search(pieces=NOMINAL, num_microbatches=8, limit=math.inf, **fixed):
     kept = {name.replace("__", "."): value for name, value in fixed.items()}
     return advise(
         load_config(None, MODEL | kept),
@@ -32,6 +33,7 @@ def search(pieces=NOMINAL, num_microbatches=8, **fixed):
         kept,
         num_microbatches,
         pieces,
+        limit=limit,
     )
 
 
@@ -179,8 +181,35 @@ def test_the_limit_keeps_what_fits_and_says_what_would():
     assert fitting
     assert {advice.memory for advice in fitting} == {leanest}
     assert within_limit(found, None) == found
-    with pytest.raises(ValueError, match=f"the leanest of {len(found)} takes {leanest:g}"):
+    with pytest.raises(
+        ValueError, match=f"each of the {len(found)} plans .* leanest takes {leanest:g}"
+    ):
         within_limit(found, leanest - 1)
+
+
+def test_layers_move_to_where_memory_allows():
+    """1F1B keeps 4 microbatches on the first stage and 1 on the last: an even split needs 4 x 3."""
+    assert min(advice.memory for advice in search()) > 11
+    fitting = within_limit(search(limit=11), 11)
+    best = fitting[0].prediction
+    assert best.config.parallel.schedule == "1f1b"
+    assert best.config.parallel.layer_split[0] == 2
+    splits = (
+        split
+        for split in itertools.product(range(1, 10), repeat=4)
+        if sum(split) == MODEL["model.num_layers"]
+    )
+    found = []
+    for split, placement in itertools.product(splits, ("post", "pre")):
+        options = {"parallel.layer_split": split, "exits.placement": placement}
+        prediction = predict(load_config(None, MODEL | options), 8, NOMINAL)
+        if max(rank_memory(prediction)) <= 11:
+            found.append(prediction.time_per_microbatch)
+    assert best.time_per_microbatch == min(found)
+    options = [advice.options for advice in fitting]
+    assert all(one != other for one, other in itertools.combinations(options, 2))
+    kept = search(limit=11, parallel__layer_split=(3, 3, 3, 3))
+    assert {a.prediction.config.parallel.layer_split for a in kept} == {(3, 3, 3, 3)}
 
 
 def test_the_lines_for_the_configuration_make_the_same_plan(tmp_path):

@@ -55,18 +55,18 @@ def test_the_papers_numbers_at_two_backward_per_forward(stages, expected):
 ratios = st.sampled_from([0.25, 1 / 3, 0.5, 0.8, 1.0, 1.7])
 
 
-@given(st.integers(1, 7), st.integers(0, 12), ratios, st.data())
-def test_filling_is_sound_and_free(stages, more, ratio, data):
+@given(st.integers(1, 7), st.integers(1, 19), ratios, st.data())
+def test_filling_is_sound_and_free(stages, microbatches, ratio, data):
     """As many fills as the formula allows cost no time, whichever exits they meet."""
     exits = data.draw(st.sets(st.integers(0, stages - 1)))
     warmup = data.draw(st.integers(0, most_useful_warmup_fills(stages, ratio, exits)))
     cooldown = data.draw(st.integers(0, most_fills(stages, ratio)))
-    plan = filled(stages, stages + more, warmup, cooldown, ratio, exits)
-    for visit in plan.visits[stages + more :][:warmup]:
+    plan = filled(stages, microbatches, warmup, cooldown, ratio, exits)
+    for visit in plan.visits[microbatches:][:warmup]:
         assert visit.depth - 1 in exits
     assert lower(plan).without_communication() == plan
     found = simulate(plan, Costs((StageCost(ratio, 1.0),) * stages))
-    assert found.makespan == pytest.approx((stages + more + stages - 1) * (ratio + 1), rel=1e-12)
+    assert found.makespan == pytest.approx((microbatches + stages - 1) * (ratio + 1), rel=1e-12)
 
 
 @given(st.integers(2, 6), st.integers(1, 8), st.data())

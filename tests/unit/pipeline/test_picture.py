@@ -1,9 +1,10 @@
 """The picture has a box for everything that the timeline has, where it is."""
 
 import math
-from collections import Counter
-from itertools import pairwise
+from collections import Counter, defaultdict
+from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
@@ -68,11 +69,62 @@ def test_kinds_of_work_have_colours_of_their_own():
     filled = draw(prediction(parallel__fill_warmup=2, parallel__fill_cooldown=2), "", "")
     split = draw(prediction(parallel__schedule="zero-bubble"), "", "")
     assert {kind for _, kind, _, _ in [*boxes(filled), *boxes(split)]} == set(KINDS)
-    colors = [to_rgb(color) for color, _ in KINDS.values()] + [to_rgb(IDLE)]
-    # Apart in lightness or hue by more than a little, whatever pair is taken.
-    assert min(math.dist(a, b) for a in colors for b in colors if a != b) > 0.15
     labels = [text.get_text() for text in filled.legends[0].get_texts()]
     assert labels == [kind for kind in KINDS if kind != "weight gradients"] + ["idle"]
+
+
+# What eyes without one kind of cone make of linear RGB: Machado et al. 2009, at full severity.
+EYES = {
+    "all cones": np.eye(3),
+    "no long": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "no middle": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "no short": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+TO_XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+
+
+def as_seen(color, eyes):
+    """The colour in CIELAB, where a distance of 2 is just noticed side by side."""
+    color = np.asarray(color)
+    linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
+    x, y, z = TO_XYZ @ np.clip(np.asarray(eyes) @ linear, 0, 1) / np.array([0.9505, 1, 1.089])
+    x, y, z = (v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in (x, y, z))
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize("eyes", EYES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"parallel__fill_warmup": 2, "parallel__fill_cooldown": 2},
+        {"parallel__schedule": "zero-bubble"},
+        {"parallel__virtual": 2},
+        {"parallel__virtual": 3},
+        {"parallel__virtual": 6},
+    ],
+    ids=str,
+)
+def test_no_two_kinds_of_work_look_alike_to_anyone(options, eyes):
+    """Lighter stages included: a backward that fades must not come to look like a forward."""
+    colors = defaultdict(set, {"idle": {to_rgb(IDLE)}})
+    for bars in draw(prediction(**options), "", "").axes[0].collections:
+        if bars.get_gid() is not None:
+            colors[bars.get_gid()].add(tuple(bars.get_facecolor()[0][:3]))
+    seen = {kind: [as_seen(c, EYES[eyes]) for c in found] for kind, found in colors.items()}
+    for one, other in combinations(seen, 2):
+        assert min(math.dist(a, b) for a in seen[one] for b in seen[other]) > 14, (one, other)
 
 
 def test_later_stages_of_a_rank_are_lighter():

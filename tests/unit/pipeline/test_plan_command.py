@@ -156,6 +156,26 @@ def test_advice_ends_in_lines_that_make_the_plan_shown(plan, tmp_path):
     assert shown in text.replace(f"in the configuration of ee-llm train:\n\n{lines}", "")
 
 
+def test_advice_counts_fills_by_the_costs_that_it_is_given(plan, costs):
+    """A plan that is shown has the run's own ratio; one that is advised goes with its lines."""
+    costs.write_text(costs.read_text().replace("[0.1, 0.2, 0.08]", "[0.2, 0.2, 0.08]"))
+    config = ROOT / "examples" / "quickstart.toml"
+    options = ("--config", config, "--stages", 4, "--costs", costs, "--fill-cooldown", "auto")
+    assert "parallel.forward_over_backward = 0.5" in plan(*options)
+    text = plan(*options, "--advise")
+    assert "filled: 1 in cool-down" in text
+    lines = text.partition("ee-llm train:\n\n")[2]
+    assert "fill_cooldown = 1\nforward_over_backward = 1.0" in lines
+
+
+def test_advice_moves_layers_to_keep_to_the_limit(plan):
+    """An even split needs 4 microbatches x 6 layers on the first rank."""
+    options = ("--stages", 4, "--microbatches", 8, "--advise", "--memory-limit", 20, "--json", "-")
+    figures = json.loads(plan(*options))
+    assert max(figures["memory"]) <= 20
+    assert figures["layers"][0] == 5
+
+
 def test_advice_is_for_sizes_that_do_not_divide_evenly_too(plan):
     figures = json.loads(plan("--stages", 5, "--microbatches", 10, "--advise", "--json", "-"))
     assert sum(figures["layers"]) == 24
@@ -277,6 +297,7 @@ EIGHT = ("--stages", "4", "--microbatches", "8")
             "--layers = 24 is below 40 stages (--stages = 40), each of which needs a layer; lower "
             "--stages or --virtual",
         ),
+        (("--config", "run.toml", "--nproc", "0"), "--nproc 0: give 1 or more"),
         ((*EIGHT, "--nproc", "8"), "--nproc 8 is of the run in a --config FILE"),
         (
             (*EIGHT, "--nproc", "8", "--config", "run.toml"),
@@ -299,9 +320,29 @@ EIGHT = ("--stages", "4", "--microbatches", "8")
         ((*EIGHT, "--profile"), "--profile measures a model: name its configuration"),
         ((*EIGHT, "--costs-output", "c.json"), "--costs-output c.json writes what --profile"),
         ((*EIGHT, "--memory-limit", "9"), "--memory-limit 9 bounds what --advise looks for"),
-        ((*EIGHT, "--advise", "--memory-limit", "3"), "--memory-limit 3 is below what any plan"),
+        (
+            (*EIGHT, "--advise", "--memory-limit", "3"),
+            "--memory-limit 3 is below what each of the 9 plans tried needs: the leanest takes 24 "
+            "layer activations; raise it to that, or give more --stages",
+        ),
+        ((*EIGHT, "--advise", "--memory-limit", "nan"), "--memory-limit nan: give a number above"),
+        ((*EIGHT, "--advise", "--memory-limit", "-1"), "--memory-limit -1: give a number above 0"),
         ((*EIGHT, "--logits-size", "-1"), "--logits-size -1.0: give a number from 0"),
         ((*EIGHT, "--costs", "no.json"), "no.json: no such file"),
+        ((*EIGHT, "--costs", "/"), "/: cannot be read: Is a directory"),
+        ((*EIGHT, "--json", "/"), "--json /: is a folder; name a file in it"),
+        *(
+            (
+                ("--config", "run.toml", "--profile", f"--{name}", f"none/a.{ending}"),
+                f"--{name} none/a.{ending}: there is no folder none; make it, or name another",
+            )
+            for name, ending in (
+                ("picture", "png"),
+                ("trace", "json"),
+                ("json", "json"),
+                ("costs-output", "json"),
+            )
+        ),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_option(plan, arguments, message):
