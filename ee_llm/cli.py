@@ -167,17 +167,14 @@ def _generate(arguments: list[str]) -> None:
     from ee_llm.inference.options import GenerateOptions
 
     options = tyro.cli(GenerateOptions, prog="ee-llm generate", args=arguments)
-    num_ranks = options.tensor * options.pipeline
-    if min(options.tensor, options.pipeline) < 1:
-        raise ValueError(
-            f"--tensor {options.tensor} and --pipeline {options.pipeline} must be at least 1"
-        )
-    if num_ranks > 1 and "WORLD_SIZE" not in os.environ:
-        launch(num_ranks, ["generate", *arguments])
-        return
-    from ee_llm.inference.command import generate
+    from ee_llm.inference.command import check, generate
 
-    generate(options)
+    num_ranks = options.tensor * options.pipeline
+    if num_ranks > 1 and "WORLD_SIZE" not in os.environ:
+        check(options)
+        launch(num_ranks, ["generate", *arguments])
+    else:
+        generate(options)
 
 
 def _verify(arguments: list[str]) -> None:

@@ -16,4 +16,5 @@ ee_llm_environment dev
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-exec "$PYTHON" -m pytest ${arguments[@]+"${arguments[@]}"}
+# Two tests at a time where there are two cores; a later -n among the arguments wins.
+exec "$PYTHON" -m pytest -n auto --maxprocesses 2 ${arguments[@]+"${arguments[@]}"}

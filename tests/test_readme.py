@@ -1,5 +1,6 @@
-"""The README's commands, run as a stranger would, with smaller numbers where they train."""
+"""Commands of README and docs/inference.md, run as a stranger would, with smaller numbers."""
 
+import json
 import os
 import re
 import shlex
@@ -32,9 +33,12 @@ SMALL = [
 ]
 
 
-def commands() -> list[list[str]]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def commands(page: str = "README.md") -> list[list[str]]:
+    return [shlex.split(line) for block in blocks(page, "bash") for line in block.splitlines()]
 
 
 def run(arguments: list[str], folder: Path) -> str:
@@ -94,6 +98,14 @@ def test_own_data(tmp_path):
         command = ["1024" if word == "4096" else word for word in command]
         text = run([*command, *small], tmp_path)
     assert "mean depth" in text
+    (tmp_path / "prompts.jsonl").write_text(*blocks("docs/inference.md", "json"))
+    assert len(commands("docs/inference.md")) == 6
+    for command in commands("docs/inference.md"):
+        small = ["--max-new-tokens", "4"] if command[1] == "generate" else []
+        text = run([*command, *small], tmp_path)
+    assert "certificate: 3 generations" in text
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert {record["id"] for record in written} == {"first", "2", "3"}
 
 
 def _links():

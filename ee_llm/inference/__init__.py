@@ -1,5 +1,6 @@
-"""From a checkpoint to text: the plain reference generator, exit policies, sampling, certificates.
+"""From a checkpoint to text: tokens of different depths in one batch, and the proof of each.
 
-`reference` is the model as the definitions have it, `generator` decodes one sequence at a time with
-it, and `certificate` proves a finished sequence. The room needs torch, never megatron-core.
+`reference` and `generator` say what a generation is, one sequence at a time. `engine` and
+`pipeline_engine` make the same in batches, over ranks too; `certificate` proves a finished one.
+The room needs torch, never megatron-core.
 """

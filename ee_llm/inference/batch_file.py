@@ -1,55 +1,95 @@
 """A batch's output: one JSON object per line, appended as they finish; none is made twice."""
 
-import json
+import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ee_llm.inference.records import as_json
+from ee_llm.inference.json_lines import parse_object, read_lines, short
+from ee_llm.inference.records import Record, as_json, difference, from_record
+
+_START = b'{"id": "'
 
 
 @contextmanager
-def open_output(path: Path) -> Iterator[BinaryIO]:
-    """Give the file to append records to; a line cut off by a crash is taken away first.
+def open_output(
+    path: Path, origins: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[BinaryIO, set[str]]]:
+    """Give the file to append records to, and the ids of those that it holds.
 
-    Raises ValueError if it can not be written.
+    A line cut off by a crash is taken away. origins: by id, what this batch's generations are
+    functions of. Raises ValueError, and changes nothing, if the file can not be written, if
+    another process writes to it, or if it holds anything but generations, made as this batch's are.
     """
+    source = f"--output {path}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
     except OSError as error:
-        raise ValueError(f"--output {path} can not be written: {error.strerror}") from error
+        raise ValueError(f"{source} can not be written: {error.strerror or error}") from error
     with file:
-        file.truncate(_end_of_lines(file))
-        yield file
+        _lock(file, source)
+        file.seek(0)
+        done, end = _finished(file, source, origins)
+        file.truncate(end)
+        yield file, done
 
 
-def finished_ids(file: BinaryIO, path: Path) -> set[str]:
-    """Return the ids of the records that the output holds; raises ValueError for a foreign file."""
-    file.seek(0)
-    ids = set()
-    for number, line in enumerate(file, start=1):
-        try:
-            ids.add(json.loads(line)["id"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"--output {path}, line {number} is no record of 'ee-llm generate'; give another"
-                " file"
-            ) from None
-    return ids
-
-
-def append(file: BinaryIO, record: dict[str, Any]) -> None:
+def append(file: BinaryIO, record: Record) -> None:
     """Write a record as a line that is on the disk when this returns."""
     file.write(as_json(record).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
 
 
-def _end_of_lines(file: BinaryIO) -> int:
-    """Return where the last whole line ends."""
-    file.seek(0)
-    data = file.read()
-    return data.rfind(b"\n") + 1
+def _lock(file: BinaryIO, source: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{source} is being written by another process; wait for it") from None
+    except OSError:
+        pass  # a file system without locks: two batches must not meet there
+
+
+def _finished(
+    file: BinaryIO, source: str, origins: Mapping[str, Mapping[str, Any]]
+) -> tuple[set[str], int]:
+    """Return the ids that a file holds, and where the last whole line ends."""
+    done: set[str] = set()
+    end = 0
+    for number, line in enumerate(read_lines(file, source), start=1):
+        where = f"{source}, line {number}"
+        is_ended = line.endswith(b"\n")
+        if not is_ended and _is_cut(line):
+            break
+        try:
+            record = parse_object(line, where)
+            from_record(record, where)
+        except ValueError as error:
+            raise ValueError(f"{error}; --output adds to generations alone: give another") from None
+        id = record.get("id")
+        if not isinstance(id, str) or id in done:
+            raise ValueError(f'{where}: "id" is {short(id)}: no text, or there twice')
+        differs = difference(record, origins[id]) if id in origins else None
+        if differs:
+            raise ValueError(
+                f"{where}: id {short(id)} was made with another {differs!r} than it would be now;"
+                " give another file"
+            )
+        if is_ended:  # else it is made again
+            done.add(id)
+            end += len(line)
+    return done, end
+
+
+def _is_cut(line: bytes) -> bool:
+    """Return whether a line may be the beginning of a record, and is no JSON object."""
+    if not line.startswith(_START[: len(line)]):
+        return False
+    try:
+        parse_object(line, "")
+    except ValueError:
+        return True
+    return False

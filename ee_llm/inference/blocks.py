@@ -23,9 +23,7 @@ class BlockManager:
             )
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = list(
-            range(1, num_blocks)
-        )  # a heap: neighbours are read faster
+        self._free = list(range(1, num_blocks))  # a heap: neighbours are read faster
         self._num_owners = [0] * num_blocks
         self._idle: OrderedDict[int, None] = OrderedDict()  # keyed, without an owner; oldest first
         self._by_key: dict[Key, int] = {}

@@ -1,5 +1,7 @@
 """`ee-llm generate`: prompts in, continuations out, with the exit of every token."""
 
+import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,26 +9,29 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ee_llm import platform
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.config import Config
 from ee_llm.data.tokenizer import Tokenizer, load_tokenizer
-from ee_llm.inference.batch_file import append, finished_ids, open_output
+from ee_llm.inference.batch_file import append, open_output
 from ee_llm.inference.decoder import Decoder, Update
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.generator import Generation
 from ee_llm.inference.options import GenerateOptions
 from ee_llm.inference.pipeline_engine import PipelineEngine
 from ee_llm.inference.policy import make_policy
-from ee_llm.inference.prompts import Prompt, read_batch, read_prompt
-from ee_llm.inference.records import as_json, to_record
-from ee_llm.inference.render import colored_text, legend, token_pieces, token_table
+from ee_llm.inference.prompts import Prompt, read_prompts
+from ee_llm.inference.records import Record, as_json, origin, to_record
+from ee_llm.inference.render import colored_text, cut_pieces, legend, token_pieces, token_table
 from ee_llm.inference.request import Draft, Request
 from ee_llm.inference.sampling import Sampling
 from ee_llm.inference.scheduler import Limits
-from ee_llm.inference.verify import Account, Checker
+from ee_llm.inference.stage import cut
+from ee_llm.inference.verify import Account, Checker, check_file
+from ee_llm.inference.weights import CheckpointTensors
 
 
 @dataclass(frozen=True)
@@ -37,50 +42,45 @@ class Session:
     config: Config
     tokenizer: Tokenizer
     dtype: torch.dtype
-    checker: Checker | None
-
-    @property
-    def dtype_name(self) -> str:
-        """Return the dtype's name as options give it."""
-        return str(self.dtype).removeprefix("torch.")
+    checkpoint: str
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of `tokens`; the embedding may have more rows than there are tokens."""
         return self.tokenizer.decode([t for t in tokens if t < self.tokenizer.vocab_size])
 
     def request(self, prompt: Prompt) -> Request:
-        """Return what is asked of the engine; raises ValueError, naming the line of a batch."""
+        """Return what is asked of the engine; raises ValueError for what no model can do."""
         options, exits = prompt.options, self.config.exits.boundaries
-        try:
-            draft = None
-            if options.strategy == "verify":
-                if not exits:
-                    raise ValueError("strategy 'verify' drafts at an exit, but the model has none")
-                boundary = options.draft_exit or exits[0]
-                draft = Draft(boundary, options.draft_length, options.draft_threshold)
-            thresholds = [None if value == "off" else value for value in options.thresholds]
-            return Request(
-                prompt.id,
-                tuple(self.tokenizer.encode(prompt.text)),
-                make_policy(exits, thresholds, options.measure),
-                Sampling(
-                    options.temperature,
-                    options.top_k,
-                    options.top_p,
-                    options.seed,
-                    options.min_p,
-                    options.repetition_penalty,
-                ),
-                options.strategy,
-                draft,
-                options.max_new_tokens,
-                self.tokenizer.eod,
-                stop_strings=options.stop,
-            )
-        except ValueError as error:
-            if prompt.options.batch_file is None:
-                raise
-            raise ValueError(f"{prompt.where}: {error}") from None
+        draft = None
+        if options.strategy == "verify":
+            if not exits:
+                raise ValueError("strategy 'verify' drafts at an exit, but the model has none")
+            boundary = exits[0] if options.draft_exit is None else options.draft_exit
+            draft = Draft(boundary, options.draft_length, options.draft_threshold)
+        thresholds = [None if value == "off" else value for value in options.thresholds]
+        return Request(
+            prompt.id,
+            tuple(self.tokenizer.encode(prompt.text)),
+            make_policy(exits, thresholds, options.measure),
+            Sampling(
+                options.temperature,
+                options.top_k,
+                options.top_p,
+                options.seed,
+                options.min_p,
+                options.repetition_penalty,
+            ),
+            options.strategy,
+            draft,
+            options.max_new_tokens,
+            self.tokenizer.eod,
+            stop_strings=options.stop,
+        )
+
+    def origin(self, prompt: Prompt, request: Request) -> Record:
+        """Return what the continuation of a prompt is a function of."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return origin(prompt.text, request, dtype, self.checkpoint)
 
     def text(self, generation: Generation, stops: tuple[str, ...]) -> str:
         """Return the new text, up to the stop string that ended it."""
@@ -92,42 +92,89 @@ class Session:
         return text
 
 
+def check(options: GenerateOptions) -> None:
+    """Refuse what can be seen to fail before a process is started; raises ValueError."""
+    given = [n for n in ("prompt", "prompt_file", "batch_file") if getattr(options, n) is not None]
+    if len(given) > 1:
+        names = " and ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{names} are both given; leave one out")
+    if (options.batch_file is None) != (options.output is None):
+        raise ValueError("--batch-file and --output belong together: give both or neither")
+    if options.batch_file is not None and (options.json or options.show_confidence):
+        raise ValueError("--json and --show-confidence are for one prompt; a batch is in --output")
+    for name in ("tensor", "pipeline", "batch_size", "cache_tokens"):
+        if getattr(options, name) < 1:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {getattr(options, name)} must be at least 1")
+    if not 0.0 < options.timeout_s < math.inf:
+        raise ValueError(f"--timeout-s {options.timeout_s} must be finite and more than 0")
+    num_ranks, started = options.tensor * options.pipeline, os.environ.get("WORLD_SIZE")
+    if started is not None and started != str(num_ranks):
+        raise ValueError(
+            f"--tensor {options.tensor} x --pipeline {options.pipeline} do not fit WORLD_SIZE ="
+            f" {started!r} in the environment; start {num_ranks} ranks, or unset it"
+        )
+    config = TensorReader(options.checkpoint).config()
+    cut(config, options.pipeline)
+    if options.tensor > config.model.num_kv_heads:
+        raise ValueError(
+            f"--tensor {options.tensor} is more than model.num_kv_heads ="
+            f" {config.model.num_kv_heads}, which can not be shared out to so many"
+        )
+
+
 def generate(options: GenerateOptions) -> None:
     """Print or write the continuation of prompts; raises ValueError for bad input.
 
     Raises ValueError too, at the end, if --verify found what rounding does not explain.
     """
-    if (options.batch_file is None) != (options.output is None):
-        raise ValueError("--batch-file and --output belong together: give both or neither")
+    check(options)
     reader = TensorReader(options.checkpoint)
-    num_ranks = options.tensor * options.pipeline
-    ranks = None
-    if num_ranks > 1:
-        ranks = platform.connect_serving(
-            tensor=options.tensor, pipeline=options.pipeline, timeout_s=options.timeout_s
-        )
-    is_leader = ranks is None or ranks.is_leader
-    prompts = []
-    if is_leader:  # nobody else reads, so that mistakes are told once
-        prompts = read_batch(options) if options.batch_file else [read_prompt(options)]
-    with _opened(options, reader, ranks) as session:
-        if not is_leader:
+    prompts: list[Prompt] = []
+    if platform.is_rank_zero():  # nobody else reads, so that mistakes are told once
+        prompts = read_prompts(options)
+    generation = _decode(options, reader, prompts)
+    if not options.verify or not prompts:
+        return
+    if options.output is not None:
+        ids = {prompt.id for prompt in prompts}
+        account = check_file(reader, options.output, f"--output {options.output}", ids)
+    else:
+        assert generation is not None, "there is one prompt"
+        account = Account()
+        checker = Checker(reader, _dtype(options))
+        account.add(prompts[0].where, checker.check(generation))
+    account.tell()
+
+
+def _decode(
+    options: GenerateOptions, reader: TensorReader, prompts: list[Prompt]
+) -> Generation | None:
+    """Continue the prompts, and return the generation of a single one."""
+    with _opened(options, reader) as session:
+        if not prompts:
             session.decoder.follow()
-        elif options.batch_file:
+        elif options.batch_file is not None:
             _run_batch(session, options, prompts)
         else:
-            _run_one(session, options, prompts[0])
+            return _run_one(session, options, prompts[0])
+    return None
 
 
 @contextmanager
-def _opened(
-    options: GenerateOptions, reader: TensorReader, ranks: platform.ServingGrid | None
-) -> Iterator[Session]:
+def _opened(options: GenerateOptions, reader: TensorReader) -> Iterator[Session]:
+    """Give a model on all ranks, and take leave of them if all went well.
+
+    Otherwise this rank just ends, which the others notice.
+    """
+    ranks = None
+    if options.tensor * options.pipeline > 1:
+        ranks = platform.connect_serving(
+            tensor=options.tensor, pipeline=options.pipeline, timeout_s=options.timeout_s
+        )
     config = reader.config()
-    tokenizer = load_tokenizer(reader.tokenizer())
-    auto = options.dtype == "auto"
-    dtype = platform.fast_dtype() if auto else platform.DTYPES[options.dtype]
-    tensors = {name: reader.tensor(name) for name in reader.names()}
+    tokenizer, dtype = load_tokenizer(reader.tokenizer()), _dtype(options)
+    tensors = CheckpointTensors(reader)
     session: Session
 
     def decode(tokens: list[int]) -> str:
@@ -140,32 +187,29 @@ def _opened(
     else:
         hold = options.hold if options.batch_file else "off"
         decoder = Engine(config, tensors, dtype, limits, decode, device, hold, ranks)
-    checker = Checker(reader, dtype) if options.verify else None
-    session = Session(decoder, config, tokenizer, dtype, checker)
-    is_lost = False
-    try:
-        yield session
-    except platform.RankLostError:
-        is_lost = True  # there is nobody to take leave of
-        raise
-    finally:
-        if ranks is not None and not is_lost:
-            if ranks.is_leader:
-                decoder.close()
-            ranks.leave()
+    del tensors
+    session = Session(decoder, config, tokenizer, dtype, reader.path.name)
+    yield session
+    if ranks is not None:
+        if ranks.is_leader:
+            decoder.close()
+        ranks.leave()
+
+
+def _dtype(options: GenerateOptions) -> torch.dtype:
+    return platform.fast_dtype() if options.dtype == "auto" else platform.DTYPES[options.dtype]
 
 
 def _limits(options: GenerateOptions, config: Config) -> Limits:
     batch_size = options.batch_size if options.batch_file else 1
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
     size = Limits.block_size
     num_positions = min(options.cache_tokens, batch_size * config.model.max_seq_length)
     num_blocks = -(-num_positions // size) + batch_size + 1  # ends of blocks, and the one to pad
     return Limits(batch_size, num_blocks, size)
 
 
-def _run_one(session: Session, options: GenerateOptions, prompt: Prompt) -> None:
+def _run_one(session: Session, options: GenerateOptions, prompt: Prompt) -> Generation:
+    request = session.request(prompt)
     with platform.console.status("generating") as status:  # on standard error, at a terminal only
         count = 0
 
@@ -174,71 +218,66 @@ def _run_one(session: Session, options: GenerateOptions, prompt: Prompt) -> None
             count += len(update.decisions)
             status.update(f"generating: {count} of {options.max_new_tokens} tokens")
 
-        (generation,) = session.decoder.generate([session.request(prompt)], show)
-    account = Account()
-    if session.checker:
-        account.add(prompt.where, session.checker.check(generation))
+        (generation,) = session.decoder.generate([request], show)
     pieces = token_pieces(session.decode, generation.prompt, generation.tokens)
+    text = session.text(generation, options.stop)
     num_layers = session.config.model.num_layers
     if options.json:
-        text = session.text(generation, options.stop)
-        print(
-            as_json(
-                to_record(prompt.text, text, generation, num_layers, session.dtype_name, pieces)
-            )
-        )
-    else:
-        console = Console(highlight=False)
-        console.print(colored_text(prompt.text, pieces, generation, num_layers), soft_wrap=True)
-        if options.show_confidence:
-            console.print(token_table(pieces, generation, num_layers))
-        console.rule()
-        console.print(legend(generation, num_layers), soft_wrap=True)
-    if session.checker:
-        account.tell()
+        made_of = session.origin(prompt, request)
+        print(as_json(to_record(made_of, text, generation, num_layers, pieces)))
+        return generation
+    console = Console(highlight=False)
+    shown = cut_pieces(pieces, len(text))
+    console.print(colored_text(prompt.text, shown, generation, num_layers), soft_wrap=True)
+    if options.show_confidence:
+        console.print(token_table(pieces, generation, num_layers))
+    console.rule()
+    console.print(legend(generation, num_layers), soft_wrap=True)
+    return generation
 
 
 def _run_batch(session: Session, options: GenerateOptions, prompts: list[Prompt]) -> None:
     assert options.output is not None, "a batch has an output"
-    decoder, account = session.decoder, Account()
-    requests = [session.request(prompt) for prompt in prompts]  # all mistakes before all work
     by_id = {prompt.id: prompt for prompt in prompts}
+    requests = {prompt.id: _asked(session, prompt) for prompt in prompts}
+    origins = {id: session.origin(by_id[id], request) for id, request in requests.items()}
+    num_layers = session.config.model.num_layers
     start, num_tokens = time.monotonic(), 0
-    with open_output(options.output) as file, _progress(len(prompts)) as progress:
+    with open_output(options.output, origins) as (file, done), _progress(len(prompts)) as progress:
         (task,) = progress.task_ids
-        done = finished_ids(file, options.output)
-        ahead = [request for request in requests if request.id not in done]
-        progress.update(task, completed=len(prompts) - len(ahead))
-        ahead.reverse()
-        num_running = 0
-        while ahead or num_running:
-            while ahead and num_running < 2 * options.batch_size:
-                decoder.add(ahead.pop())
-                num_running += 1
-            for update in decoder.step():
+        num_done = len(done & requests.keys())
+        progress.update(task, completed=num_done)
+        for id, request in requests.items():
+            if id not in done:
+                session.decoder.add(request)
+        while session.decoder.has_work:
+            for update in session.decoder.step():
                 num_tokens += len(update.decisions)
                 if update.generation is None:
                     continue
-                num_running -= 1
-                prompt = by_id[update.id]
-                if session.checker:
-                    account.add(prompt.where, session.checker.check(update.generation))
-                append(file, _record(session, prompt, update.generation))
+                text = session.text(update.generation, by_id[update.id].options.stop)
+                made_of = origins[update.id]
+                record = to_record(made_of, text, update.generation, num_layers, id=update.id)
+                append(file, record)
                 speed = num_tokens / (time.monotonic() - start)
                 progress.update(task, advance=1, description=f"{speed:,.0f} tokens/s")
     seconds = time.monotonic() - start
-    platform.log(
-        f"{len(prompts)} prompts, {len(done & set(by_id))} of them done before; {num_tokens} tokens"
-        f" in {seconds:.1f} s: {options.output}"
+    platform.console.print(
+        f"{len(prompts)} prompts, {num_done} of them done before; {num_tokens} tokens in"
+        f" {seconds:.1f} s: {escape(str(options.output))}",
+        soft_wrap=True,
     )
-    if session.checker:
-        account.tell()
 
 
-def _record(session: Session, prompt: Prompt, generation: Generation) -> dict[str, object]:
-    text = session.text(generation, prompt.options.stop)
-    num_layers = session.config.model.num_layers
-    return to_record(prompt.text, text, generation, num_layers, session.dtype_name, id=prompt.id)
+def _asked(session: Session, prompt: Prompt) -> Request:
+    """Return the request of a line; raises ValueError, naming it, before anything has run."""
+    try:
+        request = session.request(prompt)
+        session.decoder.add(request)
+        session.decoder.abort(request.id)
+        return request
+    except ValueError as error:
+        raise ValueError(f"{prompt.where}: {error}") from None
 
 
 def _progress(total: int) -> Progress:

@@ -1,34 +1,63 @@
 """Generations as JSON objects, and back: what `generate` writes and `verify` reads."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
+from ee_llm import platform
 from ee_llm.inference.generator import Generation
+from ee_llm.inference.json_lines import short
 from ee_llm.inference.policy import Policy
+from ee_llm.inference.request import STRATEGIES, FinishReason, Request
 from ee_llm.inference.sampling import Sampling
+
+Record = dict[str, Any]
+
+# Of token ids and boundaries: what torch takes for an index.
+_MAX_INTEGER = 2**31 - 1
+
+
+def origin(prompt: str, request: Request, dtype: str, checkpoint: str) -> Record:
+    """Return all that a generation is a function of, in JSON's own types.
+
+    prompt: the text. dtype: what is computed in. checkpoint: the name of its directory.
+    """
+    is_full = request.strategy in ("full", "verify")
+    policy = request.policy.without_exits() if is_full else request.policy
+    return {
+        "prompt": prompt,
+        "prompt_tokens": list(request.prompt),
+        "strategy": request.strategy,
+        "policy": {
+            "measure": policy.measure,
+            "thresholds": {str(b): policy.threshold(b) for b in policy.boundaries},
+            "digest": policy.digest,
+        },
+        "sampling": asdict(request.sampling),
+        "max_new_tokens": request.max_new_tokens,
+        "stop": list(request.stop_strings),
+        "dtype": dtype,
+        "checkpoint": checkpoint,
+    }
 
 
 def to_record(
-    prompt: str,
+    origin: Mapping[str, Any],
     text: str,
     generation: Generation,
     num_layers: int,
-    dtype: str,
     pieces: Sequence[str] | None = None,
     id: str | None = None,
-) -> dict[str, Any]:
-    """Return a generation, its texts and what it was made with, all of it JSON's own types.
+) -> Record:
+    """Return a generation, its texts and its `origin`, all of it JSON's own types.
 
-    pieces: the text of each token. id: of the prompt among others. dtype: what it was computed in.
+    pieces: the text of each token. id: of the prompt among others.
     """
-    policy = generation.policy
     return {
         **({} if id is None else {"id": id}),
-        "prompt": prompt,
+        **origin,
         "text": text,
-        "prompt_tokens": list(generation.prompt),
         "tokens": list(generation.tokens),
         **({} if pieces is None else {"pieces": list(pieces)}),
         "exits": list(generation.exits),
@@ -37,55 +66,100 @@ def to_record(
         "mean_depth": generation.mean_depth,
         "num_layers": num_layers,
         "finish_reason": generation.finish_reason,
-        "strategy": generation.strategy,
         "num_drafted": generation.num_drafted,
         "num_accepted": generation.num_accepted,
-        "policy": {
-            "measure": policy.measure,
-            "thresholds": {str(b): policy.threshold(b) for b in policy.boundaries},
-            "digest": policy.digest,
-        },
-        "sampling": asdict(generation.sampling),
-        "dtype": dtype,
     }
 
 
-def from_record(record: Any, where: str) -> tuple[Generation, str]:
+def from_record(record: Mapping[str, Any], where: str) -> tuple[Generation, str]:
     """Return the generation that `to_record` described, and the dtype it was made in.
 
     Raises ValueError, naming the place `where` it comes from, if something is missing or malformed.
     """
     try:
-        policy = record["policy"]
-        thresholds = {int(b): value for b, value in policy["thresholds"].items()}
+        tokens = _integers(record, "tokens")
+        policy = _policy(record["policy"])
         generation = Generation(
-            prompt=_integers(record["prompt_tokens"]),
-            tokens=_integers(record["tokens"]),
-            exits=_integers(record["exits"]),
-            confidences=tuple(map(float, record["confidences"])),
-            logprobs=tuple(map(float, record["logprobs"])),
-            finish_reason=record["finish_reason"],
-            policy=Policy(tuple(thresholds), tuple(thresholds.values()), policy["measure"]),
-            sampling=Sampling(**record["sampling"]),
-            strategy=record["strategy"],
+            prompt=_integers(record, "prompt_tokens"),
+            tokens=tokens,
+            exits=_integers(record, "exits", len(tokens)),
+            confidences=_numbers(record, "confidences", len(tokens)),
+            logprobs=_numbers(record, "logprobs", len(tokens)),
+            finish_reason=_one_of(record, "finish_reason", get_args(FinishReason)),
+            policy=policy,
+            sampling=_sampling(record["sampling"]),
+            strategy=_one_of(record, "strategy", STRATEGIES),
+            num_drafted=_integer(record, "num_drafted"),
+            num_accepted=_integer(record, "num_accepted"),
         )
-        return generation, str(record["dtype"])
+        return generation, _one_of(record, "dtype", tuple(platform.DTYPES))
     except KeyError as error:
-        raise ValueError(
-            f"{where} has no {error.args[0]!r}: is it from 'ee-llm generate'?"
-        ) from None
-    except (TypeError, AttributeError) as error:
+        name = short(error.args[0])
+        raise ValueError(f"{where} has no {name}: is it from 'ee-llm generate'?") from None
+    except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{where} is no generation: {error}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def as_json(record: dict[str, Any]) -> str:
+def difference(record: Mapping[str, Any], origin: Mapping[str, Any]) -> str | None:
+    """Return the first key of `origin` in which a record is another's; None if there is none."""
+    return next((key for key in origin if record.get(key) != origin[key]), None)
+
+
+def as_json(record: Record) -> str:
     """Return a record as one line of ASCII."""
     return json.dumps(record)
 
 
-def _integers(values: Any) -> tuple[int, ...]:
-    if not all(type(value) is int for value in values):
-        raise TypeError("token ids and exits must be integers")
+def _policy(record: Mapping[str, Any]) -> Policy:
+    thresholds = {int(b): value for b, value in record["thresholds"].items()}
+    policy = Policy(tuple(thresholds), tuple(thresholds.values()), record["measure"])
+    if record["digest"] != policy.digest:
+        raise ValueError(f"the policy's digest is {short(record['digest'])}, not {policy.digest}")
+    return policy
+
+
+def _sampling(record: Mapping[str, Any]) -> Sampling:
+    usual = asdict(Sampling())
+    for name, value in usual.items():
+        types = (int,) if type(value) is int else (int, float)
+        if type(record[name]) not in types:
+            raise TypeError(f"{name!r} is {short(record[name])}")
+    return Sampling(**{name: type(usual[name])(value) for name, value in record.items()})
+
+
+def _integer(record: Mapping[str, Any], name: str) -> int:
+    value = record[name]
+    if type(value) is not int or not 0 <= value <= _MAX_INTEGER:
+        raise TypeError(f"{name!r} is {short(value)}, no count")
+    return value
+
+
+def _integers(record: Mapping[str, Any], name: str, length: int | None = None) -> tuple[int, ...]:
+    values = _list(record, name, length)
+    if not all(type(value) is int and 0 <= value <= _MAX_INTEGER for value in values):
+        raise TypeError(f"{name!r} has others than whole numbers of 0 to {_MAX_INTEGER}")
     return tuple(values)
+
+
+def _numbers(record: Mapping[str, Any], name: str, length: int) -> tuple[float, ...]:
+    values = _list(record, name, length)
+    if not all(type(value) in (int, float) for value in values):
+        raise TypeError(f"{name!r} has others than numbers")
+    return tuple(map(float, values))
+
+
+def _list(record: Mapping[str, Any], name: str, length: int | None) -> list[Any]:
+    values = record[name]
+    if not isinstance(values, list):
+        raise TypeError(f"{name!r} is no list")
+    if not values or (length is not None and len(values) != length):
+        raise TypeError(f"{name!r} has {len(values)} entries, not {length or 'at least one'}")
+    return values
+
+
+def _one_of(record: Mapping[str, Any], name: str, choices: Sequence[str]) -> Any:
+    if record[name] not in choices:
+        raise TypeError(f"{name!r} is {short(record[name])}, none of {', '.join(choices)}")
+    return record[name]

@@ -31,6 +31,15 @@ def token_pieces(
     return pieces
 
 
+def cut_pieces(pieces: Sequence[str], length: int) -> list[str]:
+    """Return the pieces of the first `length` characters; those that follow become empty."""
+    kept = []
+    for piece in pieces:
+        kept.append(piece[:length])
+        length -= len(kept[-1])
+    return kept
+
+
 def exit_styles(generation: Generation, num_layers: int) -> dict[int, str]:
     """Return the terminal style of each exit by boundary, shallow to deep."""
     boundaries = generation.policy.boundaries
@@ -104,7 +113,7 @@ def token_table(pieces: Sequence[str], generation: Generation, num_layers: int) 
 
 _FINISH = {
     "eod": "end of document",
-    "stop": "a stop token",
+    "stop": "a text or token to stop at",
     "abort": "an abort",
     "length": "the number asked for",
     "context": "the model's context",

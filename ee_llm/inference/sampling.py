@@ -108,7 +108,7 @@ def token_margin(
     scaled = penalised / sampling.temperature
     ids = torch.arange(len(scaled), device=scaled.device)
     scores = scaled + gumbel_noise(sampling.seed, position, ids)
-    num_kept = sampling.top_k or len(scaled)
+    num_kept = min(sampling.top_k or len(scaled), len(scaled))
     top_p = sampling.top_p if sampling.top_p < 1.0 else math.inf
     least = _log_share(sampling.min_p)  # of a token's logit less the greatest one
     ordered = scaled.sort(descending=True).values

@@ -1,17 +1,21 @@
 """`ee-llm verify`: finished generations against what defines them, and margins of divergences."""
 
 import json
+import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from ee_llm import platform
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.inference.certificate import Divergence, tolerance, verify_trace
 from ee_llm.inference.generator import Generation
+from ee_llm.inference.json_lines import opened, read_objects
 from ee_llm.inference.options import VerifyOptions
-from ee_llm.inference.prompts import read_json_lines
 from ee_llm.inference.records import from_record
 from ee_llm.inference.reference import ReferenceModel
 
@@ -66,9 +70,10 @@ class Account:
         """
         if self.findings:
             platform.console.print(self.table())
-        platform.log(
+        platform.console.print(
             f"certificate: {self.num_generations} generations, {self.num_tokens} tokens,"
-            f" {len(self.findings)} divergences, {self.num_unexplained} of them beyond rounding"
+            f" {len(self.findings)} divergences, {self.num_unexplained} of them beyond rounding",
+            soft_wrap=True,
         )
         if self.num_unexplained:
             raise ValueError(
@@ -80,19 +85,13 @@ class Account:
         """Return a table of all divergences."""
         table = Table(box=None, pad_edge=False)
         for name in ("generation", "token", "kind", "found", "expected", "margin", ""):
-            table.add_column(name, justify="left" if name in ("generation", "") else "right")
+            is_text = name in ("generation", "")
+            table.add_column(name, justify="left" if is_text else "right", overflow="fold")
         for where, finding in self.findings:
             one = finding.divergence
-            remark = "rounding" if finding.is_explained else "[red]beyond rounding[/]"
-            table.add_row(
-                where,
-                str(one.index),
-                one.kind,
-                str(one.found),
-                str(one.expected),
-                f"{one.margin:.2e}",
-                remark,
-            )
+            remark = Text("rounding") if finding.is_explained else Text("beyond rounding", "red")
+            cells = (one.index, one.kind, one.found, one.expected, f"{one.margin:.2e}")
+            table.add_row(Text(where), *map(str, cells), remark)
         return table
 
 
@@ -101,18 +100,7 @@ def verify(options: VerifyOptions) -> None:
 
     Raises ValueError if a line is no generation, or if rounding does not explain a divergence.
     """
-    reader = TensorReader(options.checkpoint)
-    account, checkers = Account(), {}
-    for where, record in read_json_lines(options.file, str(options.file)):
-        generation, dtype = from_record(record, where)
-        if dtype not in platform.DTYPES:
-            raise ValueError(f"{where}: dtype {dtype!r} is none of {', '.join(platform.DTYPES)}")
-        if dtype not in checkers:
-            checkers[dtype] = Checker(reader, platform.DTYPES[dtype])
-        try:
-            account.add(where, checkers[dtype].check(generation))
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+    account = check_file(TensorReader(options.checkpoint), options.file, str(options.file))
     if account.num_generations == 0:
         raise ValueError(f"{options.file} holds no generation")
     if options.json:
@@ -120,12 +108,40 @@ def verify(options: VerifyOptions) -> None:
     account.tell()
 
 
+def check_file(
+    reader: TensorReader, path: Path, source: str, ids: Collection[str] | None = None
+) -> Account:
+    """Return what is found in a file's generations, or in those of the given ids alone.
+
+    source: what the file is called in errors. Raises ValueError if a line is no generation.
+    """
+    account = Account()
+    checkers: dict[str, Checker] = {}
+    with opened(path, source) as file:
+        for where, record in read_objects(file, source):
+            if ids is not None and record.get("id") not in ids:
+                continue
+            generation, dtype = from_record(record, where)
+            if dtype not in checkers:
+                checkers[dtype] = Checker(reader, platform.DTYPES[dtype])
+            try:
+                account.add(where, checkers[dtype].check(generation))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+    return account
+
+
 def _as_record(account: Account) -> dict[str, object]:
     return {
         "num_generations": account.num_generations,
         "num_tokens": account.num_tokens,
         "divergences": [
-            {"generation": where, **asdict(one.divergence), "is_explained": one.is_explained}
+            {"generation": where, **_divergence(one.divergence), "is_explained": one.is_explained}
             for where, one in account.findings
         ],
     }
+
+
+def _divergence(divergence: Divergence) -> dict[str, object]:
+    margin = divergence.margin if math.isfinite(divergence.margin) else None  # JSON has no infinity
+    return asdict(divergence) | {"margin": margin}

@@ -131,9 +131,18 @@ def _serve_for_ever(engine: Decoder, config: Config) -> None:
         engine.generate([dataclasses.replace(_request(config), id=f"{number}")])
 
 
-@pytest.mark.parametrize("hangs_s", [0.5, 12.0], ids=["dies", "hangs"])
+_DIES, _HANGS = 0.5, 12.0
+
+
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "lost"), [(2, 1, 1), (2, 1, 0), (1, 2, 1), (1, 2, 0), (2, 2, 3)]
+    ("tensor", "pipeline", "lost", "hangs_s"),
+    [
+        (2, 1, 1, _DIES),
+        (2, 1, 0, _HANGS),
+        (1, 2, 1, _HANGS),
+        (1, 2, 0, _DIES),
+        (2, 2, 3, _DIES),
+    ],
 )
 def test_all_ranks_end_when_one_is_lost(
     tensor: int, pipeline: int, lost: int, hangs_s: float

@@ -1,6 +1,7 @@
 """The import rules between the rooms, as one table, enforced on the syntax trees of ee_llm/."""
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,9 @@ RULES = (
     Rule("inference.request", never=("torch",), through=True),
     Rule("inference.blocks", never=("torch",), through=True),
     Rule("inference.scheduler", never=("torch",), through=True),
+    Rule("inference.prefix", never=("torch",), through=True),
+    Rule("inference.pipeline_scheduler", never=("torch",), through=True),
+    Rule("inference.holding", never=("torch",), through=True),
     Rule("evaluation", ours=("config", "data", "losses", "model", "inference")),
     Rule("serving", ours=("config", "inference")),
     Rule("", never=("ee_llm.cli",)),
@@ -200,6 +204,11 @@ def test_there_is_no_utils() -> None:
         ("ee_llm.inference.engine", "from ee_llm.training.run import train"),
         ("ee_llm.inference.engine", "import importlib\nimportlib.import_module('megatron.core')"),
         ("ee_llm.inference.scheduler", "if True:\n    from torch import Tensor"),
+        ("ee_llm.inference.request", "import torch"),
+        ("ee_llm.inference.blocks", "import torch"),
+        ("ee_llm.inference.prefix", "from torch import Tensor"),
+        ("ee_llm.inference.holding", "import torch.nn"),
+        ("ee_llm.inference.pipeline_scheduler", "def plan():\n    import torch"),
         ("ee_llm.training.run", "from ee_llm import inference"),
         ("ee_llm.evaluation.sweep", "from ee_llm.checkpoint.read import tensors"),
         ("ee_llm.serving.api", "from ee_llm.model import build"),
@@ -223,6 +232,16 @@ def test_a_planted_import_is_found_through_others() -> None:
     ]
     sources["ee_llm.checkpoint.save"] = "def save():\n    import megatron.core"
     assert broken_imports(sources) == []
+
+
+def test_the_scheduling_of_requests_is_importable_without_torch() -> None:
+    """That the rules above have not been outwitted: an import that fails ends the process."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from ee_llm.inference import request, blocks, prefix, holding\n"
+        "from ee_llm.inference import scheduler, pipeline_scheduler"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_imports_for_type_checkers_are_free() -> None:

@@ -1,25 +1,28 @@
-"""`ee-llm generate` from a checkpoint on disk to what it prints."""
+"""`ee-llm generate` in one process, from a checkpoint on disk to what it prints and writes."""
 
-import io
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import tyro
 
+from ee_llm import cli, platform
 from ee_llm.checkpoint.read import TensorReader
+from ee_llm.inference import command
+from ee_llm.inference.batch_file import append
 from ee_llm.inference.certificate import verify_trace
-from ee_llm.inference.command import GenerateOptions, generate
-from ee_llm.inference.generator import Generation
-from ee_llm.inference.policy import make_policy
-from ee_llm.inference.reference import load_reference
-from ee_llm.inference.sampling import Sampling
+from ee_llm.inference.command import generate
+from ee_llm.inference.generator import generate_reference
+from ee_llm.inference.options import GenerateOptions
+from ee_llm.inference.records import from_record
+from ee_llm.inference.reference import ReferenceModel, load_reference
 from tests.unit.inference.models import random_tensors, save_model, tiny_config
 
 # More rows than the byte tokenizer's 257 tokens, as padding to the tensor-parallel size makes.
 CONFIG = tiny_config("gpt", vocab_size=264, max_seq_length=48)
+Record = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +32,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def _stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+@pytest.fixture(scope="module")
+def model(run: Path) -> ReferenceModel:
+    return load_reference(TensorReader(run), torch.float64)
 
 
 def test_json_is_all_that_is_printed_and_passes_the_certificate(
@@ -41,6 +45,8 @@ def test_json_is_all_that_is_printed_and_passes_the_certificate(
         "a prompt",
         thresholds=(0.3, "off"),
         temperature=0.8,
+        top_k=7,
+        top_p=0.9,
         min_p=0.01,
         repetition_penalty=1.2,
         seed=3,
@@ -55,19 +61,16 @@ def test_json_is_all_that_is_printed_and_passes_the_certificate(
     assert record["policy"]["thresholds"] == {"1": 0.3, "2": None}
     assert set(record["exits"]) == {1, 4}
     assert any(token > 256 for token in record["tokens"]), "the test needs an id without text"
-    assert record["sampling"]["min_p"] == 0.01
-    assert record["sampling"]["repetition_penalty"] == 1.2
-    made = Generation(
-        prompt=tuple(record["prompt_tokens"]),
-        tokens=tuple(record["tokens"]),
-        exits=tuple(record["exits"]),
-        confidences=tuple(record["confidences"]),
-        logprobs=tuple(record["logprobs"]),
-        finish_reason=record["finish_reason"],
-        policy=make_policy((1, 2), list(record["policy"]["thresholds"].values())),
-        sampling=Sampling(**record["sampling"]),
-        strategy=record["strategy"],
-    )
+    assert record["sampling"] == {
+        "temperature": 0.8,
+        "top_k": 7,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "repetition_penalty": 1.2,
+        "seed": 3,
+    }
+    made, dtype = from_record(record, "standard output")
+    assert dtype == "float64"
     assert verify_trace(load_reference(TensorReader(run), torch.float64), made) == []
 
 
@@ -80,23 +83,6 @@ def test_people_see_text_legend_and_table(run: Path, capsys: pytest.CaptureFixtu
     assert "max_probability" not in plain
     generate(GenerateOptions(run, "a prompt", max_new_tokens=5, show_confidence=True))
     assert "max_probability" in capsys.readouterr().out
-
-
-def test_prompt_comes_from_option_file_or_standard_input(
-    run: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    file = tmp_path / "prompt.txt"
-    file.write_bytes("é\n".encode())
-    records = []
-    for source in ({"prompt": "é\n"}, {"prompt_file": file}, {}, {"prompt_file": Path("-")}):
-        _stdin(monkeypatch, "é\n".encode())
-        generate(GenerateOptions(run, **source, max_new_tokens=4, json=True))
-        records.append(json.loads(capsys.readouterr().out))
-    assert records[0]["prompt_tokens"] == list("é\n".encode())
-    assert all(record == records[0] for record in records)
 
 
 def test_generation_stops_at_the_end_of_document(
@@ -112,45 +98,302 @@ def test_generation_stops_at_the_end_of_document(
     assert record["finish_reason"] == "eod"
 
 
+@pytest.mark.parametrize("strategy", ["exact", "full", "verify", "propagate"])
+def test_a_prompt_goes_through_the_engine_and_comes_out_as_defined(
+    run: Path, model: ReferenceModel, capsys: pytest.CaptureFixture[str], strategy: str
+) -> None:
+    options = {"thresholds": (0.3,), "max_new_tokens": 20, "temperature": 0.7, "seed": 3}
+    generate(
+        GenerateOptions(run, "a prompt", strategy=strategy, dtype="float64", json=True, **options)
+    )
+    made, _ = from_record(json.loads(capsys.readouterr().out), "standard output")
+    wanted = generate_reference(
+        model, made.prompt, made.policy, made.sampling, made.strategy, 20, 256
+    )
+    assert (made.tokens, made.exits) == (wanted.tokens, wanted.exits)
+    assert (made.num_drafted > 0) == (strategy == "verify")
+
+
+def test_precision_is_that_of_the_device_unless_given(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fast in ("float32", "bfloat16"):
+        monkeypatch.setattr(platform, "fast_dtype", lambda fast=fast: platform.DTYPES[fast])
+        generate(GenerateOptions(run, "a prompt", max_new_tokens=1, json=True))
+        assert json.loads(capsys.readouterr().out)["dtype"] == fast
+    generate(GenerateOptions(run, "a prompt", max_new_tokens=1, json=True, dtype="float32"))
+    assert json.loads(capsys.readouterr().out)["dtype"] == "float32"
+
+
+def test_text_ends_before_a_stop_string(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For programs and for people; all tokens are in the record, so that they can be verified."""
+    options: Record = {"max_new_tokens": 30, "dtype": "float64", "temperature": 1.0, "seed": 1}
+    generate(GenerateOptions(run, "a prompt", json=True, **options))
+    whole = json.loads(capsys.readouterr().out)
+    text = whole["text"]
+    places = [
+        i for i in range(8, 20) if text[i : i + 2].isascii() and text[i : i + 2].isprintable()
+    ]
+    stop = text[places[0] : places[0] + 2]
+    stops = ("none of these", stop)
+    generate(GenerateOptions(run, "a prompt", json=True, verify=True, stop=stops, **options))
+    cut = json.loads(capsys.readouterr().out)
+    assert cut["finish_reason"] == "stop"
+    assert cut["text"] == text[: text.index(stop)]
+    assert cut["tokens"] == whole["tokens"][: len(cut["tokens"])]
+    assert len(cut["tokens"]) < len(whole["tokens"])
+    assert "".join(cut["pieces"]).startswith(cut["text"] + stop)
+    generate(GenerateOptions(run, "a prompt", stop=stops, **options))
+    shown = capsys.readouterr().out.split("───")[0]
+    assert stop not in shown.removeprefix("a prompt")
+
+
+def test_verify_passes_and_fails(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = GenerateOptions(run, "a prompt", max_new_tokens=5, verify=True)
+    generate(options)
+    assert "certificate: 1 generations, 5 tokens, 0 divergences" in capsys.readouterr().err
+    other = random_tensors(CONFIG, seed=1, dtype=torch.float32)
+    monkeypatch.setattr(
+        "ee_llm.inference.verify.TensorReader.tensor", lambda self, name: other[name]
+    )
+    checked = command.Checker(TensorReader(run), torch.float32)
+    monkeypatch.undo()
+    monkeypatch.setattr(command, "Checker", lambda *_: checked)
+    with pytest.raises(ValueError, match="are not what the model"):
+        generate(options)
+    assert "beyond rounding" in capsys.readouterr().err
+
+
+LINES = [
+    {"prompt": f"prompt {number}", "strategy": strategy, "max_new_tokens": 6 + 3 * number}
+    for number, strategy in enumerate(("exact", "full", "verify", "propagate", "exact", "exact"))
+]
+LINES[0] |= {"id": "first", "stop": "q"}
+LINES[4] |= {"thresholds": ["off", 0.2], "temperature": 0.8, "seed": 11}
+
+
+def _batch(run: Path, folder: Path, lines: list[Record] = LINES, **more: Any) -> GenerateOptions:
+    file = folder / "batch.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given: Record = {"thresholds": (0.3,), "dtype": "float64", "batch_size": 3, "hold": "off"}
+    given |= {"batch_file": file, "output": folder / "out.jsonl"}
+    return GenerateOptions(run, **(given | more))
+
+
+def _written(options: GenerateOptions) -> dict[str, Record]:
+    assert options.output
+    found = [json.loads(line) for line in options.output.read_text().splitlines()]
+    assert len({record["id"] for record in found}) == len(found)
+    return {record["id"]: record for record in found}
+
+
+def _assert_equal(found: dict[str, Record], expected: dict[str, Record]) -> None:
+    """Assert equal records but for what the neighbours in a batch round otherwise."""
+    assert found.keys() == expected.keys()
+    for id, record in expected.items():
+        for name, value in record.items():
+            if name in ("confidences", "logprobs"):
+                value = pytest.approx(value, abs=1e-9)
+            if name not in ("num_drafted", "num_accepted"):
+                assert found[id][name] == value, (id, name)
+
+
+def test_a_batch_is_what_its_prompts_are_one_by_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = _batch(run, tmp_path, verify=True)
+    generate(options)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "6 prompts, 0 of them done before" in err
+    assert "certificate: 6 generations" in err
+    found = _written(options)
+    assert list(found) != sorted(found), "the test needs a batch that does not finish in order"
+    singles = {}
+    for number, line in enumerate(LINES, start=1):
+        own = {key: value for key, value in line.items() if key not in ("id", "prompt")}
+        own["thresholds"] = tuple(own.get("thresholds", (0.3,)))
+        own["stop"] = (own["stop"],) if "stop" in own else ()
+        one = GenerateOptions(run, line["prompt"], dtype="float64", json=True, **own)
+        generate(one)
+        record = json.loads(capsys.readouterr().out)
+        del record["pieces"]
+        singles[line.get("id", str(number))] = record
+    for record in found.values():
+        del record["id"]
+    _assert_equal(found, singles)
+
+
+@pytest.mark.parametrize("num_kept", [0, 2, 5])
+def test_a_batch_that_was_killed_goes_on(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    num_kept: int,
+) -> None:
+    """What was cut off is made again, what is there is not, and all is as if in one go."""
+    (tmp_path / "a").mkdir()
+    generate(in_one_go := _batch(run, tmp_path / "a"))
+    options = _batch(run, tmp_path)
+
+    def cut_short(file: Any, record: Record) -> None:
+        if (file.tell() and len(_written(options)) == num_kept) or num_kept == 0:
+            file.write(json.dumps(record).encode()[:50])
+            raise KeyboardInterrupt
+        append(file, record)
+
+    monkeypatch.setattr(command, "append", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        generate(options)
+    monkeypatch.undo()
+    assert options.output
+    assert not options.output.read_bytes().endswith(b"\n")
+    before = options.output.read_bytes().rpartition(b"\n")
+    begun: list[str] = []
+    monkeypatch.setattr(
+        command.Engine,
+        "_update",
+        lambda self, one, update=command.Engine._update: (
+            begun.append(one.request.id) or update(self, one)
+        ),
+    )
+    capsys.readouterr()
+    generate(options)
+    assert options.output.read_bytes().startswith(before[0] + before[1])
+    done = {json.loads(line)["id"] for line in before[0].splitlines()}
+    assert len(done) == num_kept
+    assert set(begun) == _written(options).keys() - done
+    assert f"6 prompts, {num_kept} of them done before" in capsys.readouterr().err
+    _assert_equal(_written(options), _written(in_one_go))
+    once = options.output.read_bytes()
+    generate(options)
+    assert options.output.read_bytes() == once
+    assert "6 prompts, 6 of them done before; 0 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"prompt": "x" * 49}, "line 2: 49 tokens are more than model.max_seq_length = 48"),
+        ({"prompt": "a", "thresholds": 0}, r"line 2: thresholds: 0.0 is not in \(0, 1\]"),
+        ({"prompt": "a", "thresholds": [0.5] * 3}, "line 2: thresholds: 3 given for 2 exits"),
+        ({"prompt": "a", "thresholds": []}, "line 2: thresholds: 0 given for 2 exits"),
+        ({"prompt": "a", "temperature": -1}, "line 2: temperature -1.0 must be"),
+        ({"prompt": "a", "seed": 2**64}, "line 2: seed 18446744073709551616 is not in 0"),
+        ({"prompt": "a", "stop": ""}, "line 2: a stop string is empty"),
+        ({"prompt": "a", "strategy": "verify", "draft_exit": 0}, "line 2: draft boundary 0 is no"),
+        ({"prompt": "a", "strategy": "verify", "draft_length": 64}, "line 2: draft length 64 does"),
+        ({"prompt": "a" * 40, "max_new_tokens": 0}, "line 2: max_new_tokens 0 must be"),
+        ({"prompt": "a", "colour": 1}, "line 2: 'colour' is unknown"),
+    ],
+)
+def test_a_batch_with_a_bad_line_does_nothing(
+    run: Path, tmp_path: Path, line: Record, message: str
+) -> None:
+    options = _batch(run, tmp_path, [{"prompt": "fine"}, line, {"prompt": "fine"}])
+    with pytest.raises(ValueError, match=f"batch.jsonl, {message}"):
+        generate(options)
+    assert options.output
+    assert not options.output.exists()
+
+
+def test_a_batch_larger_than_the_cache_waits_or_is_refused(run: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": "a" * 20, "max_new_tokens": 20} for _ in range(6)]
+    generate(options := _batch(run, tmp_path, lines, cache_tokens=64, batch_size=4))
+    assert len(_written(options)) == 6
+    lines = [{"prompt": "a", "max_new_tokens": 8}, {"prompt": "a" * 40, "max_new_tokens": 8}]
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ValueError, match="line 2: request '2' may grow to 47 positions"):
+        generate(_batch(run, tmp_path / "b", lines, cache_tokens=1, batch_size=1))
+
+
+def test_a_foreign_output_is_refused_and_kept(run: Path, tmp_path: Path) -> None:
+    """The batch file itself would be a plausible slip."""
+    options = _batch(run, tmp_path)
+    content = options.batch_file.read_bytes()
+    with pytest.raises(ValueError, match="line 1 has no .*; --output adds to generations alone"):
+        generate(_batch(run, tmp_path, output=options.batch_file))
+    assert options.batch_file.read_bytes() == content
+    generate(options)
+    with pytest.raises(ValueError, match="id .* was made with another 'max_new_tokens'"):
+        generate(_batch(run, tmp_path, [line | {"max_new_tokens": 2} for line in LINES]))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt": ""}, "--prompt is empty"),
         ({"prompt": "x" * 49}, "49 tokens are more than model.max_seq_length = 48"),
-        ({"prompt": None}, "standard input is not UTF-8 at byte 1"),
-        ({"prompt": "\udcff"}, "--prompt is not UTF-8"),
         ({"prompt_file": Path("x")}, "--prompt and --prompt-file are both given"),
-        ({"prompt": None, "prompt_file": Path("/no/such")}, "--prompt-file /no/such can not be"),
+        ({"batch_file": Path("x")}, "--prompt and --batch-file are both given"),
+        ({"prompt": None, "batch_file": Path("x")}, "--batch-file and --output belong together"),
+        ({"output": Path("x")}, "--batch-file and --output belong together"),
+        (
+            {"prompt": None, "batch_file": Path("x"), "output": Path("y"), "json": True},
+            "--json and --show-confidence are for one prompt",
+        ),
+        (
+            {"prompt": None, "batch_file": Path("/no/such"), "output": Path("y")},
+            "--batch-file /no/such can not be read",
+        ),
         ({"thresholds": (0.0,)}, r"thresholds: 0.0 is not in \(0, 1\]"),
+        ({"thresholds": (float("nan"),)}, r"thresholds: nan is not in \(0, 1\]"),
         ({"thresholds": (0.5,) * 3}, r"thresholds: 3 given for 2 exits at boundaries \[1, 2\]"),
         ({"temperature": -1.0}, "temperature -1.0 must be"),
         ({"min_p": 2.0}, r"min_p 2.0 is not in \[0, 1\]"),
         ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be"),
         ({"max_new_tokens": 0}, "max_new_tokens 0 must be at least 1"),
+        ({"strategy": "verify", "draft_exit": 0}, "draft boundary 0 is no exit"),
+        ({"strategy": "verify", "draft_exit": 4}, "draft boundary 4 is no exit"),
+        ({"strategy": "verify", "draft_length": 64}, "draft length 64 does not fit"),
+        ({"stop": ("",)}, "a stop string is empty"),
+        ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
+        ({"cache_tokens": 0}, "--cache-tokens 0 must be at least 1"),
+        ({"tensor": 0}, "--tensor 0 must be at least 1"),
+        ({"pipeline": -1}, "--pipeline -1 must be at least 1"),
+        ({"pipeline": 5}, "5 pipeline stages are more than the model's 4 layers"),
+        ({"tensor": 10**6}, "--tensor 1000000 is more than model.num_kv_heads = 2"),
+        ({"timeout_s": float("nan")}, "--timeout-s nan must be finite"),
+        ({"timeout_s": 0.0}, "--timeout-s 0.0 must be finite and more than 0"),
         ({"checkpoint": Path("/no/such/run")}, "/no/such/run does not exist"),
     ],
 )
-def test_bad_input_is_named(
-    run: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], message: str
-) -> None:
-    _stdin(monkeypatch, b"a\xff")
+def test_bad_input_is_named(run: Path, change: Record, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(GenerateOptions(**{"checkpoint": run, "prompt": "a prompt"} | change))
 
 
-def test_no_prompt_at_a_terminal_does_not_wait_for_one(
-    run: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("world_size", ["2", "many"])
+def test_ranks_that_are_not_asked_for_are_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, world_size: str
 ) -> None:
-    _stdin(monkeypatch, b"")
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    with pytest.raises(ValueError, match="no prompt; give --prompt"):
-        generate(GenerateOptions(run))
+    """Two processes of one rank each would print everything twice."""
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(ValueError, match=f"do not fit WORLD_SIZE = '{world_size}'"):
+        generate(GenerateOptions(run, "a prompt"))
+
+
+def test_a_layout_that_can_not_be_is_refused_before_any_rank_starts(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def launch(*_: object) -> None:
+        raise AssertionError("ranks are started")
+
+    monkeypatch.setattr(cli, "launch", launch)
+    arguments = ["generate", "--checkpoint", str(run), "--prompt", "a", "--tensor", "1000000"]
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("ee-llm: --tensor 1000000 is more than")
+    with pytest.raises(AssertionError, match="ranks are started"):
+        cli.main([*arguments[:-1], "2"])
 
 
 def test_options_on_the_command_line() -> None:
     arguments = "--checkpoint runs/x --prompt hi --thresholds 0.8 off --measure margin --json"
-    options = tyro.cli(GenerateOptions, args=arguments.split())
+    options = tyro.cli(GenerateOptions, args=[*arguments.split(), "--stop", "\n\n", "def "])
     assert options.thresholds == (0.8, "off")
     assert options.checkpoint == Path("runs/x")
+    assert options.stop == ("\n\n", "def ")
     assert options.json
-    assert tyro.cli(GenerateOptions, args=["--checkpoint", "x"]).thresholds == (0.8,)
+    assert tyro.cli(GenerateOptions, args=["--checkpoint", "x"]) == GenerateOptions(Path("x"))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 from typing import get_args
 
 import pytest
@@ -12,8 +11,8 @@ from ee_llm.data.tokenizer import BytesTokenizer
 from ee_llm.inference.generator import Generation
 from ee_llm.inference.policy import make_policy
 from ee_llm.inference.render import (
-    as_json,
     colored_text,
+    cut_pieces,
     legend,
     printable,
     token_pieces,
@@ -102,16 +101,7 @@ def test_table_has_a_row_for_each_token() -> None:
     assert len(rows) == 4
 
 
-def test_json_is_one_ascii_line_with_everything() -> None:
-    line = as_json("é", PIECES, _generation(), 8)
-    assert line.isascii()
-    assert "\n" not in line
-    record = json.loads(line)
-    assert record["prompt"] == "é"
-    assert record["text"] == "".join(PIECES)
-    assert record["exits"] == [2, 8, 2, 4]
-    assert record["mean_depth"] == 4.0
-    assert record["policy"]["thresholds"] == {"2": 0.8, "4": None}
-    assert record["policy"]["digest"] == _generation().policy.digest
-    assert record["sampling"]["temperature"] == 0.5
-    assert Sampling(**record["sampling"]) == _generation().sampling
+def test_pieces_end_where_the_text_does() -> None:
+    assert cut_pieces(["ab", "", "cde", "f"], 4) == ["ab", "", "cd", ""]
+    assert cut_pieces(["ab", "c"], 3) == ["ab", "c"]
+    assert cut_pieces(["ab", "c"], 0) == ["", ""]

@@ -1,0 +1,284 @@
+"""`ee-llm generate` over ranks, as a person runs it: what it prints, and how it ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ee_llm.inference.command import generate
+from ee_llm.inference.options import GenerateOptions
+from tests.unit.inference.models import random_tensors, save_model, tiny_config
+
+CONFIG = tiny_config("llama", vocab_size=264, max_seq_length=48)
+LONG = tiny_config("llama", vocab_size=264, max_seq_length=8192)
+LAYOUTS = {
+    "pipeline 2": ("--pipeline", "2"),
+    "tensor 2": ("--tensor", "2"),
+    "tensor 2 pipeline 2": ("--tensor", "2", "--pipeline", "2"),
+}
+LINES = [
+    {"prompt": f"prompt {number}", "strategy": strategy, "id": f"{number}{strategy}"}
+    for number, strategy in enumerate(("exact", "full", "verify", "propagate") * 2)
+]
+LINES[4] |= {"temperature": 0.8, "repetition_penalty": 1.2, "seed": 5, "max_new_tokens": 35}
+LINES[6] |= {"temperature": 0.8, "top_k": 9, "draft_exit": 2, "stop": ["e", "t"]}
+Record = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with two models, a batch, and what one process makes of it."""
+    path = tmp_path_factory.mktemp("place")
+    save_model(path / "run", CONFIG, random_tensors(CONFIG, dtype=torch.float32))
+    endless = random_tensors(LONG, dtype=torch.float32)
+    endless["output.weight"][256] = 0  # the end of a document is never the most probable token
+    save_model(path / "long", LONG, endless)
+    (path / "batch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    generate(
+        GenerateOptions(
+            path / "run",
+            batch_file=path / "batch.jsonl",
+            output=path / "single.jsonl",
+            thresholds=(0.3,),
+            max_new_tokens=20,
+            dtype="float64",
+        )
+    )
+    return path
+
+
+@contextmanager
+def started(place: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a command; whatever the test finds, nothing of it is left behind."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "ee_llm.cli", *arguments],
+        cwd=place,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(place: Path, *arguments: str, status: int = 0, stdin: str = "") -> tuple[str, str]:
+    with started(place, "generate", *arguments) as process:
+        out, err = process.communicate(stdin, timeout=120)
+    assert process.returncode == status, err
+    return out, err
+
+
+def records(path: Path) -> dict[str, Record]:
+    return {one["id"]: one for one in map(json.loads, path.read_text().splitlines())}
+
+
+def assert_equal(found: Record, expected: Record) -> None:
+    """Assert equality up to what sums over ranks round otherwise, and numbers of drafts."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if name in ("confidences", "logprobs"):
+            assert found[name] == pytest.approx(value, abs=1e-9)
+        elif name not in ("num_drafted", "num_accepted"):
+            assert found[name] == value, name
+
+
+OPTIONS = ("--checkpoint", "run", "--thresholds", "0.3", "--max-new-tokens", "20")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_is_that_of_one_process(place: Path, tmp_path: Path, layout: str) -> None:
+    """All strategies, drawn and greedy, in float64; the certificate passes as well."""
+    output = tmp_path / "out.jsonl"
+    batch = ("--batch-file", "batch.jsonl", "--output", str(output), "--batch-size", "3")
+    _, err = run(place, *OPTIONS, *LAYOUTS[layout], *batch, "--dtype", "float64", "--verify")
+    found, single = records(output), records(place / "single.jsonl")
+    assert found.keys() == single.keys()
+    for id, record in single.items():
+        assert_equal(found[id], record)
+    assert {exit for one in found.values() for exit in one["exits"]} == {1, 2, 4}
+    *_, told, certificate = err.splitlines()
+    assert told.startswith("8 prompts, 0 of them done before")
+    assert certificate.startswith("certificate: 8 generations")
+    assert ", 0 divergences," in certificate
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prompt_from_standard_input_is_one_json_object(place: Path, layout: str) -> None:
+    """The first rank alone reads and prints."""
+    out, err = run(
+        place, *OPTIONS, *LAYOUTS[layout], "--dtype", "float64", "--json", stdin="prompt 0"
+    )
+    single = records(place / "single.jsonl")["0exact"]
+    found = json.loads(out)
+    assert len(found.pop("pieces")) == len(found["tokens"])
+    assert_equal(found | {"id": "0exact"}, single)
+    assert err == ""
+
+
+SLOW_BUT_TWO_STAGES = [
+    pytest.param(layout, marks=[] if layout == "pipeline 2" else pytest.mark.slow)
+    for layout in LAYOUTS
+]
+
+
+@pytest.mark.parametrize("layout", SLOW_BUT_TWO_STAGES)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", "x" * 49), "49 tokens are more than model.max_seq_length = 48"),
+        (("--prompt", "a", "--temperature", "-1"), "temperature -1.0 must be finite"),
+        (("--prompt-file", "none"), "--prompt-file none can not be read: No such file"),
+        (
+            ("--batch-file", "bad.jsonl", "--output", "never.jsonl"),
+            "--batch-file bad.jsonl, line 2: 49 tokens are more than model.max_seq_length",
+        ),
+        (
+            ("--batch-file", "batch.jsonl", "--output", "batch.jsonl"),
+            "--output batch.jsonl, line 1 has no 'tokens'",
+        ),
+    ],
+    ids=["prompt too long", "bad option", "no file", "bad line", "foreign output"],
+)
+def test_a_mistake_is_one_line(
+    place: Path, layout: str, arguments: tuple[str, ...], message: str
+) -> None:
+    """Two or four processes could speak, and the threads that wait could abort."""
+    (place / "bad.jsonl").write_text(json.dumps(LINES[0]) + "\n" + '{"prompt": "%s"}' % ("x" * 49))
+    out, err = run(place, *OPTIONS, *LAYOUTS[layout], *arguments, status=2)
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith(f"ee-llm: {message}")
+    assert not (place / "never.jsonl").exists()
+
+
+def test_ranks_that_fail_alike_are_one_line(place: Path) -> None:
+    """What every rank meets by itself, after the ranks are connected."""
+    other = tiny_config("llama", vocab_size=263, max_seq_length=48)
+    save_model(place / "odd", other, random_tensors(other, dtype=torch.float32))
+    _, err = run(place, "--checkpoint", "odd", "--prompt", "a", "--tensor", "2", status=2)
+    assert err == (
+        "ee-llm: model.vocab_size = 263 can not be shared out to 2 tensor ranks;"
+        " take a number of them that divides it\n"
+    )
+
+
+def _ranks(launcher: subprocess.Popen[str], count: int) -> list[int]:
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True
+    )
+    ranks = [int(pid) for pid in listed.stdout.split()]
+    assert len(ranks) == count
+    return ranks
+
+
+def _long_batch(place: Path, tmp_path: Path, num_short: int = 3) -> tuple[str, ...]:
+    """Return the options of a batch with some short prompts, then one that takes its time."""
+    lines = [{"prompt": f"{n}", "max_new_tokens": 4} for n in range(num_short)]
+    lines.append({"prompt": "long", "max_new_tokens": 8000})
+    (tmp_path / "batch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    batch = ("--batch-file", str(tmp_path / "batch.jsonl"), "--output", str(tmp_path / "out.jsonl"))
+    return ("--checkpoint", "long", "--dtype", "float64", "--thresholds", "0.3", *batch)
+
+
+def _wait_for(path: Path, num_lines: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 100
+    while not path.exists() or path.read_bytes().count(b"\n") < num_lines:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("layout", ["pipeline 2", pytest.param("tensor 2", marks=pytest.mark.slow)])
+def test_a_lost_rank_ends_all(place: Path, tmp_path: Path, layout: str, lost: int) -> None:
+    """Within seconds, although the time-out is ten minutes; what was finished is kept."""
+    with started(place, "generate", *_long_batch(place, tmp_path), *LAYOUTS[layout]) as launcher:
+        _wait_for(tmp_path / "out.jsonl", 3, launcher)
+        ranks = _ranks(launcher, 2)
+        os.kill(ranks[lost], signal.SIGKILL)
+        _, err = launcher.communicate(timeout=60)
+    # Whoever is noticed first: the one that was killed, or the one that misses it.
+    said = err.splitlines()[-1]
+    if launcher.returncode == 1:
+        assert re.match(r"ee-llm: .*(lost another rank|no stage answered)", said)
+    else:
+        assert launcher.returncode == 128 + signal.SIGKILL
+        assert said.startswith(f"ee-llm: rank {lost} was ended by SIGKILL")
+    assert "Traceback" not in err
+    assert [pid for pid in ranks if Path(f"/proc/{pid}").exists()] == []
+    assert len(records(tmp_path / "out.jsonl")) == 3
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_all(place: Path, tmp_path: Path) -> None:
+    """The one that waits for it gives up after the time-out, and says so."""
+    arguments = (*_long_batch(place, tmp_path), "--pipeline", "2", "--timeout-s", "5")
+    with started(place, "generate", *arguments) as launcher:
+        _wait_for(tmp_path / "out.jsonl", 3, launcher)
+        ranks = _ranks(launcher, 2)
+        os.kill(ranks[1], signal.SIGSTOP)
+        _, err = launcher.communicate(timeout=90)  # the launcher gives a rank half a minute
+    assert launcher.returncode == 1
+    assert "stage 0" in err.splitlines()[-1] or "no stage answered" in err.splitlines()[-1]
+    assert [pid for pid in ranks if Path(f"/proc/{pid}").exists()] == []
+
+
+@pytest.mark.parametrize("layout", ["one process", "pipeline 2"])
+def test_a_batch_that_was_killed_goes_on(place: Path, tmp_path: Path, layout: str) -> None:
+    """Killed, not asked to end; the rest is done in another layout, with the same records."""
+    arguments = _long_batch(place, tmp_path)
+    with started(place, "generate", *arguments, *LAYOUTS.get(layout, ())) as process:
+        _wait_for(tmp_path / "out.jsonl", 3, process)
+        ranks = _ranks(process, 2) if layout in LAYOUTS else []
+        for pid in (process.pid, *ranks):
+            os.kill(pid, signal.SIGKILL)
+    finished = (tmp_path / "out.jsonl").read_bytes()
+    with (tmp_path / "out.jsonl").open("ab") as file:
+        file.write(b'{"id": "4", "prompt": "lo')
+    lines = (tmp_path / "batch.jsonl").read_text().replace("8000", "10")
+    (tmp_path / "batch.jsonl").write_text(lines)
+    other = LAYOUTS["pipeline 2"] if layout == "one process" else ()
+    _, err = run(place, *arguments, *other)
+    assert "4 prompts, 3 of them done before; 10 tokens" in err
+    assert (tmp_path / "out.jsonl").read_bytes().startswith(finished)
+    (tmp_path / "out.jsonl").rename(tmp_path / "resumed.jsonl")
+    run(place, *arguments)
+    resumed, in_one_go = records(tmp_path / "resumed.jsonl"), records(tmp_path / "out.jsonl")
+    assert resumed.keys() == in_one_go.keys() == {"1", "2", "3", "4"}
+    for id, record in in_one_go.items():
+        assert_equal(resumed[id], record)
+
+
+def test_ranks_of_another_launcher(place: Path) -> None:
+    """torchrun starts them, as on several machines; a mistake does not abort there either."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command = [*torchrun, "2", "--module", "ee_llm.cli", "generate", *OPTIONS, "--prompt"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    results = [
+        subprocess.run(
+            [*command, prompt, "--pipeline", "2", "--json"],
+            cwd=place, env=environment, capture_output=True, text=True, timeout=120,
+        )
+        for prompt in ("prompt 0", "x" * 49)
+    ]  # fmt: skip
+    assert len(json.loads(results[0].stdout)["tokens"]) == 20
+    assert results[0].returncode == 0
+    assert results[1].returncode != 0
+    assert "49 tokens are more than" in results[1].stderr
+    assert "SIGABRT" not in results[1].stderr

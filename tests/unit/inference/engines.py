@@ -1,0 +1,128 @@
+"""Tiny engines, requests for them, and what has to hold when nothing is left to do."""
+
+from collections.abc import Sequence as Items
+from dataclasses import replace
+
+import torch
+
+from ee_llm.config import Config
+from ee_llm.inference.decoder import Decode
+from ee_llm.inference.engine import Engine
+from ee_llm.inference.generator import Generation, generate_reference
+from ee_llm.inference.policy import make_policy
+from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.request import Draft, Request, Sequence, Strategy
+from ee_llm.inference.sampling import Sampling
+from ee_llm.inference.scheduler import Limits
+from tests.unit.inference.models import random_tensors, random_tokens, tiny_config
+
+LIMITS = Limits(max_sequences=8, num_blocks=65, block_size=4, max_pending=16, max_rows=64)
+DRAWN = Sampling(0.9, top_k=20, top_p=0.95, seed=4)
+# Reached by about half of the rows of a random model.
+THRESHOLDS = (0.35, 0.35)
+
+
+def make_engine(
+    config: Config | None = None,
+    dtype: torch.dtype = torch.float64,
+    decode: Decode | None = None,
+    hold: str = "off",
+    tensors: dict | None = None,
+    **limits: int,
+) -> Engine:
+    config = config or tiny_config()
+    tensors = tensors or random_tensors(config)
+    return Engine(config, tensors, dtype, replace(LIMITS, **limits), decode, hold=hold)
+
+
+def make_request(
+    id: str = "a",
+    num_prompt: int = 5,
+    strategy: Strategy = "exact",
+    thresholds: Items[float | None] = THRESHOLDS,
+    boundaries: Items[int] = (1, 2),
+    draft: Draft | None = None,
+    prompt: Items[int] | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    **options: object,
+) -> Request:
+    """Return a request whose prompt depends on its id and length alone."""
+    if prompt is None:
+        prompt = random_tokens(num_prompt, seed=sum(id.encode())).tolist()
+    if strategy == "verify" and draft is None:
+        draft = Draft(boundaries[0], 3)
+    policy = make_policy(boundaries, thresholds)
+    chosen = {"max_new_tokens": 12} | options
+    return Request(id, tuple(prompt), policy, sampling, strategy, draft, **chosen)
+
+
+def one_of_each(**options: object) -> list[Request]:
+    """Return four requests of the four strategies."""
+    strategies: tuple[Strategy, ...] = ("exact", "full", "verify", "propagate")
+    return [
+        make_request(strategy[0], 3 + 2 * index, strategy, **options)
+        for index, strategy in enumerate(strategies)
+    ]
+
+
+def reference(
+    request: Request, config: Config | None = None, tensors: dict | None = None
+) -> Generation:
+    """Return what the one-at-a-time generator makes of a request, in float64."""
+    config = config or tiny_config()
+    model = ReferenceModel(config, tensors or random_tensors(config), torch.float64)
+    return generate_reference(
+        model,
+        request.prompt,
+        request.policy,
+        request.sampling,
+        request.strategy,
+        request.max_new_tokens,
+        request.eod,
+        request.stop_tokens,
+    )
+
+
+def serve(engine: Engine, requests: Items[Request]) -> tuple[list[Generation], list[Sequence]]:
+    """Return what the engine made of the requests, and how; every step leaves it sound."""
+    for request in requests:
+        engine.add(request)
+    sequences = [engine._sequences[request.id] for request in requests]
+    made = {}
+    while engine.has_work:
+        for update in engine.step():
+            if update.generation:
+                made[update.id] = update.generation
+        engine.scheduler.check_integrity()
+    assert_idle(engine)
+    return [made[request.id] for request in requests], sequences
+
+
+def assert_same(found: Generation, expected: Generation) -> None:
+    """Assert equal tokens and exits, and the rest as near as float64 is."""
+    assert found.tokens == expected.tokens
+    assert found.exits == expected.exits
+    assert found.finish_reason == expected.finish_reason
+    for ours, theirs in (
+        (found.confidences, expected.confidences),
+        (found.logprobs, expected.logprobs),
+    ):
+        torch.testing.assert_close(
+            torch.tensor(ours, dtype=torch.float64),
+            torch.tensor(theirs, dtype=torch.float64),
+            rtol=0,
+            atol=1e-9,
+        )
+
+
+def assert_idle(engine: Engine) -> None:
+    """Assert that nothing is left: no request, no slot, no block."""
+    assert not engine.has_work
+    assert not engine._sequences
+    assert not engine._num_told
+    assert not engine.scheduler.running
+    assert not engine.scheduler.waiting
+    engine.scheduler.check_integrity()
+    blocks = engine.scheduler.blocks
+    blocks.check_integrity([])
+    assert blocks.num_available == blocks.num_blocks - 1

@@ -1,0 +1,259 @@
+"""The engine's faces: what it refuses, what it leaves behind, and how results are handed over."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ee_llm.inference.engine import Engine
+from ee_llm.inference.generator import Generation
+from ee_llm.inference.request import Draft, Request
+from tests.unit.inference.engines import (
+    DRAWN,
+    assert_idle,
+    assert_same,
+    make_engine,
+    make_request,
+    one_of_each,
+    reference,
+    serve,
+)
+from tests.unit.inference.models import random_tensors, tiny_config
+
+OUT_OF_RANGE = (math.nan, 0.0, -0.1, 1.01)
+
+
+def _verify(boundary: int = 1, length: int = 3, threshold: float | None = None) -> Request:
+    return make_request("bad", strategy="verify", draft=Draft(boundary, length, threshold))
+
+
+BAD: dict[str, tuple[Callable[[], Request], str]] = {
+    "a prompt longer than the context": (
+        lambda: make_request("bad", prompt=[1] * 33),
+        r"33 tokens are more than model\.max_seq_length = 32; shorten the prompt",
+    ),
+    "an empty prompt": (lambda: make_request("bad", prompt=[]), "the prompt is empty"),
+    "a draft at no exit": (
+        lambda: _verify(3),
+        r"draft boundary 3 is no exit; the model has them at \[1, 2\]",
+    ),
+    "a draft at the final exit": (lambda: _verify(4), "draft boundary 4 is no exit"),
+    "a policy for other exits": (
+        lambda: make_request("bad", boundaries=(1, 3)),
+        r"policy is for exits at boundaries \[1, 3\], but the model has \[1, 2\]",
+    ),
+    "a draft without end": (lambda: _verify(length=0), "draft length 0 must be at least 1"),
+    "a draft longer than a ring": (
+        lambda: _verify(length=16),
+        "draft length 16 does not fit max_pending = 16",
+    ),
+    "more than the cache": (
+        lambda: make_request("bad", 20, max_new_tokens=12),
+        r"'bad' may grow to 31 positions, 8 blocks of the cache, which has 7; ask for fewer",
+    ),
+    "an id in use": (lambda: make_request("good"), "request id 'good' is in use"),
+    "a negative token": (
+        lambda: make_request("bad", prompt=[1, -1]),
+        r"token id -1 does not fit model\.vocab_size = 40",
+    ),
+    "a token beyond the vocabulary": (
+        lambda: make_request("bad", prompt=[1, 40]),
+        r"token id 40 does not fit model\.vocab_size = 40",
+    ),
+    "a stop string that nobody can see": (
+        lambda: make_request("bad", stop_strings=("x",)),
+        "stop_strings need an engine with a tokenizer; give it decode=",
+    ),
+    "an empty stop string": (
+        lambda: make_request("bad", stop_strings=("x", "")),
+        "a stop string is empty",
+    ),
+    "an unknown strategy": (
+        lambda: make_request("bad", strategy="exakt"),
+        "strategy 'exakt' is unknown; choose of exact, full, verify, propagate",
+    ),
+    "a draft that is not for verify": (
+        lambda: make_request("bad", draft=Draft(1)),
+        "verify needs a draft, and no other strategy has one",
+    ),
+    "no token": (lambda: make_request("bad", max_new_tokens=0), "max_new_tokens 0 must be at"),
+}
+for _value in OUT_OF_RANGE:
+    BAD[f"a threshold of {_value}"] = (
+        lambda value=_value: make_request("bad", thresholds=(value, None)),
+        rf"thresholds: {_value} is not in \(0, 1\]",
+    )
+    BAD[f"a draft threshold of {_value}"] = (
+        lambda value=_value: _verify(threshold=value),
+        rf"draft threshold {_value} is not in \(0, 1\]",
+    )
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_request_is_refused_and_leaves_nothing(name: str) -> None:
+    """The one that runs is not disturbed, and another with the refused id is served."""
+    build, message = BAD[name]
+    engine = make_engine(num_blocks=8)
+    good = make_request("good", max_new_tokens=9)
+    engine.add(good)
+    engine.step()
+    with pytest.raises(ValueError, match=message):
+        engine.add(build())
+    assert list(engine._sequences) == ["good"]
+    engine.scheduler.check_integrity()
+    made = {}
+    engine.add(make_request("bad", 4))
+    while engine.has_work:
+        made |= {update.id: update.generation for update in engine.step()}
+    assert_same(made["good"], reference(good))
+    assert_same(made["bad"], reference(make_request("bad", 4)))
+    assert_idle(engine)
+
+
+def test_only_what_is_under_way_can_be_aborted() -> None:
+    engine, request = make_engine(), make_request("a")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="request id 'a' is not under way: finished, aborted"):
+            engine.abort("a")
+        serve(engine, [request])
+    engine.add(request)
+    assert engine.abort("a") is None
+    with pytest.raises(ValueError, match="not under way"):
+        engine.abort("a")
+    assert_idle(engine)
+
+
+def _abort_after(engine: Engine, num_steps: int, victim: str) -> tuple[dict, Generation | None]:
+    """Return what all make when one is given up after so many steps, and what that one had."""
+    made = {}
+    for request in one_of_each(max_new_tokens=5):
+        engine.add(request)
+    for _ in range(num_steps):
+        made |= {u.id: u.generation for u in engine.step() if u.generation}
+    partial = engine.abort(victim) if victim in engine._sequences else None
+    engine.scheduler.check_integrity()
+    while engine.has_work:
+        made |= {u.id: u.generation for u in engine.step() if u.generation}
+        engine.scheduler.check_integrity()
+    assert_idle(engine)
+    return made, partial
+
+
+@pytest.mark.parametrize("num_blocks", [65, 9])
+@pytest.mark.parametrize("victim", ["e", "f", "v", "p"])
+def test_an_abort_at_any_step_leaks_nothing(victim: str, num_blocks: int) -> None:
+    """One engine through them all, with room for all and without: the others are not disturbed."""
+    engine = make_engine(num_blocks=num_blocks)
+    expected = {request.id: reference(request) for request in one_of_each(max_new_tokens=5)}
+    num_partial = num_steps = 0
+    while True:
+        made, partial = _abort_after(engine, num_steps, victim)
+        for id, generation in made.items():
+            assert_same(generation, expected[id])
+        assert len(made) == 4 - (victim not in made)
+        if partial is not None:
+            num_partial += 1
+            count = len(partial.tokens)
+            assert partial.finish_reason == "abort"
+            assert partial.tokens == expected[victim].tokens[:count]
+            assert partial.exits == expected[victim].exits[:count]
+        if victim in made:
+            break
+        num_steps += 1
+    assert num_steps > 4
+    assert num_partial > 1
+    assert (engine.scheduler.num_preemptions > 0) == (num_blocks == 9)
+
+
+def test_damaged_weights_are_told_and_the_request_can_be_given_up() -> None:
+    tensors = random_tensors(tiny_config())
+    tensors["layers.4.mlp.linear_fc2.weight"][0, 0] = math.nan
+    engine = make_engine(tensors=tensors)
+    engine.add(make_request("a", strategy="full"))
+    with pytest.raises(ValueError, match=r"not finite in torch\.float64; are the weights damaged"):
+        engine.step()
+    engine.scheduler.check_integrity()
+    engine.abort("a")
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("strategy", ["exact", "full", "verify", "propagate"])
+def test_a_full_context_ends_a_sequence(strategy: str) -> None:
+    """A row of the last position decides one token more; the prompt may fill them all."""
+    requests = [
+        make_request(f"{strategy}{length}", length, strategy, max_new_tokens=9)
+        for length in (31, 32, 30)
+    ]
+    made, _ = serve(make_engine(), requests)
+    for request, generation in zip(requests, made, strict=True):
+        assert_same(generation, reference(request))
+    assert [len(generation.tokens) for generation in made] == [2, 1, 3]
+    assert {generation.finish_reason for generation in made} == {"context"}
+
+
+def test_a_step_without_work_brings_nothing() -> None:
+    assert make_engine().step() == []
+
+
+@pytest.mark.parametrize("sampling", [None, DRAWN])
+def test_a_stream_is_the_generation_token_by_token(sampling) -> None:
+    options = {"sampling": sampling} if sampling else {}
+    engine = make_engine()
+    other = make_request("other", 9, max_new_tokens=30, **options)
+    engine.add(other)
+    for request in one_of_each(**options):
+        updates = list(engine.stream(request))
+        assert {update.id for update in updates} == {request.id}
+        assert [update.generation is None for update in updates[:-1]] == [True] * (len(updates) - 1)
+        (generation,) = [update.generation for update in updates if update.generation]
+        assert_same(generation, reference(request))
+        decisions = [decision for update in updates for decision in update.decisions]
+        assert tuple(decision.token for decision in decisions) == generation.tokens
+        assert tuple(decision.exit for decision in decisions) == generation.exits
+        assert tuple(decision.confidence for decision in decisions) == generation.confidences
+        assert tuple(decision.logprob for decision in decisions) == generation.logprobs
+    assert_idle(engine)
+
+
+def test_a_stream_that_is_closed_early_is_aborted() -> None:
+    engine, request = make_engine(), make_request("a")
+    updates = engine.stream(request)
+    first = next(updates)
+    assert first.decisions[0].token == reference(request).tokens[0]
+    updates.close()
+    assert_idle(engine)
+    *_, last = engine.stream(request)
+    assert_same(last.generation, reference(request))
+
+
+def test_results_come_in_the_order_of_the_requests() -> None:
+    lengths = (9, 2, 12, 1, 5)
+    requests = [make_request(str(n), 6, max_new_tokens=n) for n in lengths]
+    engine, updates = make_engine(max_sequences=2), []
+    made = engine.generate(requests, updates.append)
+    for request, generation in zip(requests, made, strict=True):
+        assert_same(generation, reference(request))
+    finished = [update.id for update in updates if update.generation]
+    assert sorted(finished) == sorted(map(str, lengths))
+    assert finished != [request.id for request in requests], "they end in another order"
+    assert sum(len(update.decisions) for update in updates) == sum(lengths)
+    assert_idle(engine)
+    assert engine.generate([]) == []
+
+
+def test_one_bad_request_keeps_all_of_a_batch_out() -> None:
+    engine = make_engine()
+    engine.add(make_request("before"))
+    for bad in (make_request("c", prompt=[99]), make_request("a"), make_request("before")):
+        with pytest.raises(ValueError, match="token id 99|'a' is in use|'before' is in use"):
+            engine.generate([make_request("a"), make_request("b"), bad])
+        assert list(engine._sequences) == ["before"]
+    (made,) = engine.generate([make_request("a")])
+    assert_same(made, reference(make_request("a")))
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    tensors = random_tensors(tiny_config())
+    with pytest.raises(ValueError, match="the weights do not fit the configuration"):
+        make_engine(tensors=tensors | {"layers.5.x": torch.ones(1)})

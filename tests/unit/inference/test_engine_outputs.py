@@ -1,0 +1,239 @@
+"""What the engine makes: the same tokens whatever room, company and precision it has."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ee_llm.inference.certificate import verify_trace
+from ee_llm.inference.holding import Profile
+from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.request import Request
+from ee_llm.inference.sampling import Sampling
+from tests.unit.inference.engines import (
+    DRAWN,
+    assert_idle,
+    assert_same,
+    make_engine,
+    make_request,
+    one_of_each,
+    reference,
+    serve,
+)
+from tests.unit.inference.models import random_tensors, tiny_config
+from tests.unit.inference.peers import gpt2_of_transformers, llama_of_transformers, make_precise
+
+# The largest error of logits that rounding may explain; those of a random model are about 2.
+EPSILON = {torch.float32: 1e-4, torch.bfloat16: 0.5}
+
+
+def _letters(tokens: list[int]) -> str:
+    """Return two characters for each token, so that stop strings cross their edges."""
+    return "".join(f"{token:02d}" for token in tokens)
+
+
+@pytest.mark.parametrize("num_blocks", [9, 11, 14])
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWN])
+def test_without_blocks_requests_wait_and_start_anew_and_change_nothing(
+    num_blocks: int, sampling: Sampling
+) -> None:
+    """Eight blocks are what a single one of the eight requests may need."""
+    requests = [
+        replace(request, id=f"{request.id}{index}", max_new_tokens=20)
+        for index in range(2)
+        for request in one_of_each(sampling=sampling)
+    ]
+    engine = make_engine(num_blocks=num_blocks)
+    made, _ = serve(engine, requests)
+    for request, generation in zip(requests, made, strict=True):
+        assert_same(generation, reference(request))
+    assert engine.scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 64])
+@pytest.mark.parametrize("max_pending", [4, 5, 16])
+def test_prompts_in_any_chunks_give_the_same_tokens(max_pending: int, max_rows: int) -> None:
+    requests = [
+        replace(request, prompt=(*request.prompt, *range(length)))
+        for request, length in zip(one_of_each(max_new_tokens=6), (15, 2, 9, 13), strict=True)
+    ]
+    made, _ = serve(make_engine(max_pending=max_pending, max_rows=max_rows), requests)
+    for request, generation in zip(requests, made, strict=True):
+        assert_same(generation, reference(request))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("head", [("norm",), ("block", "mlp", "norm")], ids="-".join)
+def test_a_threshold_above_every_confidence_is_full_bit_for_bit(
+    head: tuple[str, ...], sampling: Sampling, dtype: torch.dtype
+) -> None:
+    """The same rows go through the same layers together, though in three passes for one."""
+    config = tiny_config(head=head)
+    lengths = ((5, 12), (1, 20), (9, 4), (16, 12), (3, 12), (12, 9))
+
+    def made(strategy: str, **options: object) -> list:
+        requests = [
+            make_request(f"{n}", n, strategy, max_new_tokens=m, sampling=sampling, **options)
+            for n, m in lengths
+        ]
+        return serve(make_engine(config, dtype, num_blocks=129), requests)[0]
+
+    full = made("full")
+    for thresholds in ((1.0, 1.0), (None, 1.0), (None, None)):
+        exact = made("exact", thresholds=thresholds)
+        for ours, theirs in zip(exact, full, strict=True):
+            assert ours.tokens == theirs.tokens
+            assert ours.exits == theirs.exits == (4,) * len(ours.tokens)
+            assert ours.confidences == theirs.confidences
+            assert ours.logprobs == theirs.logprobs
+
+
+@pytest.mark.parametrize("max_hold", [1, 3, 7])
+def test_holding_changes_no_token_and_no_row_is_held_for_longer_than_allowed(max_hold: int) -> None:
+    """With a single exit the bound is exact: the one deeper segment runs when a row is due."""
+    config = tiny_config(boundaries=(2,))
+    engine = make_engine(config, max_hold=max_hold)
+    engine.scheduler.holds = [1, 99]
+    requests = [
+        make_request(f"{n}", n, thresholds=(0.35,), boundaries=(2,), max_new_tokens=16)
+        for n in range(2, 10)
+    ]
+    for request in requests:
+        engine.add(request)
+    made, waits = {}, [0]
+    while engine.has_work:
+        made |= {u.id: u.generation for u in engine.step() if u.generation}
+        scheduler = engine.scheduler
+        waits += [
+            scheduler.step - one.waiting_since
+            for one in scheduler.running
+            if one.watermarks[0] and scheduler.due(one) > 0
+        ]
+    for request in requests:
+        assert_same(made[request.id], reference(request, config))
+    assert max(waits) == max_hold
+
+
+def test_holding_by_measurement_changes_no_token() -> None:
+    """The profile is planted, as this model's own would not hold: after some steps it does."""
+    engine = make_engine(hold="auto")
+    assert engine.holding is not None
+    assert engine.holding.profile.rows == (1, 2, 4, 8)
+    assert all(time > 0.0 for times in engine.holding.profile.seconds for time in times)
+    assert_idle(engine)
+    engine.holding.profile = Profile((1, 64), ((1.0, 1.0), (9.0, 9.0), (9.0, 9.0)))
+    requests = [make_request(f"{n}", n, max_new_tokens=16) for n in range(2, 10)]
+    held: list[int] = []
+    made = engine.generate(requests, lambda _: held.extend(engine.scheduler.holds))
+    for request, generation in zip(requests, made, strict=True):
+        assert_same(generation, reference(request))
+    assert max(held) > 1
+    assert engine.holding.rates != [0.5, 0.5]
+
+
+def _stopped(request: Request, stops: tuple[str, ...], num_tokens: int) -> None:
+    """Assert that the request ends with the first `num_tokens` tokens of what it would be."""
+    whole = reference(request)
+    engine = make_engine(decode=_letters)
+    (made,), _ = serve(engine, [replace(request, stop_strings=stops)])
+    assert made.tokens == whole.tokens[:num_tokens]
+    expected = "stop" if num_tokens < len(whole.tokens) else whole.finish_reason
+    assert made.finish_reason == expected
+
+
+@pytest.mark.parametrize("strategy", ["exact", "full", "verify", "propagate"])
+def test_a_stop_string_ends_a_sequence_where_it_is_complete(strategy: str) -> None:
+    """Also where it begins within one token and ends within another, or is one of several."""
+    request = make_request("s", 6, strategy, sampling=DRAWN)
+    text = _letters(list(reference(request).tokens))
+
+    def first(*stops: str) -> int:
+        """Return after how many tokens the text has one of them."""
+        return min((-(-(text.find(s) + len(s)) // 2) for s in stops if s in text), default=12)
+
+    for stops in ((text[3:8],), (text[12:14], text[7:17]), (text[:21],), (text[5:7], "never")):
+        assert first(*stops) < 12
+        _stopped(request, stops, first(*stops))
+    _stopped(request, ("never", "99"), 12)
+
+
+def test_a_stop_string_of_the_prompt_does_not_end_what_follows() -> None:
+    request = make_request("s", 6, sampling=DRAWN)
+    text = _letters(list(reference(request).tokens))
+    edge = _letters(list(request.prompt)) + text
+    assert edge[8:14] not in text
+    _stopped(request, (edge[8:14],), 12)
+
+
+def test_a_character_of_several_tokens_is_seen_when_it_is_whole() -> None:
+    """A decoder shows what it can not read yet as a question mark in a diamond."""
+    request = make_request("s", 6, max_new_tokens=9, sampling=DRAWN)
+    tokens = reference(request).tokens
+    pieces = dict(zip(tokens[3:6], "€".encode(), strict=True))
+    assert len(pieces) == 3, "the test needs three different tokens"
+
+    def decode(ids: list[int]) -> str:
+        return bytes(pieces.get(id, 97) for id in ids).decode(errors="replace")
+
+    (made,), _ = serve(make_engine(decode=decode), [replace(request, stop_strings=("€",))])
+    assert made.tokens == tokens[:6]
+    assert made.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("strategy", ["exact", "full", "verify", "propagate"])
+def test_stop_tokens_and_the_end_of_a_document_end_a_sequence(strategy: str) -> None:
+    request = make_request("s", 6, strategy, sampling=DRAWN)
+    whole = reference(request)
+    late = next(token for token in whole.tokens[4:] if token not in whole.tokens[:4])
+    for options, reason in (({"eod": late}, "eod"), ({"stop_tokens": (39, late)}, "stop")):
+        shorter = replace(request, **options)
+        (made,), _ = serve(make_engine(), [shorter])
+        assert_same(made, reference(shorter))
+        assert made.tokens[-1] == late
+        assert made.finish_reason == reason
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+def test_full_is_what_transformers_generates(family: str) -> None:
+    """Greedy, from the same weights in float64; the random model's top two are far apart."""
+    config = tiny_config(family, num_kv_heads=4 if family == "gpt" else 2)
+    tensors = random_tensors(config)
+    if family == "llama":
+        theirs = llama_of_transformers(config, tensors)
+        make_precise(theirs)
+    else:
+        theirs = gpt2_of_transformers(config, tensors)
+    requests = [make_request(f"{n}", n, "full", max_new_tokens=31 - n) for n in (1, 4, 7, 12, 20)]
+    made, _ = serve(make_engine(config), requests)
+    for request, generation in zip(requests, made, strict=True):
+        prompt = torch.tensor([request.prompt])
+        continued = theirs.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=request.max_new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert continued[0, len(request.prompt) :].tolist() == list(generation.tokens)
+
+
+@pytest.mark.parametrize("dtype", EPSILON)
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+def test_in_lower_precision_rounding_explains_every_divergence(
+    family: str, dtype: torch.dtype
+) -> None:
+    """The certificate is in float64, of the same rounded weights."""
+    config = tiny_config(family)
+    tensors = random_tensors(config, dtype=dtype)
+    requests = [
+        replace(request, id=f"{request.id}{index}")
+        for index, sampling in enumerate((Sampling(), DRAWN, Sampling(1.0, min_p=0.05, seed=2)))
+        for request in one_of_each(sampling=sampling, max_new_tokens=20)
+    ]
+    made, _ = serve(make_engine(config, dtype, tensors=tensors, num_blocks=33), requests)
+    model = ReferenceModel(config, tensors, torch.float64)
+    for generation in made:
+        for divergence in verify_trace(model, generation):
+            assert divergence.margin < EPSILON[dtype], (generation.strategy, divergence)

@@ -1,0 +1,155 @@
+"""How long rows wait for others: what passes take, and what holding brings, or does not."""
+
+import pytest
+
+from ee_llm.inference.holding import Holding, Profile, rate
+from ee_llm.inference.request import Verdict
+
+
+def _constant(*seconds: float) -> Profile:
+    """Return the profile of passes whose time does not depend on their rows."""
+    return Profile((1, 64), tuple((time, time) for time in seconds))
+
+
+def _linear(*seconds: float) -> Profile:
+    """Return the profile of passes that take so long per row, and nothing besides."""
+    return Profile((1, 64), tuple((time, 64 * time) for time in seconds))
+
+
+def _verdicts(*left: bool) -> list[Verdict]:
+    return [Verdict(0, 0, one, 0, 0.5, 0.0) for one in left]
+
+
+def _holding(profile: Profile, *rates: float, max_hold: int = 8) -> Holding:
+    """Return holding that has seen exits decline at such rates, for long."""
+    holding = Holding(profile, max_hold)
+    for segment, declining in enumerate(rates):
+        share = round(100 * declining)
+        hundred = [index * share // 100 == (index + 1) * share // 100 for index in range(100)]
+        for _ in range(40):
+            holding.observe(segment, _verdicts(*hundred))
+        assert holding.rates[segment] == pytest.approx(declining, abs=0.02)
+    return holding
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "seconds"),
+    [(0.3, 1.0), (1, 1.0), (2, 1.5), (3, 2.0), (6, 8.0), (9, 14.0), (13, 22.0), (0, 1.0)],
+)
+def test_times_lie_on_lines_between_and_beyond_what_was_measured(
+    num_rows: float, seconds: float
+) -> None:
+    profile = Profile((1, 3, 9), ((1.0, 2.0, 14.0), (5.0, 5.0, 5.0)))
+    assert profile.time(0, num_rows) == pytest.approx(seconds)
+    assert profile.time(1, num_rows) == 5.0
+
+
+def test_a_single_measurement_stands_for_all() -> None:
+    assert Profile((1,), ((2.5,),)).time(0, 40) == 2.5
+
+
+def test_tokens_per_second_of_a_case_computed_by_hand() -> None:
+    """Two segments, 10 sequences of which half decline: 10 rows are ready, then 5, then 2.5.
+
+    The first takes 1 s and 0.1 s a row, the second 2 s and 0.2 s a row.
+    """
+    profile = Profile((0, 100), ((1.0, 11.0), (2.0, 22.0)))
+    seconds = {1: 2.0 + 4.0, 2: 2.0 + 1.5 + 5.0, 3: 2.0 + 1.5 + 1.25 + 5.5}
+    for passes, tokens in ((1, 10.0), (2, 15.0), (3, 17.5)):
+        found = rate(profile, [0.5], 1, 10, passes)
+        assert found == pytest.approx(tokens / seconds[passes])
+
+
+def test_tokens_per_second_with_another_exit_before_or_behind() -> None:
+    """Three segments, 8 sequences; half decline the first exit, half of those the second."""
+    profile = Profile((0, 100), ((1.0, 1.0), (2.0, 12.0), (4.0, 24.0)))
+    # Of 8 and then 4 rows, all pass the second segment, half of them the third.
+    behind = (8 + 4) / (2 * 1.0 + (2.0 + 1.2) + (4.0 + 0.2 * 6))
+    assert rate(profile, [0.5, 0.5], 1, 8, 2) == pytest.approx(behind)
+    # A quarter goes on to the third segment: of 8 and then 6 rows, half pass the second each time.
+    before = (8 + 6) / (2 * 1.0 + (2.0 + 0.4) + (2.0 + 0.3) + (4.0 + 0.2 * 14))
+    assert rate(profile, [0.5, 0.5], 2, 8, 2) == pytest.approx(before)
+
+
+def _closed_form(ratio: float, q: float, passes: int) -> float:
+    """Return the gain of a deep pass, d, after every k shallow ones, a, over one after each.
+
+    (1 - (1 - q)^k) / q * (a + d) / (k a + d), with `ratio` = (a + d) / a.
+    """
+    return (1.0 - (1.0 - q) ** passes) / q * ratio / (passes + ratio - 1.0)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4, 9])
+@pytest.mark.parametrize("q", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize(("a", "d"), [(1.0, 1.0), (1.0, 3.0), (0.5, 0.25)])
+def test_constant_times_give_the_closed_form(a: float, d: float, q: float, passes: int) -> None:
+    profile = _constant(a, d)
+    gain = rate(profile, [q], 1, 16, passes) / rate(profile, [q], 1, 16, 1)
+    assert gain == pytest.approx(_closed_form((a + d) / a, q, passes))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "q", "gain"), [(2, 0.1, 1.38), (2, 0.3, 1.13), (4, 0.1, 2.09), (4, 0.3, 1.46)]
+)
+def test_the_best_wait_of_the_closed_form_is_found(ratio: int, q: float, gain: float) -> None:
+    """The wait is put as a number of sequences, of a hundred that run."""
+    assert max(_closed_form(ratio, q, k) for k in range(1, 13)) == pytest.approx(gain, abs=0.01)
+    holding = _holding(_constant(1.0, ratio - 1.0), q, max_hold=12)
+    (measured,) = holding.rates
+    best = max(range(1, 13), key=lambda k: _closed_form(ratio, measured, k))
+    assert best > 1
+    assert holding.holds(100) == [1, round(100 * (1.0 - (1.0 - measured) ** best))]
+
+
+@pytest.mark.parametrize(
+    ("profile", "declining"),
+    [
+        (_linear(1.0, 3.0), 0.1),  # bound by rows: a wait saves nothing
+        (_constant(1.0, 0.1), 0.3),  # the deep pass is cheap
+        (_constant(1.0, 3.0), 1.0),  # every row declines: nobody else has work
+    ],
+)
+def test_rows_are_not_held_where_it_does_not_pay(profile: Profile, declining: float) -> None:
+    assert _holding(profile, declining).holds(16) == [1, 1]
+
+
+def test_a_gain_within_two_in_a_hundred_is_not_worth_the_wait() -> None:
+    for deep, is_worth in ((0.45, False), (0.6, True)):
+        holding = _holding(_constant(1.0, deep), 0.3)
+        gains = [_closed_form(1.0 + deep, holding.rates[0], passes) for passes in range(1, 9)]
+        assert (1.0 < max(gains) < 1.02) != is_worth
+        assert (holding.holds(16)[1] > 1) == is_worth
+
+
+def test_no_wait_is_for_longer_than_allowed() -> None:
+    profile = _constant(1.0, 30.0)
+    holds = [_holding(profile, 0.05, max_hold=limit).holds(1000)[1] for limit in (1, 2, 8)]
+    assert holds[0] == 1
+    assert holds[1] == pytest.approx(1000 * (1 - 0.95**2), rel=0.2)
+    assert holds[2] == pytest.approx(1000 * (1 - 0.95**8), rel=0.2)
+
+
+def test_deeper_segments_wait_for_their_own_share() -> None:
+    profile = _constant(1.0, 4.0, 20.0)
+    holding = _holding(profile, 0.4, 0.5)
+    first, second = holding.rates
+    for segment, share in ((1, first), (2, first * second)):
+        best = max(range(1, 9), key=lambda k: rate(profile, holding.rates, segment, 100, k))
+        assert best > 1
+        assert holding.holds(100)[segment] == round(100 * (1.0 - (1.0 - share) ** best))
+
+
+def test_rates_are_a_moving_average_of_each_exit_alone() -> None:
+    """The last verdict weighs 1, each before it 0.98 of the one after; at first it is a half."""
+    holding = Holding(_constant(1.0, 1.0, 1.0), 4)
+    assert holding.rates == [0.5, 0.5]
+    holding.observe(0, _verdicts(False, True, False))
+    judged = 0.98**3 + 0.98**2 + 0.98 + 1.0
+    assert holding.rates[0] == pytest.approx((0.5 * 0.98**3 + 0.98**2 + 1.0) / judged)
+    assert holding.rates[1] == 0.5
+    for _ in range(2000):
+        holding.observe(1, _verdicts(True))
+    assert holding.rates[1] == pytest.approx(0.0, abs=1e-9)
+    for _ in range(50):
+        holding.observe(1, _verdicts(False))
+    assert holding.rates[1] == pytest.approx(1.0 - 0.98**50, abs=1e-6)

@@ -1,0 +1,56 @@
+"""What docs/inference.md states in figures is what the code says."""
+
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+
+from ee_llm.inference.certificate import tolerance
+from ee_llm.inference.holding import Profile, rate
+
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "inference.md").read_text()
+ROWS = re.findall(r"^\| (1/\d) \| (.*) \|$", PAGE, re.MULTILINE)
+
+
+def _speedups(profile: Profile, q: float) -> list[float]:
+    """Return S(k) for k = 1, 2, ... of passes that cost 1 together, without the head."""
+    return [rate(profile, [q], 1, 1, passes) for passes in range(1, 25)]
+
+
+def _best(speedups: list[float]) -> str:
+    return f"{max(speedups):.2f}, k = {speedups.index(max(speedups)) + 1}"
+
+
+@pytest.mark.parametrize(("share", "cells"), ROWS, ids=[f"{a} {b[:3]}" for a, b in ROWS])
+def test_the_table_of_holding_is_what_the_engine_reckons_with(share: str, cells: str) -> None:
+    shallow = float(Fraction(share))
+    q, saved, unheld, best, with_head, compute_bound = cells.split(" | ")
+    deep, rows = 1.0 - shallow, float(q)
+    assert saved == f"{1 / (shallow + rows * deep):.2f}"
+    speedups = _speedups(Profile((1,), ((shallow,), (deep,))), rows)
+    assert (unheld, best) == (f"{speedups[0]:.2f}", _best(speedups))
+    assert with_head == _best(_speedups(Profile((1,), ((shallow + 0.1,), (deep,))), rows))
+    linear = Profile((0, 1), ((0.0, shallow), (0.0, deep)))
+    assert {compute_bound} == {f"{one:.2f}" for one in _speedups(linear, rows)}
+
+
+def test_there_is_a_table() -> None:
+    assert len(ROWS) == 6
+
+
+def test_the_tolerances_are_those_of_the_certificate() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        (row,) = re.findall(rf"^\| {name} \| ([\d.e-]+)[^|]* \| ([\d.e-]+)[^|]* \|$", PAGE, re.M)
+        allowed = tolerance(dtype)
+        assert [float(one) for one in row] == pytest.approx([allowed.token, allowed.exit], rel=0.01)
+
+
+def test_the_table_of_files_is_complete() -> None:
+    table = PAGE[PAGE.index("## The room") :]
+    room = Path(__file__).resolve().parents[3] / "ee_llm" / "inference"
+    files = {path.stem for path in room.glob("*.py")} - {"__init__"}
+    named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in row.split(", ")}
+    assert named == {f"`{name}`" for name in files}

@@ -1,0 +1,239 @@
+"""The lean layers and heads against the plain model, whole, in stages and in shards."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ee_llm.config import Config
+from ee_llm.inference.attention import PageTable, Run
+from ee_llm.inference.layers import Shard
+from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.stage import Piece, Stage, cache_dtype, cut, shard_of
+from tests.unit.inference.models import random_tensors, random_tokens, tiny_config
+
+HEADS = [(), ("norm",), ("mlp", "norm"), ("block", "norm"), ("block", "mlp", "norm"), ("mlp",)]
+TOKENS = random_tokens(21, seed=5)
+CHUNKS = ((0, 21), (0, 1, 2, 13, 14, 21))  # the prompt at once; single rows, long and short runs
+BLOCKS = (7, 3, 4, 5, 11, 2)  # of four positions
+
+
+def _table() -> PageTable:
+    table = PageTable(1, len(BLOCKS), 4, torch.device("cpu"))
+    for index, block in enumerate(BLOCKS):
+        table.set(0, index, block)
+    return table
+
+
+def _logits(
+    config: Config,
+    tensors: dict[str, Tensor],
+    edges: tuple[int, ...] = CHUNKS[1],
+    num_stages: int = 1,
+    shard: Shard | None = None,
+) -> dict[int, Tensor]:
+    """Return {boundary: logits [s, v / t]} of TOKENS, which come in chunks between `edges`."""
+    stages = [Stage(config, tensors, 48, pieces, shard) for pieces in cut(config, num_stages)]
+    table, parts = _table(), {b: [] for b in (*config.exits.boundaries, config.model.num_layers)}
+    for start, stop in pairwise(edges):
+        rows = [Run(0, start, stop, 0)]
+        batch = table.batch(rows, None, stages[0].cache_dtype)
+        x = stages[0].embed(TOKENS[start:stop], batch.positions)
+        for stage in stages:
+            for index, piece in enumerate(stage.pieces):
+                x, attended = stage.run(index, x, batch)
+                if piece.has_exit:
+                    within = table.batch(rows, rows, stage.cache_dtype)
+                    block = within if stage.has_block(index) else None
+                    parts[piece.last].append(stage.logits(index, x, attended, rows, block))
+    return {boundary: torch.cat(found) for boundary, found in parts.items()}
+
+
+def _assert_equal(found: dict[int, Tensor], expected: dict[int, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for boundary, logits in expected.items():
+        torch.testing.assert_close(found[boundary], logits, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("edges", CHUNKS, ids=["at once", "in chunks"])
+@pytest.mark.parametrize("head", HEADS, ids="-".join)
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+def test_every_exit_gives_what_the_plain_model_does(
+    family: str, head: tuple[str, ...], edges: tuple[int, ...]
+) -> None:
+    config = tiny_config(family, (1, 2, 3), head, "own", temperatures=(1.0, 0.5, 2.0))
+    tensors = random_tensors(config)
+    expected = ReferenceModel(config, tensors, torch.float64).forward(TOKENS)
+    _assert_equal(_logits(config, tensors, edges), expected)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"position": "learned"},
+        {"num_kv_heads": 1},
+        {"num_kv_heads": 4},
+        {"tie_embeddings": True},
+        {"rope_theta": 77.0},
+        {"num_layers": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+@pytest.mark.parametrize("output", ["own", "shared", "tied"])
+def test_shapes_positions_and_outputs_are_those_of_the_model(
+    family: str, output: str, model: dict
+) -> None:
+    boundaries = () if "num_layers" in model else (1, 3)
+    config = tiny_config(family, boundaries, output=output, **model)
+    tensors = random_tensors(config)
+    expected = ReferenceModel(config, tensors, torch.float64).forward(TOKENS)
+    _assert_equal(_logits(config, tensors), expected)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+@pytest.mark.parametrize("head", [("mlp", "norm"), ("block", "mlp", "norm")], ids="-".join)
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+def test_stages_one_after_the_other_are_the_model(
+    family: str, head: tuple[str, ...], num_stages: int
+) -> None:
+    config = tiny_config(family, (1, 3), head)
+    tensors = random_tensors(config)
+    whole = _logits(config, tensors)
+    _assert_equal(_logits(config, tensors, num_stages=num_stages), whole)
+
+
+class _Ranks:
+    """Threads that sum as the ranks of a tensor-parallel group do."""
+
+    def __init__(self, size: int) -> None:
+        self._parts: list[Tensor] = [torch.empty(0)] * size
+        self._all = threading.Barrier(size, timeout=60)
+
+    def shard(self, rank: int) -> Shard:
+        def reduce(partial: Tensor) -> Tensor:
+            self._parts[rank] = partial.clone()
+            self._all.wait()
+            total = torch.stack(self._parts).sum(dim=0)
+            self._all.wait()
+            return total
+
+        return Shard(rank, len(self._parts), reduce)
+
+    def run(self, work: Callable[[Shard], dict[int, Tensor]]) -> list[dict[int, Tensor]]:
+        def of_rank(rank: int) -> dict[int, Tensor]:
+            try:
+                return work(self.shard(rank))
+            except Exception:
+                self._all.abort()  # the others need not wait
+                raise
+
+        with ThreadPoolExecutor(len(self._parts)) as pool:
+            return list(pool.map(of_rank, range(len(self._parts))))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("head", [("mlp", "norm"), ("block", "mlp", "norm")], ids="-".join)
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+def test_shards_together_are_the_model(family: str, head: tuple[str, ...], size: int) -> None:
+    """Each holds its part of heads, widths and vocabulary; sums and the logits side by side."""
+    config = tiny_config(family, (1, 3), head, "own", num_kv_heads=4 if size == 4 else 2)
+    tensors = random_tensors(config)
+    shards = _Ranks(size).run(lambda shard: _logits(config, tensors, shard=shard))
+    whole = _logits(config, tensors)
+    assert shards[0][1].shape == (21, 40 // size)
+    side_by_side = {b: torch.cat([part[b] for part in shards], dim=-1) for b in shards[0]}
+    _assert_equal(side_by_side, whole)
+
+
+@pytest.mark.parametrize("head", [("mlp", "norm"), ("block", "mlp", "norm")], ids="-".join)
+def test_an_exit_judges_any_of_the_rows(head: tuple[str, ...]) -> None:
+    config = tiny_config("gpt", (2,), head)
+    (pieces,) = cut(config)
+    stage, table = Stage(config, random_tensors(config), 48, pieces), _table()
+    rows = [Run(0, 0, 12, 0)]
+    batch = table.batch(rows, None, torch.float64)
+    x, attended = stage.run(0, stage.embed(TOKENS[:12], batch.positions), batch)
+
+    def judged(*runs: Run) -> Tensor:
+        within = table.batch(rows, runs, torch.float64) if stage.has_block(0) else None
+        return stage.logits(0, x, attended, runs, within)
+
+    everything = judged(*rows)
+    some = judged(Run(0, 3, 5, 3), Run(0, 11, 12, 11))
+    torch.testing.assert_close(some, everything[[3, 4, 11]], rtol=0, atol=1e-12)
+    assert judged().shape == (0, 40)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+def test_rows_that_do_not_live_keep_their_state_and_give_keys_and_values(family: str) -> None:
+    config = tiny_config(family, head=("mlp", "norm"))
+    tensors = random_tensors(config)
+    left_at = [4, 1, 2, 4, 1, 1, 4, 2, 4]
+    model = ReferenceModel(config, tensors, torch.float64)
+    expected = {b: model.logits(b, hidden) for b, hidden in model.walk(TOKENS[:9], left_at)}
+    (pieces,) = cut(config)
+    stage, table = Stage(config, tensors, 48, pieces), _table()
+    rows = [Run(0, 0, 9, 0)]
+    x = stage.embed(TOKENS[:9], torch.arange(9))
+    for index, piece in enumerate(pieces):
+        live = [Run(0, row, row + 1, row) for row, left in enumerate(left_at) if left >= piece.last]
+        before = x.clone()
+        x, attended = stage.run(index, x, table.batch(rows, live, torch.float64))
+        frozen = [row for row, left in enumerate(left_at) if left < piece.last]
+        assert torch.equal(x[frozen], before[frozen])
+        numbers = [run.first for run in live]
+        found = stage.logits(index, x, attended, live, None)
+        torch.testing.assert_close(found, expected[piece.last][numbers], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-4), (torch.bfloat16, 1.0)])
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+def test_lower_precision_stays_near(family: str, dtype: torch.dtype, atol: float) -> None:
+    """Of the same rounded weights; a bfloat16 model has a float32 cache on a CPU."""
+    config = tiny_config(family, head=("block", "norm"))
+    rounded = {name: tensor.to(dtype) for name, tensor in random_tensors(config).items()}
+    expected = ReferenceModel(config, rounded, torch.float64).forward(TOKENS)
+    for boundary, logits in _logits(config, rounded).items():
+        assert logits.dtype == dtype
+        torch.testing.assert_close(logits.double(), expected[boundary], rtol=0, atol=atol)
+    assert cache_dtype(dtype, torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "num_stages", "pieces"),
+    [
+        ((1, 2), 1, [[(1, 1, True), (2, 2, True), (3, 4, True)]]),
+        ((), 1, [[(1, 4, True)]]),
+        ((1, 2), 2, [[(1, 1, True), (2, 2, True)], [(3, 4, True)]]),
+        ((3,), 2, [[(1, 2, False)], [(3, 3, True), (4, 4, True)]]),
+        ((2,), 3, [[(1, 1, False)], [(2, 2, True)], [(3, 4, True)]]),
+        ((2,), 4, [[(1, 1, False)], [(2, 2, True)], [(3, 3, False)], [(4, 4, True)]]),
+    ],
+)
+def test_stages_are_cut_at_their_ends_and_at_exits(boundaries, num_stages, pieces) -> None:
+    expected = [[Piece(*piece) for piece in stage] for stage in pieces]
+    assert cut(tiny_config(boundaries=boundaries), num_stages) == expected
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 pipeline stages are more than the model's 4 layers"):
+        cut(tiny_config(), 5)
+
+
+def test_what_can_not_be_shared_out_is_refused_by_name() -> None:
+    def ranks(size: int) -> SimpleNamespace:
+        return SimpleNamespace(tensor_rank=1, tensor_size=size, reduce=torch.neg)
+
+    for name, size in (("num_kv_heads", 1), ("ffn_hidden_size", 45), ("vocab_size", 41)):
+        with pytest.raises(ValueError, match=rf"model\.{name} = {size} can not .* to 2 tensor"):
+            shard_of(tiny_config(**{name: size}), ranks(2))
+    assert shard_of(tiny_config(), ranks(2)) == Shard(1, 2, torch.neg)
+    for alone in (None, ranks(1)):
+        found = shard_of(tiny_config(num_kv_heads=1), alone)
+        assert (found.rank, found.size) == (0, 1)

@@ -1,0 +1,234 @@
+"""What passes cost, and what exits could bring at those costs: the ideal and the regime ideal.
+
+A *level* is one or several neighbouring segments that end at an exit in use, or at the final one.
+All times are measured, of passes of n rows of as many sequences: t_l(n) of level l alone, d_l(n)
+of all levels up to l in one pass, h_l(n) of the head at the end of level l and of its verdicts.
+
+*Ideal*, of an engine in which n rows always keep each other company, each to its own depth:
+    full(n) / sum_e p_e (d_e(n) + sum_{l <= e} h_l(n)), p_e the share of tokens that leave at e.
+
+*Regime ideal* S(k), with keys and values exact: every row goes through all levels at some time, so
+exits save passes, not rows. Level l > 0 runs after every k_l runs of level l - 1, on the rows held
+for it and those pending before them. Of n sequences each is held, or ready, independently of the
+others; with q_l the share of judged rows that decline exit l, reach_l = q_0 .. q_(l-1),
+    run(0, a):  E[t_0(N) + h_0(N)], N ~ binomial(n, a); a tokens a sequence; a q_0 decline
+    run(l, a):  k_l times run(l - 1, the share still ready); of the share c that has declined there,
+                E[t_l(N / reach_l) + h_l(N)], N ~ binomial(n, c); c q_l decline, the rest is ready
+    S(k) = full(n) / n * tokens / seconds of run(the last level, 1),
+where a run with N = 0 costs nothing. A sequence brings 1 / reach_l rows to level l, because so many
+tokens lie between two of its visits. With two levels, constant t_0 + h_0 = a, t_1 + h_1 = d and
+full = a + d, n so large that some row is always ready, it is
+    S(k) = [(1 - (1 - q)^k) / q] (a + d) / (k a + d).
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from math import comb, prod
+from typing import NamedTuple
+
+from ee_llm import platform
+from ee_llm.inference.engine import Engine
+from ee_llm.inference.holding import Profile
+from ee_llm.inference.judge import Question, judge
+from ee_llm.inference.policy import Policy
+from ee_llm.inference.sampling import Sampling
+from ee_llm.inference.scheduler import Part, Plan, Span
+
+# Runs of a level for each run of the next; beyond, tail latency is no more worth it.
+PASSES = (1, 2, 3, 4, 6, 8)
+
+Timer = Callable[[], float]
+_Level = tuple[int, ...]
+_Time = Callable[[_Level, int], float]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds by row count: of each level, of all up to it, of each head, of the full model."""
+
+    levels: Profile
+    depths: Profile
+    heads: Profile
+    full: Profile
+
+
+def levels(policy: Policy) -> tuple[_Level, ...]:
+    """Return the segments of each level under a policy."""
+    found: list[_Level] = []
+    segments: _Level = ()
+    for segment, threshold in enumerate((*policy.thresholds, 1.0)):
+        segments = (*segments, segment)
+        if threshold is not None:
+            found.append(segments)
+            segments = ()
+    return tuple(found)
+
+
+def shares(exits: Sequence[int], policy: Policy, num_layers: int) -> list[float]:
+    """Return the share of tokens that left at the end of each level."""
+    used = [b for b in policy.boundaries if policy.threshold(b) is not None]
+    return [exits.count(boundary) / len(exits) for boundary in (*used, num_layers)]
+
+
+def declining(shares: Sequence[float]) -> list[float]:
+    """Return the share of judged rows that decline each exit but the final one."""
+    reach, found = 1.0, []
+    for share in shares[:-1]:
+        found.append(max(0.0, 1.0 - share / reach) if reach > 0 else 0.0)
+        reach -= share
+    return found
+
+
+def ideal(costs: Costs, shares: Sequence[float], num_rows: int) -> float:
+    """Return the speed-up over the full model if tokens cost what lies below their exits."""
+    heads = expected = 0.0
+    for level, share in enumerate(shares):
+        heads += costs.heads.time(level, num_rows)
+        expected += share * (costs.depths.time(level, num_rows) + heads)
+    return costs.full.time(0, num_rows) / expected
+
+
+class Regime(NamedTuple):
+    """A speed-up over the full model, and after how many runs of the level before each one runs."""
+
+    speedup: float
+    passes: tuple[int, ...]
+
+
+def best_regime(
+    costs: Costs, declining: Sequence[float], num_sequences: int, choices: Sequence[int] = PASSES
+) -> Regime:
+    """Return the greatest S(k) over k in `choices` for every level but the first."""
+    return max(
+        Regime(regime(costs, declining, num_sequences, passes), passes)
+        for passes in product(choices, repeat=len(declining))
+    )
+
+
+class _Run(NamedTuple):
+    """Per sequence: seconds (of all), tokens, the shares that are ready again and that declined."""
+
+    seconds: float
+    tokens: float
+    ready: float
+    declined: float
+
+
+def regime(
+    costs: Costs, declining: Sequence[float], num_sequences: int, passes: Sequence[int]
+) -> float:
+    """Return S(k) as the head of this file has it; passes[l - 1] is k_l."""
+    rates = (*declining, 0.0)
+
+    def seconds(level: int, share: float) -> float:
+        reach = prod(rates[:level])
+        counts = range(1, num_sequences + 1)
+        return sum(
+            _binomial(num_sequences, share, count)
+            * (costs.levels.time(level, count / reach) + costs.heads.time(level, count))
+            for count in (counts if share > 0 else ())
+        )
+
+    def run(level: int, ready: float) -> _Run:
+        if level == 0:
+            rate = rates[0]
+            return _Run(seconds(0, ready), ready, ready * (1 - rate), ready * rate)
+        spent = tokens = held = 0.0
+        for _ in range(passes[level - 1]):
+            before = run(level - 1, ready)
+            spent, tokens = spent + before.seconds, tokens + before.tokens
+            held, ready = held + before.declined, before.ready
+        spent += seconds(level, held)
+        return _Run(spent, tokens, ready + held * (1 - rates[level]), held * rates[level])
+
+    whole = run(len(declining), 1.0)
+    return costs.full.time(0, num_sequences) * whole.tokens / whole.seconds
+
+
+def measure_costs(
+    engine: Engine, policy: Policy, num_sequences: int, context: int, num_rounds: int
+) -> Costs:
+    """Return the median times of an idle engine's passes, at `context` tokens of each sequence.
+
+    Up to `num_sequences` rows are of as many sequences; more rows are several of each.
+    """
+    own = levels(policy)
+    depths = [sum(own[: index + 1], ()) for index in range(len(own))]
+    most = num_sequences * min(4, engine.limits.max_pending)
+    powers = [2**power for power in range(most.bit_length())]
+    rows = sorted({num_sequences, *(power for power in powers if power <= most)})
+    alone = [count for count in rows if count <= num_sequences]  # one of each sequence
+    with _room(engine, num_sequences, context) as timer:
+        bare = {(level, n): timer(level, n, False) for level in own for n in rows}
+        bare |= {(level, n): timer(level, n, False) for level in depths for n in alone}
+        judged = {(level, n): timer(level, n, True) for level in (*own, depths[-1]) for n in alone}
+        samples: dict[Timer, list[float]] = {t: [] for t in (*bare.values(), *judged.values())}
+        for number in range(-1, num_rounds):
+            for one, seconds in samples.items():
+                one()  # so that its weights are in the caches, as in a run of such passes
+                sample = one()
+                if number >= 0:  # the first round allocates
+                    seconds.append(sample)
+
+    def profile(counts: Sequence[int], of: Sequence[_Level], time: _Time) -> Profile:
+        return Profile(tuple(counts), tuple(tuple(time(lv, n) for n in counts) for lv in of))
+
+    def head(level: _Level, count: int) -> float:
+        pairs = zip(samples[judged[level, count]], samples[bare[level, count]], strict=True)
+        return max(0.0, statistics.median(a - b for a, b in pairs))
+
+    return Costs(
+        profile(rows, own, lambda *key: statistics.median(samples[bare[key]])),
+        profile(alone, depths, lambda *key: statistics.median(samples[bare[key]])),
+        profile(alone, own, head),
+        profile(alone, depths[-1:], lambda *key: statistics.median(samples[judged[key]])),
+    )
+
+
+@contextmanager
+def _room(
+    engine: Engine, num_sequences: int, context: int
+) -> Iterator[Callable[[_Level, int, bool], Timer]]:
+    """Give a function that returns timers of passes (segments, rows, whether they are judged)."""
+    assert not engine.has_work, "costs are measured on an idle engine"
+    manager = engine.scheduler.blocks
+    count = manager.num_needed(context)
+    blocks = [[manager.take() for _ in range(count)] for _ in range(num_sequences)]
+    tables = tuple(
+        (slot, index, block) for slot, own in enumerate(blocks) for index, block in enumerate(own)
+    )
+    spans = tuple(Span(slot, context - 1, context) for slot in range(num_sequences))
+    engine.runner.run(Plan((Part(0, spans),), (0,) * num_sequences, (), tables))
+
+    def timer(segments: _Level, num_rows: int, is_judged: bool) -> Timer:
+        share, rest = divmod(num_rows, min(num_rows, num_sequences))
+        lengths = [share + (slot < rest) for slot in range(min(num_rows, num_sequences))]
+        spans = tuple(Span(slot, context - n, context) for slot, n in enumerate(lengths))
+        tokens = (0,) * num_rows if segments[0] == 0 else ()
+        heads = spans if is_judged else ()
+        plan = Plan(tuple(Part(s, spans) for s in segments), tokens, heads, ())
+        questions = [
+            Question(span.slot, context - 1, 0.0, "max_probability", Sampling()) for span in heads
+        ]
+
+        def seconds() -> float:
+            platform.synchronize()
+            start = time.perf_counter()
+            judge(engine.runner.run(plan), questions)
+            platform.synchronize()
+            return time.perf_counter() - start
+
+        return seconds
+
+    yield timer
+    for own in blocks:
+        manager.give_back(own)
+
+
+def _binomial(count: int, share: float, successes: int) -> float:
+    share = min(1.0, share)
+    return comb(count, successes) * share**successes * (1 - share) ** (count - successes)

@@ -1,0 +1,122 @@
+"""The model that decode.py measures, its prompts, and a dense control with its top cut off."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ee_llm.checkpoint.read import TensorReader, resolve_checkpoint
+from ee_llm.config import Config, output_weight_name
+from ee_llm.data.dataset import PARTS, split_documents
+from ee_llm.data.indexed import IndexedTokens
+
+QUICKSTART = "train one with ./scripts/quickstart.sh"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model: its configuration, its tensors by name, and text it was not trained on."""
+
+    config: Config
+    tensors: dict[str, Tensor]
+    text: list[int]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How many weights a token is multiplied with: in a layer, in the head at each boundary."""
+
+    layer: int
+    heads: dict[int, int]
+
+
+def count_weights(model: Model) -> Weights:
+    """Return the numbers of weights, norms and biases included, which hardly count."""
+    config = model.config
+    boundaries = (*config.exits.boundaries, config.model.num_layers)
+    output = config.model.vocab_size * config.model.hidden_size
+
+    def count(prefix: str) -> int:
+        own = {n: t for n, t in model.tensors.items() if n.startswith(prefix)}
+        return sum(t.numel() for n, t in own.items() if not n.endswith("output.weight"))
+
+    return Weights(count("layers.1."), {b: output + count(f"exits.{b}.") for b in boundaries})
+
+
+def open_model(checkpoint: Path) -> Model:
+    """Return the model of a run directory or checkpoint, and its run's validation text.
+
+    Raises ValueError if there is none, if it has no early exit, or if the text is not there.
+    """
+    try:
+        path = resolve_checkpoint(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{error}; {QUICKSTART}") from error
+    reader = TensorReader(path)
+    config = reader.config()
+    if not config.exits.boundaries:
+        raise ValueError(f"{path}: the model has no early exit; {QUICKSTART}")
+    tensors = {name: reader.tensor(name) for name in reader.names()}
+    return Model(config, tensors, _validation_text(config, path.parent.parent))
+
+
+def cut(text: list[int], count: int, length: int) -> list[tuple[int, ...]]:
+    """Return `count` pieces of `length` tokens that begin at even distances, not overlapping."""
+    if count * length > len(text):
+        raise ValueError(
+            f"{count} pieces of {length} tokens do not fit the {len(text)} tokens of validation"
+            " text; ask for smaller batches or prompts"
+        )
+    starts = [index * (len(text) - length) // max(1, count - 1) for index in range(count)]
+    return [tuple(text[start : start + length]) for start in starts]
+
+
+def nearest_exit(config: Config, depth: int) -> int:
+    """Return the boundary of the exit nearest to `depth` layers, the deeper one of two."""
+    boundaries = (*config.exits.boundaries, config.model.num_layers)
+    return min(reversed(boundaries), key=lambda boundary: abs(boundary - depth))
+
+
+def truncate(model: Model, depth: int) -> Model:
+    """Return the dense model of the first `depth` layers and one head.
+
+    The head is that of the exit nearest to the depth, if exits are a norm and a projection;
+    otherwise the final one's.
+    """
+    config, tensors = model.config, model.tensors
+    last = config.model.num_layers
+    assert 1 <= depth <= last, f"{depth} of {last} layers"
+    exit = nearest_exit(config, depth) if config.exits.head == ("norm",) else last
+    sizes = {"num_layers": depth, "tie_embeddings": False, "shape": None}
+    shorter = Config.model_validate({"model": config.model.model_dump() | sizes})
+    kept = {name: tensor for name, tensor in tensors.items() if name.startswith("embedding.")}
+    for name, tensor in tensors.items():
+        if name.startswith("layers.") and int(name.split(".")[1]) <= depth:
+            kept[name] = tensor
+        if name.startswith(f"exits.{exit}.norm."):
+            kept[name.replace(f"exits.{exit}.", f"exits.{depth}.")] = tensor
+    kept["output.weight"] = tensors[output_weight_name(config, exit)]
+    return Model(shorter, kept, model.text)
+
+
+def _validation_text(config: Config, run: Path) -> list[int]:
+    """Return the validation tokens of a run's first data set.
+
+    It is looked for beside the checkpoints, where the quick start has it, then where the
+    configuration says, which may be a path from the directory that it was trained in.
+    """
+    if not config.data.prefixes:
+        raise ValueError(f"{run}: the model was trained without data.prefixes; {QUICKSTART}")
+    prefix = Path(config.data.prefixes[0])
+    beside = run / "data" / prefix.name
+    try:
+        data = IndexedTokens(beside if Path(f"{beside}.idx").exists() else prefix)
+    except ValueError as error:
+        raise ValueError(f"no text for prompts: {error}; {QUICKSTART}") from error
+    part = PARTS.index("validation")
+    if config.data.split[part] <= 0:
+        raise ValueError(f"data.split = {list(config.data.split)} leaves no validation text")
+    documents = split_documents(data.num_documents, config.data.split)[part]
+    tokens = data.tokens[data.bounds[documents.start] : data.bounds[documents.stop]]
+    return np.asarray(tokens, dtype=np.int64).tolist()

@@ -1,0 +1,158 @@
+"""transformers' generate on the same weights: the other side of decode.py's comparisons."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ee_llm import platform
+from ee_llm.config import Config, output_weight_name
+from tools.bench.decode_model import Model
+
+
+class Decoded(NamedTuple):
+    """How long a batch took, and the new tokens of each prompt."""
+
+    seconds: float
+    tokens: list[tuple[int, ...]]
+
+
+class Peer:
+    """A model in transformers' LlamaForCausalLM, with sdpa attention and greedy decoding."""
+
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+        """Raises ValueError if transformers is missing or the model is no llama."""
+        if model.config.model.family != "llama" or model.config.model.position != "rope":
+            raise ValueError("only llama models can be held against transformers: give --no-peers")
+        try:
+            self._model = llama(model).to(platform.device(), dtype).eval()
+        except ImportError as error:
+            raise ValueError(f"{error}: install ee_llm[dev], or give --no-peers") from error
+        self._model.generation_config.eos_token_id = None  # as long as ours, whatever comes
+
+    @torch.no_grad()
+    def decode(self, prompts: Sequence[tuple[int, ...]], num_new: int, **options: Any) -> Decoded:
+        """Return what `generate` makes of prompts of one length; `options` are passed on to it."""
+        tokens = torch.tensor(prompts, device=platform.device())
+        platform.synchronize()
+        start = time.perf_counter()
+        made = self._model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=num_new,
+            **options,
+        )
+        platform.synchronize()
+        seconds = time.perf_counter() - start
+        return Decoded(seconds, [tuple(row[len(prompts[0]) :].tolist()) for row in made])
+
+    def draft_at(self, model: Model, boundary: int) -> None:
+        """Let drafts of `assistant_early_exit` use the head of the exit at `boundary`.
+
+        transformers drafts with the final norm and output weight, which were not trained for that
+        depth; its drafts would be worse than ours for no merit of ours. Raises ValueError if the
+        exit is more than a norm and a projection.
+        """
+        config = model.config
+        if config.exits.head != ("norm",):
+            raise ValueError("transformers can only draft with an exit of a norm and a projection")
+        inner, depth = self._model.model, config.model.num_layers
+        own_norm = type(inner.norm)(config.model.hidden_size, eps=config.model.norm_eps)
+        own_norm.weight = _like(model.tensors[f"exits.{boundary}.norm.weight"], inner.norm.weight)
+        inner.norm = _ByDepth(inner, {depth: inner.norm, boundary: own_norm})
+        if output_weight_name(config, boundary) != output_weight_name(config, depth):
+            own = torch.nn.Linear(config.model.hidden_size, config.model.vocab_size, bias=False)
+            weight = model.tensors[output_weight_name(config, boundary)]
+            own.weight = _like(weight, self._model.lm_head.weight)
+            heads = {depth: self._model.lm_head, boundary: own}
+            self._model.lm_head = _ByDepth(inner, heads)
+
+    def decode_assisted(
+        self, prompt: tuple[int, ...], num_new: int, boundary: int, draft_length: int | None
+    ) -> Decoded:
+        """Return what `generate` makes with drafts at an exit: of its own length, or of ours."""
+        settings = self._model.generation_config
+        before = settings.num_assistant_tokens, settings.assistant_confidence_threshold
+        if draft_length is not None:
+            settings.num_assistant_tokens = draft_length
+            settings.assistant_confidence_threshold = 0.0
+        try:
+            return self.decode([prompt], num_new, assistant_early_exit=boundary)
+        finally:
+            settings.num_assistant_tokens, settings.assistant_confidence_threshold = before
+
+
+class _ByDepth(torch.nn.Module):
+    """The module that belongs to the number of layers that the model has at the moment."""
+
+    def __init__(self, inner: Any, modules: dict[int, torch.nn.Module]) -> None:
+        super().__init__()
+        self._config = inner.config
+        self._by_depth = modules
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._by_depth[self._config.num_hidden_layers](x)
+
+
+def llama(model: Model) -> Any:
+    """Return transformers' LlamaForCausalLM with the model's weights, in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM, logging
+
+    logging.set_verbosity_error()  # it warns of what it does itself when it drafts
+    shape = model.config.model
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.ffn_hidden_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_heads,
+            num_key_value_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            max_position_embeddings=shape.max_seq_length,
+            rms_norm_eps=shape.norm_eps,
+            rope_theta=shape.rope_theta,
+            tie_word_embeddings=shape.tie_embeddings,
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="sdpa",
+        )
+    )
+    theirs.load_state_dict(_llama_weights(model.config, model.tensors))
+    return theirs
+
+
+def _llama_weights(config: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights under transformers' names; the fused ones are taken apart."""
+    shape = config.model
+    state = {
+        "model.embed_tokens.weight": tensors["embedding.word.weight"],
+        "model.norm.weight": tensors[f"exits.{shape.num_layers}.norm.weight"],
+        "lm_head.weight": tensors[output_weight_name(config, shape.num_layers)],
+    }
+    per_group = shape.num_heads // shape.num_kv_heads
+    for number in range(1, shape.num_layers + 1):
+        ours, name = f"layers.{number}", f"model.layers.{number - 1}"
+        qkv = tensors[f"{ours}.self_attention.linear_qkv.weight"]
+        # Each key/value head's queries, key and value lie one after the other.
+        groups = qkv.view(shape.num_kv_heads, per_group + 2, shape.head_dim, shape.hidden_size)
+        parts = (groups[:, :-2], groups[:, -2], groups[:, -1])
+        for letter, part in zip("qkv", parts, strict=True):
+            state[f"{name}.self_attn.{letter}_proj.weight"] = part.reshape(-1, shape.hidden_size)
+        gate, up = tensors[f"{ours}.mlp.linear_fc1.weight"].chunk(2)
+        state |= {
+            f"{name}.self_attn.o_proj.weight": tensors[f"{ours}.self_attention.linear_proj.weight"],
+            f"{name}.mlp.gate_proj.weight": gate,
+            f"{name}.mlp.up_proj.weight": up,
+            f"{name}.mlp.down_proj.weight": tensors[f"{ours}.mlp.linear_fc2.weight"],
+            f"{name}.input_layernorm.weight": tensors[f"{ours}.input_layernorm.weight"],
+            f"{name}.post_attention_layernorm.weight": tensors[f"{ours}.pre_mlp_layernorm.weight"],
+        }
+    return state
+
+
+def _like(weight: Tensor, other: Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(weight.to(other.device, other.dtype), requires_grad=False)
