@@ -14,7 +14,7 @@ from ee_llm.inference.blocks import BlockManager
 from ee_llm.inference.decoder import Decode, Decoder, Update
 from ee_llm.inference.holding import Holding
 from ee_llm.inference.judge import is_short, judge, judge_summaries, question
-from ee_llm.inference.request import Verdict
+from ee_llm.inference.request import Sequence, Verdict
 from ee_llm.inference.runner import Runner
 from ee_llm.inference.scheduler import Limits, Plan, Scheduler
 from ee_llm.inference.stage import Stage, cut, shard_of
@@ -86,8 +86,8 @@ class Engine(Decoder):
             verdicts = judge_summaries(self.runner.run_shortly(plan), questions)
         else:
             verdicts = judge(self.runner.run(plan), questions)
+        self._hold(plan, verdicts, running)
         self.scheduler.apply(plan, verdicts)
-        self._hold(plan, verdicts)
         return self._updates([running[span.slot] for span in plan.heads])
 
     def follow(self) -> None:
@@ -98,11 +98,14 @@ class Engine(Decoder):
         """Let the ranks that follow this one go."""
         self.runner.dismiss()
 
-    def _hold(self, plan: Plan, verdicts: Items[Verdict]) -> None:
+    def _hold(self, plan: Plan, verdicts: Items[Verdict], running: Mapping[int, Sequence]) -> None:
         if self.holding is None:
             return
         if plan.last_segment < len(self.boundaries) - 1:
-            self.holding.observe(plan.last_segment, verdicts)
+            frontiers = [s for s in plan.parts[-1].spans if s.stop == len(running[s.slot].tokens)]
+            num_unasked = len(frontiers) - len(verdicts)  # of full depth, or with enough drafts
+            left = [verdict.left for verdict in verdicts]
+            self.holding.observe(plan.last_segment, left + [False] * num_unasked)
         if self.scheduler.step % _STEPS_BETWEEN_HOLDS == 0:
             self.scheduler.holds = self.holding.holds(len(self.scheduler.running))
 

@@ -9,8 +9,6 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ee_llm.inference.request import Verdict
-
 # Share by which holding must be better than not to be worth the latency.
 _WORTH = 1.02
 # Weight of what was seen before a verdict: rates follow the last fifty or so.
@@ -50,15 +48,15 @@ class Holding:
         num_exits = len(self.profile.seconds) - 1
         self._judged, self._declined = [1.0] * num_exits, [0.5] * num_exits
 
-    def observe(self, segment: int, verdicts: Iterable[Verdict]) -> None:
-        """Take note of what the exit at the end of `segment` (not the final one) said."""
-        for verdict in verdicts:
+    def observe(self, segment: int, left: Iterable[bool]) -> None:
+        """Take note of which frontiers left at the end of `segment` (not the last one)."""
+        for has_left in left:
             self._judged[segment] = _MEMORY * self._judged[segment] + 1.0
-            self._declined[segment] = _MEMORY * self._declined[segment] + (not verdict.left)
+            self._declined[segment] = _MEMORY * self._declined[segment] + (not has_left)
 
     @property
     def rates(self) -> list[float]:
-        """Return the share of rows that decline each exit, of those that it judges."""
+        """Return the share of frontiers that go on beyond each exit, of those that get there."""
         return [d / j for d, j in zip(self._declined, self._judged, strict=True)]
 
     def holds(self, num_sequences: int) -> list[int]:

@@ -4,16 +4,22 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from ee_llm.data.indexed import IndexedWriter
+from ee_llm.inference.generator import generate_reference
+from ee_llm.inference.policy import make_policy
+from ee_llm.inference.reference import ReferenceModel
 from ee_llm.inference.request import Draft
+from ee_llm.inference.sampling import Sampling
 from tests.unit.inference.models import random_tensors, random_tokens, save_model, tiny_config
 from tools.bench import decode, report
 from tools.bench.decode_model import open_model
+from tools.bench.decode_pipeline import Result, mean_stages
 from tools.bench.decode_quality import depth_of
 from tools.bench.decode_rows import EXACT, FULL, HELD, PEER, PROPAGATE, TRUNCATED, VERIFY
 from tools.bench.decode_setup import Options
@@ -65,6 +71,7 @@ def test_the_benchmark_writes_its_figures(trained, tmp_path):
         "verify_vs_hf_assisted_b1",
         "certificate_pass_rate",
         "divergence_rate",
+        "pp2_latency_efficiency",
     }
     assert all(math.isfinite(value) for value in figures.values())
     # In float64 nothing may diverge, and verify says what the dense model says.
@@ -146,3 +153,20 @@ def test_each_side_decodes_as_its_name_says(trained):
     learned = [bench.holdings.get(side) for side in (FULL, HELD, VERIFY, PROPAGATE)]
     assert len({id(one) for one in (*learned, bench.engine.holding)}) == 5
     assert bench.holdings.get(EXACT) is bench.holdings.get(TRUNCATED) is None
+
+
+def test_a_token_waits_for_the_stages_up_to_its_exit():
+    """Two stages of two layers: the exits after layers 1 and 2 are in the first."""
+    config = tiny_config()
+    generation = generate_reference(
+        ReferenceModel(config, random_tensors(config), torch.float64),
+        [1, 2, 3],
+        make_policy(config.exits.boundaries, [1e-9, None]),
+        Sampling(),
+        max_new_tokens=4,
+    )
+    assert mean_stages(config, [generation]) == 1.0
+    mixed = replace(generation, exits=(1, 2, 4, 4))
+    assert mean_stages(config, [mixed]) == 1.5
+    result = Result(full=[3.0, 4.0, 5.0], exact=[2.0, 2.0, 2.0], mean_stages=1.25)
+    assert result.efficiency == pytest.approx(2.0 / (2 / 1.25))

@@ -6,7 +6,10 @@ The model is one that the quick start trained. All sides decode the same prompts
 measured and why, and how to read the tables: docs/benchmarks.md.
 """
 
+import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +19,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ee_llm import platform
+from ee_llm.inference.certificate import tolerance
 from tools.bench import report
 from tools.bench.decode_costs import measure_costs
-from tools.bench.decode_quality import Certificate, common_prefix, tolerance
+from tools.bench.decode_quality import Certificate, common_prefix
 from tools.bench.decode_rows import (
     FULL,
     Row,
@@ -107,6 +111,30 @@ def show(bench: Bench, rows: Sequence[Row]) -> None:
     report.print_table(title, [control_cells(control) for control in bench.controls])
 
 
+def pipeline_figures(bench: Bench) -> dict[str, float]:
+    """Return what decode_pipeline.py finds, in processes of its own, with the same thresholds."""
+    options = bench.options
+    if not options.pipeline or platform.has_cuda():
+        return {}
+    given: dict[str, object] = {
+        "--checkpoint": options.checkpoint,
+        "--dtype": str(bench.dtype).removeprefix("torch."),
+        "--prompt-tokens": options.prompt_tokens,
+        "--new-tokens": options.new_tokens,
+        "--rounds": options.rounds,
+    }
+    arguments = [str(word) for pair in given.items() for word in pair]
+    thresholds = ["off" if t is None else str(t) for t in bench.policy.thresholds]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "figures.json"
+        tool = [sys.executable, str(Path(__file__).with_name("decode_pipeline.py"))]
+        subprocess.run(
+            [*tool, *arguments, "--thresholds", *thresholds, "--json", str(path)], check=True
+        )
+        figures: dict[str, float] = json.loads(path.read_text())["figures"]
+    return figures
+
+
 def main(options: Options) -> None:
     """Measure, print the tables and write the figures."""
     if options.threads is not None:
@@ -135,8 +163,9 @@ def main(options: Options) -> None:
             rows += found
             certificates += proofs
     show(bench, rows)
+    figures = make_figures(rows, certificates) | pipeline_figures(bench)
     records = [row.record() for row in rows] + [vars(control) for control in bench.controls]
-    report.write_json(options.json, records, make_figures(rows, certificates))
+    report.write_json(options.json, records, figures)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ee_llm.inference.certificate import Divergence, verify_trace
+from ee_llm.inference.certificate import Divergence, Tolerance, verify_trace
 from ee_llm.inference.generator import Generation
 from ee_llm.inference.policy import Policy, make_policy
 from ee_llm.inference.reference import ReferenceModel
@@ -21,28 +21,6 @@ from tools.bench.decode_model import Model, Weights, truncate
 
 # So many tokens must be the dense model's own choice, where thresholds are not given.
 LEAST_AGREEMENT = 0.95
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """The greatest margins of a divergence that rounding explains: logits, and confidence."""
-
-    token: float
-    exit: float
-
-    def explains(self, divergence: Divergence) -> bool:
-        """Return whether a divergence lies within the margin of its kind."""
-        return divergence.margin <= (self.token if divergence.kind == "token" else self.exit)
-
-
-def tolerance(dtype: torch.dtype) -> Tolerance:
-    """Return the margins for a dtype: 32 of its epsilons in logits, a quarter of it in confidence.
-
-    A logit is some ten units large and the sum of rounded products of a rounded hidden state;
-    d p / d logit = p (1 - p) is 1/4 at most. In float64 nothing is explained.
-    """
-    token = 0.0 if dtype == torch.float64 else 32 * torch.finfo(dtype).eps
-    return Tolerance(token, token / 4)
 
 
 @dataclass(frozen=True)

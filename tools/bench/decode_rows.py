@@ -245,10 +245,7 @@ def control_cells(control: Control) -> dict[str, str]:
 
 
 def make_figures(rows: Iterable[Row], certificates: Iterable[Certificate]) -> dict[str, float]:
-    """Return the figures for which there are rows.
-
-    The place of pp2_latency_efficiency is here as well, once ranks decode.
-    """
+    """Return the figures for which there are rows."""
     by_name = {(row.batch, row.side): row for row in rows}
     figures: dict[str, float] = {}
 

@@ -47,8 +47,8 @@ STRATEGIES: dict[str, Strategy] = {
     VERIFY: "verify",
     PROPAGATE: "propagate",
 }
-# Texts that the dense model writes to find thresholds with.
-NUM_CALIBRATING = 16
+# Texts, at least, that thresholds are found on, and controls are compared on.
+NUM_TEXTS = 16
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ class Options:
     """Tokens that verify drafts at the first exit before a deep pass."""
     peers: bool = True
     """Whether to measure transformers."""
+    pipeline: bool = True
+    """Whether to measure one sequence over two pipeline stages, on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def prepare(options: Options) -> Bench:
     length = options.prompt_tokens + options.new_tokens
     dtype = platform.fast_dtype() if options.dtype == "auto" else platform.DTYPES[options.dtype]
     most = max(options.batches)
-    num_blocks = 1 + 2 * max(most, NUM_CALIBRATING) * -(-length // Limits.block_size)
+    num_texts = max(most, NUM_TEXTS)
+    num_blocks = 1 + 2 * num_texts * -(-length // Limits.block_size)
     limits = Limits(max_sequences=most, num_blocks=num_blocks)
     device = platform.device()
     engine = Engine(config, model.tensors, dtype, limits, device=device, hold="auto")
@@ -120,10 +123,10 @@ def prepare(options: Options) -> Bench:
     text, other = model.text[:half], model.text[half:]  # prompts, and what is seen before them
     dense = Dense(model)
     policy = _policy(options, model, engine, dense, other)
-    prompts = cut(text, most, options.prompt_tokens)
+    prompts = cut(text, num_texts, options.prompt_tokens)
     texts: dict[str, Sequence[Sequence[int]]] = {
         "the dense model's text": _continued(engine, prompts, options.new_tokens),
-        "validation text": cut(other, min(most, len(other) // length), length),
+        "validation text": cut(other, min(num_texts, len(other) // length), length),
     }
     found = all_controls(model, dense.reference, policy, texts, options.prompt_tokens)
     shorter = truncate(model, depth_of(found[0]))
@@ -169,7 +172,7 @@ def _policy(
         given = [None if threshold == "off" else threshold for threshold in options.thresholds]
         policy = make_policy(model.config.exits.boundaries, given)
     else:
-        count = min(NUM_CALIBRATING, len(text) // options.prompt_tokens)
+        count = min(NUM_TEXTS, len(text) // options.prompt_tokens)
         texts = _continued(engine, cut(text, count, options.prompt_tokens), options.new_tokens)
         said = choices(dense.reference, texts, options.prompt_tokens)
         policy = calibrate(said, count_weights(model))

@@ -45,8 +45,8 @@ def test_json_is_all_that_is_printed_and_passes_the_certificate(
         "a prompt",
         thresholds=(0.3, "off"),
         temperature=0.8,
-        top_k=7,
-        top_p=0.9,
+        top_k=250,
+        top_p=0.999,
         min_p=0.01,
         repetition_penalty=1.2,
         seed=3,
@@ -63,8 +63,8 @@ def test_json_is_all_that_is_printed_and_passes_the_certificate(
     assert any(token > 256 for token in record["tokens"]), "the test needs an id without text"
     assert record["sampling"] == {
         "temperature": 0.8,
-        "top_k": 7,
-        "top_p": 0.9,
+        "top_k": 250,
+        "top_p": 0.999,
         "min_p": 0.01,
         "repetition_penalty": 1.2,
         "seed": 3,

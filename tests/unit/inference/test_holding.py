@@ -3,7 +3,6 @@
 import pytest
 
 from ee_llm.inference.holding import Holding, Profile, rate
-from ee_llm.inference.request import Verdict
 
 
 def _constant(*seconds: float) -> Profile:
@@ -16,10 +15,6 @@ def _linear(*seconds: float) -> Profile:
     return Profile((1, 64), tuple((time, 64 * time) for time in seconds))
 
 
-def _verdicts(*left: bool) -> list[Verdict]:
-    return [Verdict(0, 0, one, 0, 0.5, 0.0) for one in left]
-
-
 def _holding(profile: Profile, *rates: float, max_hold: int = 8) -> Holding:
     """Return holding that has seen exits decline at such rates, for long."""
     holding = Holding(profile, max_hold)
@@ -27,7 +22,7 @@ def _holding(profile: Profile, *rates: float, max_hold: int = 8) -> Holding:
         share = round(100 * declining)
         hundred = [index * share // 100 == (index + 1) * share // 100 for index in range(100)]
         for _ in range(40):
-            holding.observe(segment, _verdicts(*hundred))
+            holding.observe(segment, hundred)
         assert holding.rates[segment] == pytest.approx(declining, abs=0.02)
     return holding
 
@@ -143,13 +138,13 @@ def test_rates_are_a_moving_average_of_each_exit_alone() -> None:
     """The last verdict weighs 1, each before it 0.98 of the one after; at first it is a half."""
     holding = Holding(_constant(1.0, 1.0, 1.0), 4)
     assert holding.rates == [0.5, 0.5]
-    holding.observe(0, _verdicts(False, True, False))
+    holding.observe(0, [False, True, False])
     judged = 0.98**3 + 0.98**2 + 0.98 + 1.0
     assert holding.rates[0] == pytest.approx((0.5 * 0.98**3 + 0.98**2 + 1.0) / judged)
     assert holding.rates[1] == 0.5
     for _ in range(2000):
-        holding.observe(1, _verdicts(True))
+        holding.observe(1, [True])
     assert holding.rates[1] == pytest.approx(0.0, abs=1e-9)
     for _ in range(50):
-        holding.observe(1, _verdicts(False))
+        holding.observe(1, [False])
     assert holding.rates[1] == pytest.approx(1.0 - 0.98**50, abs=1e-6)

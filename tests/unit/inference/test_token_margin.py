@@ -107,3 +107,10 @@ def test_margin_is_measured_after_the_penalty() -> None:
     assert token_margin(logits, greedy, 1, 2, [0, 2]) == pytest.approx(4.0)
     one = Sampling(0.5, top_k=1, repetition_penalty=2.0)
     assert token_margin(logits, one, 1, 0, [0, 2]) == pytest.approx(1.0)
+
+
+def test_a_top_k_beyond_the_vocabulary_is_no_limit() -> None:
+    logits = torch.arange(5.0)
+    margins = [token_margin(logits, Sampling(1.0, top_k=k), 3, 0, ()) for k in (0, 5, 10**30)]
+    assert margins[0] > 0.0
+    assert margins == [margins[0]] * 3
