@@ -67,14 +67,27 @@ def started(place: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
         try:
             yield process
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                for pid in (process.pid, *_children(process)):  # ranks are sessions of their own
+                    os.kill(pid, signal.SIGKILL)
+
+
+def _children(launcher: subprocess.Popen[str]) -> list[int]:
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True
+    )
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def _ranks(launcher: subprocess.Popen[str], count: int) -> list[int]:
+    ranks = _children(launcher)
+    assert len(ranks) == count
+    return ranks
 
 
 def run(place: Path, *arguments: str, status: int = 0, stdin: str = "") -> tuple[str, str]:
@@ -176,15 +189,6 @@ def test_ranks_that_fail_alike_are_one_line(place: Path) -> None:
         "ee-llm: model.vocab_size = 263 can not be shared out to 2 tensor ranks;"
         " take a number of them that divides it\n"
     )
-
-
-def _ranks(launcher: subprocess.Popen[str], count: int) -> list[int]:
-    listed = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True
-    )
-    ranks = [int(pid) for pid in listed.stdout.split()]
-    assert len(ranks) == count
-    return ranks
 
 
 def _long_batch(place: Path, tmp_path: Path, num_short: int = 3) -> tuple[str, ...]:

@@ -132,6 +132,21 @@ def test_holding_by_measurement_changes_no_token() -> None:
     assert engine.holding.rates != [0.5, 0.5]
 
 
+@pytest.mark.parametrize(("strategies", "rate"), [(("exact",) * 4, 0.0), (("exact", "full"), 0.5)])
+def test_rows_that_no_exit_asks_count_as_rows_that_go_on(
+    strategies: tuple[str, ...], rate: float
+) -> None:
+    """Deep passes are as frequent as all requests together make them."""
+    engine = make_engine(tiny_config(boundaries=(2,)), hold="auto")
+    requests = [
+        make_request(f"{n}", 5, strategy, (1e-9,), (2,), max_new_tokens=20)
+        for n, strategy in enumerate(strategies)
+    ]
+    serve(engine, requests)
+    assert engine.holding is not None
+    assert engine.holding.rates[0] == pytest.approx(rate, abs=0.25)
+
+
 def _stopped(request: Request, stops: tuple[str, ...], num_tokens: int) -> None:
     """Assert that the request ends with the first `num_tokens` tokens of what it would be."""
     whole = reference(request)
