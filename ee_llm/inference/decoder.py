@@ -110,7 +110,8 @@ class Decoder(ABC):
     ) -> list[Generation]:
         """Return the generation of each request, in their order; raises ValueError as `add` does.
 
-        If one of them can not be added, none is.
+        If one of them can not be added, none is. Raises ValueError, too, if one was aborted
+        meanwhile, once all others have ended.
         """
         added: list[str] = []
         try:
@@ -122,12 +123,15 @@ class Decoder(ABC):
                 self.abort(id)
             raise
         finished: dict[str, Generation] = {}
-        while len(finished) < len(requests):
+        while any(request.id in self._sequences for request in requests):
             for update in self.step():
                 if on_update:
                     on_update(update)
                 if update.generation:
                     finished[update.id] = update.generation
+        aborted = [request.id for request in requests if request.id not in finished]
+        if aborted:
+            raise ValueError(f"request {aborted[0]!r} was aborted while it was being generated")
         return [finished[request.id] for request in requests]
 
     def _check(self, request: Request) -> None:

@@ -98,7 +98,7 @@ def summarize(logits: Tensor, first: int) -> Tensor:
 def judge_summaries(summaries: Tensor, questions: Items[Question]) -> list[Verdict]:
     """Return what `judge` does, from the summaries [r, 3 * ranks] of all shards, in their order.
 
-    Of equal logits the lowest id wins. Raises ValueError where a logit is not finite.
+    Of equal logits the lowest id wins. Raises ValueError where one is NaN or plus infinity.
     """
     if not questions:
         return []

@@ -251,7 +251,10 @@ class Sequence:
         stops = self.request.stop_strings
         if not stops or self.decode is None:
             return False
-        # A character takes four tokens at most; a few more, as a decoder may trim what comes first.
-        num_tokens = 4 * max(map(len, stops)) + 4
-        text = self.decode(self.new_tokens[-num_tokens:])
+        # A character takes four tokens at most. A decoder may drop a space that comes first, so it
+        # is given some of what is before, whose text is taken off again.
+        start = max(self.num_prompt, self.num_confirmed - 4 * max(map(len, stops)))
+        before = max(0, start - 4)
+        text = self.decode(self.tokens[before : self.num_confirmed])
+        text = text[len(self.decode(self.tokens[before:start])) :]
         return any(stop in text for stop in stops)

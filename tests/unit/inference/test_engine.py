@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from ee_llm.inference.decoder import Update
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.generator import Generation
 from ee_llm.inference.request import Draft, Request
@@ -257,3 +258,32 @@ def test_weights_that_do_not_fit_are_refused() -> None:
     tensors = random_tensors(tiny_config())
     with pytest.raises(ValueError, match="the weights do not fit the configuration"):
         make_engine(tensors=tensors | {"layers.5.x": torch.ones(1)})
+
+
+def test_generate_ends_though_one_request_is_aborted_meanwhile() -> None:
+    """It would wait for ever for what never comes; the others are finished first."""
+    engine = make_engine()
+    finished = []
+
+    def abort_first(update: Update) -> None:
+        if update.id == "a":
+            engine.abort("a")
+        if update.generation:
+            finished.append(update.id)
+
+    with pytest.raises(ValueError, match="'a' was aborted while it was being generated"):
+        engine.generate([make_request("a"), make_request("b")], abort_first)
+    assert finished == ["b"]
+    assert_idle(engine)
+
+
+def test_a_stop_string_may_begin_with_the_space_of_the_first_token() -> None:
+    """SentencePiece drops the space of what it is given first: of the new text it must not."""
+
+    def decode(tokens: list[int]) -> str:
+        return "".join(f" {token}" for token in tokens).removeprefix(" ")
+
+    (made,) = make_engine().generate([make_request()])
+    engine = make_engine(decode=decode)
+    (stopped,) = engine.generate([make_request(stop_strings=(f" {made.tokens[0]}",))])
+    assert (stopped.tokens, stopped.finish_reason) == (made.tokens[:1], "stop")
