@@ -18,10 +18,9 @@ from ee_llm.config import Config
 from ee_llm.data.tokenizer import Tokenizer, load_tokenizer
 from ee_llm.inference.batch_file import append, open_output
 from ee_llm.inference.decoder import Decoder, Update
-from ee_llm.inference.engine import Engine
 from ee_llm.inference.generator import Generation
+from ee_llm.inference.load import load_engine
 from ee_llm.inference.options import GenerateOptions
-from ee_llm.inference.pipeline_engine import PipelineEngine
 from ee_llm.inference.policy import make_policy
 from ee_llm.inference.prompts import Prompt, read_prompts
 from ee_llm.inference.records import Record, as_json, origin, to_record
@@ -31,7 +30,6 @@ from ee_llm.inference.sampling import Sampling
 from ee_llm.inference.scheduler import Limits
 from ee_llm.inference.stage import cut
 from ee_llm.inference.verify import Account, Checker, check_file
-from ee_llm.inference.weights import CheckpointTensors
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def generate(options: GenerateOptions) -> None:
     else:
         assert generation is not None, "there is one prompt"
         account = Account()
-        checker = Checker(reader, _dtype(options))
+        checker = Checker(reader, platform.dtype_named(options.dtype))
         account.add(prompts[0].where, checker.check(generation))
     account.tell()
 
@@ -173,31 +171,20 @@ def _opened(options: GenerateOptions, reader: TensorReader) -> Iterator[Session]
             tensor=options.tensor, pipeline=options.pipeline, timeout_s=options.timeout_s
         )
     config = reader.config()
-    tokenizer, dtype = load_tokenizer(reader.tokenizer()), _dtype(options)
-    tensors = CheckpointTensors(reader)
+    tokenizer, dtype = load_tokenizer(reader.tokenizer()), platform.dtype_named(options.dtype)
     session: Session
 
     def decode(tokens: list[int]) -> str:
         return session.decode(tokens)
 
-    limits, device = _limits(options, config), platform.device()
-    decoder: Decoder
-    if ranks is not None and ranks.num_stages > 1:
-        decoder = PipelineEngine(config, tensors, ranks, dtype, limits, decode, device)
-    else:
-        hold = options.hold if options.batch_file else "off"
-        decoder = Engine(config, tensors, dtype, limits, decode, device, hold, ranks)
-    del tensors
+    hold = options.hold if options.batch_file else "off"
+    decoder = load_engine(reader, dtype, _limits(options, config), decode, hold, ranks)
     session = Session(decoder, config, tokenizer, dtype, reader.path.name)
     yield session
     if ranks is not None:
         if ranks.is_leader:
             decoder.close()
         ranks.leave()
-
-
-def _dtype(options: GenerateOptions) -> torch.dtype:
-    return platform.fast_dtype() if options.dtype == "auto" else platform.DTYPES[options.dtype]
 
 
 def _limits(options: GenerateOptions, config: Config) -> Limits:

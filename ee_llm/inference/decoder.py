@@ -148,11 +148,7 @@ class Decoder(ABC):
                 " tokenizer the model was trained with?"
             )
         exits = list(self.boundaries[:-1])
-        if list(request.policy.boundaries) != exits:
-            raise ValueError(
-                f"the policy is for exits at boundaries {list(request.policy.boundaries)}, but the"
-                f" model has {exits}"
-            )
+        request.policy.check_fits(exits)
         if request.draft is not None and request.draft.boundary not in exits:
             raise ValueError(
                 f"draft boundary {request.draft.boundary} is no exit; the model has them at {exits}"
@@ -194,7 +190,6 @@ def _generation(sequence: Sequence) -> Generation:
     request = sequence.request
     finish_reason = sequence.finish_reason
     assert finish_reason is not None, "the sequence is not finished"
-    is_full = request.strategy in ("full", "verify")
     return Generation(
         prompt=request.prompt,
         tokens=tuple(sequence.new_tokens),
@@ -202,7 +197,7 @@ def _generation(sequence: Sequence) -> Generation:
         confidences=tuple(sequence.confidences),
         logprobs=tuple(sequence.logprobs),
         finish_reason=finish_reason,
-        policy=request.policy.without_exits() if is_full else request.policy,
+        policy=request.policy.under(request.strategy),
         sampling=request.sampling,
         strategy=request.strategy,
         num_drafted=sequence.num_drafted,

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ee_llm import platform
-from ee_llm.checkpoint.read import TensorReader
 from ee_llm.config import Config
 from ee_llm.inference.blocks import BlockManager
 from ee_llm.inference.decoder import Decode, Decoder, Update
@@ -18,7 +17,7 @@ from ee_llm.inference.request import Sequence, Verdict
 from ee_llm.inference.runner import Runner
 from ee_llm.inference.scheduler import Limits, Plan, Scheduler
 from ee_llm.inference.stage import Stage, cut, shard_of
-from ee_llm.inference.weights import CheckpointTensors, take_tensors
+from ee_llm.inference.weights import take_tensors
 
 Hold = Literal["auto", "off"]
 
@@ -108,20 +107,3 @@ class Engine(Decoder):
             self.holding.observe(plan.last_segment, left + [False] * num_unasked)
         if self.scheduler.step % _STEPS_BETWEEN_HOLDS == 0:
             self.scheduler.holds = self.holding.holds(len(self.scheduler.running))
-
-
-def load_engine(
-    reader: TensorReader,
-    dtype: torch.dtype | None = None,
-    limits: Limits | None = None,
-    decode: Decode | None = None,
-    hold: Hold = "auto",
-    ranks: platform.ServingGrid | None = None,
-) -> Engine:
-    """Return an engine for the model of a checkpoint, whatever layout saved it.
-
-    dtype: None for the fastest of this device. Raises ValueError for a damaged checkpoint.
-    """
-    tensors = CheckpointTensors(reader)
-    dtype = dtype or platform.fast_dtype()
-    return Engine(reader.config(), tensors, dtype, limits, decode, platform.device(), hold, ranks)

@@ -119,14 +119,10 @@ def generate_reference(
 
 def policy_in_force(model: ReferenceModel, policy: Policy, strategy: Strategy) -> Policy:
     """Return `policy` as the strategy applies it to the model, or raise ValueError."""
-    if policy.boundaries != model.config.exits.boundaries:
-        raise ValueError(
-            f"the policy is for exits at boundaries {list(policy.boundaries)}, but the model has"
-            f" {list(model.config.exits.boundaries)}"
-        )
+    policy.check_fits(model.config.exits.boundaries)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is unknown; choose of {', '.join(STRATEGIES)}")
-    return policy.without_exits() if strategy in ("full", "verify") else policy
+    return policy.under(strategy)
 
 
 def rows_left_at(

@@ -33,15 +33,13 @@ class Question:
 def question(sequence: Sequence, position: int, segment: int) -> Question:
     """Return what the exit at the end of `segment` is asked about a row of a sequence."""
     request = sequence.request
-    is_penalised = request.sampling.repetition_penalty != 1.0
-    history = tuple(sequence.tokens[: position + 1]) if is_penalised else ()
     return Question(
         sequence.slot,
         position,
         sequence.threshold(segment),
         request.policy.measure,
         request.sampling,
-        history,
+        sequence.history(position),
     )
 
 

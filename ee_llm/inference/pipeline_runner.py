@@ -92,7 +92,8 @@ class PipelineRunner:
     def lead(self, plan: PipelinePlan) -> list[Answer]:
         """Send a pass through all stages; return what the exits of the first one say."""
         left = [-1] * len(plan.frontiers)
-        self._ranks.tell(encode_pass(plan, left))
+        if self._ranks.tensor_size > 1:
+            self._ranks.tell(encode_pass(plan, left))
         x, answers = self.run(plan, left, self._no_rows())
         self._ranks.pass_on(encode_pass(plan, left), x)
         return answers

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ee_llm.inference.blocks import BlockManager
 from ee_llm.inference.prefix import publish_prefix, share_prefix
 from ee_llm.inference.request import Sequence, Verdict
-from ee_llm.inference.scheduler import Limits, Span
+from ee_llm.inference.scheduler import Limits, Span, check_room
 
 if TYPE_CHECKING:
     from ee_llm.inference.policy import Measure
@@ -105,12 +105,7 @@ class PipelineScheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises ValueError if the cache could never hold it."""
-        needed, room = self._num_blocks(sequence), self.blocks.num_blocks - 1
-        if needed > room:
-            raise ValueError(
-                f"request {sequence.request.id!r} may need {needed} blocks of the cache, which has"
-                f" {room}; ask for fewer tokens or give the engine more blocks"
-            )
+        check_room(self.blocks, sequence)
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -170,15 +165,11 @@ class PipelineScheduler:
             sent, done = sequence.watermarks
             assert done <= sent <= len(sequence.tokens), f"watermarks out of order: {sent}, {done}"
 
-    def _num_blocks(self, sequence: Sequence) -> int:
-        length = sequence.num_prompt + sequence.request.max_new_tokens - 1
-        return self.blocks.num_needed(min(length, sequence.max_length))
-
     def _admit(self) -> None:
         while self.waiting and self._slots:
             sequence = self.waiting[0]
             shared = share_prefix(self.blocks, sequence)
-            needed = self._num_blocks(sequence) - len(shared)
+            needed = self.blocks.num_needed(sequence.most_rows) - len(shared)
             if self.blocks.num_available < needed:
                 self.blocks.give_back(shared)
                 return
@@ -195,9 +186,7 @@ class PipelineScheduler:
         tables: list[tuple[int, int, int]] = []
         frontiers, tokens = [], []
         for sequence, span in chosen:
-            for index in range(sequence.num_tabled, len(sequence.blocks)):
-                tables.append((span.slot, index, sequence.blocks[index]))
-            sequence.num_tabled = len(sequence.blocks)
+            tables += sequence.table_blocks()
             sequence.watermarks[0] = span.stop
             tokens += sequence.tokens[span.start : span.stop]
             if span.stop == len(sequence.tokens):
@@ -232,18 +221,17 @@ class PipelineScheduler:
 
 
 def _frontier(sequence: Sequence, row: int) -> Frontier:
-    request = sequence.request
-    is_penalised = request.sampling.repetition_penalty != 1.0
+    request, position = sequence.request, len(sequence.tokens) - 1
     return Frontier(
         slot=sequence.slot,
-        position=len(sequence.tokens) - 1,
+        position=position,
         row=row,
         thresholds=tuple(_thresholds(sequence)),
         is_draft=request.draft is not None,
         freezes=request.strategy == "propagate",
         measure=request.policy.measure,
         sampling=request.sampling,
-        history=tuple(sequence.tokens) if is_penalised else (),
+        history=sequence.history(position),
     )
 
 

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ee_llm.inference.request import Strategy
+
 Measure = Literal["max_probability", "entropy", "margin"]
 
 
@@ -93,6 +95,18 @@ class Policy:
     def without_exits(self) -> "Policy":
         """Return the policy of the `full` strategy: the same measure, every exit off."""
         return Policy(self.boundaries, (None,) * len(self.boundaries), self.measure)
+
+    def under(self, strategy: Strategy) -> "Policy":
+        """Return the policy as a strategy applies it: `full` and `verify` have every exit off."""
+        return self.without_exits() if strategy in ("full", "verify") else self
+
+    def check_fits(self, boundaries: Sequence[int]) -> None:
+        """Raise ValueError unless the policy is for a model with early exits at `boundaries`."""
+        if self.boundaries != tuple(boundaries):
+            raise ValueError(
+                f"the policy is for exits at boundaries {list(self.boundaries)}, but the model has"
+                f" {list(boundaries)}"
+            )
 
 
 def make_policy(

@@ -23,8 +23,7 @@ def origin(prompt: str, request: Request, dtype: str, checkpoint: str) -> Record
 
     prompt: the text. dtype: what is computed in. checkpoint: the name of its directory.
     """
-    is_full = request.strategy in ("full", "verify")
-    policy = request.policy.without_exits() if is_full else request.policy
+    policy = request.policy.under(request.strategy)
     return {
         "prompt": prompt,
         "prompt_tokens": list(request.prompt),

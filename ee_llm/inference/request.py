@@ -92,7 +92,7 @@ class Verdict:
     logprob: float
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself, however like another one it stands
 class Sequence:
     """A request under way: its tokens, and how far each segment has come (the watermarks).
 
@@ -133,12 +133,10 @@ class Sequence:
         self.tokens = list(self.request.prompt)
         self.num_confirmed = len(self.tokens)
         self.watermarks = [0] * len(self.boundaries)
-        policy, draft = self.request.policy, self.request.draft
+        policy, draft = self.request.policy.under(self.request.strategy), self.request.draft
         exits = self.boundaries[:-1]
         if draft is not None:
             self._may_leave = tuple(boundary == draft.boundary for boundary in exits)
-        elif self.request.strategy == "full":
-            self._may_leave = (False,) * len(exits)
         else:
             self._may_leave = tuple(policy.threshold(b) is not None for b in exits)
 
@@ -161,6 +159,11 @@ class Sequence:
         if self.request.strategy == "propagate":
             return self.num_prompt - 1
         return self.num_confirmed
+
+    @property
+    def most_rows(self) -> int:
+        """Return how many rows it has at the end, unless it ends early."""
+        return min(self.num_prompt + self.request.max_new_tokens - 1, self.max_length)
 
     @property
     def num_pending(self) -> int:
@@ -193,6 +196,16 @@ class Sequence:
         threshold = request.policy.threshold(boundary)
         assert threshold is not None, f"the exit at boundary {boundary} is off"
         return threshold
+
+    def history(self, position: int) -> tuple[int, ...]:
+        """Return the tokens up to `position` if a repetition penalty asks for them, else none."""
+        is_penalised = self.request.sampling.repetition_penalty != 1.0
+        return tuple(self.tokens[: position + 1]) if is_penalised else ()
+
+    def table_blocks(self) -> list[tuple[int, int, int]]:
+        """Return the blocks that the runner knows not of, as (slot, index, block): now it will."""
+        start, self.num_tabled = self.num_tabled, len(self.blocks)
+        return [(self.slot, index, self.blocks[index]) for index in range(start, self.num_tabled)]
 
     def is_frozen(self, position: int, segment: int) -> bool:
         """Return whether the row at `position` keeps its state in `segment` (`propagate`)."""

@@ -6,7 +6,7 @@ lie, so that every row finds the keys and values of all earlier positions at eve
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
@@ -115,13 +115,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises ValueError if the cache could never hold it."""
         request = sequence.request
-        length = min(sequence.num_prompt + request.max_new_tokens - 1, sequence.max_length)
-        needed, room = self.blocks.num_needed(length), self.blocks.num_blocks - 1
-        if needed > room:
-            raise ValueError(
-                f"request {request.id!r} may grow to {length} positions, {needed} blocks of the"
-                f" cache, which has {room}; ask for fewer tokens or give the engine more blocks"
-            )
+        check_room(self.blocks, sequence)
         if request.draft is not None and request.draft.length >= self.limits.max_pending:
             raise ValueError(
                 f"draft length {request.draft.length} does not fit max_pending ="
@@ -299,8 +293,8 @@ class Scheduler:
                 break
             segment += 1
             spans = self._spans(segment, spans)
-        tables = tuple(self._new_entries(by_slot[span.slot] for span in spans))
-        return Plan(tuple(parts), tuple(tokens), heads, tables)
+        tables = [entry for span in spans for entry in by_slot[span.slot].table_blocks()]
+        return Plan(tuple(parts), tuple(tokens), heads, tuple(tables))
 
     def _heads(
         self, segment: int, spans: Items[Span], by_slot: Mapping[int, Sequence]
@@ -315,11 +309,16 @@ class Scheduler:
             elif span.stop == len(sequence.tokens) and sequence.decides_at(segment):
                 yield Span(span.slot, span.stop - 1, span.stop)
 
-    def _new_entries(self, sequences: Iterable[Sequence]) -> Iterator[tuple[int, int, int]]:
-        for sequence in sequences:
-            for index in range(sequence.num_tabled, len(sequence.blocks)):
-                yield sequence.slot, index, sequence.blocks[index]
-            sequence.num_tabled = len(sequence.blocks)
+
+def check_room(blocks: BlockManager, sequence: Sequence) -> None:
+    """Raise ValueError if the cache could never hold a sequence."""
+    length, room = sequence.most_rows, blocks.num_blocks - 1
+    needed = blocks.num_needed(length)
+    if needed > room:
+        raise ValueError(
+            f"request {sequence.request.id!r} may grow to {length} positions, {needed} blocks of"
+            f" the cache, which has {room}; ask for fewer tokens or give the engine more blocks"
+        )
 
 
 def _frozen(segment: int, spans: Items[Span], by_slot: Mapping[int, Sequence]) -> Iterator[int]:

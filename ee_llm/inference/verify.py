@@ -18,6 +18,7 @@ from ee_llm.inference.json_lines import opened, read_objects
 from ee_llm.inference.options import VerifyOptions
 from ee_llm.inference.records import from_record
 from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.weights import CheckpointTensors, Converted
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Checker:
     """A model as it was served: weights rounded to a dtype, but computed with in float64."""
 
     def __init__(self, reader: TensorReader, dtype: torch.dtype) -> None:
-        tensors = {name: reader.tensor(name).to(dtype) for name in reader.names()}
+        tensors = Converted(CheckpointTensors(reader), dtype, "cpu")
         self._model = ReferenceModel(reader.config(), tensors, torch.float64, platform.device())
         self._tolerance = tolerance(dtype)
 

@@ -82,6 +82,10 @@ class Converted(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without converting it."""
+        return _shape(self._tensors, name)
+
 
 def take_tensors(
     config: Config,
@@ -114,7 +118,7 @@ def take_tensors(
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    if isinstance(tensors, CheckpointTensors):
+    if isinstance(tensors, CheckpointTensors | Converted):
         return tensors.shape(name)
     return tuple(tensors[name].shape)
 

@@ -22,6 +22,11 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if has_cuda() or has_products else torch.float32
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """Return the precision that an option names: one of `DTYPES`, or "auto", the fast one."""
+    return fast_dtype() if name == "auto" else DTYPES[name]
+
+
 def local_rank() -> int:
     """Return this process's index on its machine (torchrun's LOCAL_RANK, 0 without a launcher)."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -20,7 +20,7 @@ from ee_llm.inference.request import Request
 from ee_llm.inference.sampling import Sampling
 from ee_llm.inference.scheduler import Limits
 from tests.distributed.harness import run_ranks
-from tests.unit.inference.fuzz import Traffic, expected, random_traffic, serve
+from tests.unit.inference.fuzz import Traffic, assert_expected, random_traffic, serve
 from tests.unit.inference.models import random_tensors, tiny_config
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (1, 4)]
@@ -78,16 +78,7 @@ def test_tokens_and_exits_are_the_references(tensor: int, pipeline: int, seed: i
     made, *nothing = run_ranks(tensor * pipeline, _serve, seed, tensor, pipeline)
     assert nothing == [None] * (tensor * pipeline - 1)
     traffic, model = _traffic(seed)
-    for request in traffic.requests:
-        wanted, found = expected(model, request), made[request.id]
-        if found is None:
-            continue
-        count = len(found.tokens)
-        assert found.tokens == wanted.tokens[:count], request
-        assert found.exits == wanted.exits[:count], request
-        if found.finish_reason != "abort":
-            assert (count, found.finish_reason) == (len(wanted.tokens), wanted.finish_reason)
-            assert found.confidences == pytest.approx(wanted.confidences, abs=1e-9)
+    assert_expected(model, traffic, made)
 
 
 def _idle(tensor: int, pipeline: int) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ee_llm import platform
-from ee_llm.config import Config, output_weight_name
+from ee_llm.config import output_weight_name
 from tools.bench.decode_model import Model
+from tools.bench.llama import llama_config, llama_weights
 
 
 class Decoded(NamedTuple):
@@ -99,59 +100,13 @@ class _ByDepth(torch.nn.Module):
 
 def llama(model: Model) -> Any:
     """Return transformers' LlamaForCausalLM with the model's weights, in float32."""
-    from transformers import LlamaConfig, LlamaForCausalLM, logging
+    from transformers import LlamaForCausalLM, logging
 
     logging.set_verbosity_error()  # it warns of what it does itself when it drafts
-    shape = model.config.model
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.ffn_hidden_size,
-            num_hidden_layers=shape.num_layers,
-            num_attention_heads=shape.num_heads,
-            num_key_value_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            max_position_embeddings=shape.max_seq_length,
-            rms_norm_eps=shape.norm_eps,
-            rope_theta=shape.rope_theta,
-            tie_word_embeddings=shape.tie_embeddings,
-            bos_token_id=None,
-            eos_token_id=None,
-            attn_implementation="sdpa",
-        )
-    )
-    theirs.load_state_dict(_llama_weights(model.config, model.tensors))
+    alone = {"bos_token_id": None, "eos_token_id": None, "attn_implementation": "sdpa"}
+    theirs = LlamaForCausalLM(llama_config(model.config, **alone))
+    theirs.load_state_dict(llama_weights(model.config, model.tensors))
     return theirs
-
-
-def _llama_weights(config: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under transformers' names; the fused ones are taken apart."""
-    shape = config.model
-    state = {
-        "model.embed_tokens.weight": tensors["embedding.word.weight"],
-        "model.norm.weight": tensors[f"exits.{shape.num_layers}.norm.weight"],
-        "lm_head.weight": tensors[output_weight_name(config, shape.num_layers)],
-    }
-    per_group = shape.num_heads // shape.num_kv_heads
-    for number in range(1, shape.num_layers + 1):
-        ours, name = f"layers.{number}", f"model.layers.{number - 1}"
-        qkv = tensors[f"{ours}.self_attention.linear_qkv.weight"]
-        # Each key/value head's queries, key and value lie one after the other.
-        groups = qkv.view(shape.num_kv_heads, per_group + 2, shape.head_dim, shape.hidden_size)
-        parts = (groups[:, :-2], groups[:, -2], groups[:, -1])
-        for letter, part in zip("qkv", parts, strict=True):
-            state[f"{name}.self_attn.{letter}_proj.weight"] = part.reshape(-1, shape.hidden_size)
-        gate, up = tensors[f"{ours}.mlp.linear_fc1.weight"].chunk(2)
-        state |= {
-            f"{name}.self_attn.o_proj.weight": tensors[f"{ours}.self_attention.linear_proj.weight"],
-            f"{name}.mlp.gate_proj.weight": gate,
-            f"{name}.mlp.up_proj.weight": up,
-            f"{name}.mlp.down_proj.weight": tensors[f"{ours}.mlp.linear_fc2.weight"],
-            f"{name}.input_layernorm.weight": tensors[f"{ours}.input_layernorm.weight"],
-            f"{name}.post_attention_layernorm.weight": tensors[f"{ours}.pre_mlp_layernorm.weight"],
-        }
-    return state
 
 
 def _like(weight: Tensor, other: Tensor) -> torch.nn.Parameter:

@@ -88,7 +88,7 @@ def measure(options: Options) -> Result | None:
     torch.set_num_threads(1)
     model = open_model(options.checkpoint)
     config = model.config
-    dtype = platform.fast_dtype() if options.dtype == "auto" else platform.DTYPES[options.dtype]
+    dtype = platform.dtype_named(options.dtype)
     ranks = platform.connect_serving(pipeline=NUM_STAGES, timeout_s=120)
     limits = Limits(max_sequences=1, num_blocks=2 + config.model.max_seq_length // 16)
     engine = PipelineEngine(config, model.tensors, ranks, dtype, limits)

@@ -112,7 +112,7 @@ def prepare(options: Options) -> Bench:
     config = model.config
     _check(options, config.model.max_seq_length)
     length = options.prompt_tokens + options.new_tokens
-    dtype = platform.fast_dtype() if options.dtype == "auto" else platform.DTYPES[options.dtype]
+    dtype = platform.dtype_named(options.dtype)
     most = max(options.batches)
     num_texts = max(most, NUM_TEXTS)
     num_blocks = 1 + 2 * num_texts * -(-length // Limits.block_size)

@@ -23,6 +23,7 @@ from ee_llm.data import Microbatch
 from ee_llm.training.optimizer import build_optimizer, take_step
 from ee_llm.training.parallel import ParallelModel
 from tools.bench import report
+from tools.bench.llama import llama_config
 
 QUICK = {"seq_length": 128, "num_microbatches": 1, "rounds": 8}
 
@@ -97,23 +98,10 @@ def our_step(config: Config, tokens: list[torch.Tensor]) -> Callable[[], Any]:
 
 def plain_step(config: Config, tokens: list[torch.Tensor]) -> Callable[[], Any]:
     """Return a function that takes one step of the loop one would write with transformers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    shape, options = config.model, config.optimizer
-    llama = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.max_seq_length,
-        rms_norm_eps=shape.norm_eps,
-        tie_word_embeddings=shape.tie_embeddings,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
+    options = config.optimizer
+    llama = llama_config(config, use_cache=False, attn_implementation="sdpa")
     model = LlamaForCausalLM(llama)
     model = model.to(platform.device(), platform.DTYPES[config.training.dtype]).train()
     optimizer = torch.optim.AdamW(

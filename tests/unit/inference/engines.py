@@ -8,12 +8,13 @@ import torch
 from ee_llm.config import Config
 from ee_llm.inference.decoder import Decode
 from ee_llm.inference.engine import Engine
-from ee_llm.inference.generator import Generation, generate_reference
+from ee_llm.inference.generator import Generation
 from ee_llm.inference.policy import make_policy
 from ee_llm.inference.reference import ReferenceModel
 from ee_llm.inference.request import Draft, Request, Sequence, Strategy
 from ee_llm.inference.sampling import Sampling
 from ee_llm.inference.scheduler import Limits
+from tests.unit.inference.fuzz import expected
 from tests.unit.inference.models import random_tensors, random_tokens, tiny_config
 
 LIMITS = Limits(max_sequences=8, num_blocks=65, block_size=4, max_pending=16, max_rows=64)
@@ -71,16 +72,7 @@ def reference(
     """Return what the one-at-a-time generator makes of a request, in float64."""
     config = config or tiny_config()
     model = ReferenceModel(config, tensors or random_tensors(config), torch.float64)
-    return generate_reference(
-        model,
-        request.prompt,
-        request.policy,
-        request.sampling,
-        request.strategy,
-        request.max_new_tokens,
-        request.eod,
-        request.stop_tokens,
-    )
+    return expected(model, request)
 
 
 def serve(engine: Engine, requests: Items[Request]) -> tuple[list[Generation], list[Sequence]]:

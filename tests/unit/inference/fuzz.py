@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from ee_llm.config import Config
@@ -112,6 +113,7 @@ def random_traffic(rng: random.Random, config: Config) -> Traffic:
 
 
 def expected(model: ReferenceModel, request: Request) -> Generation:
+    """Return what the one-at-a-time generator makes of a request."""
     return generate_reference(
         model,
         request.prompt,
@@ -141,6 +143,23 @@ def serve(engine: Engine, traffic: Traffic, check=lambda engine: None) -> dict[s
         step += 1
         assert step < 20_000, "the engine does not come to an end"
     return made
+
+
+def assert_expected(
+    model: ReferenceModel, traffic: Traffic, made: dict[str, Generation | None]
+) -> None:
+    """Assert that each request got what the reference makes of it, if aborted the beginning."""
+    for request in traffic.requests:
+        wanted, found = expected(model, request), made[request.id]
+        if found is None:  # aborted before its first token
+            continue
+        count = len(found.tokens)
+        assert found.tokens == wanted.tokens[:count], request
+        assert found.exits == wanted.exits[:count], request
+        if found.finish_reason != "abort":
+            assert (count, found.finish_reason) == (len(wanted.tokens), wanted.finish_reason)
+            assert found.confidences == pytest.approx(wanted.confidences, abs=1e-9)
+            assert found.logprobs == pytest.approx(wanted.logprobs, abs=1e-9)
 
 
 def random_engine(rng: random.Random, config: Config, seed: int, is_wild: bool = True) -> Engine:

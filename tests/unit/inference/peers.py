@@ -6,46 +6,13 @@ from torch import Tensor
 
 from ee_llm.config import Config, output_weight_name
 from tests.unit.inference.models import split_qkv
+from tools.bench.llama import llama_config, llama_weights
 
 
 def llama_of_transformers(config: Config, tensors: dict[str, Tensor]):
     transformers = pytest.importorskip("transformers")
-    model = config.model
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=model.vocab_size,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.ffn_hidden_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_heads,
-            num_key_value_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            rms_norm_eps=model.norm_eps,
-            max_position_embeddings=model.max_seq_length,
-            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-            tie_word_embeddings=model.tie_embeddings,
-        )
-    ).double()
-    state = {
-        "model.embed_tokens.weight": tensors["embedding.word.weight"],
-        "model.norm.weight": tensors[f"exits.{model.num_layers}.norm.weight"],
-        "lm_head.weight": tensors[output_weight_name(config, model.num_layers)],
-    }
-    for n in range(1, model.num_layers + 1):
-        ours, name = f"layers.{n}", f"model.layers.{n - 1}"
-        qkv = split_qkv(config, tensors[f"{ours}.self_attention.linear_qkv.weight"])
-        for part, weight in zip("qkv", qkv, strict=True):
-            state[f"{name}.self_attn.{part}_proj.weight"] = weight
-        gate, up = tensors[f"{ours}.mlp.linear_fc1.weight"].chunk(2)
-        state |= {
-            f"{name}.self_attn.o_proj.weight": tensors[f"{ours}.self_attention.linear_proj.weight"],
-            f"{name}.mlp.gate_proj.weight": gate,
-            f"{name}.mlp.up_proj.weight": up,
-            f"{name}.mlp.down_proj.weight": tensors[f"{ours}.mlp.linear_fc2.weight"],
-            f"{name}.input_layernorm.weight": tensors[f"{ours}.input_layernorm.weight"],
-            f"{name}.post_attention_layernorm.weight": tensors[f"{ours}.pre_mlp_layernorm.weight"],
-        }
-    theirs.load_state_dict(state, strict=True)
+    theirs = transformers.LlamaForCausalLM(llama_config(config)).double()
+    theirs.load_state_dict(llama_weights(config, tensors), strict=True)
     return theirs.eval()
 
 

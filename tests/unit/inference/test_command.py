@@ -14,6 +14,7 @@ from ee_llm.inference import command
 from ee_llm.inference.batch_file import append
 from ee_llm.inference.certificate import verify_trace
 from ee_llm.inference.command import generate
+from ee_llm.inference.engine import Engine
 from ee_llm.inference.generator import generate_reference
 from ee_llm.inference.options import GenerateOptions
 from ee_llm.inference.records import from_record
@@ -118,7 +119,7 @@ def test_precision_is_that_of_the_device_unless_given(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for fast in ("float32", "bfloat16"):
-        monkeypatch.setattr(platform, "fast_dtype", lambda fast=fast: platform.DTYPES[fast])
+        monkeypatch.setattr(platform.devices, "fast_dtype", lambda fast=fast: platform.DTYPES[fast])
         generate(GenerateOptions(run, "a prompt", max_new_tokens=1, json=True))
         assert json.loads(capsys.readouterr().out)["dtype"] == fast
     generate(GenerateOptions(run, "a prompt", max_new_tokens=1, json=True, dtype="float32"))
@@ -254,11 +255,9 @@ def test_a_batch_that_was_killed_goes_on(
     before = options.output.read_bytes().rpartition(b"\n")
     begun: list[str] = []
     monkeypatch.setattr(
-        command.Engine,
+        Engine,
         "_update",
-        lambda self, one, update=command.Engine._update: (
-            begun.append(one.request.id) or update(self, one)
-        ),
+        lambda self, one, update=Engine._update: begun.append(one.request.id) or update(self, one),
     )
     capsys.readouterr()
     generate(options)

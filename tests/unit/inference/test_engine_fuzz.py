@@ -15,7 +15,7 @@ from ee_llm.inference.runner import Runner
 from ee_llm.inference.scheduler import Scheduler
 from tests.unit.inference.fuzz import (
     RandomScheduler,
-    expected,
+    assert_expected,
     random_engine,
     random_traffic,
     serve,
@@ -80,17 +80,7 @@ def _run(seed: int, check_rings_every: int = 0) -> set[str]:
     made = serve(engine, traffic, check)
     engine.scheduler.blocks.check_integrity([])
     assert not engine._sequences, "a request was forgotten"
-    for request in traffic.requests:
-        wanted, found = expected(model, request), made[request.id]
-        if found is None:  # aborted before its first token
-            continue
-        count = len(found.tokens)
-        assert found.tokens == wanted.tokens[:count], request
-        assert found.exits == wanted.exits[:count], request
-        if found.finish_reason != "abort":
-            assert (count, found.finish_reason) == (len(wanted.tokens), wanted.finish_reason)
-            assert found.confidences == pytest.approx(wanted.confidences, abs=1e-9)
-            assert found.logprobs == pytest.approx(wanted.logprobs, abs=1e-9)
+    assert_expected(model, traffic, made)
     return {request.strategy for request in traffic.requests}
 
 

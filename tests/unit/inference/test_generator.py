@@ -177,6 +177,17 @@ def test_certificate_passes_what_was_generated(sampling: Sampling, strategy: str
         assert verify_trace(model, made) == []
 
 
+def _assert_wrong_token_is_found(
+    model: ReferenceModel, made: Generation, index: int, token: int
+) -> None:
+    wrong = (token + 1) % 40
+    tokens = (*made.tokens[:index], wrong, *made.tokens[index + 1 :])
+    found = verify_trace(model, dataclasses.replace(made, tokens=tokens))
+    assert (found[0].index, found[0].kind) == (index, "token")
+    assert (found[0].found, found[0].expected) == (wrong, token)
+    assert found[0].margin > 0
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 def test_certificate_finds_every_single_change(sampling: Sampling) -> None:
     """Every exit and token is replaced in turn; its own divergence must be the first reported."""
@@ -190,12 +201,7 @@ def test_certificate_finds_every_single_change(sampling: Sampling) -> None:
             assert (found[0].found, found[0].expected) == (wrong, exit)
             assert found[0].margin > (1e10 if wrong == 3 else 0)
             assert {d.index for d in found} == {index}
-        wrong = (token + 1) % 40
-        tokens = (*made.tokens[:index], wrong, *made.tokens[index + 1 :])
-        found = verify_trace(model, dataclasses.replace(made, tokens=tokens))
-        assert (found[0].index, found[0].kind) == (index, "token")
-        assert (found[0].found, found[0].expected) == (wrong, token)
-        assert found[0].margin > 0
+        _assert_wrong_token_is_found(model, made, index, token)
 
 
 def test_certificate_finds_another_policy_seed_and_position() -> None:
@@ -271,12 +277,7 @@ def test_certificate_of_propagate_finds_every_single_change() -> None:
             too_early = wrong in (1, 2) and wrong < exit  # what lies between can not be told
             assert found[0].expected == (4 if too_early else exit)
             assert (found[0].margin == float("inf")) == (wrong in (0, 3, 9))
-        wrong = (token + 1) % 40
-        tokens = (*made.tokens[:index], wrong, *made.tokens[index + 1 :])
-        found = verify_trace(model, dataclasses.replace(made, tokens=tokens))
-        assert (found[0].index, found[0].kind) == (index, "token")
-        assert (found[0].found, found[0].expected) == (wrong, token)
-        assert found[0].margin > 0
+        _assert_wrong_token_is_found(model, made, index, token)
 
 
 def test_certificate_of_propagate_looks_at_nothing_beyond_an_exit() -> None:

@@ -53,16 +53,23 @@ def test_rounding_explains_what_its_size_allows(settings: dict[str, float]) -> N
     assert differ > 5  # the bound was put to the test
 
 
-def test_margin_at_the_border_of_top_p_is_the_missing_probability() -> None:
-    """Token 1 has the better score but comes after 0.6 of the probability, just outside."""
-    logits = torch.tensor([0.6, 0.25, 0.15], dtype=torch.float64).log()
-    outside, inside = Sampling(1.0, top_p=0.5999), Sampling(1.0, top_p=0.6001)
-    positions = [p for p in range(30) if sample(logits, inside, p) == 1]
+def _assert_margins_at_a_border(
+    logits: torch.Tensor, outside: Sampling, inside: Sampling, num_positions: int
+) -> None:
+    """Token 1 is drawn just inside, token 0 just outside, and 1e-4 explains either."""
+    positions = [p for p in range(num_positions) if sample(logits, inside, p) == 1]
     assert positions
     for position in positions:
         assert sample(logits, outside, position) == 0
         assert token_margin(logits, outside, position, 1) == pytest.approx(1e-4, rel=1e-6)
         assert token_margin(logits, inside, position, 0) == pytest.approx(1e-4, rel=1e-6)
+
+
+def test_margin_at_the_border_of_top_p_is_the_missing_probability() -> None:
+    """Token 1 has the better score but comes after 0.6 of the probability, just outside."""
+    logits = torch.tensor([0.6, 0.25, 0.15], dtype=torch.float64).log()
+    outside, inside = Sampling(1.0, top_p=0.5999), Sampling(1.0, top_p=0.6001)
+    _assert_margins_at_a_border(logits, outside, inside, num_positions=30)
 
 
 def test_margin_outside_of_top_k_is_the_gap_to_it() -> None:
@@ -80,12 +87,7 @@ def test_margin_at_the_border_of_min_p_is_the_missing_logit() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
     outside = Sampling(1.0, min_p=0.6 * math.exp(1e-4))
     inside = Sampling(1.0, min_p=0.6 * math.exp(-1e-4))
-    positions = [p for p in range(40) if sample(logits, inside, p) == 1]
-    assert positions
-    for position in positions:
-        assert sample(logits, outside, position) == 0
-        assert token_margin(logits, outside, position, 1) == pytest.approx(1e-4, rel=1e-6)
-        assert token_margin(logits, inside, position, 0) == pytest.approx(1e-4, rel=1e-6)
+    _assert_margins_at_a_border(logits, outside, inside, num_positions=40)
 
 
 def test_the_most_probable_token_falls_out_of_min_p_only_when_overtaken() -> None:
