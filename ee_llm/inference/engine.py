@@ -1,5 +1,6 @@
 """The engine: requests of any strategy and depth decoded together, none waiting for the deepest."""
 
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import Literal
@@ -64,13 +65,14 @@ class Engine(Decoder):
         self.runner = Runner(stage, self.limits, config.model.max_seq_length, ranks)
         self.holding: Holding | None = None
         if hold == "auto" and len(pieces) > 1 and (ranks is None or ranks.is_leader):
-            self.holding = Holding(self.runner.profile(), self.limits.max_hold)
+            self.holding = Holding(*self.runner.profile(), self.limits.max_hold)
 
     def step(self) -> list[Update]:
         """Run one pass and return what it brought; an empty list if no token was decided by it.
 
         To be called now and then without work too, if there are followers: they wait for it.
         """
+        start = time.perf_counter()
         plan = self.scheduler.schedule()
         if plan is None:
             self.runner.rest()
@@ -85,7 +87,7 @@ class Engine(Decoder):
             verdicts = judge_summaries(self.runner.run_shortly(plan), questions)
         else:
             verdicts = judge(self.runner.run(plan), questions)
-        self._hold(plan, verdicts, running)
+        self._hold(plan, verdicts, running, time.perf_counter() - start)
         self.scheduler.apply(plan, verdicts)
         return self._updates([running[span.slot] for span in plan.heads])
 
@@ -97,13 +99,22 @@ class Engine(Decoder):
         """Let the ranks that follow this one go."""
         self.runner.dismiss()
 
-    def _hold(self, plan: Plan, verdicts: Items[Verdict], running: Mapping[int, Sequence]) -> None:
+    def _hold(
+        self,
+        plan: Plan,
+        verdicts: Items[Verdict],
+        running: Mapping[int, Sequence],
+        seconds: float,
+    ) -> None:
         if self.holding is None:
             return
-        if plan.last_segment < len(self.boundaries) - 1:
-            frontiers = [s for s in plan.parts[-1].spans if s.stop == len(running[s.slot].tokens)]
-            num_unasked = len(frontiers) - len(verdicts)  # of full depth, or with enough drafts
-            left = [verdict.left for verdict in verdicts]
-            self.holding.observe(plan.last_segment, left + [False] * num_unasked)
+        for part in plan.parts:
+            if part.segment == len(self.boundaries) - 1:
+                continue
+            frontiers = [s for s in part.spans if s.stop == len(running[s.slot].tokens)]
+            left = [v.left for v in verdicts] if part is plan.parts[-1] else []
+            self.holding.observe(part.segment, left, len(frontiers) - len(left))
+        rows = [(part.segment, part.num_rows) for part in plan.parts]
+        self.holding.took(rows, len(verdicts), seconds)
         if self.scheduler.step % _STEPS_BETWEEN_HOLDS == 0:
             self.scheduler.holds = self.holding.holds(len(self.scheduler.running))

@@ -118,29 +118,36 @@ class Runner:
             self._leave(last, x, spans)
         return self._judged(plan, x, attended)
 
-    def profile(self, rows: Items[int] = ROWS_PROFILED) -> Profile:
-        """Return what passes of so many rows take, one row of each of as many slots.
+    def profile(self, rows: Items[int] = ROWS_PROFILED) -> tuple[Profile, Profile]:
+        """Return what passes of so many rows take without a head, and what the head adds.
 
-        For when nothing runs: it writes to the cache's block for padding, and to rings.
+        One row each of as many slots. For when nothing runs: it writes to the cache's block for
+        padding, and to rings.
         """
-        rows = [count for count in rows if count <= self._num_slots] or [1]
-        segments = range(len(self.stage.pieces))
-        return Profile(
-            tuple(rows), tuple(tuple(self._seconds(s, n) for n in rows) for s in segments)
-        )
+        rows = tuple(count for count in rows if count <= self._num_slots) or (1,)
+        passes, heads = [], []
+        for segment in range(len(self.stage.pieces)):
+            bare, judged = zip(*(self._seconds(segment, count) for count in rows), strict=True)
+            passes.append(bare)
+            heads.append(tuple(max(0.0, b - a) for a, b in zip(bare, judged, strict=True)))
+        return Profile(rows, tuple(passes)), Profile(rows, tuple(heads))
 
-    def _seconds(self, segment: int, num_rows: int) -> float:
-        """Return the least time of a few passes; the first is for caches and allocators."""
+    def _seconds(self, segment: int, num_rows: int) -> tuple[float, float]:
+        """Return the least time of a few passes without and with the head, in turn.
+
+        The first of each is for caches and allocators.
+        """
         spans = tuple(Span(slot, 0, 1) for slot in range(num_rows))
         tokens = (0,) * num_rows if segment == 0 else ()
-        plan = Plan((Part(segment, spans),), tokens, spans, ())
-        times: list[float] = []
-        while len(times) < 4 or (len(times) < 20 and sum(times) < 0.02):
-            start = time.perf_counter()
-            self.run(plan)
-            platform.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
+        times: list[list[float]] = [[], []]
+        while len(times[0]) < 4 or (len(times[0]) < 20 and sum(map(sum, times)) < 0.04):
+            for seconds, heads in zip(times, ((), spans), strict=True):
+                start = time.perf_counter()
+                self.run(Plan((Part(segment, spans),), tokens, heads, ()))
+                platform.synchronize()
+                seconds.append(time.perf_counter() - start)
+        bare, judged = (min(seconds[1:]) for seconds in times)
+        return bare, judged
 
     def _judged(self, plan: Plan, x: Tensor, attended: Tensor) -> Tensor:
         """Return the logits of the judged rows; an exit's block sees all rows in any case."""

@@ -119,10 +119,12 @@ def test_holding_by_measurement_changes_no_token() -> None:
     """The profile is planted, as this model's own would not hold: after some steps it does."""
     engine = make_engine(hold="auto")
     assert engine.holding is not None
-    assert engine.holding.profile.rows == (1, 2, 4, 8)
-    assert all(time > 0.0 for times in engine.holding.profile.seconds for time in times)
+    passes, heads = engine.holding.passes, engine.holding.heads
+    assert passes.rows == heads.rows == (1, 2, 4, 8)
+    assert all(time > 0.0 for times in passes.seconds for time in times)
+    assert all(time >= 0.0 for times in heads.seconds for time in times)
     assert_idle(engine)
-    engine.holding.profile = Profile((1, 64), ((1.0, 1.0), (9.0, 9.0), (9.0, 9.0)))
+    engine.holding.passes = Profile((1, 64), ((1.0, 1.0), (9.0, 9.0), (9.0, 9.0)))
     requests = [make_request(f"{n}", n, max_new_tokens=16) for n in range(2, 10)]
     held: list[int] = []
     made = engine.generate(requests, lambda _: held.extend(engine.scheduler.holds))
@@ -145,6 +147,15 @@ def test_rows_that_no_exit_asks_count_as_rows_that_go_on(
     serve(engine, requests)
     assert engine.holding is not None
     assert engine.holding.rates[0] == pytest.approx(rate, abs=0.25)
+
+
+def test_an_exit_that_is_off_counts_as_one_that_all_rows_decline() -> None:
+    """What the deepest segment waits for must not be halved at an exit that nobody asks."""
+    engine = make_engine(hold="auto")
+    requests = [make_request(f"{n}", 5, thresholds=(None, 1e-9), max_new_tokens=24) for n in (1, 2)]
+    serve(engine, requests)
+    assert engine.holding is not None
+    assert engine.holding.rates[0] > 0.6 > 0.4 > engine.holding.rates[1]
 
 
 def _stopped(request: Request, stops: tuple[str, ...], num_tokens: int) -> None:

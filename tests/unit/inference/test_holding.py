@@ -2,7 +2,7 @@
 
 import pytest
 
-from ee_llm.inference.holding import Holding, Profile, rate
+from ee_llm.inference.holding import Holding, Profile
 
 
 def _constant(*seconds: float) -> Profile:
@@ -15,9 +15,12 @@ def _linear(*seconds: float) -> Profile:
     return Profile((1, 64), tuple((time, 64 * time) for time in seconds))
 
 
-def _holding(profile: Profile, *rates: float, max_hold: int = 8) -> Holding:
-    """Return holding that has seen exits decline at such rates, for long."""
-    holding = Holding(profile, max_hold)
+def _holding(
+    passes: Profile, *rates: float, max_hold: int = 8, heads: Profile | None = None
+) -> Holding:
+    """Return holding that has seen exits decline at such rates, for long; by itself free heads."""
+    nothing = Profile((1,), ((0.0,),) * len(passes.seconds))
+    holding = Holding(passes, heads or nothing, max_hold)
     for segment, declining in enumerate(rates):
         share = round(100 * declining)
         hundred = [index * share // 100 == (index + 1) * share // 100 for index in range(100)]
@@ -49,21 +52,72 @@ def test_tokens_per_second_of_a_case_computed_by_hand() -> None:
     The first takes 1 s and 0.1 s a row, the second 2 s and 0.2 s a row.
     """
     profile = Profile((0, 100), ((1.0, 11.0), (2.0, 22.0)))
+    holding = _holding(profile, 0.5)
     seconds = {1: 2.0 + 4.0, 2: 2.0 + 1.5 + 5.0, 3: 2.0 + 1.5 + 1.25 + 5.5}
     for passes, tokens in ((1, 10.0), (2, 15.0), (3, 17.5)):
-        found = rate(profile, [0.5], 1, 10, passes)
-        assert found == pytest.approx(tokens / seconds[passes])
+        assert holding.rate(1, 10, passes) == pytest.approx(tokens / seconds[passes], rel=0.01)
+
+
+def test_heads_are_asked_by_frontiers_alone() -> None:
+    """The case above with heads of 1 s and 0.1 s a row: the final one sees no row twice."""
+    profile = Profile((0, 100), ((1.0, 11.0), (2.0, 22.0)))
+    holding = _holding(profile, 0.5, heads=Profile((0, 100), ((1.0, 11.0), (1.0, 11.0))))
+    # Of 10 and 5 rows, 7.5 sequences decline; all 15 rows go deeper.
+    assert holding.rate(1, 10, 2) == pytest.approx(
+        15.0 / (8.5 + (2.0 + 1.5) + (1.0 + 0.75)), rel=0.01
+    )
 
 
 def test_tokens_per_second_with_another_exit_before_or_behind() -> None:
     """Three segments, 8 sequences; half decline the first exit, half of those the second."""
     profile = Profile((0, 100), ((1.0, 1.0), (2.0, 12.0), (4.0, 24.0)))
+    holding = _holding(profile, 0.5, 0.5)
     # Of 8 and then 4 rows, all pass the second segment, half of them the third.
     behind = (8 + 4) / (2 * 1.0 + (2.0 + 1.2) + (4.0 + 0.2 * 6))
-    assert rate(profile, [0.5, 0.5], 1, 8, 2) == pytest.approx(behind)
+    assert holding.rate(1, 8, 2) == pytest.approx(behind, rel=0.01)
     # A quarter goes on to the third segment: of 8 and then 6 rows, half pass the second each time.
     before = (8 + 6) / (2 * 1.0 + (2.0 + 0.4) + (2.0 + 0.3) + (4.0 + 0.2 * 14))
-    assert rate(profile, [0.5, 0.5], 2, 8, 2) == pytest.approx(before)
+    assert holding.rate(2, 8, 2) == pytest.approx(before, rel=0.01)
+
+
+def test_an_exit_that_is_off_sends_every_row_on_and_has_no_head() -> None:
+    """As if its segment and the next were one."""
+    passes = Profile((0, 100), ((1.0, 11.0), (1.0, 11.0), (2.0, 22.0)))
+    heads = Profile((0, 100), ((7.0, 7.0), (1.0, 11.0), (1.0, 11.0)))
+    joined = Profile((0, 100), ((2.0, 22.0), (2.0, 22.0)))
+    holding = Holding(passes, heads, 8)
+    for _ in range(4000):
+        holding.observe(0, [], 1)
+        holding.observe(1, [True])
+        holding.observe(1, [False])
+    assert holding.rates == pytest.approx([1.0, 0.5], abs=0.01)
+    alike = _holding(joined, 0.5, heads=Profile((0, 100), ((1.0, 11.0), (1.0, 11.0))))
+    for passes_between in (1, 2, 5):
+        expected = alike.rate(1, 8, passes_between)
+        assert holding.rate(2, 8, passes_between) == pytest.approx(expected, rel=0.02)
+
+
+def test_what_passes_take_corrects_what_was_measured_at_the_start() -> None:
+    """Deep passes take three times as long as their rows alone would: their context does."""
+    passes = Profile((0, 100), ((1.0, 11.0), (2.0, 22.0)))
+    heads = Profile((0, 100), ((1.0, 11.0), (1.0, 11.0)))
+    holding = _holding(passes, 0.5, heads=heads)
+    plain = holding.rate(1, 10, 2)
+    for _ in range(4000):
+        holding.took([(0, 10)], 10, 2.0 + 2.0)
+        holding.took([(1, 20)], 5, 3 * (6.0 + 1.5))
+    seconds = 7.0 + 3 * (5.0 + 1.75)
+    assert holding.rate(1, 10, 2) == pytest.approx(15.0 / seconds, rel=0.01)
+    assert plain == pytest.approx(15.0 / (7.0 + 5.0 + 1.75), rel=0.01)
+
+
+def test_a_pass_that_the_machine_held_up_does_not_outweigh_the_others() -> None:
+    holding = _holding(_constant(1.0, 1.0), 0.3)
+    for _ in range(100):
+        holding.took([(1, 4)], 0, 1.0)
+    before = holding.rate(1, 16, 2)
+    holding.took([(1, 4)], 0, 1e6)
+    assert holding.rate(1, 16, 2) == pytest.approx(before, rel=0.05)
 
 
 def _closed_form(ratio: float, q: float, passes: int) -> float:
@@ -79,8 +133,9 @@ def _closed_form(ratio: float, q: float, passes: int) -> float:
 @pytest.mark.parametrize(("a", "d"), [(1.0, 1.0), (1.0, 3.0), (0.5, 0.25)])
 def test_constant_times_give_the_closed_form(a: float, d: float, q: float, passes: int) -> None:
     profile = _constant(a, d)
-    gain = rate(profile, [q], 1, 16, passes) / rate(profile, [q], 1, 16, 1)
-    assert gain == pytest.approx(_closed_form((a + d) / a, q, passes))
+    holding = _holding(profile, q)
+    gain = holding.rate(1, 16, passes) / holding.rate(1, 16, 1)
+    assert gain == pytest.approx(_closed_form((a + d) / a, holding.rates[0], passes))
 
 
 @pytest.mark.parametrize(
@@ -129,14 +184,14 @@ def test_deeper_segments_wait_for_their_own_share() -> None:
     holding = _holding(profile, 0.4, 0.5)
     first, second = holding.rates
     for segment, share in ((1, first), (2, first * second)):
-        best = max(range(1, 9), key=lambda k: rate(profile, holding.rates, segment, 100, k))
+        best = max(range(1, 9), key=lambda k, segment=segment: holding.rate(segment, 100, k))
         assert best > 1
         assert holding.holds(100)[segment] == round(100 * (1.0 - (1.0 - share) ** best))
 
 
 def test_rates_are_a_moving_average_of_each_exit_alone() -> None:
     """The last verdict weighs 1, each before it 0.98 of the one after; at first it is a half."""
-    holding = Holding(_constant(1.0, 1.0, 1.0), 4)
+    holding = Holding(_constant(1.0, 1.0, 1.0), _constant(0.0, 0.0, 0.0), 4)
     assert holding.rates == [0.5, 0.5]
     holding.observe(0, [False, True, False])
     judged = 0.98**3 + 0.98**2 + 0.98 + 1.0
