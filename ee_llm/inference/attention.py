@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ee_llm.inference.paged import Kernel, Paged, attend_pages
+
 # Rows of one sequence from which it attends alone: padding the others to it would cost more.
 _LONG = 8
 
@@ -34,14 +36,7 @@ class Run(NamedTuple):
 
 def live_runs(runs: Items[Run], frozen: Collection[int]) -> list[Run] | None:
     """Return the rows that are not among the numbers `frozen`; None if that is all of them."""
-    if not frozen:
-        return None
-    return [
-        Run(run.slot, run.start + i, run.start + i + 1, run.first + i)
-        for run in runs
-        for i in range(run.num_rows)
-        if run.first + i not in frozen
-    ]
+    return [run for run in _by_row(runs) if run.first not in frozen] if frozen else None
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class Batch:
 
     positions [t]. writes [t]: where in the cache their keys and values go. live [u]: the rows that
     attend, None for all. order [u]: which of the groups' outcomes, one after the other, belong to
-    them, None if all in order.
+    them, None if all in order. paged: what a kernel over pages takes, in place of groups.
     """
 
     positions: Tensor
@@ -73,15 +68,23 @@ class Batch:
     live: Tensor | None
     groups: tuple[Group, ...]
     order: Tensor | None
+    paged: Paged | None = None
 
 
 class PageTable:
     """Where the positions of each slot's sequence lie in the cache."""
 
     def __init__(
-        self, num_slots: int, num_blocks: int, block_size: int, device: torch.device
+        self,
+        num_slots: int,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        kernel: Kernel | None = None,
     ) -> None:
+        """Make room for `num_blocks` blocks of each slot. kernel: over pages; None gathers."""
         self._size = block_size
+        self._kernel = kernel
         self._device = device
         self._blocks = [[0] * num_blocks for _ in range(num_slots)]
         self._table = torch.zeros(num_slots, num_blocks, dtype=torch.int64, device=device)
@@ -98,10 +101,16 @@ class PageTable:
         elif index == self._num_adjacent[slot] and block == blocks[index - 1] + 1:
             self._num_adjacent[slot] += 1
 
-    def batch(self, spans: Items[Run], live: Items[Run] | None, dtype: torch.dtype) -> Batch:
+    def batch(
+        self,
+        spans: Items[Run],
+        live: Items[Run] | None,
+        dtype: torch.dtype,
+        by_row: bool = False,
+    ) -> Batch:
         """Return what the layers need for the rows of `spans`, of which those in `live` attend.
 
-        dtype: of the queries.
+        dtype: of the queries. by_row: each row is an entry of its own for a kernel over pages.
         """
         positions = [p for run in spans for p in range(run.start, run.stop)]
         writes = [
@@ -110,6 +119,10 @@ class PageTable:
             for p in range(run.start, run.stop)
         ]
         runs = list(spans if live is None else live)
+        rows = None if live is None else self._tensor([row for run in runs for row in _rows(run)])
+        if self._kernel is not None:
+            paged = self._paged(_by_row(runs) if by_row else runs, self._kernel)
+            return Batch(self._tensor(positions), self._tensor(writes), rows, (), None, paged)
         ends = list(accumulate(run.num_rows for run in runs))
         among_live = [
             run._replace(first=end - run.num_rows) for run, end in zip(runs, ends, strict=True)
@@ -118,9 +131,23 @@ class PageTable:
         return Batch(
             self._tensor(positions),
             self._tensor(writes),
-            None if live is None else self._tensor([row for run in runs for row in _rows(run)]),
+            rows,
             tuple(groups),
             None if order is None else self._tensor(order),
+        )
+
+    def _paged(self, runs: Items[Run], kernel: Kernel) -> Paged:
+        def narrow(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int32, device=self._device)
+
+        return Paged(
+            narrow(list(accumulate((run.num_rows for run in runs), initial=0))),
+            narrow([run.stop for run in runs]),
+            self._table[[run.slot for run in runs]].int(),
+            max((run.num_rows for run in runs), default=0),
+            self._table.shape[1] * self._size,
+            self._size,
+            kernel,
         )
 
     def _groups(self, runs: list[Run], dtype: torch.dtype) -> tuple[list[Group], list[int] | None]:
@@ -178,6 +205,8 @@ def attend(queries: Tensor, pages: Tensor, batch: Batch) -> Tensor:
     The pages already hold the keys and values of all rows of the pass. The plain twin is
     `attend_plainly`.
     """
+    if batch.paged is not None:
+        return attend_pages(queries, pages, batch.paged)
     mixed = [_attend_group(queries, pages, group) for group in batch.groups]
     outcome = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
     return outcome if batch.order is None else outcome[batch.order]
@@ -215,6 +244,14 @@ def attend_plainly(queries: Tensor, pages: Tensor, runs: Items[Run], table: Page
             scores = torch.einsum("krd,tkd->krt", queries[row], keys) / keys.shape[-1] ** 0.5
             outcome.append(torch.einsum("krt,tkd->krd", scores.softmax(-1), values).flatten())
     return torch.stack(outcome)
+
+
+def _by_row(runs: Items[Run]) -> list[Run]:
+    return [
+        Run(run.slot, run.start + i, run.start + i + 1, run.first + i)
+        for run in runs
+        for i in range(run.num_rows)
+    ]
 
 
 def _rows(run: Run) -> range:

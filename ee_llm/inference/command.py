@@ -18,6 +18,7 @@ from ee_llm.config import Config
 from ee_llm.data.tokenizer import Tokenizer, load_tokenizer
 from ee_llm.inference.batch_file import append, open_output
 from ee_llm.inference.decoder import Decoder, Update
+from ee_llm.inference.execution import Execution
 from ee_llm.inference.generator import Generation
 from ee_llm.inference.load import load_engine
 from ee_llm.inference.options import GenerateOptions
@@ -178,7 +179,9 @@ def _opened(options: GenerateOptions, reader: TensorReader) -> Iterator[Session]
         return session.decode(tokens)
 
     hold = options.hold if options.batch_file else "off"
-    decoder = load_engine(reader, dtype, _limits(options, config), decode, hold, ranks)
+    execution = Execution(options.attention, options.graphs, options.compile)
+    limits = _limits(options, config)
+    decoder = load_engine(reader, dtype, limits, decode, hold, ranks, execution)
     session = Session(decoder, config, tokenizer, dtype, reader.path.name)
     yield session
     if ranks is not None:

@@ -12,6 +12,7 @@ from ee_llm import platform
 from ee_llm.config import Config
 from ee_llm.inference.blocks import BlockManager
 from ee_llm.inference.decoder import Decode, Decoder, Update
+from ee_llm.inference.execution import Execution
 from ee_llm.inference.holding import Holding
 from ee_llm.inference.judge import is_short, judge, judge_summaries, question
 from ee_llm.inference.request import Sequence, Verdict
@@ -42,13 +43,14 @@ class Engine(Decoder):
         device: torch.device | str = "cpu",
         hold: Hold = "off",
         ranks: platform.ServingGrid | None = None,
+        execution: Execution | None = None,
     ) -> None:
         """Take the model's weights by name (see `take_tensors`).
 
         decode: ids to text, for stop strings. hold: "auto" measures what passes take and lets rows
         that declined an exit wait for others where that pays. ranks: those that share the model's
         tensors; all of them make an engine, and all but the leader call `follow`. Raises ValueError
-        if the tensors do not fit the configuration, or the ranks.
+        if the tensors do not fit the configuration, or the ranks, or the execution the device.
         """
         self.limits = limits or Limits()
         blocks = BlockManager(self.limits.num_blocks, self.limits.block_size)
@@ -62,7 +64,7 @@ class Engine(Decoder):
             pieces,
             shard_of(config, ranks),
         )
-        self.runner = Runner(stage, self.limits, config.model.max_seq_length, ranks)
+        self.runner = Runner(stage, self.limits, config.model.max_seq_length, ranks, execution)
         self.holding: Holding | None = None
         if hold == "auto" and len(pieces) > 1 and (ranks is None or ranks.is_leader):
             self.holding = Holding(*self.runner.profile(), self.limits.max_hold)

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
-# Share by which holding must be better than not to be worth the latency.
-_WORTH = 1.02
+# Share by which holding must be better than not to be worth the latency: rows held are late, and a
+# batch that ends together waits for the last of them.
+_WORTH = 1.1
 # Weight of what was seen before a verdict: rates follow the last fifty or so.
 _MEMORY = 0.98
 # A pass that the machine held up counts as this many times what was expected, at most.

@@ -6,6 +6,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from ee_llm.inference.paged import Attention
 from ee_llm.inference.policy import Measure
 from ee_llm.inference.request import Strategy
 
@@ -89,6 +90,17 @@ class GenerateOptions:
 
     hold: Literal["auto", "off"] = "auto"
     """auto: rows that declined an exit wait for others where that pays (measured at the start)."""
+
+    attention: Attention = "auto"
+    """auto: the best kernel over a paged cache that this device has; gather copies what it reads,
+    as on a CPU; varlen is torch's with FlashAttention 3, flash is flash-attn 2 (both need a GPU
+    and bfloat16); plain is their slow twin, for checking."""
+
+    graphs: bool = False
+    """Replay passes of few rows as CUDA graphs (needs varlen or flash; no tensor ranks)."""
+
+    compile: bool = False
+    """Run the layers through torch.compile: slow to start, faster after."""
 
     tensor: int = 1
     """Tensor-parallel ranks to start, of each pipeline stage."""

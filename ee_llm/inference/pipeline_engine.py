@@ -10,6 +10,7 @@ from ee_llm import platform
 from ee_llm.config import Config
 from ee_llm.inference.blocks import BlockManager
 from ee_llm.inference.decoder import Decode, Decoder, Update
+from ee_llm.inference.execution import Execution
 from ee_llm.inference.pipeline_runner import PipelineRunner, decode_answers
 from ee_llm.inference.pipeline_scheduler import PipelinePlan, PipelineScheduler
 from ee_llm.inference.request import Sequence
@@ -33,10 +34,12 @@ class PipelineEngine(Decoder):
         limits: Limits | None = None,
         decode: Decode | None = None,
         device: torch.device | str = "cpu",
+        execution: Execution | None = None,
     ) -> None:
         """Take this rank's part of the weights out of `tensors`; decode: for stop strings.
 
-        Raises ValueError if the tensors do not fit the configuration, or the ranks.
+        Raises ValueError if the tensors do not fit the configuration, or the ranks, or the
+        execution the device.
         """
         limits = limits or Limits()
         blocks = BlockManager(limits.num_blocks, limits.block_size)
@@ -51,7 +54,7 @@ class PipelineEngine(Decoder):
             shard_of(config, ranks),
         )
         max_length = config.model.max_seq_length
-        self._runner = PipelineRunner(stage, self.boundaries, limits, max_length, ranks)
+        self._runner = PipelineRunner(stage, self.boundaries, limits, max_length, ranks, execution)
         self._last_sent = time.monotonic()
         if ranks.is_leader:
             ranks.listen()

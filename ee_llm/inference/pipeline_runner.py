@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ee_llm import platform
-from ee_llm.inference.attention import PageTable, Run, live_runs
+from ee_llm.inference.attention import Run, live_runs
+from ee_llm.inference.execution import Execution, Executor
 from ee_llm.inference.judge import Question, is_short, judge, judge_summaries, summarize
 from ee_llm.inference.pipeline_scheduler import Answer, Frontier, PipelinePlan
 from ee_llm.inference.request import Verdict
@@ -32,6 +33,7 @@ class PipelineRunner:
         limits: Limits,
         max_length: int,
         ranks: platform.ServingGrid,
+        execution: Execution | None = None,
     ) -> None:
         self._stage = stage
         self._ranks = ranks
@@ -40,8 +42,7 @@ class PipelineRunner:
             boundaries.index(piece.last) if piece.has_exit else None for piece in stage.pieces
         ]
         self._last_segment = len(boundaries) - 1
-        num_blocks = -(-max_length // limits.block_size)
-        self._table = PageTable(limits.max_sequences, num_blocks, limits.block_size, stage.device)
+        self._executor = Executor(stage, limits, max_length, execution)
 
     @torch.no_grad()
     def run(self, plan: PipelinePlan, left: list[int], x: Tensor) -> tuple[Tensor, list[Answer]]:
@@ -50,8 +51,7 @@ class PipelineRunner:
         left: for each frontier the segment at whose end its token left for good, -1 before that; it
         is updated. x [t, h]: from the stage before.
         """
-        for slot, index, block in plan.tables:
-            self._table.set(slot, index, block)
+        self._executor.note(plan.tables)
         answers: list[Answer] = []
         if not plan.spans:
             return x, answers
@@ -63,11 +63,11 @@ class PipelineRunner:
                 if one.freezes and where >= 0
             ]
             live = live_runs(runs, frozen)
-            batch = self._table.batch(runs, live, self._stage.cache_dtype)
+            batch = self._executor.batch(runs, live)
             if piece == 0 and self._ranks.stage == 0:
                 tokens = torch.tensor(plan.tokens, device=self._stage.device)
                 x = self._stage.embed(tokens, batch.positions)
-            x, attended = self._stage.run(piece, x, batch)
+            x, attended = self._executor.run(piece, x, batch)
             if segment is not None:
                 answers += self._ask(piece, segment, plan, left, runs, x, attended)
         return x, answers
@@ -142,7 +142,7 @@ class PipelineRunner:
                 )
         batch = None
         if self._stage.has_block(piece):
-            batch = self._table.batch(runs, judged, self._stage.cache_dtype)
+            batch = self._executor.batch(runs, judged)
         logits = self._stage.logits(piece, x, attended, judged, batch)
         if self._ranks.tensor_size > 1 and is_short(questions):
             summaries = self._ranks.gather(summarize(logits, self._stage.first_id))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ee_llm import platform
-from ee_llm.inference.attention import Batch, PageTable, Run, live_runs
+from ee_llm.inference.attention import Batch, Run, live_runs
+from ee_llm.inference.execution import Execution, Executor
 from ee_llm.inference.holding import Profile
 from ee_llm.inference.judge import summarize
 from ee_llm.inference.scheduler import Limits, Part, Plan, Span
@@ -32,13 +33,13 @@ class Runner:
         limits: Limits,
         max_length: int,
         ranks: platform.ServingGrid | None = None,
+        execution: Execution | None = None,
     ) -> None:
         self.stage = stage
         self._ranks = ranks
         self._last_told = time.monotonic()
         self._num_slots, self._num_pending = limits.max_sequences, limits.max_pending
-        num_blocks = -(-max_length // limits.block_size)
-        self._table = PageTable(limits.max_sequences, num_blocks, limits.block_size, stage.device)
+        self._executor = Executor(stage, limits, max_length, execution)
         rows = limits.max_sequences * limits.max_pending
         hidden = stage.hidden_size
         self._rings = [
@@ -93,8 +94,7 @@ class Runner:
 
     @torch.no_grad()
     def _run(self, plan: Plan) -> Tensor:
-        for slot, index, block in plan.tables:
-            self._table.set(slot, index, block)
+        self._executor.note(plan.tables)
         x = attended = torch.empty(0)
         spans: tuple[Span, ...] = ()
         batch: Batch | None = None
@@ -110,7 +110,7 @@ class Runner:
                 ring = self._rings[part.segment - 1]
                 x = ring[self._places(part.spans)]
             spans = part.spans
-            x, attended = self.stage.run(part.segment, x, batch)
+            x, attended = self._executor.run(part.segment, x, batch)
             if part is not plan.parts[-1] and self.stage.has_block(part.segment):
                 self.stage.run_block(part.segment, x, self._batch(part.spans, ()))
         last = plan.last_segment
@@ -158,7 +158,7 @@ class Runner:
         return self.stage.logits(last, x, attended, judged, batch)
 
     def _batch(self, spans: Items[Span], live: Items[Run] | None) -> Batch:
-        return self._table.batch(runs_of(spans), live, self.stage.cache_dtype)
+        return self._executor.batch(runs_of(spans), live)
 
     def _leave(self, boundary: int, x: Tensor, spans: Items[Span]) -> None:
         self._rings[boundary].index_copy_(0, self._places(spans), x)

@@ -124,6 +124,7 @@ class Stage:
         some = tensors[f"layers.{pieces[0].first}.input_layernorm.weight"]
         self.dtype, self.device = some.dtype, some.device
         self.hidden_size = model.hidden_size
+        self.num_ranks = shard.size  # that share each layer
         self.num_logits = model.vocab_size // shard.size  # of this rank, for ids from first_id on
         self.first_id = shard.rank * self.num_logits
         self._rotations = rotations(model, self.dtype, self.device)

@@ -22,6 +22,7 @@ from ee_llm.platform.devices import (
     synchronize,
     synchronize_stream,
 )
+from ee_llm.platform.graphs import record
 from ee_llm.platform.grid import Grid, initialize, shutdown
 from ee_llm.platform.megatron import enable as enable_megatron
 from ee_llm.platform.serving import RankLostError, ServingGrid
@@ -47,6 +48,7 @@ __all__ = [
     "num_cores",
     "peak_flops",
     "peak_memory_bytes",
+    "record",
     "rng_state",
     "seed_everything",
     "set_rng_state",

@@ -8,6 +8,7 @@ import torch
 
 from ee_llm.config import Config
 from ee_llm.inference.engine import Engine
+from ee_llm.inference.execution import Execution
 from ee_llm.inference.generator import Generation, generate_reference
 from ee_llm.inference.policy import make_policy
 from ee_llm.inference.reference import ReferenceModel
@@ -162,7 +163,13 @@ def assert_expected(
             assert found.logprobs == pytest.approx(wanted.logprobs, abs=1e-9)
 
 
-def random_engine(rng: random.Random, config: Config, seed: int, is_wild: bool = True) -> Engine:
+def random_engine(
+    rng: random.Random,
+    config: Config,
+    seed: int,
+    is_wild: bool = True,
+    execution: Execution | None = None,
+) -> Engine:
     block_size = rng.choice([2, 4, 16])
     least = -(-config.model.max_seq_length // block_size) + 1
     limits = Limits(
@@ -174,7 +181,8 @@ def random_engine(rng: random.Random, config: Config, seed: int, is_wild: bool =
         max_hold=rng.choice([1, 5]),
         ride_rows=rng.choice([0, 20]),
     )
-    engine = Engine(config, random_tensors(config, seed), torch.float64, limits)
+    tensors = random_tensors(config, seed)
+    engine = Engine(config, tensors, torch.float64, limits, execution=execution)
     engine.scheduler.holds = [rng.randint(1, 5) for _ in engine.boundaries]
     if is_wild:
         engine.scheduler.__class__ = RandomScheduler

@@ -1,0 +1,72 @@
+"""How a stage's layers are run: which attention, kernel by kernel or from recordings, compiled."""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+
+from ee_llm.inference.attention import Batch, PageTable, Run
+from ee_llm.inference.graphs import Graphs, RunPiece
+from ee_llm.inference.paged import Attention, choose
+from ee_llm.inference.scheduler import Limits
+from ee_llm.inference.stage import Stage
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Choices that change speed and rounding, never what is computed.
+
+    attention: "auto" takes the best kernel over pages that the device has, "gather" copies what is
+    read, as on a CPU. graphs: passes of few rows are replayed as CUDA graphs, which needs a kernel
+    over pages. compile: segments go through torch.compile.
+    """
+
+    attention: Attention = "auto"
+    graphs: bool = False
+    compile: bool = False
+
+
+class Executor:
+    """Runs pieces of a stage over its paged cache."""
+
+    def __init__(
+        self, stage: Stage, limits: Limits, max_length: int, execution: Execution | None = None
+    ) -> None:
+        """Make the tables of `limits.max_sequences` slots of up to `max_length` positions.
+
+        Raises ValueError, saying why, if the execution can not be had on this device.
+        """
+        execution = execution or Execution()
+        kernel = choose(execution.attention, stage.device, stage.cache_dtype, limits.block_size)
+        if execution.graphs and kernel is None:
+            raise ValueError(
+                f"graphs need attention over pages, and attention = {execution.attention!r} gathers"
+                " here; install FlashAttention, or leave graphs off"
+            )
+        if execution.graphs and stage.num_ranks > 1:
+            raise ValueError(
+                f"graphs hold no messages between ranks, and {stage.num_ranks} tensor-parallel"
+                " ranks send some in every layer; leave graphs off, or take one rank"
+            )
+        self._dtype = stage.cache_dtype
+        num_blocks = -(-max_length // limits.block_size)
+        self._table = PageTable(
+            limits.max_sequences, num_blocks, limits.block_size, stage.device, kernel
+        )
+        self.run: RunPiece = stage.run
+        if execution.compile:
+            self.run = torch.compile(stage.run, dynamic=True)
+        self._graphs = Graphs(self.run) if execution.graphs else None
+        if self._graphs is not None:
+            self.run = self._graphs
+
+    def note(self, tables: Items[tuple[int, int, int]]) -> None:
+        """Take note of newly given blocks, as (slot, index within the sequence, block)."""
+        for slot, index, block in tables:
+            self._table.set(slot, index, block)
+
+    def batch(self, runs: Items[Run], live: Items[Run] | None) -> Batch:
+        """Return what the layers need to know of the rows of `runs`, of which `live` attend."""
+        num_rows = sum(run.num_rows for run in runs)
+        by_row = self._graphs is not None and self._graphs.takes(num_rows, live is None)
+        return self._table.batch(runs, live, self._dtype, by_row)
