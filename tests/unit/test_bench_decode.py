@@ -42,6 +42,23 @@ def trained(tmp_path_factory) -> Path:
     return output
 
 
+def test_a_shape_is_taken_with_random_weights(tmp_path):
+    path = tmp_path / "decode.json"
+    command = [sys.executable, str(BENCH), "--json", str(path), "--quick", "--no-peers"]
+    command += ["--shape", "llama-tiny", "--thresholds", "0.001", "--batches", "1"]
+    command += ["--prompt-tokens", "6", "--new-tokens", "4", "--rounds", "1"]
+    command += ["--attention", "plain", "--graphs"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(path.read_text())["figures"]
+    assert figures["certificate_pass_rate"] == 1.0
+    assert "pp2_latency_efficiency" not in figures
+    without = [word for word in command if word not in ("--thresholds", "0.001")]
+    done = subprocess.run(without, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "--shape llama-tiny has random weights: give it --thresholds" in done.stderr
+
+
 def test_prompts_come_from_the_validation_part_beside_the_checkpoint(trained):
     model = open_model(trained)
     assert model.text == random_tokens(2400)[1200:].tolist()

@@ -114,7 +114,7 @@ def show(bench: Bench, rows: Sequence[Row]) -> None:
 def pipeline_figures(bench: Bench) -> dict[str, float]:
     """Return what decode_pipeline.py finds, in processes of its own, with the same thresholds."""
     options = bench.options
-    if not options.pipeline or platform.has_cuda():
+    if not options.pipeline or options.shape is not None or platform.has_cuda():
         return {}
     given: dict[str, object] = {
         "--checkpoint": options.checkpoint,

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ee_llm.checkpoint.read import TensorReader, resolve_checkpoint
 from ee_llm.config import Config, output_weight_name
 from ee_llm.data.dataset import PARTS, split_documents
 from ee_llm.data.indexed import IndexedTokens
+from ee_llm.inference.weights import tensor_shapes
 
 QUICKSTART = "train one with ./scripts/quickstart.sh"
 
@@ -59,6 +61,25 @@ def open_model(checkpoint: Path) -> Model:
         raise ValueError(f"{path}: the model has no early exit; {QUICKSTART}")
     tensors = {name: reader.tensor(name) for name in reader.names()}
     return Model(config, tensors, _validation_text(config, path.parent.parent))
+
+
+def random_model(shape: str) -> Model:
+    """Return a model of a ready-made shape with random weights, exits at 1/4 and 1/2 of its depth.
+
+    Its text is random too. What passes cost it tells, and that they are right; how often tokens
+    leave, nothing. Raises ValueError for a shape that does not exist.
+    """
+    num_layers = Config.model_validate({"model": {"shape": shape}}).model.num_layers
+    exits = {"boundaries": [num_layers // 4, num_layers // 2]}
+    config = Config.model_validate({"model": {"shape": shape}, "exits": exits})
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, size in tensor_shapes(config).items():
+        is_norm = len(size) == 1
+        noise = torch.randn(size, generator=generator)
+        tensors[name] = 1.0 + 0.1 * noise if is_norm else noise * (2.0 / size[-1]) ** 0.5
+    text = torch.randint(config.model.vocab_size, (1 << 16,), generator=generator)
+    return Model(config, tensors, text.tolist())
 
 
 def cut(text: list[int], count: int, length: int) -> list[tuple[int, ...]]:

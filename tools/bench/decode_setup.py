@@ -12,12 +12,21 @@ import torch
 
 from ee_llm import platform
 from ee_llm.inference.engine import Engine
+from ee_llm.inference.execution import Execution
 from ee_llm.inference.holding import Holding
+from ee_llm.inference.paged import Attention
 from ee_llm.inference.policy import Policy, make_policy
 from ee_llm.inference.request import Draft, Request, Strategy
 from ee_llm.inference.sampling import Sampling
 from ee_llm.inference.scheduler import Limits
-from tools.bench.decode_model import Model, count_weights, cut, open_model, truncate
+from tools.bench.decode_model import (
+    Model,
+    count_weights,
+    cut,
+    open_model,
+    random_model,
+    truncate,
+)
 from tools.bench.decode_peers import Peer
 from tools.bench.decode_quality import (
     Control,
@@ -62,6 +71,15 @@ class Options:
     beside it wins."""
     checkpoint: Path = Path("runs/quickstart")
     """Run directory or checkpoint of a model with exits; its run's validation text is continued."""
+    shape: str | None = None
+    """Ready-made shape to take with random weights in place of a checkpoint, as llama-1.3B: for
+    what passes cost; it says nothing of how often tokens leave. Needs --thresholds."""
+    attention: Attention = "auto"
+    """How our engine attends, see ee-llm generate --help."""
+    graphs: bool = False
+    """Whether our engine replays passes of few rows as CUDA graphs."""
+    compile: bool = False
+    """Whether our engine's layers go through torch.compile."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Precision of both sides; auto is the engine's own choice for this device."""
     threads: int | None = None
@@ -108,7 +126,9 @@ class Bench:
 
 def prepare(options: Options) -> Bench:
     """Return what is to be measured; raises ValueError for options that do not fit the model."""
-    model = open_model(options.checkpoint)
+    if options.shape is not None and not options.thresholds:
+        raise ValueError(f"--shape {options.shape} has random weights: give it --thresholds")
+    model = random_model(options.shape) if options.shape else open_model(options.checkpoint)
     config = model.config
     _check(options, config.model.max_seq_length)
     length = options.prompt_tokens + options.new_tokens
@@ -118,7 +138,9 @@ def prepare(options: Options) -> Bench:
     num_blocks = 1 + 2 * num_texts * -(-length // Limits.block_size)
     limits = Limits(max_sequences=most, num_blocks=num_blocks)
     device = platform.device()
-    engine = Engine(config, model.tensors, dtype, limits, device=device, hold="auto")
+    execution = Execution(options.attention, options.graphs, options.compile)
+    make = partial(Engine, dtype=dtype, limits=limits, device=device, execution=execution)
+    engine = make(config, model.tensors, hold="auto")
     half = len(model.text) // 2
     text, other = model.text[:half], model.text[half:]  # prompts, and what is seen before them
     dense = Dense(model)
@@ -130,7 +152,7 @@ def prepare(options: Options) -> Bench:
     }
     found = all_controls(model, dense.reference, policy, texts, options.prompt_tokens)
     shorter = truncate(model, depth_of(found[0]))
-    truncated = Engine(shorter.config, shorter.tensors, dtype, limits, device=device)
+    truncated = make(shorter.config, shorter.tensors)
     peers, assistant = _peers(model, dtype) if options.peers else ({}, None)
     holdings = {side: deepcopy(engine.holding) for side in STRATEGIES if side != EXACT}
     return Bench(

@@ -21,7 +21,7 @@ from tests.unit.inference.test_attention import HEADS, NUM_SLOTS, PATHS, SIZE, C
 CPU = torch.device("cpu")
 
 
-def _over_pages(cache: Cache, kernel: Kernel) -> Cache:
+def over_pages(cache: Cache, kernel: Kernel) -> Cache:
     """Let a cache be read by a kernel over pages."""
     before = cache.table
     cache.table = PageTable(NUM_SLOTS, 8, SIZE, CPU, kernel)
@@ -51,14 +51,14 @@ def _check(cache: Cache, live: list[Run] | None, by_row: bool) -> None:
 def test_the_plain_twin_gives_what_the_formula_does(
     path: Path, num_kv: int, per_kv: int, by_row: bool
 ) -> None:
-    _check(_over_pages(Cache(path.rows, num_kv, per_kv), plain), None, by_row)
+    _check(over_pages(Cache(path.rows, num_kv, per_kv), plain), None, by_row)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_rows_that_do_not_live_do_not_attend(seed: int) -> None:
     rng = random.Random(seed)
     path = rng.choice([path for path in PATHS if path.rows[0].stop > 4])
-    cache = _over_pages(Cache(path.rows), plain)
+    cache = over_pages(Cache(path.rows), plain)
     live = [
         Run(run.slot, run.start + index, run.start + index + 1, run.first + index)
         for run in cache.runs
@@ -153,7 +153,7 @@ def test_kernels_are_given_what_they_document(
 ) -> None:
     if "block_table" not in inspect.signature(torch_varlen.varlen_attn).parameters:
         pytest.skip("this torch has no tables of blocks")
-    _check(_over_pages(Cache(path.rows), stand_in(monkeypatch)), None, by_row)
+    _check(over_pages(Cache(path.rows), stand_in(monkeypatch)), None, by_row)
 
 
 def test_a_cpu_gathers_unless_told_otherwise() -> None:

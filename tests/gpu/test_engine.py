@@ -1,0 +1,107 @@
+"""The engine on a GPU: kernels over pages, CUDA graphs, the compiler, against their plain twins."""
+
+import pytest
+import torch
+
+from ee_llm import platform
+from ee_llm.inference.engine import Engine
+from ee_llm.inference.execution import Execution
+from ee_llm.inference.paged import choose, plain
+from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.request import Request
+from ee_llm.inference.scheduler import Limits
+from ee_llm.inference.verify import verify_trace
+from tests.unit.inference.engines import one_of_each, reference
+from tests.unit.inference.models import random_tensors, tiny_config
+from tests.unit.inference.test_attention import HEADS, PATHS, Cache, Path
+from tests.unit.inference.test_paged import over_pages
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not platform.has_cuda(), reason="there is no GPU"),
+]
+KERNELS = ("varlen", "flash")
+LIMITS = Limits(max_sequences=8, num_blocks=33, block_size=256, max_pending=16, max_rows=64)
+
+
+def _has(name: str) -> bool:
+    try:
+        choose(name, platform.device(), torch.bfloat16, LIMITS.block_size)
+    except ValueError:
+        return False
+    return True
+
+
+def _engine(dtype: torch.dtype, execution: Execution) -> Engine:
+    config = tiny_config(head_dim=32)
+    device = platform.device()
+    tensors = random_tensors(config)
+    return Engine(config, tensors, dtype, LIMITS, device=device, execution=execution)
+
+
+@pytest.mark.parametrize("attention", ["gather", "plain"])
+def test_float64_gives_the_tokens_of_the_reference(attention: str) -> None:
+    engine = _engine(torch.float64, Execution(attention))
+    config = tiny_config(head_dim=32)
+    for request, made in zip(one_of_each(), engine.generate(one_of_each()), strict=True):
+        assert made.tokens == reference(request, config, random_tensors(config)).tokens
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(("num_kv", "per_kv"), HEADS)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
+def test_kernels_give_what_their_plain_twin_does(
+    path: Path, num_kv: int, per_kv: int, name: str, by_row: bool
+) -> None:
+    if not _has(name):
+        pytest.skip(f"attention {name} is not to be had here")
+    device = platform.device()
+    cache = over_pages(Cache(path.rows, num_kv, per_kv), plain)
+    cache.batch()
+    paged = cache.table.batch(cache.runs, None, cache.dtype, by_row).paged
+    pages = cache.pages.view(-1, paged.block_size, *cache.pages.shape[1:])
+    keys, values = pages.unbind(2)
+    expected = plain(cache.queries.flatten(1, 2), keys, values, paged)
+    kernel = choose(name, device, torch.bfloat16, LIMITS.block_size)
+    moved = [t.to(device) for t in (paged.starts, paged.lengths, paged.tables)]
+    there = type(paged)(*moved, paged.longest, paged.furthest, paged.block_size, kernel)
+    inputs = [t.to(device, torch.bfloat16) for t in (cache.queries.flatten(1, 2), keys, values)]
+    found = kernel(*inputs, there).double().cpu()
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [
+        Execution("gather"),
+        Execution("plain"),
+        Execution("plain", graphs=True),
+        Execution("varlen"),
+        Execution("varlen", graphs=True),
+        Execution("flash"),
+        Execution("flash", graphs=True),
+        Execution("gather", compile=True),
+        Execution("plain", graphs=True, compile=True),
+    ],
+    ids=lambda one: f"{one.attention} {'graphs ' * one.graphs}{'compiled' * one.compile}",
+)
+def test_every_divergence_is_within_the_rounding_of_bfloat16(execution: Execution) -> None:
+    from ee_llm.inference.certificate import tolerance
+
+    if not (execution.attention in ("gather", "plain") or _has(execution.attention)):
+        pytest.skip(f"attention {execution.attention} is not to be had here")
+    config = tiny_config(head_dim=32)
+    model = ReferenceModel(config, random_tensors(config), torch.float64)
+    engine = _engine(torch.bfloat16, execution)
+    requests: list[Request] = one_of_each()
+    for made in (*engine.generate(requests), *engine.generate(requests)):
+        first = next(iter(verify_trace(model, made)), None)
+        assert first is None or tolerance(torch.bfloat16).explains(first)
+
+
+def test_graphs_give_what_passes_kernel_by_kernel_do() -> None:
+    eager = _engine(torch.float32, Execution("plain")).generate(one_of_each())
+    replayed = _engine(torch.float32, Execution("plain", graphs=True)).generate(one_of_each())
+    for one, other in zip(eager, replayed, strict=True):
+        assert (one.tokens, one.exits) == (other.tokens, other.exits)
