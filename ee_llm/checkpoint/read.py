@@ -1,5 +1,6 @@
 """Tensors by name from a checkpoint, whatever layout wrote it; needs torch, not megatron-core."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ee_llm.config import Config, load_config
 
 CONFIG = "config.toml"
 OPTIMIZER_PREFIX = "optimizer."
+_NUM_SAMPLES, _SAMPLE = 64, 4096  # of each file, bytes of each
 
 __all__ = ["CONFIG", "CheckpointError", "TensorReader", "resolve_checkpoint"]
 
@@ -82,6 +84,22 @@ class TensorReader:
             part = block[_slices(lows, highs, chunk.offsets)]
             with torch.no_grad():
                 target[_slices(lows, highs, offsets)].copy_(part)
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that tell this model from others of the same shape.
+
+        They are of the configuration and of samples from every file of tensors, so that large
+        models need no time: who trains on changes all weights.
+        """
+        digest = hashlib.sha256((self.path / CONFIG).read_bytes())
+        for path in sorted(self._tensors.glob("*.distcp")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for number in range(_NUM_SAMPLES):
+                    file.seek(number * max(0, size - _SAMPLE) // (_NUM_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE))
+        return digest.hexdigest()[:16]
 
     def config(self) -> Config:
         """Return the configuration that the checkpoint was trained with."""

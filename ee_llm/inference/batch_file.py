@@ -30,6 +30,8 @@ def open_output(
     except OSError as error:
         raise ValueError(f"{source} can not be written: {error.strerror or error}") from error
     with file:
+        if not path.is_file():
+            raise ValueError(f"{source} is no regular file; give the path of one")
         _lock(file, source)
         file.seek(0)
         done, end = _finished(file, source, origins)

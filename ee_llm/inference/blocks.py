@@ -23,8 +23,13 @@ class BlockManager:
             )
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = list(range(1, num_blocks))  # a heap: neighbours are read faster
         self._num_owners = [0] * num_blocks
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all content; no block may have an owner."""
+        assert not any(self._num_owners), "a block has an owner"
+        self._free = list(range(1, self.num_blocks))  # a heap: neighbours are read faster
         self._idle: OrderedDict[int, None] = OrderedDict()  # keyed, without an owner; oldest first
         self._by_key: dict[Key, int] = {}
         self._key_of: dict[int, Key] = {}

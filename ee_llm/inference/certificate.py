@@ -45,8 +45,9 @@ class Tolerance:
     exit: float
 
     def explains(self, divergence: Divergence) -> bool:
-        """Return whether a divergence lies within the margin of its kind."""
-        return divergence.margin <= (self.token if divergence.kind == "token" else self.exit)
+        """Return whether a divergence lies within the margin of its kind; within 0 lies none."""
+        margin = self.token if divergence.kind == "token" else self.exit
+        return 0.0 < margin >= divergence.margin
 
 
 def tolerance(dtype: torch.dtype) -> Tolerance:

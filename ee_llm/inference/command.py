@@ -22,6 +22,7 @@ from ee_llm.inference.execution import Execution
 from ee_llm.inference.generator import Generation
 from ee_llm.inference.load import load_engine
 from ee_llm.inference.options import GenerateOptions
+from ee_llm.inference.paged import FLASH_BLOCK
 from ee_llm.inference.policy import make_policy
 from ee_llm.inference.prompts import Prompt, read_prompts
 from ee_llm.inference.records import Record, as_json, origin, to_record
@@ -42,6 +43,7 @@ class Session:
     tokenizer: Tokenizer
     dtype: torch.dtype
     checkpoint: str
+    model: str
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of `tokens`; the embedding may have more rows than there are tokens."""
@@ -79,7 +81,7 @@ class Session:
     def origin(self, prompt: Prompt, request: Request) -> Record:
         """Return what the continuation of a prompt is a function of."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return origin(prompt.text, request, dtype, self.checkpoint)
+        return origin(prompt.text, request, dtype, self.checkpoint, self.model)
 
     def text(self, generation: Generation, stops: tuple[str, ...]) -> str:
         """Return the new text, up to the stop string that ended it."""
@@ -182,7 +184,7 @@ def _opened(options: GenerateOptions, reader: TensorReader) -> Iterator[Session]
     execution = Execution(options.attention, options.graphs, options.compile)
     limits = _limits(options, config)
     decoder = load_engine(reader, dtype, limits, decode, hold, ranks, execution)
-    session = Session(decoder, config, tokenizer, dtype, reader.path.name)
+    session = Session(decoder, config, tokenizer, dtype, reader.path.name, reader.fingerprint())
     yield session
     if ranks is not None:
         if ranks.is_leader:
@@ -192,7 +194,7 @@ def _opened(options: GenerateOptions, reader: TensorReader) -> Iterator[Session]
 
 def _limits(options: GenerateOptions, config: Config) -> Limits:
     batch_size = options.batch_size if options.batch_file else 1
-    size = Limits.block_size
+    size = FLASH_BLOCK if options.attention == "flash" else Limits.block_size
     num_positions = min(options.cache_tokens, batch_size * config.model.max_seq_length)
     num_blocks = -(-num_positions // size) + batch_size + 1  # ends of blocks, and the one to pad
     return Limits(batch_size, num_blocks, size)

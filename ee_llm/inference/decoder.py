@@ -1,6 +1,7 @@
 """What every engine offers: requests in, updates out, whatever ranks the model runs on."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Decoder(ABC):
         self._decode = decode
         self._sequences: dict[str, Sequence] = {}
         self._num_told: dict[str, int] = {}
+        self._streams: dict[str, deque[Update]] = {}
 
     @abstractmethod
     def step(self) -> list[Update]:
@@ -92,43 +94,52 @@ class Decoder(ABC):
         return _generation(sequence) if sequence.exits else None
 
     def stream(self, request: Request) -> Iterator[Update]:
-        """Yield the updates of one request as they come; others go on meanwhile.
+        """Return an iterator over the updates of one request as they come; others go on meanwhile.
 
-        Their updates are returned to nobody: who has several calls `add` and `step`. A request
-        whose stream is closed early is aborted.
+        Several streams may be open, and others may call `step` beside them: each stream yields its
+        own request's updates, whoever's step brought them. A request whose stream is closed early
+        is aborted. Raises ValueError as `add` does, at once.
         """
         self.add(request)
+        updates = self._streams[request.id] = deque()
+        return self._stream(self._sequences[request.id], updates)
+
+    def _stream(self, sequence: Sequence, updates: deque[Update]) -> Iterator[Update]:
+        id = sequence.request.id
         try:
-            while request.id in self._sequences:
-                yield from (update for update in self.step() if update.id == request.id)
+            while updates or self._sequences.get(id) is sequence:
+                if updates:
+                    yield updates.popleft()
+                else:
+                    self.step()
         finally:
-            if request.id in self._sequences:
-                self.abort(request.id)
+            if self._sequences.get(id) is sequence:
+                self.abort(id)
 
     def generate(
         self, requests: Items[Request], on_update: Callable[[Update], None] | None = None
     ) -> list[Generation]:
         """Return the generation of each request, in their order; raises ValueError as `add` does.
 
-        If one of them can not be added, none is. Raises ValueError, too, if one was aborted
-        meanwhile, once all others have ended.
+        If one of them can not be added, none is, and none goes on after an exception. Raises
+        ValueError, too, if one was aborted meanwhile, once all others have ended.
         """
-        added: list[str] = []
+        added: dict[str, Sequence] = {}
+        finished: dict[str, Generation] = {}
         try:
             for request in requests:
                 self.add(request)
-                added.append(request.id)
-        except ValueError:
-            for id in added:
-                self.abort(id)
-            raise
-        finished: dict[str, Generation] = {}
-        while any(request.id in self._sequences for request in requests):
-            for update in self.step():
-                if on_update:
-                    on_update(update)
-                if update.generation:
-                    finished[update.id] = update.generation
+                added[request.id] = self._sequences[request.id]
+            while any(request.id in self._sequences for request in requests):
+                for update in self.step():
+                    if on_update:
+                        on_update(update)
+                    if update.generation:
+                        finished[update.id] = update.generation
+        finally:
+            for id, sequence in added.items():
+                if self._sequences.get(id) is sequence:
+                    self.abort(id)
         aborted = [request.id for request in requests if request.id not in finished]
         if aborted:
             raise ValueError(f"request {aborted[0]!r} was aborted while it was being generated")
@@ -177,13 +188,17 @@ class Decoder(ABC):
                 strict=True,
             )
         )
-        if sequence.finish_reason is None:
-            return Update(id, decisions)
-        self._forget(id)
-        return Update(id, decisions, _generation(sequence))
+        generation = None if sequence.finish_reason is None else _generation(sequence)
+        update = Update(id, decisions, generation)
+        if id in self._streams:
+            self._streams[id].append(update)
+        if generation is not None:
+            self._forget(id)
+        return update
 
     def _forget(self, id: str) -> None:
         del self._sequences[id], self._num_told[id]
+        self._streams.pop(id, None)
 
 
 def _generation(sequence: Sequence) -> Generation:

@@ -14,7 +14,7 @@ from ee_llm.inference.blocks import BlockManager
 from ee_llm.inference.decoder import Decode, Decoder, Update
 from ee_llm.inference.execution import Execution
 from ee_llm.inference.holding import Holding
-from ee_llm.inference.judge import is_short, judge, judge_summaries, question
+from ee_llm.inference.judge import NotFiniteError, is_short, judge, judge_summaries, question
 from ee_llm.inference.request import Sequence, Verdict
 from ee_llm.inference.runner import Runner
 from ee_llm.inference.scheduler import Limits, Plan, Scheduler
@@ -73,6 +73,9 @@ class Engine(Decoder):
         """Run one pass and return what it brought; an empty list if no token was decided by it.
 
         To be called now and then without work too, if there are followers: they wait for it.
+        Raises ValueError, naming them, if requests lead to logits that are not finite. After any
+        exception, unless a rank is lost, all requests are still under way, with the tokens decided
+        so far and nothing of the pass in the cache: those to blame can be aborted, others go on.
         """
         start = time.perf_counter()
         plan = self.scheduler.schedule()
@@ -80,17 +83,19 @@ class Engine(Decoder):
             self.runner.rest()
             return []
         running = {sequence.slot: sequence for sequence in self.scheduler.running}
-        questions = [
-            question(running[span.slot], position, plan.last_segment)
-            for span in plan.heads
-            for position in range(span.start, span.stop)
-        ]
-        if self.runner.has_followers and is_short(questions):
-            verdicts = judge_summaries(self.runner.run_shortly(plan), questions)
-        else:
-            verdicts = judge(self.runner.run(plan), questions)
-        self._hold(plan, verdicts, running, time.perf_counter() - start)
-        self.scheduler.apply(plan, verdicts)
+        try:
+            verdicts = self._verdicts(plan, running)
+            self._hold(plan, verdicts, running, time.perf_counter() - start)
+            self.scheduler.apply(plan, verdicts)
+        except platform.RankLostError:
+            raise
+        except Exception as error:
+            self.scheduler.begin_anew()
+            self.runner.clear()
+            if isinstance(error, NotFiniteError):
+                ids = ", ".join(repr(running[slot].request.id) for slot in sorted({*error.slots}))
+                raise ValueError(f"request {ids}: {error}") from error
+            raise
         return self._updates([running[span.slot] for span in plan.heads])
 
     def follow(self) -> None:
@@ -100,6 +105,16 @@ class Engine(Decoder):
     def close(self) -> None:
         """Let the ranks that follow this one go."""
         self.runner.dismiss()
+
+    def _verdicts(self, plan: Plan, running: Mapping[int, Sequence]) -> list[Verdict]:
+        questions = [
+            question(running[span.slot], position, plan.last_segment)
+            for span in plan.heads
+            for position in range(span.start, span.stop)
+        ]
+        if self.runner.has_followers and is_short(questions):
+            return judge_summaries(self.runner.run_shortly(plan), questions)
+        return judge(self.runner.run(plan), questions)
 
     def _hold(
         self,

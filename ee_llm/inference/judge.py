@@ -14,6 +14,14 @@ from ee_llm.inference.request import Sequence, Verdict
 from ee_llm.inference.sampling import Sampling, draw
 
 
+class NotFiniteError(ValueError):
+    """An exit gave logits that are not finite. slots: of the rows it gave them for."""
+
+    def __init__(self, what: str, slots: list[int]) -> None:
+        super().__init__(what)
+        self.slots = slots
+
+
 @dataclass(frozen=True)
 class Question:
     """What an exit is asked about one row.
@@ -47,7 +55,7 @@ def question(sequence: Sequence, position: int, segment: int) -> Question:
 def judge(logits: Tensor, questions: Items[Question]) -> list[Verdict]:
     """Return a verdict for each row of logits [r, v], in their order.
 
-    Raises ValueError where a logit is not finite.
+    Raises NotFiniteError where a logit is not finite.
     """
     if not questions:
         return []
@@ -55,9 +63,11 @@ def judge(logits: Tensor, questions: Items[Question]) -> list[Verdict]:
     if dtype != torch.float64:
         logits = logits.float()  # of bfloat16 alone: a CPU finds its greatest element slowly
     if not torch.isfinite(logits.sum()):  # one NaN or infinity is enough, and a sum is quick
-        raise ValueError(
+        finite = logits.isfinite().all(dim=-1).tolist()
+        raise NotFiniteError(
             f"an exit gives logits that are not finite in {dtype}; are the weights damaged, or is"
-            " this dtype too narrow for them?"
+            " this dtype too narrow for them?",
+            [one.slot for one, is_finite in zip(questions, finite, strict=True) if not is_finite],
         )
     confidences = _confidences(logits, [question.measure for question in questions])
     left = [c >= one.threshold for c, one in zip(confidences, questions, strict=True)]
@@ -96,14 +106,16 @@ def summarize(logits: Tensor, first: int) -> Tensor:
 def judge_summaries(summaries: Tensor, questions: Items[Question]) -> list[Verdict]:
     """Return what `judge` does, from the summaries [r, 3 * ranks] of all shards, in their order.
 
-    Of equal logits the lowest id wins. Raises ValueError where one is NaN or plus infinity.
+    Of equal logits the lowest id wins. Raises NotFiniteError where one is NaN or plus infinity.
     """
     if not questions:
         return []
-    if not torch.isfinite(summaries).all():
-        raise ValueError(
+    finite = summaries.isfinite().all(dim=-1).tolist()
+    if not all(finite):
+        raise NotFiniteError(
             "an exit gives logits that are not finite; are the weights damaged, or is their dtype"
-            " too narrow for them?"
+            " too narrow for them?",
+            [one.slot for one, is_finite in zip(questions, finite, strict=True) if not is_finite],
         )
     top, total, place = summaries.unflatten(-1, (-1, 3)).unbind(-1)  # [r, ranks] each
     greatest, shard = top.max(dim=-1)

@@ -24,7 +24,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, "Paged"], Tensor]
 
 _HALF = (torch.float16, torch.bfloat16)
 # What the paged kernel of flash-attn 2 divides blocks into.
-_FLASH_BLOCK = 256
+FLASH_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,6 @@ def _varlen_obstacle() -> str | None:
 def _flash_obstacle(block_size: int) -> str | None:
     if importlib.util.find_spec("flash_attn") is None:
         return "needs the package flash-attn"
-    if block_size % _FLASH_BLOCK:
-        return f"needs block_size to be a multiple of {_FLASH_BLOCK}, and it is {block_size}"
+    if block_size % FLASH_BLOCK:
+        return f"needs block_size to be a multiple of {FLASH_BLOCK}, and it is {block_size}"
     return None

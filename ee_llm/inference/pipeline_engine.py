@@ -11,12 +11,13 @@ from ee_llm.config import Config
 from ee_llm.inference.blocks import BlockManager
 from ee_llm.inference.decoder import Decode, Decoder, Update
 from ee_llm.inference.execution import Execution
-from ee_llm.inference.pipeline_runner import PipelineRunner, decode_answers
+from ee_llm.inference.pipeline_runner import PipelineRunner
 from ee_llm.inference.pipeline_scheduler import PipelinePlan, PipelineScheduler
 from ee_llm.inference.request import Sequence
 from ee_llm.inference.scheduler import Limits
 from ee_llm.inference.stage import Stage, cut, shard_of
 from ee_llm.inference.weights import take_tensors
+from ee_llm.inference.wire import decode_answers
 
 
 class PipelineEngine(Decoder):
@@ -70,11 +71,7 @@ class PipelineEngine(Decoder):
             concerned += self._send(plan)
         elif time.monotonic() - self._last_sent > self._ranks.timeout_s / 3:
             self._send(self.scheduler.heartbeat())
-        is_idle = plan is None and self.scheduler.num_sent > 0
-        while answer := self._ranks.next_answer(wait=is_idle):
-            _, message = answer
-            concerned += self.scheduler.answer(*decode_answers(message))
-            is_idle = False
+        concerned += self._receive(wait=plan is None and self.scheduler.num_sent > 0)
         return self._updates(concerned)
 
     def follow(self) -> None:
@@ -82,10 +79,19 @@ class PipelineEngine(Decoder):
         self._runner.follow()
 
     def close(self) -> None:
-        """Let the ranks that follow this one go, once all passes have come through."""
+        """Let the ranks that follow this one go, once the passes on their way are through."""
         while self.scheduler.num_sent:
-            self.step()
+            self._receive(wait=True)
         self._runner.dismiss()
+
+    def _receive(self, wait: bool) -> list[Sequence]:
+        """Take the answers that are there, `wait`: for one at least; return whom they concern."""
+        concerned: list[Sequence] = []
+        while answer := self._ranks.next_answer(wait=wait):
+            _, message = answer
+            concerned += self.scheduler.answer(*decode_answers(message))
+            wait = False
+        return concerned
 
     def _send(self, plan: PipelinePlan) -> list[Sequence]:
         self._last_sent = time.monotonic()

@@ -3,10 +3,7 @@
 Legend of shapes: t rows, h hidden.
 """
 
-import json
 from collections.abc import Sequence as Items
-from dataclasses import asdict, astuple
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +12,11 @@ from ee_llm import platform
 from ee_llm.inference.attention import Run, live_runs
 from ee_llm.inference.execution import Execution, Executor
 from ee_llm.inference.judge import Question, is_short, judge, judge_summaries, summarize
-from ee_llm.inference.pipeline_scheduler import Answer, Frontier, PipelinePlan
-from ee_llm.inference.request import Verdict
+from ee_llm.inference.pipeline_scheduler import Answer, PipelinePlan
 from ee_llm.inference.runner import runs_of
-from ee_llm.inference.sampling import Sampling
-from ee_llm.inference.scheduler import Limits, Span
+from ee_llm.inference.scheduler import Limits
 from ee_llm.inference.stage import Stage
+from ee_llm.inference.wire import decode_pass, encode_answers, encode_pass, split_left, with_left
 
 
 class PipelineRunner:
@@ -80,11 +76,12 @@ class PipelineRunner:
             if not message:
                 self._hand_on(message, x)
                 break
-            plan, left = decode_pass(message)
+            left, encoded = split_left(message)
+            plan = decode_pass(encoded)
             x, answers = self.run(plan, left, x)
-            self._hand_on(encode_pass(plan, left), x)
             if ranks.stage > 0 and ranks.tensor_rank == 0:
                 ranks.answer(encode_answers(plan.id, answers))
+            self._hand_on(with_left(left, encoded), x)
         if ranks.stage > 0 and ranks.tensor_rank == 0:
             ranks.answer(b"")
         ranks.flush()
@@ -92,10 +89,11 @@ class PipelineRunner:
     def lead(self, plan: PipelinePlan) -> list[Answer]:
         """Send a pass through all stages; return what the exits of the first one say."""
         left = [-1] * len(plan.frontiers)
+        encoded = encode_pass(plan)
         if self._ranks.tensor_size > 1:
-            self._ranks.tell(encode_pass(plan, left))
+            self._ranks.tell(with_left(left, encoded))
         x, answers = self.run(plan, left, self._no_rows())
-        self._ranks.pass_on(encode_pass(plan, left), x)
+        self._ranks.pass_on(with_left(left, encoded), x)
         return answers
 
     def dismiss(self) -> None:
@@ -156,36 +154,3 @@ class PipelineRunner:
                 if segment == self._last_segment or not plan.frontiers[number].is_draft:
                     left[number] = segment
         return answers
-
-
-def encode_pass(plan: PipelinePlan, left: Items[int]) -> bytes:
-    """Return a pass as JSON, see `decode_pass`."""
-    return json.dumps([asdict(plan), left]).encode()
-
-
-def decode_pass(message: bytes) -> tuple[PipelinePlan, list[int]]:
-    """Return the pass, and where its frontiers have left, that `encode_pass` made bytes of."""
-    fields, left = json.loads(message)
-    plan = PipelinePlan(
-        fields["id"],
-        tuple(Span(**span) for span in fields["spans"]),
-        tuple(fields["tokens"]),
-        tuple(_frontier(**frontier) for frontier in fields["frontiers"]),
-        tuple((slot, index, block) for slot, index, block in fields["tables"]),
-    )
-    return plan, left
-
-
-def _frontier(sampling: dict[str, Any], history: list[int], **fields: Any) -> Frontier:
-    return Frontier(sampling=Sampling(**sampling), history=tuple(history), **fields)
-
-
-def encode_answers(plan_id: int, answers: Items[Answer]) -> bytes:
-    """Return a stage's answers to a pass as JSON, see `decode_answers`."""
-    return json.dumps([plan_id, [astuple(answer) for answer in answers]]).encode()
-
-
-def decode_answers(message: bytes) -> tuple[int, list[Answer]]:
-    """Return the pass and the answers that `encode_answers` made bytes of."""
-    plan_id, answers = json.loads(message)
-    return plan_id, [Answer(number, segment, Verdict(*said)) for number, segment, said in answers]

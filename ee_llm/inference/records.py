@@ -18,10 +18,11 @@ Record = dict[str, Any]
 _MAX_INTEGER = 2**31 - 1
 
 
-def origin(prompt: str, request: Request, dtype: str, checkpoint: str) -> Record:
+def origin(prompt: str, request: Request, dtype: str, checkpoint: str, model: str) -> Record:
     """Return all that a generation is a function of, in JSON's own types.
 
-    prompt: the text. dtype: what is computed in. checkpoint: the name of its directory.
+    prompt: the text. dtype: what is computed in. checkpoint: the name of its directory. model: its
+    fingerprint.
     """
     policy = request.policy.under(request.strategy)
     return {
@@ -38,6 +39,7 @@ def origin(prompt: str, request: Request, dtype: str, checkpoint: str) -> Record
         "stop": list(request.stop_strings),
         "dtype": dtype,
         "checkpoint": checkpoint,
+        "model": model,
     }
 
 
@@ -108,7 +110,7 @@ def difference(record: Mapping[str, Any], origin: Mapping[str, Any]) -> str | No
 
 def as_json(record: Record) -> str:
     """Return a record as one line of ASCII."""
-    return json.dumps(record)
+    return json.dumps(record, allow_nan=False)
 
 
 def _policy(record: Mapping[str, Any]) -> Policy:

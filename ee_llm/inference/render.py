@@ -117,6 +117,7 @@ _FINISH = {
     "abort": "an abort",
     "length": "the number asked for",
     "context": "the model's context",
+    "error": "tokens without a text",
 }
 
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from ee_llm.inference.sampling import Sampling
 
 Strategy = Literal["exact", "full", "verify", "propagate"]
-FinishReason = Literal["eod", "stop", "length", "context", "abort"]
+# error: its tokens have no text, which stop strings need.
+FinishReason = Literal["eod", "stop", "length", "context", "abort", "error"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
@@ -30,8 +31,8 @@ class Draft:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"draft length {self.length} must be at least 1")
+        if type(self.length) is not int or self.length < 1:
+            raise ValueError(f"draft length {self.length!r} must be a whole number of at least 1")
         if self.threshold is not None and not 0.0 < self.threshold <= 1.0:  # NaN fails too
             raise ValueError(f"draft threshold {self.threshold} is not in (0, 1]")
 
@@ -65,8 +66,13 @@ class Request:
             )
         if len(self.prompt) == 0:
             raise ValueError("the prompt is empty; give at least one token")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+        for token in self.prompt:
+            if type(token) is not int:
+                raise ValueError(f"token id {token!r} in the prompt is no whole number")
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens {self.max_new_tokens!r} must be a whole number of at least 1"
+            )
         if (self.draft is None) == (self.strategy == "verify"):
             raise ValueError(
                 f"strategy {self.strategy!r} with draft {self.draft}: verify needs a draft, and no"
@@ -128,17 +134,14 @@ class Sequence:
     num_rejections: int = 0
     num_accepted: int = 0
     finish_reason: FinishReason | None = None
+    _counts: dict[int, int] = field(default_factory=dict)
+    _num_counted: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.num_confirmed = len(self.tokens)
         self.watermarks = [0] * len(self.boundaries)
-        policy, draft = self.request.policy.under(self.request.strategy), self.request.draft
-        exits = self.boundaries[:-1]
-        if draft is not None:
-            self._may_leave = tuple(boundary == draft.boundary for boundary in exits)
-        else:
-            self._may_leave = tuple(policy.threshold(b) is not None for b in exits)
+        self._thresholds = tuple(self._threshold(boundary) for boundary in self.boundaries)
 
     @property
     def num_prompt(self) -> int:
@@ -172,9 +175,9 @@ class Sequence:
 
     def decides_at(self, segment: int) -> bool:
         """Return whether the frontier, once through `segment`, is judged by the exit there."""
-        if segment == len(self._may_leave):
+        if segment == len(self.boundaries) - 1:
             return True
-        if not self._may_leave[segment] or self.declined >= segment:
+        if self._thresholds[segment] is None or self.declined >= segment:
             return False
         draft = self.request.draft
         if draft is None:
@@ -188,19 +191,29 @@ class Sequence:
 
     def threshold(self, segment: int) -> float:
         """Return the confidence at which the frontier leaves at the end of `segment`; 0: at any."""
-        request, boundary = self.request, self.boundaries[segment]
-        if boundary == self.boundaries[-1]:
-            return 0.0
-        if request.draft is not None:
-            return request.draft.threshold or 0.0
-        threshold = request.policy.threshold(boundary)
-        assert threshold is not None, f"the exit at boundary {boundary} is off"
+        threshold = self._thresholds[segment]
+        assert threshold is not None, f"the exit after segment {segment} is off"
         return threshold
 
     def history(self, position: int) -> tuple[int, ...]:
-        """Return the tokens up to `position` if a repetition penalty asks for them, else none."""
-        is_penalised = self.request.sampling.repetition_penalty != 1.0
-        return tuple(self.tokens[: position + 1]) if is_penalised else ()
+        """Return what tokens there are up to `position`, if a repetition penalty asks for them.
+
+        Each once, in any order. Counts follow the position, which moves by a few at a time.
+        """
+        if self.request.sampling.repetition_penalty == 1.0:
+            return ()
+        self._count(position + 1)
+        return tuple(self._counts)
+
+    def _count(self, num_tokens: int) -> None:
+        """Let the counts be those of the first `num_tokens` tokens."""
+        for token in self.tokens[self._num_counted : num_tokens]:
+            self._counts[token] = self._counts.get(token, 0) + 1
+        for token in self.tokens[num_tokens : self._num_counted]:
+            self._counts[token] -= 1
+            if self._counts[token] == 0:
+                del self._counts[token]
+        self._num_counted = num_tokens
 
     def table_blocks(self) -> list[tuple[int, int, int]]:
         """Return the blocks that the runner knows not of, as (slot, index, block): now it will."""
@@ -222,6 +235,7 @@ class Sequence:
         self.declined = -1
         is_final = segment == len(self.boundaries) - 1
         if self.request.draft is not None and not is_final:
+            assert verdict.position + 1 == len(self.tokens), "a draft goes after the newest row"
             self.tokens.append(verdict.token)
             self.num_drafted += 1
             return True
@@ -229,6 +243,7 @@ class Sequence:
         is_confirmed = follows < len(self.tokens) and self.tokens[follows] == verdict.token
         if not is_confirmed:
             self.num_rejections += follows < len(self.tokens)
+            self._count(min(self._num_counted, follows))
             del self.tokens[follows:]
             self.tokens.append(verdict.token)
             self.watermarks = [min(mark, follows) for mark in self.watermarks]
@@ -243,17 +258,32 @@ class Sequence:
     def restart(self) -> None:
         """Forget what the cache and the rings held of this sequence, not what was decided."""
         if len(self.tokens) > self.num_confirmed:  # drafts are made anew
+            self._count(min(self._num_counted, self.num_confirmed))
             del self.tokens[self.num_confirmed :]
             self.declined = -1
         self.watermarks = [0] * len(self.boundaries)
         self.slot, self.blocks = -1, []
         self.num_tabled = self.num_published = self.num_cached = 0
 
+    def _threshold(self, boundary: int) -> float | None:
+        """Return the confidence at which a token leaves at a boundary; None if the exit is off."""
+        request, draft = self.request, self.request.draft
+        if boundary == self.boundaries[-1]:
+            return 0.0
+        if draft is not None:
+            return (draft.threshold or 0.0) if boundary == draft.boundary else None
+        return request.policy.under(request.strategy).threshold(boundary)
+
     def _finish_reason(self, token: int) -> FinishReason | None:
         if token == self.request.eod:
             return "eod"
-        if token in self.request.stop_tokens or self._is_stopped():
+        if token in self.request.stop_tokens:
             return "stop"
+        try:
+            if self._is_stopped():
+                return "stop"
+        except Exception:  # whatever the tokenizer raises: nobody else is to suffer from it
+            return "error"
         if self.num_confirmed > self.max_length:
             return "context"
         num_new = self.num_confirmed - self.num_prompt
@@ -264,10 +294,23 @@ class Sequence:
         stops = self.request.stop_strings
         if not stops or self.decode is None:
             return False
-        # A character takes four tokens at most. A decoder may drop a space that comes first, so it
-        # is given some of what is before, whose text is taken off again.
-        start = max(self.num_prompt, self.num_confirmed - 4 * max(map(len, stops)))
+        # A character takes four tokens at most, but some tokens have no text at all.
+        longest = max(map(len, stops))
+        num_tokens, text = 4 * longest, ""
+        while True:
+            start = max(self.num_prompt, self.num_confirmed - num_tokens)
+            text = self._text(start)
+            if len(text) >= 2 * longest or start == self.num_prompt:
+                return any(stop in text for stop in stops)
+            num_tokens *= 2
+
+    def _text(self, start: int) -> str:
+        """Return the text of the decided tokens from number `start` on.
+
+        A decoder may drop a space that comes first, so it is given some of what is before, whose
+        text is taken off again.
+        """
+        assert self.decode is not None, "stop strings need a decoder"
         before = max(0, start - 4)
         text = self.decode(self.tokens[before : self.num_confirmed])
-        text = text[len(self.decode(self.tokens[before:start])) :]
-        return any(stop in text for stop in stops)
+        return text[len(self.decode(self.tokens[before:start])) :]

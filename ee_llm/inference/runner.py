@@ -19,8 +19,9 @@ from ee_llm.inference.scheduler import Limits, Part, Plan, Span
 from ee_llm.inference.stage import Stage
 from ee_llm.inference.wire import decode_plan, encode_plan
 
-# What the leading rank tells the others: nothing, a pass, a pass whose logits it needs not.
-_HEARTBEAT, _WHOLE, _SHORT = b"-", b"w", b"s"
+# What the leading rank tells the others: nothing, a pass, a pass whose logits it needs not, to
+# forget everything.
+_HEARTBEAT, _WHOLE, _SHORT, _CLEAR = b"-", b"w", b"s", b"c"
 ROWS_PROFILED = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -60,6 +61,19 @@ class Runner:
         self._tell(_SHORT + encode_plan(plan))
         return self._ranks.gather(self._summary(plan))
 
+    def clear(self) -> None:
+        """Forget all keys, values and pending rows, on the ranks that follow too.
+
+        What is not finite would spread: a masked value is multiplied with 0, not left out.
+        """
+        self._tell(_CLEAR)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.stage.clear()
+        for ring in self._rings:
+            ring.zero_()
+
     @property
     def has_followers(self) -> bool:
         """Return whether other ranks run what this one runs."""
@@ -74,6 +88,8 @@ class Runner:
                 self._ranks.gather(self._run(decode_plan(plan)))
             elif kind == _SHORT:
                 self._ranks.gather(self._summary(decode_plan(plan)))
+            elif kind == _CLEAR:
+                self._clear()
 
     def dismiss(self) -> None:
         """Let the ranks that follow this one go."""

@@ -164,12 +164,12 @@ def _penalised(
     rows: list[int] = []
     seen: list[int] = []
     penalties: list[float] = []
-    for row, (sampling, position) in enumerate(zip(settings, positions, strict=True)):
+    for row, (sampling, history) in enumerate(zip(settings, histories, strict=True)):
         if sampling.repetition_penalty != 1.0:
-            assert len(histories[row]) == position + 1, "the history ends at the row's own token"
-            rows += [row] * (position + 1)
-            seen += histories[row]
-            penalties += [sampling.repetition_penalty] * (position + 1)
+            assert history, "a row has its own token at least behind it"
+            rows += [row] * len(history)
+            seen += history
+            penalties += [sampling.repetition_penalty] * len(history)
     precise = logits.double()
     if not rows:
         return precise

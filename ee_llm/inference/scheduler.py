@@ -66,8 +66,9 @@ class Limits:
 
     max_sequences: that run at once. num_blocks, block_size: the K/V cache, see `BlockManager`.
     max_pending: rows of one sequence that may wait at boundaries, also the longest prompt chunk.
-    max_rows: rows of one segment in a pass (a single sequence's may exceed it when going deeper).
-    max_hold: steps after which a row that declined an exit runs whatever else waits.
+    max_rows: rows of one segment in a pass (those of a single sequence, or carried on from the
+    segment before, may exceed it). max_hold: steps after which a row that declined an exit runs
+    whatever else waits; where more are due than max_rows, the oldest first.
     ride_rows: pending rows of other sequences join a deeper pass until it has so many.
     """
 
@@ -174,6 +175,12 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
+    def begin_anew(self) -> None:
+        """Take the room of all running sequences and forget the cache, after a pass that failed."""
+        for sequence in self.running[::-1]:
+            self.preempt(sequence)
+        self.blocks.clear()
+
     def check_integrity(self) -> None:
         """Assert what must hold between any two steps."""
         self.blocks.check_integrity(sequence.blocks for sequence in self.running)
@@ -198,9 +205,9 @@ class Scheduler:
             sequence = self.waiting[0]
             shared = share_prefix(self.blocks, sequence)
             start = len(shared) * self.blocks.block_size
-            stop = min(len(sequence.tokens), start + self.limits.max_pending)
-            needed = self.blocks.num_needed(stop) - len(shared)
-            # One block more for each that runs, so that who comes does not push others out at once.
+            # All that it has to run, and one block more for each that runs: who comes must not push
+            # others out at once, nor be pushed out before it is where it was.
+            needed = self.blocks.num_needed(len(sequence.tokens)) - len(shared)
             if self.running and self.blocks.num_available < needed + len(self.running):
                 self.blocks.give_back(shared)
                 return
@@ -242,6 +249,7 @@ class Scheduler:
         num_rows = sum(map(len, spans))
         others = [sequence for sequence in self.running if sequence.slot not in by_slot]
         due = [sequence for sequence in others if self.due(sequence) == segment]
+        due.sort(key=lambda sequence: sequence.waiting_since)  # where not all fit, in turn
         if segment == 0:  # new tokens go before prompts
             due.sort(key=lambda sequence: len(sequence.tokens) - sequence.watermarks[0] > 1)
         for sequence in due:
@@ -253,8 +261,10 @@ class Scheduler:
             if stop > start and (stop - start <= room or not spans):
                 spans.append(Span(sequence.slot, start, stop))
                 num_rows += stop - start
-        if segment > 0:
-            spans += self._riders(segment, [one for one in others if one not in due], num_rows)
+        if segment > 0 and num_rows < self.limits.ride_rows:
+            slots = {sequence.slot for sequence in due}
+            riders = [sequence for sequence in others if sequence.slot not in slots]
+            spans += self._riders(segment, riders, num_rows)
         return spans
 
     def _riders(self, segment: int, others: Items[Sequence], num_rows: int) -> Iterator[Span]:

@@ -157,6 +157,11 @@ class Stage:
             for index, layers in enumerate(self._layers)
         ]
 
+    def clear(self) -> None:
+        """Forget all keys and values."""
+        for pages in (page for piece in self._pages for page in piece):
+            pages.zero_()
+
     def has_block(self, piece: int) -> bool:
         """Return whether the exit at the end of a piece has keys and values of its own."""
         head = self._heads[piece]

@@ -1,7 +1,13 @@
-"""Plans as bytes, for the ranks that run them: JSON, which can hold nothing that executes."""
+"""Plans and answers as bytes, between ranks: JSON, which can hold nothing that executes."""
 
 import json
+from collections.abc import Sequence as Items
+from dataclasses import astuple
+from typing import Any
 
+from ee_llm.inference.pipeline_scheduler import Answer, Frontier, PipelinePlan
+from ee_llm.inference.request import Verdict
+from ee_llm.inference.sampling import Sampling
 from ee_llm.inference.scheduler import Part, Plan, Span
 
 
@@ -19,6 +25,64 @@ def decode_plan(message: bytes) -> Plan:
         tuple(tokens),
         _spans(heads),
         tuple((slot, index, block) for slot, index, block in tables),
+    )
+
+
+def encode_pass(plan: PipelinePlan) -> bytes:
+    """Return a pass through a pipeline as bytes, see `decode_pass`."""
+    frontiers = [vars(one) | {"sampling": vars(one.sampling)} for one in plan.frontiers]
+    fields = [plan.id, _pairs(plan.spans), plan.tokens, frontiers, plan.tables]
+    return json.dumps(fields).encode()
+
+
+def decode_pass(message: bytes) -> PipelinePlan:
+    """Return the pass that `encode_pass` made bytes of."""
+    id, spans, tokens, frontiers, tables = json.loads(message)
+    return PipelinePlan(
+        id,
+        _spans(spans),
+        tuple(tokens),
+        tuple(_frontier(**fields) for fields in frontiers),
+        tuple((slot, index, block) for slot, index, block in tables),
+    )
+
+
+def with_left(left: Items[int], encoded: bytes) -> bytes:
+    """Return an encoded pass behind where its frontiers have left, see `split_left`.
+
+    The pass stays what it is from stage to stage, and is encoded once.
+    """
+    return json.dumps(left).encode() + b"\n" + encoded
+
+
+def split_left(message: bytes) -> tuple[list[int], bytes]:
+    """Return the two parts that `with_left` joined."""
+    left, encoded = message.split(b"\n", 1)
+    return json.loads(left), encoded
+
+
+def encode_answers(plan_id: int, answers: Items[Answer]) -> bytes:
+    """Return a stage's answers to a pass as bytes, see `decode_answers`."""
+    return json.dumps([plan_id, [astuple(answer) for answer in answers]]).encode()
+
+
+def decode_answers(message: bytes) -> tuple[int, list[Answer]]:
+    """Return the pass and the answers that `encode_answers` made bytes of."""
+    plan_id, answers = json.loads(message)
+    return plan_id, [Answer(number, segment, Verdict(*said)) for number, segment, said in answers]
+
+
+def _frontier(
+    sampling: dict[str, Any],
+    thresholds: list[float | None],
+    history: list[int],
+    **fields: Any,
+) -> Frontier:
+    return Frontier(
+        sampling=Sampling(**sampling),
+        thresholds=tuple(thresholds),
+        history=tuple(history),
+        **fields,
     )
 
 

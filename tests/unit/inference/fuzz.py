@@ -10,7 +10,7 @@ from ee_llm.config import Config
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.execution import Execution
 from ee_llm.inference.generator import Generation, generate_reference
-from ee_llm.inference.policy import make_policy
+from ee_llm.inference.policy import Policy, make_policy
 from ee_llm.inference.reference import ReferenceModel
 from ee_llm.inference.request import STRATEGIES, Draft, Request
 from ee_llm.inference.sampling import Sampling
@@ -67,11 +67,16 @@ class Traffic:
     aborts: dict[int, list[str]]
 
 
-def random_request(rng: random.Random, id: str, config: Config) -> Request:
+def random_policy(rng: random.Random, config: Config) -> Policy:
+    exits = config.exits.boundaries
+    thresholds = [rng.choice([None, rng.uniform(0.05, 0.9)]) for _ in exits]
+    return make_policy(exits, thresholds, rng.choice(["max_probability", "entropy", "margin"]))
+
+
+def random_request(rng: random.Random, id: str, config: Config, policies: list[Policy]) -> Request:
+    """Return a request with one of the policies: those of one share what is in the cache."""
     exits = config.exits.boundaries
     strategy = rng.choice(STRATEGIES)
-    thresholds = [rng.choice([None, rng.uniform(0.05, 0.9)]) for _ in exits]
-    measure = rng.choice(["max_probability", "entropy", "margin"])
     draft = None
     if strategy == "verify":
         threshold = rng.choice([None, rng.uniform(0.05, 0.9)])
@@ -92,7 +97,7 @@ def random_request(rng: random.Random, id: str, config: Config) -> Request:
     return Request(
         id,
         tuple(prompt),
-        make_policy(exits, thresholds, measure),
+        rng.choice(policies),
         sampling,
         strategy,
         draft,
@@ -103,7 +108,9 @@ def random_request(rng: random.Random, id: str, config: Config) -> Request:
 
 
 def random_traffic(rng: random.Random, config: Config) -> Traffic:
-    requests = [random_request(rng, f"r{i}", config) for i in range(rng.randint(1, 16))]
+    policies = [random_policy(rng, config) for _ in range(rng.randint(1, 3))]
+    count = rng.randint(1, 16)
+    requests = [random_request(rng, f"r{i}", config, policies) for i in range(count)]
     arrivals = [rng.randrange(40) for _ in requests]
     aborted = [(a + rng.randrange(60), r.id) for a, r in zip(arrivals, requests, strict=True)]
     aborts: dict[int, list[str]] = {}

@@ -18,7 +18,7 @@ from ee_llm.inference.sampling import Sampling
 POLICY = make_policy((2,), (0.5,))
 IDS = ("a", "b", "c")
 REQUESTS = {id: Request(id, (index, 2), POLICY, Sampling()) for index, id in enumerate(IDS)}
-ORIGINS = {id: origin(f"prompt {id}", one, "float32", "x") for id, one in REQUESTS.items()}
+ORIGINS = {id: origin(f"prompt {id}", one, "float32", "x", "0f") for id, one in REQUESTS.items()}
 
 
 def _record(id: str, /, **changes: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`ee-llm generate` in one process, from a checkpoint on disk to what it prints and writes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,27 @@ def test_a_batch_is_what_its_prompts_are_one_by_one(
     _assert_equal(found, singles)
 
 
+def test_a_batch_does_not_go_on_with_another_model(run: Path, tmp_path: Path) -> None:
+    """Of the same shape, in a directory of the same name."""
+    config = TensorReader(run).config()
+    other = tmp_path / "other"
+    save_model(other, config, random_tensors(config, seed=9, dtype=torch.float32))
+    mine, yours = TensorReader(run), TensorReader(other)
+    assert (mine.path.name, mine.config()) == (yours.path.name, yours.config())
+    options = _batch(run, tmp_path, LINES[:2])
+    generate(options)
+    before = options.output.read_bytes()
+    with pytest.raises(ValueError, match="was made with another 'model' than it would be now"):
+        generate(replace(options, checkpoint=other))
+    assert options.output.read_bytes() == before
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/full"])
+def test_an_output_that_is_no_file_is_named(run: Path, tmp_path: Path, path: str) -> None:
+    with pytest.raises(ValueError, match=f"--output {path} is no regular file"):
+        generate(_batch(run, tmp_path, output=Path(path)))
+
+
 @pytest.mark.parametrize("num_kept", [0, 2, 5])
 def test_a_batch_that_was_killed_goes_on(
     run: Path,
@@ -285,7 +307,7 @@ def test_a_batch_that_was_killed_goes_on(
         ({"prompt": "a", "stop": ""}, "line 2: a stop string is empty"),
         ({"prompt": "a", "strategy": "verify", "draft_exit": 0}, "line 2: draft boundary 0 is no"),
         ({"prompt": "a", "strategy": "verify", "draft_length": 64}, "line 2: draft length 64 does"),
-        ({"prompt": "a" * 40, "max_new_tokens": 0}, "line 2: max_new_tokens 0 must be"),
+        ({"prompt": "a" * 40, "max_new_tokens": 0}, "line 2: max_new_tokens 0 must be a whole"),
         ({"prompt": "a", "colour": 1}, "line 2: 'colour' is unknown"),
     ],
 )
@@ -343,7 +365,7 @@ def test_a_foreign_output_is_refused_and_kept(run: Path, tmp_path: Path) -> None
         ({"temperature": -1.0}, "temperature -1.0 must be"),
         ({"min_p": 2.0}, r"min_p 2.0 is not in \[0, 1\]"),
         ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be"),
-        ({"max_new_tokens": 0}, "max_new_tokens 0 must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0 must be a whole number of at least 1"),
         ({"strategy": "verify", "draft_exit": 0}, "draft boundary 0 is no exit"),
         ({"strategy": "verify", "draft_exit": 4}, "draft boundary 4 is no exit"),
         ({"strategy": "verify", "draft_length": 64}, "draft length 64 does not fit"),

@@ -44,7 +44,7 @@ BAD: dict[str, tuple[Callable[[], Request], str]] = {
         lambda: make_request("bad", boundaries=(1, 3)),
         r"policy is for exits at boundaries \[1, 3\], but the model has \[1, 2\]",
     ),
-    "a draft without end": (lambda: _verify(length=0), "draft length 0 must be at least 1"),
+    "a draft without end": (lambda: _verify(length=0), "draft length 0 must be a whole number"),
     "a draft longer than a ring": (
         lambda: _verify(length=16),
         "draft length 16 does not fit max_pending = 16",
@@ -54,6 +54,16 @@ BAD: dict[str, tuple[Callable[[], Request], str]] = {
         r"'bad' may grow to 31 positions, 8 blocks of the cache, which has 7; ask for fewer",
     ),
     "an id in use": (lambda: make_request("good"), "request id 'good' is in use"),
+    "a draft of half a token": (lambda: _verify(length=1.5), "draft length 1.5 must be a whole"),
+    "half a token": (
+        lambda: make_request("bad", prompt=[1, 1.5]),
+        "token id 1.5 .* no whole",
+    ),
+    "half a length": (
+        lambda: make_request("bad", max_new_tokens=2.5),
+        "max_new_tokens 2.5 must be a whole number",
+    ),
+    "no length": (lambda: make_request("bad", max_new_tokens=math.nan), "max_new_tokens nan must"),
     "a negative token": (
         lambda: make_request("bad", prompt=[1, -1]),
         r"token id -1 does not fit model\.vocab_size = 40",
@@ -78,7 +88,7 @@ BAD: dict[str, tuple[Callable[[], Request], str]] = {
         lambda: make_request("bad", draft=Draft(1)),
         "verify needs a draft, and no other strategy has one",
     ),
-    "no token": (lambda: make_request("bad", max_new_tokens=0), "max_new_tokens 0 must be at"),
+    "no token": (lambda: make_request("bad", max_new_tokens=0), "max_new_tokens 0 must be a"),
 }
 for _value in OUT_OF_RANGE:
     BAD[f"a threshold of {_value}"] = (
@@ -287,3 +297,122 @@ def test_a_stop_string_may_begin_with_the_space_of_the_first_token() -> None:
     engine = make_engine(decode=decode)
     (stopped,) = engine.generate([make_request(stop_strings=(f" {made.tokens[0]}",))])
     assert (stopped.tokens, stopped.finish_reason) == (made.tokens[:1], "stop")
+
+
+def test_a_request_that_spoils_a_pass_is_named_and_leaves_the_others_whole() -> None:
+    """Nor does what it wrote to the cache reach anyone later. One token leads to NaN."""
+    good = make_request("good", prompt=[1, 2, 3], strategy="full")
+    later = make_request("later", prompt=[4, 5, 6, 8, 9], strategy="full")
+    wanted = [reference(one).tokens for one in (good, later)]
+    poison = next(t for t in range(10, 40) if all(t not in tokens for tokens in wanted))
+    tensors = random_tensors(tiny_config())
+    tensors["embedding.word.weight"][poison] = math.nan
+    engine = make_engine(tensors=tensors)
+    engine.add(good)
+    for _ in range(2):
+        engine.step()
+    engine.add(make_request("bad", prompt=[1, poison, 3], strategy="full"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"request 'bad': an exit gives logits that are not"):
+            engine.step()
+    engine.abort("bad")
+    found = {}
+    engine.add(later)
+    while engine.has_work:
+        found |= {u.id: u.generation.tokens for u in engine.step() if u.generation}
+    assert [found["good"], found["later"]] == wanted
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("strategy", ["exact", "verify", "propagate"])
+def test_after_a_pass_that_failed_all_go_on(monkeypatch, strategy: str) -> None:
+    engine = make_engine()
+    requests = [make_request(f"{n}", 4 + n, strategy) for n in range(3)]
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    run, count = engine.runner.run, 0
+
+    def fails_at_times(plan):
+        nonlocal count
+        count += 1
+        if count % 5 == 2:
+            raise RuntimeError("out of memory")
+        return run(plan)
+
+    monkeypatch.setattr(engine.runner, "run", fails_at_times)
+    made, num_failures = {}, 0
+    while engine.has_work:
+        try:
+            made |= {u.id: u.generation for u in engine.step() if u.generation}
+        except RuntimeError:
+            num_failures += 1
+        engine.scheduler.check_integrity()
+    assert num_failures > 1
+    for request in requests:
+        assert made[request.id].tokens == reference(request).tokens
+    assert_idle(engine)
+
+
+def test_a_tokenizer_that_fails_ends_its_own_request_alone() -> None:
+    def decode(tokens: list[int]) -> str:
+        if 13 in tokens:
+            raise KeyError(13)
+        return "".join(chr(97 + token % 26) for token in tokens)
+
+    engine = make_engine(decode=decode)
+    bad = make_request("bad", prompt=[1, 13], strategy="full", stop_strings=("zzzz",))
+    good = make_request("good", 5, strategy="full")
+    made = engine.generate([bad, good])
+    assert (made[0].finish_reason, len(made[0].tokens)) == ("error", 1)
+    assert made[1].tokens == reference(good).tokens
+    assert_idle(engine)
+
+
+def test_generate_leaves_nothing_behind_when_it_is_interrupted() -> None:
+    engine = make_engine()
+
+    def interrupt(update: Update) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(one_of_each(), interrupt)
+    assert_idle(engine)
+    assert len(engine.generate(one_of_each())) == 4
+
+
+def test_streams_do_not_take_each_others_updates() -> None:
+    engine = make_engine()
+    requests = [make_request("a", 4), make_request("b", 6, "verify"), make_request("c", 5)]
+    engine.add(requests[2])
+    streams = [engine.stream(request) for request in requests[:2]]
+    found: list[list[int]] = [[], []]
+    while streams_left := [n for n in (0, 1) if streams[n] is not None]:
+        for number in streams_left:
+            update = next(streams[number], None)
+            if update is None:
+                streams[number] = None
+            else:
+                found[number] += [decision.token for decision in update.decisions]
+        if engine.has_work:
+            engine.step()
+    for request, tokens in zip(requests, found, strict=False):
+        assert tuple(tokens) == reference(request).tokens
+    assert_idle(engine)
+
+
+def test_a_stream_ends_with_its_request_whoever_takes_its_id() -> None:
+    engine = make_engine()
+    stream = engine.stream(make_request("x", 4))
+    next(stream)
+    engine.abort("x")
+    engine.add(make_request("x", 9))
+    assert list(stream) == []
+    while engine.has_work:
+        engine.step()
+    assert_idle(engine)
+
+
+def test_a_stream_refuses_a_bad_request_at_once() -> None:
+    with pytest.raises(ValueError, match="token id 99 does not fit"):
+        make_engine().stream(make_request("bad", prompt=[99]))

@@ -207,6 +207,22 @@ def test_a_character_of_several_tokens_is_seen_when_it_is_whole() -> None:
     assert made.finish_reason == "stop"
 
 
+def test_a_stop_string_may_have_tokens_without_a_text_between_its_own() -> None:
+    """As special tokens are, and those that a tokenizer does not know."""
+    request = make_request("s", 6, max_new_tokens=20, strategy="full", sampling=DRAWN)
+    tokens = reference(request).tokens
+    first = next(token for token in tokens if tokens.count(token) == 1)
+    start = tokens.index(first) + 9
+    last = next(token for token in tokens[start:] if token not in tokens[:start])
+
+    def decode(ids: list[int]) -> str:
+        return "".join({first: "a", last: "b"}.get(id, "") for id in ids)
+
+    (made,), _ = serve(make_engine(decode=decode), [replace(request, stop_strings=("ab",))])
+    assert made.finish_reason == "stop"
+    assert made.tokens == tokens[: tokens.index(last) + 1]
+
+
 @pytest.mark.parametrize("strategy", ["exact", "full", "verify", "propagate"])
 def test_stop_tokens_and_the_end_of_a_document_end_a_sequence(strategy: str) -> None:
     request = make_request("s", 6, strategy, sampling=DRAWN)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ee_llm.inference.certificate import tolerance
-from ee_llm.inference.holding import Profile, rate
+from ee_llm.inference.holding import Holding, Profile
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "inference.md").read_text()
 ROWS = re.findall(r"^\| (1/\d) \| (.*) \|$", PAGE, re.MULTILINE)
@@ -16,7 +16,9 @@ ROWS = re.findall(r"^\| (1/\d) \| (.*) \|$", PAGE, re.MULTILINE)
 
 def _speedups(profile: Profile, q: float) -> list[float]:
     """Return S(k) for k = 1, 2, ... of passes that cost 1 together, without the head."""
-    return [rate(profile, [q], 1, 1, passes) for passes in range(1, 25)]
+    holding = Holding(profile, Profile((1,), ((0.0,), (0.0,))), 24)
+    holding._arrived, holding._declined = [1.0], [q]
+    return [holding.rate(1, 1, passes) for passes in range(1, 25)]
 
 
 def _best(speedups: list[float]) -> str:

@@ -32,7 +32,7 @@ MADE = Generation(
 
 
 def _record(**changes: Any) -> dict[str, Any]:
-    made_of = origin("é\n", REQUEST, "bfloat16", "step-00000007")
+    made_of = origin("é\n", REQUEST, "bfloat16", "step-00000007", "0f")
     record = to_record(made_of, "new", MADE, 8, ["n", "ew"], "x")
     return json.loads(as_json(record)) | changes
 
@@ -54,20 +54,27 @@ def test_a_record_is_one_ascii_line_with_everything() -> None:
     assert record["policy"]["thresholds"] == {"2": 0.1 + 0.2, "4": None}
     assert record["policy"]["digest"] == POLICY.digest
     assert (record["max_new_tokens"], record["stop"]) == (9, ["end"])
-    assert (record["dtype"], record["checkpoint"]) == ("bfloat16", "step-00000007")
+    assert [record[n] for n in ("dtype", "checkpoint", "model")] == [
+        "bfloat16",
+        "step-00000007",
+        "0f",
+    ]
 
 
 def test_full_and_verify_have_no_exit_in_force() -> None:
     request = Request("x", (1,), POLICY, SAMPLING, "verify", Draft(2))
-    assert origin("a", request, "float32", "x")["policy"]["thresholds"] == {"2": None, "4": None}
+    assert origin("a", request, "float32", "x", "0f")["policy"]["thresholds"] == {
+        "2": None,
+        "4": None,
+    }
 
 
 def test_a_difference_of_origin_is_named() -> None:
-    made_of = origin("é\n", REQUEST, "bfloat16", "step-00000007")
+    made_of = origin("é\n", REQUEST, "bfloat16", "step-00000007", "0f")
     assert difference(_record(), made_of) is None
     assert difference(_record(dtype="float32"), made_of) == "dtype"
     assert difference(_record(stop=[]), made_of) == "stop"
-    other = origin("é\n", Request("x", (1, 2), POLICY, Sampling(seed=1)), "bfloat16", "x")
+    other = origin("é\n", Request("x", (1, 2), POLICY, Sampling(seed=1)), "bfloat16", "x", "0f")
     assert difference(_record(), other) == "sampling"
 
 
@@ -78,7 +85,7 @@ def test_a_policy_without_a_part_is_refused(name: str) -> None:
         from_record(_record(policy=policy), "here")
 
 
-NOT_NEEDED = {"id", "prompt", "text", "pieces", "mean_depth", "num_layers", "checkpoint",
+NOT_NEEDED = {"id", "prompt", "text", "pieces", "mean_depth", "num_layers", "checkpoint", "model",
               "max_new_tokens", "stop"}  # fmt: skip
 
 

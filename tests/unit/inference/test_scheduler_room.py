@@ -29,7 +29,7 @@ def test_sequences_are_admitted_in_their_order_as_slots_allow() -> None:
     assert others[1].slot == 0, "the slot that became free"
 
 
-@pytest.mark.parametrize(("num_blocks", "is_admitted"), [(5, False), (6, True)])
+@pytest.mark.parametrize(("num_blocks", "is_admitted"), [(6, False), (7, True)])
 def test_one_block_stays_for_each_that_runs_when_another_comes(
     num_blocks: int, is_admitted: bool
 ) -> None:
@@ -39,7 +39,7 @@ def test_one_block_stays_for_each_that_runs_when_another_comes(
     second = make_sequence("b", prompt=PROMPT, max_new_tokens=2)
     scheduler.add(first)
     answer(scheduler, next_plan(scheduler))
-    scheduler.add(second)  # its first chunk needs two blocks
+    scheduler.add(second)  # its prompt needs three blocks
     answer(scheduler, next_plan(scheduler))
     assert (second in scheduler.running) == is_admitted
     assert first.finish_reason == "length"
@@ -236,3 +236,61 @@ def test_the_check_sees_watermarks_and_rows_that_can_not_be() -> None:
     one.watermarks = [5, 5, 5]
     with pytest.raises(AssertionError, match="rows without a block"):
         scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("strategy", ["full", "propagate"])
+def test_who_was_pushed_out_comes_back_when_there_is_room_for_all_it_has(strategy: str) -> None:
+    """Else it would be pushed out again and again before it is where it was."""
+    scheduler = make_scheduler(num_blocks=26, max_pending=8, max_rows=64)
+    for name in "abc":
+        thresholds = (None, None)
+        scheduler.add(make_sequence(name, 16, thresholds, strategy, max_new_tokens=48))
+    rows = sum(plan.parts[-1].num_rows for plan in finish(scheduler))
+    assert scheduler.num_preemptions >= 1
+    assert rows < 2 * 3 * 63
+
+
+@pytest.mark.parametrize("max_rows", [1, 2])
+def test_where_not_all_rows_fit_they_run_in_turn(max_rows: int) -> None:
+    scheduler = make_scheduler(max_rows=max_rows)
+    for name in "abcd":
+        scheduler.add(make_sequence(name, 1, (None, None), "full", max_new_tokens=4))
+    counts: list[list[int]] = []
+    while scheduler.has_work:
+        answer(scheduler, next_plan(scheduler))
+        counts.append([len(one.new_tokens) for one in scheduler.running])
+    assert all(max(row) - min(row) <= 1 for row in counts if row)
+
+
+def test_the_oldest_of_the_held_goes_deeper_first() -> None:
+    """Two of four fit; the two that have waited longest go, wherever they stand in the batch."""
+    scheduler = make_scheduler(max_rows=2, max_hold=3)
+    scheduler.holds = [1, 9, 9]
+    for name in "abcd":
+        scheduler.add(make_sequence(name, 1, (0.5, None), max_new_tokens=6))
+    longest = 0
+    while scheduler.has_work:
+        answer(scheduler, next_plan(scheduler), leaving=())
+        held = [one for one in scheduler.running if one.watermarks[0] > one.watermarks[1]]
+        longest = max([longest, *(scheduler.step - one.waiting_since for one in held)])
+    assert longest <= 3 + 1  # max_hold, and a pass for those that did not fit
+
+
+def test_to_begin_anew_keeps_tokens_and_forgets_the_cache() -> None:
+    scheduler = make_scheduler()
+    sequences = [make_sequence(name, 9, strategy="full") for name in "ab"]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    for _ in range(3):
+        answer(scheduler, next_plan(scheduler))
+    decided = [list(one.new_tokens) for one in sequences]
+    scheduler.begin_anew()
+    scheduler.check_integrity()
+    assert list(scheduler.waiting) == sequences
+    assert scheduler.blocks.num_available == 32
+    first = next_plan(scheduler)
+    assert {span.start for span in first.parts[0].spans} == {0}, "nothing is found in the cache"
+    assert [list(one.new_tokens) for one in sequences] == decided
+    answer(scheduler, first)
+    finish(scheduler)
+    assert [len(one.new_tokens) for one in sequences] == [8, 8]

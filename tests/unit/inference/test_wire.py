@@ -4,9 +4,20 @@ import json
 
 import pytest
 
-from ee_llm.inference.request import Draft
+from ee_llm.inference.pipeline_scheduler import Answer, Frontier, PipelinePlan
+from ee_llm.inference.request import Draft, Verdict
+from ee_llm.inference.sampling import Sampling
 from ee_llm.inference.scheduler import Part, Plan, Span
-from ee_llm.inference.wire import decode_plan, encode_plan
+from ee_llm.inference.wire import (
+    decode_answers,
+    decode_pass,
+    decode_plan,
+    encode_answers,
+    encode_pass,
+    encode_plan,
+    split_left,
+    with_left,
+)
 from tests.unit.inference.sequences import finish, make_scheduler, make_sequence
 
 PLANS = [
@@ -36,6 +47,16 @@ def test_plans_of_a_scheduler_come_back_as_they_were() -> None:
         assert decode_plan(encode_plan(plan)) == plan
     assert {len(plan.parts) for plan in plans} >= {1, 2}
     assert any(part.frozen for plan in plans for part in plan.parts)
+
+
+def test_a_pass_and_its_answers_come_back_as_they_were() -> None:
+    sampling = Sampling(0.7, 5, 0.9, 2**40, 0.1, 1.2)
+    frontier = Frontier(1, 4, 2, (0.5, None, 0.0), True, False, "margin", sampling, (3, 9))
+    plan = PipelinePlan(7, (Span(1, 2, 5),), (3, 9, 9), (frontier,), ((1, 0, 4),))
+    left, encoded = split_left(with_left([-1], encode_pass(plan)))
+    assert (left, decode_pass(encoded)) == ([-1], plan)
+    answers = [Answer(0, 1, Verdict(1, 4, True, 9, 0.25, -0.5))]
+    assert decode_answers(encode_answers(7, answers)) == (7, answers)
 
 
 def test_a_message_is_json() -> None:
