@@ -37,7 +37,14 @@ def launch(num_processes: int, arguments: list[str]) -> None:
     try:
         run.run(run.parse_args([*launcher, "--module", "ee_llm.cli", *arguments]))
     except ChildFailedError as failures:
-        rank, failure = failures.get_first_failure()
+        # Who was killed is the cause, though others may have said first that they lost it. The
+        # launcher itself ends ranks by SIGTERM.
+        killed = [
+            (rank, failure)
+            for rank, failure in failures.failures.items()
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+        ]
+        rank, failure = killed[0] if killed else failures.get_first_failure()
         if failure.exitcode < 0:
             name = _signal_name(-failure.exitcode)
             hint = "; the machine may be out of memory" if name == "SIGKILL" else ""

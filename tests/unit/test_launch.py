@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import ee_llm
+from ee_llm import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,6 +48,33 @@ def test_a_rank_that_told_nothing_is_named_with_its_status() -> None:
     assert "Traceback" in done.stderr
     last = done.stderr.splitlines()[-1]
     assert re.fullmatch(r"ee-llm: rank [01] ended with status 1; what it said is above", last)
+
+
+def test_who_was_killed_is_named_though_another_said_first_that_it_lost_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import (
+        ChildFailedError,
+        ProcessFailure,
+    )
+
+    def failure(rank: int, status: int, told: str) -> ProcessFailure:
+        file = ROOT / "there-is-none"
+        found = ProcessFailure(rank, 1, status, str(file))
+        found.error_file_data = {"message": told, "ee_llm": told, "timestamp": str(rank)}
+        return found
+
+    failures = {0: failure(0, 1, "lost another rank"), 1: failure(1, -signal.SIGKILL, "")}
+
+    def fail(_: object) -> None:
+        raise ChildFailedError("ee_llm", failures)
+
+    monkeypatch.setattr(run, "run", fail)
+    with pytest.raises(SystemExit) as ended:
+        launch.launch(2, ["--version"])
+    assert ended.value.code == 128 + signal.SIGKILL
+    assert "rank 1 was ended by SIGKILL" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
