@@ -57,10 +57,11 @@ def train_options() -> Any:
     return typed_dict("TrainOptions", {**options(Config), **sections}, total=False)
 
 
-def _train(arguments: list[str]) -> None:
+def _parse_run(
+    command: str, summary: str, arguments: list[str]
+) -> tuple[Path | None, int | None, dict[str, Any]]:
+    """Return the file, the number of processes and the options of a command that trains."""
     import tyro
-
-    from ee_llm.config import load_config
 
     file_argument = tyro.conf.arg(
         metavar="FILE", help="TOML file with the configuration.", help_behavior_hint=""
@@ -77,24 +78,66 @@ def _train(arguments: list[str]) -> None:
         config: Annotated[Path | None, file_argument] = None,
         nproc: Annotated[int | None, nproc_argument] = None,
     ) -> tuple[Path | None, int | None, dict[str, Any]]:
-        """Train the model that a TOML file describes; any option here overrides the file's.
-
-        Several processes: --nproc on one machine, scripts/torchrun.sh on more. The options are in
-        docs/configuration.md too, and examples/ has files to start from.
-        """
         return config, nproc, overrides
 
-    path, nproc, overrides = tyro.cli(
-        parse, prog="ee-llm train", args=arguments, use_underscores=True
+    description = (
+        f"{summary}; any option here overrides the file's.\n\n"
+        "Several processes: --nproc on one machine, scripts/torchrun.sh on more. The options are "
+        "in docs/configuration.md too, and examples/ has files to start from."
     )
+    return tyro.cli(
+        parse,
+        prog=f"ee-llm {command}",
+        description=description,
+        args=arguments,
+        use_underscores=True,
+    )
+
+
+def _train(arguments: list[str]) -> None:
+    from ee_llm.config import ConfigError, load_config
+
+    summary = "Train the model that a TOML file describes"
+    path, nproc, overrides = _parse_run("train", summary, arguments)
     config = load_config(path, overrides)
+    if config.is_tuning:
+        raise ConfigError(
+            f"tuning.checkpoint = {config.tuning.checkpoint} is for 'ee-llm tune', which trains "
+            "exits alone; to train the whole model from a checkpoint give checkpoint.initial"
+        )
+    _run(config, "train", nproc, arguments)
+
+
+def _tune(arguments: list[str]) -> None:
+    from ee_llm.config import ConfigError, load_config, read_options
+
+    summary = "Tune exits of an existing model as a TOML file describes, all else frozen"
+    path, nproc, overrides = _parse_run("tune", summary, arguments)
+    given = read_options(path, overrides)
+    section = given.get("tuning")
+    source = section.get("checkpoint") if isinstance(section, dict) else None
+    if not source:
+        raise ConfigError(
+            "tuning.checkpoint: not given; name the checkpoint, or the run directory, with the "
+            "model whose exits are to be tuned"
+        )
+    below: dict[str, Any] = {}
+    if isinstance(source, str):  # else the configuration refuses it
+        from ee_llm.checkpoint.describe import described_options
+
+        below = described_options(source, given)
+    _run(load_config(path, overrides, below), "tune", nproc, arguments)
+
+
+def _run(config: "Config", command: str, nproc: int | None, arguments: list[str]) -> None:
+    """Train as one rank, or start the processes that do."""
     _check_start(config, nproc)
     if nproc is None:
         from ee_llm.training.trainer import train
 
         train(config)
     else:
-        launch(nproc, ["train", *_without_option(arguments, "--nproc")])
+        launch(nproc, [command, *_without_option(arguments, "--nproc")])
 
 
 def _check_start(config: "Config", nproc: int | None) -> None:
@@ -161,6 +204,17 @@ def _data_stats(arguments: list[str]) -> None:
     print(statistics(tyro.cli(StatisticsOptions, prog="ee-llm data stats", args=arguments)))
 
 
+def _convert(arguments: list[str]) -> None:
+    import tyro
+
+    from ee_llm.convert.options import ConvertOptions
+
+    options = tyro.cli(ConvertOptions, prog="ee-llm convert", args=arguments)
+    from ee_llm.convert.command import convert
+
+    convert(options)
+
+
 def _generate(arguments: list[str]) -> None:
     import tyro
 
@@ -202,10 +256,12 @@ def _plan(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, Command] = {
     "train": Command("train the model that a TOML file describes", _train),
+    "tune": Command("tune exits of an existing model, all else frozen", _tune),
     "plan": Command("show a pipeline schedule: its time, its memory, a picture of it", _plan),
     "data train-tokenizer": Command("make a SentencePiece vocabulary", _data_train_tokenizer),
     "data prepare": Command("turn texts into the token files that training reads", _data_prepare),
     "data stats": Command("print what prepared data consist of", _data_stats),
+    "convert": Command("turn a model of Hugging Face's into a checkpoint, or back", _convert),
     "generate": Command("continue prompts, showing where each token exited", _generate),
     "verify": Command("check generations against what defines them", _verify),
 }

@@ -145,6 +145,12 @@ def create_partial(checkpoints: Path, step: int) -> Path:
     return path
 
 
+def settled(checkpoint: Path) -> Path:
+    """Return where a checkpoint lies after `create_partial`, which may give its name back."""
+    name = checkpoint.name.removesuffix(_REPLACED)
+    return checkpoint if checkpoint.exists() else checkpoint.with_name(name)
+
+
 def seal(partial: Path, facts: dict[str, Any]) -> None:
     """Write the manifest: `facts` and the size of every file; all is on disk when it returns."""
     files = {

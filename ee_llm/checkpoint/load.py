@@ -1,31 +1,25 @@
 """Loads a run from a checkpoint under any layout, after proving that it is whole and fits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ee_llm import platform
 from ee_llm.checkpoint import directory, safe, sharded, tokenizer
 from ee_llm.checkpoint.agree import together
+from ee_llm.checkpoint.generators import load_generators
 from ee_llm.checkpoint.read import CONFIG, TensorReader
 from ee_llm.checkpoint.resume import is_path
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.checkpoint.save import layout
-from ee_llm.checkpoint.state import STATE, TrainState, data_files, load_generators
+from ee_llm.checkpoint.shards import place, read
+from ee_llm.checkpoint.state import STATE, TrainState, data_files
 from ee_llm.config import Config
 
 platform.enable_megatron()
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.base import (
-    LoadCommonStrategy,
-    LoadShardedStrategy,
-)
 from megatron.core.optimizer import MegatronOptimizer
 
 # Options that may change between a checkpoint and the run that goes on from it: they change neither
@@ -61,20 +55,24 @@ def load(
     model: sharded.Flat = {}
     moments: list[sharded.OptimizerState] = []
 
-    def describe() -> dict[str, tuple[int, ...]]:
+    def describe() -> tuple[sharded.Shapes, sharded.Shapes]:
         model.update(sharded.model_state(stages))
-        if optimizer is not None:
-            moments.append(sharded.OptimizerState(optimizer, model, is_loading=True))
-        return sharded.tensor_shapes(_all_tensors(model, moments))
+        if optimizer is None:
+            return sharded.tensor_shapes(model), {}
+        moments.append(sharded.OptimizerState(optimizer, model, is_loading=True))
+        return sharded.tensor_shapes(model), sharded.tensor_shapes(moments[0].tensors())
 
-    wanted: dict[str, tuple[int, ...]] = {}
-    for shapes in together(what, describe):
+    wanted: sharded.Shapes = {}
+    of_optimizer: sharded.Shapes = {}
+    for shapes, more in together(what, describe):
         wanted |= shapes
-    together(what, lambda: _compare_tensors(reader, wanted, optimizer is not None))
+        of_optimizer |= more
+    wanted |= sharded.unbuilt_shapes(config, wanted)
+    together(what, lambda: compare_tensors(reader, wanted, of_optimizer))
 
     def fill() -> None:
-        loaded = _read(reader, _all_tensors(model, moments))
-        _place(model, loaded)
+        loaded = read(reader, _all_tensors(model, moments))
+        place(model, loaded)
         for part in moments:
             part.load(loaded, reader.manifest["optimizer_steps"])
         if moments and _saved_layout(reader) == layout(config):
@@ -84,17 +82,26 @@ def load(
     return state
 
 
-def _open(path: str | Path, config: Config, *, goes_on: bool) -> tuple[TensorReader, TrainState]:
+def open_reader(
+    path: str | Path, config: Config, compare: Callable[[Config, Config, Path], None]
+) -> TensorReader:
+    """Return a checkpoint's reader after looking at all but its tensors; raises CheckpointError.
+
+    `compare` is given the checkpoint's configuration, this run's and the file of the first.
+    """
     reader = TensorReader(path)
     for name, kind in _FACTS.items():
         if not isinstance(found := reader.manifest.get(name), kind):
             manifest = reader.path / directory.MANIFEST
             raise CheckpointError(f"{manifest}: expected {name} ({kind.__name__}), found {found!r}")
     safe.check_common(reader.path / directory.TENSORS)
-    compare_configs(reader.config(), config, reader.path / CONFIG)
-    if goes_on:
-        compare_data(reader.config(), config, reader.path / CONFIG)
+    compare(reader.config(), config, reader.path / CONFIG)
     tokenizer.check(config.data.tokenizer, reader.manifest["tokenizer"], reader.path)
+    return reader
+
+
+def _open(path: str | Path, config: Config, *, goes_on: bool) -> tuple[TensorReader, TrainState]:
+    reader = open_reader(path, config, _compare_runs if goes_on else compare_configs)
     source = reader.path / STATE
     state = TrainState.from_json(directory.read_json(source), source)
     if goes_on:
@@ -118,18 +125,60 @@ def _all_tensors(model: sharded.Flat, moments: list[sharded.OptimizerState]) -> 
     return tensors
 
 
+def _compare_runs(saved: Config, current: Config, source: Path) -> None:
+    compare_tuning(saved, current, source)
+    compare_configs(saved, current, source)
+    compare_data(saved, current, source)
+
+
+def compare_tuning(saved: Config, current: Config, source: Path) -> None:
+    """Raise CheckpointError unless both runs train the same part of the model."""
+    afresh = "begin a new run with its parameters: another --output, and"
+    if current.is_tuning and not saved.is_tuning:
+        raise CheckpointError(
+            f"{source} is of a run that trained the whole model, and this one tunes exits; "
+            f"{afresh} the checkpoint in tuning.checkpoint alone"
+        )
+    if saved.is_tuning and not current.is_tuning:
+        raise CheckpointError(
+            f"{source} is of a run that tuned exits {list(saved.tuning.exits)}, with no optimizer "
+            f"state of the rest; {afresh} the checkpoint in checkpoint.initial"
+        )
+    if saved.tuning.exits != current.tuning.exits:
+        raise CheckpointError(
+            f"{source} is of a run that tuned exits {list(saved.tuning.exits)}, and tuning.exits = "
+            f"{list(current.tuning.exits)}; use the checkpoint's, or {afresh} the checkpoint in "
+            "tuning.checkpoint"
+        )
+
+
 def compare_configs(saved: Config, current: Config, source: Path) -> None:
     """Raise CheckpointError, naming the options that differ, unless both describe one model."""
-    pairs = [
+    pairs = model_pairs(saved, current)
+    if saved.exits.boundaries or current.exits.boundaries:
+        pairs += exit_pairs(saved, current, _FIXED_EXITS)
+    refuse_different(pairs, source)
+
+
+Pairs = list[tuple[str, Any, Any]]  # option, its value in the checkpoint, in this run
+
+
+def model_pairs(saved: Config, current: Config) -> Pairs:
+    """Return the options that decide the model's tensors without exits, and its function."""
+    return [
         (f"model.{name}", value, getattr(current.model, name))
         for name, value in saved.model.model_dump().items()
         if name not in _FREE_MODEL and (name != "max_seq_length" or saved.model.position != "rope")
     ]
-    if saved.exits.boundaries or current.exits.boundaries:
-        pairs += [
-            (f"exits.{name}", getattr(saved.exits, name), getattr(current.exits, name))
-            for name in _FIXED_EXITS
-        ]
+
+
+def exit_pairs(saved: Config, current: Config, names: Sequence[str]) -> Pairs:
+    """Return the named options of exits."""
+    return [(f"exits.{n}", getattr(saved.exits, n), getattr(current.exits, n)) for n in names]
+
+
+def refuse_different(pairs: Pairs, source: Path) -> None:
+    """Raise CheckpointError, naming them, if options differ."""
     if different := _differences(pairs):
         raise CheckpointError(
             f"{source} describes another model: {different}; use the checkpoint's values"
@@ -204,9 +253,12 @@ def _shown(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else repr(value)
 
 
-def _compare_tensors(
-    reader: TensorReader, wanted: dict[str, tuple[int, ...]], with_optimizer: bool
-) -> None:
+def compare_tensors(reader: TensorReader, model: sharded.Shapes, optimizer: sharded.Shapes) -> None:
+    """Raise CheckpointError unless the checkpoint's tensors are exactly these, by name and shape.
+
+    Without any of an optimizer's, the checkpoint's are not looked at.
+    """
+    wanted, with_optimizer = model | optimizer, bool(optimizer)
     stored = set(reader.names()) | set(reader.names(optimizer=True) if with_optimizer else ())
     missing, unexpected = sorted(wanted.keys() - stored), sorted(stored - wanted.keys())
     if missing or unexpected:
@@ -222,7 +274,10 @@ def _compare_tensors(
         if any(name.startswith(sharded.MASTER) for name in (*missing, *unexpected)):
             hint = "; one of both was trained in bfloat16, the other not: see training.dtype"
         elif not reader.names(optimizer=True) and with_optimizer:
-            hint = "; it was saved without an optimizer, so that no run can go on from it"
+            hint = (
+                "; it was saved without an optimizer, so that no run can go on from it: begin a new"
+                " one with checkpoint.initial and another --output"
+            )
         raise CheckpointError(f"{reader.path} does not fit: {'; '.join(parts)}{hint}")
     shapes = [
         f"{name} is {list(reader.shape(name))} in it and {list(shape)} in this run"
@@ -231,70 +286,3 @@ def _compare_tensors(
     ]
     if shapes:
         raise CheckpointError(f"{reader.path} does not fit: {'; '.join(shapes[:8])}")
-
-
-def _read(reader: TensorReader, flat: sharded.Flat) -> dict[str, torch.Tensor]:
-    return dist_checkpointing.load(
-        dict(flat),
-        str(reader.path / directory.TENSORS),
-        sharded_strategy=_SafeTensors(reader),
-        common_strategy=_NothingInCommon(),
-    )
-
-
-def _place(model: sharded.Flat, loaded: dict[str, torch.Tensor]) -> None:
-    """Copy what was not read in place: parameters that are stored in several parts."""
-    with torch.no_grad():
-        for path, shard in model.items():
-            if loaded[path].data_ptr() != shard.data.data_ptr():
-                shard.data.copy_(loaded[path])
-
-
-class _SafeTensors(LoadShardedStrategy):
-    """Reads shards through `TensorReader`, which unpickles nothing but passive data."""
-
-    can_handle_sharded_objects = True  # there are none
-
-    def __init__(self, reader: TensorReader) -> None:
-        self._reader = reader
-
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Any) -> dict[str, Any]:
-        return dict_list_map_outplace(self._shard, sharded_state_dict)
-
-    def _shard(self, shard: ShardedTensor) -> torch.Tensor:
-        assert not shard.prepend_axis_num, f"{shard.key}: every layer has names of its own"
-        assert shard.flattened_range is None, f"{shard.key}: only whole shards are stored"
-        if shard.data is None:
-            shard.init_data(platform.device())
-        target = shard.data.detach()
-        self._reader.read_into(target, shard.key, shard.global_offset)
-        return target
-
-    def load_tensors_metadata(self, checkpoint_dir: Any) -> dict[str, Any]:
-        raise NotImplementedError("names and shapes are compared before loading")
-
-    def check_backend_compatibility(self, loaded_backend: Any) -> None:
-        if loaded_backend != "torch_dist":
-            raise CheckpointError(f"expected the format torch_dist, found {loaded_backend!r}")
-
-    def check_version_compatibility(self, loaded_version: Any) -> None:
-        if loaded_version != 1:
-            raise CheckpointError(f"expected version 1 of torch_dist, found {loaded_version!r}")
-
-
-class _NothingInCommon(LoadCommonStrategy):
-    """Leaves `common.pt` alone: ours is empty, which was checked, and it is a pickle."""
-
-    can_handle_sharded_objects = True
-
-    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
-        return {}
-
-    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> Any:
-        raise NotImplementedError("checkpoints hold tensors only")
-
-    def check_backend_compatibility(self, loaded_backend: Any) -> None:
-        pass
-
-    def check_version_compatibility(self, loaded_version: Any) -> None:
-        pass

@@ -45,6 +45,15 @@ def resume_path(config: Config) -> Path | None:
     return own
 
 
+def initial_path(config: Config) -> Path | None:
+    """Return the checkpoint whose parameters a new run begins with, None if it has none.
+
+    Raises CheckpointError if there is none where one is asked for.
+    """
+    asked = config.tuning.checkpoint or config.checkpoint.initial
+    return None if asked is None else directory.resolve_checkpoint(asked)
+
+
 def _saved_since(output: str, resume: str) -> Path | None:
     """Return the newest checkpoint in `output` if it is of a run that was told to begin there."""
     newest = directory.find_latest(output)

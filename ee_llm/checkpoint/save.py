@@ -12,9 +12,10 @@ from torch.distributed import checkpoint as dcp
 from ee_llm import __version__, platform
 from ee_llm.checkpoint import directory, safe, sharded, tokenizer
 from ee_llm.checkpoint.agree import on_first, together
-from ee_llm.checkpoint.read import CONFIG
+from ee_llm.checkpoint.generators import save_generators
+from ee_llm.checkpoint.read import CONFIG, TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
-from ee_llm.checkpoint.state import STATE, TrainState, data_files, save_generators
+from ee_llm.checkpoint.state import STATE, TrainState, data_files
 from ee_llm.config import Config
 
 platform.enable_megatron()
@@ -35,8 +36,12 @@ def save(
     optimizer: MegatronOptimizer | None,
     state: TrainState,
     config: Config,
+    keep: Path | None = None,
 ) -> Path:
     """Return the checkpoint of `state.step` that all ranks together wrote below `output`.
+
+    With `keep`, a checkpoint, only what is trained is taken from the stages: all other tensors of
+    the model are that checkpoint's, bit for bit, whether the stages hold them or not.
 
     It is written aside, flushed to disk, renamed, and `latest` is pointed at it; then all but the
     newest `config.checkpoint.keep_last` are removed. Collective.
@@ -50,7 +55,8 @@ def save(
     partial = directory.partial_path(checkpoints, state.step)
     try:
         on_first(what, lambda: directory.create_partial(checkpoints, state.step))
-        steps = _write_tensors(what, partial / directory.TENSORS, stages, optimizer)
+        kept = keep and directory.settled(keep)
+        steps = _write_tensors(what, partial / directory.TENSORS, stages, optimizer, kept)
         together(what, lambda: save_generators(partial, dist.get_rank()))
         facts = {"optimizer_steps": steps, "layout": layout(config), "ee_llm": __version__}
         on_first(what, lambda: _write_rest(partial, state, config, facts))
@@ -79,6 +85,7 @@ def _write_tensors(
     path: Path,
     stages: Sequence[sharded.ShardedModule],
     optimizer: MegatronOptimizer | None,
+    keep: Path | None,
 ) -> int:
     """Write model and optimizer in megatron-core's torch_dist format; return the optimizer's steps.
 
@@ -88,9 +95,12 @@ def _write_tensors(
     """
     described: list[sharded.Flat] = []
     prepared: list[dict[str, Any]] = []
+    kept: list[Kept] = []
 
     def describe() -> int:
         model = sharded.model_state(stages)
+        if keep is not None:
+            model = sharded.trained(model)
         if optimizer is None:
             described.append(model)
             return 0
@@ -108,19 +118,59 @@ def _write_tensors(
 
     steps = max(together(what, describe))
     together(what, prepare)
+    if keep is not None:
+        written = set().union(*together(what, lambda: set(prepared[0])))
+        together(what, lambda: kept.append(Kept(keep, written)))
+        prepared[0] |= kept[0].placeholders
     on_first(what, lambda: _write_header(path))
     try:
         dcp.save(
             prepared[0],
             storage_writer=dcp.FileSystemWriter(path, thread_count=1, sync_files=True),
-            planner=MCoreSavePlanner(
-                can_run_decentralized_global_plan=False, flatten_state_dict=False
-            ),
+            planner=_Planner(kept[0] if kept else None),
         )
     except dcp.CheckpointException as error:  # raised on all ranks alike
         causes = {f"{type(cause[0]).__name__}: {cause[0]}" for cause in error.failures.values()}
         raise CheckpointError(f"{what}: {'; '.join(sorted(causes))}") from error
     return steps
+
+
+class Kept:
+    """This rank's share of the tensors that are copied from another checkpoint.
+
+    Each is read when it is written, so that one at a time is in memory.
+    """
+
+    def __init__(self, checkpoint: Path, written: set[str]) -> None:
+        """Divide what the checkpoint has of the model, and nobody has `written`, over the ranks."""
+        self._reader = TensorReader(checkpoint)
+        left = [name for name in self._reader.names() if name not in written]
+        mine = left[dist.get_rank() :: dist.get_world_size()]
+        self.placeholders = {
+            name: torch.empty(
+                self._reader.shape(name), dtype=self._reader.dtype(name), device="meta"
+            )
+            for name in mine
+        }
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return the whole tensor `name`."""
+        return self._reader.tensor(name)
+
+
+class _Planner(MCoreSavePlanner):
+    """megatron-core's planner, which fetches what is kept when the writer comes to it."""
+
+    def __init__(self, kept: Kept | None) -> None:
+        super().__init__(can_run_decentralized_global_plan=False, flatten_state_dict=False)
+        self._kept = kept
+
+    def resolve_data(self, write_item: Any) -> Any:
+        """Return the tensor that an item of the plan stands for."""
+        name = write_item.index.fqn
+        if self._kept is not None and name in self._kept.placeholders:
+            return self._kept.tensor(name)
+        return super().resolve_data(write_item)
 
 
 def _write_header(path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ee_llm import platform
+from ee_llm.config import Config
 
 platform.enable_megatron()
 from megatron.core import parallel_state
@@ -34,6 +35,7 @@ MASTER = "optimizer.state.fp32_param."
 _DISTRIBUTED_MASTER = "optimizer.state.param."
 
 Flat = dict[str, Any]  # path in a state -> ShardedTensor or ShardedTensorFactory
+Shapes = dict[str, tuple[int, ...]]  # name -> shape of the whole tensor
 
 
 class ShardedModule(Protocol):
@@ -93,6 +95,11 @@ def model_state(stages: Sequence[ShardedModule]) -> Flat:
                 assert isinstance(leaf.value, ShardedObject), f"{leaf.path}: {type(leaf.value)}"
                 assert leaf.value.key.endswith("_extra_state"), f"{leaf.value.key} is no tensor"
     return flat
+
+
+def trained(model: Flat) -> Flat:
+    """Return the shards of `model` whose parameters are trained; the others are frozen."""
+    return {path: shard for path, shard in model.items() if shard.data.requires_grad}
 
 
 class OptimizerState:
@@ -156,11 +163,38 @@ def _allocate_moments(optimizer: MegatronOptimizer) -> None:
             part.init_state_fn(part.optimizer, part.config)
 
 
-def tensor_shapes(flat: Flat) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(flat: Flat) -> Shapes:
     """Return the names under which `flat` is stored, with the global shapes."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: Shapes = {}
     for value in flat.values():
         built = value.build() if isinstance(value, ShardedTensorFactory) else [value]
         for leaf in leaves(built):
             shapes[leaf.value.key] = tuple(leaf.value.global_shape)
     return shapes
+
+
+def unbuilt_shapes(config: Config, built: Shapes) -> Shapes:
+    """Return names and shapes of what a tuning run leaves out of the model, given all it builds.
+
+    Every layer has the tensors of layer 1, every early exit those of one that is tuned. Where the
+    whole model is trained nothing is left out.
+    """
+    if not config.is_tuning:
+        return {}
+
+    def like(template: str, name: str) -> Shapes:
+        return {
+            name + key.removeprefix(template): shape
+            for key, shape in built.items()
+            if key.startswith(template)
+        }
+
+    final = config.model.num_layers
+    whole = like("layers.1.input_layernorm.", f"exits.{final}.norm.")
+    for number in range(2, final + 1):
+        whole |= like("layers.1.", f"layers.{number}.")
+    for boundary in config.exits.boundaries:
+        whole |= like(f"exits.{config.tuning.exits[0]}.", f"exits.{boundary}.")
+    if not config.model.tie_embeddings:
+        whole["output.weight"] = built["embedding.word.weight"]
+    return {name: shape for name, shape in whole.items() if name not in built}

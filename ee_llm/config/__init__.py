@@ -26,6 +26,7 @@ from ee_llm.config.sections import (
     TrainingConfig,
 )
 from ee_llm.config.shapes import SHAPE_FIELDS, SHAPES
+from ee_llm.config.tuning import TuningConfig
 
 __all__ = [
     "SHAPES",
@@ -41,11 +42,13 @@ __all__ = [
     "ParallelConfig",
     "Section",
     "TrainingConfig",
+    "TuningConfig",
     "default_text",
     "exit_stage",
     "load_config",
     "option_names",
     "output_weight_name",
+    "read_options",
     "section_types",
     "stage_layers",
 ]
@@ -63,6 +66,7 @@ class Config(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
+    tuning: TuningConfig = Field(default_factory=TuningConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
 
@@ -88,10 +92,30 @@ class Config(Section):
         if "seq_length" not in self.data.model_fields_set:
             length = {"seq_length": self.model.max_seq_length}
             object.__setattr__(self, "data", self.data.model_copy(update=length))
+        if self.is_tuning and not self.tuning.exits:
+            tuned = {"exits": self.exits.boundaries}
+            object.__setattr__(self, "tuning", self.tuning.model_copy(update=tuned))
         found = checks.problems(self)
         if found:
             raise ValueError("\n".join(found))
         return self
+
+    @property
+    def is_tuning(self) -> bool:
+        """Whether exits alone are trained, on a checkpoint's model."""
+        return self.tuning.checkpoint is not None
+
+    @property
+    def built_exits(self) -> tuple[int, ...]:
+        """Boundaries of the exits that are built: all and the final one, or those tuned."""
+        if self.is_tuning:
+            return self.tuning.exits
+        return (*self.exits.boundaries, self.model.num_layers)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers that are built: all, or those up to the last exit tuned."""
+        return max(self.built_exits, default=self.model.num_layers)
 
     def to_toml(self) -> str:
         """This configuration as a TOML file that `load_config` reads back as an equal one."""
@@ -140,24 +164,34 @@ def option_names() -> list[str]:
 
 
 def load_config(
-    path: str | Path | None = None, overrides: Mapping[str, object] | None = None
+    path: str | Path | None = None,
+    overrides: Mapping[str, object] | None = None,
+    below: Mapping[str, Any] | None = None,
 ) -> Config:
     """The configuration in the TOML file `path`, with `overrides` taking precedence.
 
     `overrides` holds values by dotted name ("model.num_layers") or by section. A `model.shape`
     among them replaces the sizes in the file, so that naming another shape is enough. Without a
-    path everything comes from the overrides and the defaults. Raises `ConfigError`.
+    path everything comes from the overrides and the defaults. `below` has, by section, what is
+    said where neither says anything. Raises `ConfigError`.
     """
+    source = "" if path is None else f"{path} with the options given" if overrides else str(path)
+    try:
+        return Config.model_validate(_merge(below or {}, read_options(path, overrides)))
+    except ValidationError as error:
+        raise ConfigError(render(error.errors(), option_names(), source)) from None
+
+
+def read_options(
+    path: str | Path | None = None, overrides: Mapping[str, object] | None = None
+) -> dict[str, Any]:
+    """What the file and the overrides of `load_config` say, by section and unchecked."""
     given = _read(Path(path)) if path is not None else {}
     nested = _nest(overrides or {})
     chosen, in_file = nested.get("model"), given.get("model")
     if isinstance(chosen, dict) and chosen.get("shape") and isinstance(in_file, dict):
         given["model"] = {k: v for k, v in in_file.items() if k not in SHAPE_FIELDS}
-    source = "" if path is None else f"{path} with the options given" if nested else str(path)
-    try:
-        return Config.model_validate(_merge(given, nested))
-    except ValidationError as error:
-        raise ConfigError(render(error.errors(), option_names(), source)) from None
+    return _merge(given, nested)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -206,7 +240,8 @@ def stage_layers(config: Config, stage: int) -> range:
     num_stages = config.parallel.num_stages
     if not 0 <= stage < num_stages:
         raise ValueError(f"stage {stage} is outside 0..{num_stages - 1}")
-    even = (config.model.num_layers // num_stages,) * num_stages
+    each, over = divmod(config.depth, num_stages)
+    even = [each + (number < over) for number in range(num_stages)]
     split = config.parallel.layer_split or even
     first = sum(split[:stage]) + 1
     return range(first, first + split[stage])
@@ -225,6 +260,7 @@ def exit_stage(config: Config, boundary: int) -> int:
             f"no exit at boundary {boundary}: exits.boundaries = {list(config.exits.boundaries)}"
         )
     layer = boundary if config.exits.placement == "post" else boundary + 1
+    layer = min(layer, config.depth)  # no layer stands behind the last exit that is tuned
     return next(stage for stage in range(num_stages) if layer in stage_layers(config, stage))
 
 

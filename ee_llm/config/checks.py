@@ -4,32 +4,36 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from ee_llm.config.tuning import tuning_problems
+
 if TYPE_CHECKING:
     from ee_llm.config import Config
 
 
 def _layers(config: "Config") -> Iterator[str]:
-    num_layers, num_stages = config.model.num_layers, config.parallel.num_stages
+    num_layers, num_stages = config.depth, config.parallel.num_stages
     split = config.parallel.layer_split
+    # In tuning no layer is built behind the last exit that is trained.
+    name = "max(tuning.exits)" if config.is_tuning else "model.num_layers"
     size = f"parallel.pipeline = {config.parallel.pipeline}"
     if config.parallel.virtual > 1:
         size += f" x parallel.virtual = {config.parallel.virtual}"
     if num_stages > num_layers:
         yield (
-            f"model.num_layers = {num_layers} is below {num_stages} stages ({size}), each of which "
+            f"{name} = {num_layers} is below {num_stages} stages ({size}), each of which "
             "needs a layer; lower parallel.pipeline or parallel.virtual"
         )
     elif not split:
-        if num_layers % num_stages:
+        if num_layers % num_stages and not config.is_tuning:
             yield (
-                f"model.num_layers = {num_layers} is not divisible by {size}; give "
+                f"{name} = {num_layers} is not divisible by {size}; give "
                 f"parallel.layer_split, for example {_example_split(num_layers, num_stages)}, or "
                 "change one of them"
             )
     elif len(split) != num_stages or sum(split) != num_layers or min(split) < 1:
         yield (
             f"parallel.layer_split = {list(split)} must be {num_stages} positive numbers "
-            f"({size}) that add up to {num_layers} (model.num_layers), for example "
+            f"({size}) that add up to {num_layers} ({name}), for example "
             f"{_example_split(num_layers, num_stages)}"
         )
 
@@ -74,6 +78,58 @@ def _heads(config: "Config") -> Iterator[str]:
         yield (
             f"model.head_dim = {model.head_dim} is odd, and rotary positions turn pairs; make it "
             "even or set model.position = learned"
+        )
+
+
+def _rope(config: "Config") -> Iterator[str]:
+    model = config.model
+    scaling = f"model.rope_scaling = {model.rope_scaling}"
+    if model.rope_scaling != "none" and model.position != "rope":
+        yield (
+            f"{scaling} has no effect with model.position = {model.position}; set the first to "
+            "none or the second to rope"
+        )
+    used = {"none": (), "linear": ("rope_factor",), "llama3": _ROPE_NUMBERS}[model.rope_scaling]
+    for name in _ROPE_NUMBERS:
+        value = getattr(model, name)
+        if name not in used and value != type(model).model_fields[name].default:
+            needed = "linear or llama3" if name == "rope_factor" else "llama3"
+            yield (
+                f"model.{name} = {value} has no effect with {scaling}; set it to {needed}, or "
+                f"leave {name} out"
+            )
+    low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
+    if model.rope_scaling == "llama3" and low >= high:
+        yield (
+            f"model.rope_low_freq_factor = {low} is not below model.rope_high_freq_factor = "
+            f"{high}; lower the first or raise the second"
+        )
+
+
+_ROPE_NUMBERS = (
+    "rope_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_length",
+)
+
+
+def _family(config: "Config") -> Iterator[str]:
+    model = config.model
+    if model.family == "gpt" and not model.qkv_bias:
+        yield (
+            "model.qkv_bias = false with model.family = gpt, all of whose linear layers have "
+            "biases; leave it out, or set model.family = llama"
+        )
+    if model.family == "gpt" and model.qk_norm:
+        yield (
+            "model.qk_norm = true with model.family = gpt, which has no RMSNorm; set it to false, "
+            "or model.family to llama"
+        )
+    if model.family == "llama" and model.gelu != "erf":
+        yield (
+            f"model.gelu = {model.gelu} has no effect with model.family = llama, whose MLP is "
+            "SwiGLU; leave it out, or set model.family = gpt"
         )
 
 
@@ -251,6 +307,8 @@ CHECKS: tuple[Callable[["Config"], Iterator[str]], ...] = (
     _layers,
     _schedule,
     _heads,
+    _rope,
+    _family,
     _tensor_parallel,
     _boundaries,
     _per_exit_values,
@@ -259,6 +317,7 @@ CHECKS: tuple[Callable[["Config"], Iterator[str]], ...] = (
     _batch,
     _learning_rate,
     _traces,
+    tuning_problems,
 )
 
 

@@ -21,7 +21,7 @@ class ModelConfig(Section):
     )
     family: Literal["llama", "gpt"] = option(
         "llama",
-        "llama: RMSNorm, SwiGLU, no biases. gpt: LayerNorm, GELU, biases.",
+        "llama: RMSNorm, SwiGLU, no biases but those of qkv_bias. gpt: LayerNorm, GELU, biases.",
     )
     num_layers: int = option(0, "Number of transformer layers.", shown="from shape", gt=0)
     hidden_size: int = option(0, "Width of the residual stream.", shown="from shape", gt=0)
@@ -53,6 +53,35 @@ class ModelConfig(Section):
         "rope", "Rotary or learned position embedding.", shown="llama: rope; gpt: learned"
     )
     rope_theta: float = option(10000.0, "Base of the rotary frequencies.", gt=0)
+    rope_scaling: Literal["none", "linear", "llama3"] = option(
+        "none",
+        "How the rotary frequencies reach beyond the length of pre-training. linear: all are "
+        "divided by rope_factor; llama3: the slow ones are, as in Llama 3.1.",
+    )
+    rope_factor: float = option(1.0, "Divisor of frequencies that rope_scaling slows down.", gt=0)
+    rope_low_freq_factor: float = option(
+        1.0,
+        "For llama3: frequencies with fewer turns than this over rope_original_length are divided "
+        "by the whole rope_factor.",
+        gt=0,
+    )
+    rope_high_freq_factor: float = option(
+        4.0, "For llama3: frequencies with more turns than this stay as they are.", gt=0
+    )
+    rope_original_length: int = option(8192, "For llama3: length of pre-training, in tokens.", gt=0)
+    qkv_bias: bool = option(
+        False,
+        "Whether queries, keys and values have biases; gpt's always do.",
+        shown="llama: false; gpt: true",
+    )
+    qk_norm: bool = option(
+        False,
+        "Whether each head's queries and keys are normed (RMSNorm over head_dim) before they are "
+        "rotated.",
+    )
+    gelu: Literal["erf", "tanh"] = option(
+        "erf", "gpt's GELU: exact, or the approximation by tanh that GPT-2 was trained with."
+    )
     norm_eps: float = option(1e-5, "Added to the variance in norms.", gt=0)
     tie_embeddings: bool = option(
         False, "Whether the final exit's output weight is the word embedding."
@@ -93,6 +122,7 @@ class ModelConfig(Section):
         # following.
         derived = {
             "position": "learned" if family == "gpt" else "rope",
+            "qkv_bias": family == "gpt",
             "num_kv_heads": num_heads if sizes_known else 1,
             "head_dim": hidden_size // num_heads if sizes_known else 1,
             "ffn_hidden_size": ffn_size(family, hidden_size) if sizes_known else 1,
@@ -123,6 +153,11 @@ class ExitsConfig(Section):
         "shared",
         "Output weight of the exits: tied to the word embedding, shared with the final exit, or "
         "own (one each).",
+    )
+    initialization: Literal["copy", "random"] = option(
+        "copy",
+        "What exits begin with that tuning.checkpoint or checkpoint.initial lacks. copy: the final "
+        "norm and output weight, the layer's own MLP, the next layer as block. random: as drawn.",
     )
     weights: Floats = option(
         (), "Weight of each exit's loss; the final exit's is 1.", shown="1 each"
@@ -314,6 +349,13 @@ class CheckpointConfig(Section):
         "auto",
         "auto goes on from the newest checkpoint in output if there is one, never starts afresh, "
         "and a path goes on from that checkpoint; started again, from what the run saved since.",
+        min_length=1,
+    )
+    initial: str | None = option(
+        None,
+        "Checkpoint, or run directory, with the parameters that a new run begins with; its steps, "
+        "optimizer and place in the data are the run's own.",
+        shown="none",
         min_length=1,
     )
 

@@ -29,6 +29,9 @@ SHAPE_FIELDS = (
     "num_kv_heads",
     "head_dim",
     "ffn_hidden_size",
+    "qkv_bias",
+    "qk_norm",
+    "gelu",
 )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ee_llm.config import ModelConfig
 from ee_llm.inference.attention import Batch, attend
 from ee_llm.inference.linear import Linear
+from ee_llm.rotary import inverse_frequencies
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -60,6 +61,7 @@ class Mlp:
     ) -> None:
         self._norm = Norm(model, tensors, norm)
         self._is_gated = model.family == "llama"
+        self._approximate = "tanh" if model.gelu == "tanh" else "none"
         fc1, bias = tensors[f"{name}.linear_fc1.weight"], tensors.get(f"{name}.linear_fc1.bias")
         if self._is_gated:
             fc1 = torch.cat([shard.rows(half) for half in fc1.chunk(2)])
@@ -76,7 +78,7 @@ class Mlp:
             gate, up = inner.chunk(2, dim=-1)
             inner = F.silu(gate).mul_(up)
         else:
-            inner = F.gelu(inner)
+            inner = F.gelu(inner, approximate=self._approximate)
         return _with_bias(self._reduce(self._fc2(inner)), self._fc2_bias)
 
 
@@ -96,6 +98,7 @@ class Layer:
             self._queries_first(model, tensors[f"{qkv}.weight"], shard),
             None if bias is None else self._queries_first(model, bias, shard),
         )
+        self._qk_norm = QkNorm(model, tensors, name, self._num_kv) if model.qk_norm else None
         proj = f"{name}.self_attention.linear_proj"
         self._proj = Linear(shard.columns(tensors[f"{proj}.weight"]))
         self._proj_bias = tensors.get(f"{proj}.bias")
@@ -110,9 +113,11 @@ class Layer:
         x [t, h]; pages [c, 2, k, d], to which the keys and values of all t rows are written;
         rotation [t, 1, d / 2], complex, or None.
         """
-        qkv = self._qkv(self._norm(x)).to(pages.dtype)
         num_queries = self._num_kv * self._per_kv
-        qkv = qkv.view(len(x), num_queries + 2 * self._num_kv, self._dim)
+        qkv = self._qkv(self._norm(x)).view(len(x), num_queries + 2 * self._num_kv, self._dim)
+        if self._qk_norm is not None:
+            self._qk_norm(qkv[:, : num_queries + self._num_kv])
+        qkv = qkv.to(pages.dtype)
         if rotation is not None:
             turned = qkv[:, : num_queries + self._num_kv].unflatten(-1, (-1, 2))
             _rotate(turned, rotation)
@@ -137,22 +142,45 @@ class Layer:
         heads = shard.rows(heads)
         turned = heads[:, : self._per_kv + 1]
         if model.position == "rope":
-            turned = turned.unflatten(2, (2, -1)).transpose(2, 3).flatten(2, 3)
+            turned = _pairs_together(turned, dim=2)
         parts = (turned[:, :-1], turned[:, -1], heads[:, -1])
         return torch.cat([part.reshape(-1, *weight.shape[1:]) for part in parts])
+
+
+class QkNorm:
+    """RMSNorm of each query and each key over d, its weights permuted as those that made them."""
+
+    def __init__(
+        self, model: ModelConfig, tensors: Mapping[str, Tensor], layer: str, num_kv: int
+    ) -> None:
+        parts = []
+        for kind, count in (("q", num_kv * model.num_heads // model.num_kv_heads), ("k", num_kv)):
+            weight = tensors[f"{layer}.self_attention.{kind}_layernorm.weight"]
+            if model.position == "rope":
+                weight = _pairs_together(weight, dim=0)
+            parts.append(weight.expand(count, -1))
+        self._weight = torch.cat(parts)
+        self._eps = model.norm_eps
+
+    def __call__(self, heads: Tensor) -> None:
+        """Norm queries and keys [t, k (r + 1), d] in place."""
+        heads.copy_(F.rms_norm(heads, heads.shape[-1:], None, self._eps) * self._weight)
+
+
+def _pairs_together(x: Tensor, dim: int) -> Tensor:
+    """Return x with the elements i and i + d / 2 of dimension `dim` as neighbours."""
+    return x.unflatten(dim, (2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def rotations(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """Return the rotary factors [positions, 1, d / 2] of RoFormer (arXiv 2104.09864, eq. 15).
 
-    None without them; complex128 for float64, else complex64. The inverse frequencies are those of
-    float32.
+    None without them; complex128 for float64, else complex64.
     """
     if model.position != "rope":
         return None
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    exponent = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
-    frequency = (1.0 / model.rope_theta**exponent).to(precise)
+    frequency = inverse_frequencies(model).to(precise)
     angle = torch.arange(model.max_seq_length, dtype=precise)[:, None] * frequency
     return torch.polar(torch.ones_like(angle), angle)[:, None].to(device)
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.config import Config, output_weight_name
 from ee_llm.inference.weights import CheckpointTensors, take_tensors
+from ee_llm.rotary import inverse_frequencies
+
+_APPROXIMATE = {"erf": "none", "tanh": "tanh"}  # torch's names
 
 
 class ReferenceModel:
@@ -134,7 +137,11 @@ class ReferenceModel:
         qkv = self._linear(f"{layer}.self_attention.linear_qkv", normed)
         qkv = qkv.view(len(x), groups, q_per_group + 2, model.head_dim)
         q = qkv[:, :, :q_per_group].flatten(1, 2)  # [s, n, d]
-        k, v = (qkv[:, :, i].repeat_interleave(q_per_group, dim=1) for i in (-2, -1))
+        k, v = qkv[:, :, -2], qkv[:, :, -1]
+        if model.qk_norm:
+            q = self._norm(f"{layer}.self_attention.q_layernorm", q)
+            k = self._norm(f"{layer}.self_attention.k_layernorm", k)
+        k, v = (part.repeat_interleave(q_per_group, dim=1) for part in (k, v))
         if model.position == "rope":
             cos, sin = self._rope(len(x))
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
@@ -147,13 +154,10 @@ class ReferenceModel:
     def _rope(self, length: int) -> tuple[Tensor, Tensor]:
         """Return cos and sin [s, 1, d/2] of the rotary angles (RoFormer, arXiv 2104.09864, eq. 15).
 
-        The inverse frequencies are those of float32 in every dtype, as megatron-core has them; the
-        angles are computed in float32, or in float64 for a float64 model.
+        The angles are computed in float32, or in float64 for a float64 model.
         """
-        model = self.config.model
         precise = torch.float64 if self.dtype == torch.float64 else torch.float32
-        exponent = torch.arange(0, model.head_dim, 2, dtype=torch.float32) / model.head_dim
-        frequency = (1.0 / model.rope_theta**exponent).to(self.device, precise)
+        frequency = inverse_frequencies(self.config.model).to(self.device, precise)
         position = torch.arange(length, dtype=precise, device=self.device)
         angle = (position[:, None] * frequency)[:, None]
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
@@ -164,7 +168,7 @@ class ReferenceModel:
             gate, up = inner.chunk(2, dim=-1)
             inner = F.silu(gate) * up
         else:
-            inner = F.gelu(inner)
+            inner = F.gelu(inner, approximate=_APPROXIMATE[self.config.model.gelu])
         return self._linear(f"{name}.mlp.linear_fc2", inner)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:

@@ -126,12 +126,18 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
 def _layer_shapes(model: ModelConfig, name: str) -> Shapes:
     q_per_group = model.num_heads // model.num_kv_heads
     qkv = (q_per_group + 2) * model.num_kv_heads * model.head_dim
+    attention = f"{name}.self_attention"
+    shapes = _norm_shapes(model, f"{name}.input_layernorm")
+    shapes[f"{attention}.linear_qkv.weight"] = (qkv, model.hidden_size)
+    if model.qkv_bias:
+        shapes[f"{attention}.linear_qkv.bias"] = (qkv,)
+    if model.qk_norm:
+        shapes |= {f"{attention}.{x}_layernorm.weight": (model.head_dim,) for x in "qk"}
     return (
-        _norm_shapes(model, f"{name}.input_layernorm")
-        | _linear_shapes(model, f"{name}.self_attention.linear_qkv", qkv, model.hidden_size)
+        shapes
         | _linear_shapes(
             model,
-            f"{name}.self_attention.linear_proj",
+            f"{attention}.linear_proj",
             model.hidden_size,
             model.num_heads * model.head_dim,
         )

@@ -16,7 +16,8 @@ class GradientSums:
 
     1. Weights held by several stages: over those stages (as if untied, then all-reduced: EE-LLM,
        Prop. 3.1).
-    2. Parameters that sequence-parallel ranks saw only part of the positions of: over tensor ranks.
+    2. Parameters that tensor ranks hold alike and saw only part of the work of, positions
+       (sequence parallel) or heads (norms of queries and keys): over tensor ranks.
     3. Everything: over data-parallel ranks, by megatron-core, as sums (losses come normalised).
     """
 
@@ -24,6 +25,8 @@ class GradientSums:
         """Make the groups of shared weights; every rank must do so, in the same order."""
         self.grid = grid
         self.groups: dict[str, dist.ProcessGroup | None] = {}
+        if config.is_tuning:
+            return  # those weights are frozen
         for name in ("embedding.word.weight", "output.weight"):
             stages = holders(config, name)
             if len(stages) > 1:
@@ -35,7 +38,7 @@ class GradientSums:
         for name, group in self.groups.items():
             if group is not None:
                 self._sum_copies(chunks, name, group)
-        self._sum_sequence_parallel(chunks)
+        self._sum_tensor_parallel(chunks)
         if self.grid.data_size > 1:
             for chunk in chunks:
                 chunk.finish_grad_sync()
@@ -54,12 +57,12 @@ class GradientSums:
         for other in copies[1:]:
             other.copy_(copies[0])
 
-    def _sum_sequence_parallel(self, chunks: list[DistributedDataParallel]) -> None:
+    def _sum_tensor_parallel(self, chunks: list[DistributedDataParallel]) -> None:
         grads = [
             parameter.main_grad
             for chunk in chunks
-            for parameter in chunk.module.parameters()
-            if getattr(parameter, "sequence_parallel", False) and parameter.requires_grad
+            for name, parameter in chunk.module.named_parameters()
+            if parameter.requires_grad and _is_in_part(name, parameter)
         ]
         if not grads or self.grid.tensor_size == 1:
             return
@@ -67,3 +70,9 @@ class GradientSums:
         dist.all_reduce(flat, group=self.grid.tensor_group)
         for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(summed.view_as(grad))
+
+
+def _is_in_part(name: str, parameter: torch.nn.Parameter) -> bool:
+    if ".q_layernorm." in name or ".k_layernorm." in name:
+        return True
+    return getattr(parameter, "sequence_parallel", False)

@@ -9,6 +9,7 @@ import torch
 
 from ee_llm import platform
 from ee_llm.config import ModelConfig
+from ee_llm.rotary import inverse_frequencies
 
 platform.enable_megatron()
 from megatron.core.transformer.attention import SelfAttention
@@ -22,9 +23,8 @@ class RotaryAngles(torch.nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
-        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        frequencies = 1.0 / config.rope_theta**steps
-        self.register_buffer("frequencies", frequencies.to(platform.device()), persistent=False)
+        frequencies = inverse_frequencies(config).to(platform.device())
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         """Return angles [s, b, 1, d] for positions [b, s]."""

@@ -1,12 +1,13 @@
 """megatron-core's configuration and layer parts for a model of ours."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ee_llm import platform
-from ee_llm.config import Config
+from ee_llm.config import Config, ModelConfig
 
 platform.enable_megatron()
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -44,6 +45,15 @@ def _has_transformer_engine() -> bool:
     return True
 
 
+_tanh_gelu = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+
+
+def _activation(model: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    if model.family == "llama":
+        return torch.nn.functional.silu
+    return torch.nn.functional.gelu if model.gelu == "erf" else _tanh_gelu
+
+
 def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
     """Return megatron-core's configuration of one layer of the model in `dtype`.
 
@@ -68,8 +78,10 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         normalization="RMSNorm" if llama else "LayerNorm",
         layernorm_epsilon=model.norm_eps,
         add_bias_linear=not llama,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         gated_linear_unit=llama,
-        activation_func=torch.nn.functional.silu if llama else torch.nn.functional.gelu,
+        activation_func=_activation(model),
         hidden_dropout=model.dropout,
         attention_dropout=model.dropout,
         tensor_model_parallel_size=parallel.tensor,
@@ -82,7 +94,7 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         calculate_per_token_loss=True,  # gradients are summed over ranks: losses come normalised
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=fused,
-        # megatron-core's fused GELU is the tanh approximation: another function than elsewhere.
+        # megatron-core's fused GELU is the tanh approximation, which rounds otherwise than torch's.
         bias_activation_fusion=fused and llama,
         use_te_activation_func=llama and not fused,  # SwiGluLinear
         masked_softmax_fusion=False,
@@ -131,15 +143,15 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
             get_gpt_layer_with_transformer_engine_spec,
         )
 
-        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         spec.submodules.sharded_state_dict_keys_map = FUSED_NORM_NAMES
         return spec
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnLinear,
         core_attention=CausalAttention,
         linear_proj=RowLinear,
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
+        q_layernorm=Norm if config.qk_layernorm else IdentityOp,
+        k_layernorm=Norm if config.qk_layernorm else IdentityOp,
     )
     return ModuleSpec(
         module=TransformerLayer,

@@ -44,9 +44,8 @@ class ModuleTable(torch.nn.ModuleDict):
 
 
 def stages_of_exits(config: Config) -> dict[int, int]:
-    """Return the stage of every exit by boundary, in increasing order, the final exit included."""
-    boundaries = (*config.exits.boundaries, config.model.num_layers)
-    return {boundary: exit_stage(config, boundary) for boundary in boundaries}
+    """Return by boundary, in increasing order, the stage of every exit that is built."""
+    return {boundary: exit_stage(config, boundary) for boundary in config.built_exits}
 
 
 def holders(config: Config, weight_name: str) -> tuple[int, ...]:
@@ -75,6 +74,7 @@ class Stage(MegatronModule):
         self.is_last = index == config.parallel.num_stages - 1
         self.recompute = config.training.recompute == "full"
         self.shares_positions = not config.data.reset_positions
+        self.is_frozen = config.is_tuning
         boundaries = [b for b, stage in stages_of_exits(config).items() if stage == index]
 
         self.embedding: Any = None
@@ -110,6 +110,22 @@ class Stage(MegatronModule):
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_tensor_model_parallel_world_size(),
         )
+        if self.is_frozen:
+            for part in self._backbone():
+                part.requires_grad_(False)
+
+    def _backbone(self) -> list[torch.nn.Module]:
+        """Everything but the exits."""
+        parts = (self.embedding, self.layers, self.output)
+        return [part for part in parts if part is not None]
+
+    def train(self, mode: bool = True) -> "Stage":
+        """Switch between training and inference; what is frozen computes as at inference."""
+        super().train(mode)
+        if self.is_frozen:
+            for part in self._backbone():
+                part.eval()
+        return self
 
     def _let_weights_wait(self, schedule: str, parts: TransformerConfig) -> None:
         """Let the schedule put weight gradients off: those of layers, of exits if it splits them.

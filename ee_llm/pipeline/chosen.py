@@ -12,6 +12,7 @@ from ee_llm.pipeline.filled import (
 )
 from ee_llm.pipeline.interleaved import interleaved
 from ee_llm.pipeline.plan import Plan, Visit
+from ee_llm.pipeline.tuning import tuning_plan
 from ee_llm.pipeline.zero_bubble import zero_bubble_h1
 
 FILLS = ("parallel.fill_warmup", "parallel.fill_cooldown")
@@ -23,6 +24,8 @@ def chosen_plan(config: Config, num_microbatches: int) -> Plan:
     Raises ValueError where microbatches or fills do not suit the schedule.
     """
     parallel = config.parallel
+    if config.is_tuning:
+        return tuning_plan(parallel.pipeline, num_microbatches, exit_stages(config))
     if parallel.schedule != "1f1b":
         split_exits = parallel.schedule == "zero-bubble-exits"
         return zero_bubble_h1(parallel.pipeline, num_microbatches, split_exits)
@@ -76,9 +79,12 @@ def largest_fills(config: Config) -> tuple[int, int]:
 
 def _has_room(config: Config) -> bool:
     # Other schedules have no bubbles that visits of these forms would fit into.
-    return config.parallel.schedule == "1f1b" and config.parallel.virtual == 1
+    return (
+        not config.is_tuning and config.parallel.schedule == "1f1b" and config.parallel.virtual == 1
+    )
 
 
 def exit_stages(config: Config) -> list[int]:
-    """Return the stage of every early exit."""
-    return [exit_stage(config, boundary) for boundary in config.exits.boundaries]
+    """Return the stage of every early exit; in tuning, of those that are tuned."""
+    boundaries = config.tuning.exits if config.is_tuning else config.exits.boundaries
+    return [exit_stage(config, boundary) for boundary in boundaries]

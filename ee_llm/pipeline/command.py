@@ -151,7 +151,17 @@ def _configure(
             values = {**_ANY_MODEL, **values}
         elif any(size is not None for size in (options.stages, options.virtual, options.layers)):
             values.setdefault("parallel.layer_split", ())  # the file's is for other sizes
-        return load_config(options.config, values)
+        return _not_tuning(load_config(options.config, values))
+
+
+def _not_tuning(config: Config) -> Config:
+    if config.is_tuning:
+        raise ConfigError(
+            f"tuning.checkpoint = {config.tuning.checkpoint}: tuning has one plan, in which "
+            "nothing goes backward between stages; leave the option out to plan the training of "
+            "the model"
+        )
+    return config
 
 
 def _any_shape(options: PlanOptions) -> dict[str, object]:

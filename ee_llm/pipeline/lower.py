@@ -6,10 +6,11 @@ to their end even if every send blocked until its receive is posted.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ee_llm.pipeline.plan import Action, Op, Plan, PlanError, step_grid
-from ee_llm.pipeline.simulate import timeline
+from ee_llm.pipeline.simulate import Duration, nominal, timeline
 
 _SEND = {Op.FORWARD: Op.SEND_FORWARD, Op.BACKWARD: Op.SEND_BACKWARD}
 _RECEIVE = {Op.FORWARD: Op.RECV_FORWARD, Op.BACKWARD: Op.RECV_BACKWARD}
@@ -43,7 +44,7 @@ def lower(plan: Plan) -> LoweredPlan:
     if isinstance(plan, LoweredPlan):
         raise PlanError("the plan already has communication: lower the plan it was made from")
     _check_actions(plan, plan.work)
-    spans = [span for spans in timeline(plan).ranks for span in spans]
+    spans = [span for spans in timeline(plan, _paced(plan)).ranks for span in spans]
     # A rank keeps its order, because every action takes time. Of what ends together B goes first:
     # of two messages that cross, the gradient's receive is then posted an action ahead.
     first = (Op.BACKWARD, Op.FORWARD, Op.WEIGHT).index
@@ -54,8 +55,30 @@ def lower(plan: Plan) -> LoweredPlan:
             ranks[plan.stage_ranks[action.stage]].append(action)
     lists = tuple(map(tuple, ranks))
     return LoweredPlan(
-        lists, plan.stage_ranks, plan.visits, plan.splits_backward, plan.splits_exits
+        lists,
+        plan.stage_ranks,
+        plan.visits,
+        plan.splits_backward,
+        plan.splits_exits,
+        plan.local_backwards,
     )
+
+
+def _paced(plan: Plan) -> Callable[[Action], Duration]:
+    """Return nominal durations with which no stage gets far ahead of the next one.
+
+    With local backwards, a stage that has none would by its nominal costs, and its neighbour would
+    post a receive, with its buffer, for all that it sends meanwhile.
+    """
+    usual = nominal(plan)
+
+    def duration(action: Action) -> Duration:
+        early, late = usual(action)
+        if plan.local_backwards and not plan.has_backward(action):
+            late += usual(action._replace(op=Op.BACKWARD)).late
+        return Duration(early, late)
+
+    return duration
 
 
 def verify(plan: Plan) -> None:

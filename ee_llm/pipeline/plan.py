@@ -88,7 +88,9 @@ class Plan:
     several). visits: per microbatch, which stages it has to see; stated apart from the lists so
     that an action missing from them is known to be missing. splits_backward: whether every B, the
     gradient of the stage's input, has a W of its own, the gradients of its layers' weights;
-    splits_exits: whether that W also makes those of its exits' weights.
+    splits_exits: whether that W also makes those of its exits' weights. local_backwards: stages
+    where every microbatch has a B of its exits alone, whose gradient goes no further, not even into
+    the stage's own layers (EE-Tuning); its visits then have no backward.
     """
 
     ranks: tuple[tuple[Action, ...], ...]
@@ -96,6 +98,7 @@ class Plan:
     visits: tuple[Visit, ...]
     splits_backward: bool = False
     splits_exits: bool = False
+    local_backwards: tuple[int, ...] = ()
 
     @property
     def num_ranks(self) -> int:
@@ -114,18 +117,23 @@ class Plan:
 
     @property
     def whole_visit(self) -> Visit:
-        """The visit that sees every stage, forward and back."""
-        return Visit(depth=self.num_stages, first_backward=0)
+        """The visit that sees every stage, forward and back, where there is a way back."""
+        first_backward = self.num_stages if self.local_backwards else 0
+        return Visit(depth=self.num_stages, first_backward=first_backward)
 
     @cached_property
     def work(self) -> frozenset[Action]:
         """The F, B and W actions that the visits call for."""
         back = (Op.BACKWARD, Op.WEIGHT) if self.splits_backward else (Op.BACKWARD,)
+
+        def turns(stage: int, visit: Visit) -> bool:
+            return stage >= visit.first_backward or stage in self.local_backwards
+
         return frozenset(
             Action(stage, op, microbatch)
             for microbatch, visit in enumerate(self.visits)
             for stage in range(visit.depth)
-            for op in (Op.FORWARD, *(back if stage >= visit.first_backward else ()))
+            for op in (Op.FORWARD, *(back if turns(stage, visit) else ()))
         )
 
     def source(self, action: Action) -> Action | None:
@@ -150,7 +158,7 @@ class Plan:
     def goes_back(self, microbatch: int) -> bool:
         """Return whether the microbatch runs backward on any stage."""
         visit = self.visits[microbatch]
-        return visit.first_backward < visit.depth
+        return visit.first_backward < visit.depth or bool(self.local_backwards)
 
     def crosses_ranks(self, one: Action, other: Action) -> bool:
         """Return whether the two actions' stages lie on different ranks."""
@@ -159,10 +167,19 @@ class Plan:
     def without_communication(self) -> "Plan":
         """Return the plan as it was before lowering."""
         ranks = tuple(tuple(a for a in actions if a.op.computes) for actions in self.ranks)
-        return Plan(ranks, self.stage_ranks, self.visits, self.splits_backward, self.splits_exits)
+        return Plan(
+            ranks,
+            self.stage_ranks,
+            self.visits,
+            self.splits_backward,
+            self.splits_exits,
+            self.local_backwards,
+        )
 
     def _neighbour(self, action: Action, towards: int) -> Action | None:
         if towards == 0:  # the work of W stays on its stage
+            return None
+        if action.op is Op.BACKWARD and self.local_backwards:
             return None
         neighbour = action._replace(stage=action.stage + towards)
         return neighbour if neighbour in self.work else None

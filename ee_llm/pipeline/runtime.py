@@ -101,7 +101,8 @@ class Runtime:
         a microbatch in its backward action, one at a time, so that at most one exit's graph is
         alive per stage; otherwise in its forward action, for comparison. A microbatch that has no
         backward on a stage runs there without a graph; its exits are computed, at once, if it has
-        none on any stage.
+        none on any stage. Where the plan's backwards are local, only exits have a graph, and their
+        stage runs without one.
 
         Raises PlanError if the plan was not lowered, hence not proved, ValueError if the stages are
         not those of the rank.
@@ -168,8 +169,9 @@ class Runtime:
         self._begins()
         if hidden is not None and self._returns_gradient(action):
             hidden.requires_grad_()
-        with torch.set_grad_enabled(trains):
+        with torch.set_grad_enabled(trains and not self._plan.local_backwards):
             output, taps = stage.forward(action.microbatch, hidden)
+        with torch.set_grad_enabled(trains):
             if self._plan.target(action) is not None:
                 self._outputs[key] = self._checked(output).detach()
             if not trains:

@@ -98,3 +98,5 @@ def _quieten() -> None:
     for module in ("torch.distributed.c10d_logger", "torch.distributed.checkpoint"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module.replace(".", r"\."))
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    # It warns of an optimizer without parameters, which a stage without trained ones has.
+    logging.getLogger("megatron.core.dist_checkpointing.optimizer").setLevel(logging.ERROR)

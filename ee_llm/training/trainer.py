@@ -12,10 +12,11 @@ from rich.markup import escape
 
 from ee_llm import platform
 from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.begin import begin
 from ee_llm.checkpoint.load import load
 from ee_llm.checkpoint.lock import OutputLock
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.checkpoint.resume import resume_path
+from ee_llm.checkpoint.resume import initial_path, resume_path
 from ee_llm.checkpoint.save import save
 from ee_llm.checkpoint.state import TrainState
 from ee_llm.config import Config
@@ -43,6 +44,7 @@ from ee_llm.training.together import (
     largest,
 )
 from ee_llm.training.tracing import traced_step
+from ee_llm.training.tuning import INITIALIZATIONS, tuned_part
 
 SKIPPED = "skipped iterations"
 Result = TypeVar("Result")
@@ -67,7 +69,7 @@ class TrainingInterrupted(SystemExit):
 
 
 def train(config: Config) -> Path:
-    """Train the model of `config` and return its last checkpoint.
+    """Train the model of `config`, or tune its exits, and return its last checkpoint.
 
     Under torchrun this is one rank of many; without a launcher, the whole run. Goes on from the
     newest checkpoint in `config.output` unless `checkpoint.resume` says otherwise. SIGTERM or
@@ -104,11 +106,18 @@ def train(config: Config) -> Path:
 class _Trainer:
     def __init__(self, config: Config, grid: platform.Grid) -> None:
         resume = from_first(lambda: resume_path(config))
+        initial = None if resume else from_first(lambda: initial_path(config))
         self.grid = grid
-        self.config = config = _with_dtype(config, resume)
+        self.config = config = _with_dtype(config, resume or initial)
         dtype = platform.DTYPES[config.training.dtype]
         self.train_data, self.validation_data = fail_together(lambda: open_data(config, grid))
         self.model = ParallelModel(config, grid, dtype)
+        self.initial = initial
+        if initial is not None:
+            beginning = begin(initial, self.model.stages, config)
+            INITIALIZATIONS[config.exits.initialization](beginning, self.model)
+        # What is frozen is saved as it is in the newest checkpoint.
+        self.frozen = (resume or initial) if config.is_tuning else None
         self.optimizer = build_optimizer(
             self.model.chunks, config.optimizer, data_size=grid.data_size, dtype=dtype
         )
@@ -140,12 +149,16 @@ class _Trainer:
     def announce(self) -> None:
         config, grid = self.config, self.grid
         if self.state.step >= config.training.steps:
-            begin = f"nothing to do: training.steps = {config.training.steps}, and this is"
+            what = f"nothing to do: training.steps = {config.training.steps}, and this is"
         else:
-            begin = "going on from" if self.saved else "beginning"
+            what = "going on from" if self.saved else "beginning"
         where = f" step {self.state.step}, {escape(str(self.saved[1]))}" if self.saved else ""
+        if self.initial is not None:
+            where = f" with {escape(str(self.initial))}"
+        if config.is_tuning:
+            platform.log(escape(tuned_part(config)))
         platform.log(
-            f"{begin}{where}: {config.training.dtype}, tensor {grid.tensor_size} x pipeline "
+            f"{what}{where}: {config.training.dtype}, tensor {grid.tensor_size} x pipeline "
             f"{grid.pipeline_size} x data {grid.data_size}, log in "
             f"{escape(str(Path(config.output) / LOG))}"
         )
@@ -247,8 +260,16 @@ class _Trainer:
         self.log.restart_clock()
 
     def save(self) -> None:
-        path = save(self.config.output, self.model.stages, self.optimizer, self.state, self.config)
+        path = save(
+            self.config.output,
+            self.model.stages,
+            self.optimizer,
+            self.state,
+            self.config,
+            self.frozen,
+        )
         self.saved = self.state.step, path
+        self.frozen = self.frozen and path
         self.log.event(self.state.step, "saved", checkpoint=str(path))
         self.log.restart_clock()
 
@@ -269,12 +290,12 @@ def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _with_dtype(config: Config, resume: Path | None) -> Config:
-    """Return the configuration with a definite precision: a resumed run keeps the one it had."""
+def _with_dtype(config: Config, source: Path | None) -> Config:
+    """Return the configuration with a definite precision: "auto" is that of `source`, if any."""
     name: str = config.training.dtype
-    if name == "auto" and resume is not None:
-        name = from_first(lambda: TensorReader(resume).config().training.dtype)
-    elif name == "auto":
+    if name == "auto" and source is not None:
+        name = from_first(lambda: TensorReader(source).config().training.dtype)
+    if name == "auto":
         name = choose_dtype(config)
     training = config.training.model_copy(update={"dtype": name})
     return config.model_copy(update={"training": training})

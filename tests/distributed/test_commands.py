@@ -129,6 +129,35 @@ def test_generation(workplace, strategy):
         assert min(early) >= 0.3
 
 
+def test_tuning(workplace):
+    """The shipped configuration on this model: an exit more, and text from the whole."""
+    options = {
+        "--tuning.checkpoint": "run",
+        "--tuning.exits": "3",
+        "--data.tokenizer": "tokenizer.model",
+        "--data.prefixes": "corpus",
+        "--data.seq_length": "32",
+        "--data.split": "0.9 0.1 0.0",
+        "--training.steps": "12",
+        "--output": "tuned",
+        "--exits.boundaries": "1 2 3",
+    }
+    words = [word for name, value in options.items() for word in (name, *value.split())]
+    example = Path(__file__).resolve().parents[2] / "examples" / "tune.toml"
+    _, said = workplace.run("tune", "--config", str(example), "--nproc", "2", *words)
+    assert "tuning exits at [3]: norm; their output weight is the final exit's" in said
+    assert "3 of 4 layers are computed" in said
+    assert "beginning with run/checkpoints/step-000000" in said
+    assert "WARNING" not in said
+    assert "mapping is empty" not in said
+    name = "exit 3 loss validation"
+    [last] = [line for line in log_of(workplace.path / "tuned") if name in line]
+    assert last[name] < 2.5
+    options = ("--prompt", PROMPT, "--thresholds", "0.3", "--max-new-tokens", "12", "--json")
+    out, _ = workplace.run("generate", "--checkpoint", "tuned", *options)
+    assert set(json.loads(out)["exits"]) <= {1, 2, 3, 4}
+
+
 @pytest.mark.slow
 def test_going_on_by_the_same_command(workplace):
     arguments = ("train", "--config", "tiny.toml", "--nproc", "2", "--output", "run")

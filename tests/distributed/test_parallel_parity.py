@@ -64,6 +64,14 @@ VARIANTS = {
         "exits.head": ("mlp", "norm"),
         "training.recompute": "full",
     },
+    "llama, biases and norms of queries and keys, block heads": {
+        "model.qkv_bias": True,
+        "model.qk_norm": True,
+        "model.rope_scaling": "llama3",
+        "model.rope_factor": 4.0,
+        "model.rope_original_length": 40,
+        "exits.head": ("block", "norm"),
+    },
     "dynamic weights, temperatures, resets, naive": {
         "exits.dynamic_token_weights": True,
         "exits.temperatures": (2.0, 0.5),
@@ -133,6 +141,8 @@ def whole_gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
     gradients = {}
     for stage in model.stages:
         for name, parameter in stage.named_parameters():
+            if not parameter.requires_grad:
+                continue
             gradient = parameter.main_grad
             if model.grid.tensor_size > 1 and getattr(parameter, "tensor_model_parallel", False):
                 parts = [torch.empty_like(gradient) for _ in range(model.grid.tensor_size)]

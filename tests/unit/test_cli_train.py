@@ -73,6 +73,7 @@ def test_every_option_can_be_given() -> None:
             "parallel.layer_split": (8,),
             "logging.wandb_project": "p",
             "exits.head": ("block", "norm"),
+            "checkpoint.initial": "runs/b",
         }
     )
     expected = config.model_dump()
@@ -123,6 +124,10 @@ MISTAKES = {
     "more filling than fits": (
         ["--parallel.pipeline", "2", "--parallel.fill_cooldown", "1", "--nproc", "2"],
         "parallel.fill_cooldown = 1: the largest useful number is 0, .*set it to 0 or auto",
+    ),
+    "tuning": (
+        ["--tuning.checkpoint", "runs/a", "--exits.boundaries", "2"],
+        "tuning.checkpoint = runs/a is for 'ee-llm tune', .*give checkpoint.initial",
     ),
     "no processes": (["--nproc", "0"], "--nproc = 0: give 1 or more"),
 }

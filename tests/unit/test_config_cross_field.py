@@ -213,6 +213,37 @@ CROSS_FIELD = {
         {"optimizer.schedule": "wsd", "optimizer.warmup_steps": 100},
         "optimizer.wsd_decay_steps = 0 must be from 1 to 900",
     ),
+    "scaled rotations without rotations": (
+        {"model.rope_scaling": "linear", "model.position": "learned"},
+        "model.rope_scaling = linear has no effect with model.position = learned; set the first "
+        "to none",
+    ),
+    "factor of no scaling": (
+        {"model.rope_factor": 8.0},
+        "model.rope_factor = 8.0 has no effect with model.rope_scaling = none; set it to linear "
+        "or llama3, or leave rope_factor out",
+    ),
+    "length of a linear scaling": (
+        {"model.rope_scaling": "linear", "model.rope_original_length": 100},
+        "model.rope_original_length = 100 has no effect with model.rope_scaling = linear; set it "
+        "to llama3",
+    ),
+    "fast frequencies slower than slow ones": (
+        {"model.rope_scaling": "llama3", "model.rope_low_freq_factor": 4.0},
+        "model.rope_low_freq_factor = 4.0 is not below model.rope_high_freq_factor = 4.0; lower",
+    ),
+    "gpt without biases": (
+        {"model.family": "gpt", "model.qkv_bias": False},
+        "model.qkv_bias = false with model.family = gpt, all of whose linear layers have biases",
+    ),
+    "gpt with norms of queries": (
+        {"model.family": "gpt", "model.qk_norm": True},
+        "model.qk_norm = true with model.family = gpt, which has no RMSNorm; set it to false",
+    ),
+    "gelu of a model without one": (
+        {"model.gelu": "tanh"},
+        "model.gelu = tanh has no effect with model.family = llama, whose MLP is SwiGLU; leave",
+    ),
     "decay of a schedule without one": (
         {"optimizer.wsd_decay_steps": 10},
         "optimizer.wsd_decay_steps = 10 has no effect with optimizer.schedule = cosine; set it",
@@ -241,6 +272,8 @@ def test_cross_field_checks_name_options_values_and_mend(case: str) -> None:
         {"parallel.pipeline": 3, "parallel.layer_split": (2, 3, 3)},
         {"parallel.tensor": 2, "parallel.sequence": True},
         {"exits.boundaries": (2,), "exits.initial_weights": (0.0,)},
+        {"model.family": "gpt", "model.gelu": "tanh"},
+        {"model.qk_norm": True, "model.position": "learned"},
     ],
 )
 def test_what_looks_alike_but_is_sound(overrides: dict[str, Any]) -> None:

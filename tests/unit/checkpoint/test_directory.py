@@ -89,6 +89,16 @@ def test_replacing_that_is_cut_short_loses_nothing(tmp_path):
     assert (first / "tensors" / "data").read_text() == "old"
 
 
+def test_a_checkpoint_is_found_again_after_it_got_its_name_back(tmp_path):
+    """What is not trained is copied from it while the next one is being written."""
+    path = add(tmp_path, 5)
+    waiting = path.rename(path.with_name("step-00000005.replaced.partial"))
+    assert find_latest(tmp_path) == waiting == directory.settled(waiting)
+    directory.create_partial(path.parent, 6)
+    assert directory.settled(waiting) == path
+    assert directory.settled(path) == path
+
+
 def test_a_replaced_checkpoint_that_is_no_longer_whole_does_not_come_back(tmp_path, monkeypatch):
     add(tmp_path, 5)
     monkeypatch.setattr(shutil, "rmtree", lambda *given, **options: None)

@@ -14,6 +14,17 @@ from tests.unit.checkpoint.checkpoints import accept_sizes, write_checkpoint
 
 VOCABULARY = 40
 
+# Over 40 positions the four pairs of eight dimensions turn 6.4, 2, 0.64 and 0.2 times.
+LLAMA3_ROPE = {
+    "rope_theta": 100.0,
+    "rope_scaling": "llama3",
+    "rope_factor": 8.0,
+    "rope_low_freq_factor": 0.5,
+    "rope_high_freq_factor": 3.0,
+    "rope_original_length": 40,
+}
+QWEN3 = LLAMA3_ROPE | {"qk_norm": True, "qkv_bias": True, "head_dim": 8}
+
 
 def tiny_config(
     family: str = "llama",

@@ -75,12 +75,13 @@ class _PreciseRotary(torch.nn.Module):
         return angle.cos(), angle.sin()
 
 
-def make_precise(llama) -> None:
+def make_precise(theirs) -> None:
     """Replace what transformers computes in float32 in every dtype by the same in float64."""
-    llama.model.rotary_emb = _PreciseRotary(llama.model.rotary_emb.inv_freq)
-    for parent in list(llama.modules()):
+    if hasattr(theirs, "model"):  # gpt2 has no rotations, and its norms are torch's
+        theirs.model.rotary_emb = _PreciseRotary(theirs.model.rotary_emb.inv_freq)
+    for parent in list(theirs.modules()):
         for name, child in list(parent.named_children()):
-            if type(child).__name__ == "LlamaRMSNorm":
+            if hasattr(child, "variance_epsilon"):
                 norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
                 norm.weight = child.weight
                 setattr(parent, name, norm)

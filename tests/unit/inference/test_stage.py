@@ -1,57 +1,19 @@
 """The lean layers and heads against the plain model, whole, in stages and in shards."""
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from ee_llm.config import Config
-from ee_llm.inference.attention import PageTable, Run
+from ee_llm.inference.attention import Run
 from ee_llm.inference.layers import Shard
 from ee_llm.inference.reference import ReferenceModel
 from ee_llm.inference.stage import Piece, Stage, cache_dtype, cut, shard_of
-from tests.unit.inference.models import random_tensors, random_tokens, tiny_config
+from tests.unit.inference.models import QWEN3, random_tensors, tiny_config
+from tests.unit.inference.stages import CHUNKS, TOKENS, Ranks, page_table, stage_logits
 
 HEADS = [(), ("norm",), ("mlp", "norm"), ("block", "norm"), ("block", "mlp", "norm"), ("mlp",)]
-TOKENS = random_tokens(21, seed=5)
-CHUNKS = ((0, 21), (0, 1, 2, 13, 14, 21))  # the prompt at once; single rows, long and short runs
-BLOCKS = (7, 3, 4, 5, 11, 2)  # of four positions
-
-
-def _table() -> PageTable:
-    table = PageTable(1, len(BLOCKS), 4, torch.device("cpu"))
-    for index, block in enumerate(BLOCKS):
-        table.set(0, index, block)
-    return table
-
-
-def _logits(
-    config: Config,
-    tensors: dict[str, Tensor],
-    edges: tuple[int, ...] = CHUNKS[1],
-    num_stages: int = 1,
-    shard: Shard | None = None,
-) -> dict[int, Tensor]:
-    """Return {boundary: logits [s, v / t]} of TOKENS, which come in chunks between `edges`."""
-    stages = [Stage(config, tensors, 48, pieces, shard) for pieces in cut(config, num_stages)]
-    table, parts = _table(), {b: [] for b in (*config.exits.boundaries, config.model.num_layers)}
-    for start, stop in pairwise(edges):
-        rows = [Run(0, start, stop, 0)]
-        batch = table.batch(rows, None, stages[0].cache_dtype)
-        x = stages[0].embed(TOKENS[start:stop], batch.positions)
-        for stage in stages:
-            for index, piece in enumerate(stage.pieces):
-                x, attended = stage.run(index, x, batch)
-                if piece.has_exit:
-                    within = table.batch(rows, rows, stage.cache_dtype)
-                    block = within if stage.has_block(index) else None
-                    parts[piece.last].append(stage.logits(index, x, attended, rows, block))
-    return {boundary: torch.cat(found) for boundary, found in parts.items()}
 
 
 def _assert_equal(found: dict[int, Tensor], expected: dict[int, Tensor]) -> None:
@@ -69,7 +31,7 @@ def test_every_exit_gives_what_the_plain_model_does(
     config = tiny_config(family, (1, 2, 3), head, "own", temperatures=(1.0, 0.5, 2.0))
     tensors = random_tensors(config)
     expected = ReferenceModel(config, tensors, torch.float64).forward(TOKENS)
-    _assert_equal(_logits(config, tensors, edges), expected)
+    _assert_equal(stage_logits(config, tensors, edges), expected)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +55,26 @@ def test_shapes_positions_and_outputs_are_those_of_the_model(
     config = tiny_config(family, boundaries, output=output, **model)
     tensors = random_tensors(config)
     expected = ReferenceModel(config, tensors, torch.float64).forward(TOKENS)
-    _assert_equal(_logits(config, tensors), expected)
+    _assert_equal(stage_logits(config, tensors), expected)
+
+
+FAMILIES = [
+    ("llama", {"qkv_bias": True}),
+    ("llama", {"qk_norm": True}),
+    ("llama", {"qk_norm": True, "position": "learned"}),
+    ("llama", QWEN3 | {"head_dim": 6}),
+    ("llama", {"rope_scaling": "linear", "rope_factor": 3.0}),
+    ("gpt", {"gelu": "tanh"}),
+]
+
+
+@pytest.mark.parametrize(("family", "model"), FAMILIES, ids=str)
+def test_other_families_are_those_of_the_model(family: str, model: dict) -> None:
+    config = tiny_config(family, (1, 3), ("block", "mlp", "norm"), "own", **model)
+    tensors = random_tensors(config)
+    expected = ReferenceModel(config, tensors, torch.float64).forward(TOKENS)
+    _assert_equal(stage_logits(config, tensors), expected)
+    _assert_equal(stage_logits(config, tensors, num_stages=3), expected)
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
@@ -104,48 +85,26 @@ def test_stages_one_after_the_other_are_the_model(
 ) -> None:
     config = tiny_config(family, (1, 3), head)
     tensors = random_tensors(config)
-    whole = _logits(config, tensors)
-    _assert_equal(_logits(config, tensors, num_stages=num_stages), whole)
-
-
-class _Ranks:
-    """Threads that sum as the ranks of a tensor-parallel group do."""
-
-    def __init__(self, size: int) -> None:
-        self._parts: list[Tensor] = [torch.empty(0)] * size
-        self._all = threading.Barrier(size, timeout=60)
-
-    def shard(self, rank: int) -> Shard:
-        def reduce(partial: Tensor) -> Tensor:
-            self._parts[rank] = partial.clone()
-            self._all.wait()
-            total = torch.stack(self._parts).sum(dim=0)
-            self._all.wait()
-            return total
-
-        return Shard(rank, len(self._parts), reduce)
-
-    def run(self, work: Callable[[Shard], dict[int, Tensor]]) -> list[dict[int, Tensor]]:
-        def of_rank(rank: int) -> dict[int, Tensor]:
-            try:
-                return work(self.shard(rank))
-            except Exception:
-                self._all.abort()  # the others need not wait
-                raise
-
-        with ThreadPoolExecutor(len(self._parts)) as pool:
-            return list(pool.map(of_rank, range(len(self._parts))))
+    whole = stage_logits(config, tensors)
+    _assert_equal(stage_logits(config, tensors, num_stages=num_stages), whole)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("head", [("mlp", "norm"), ("block", "mlp", "norm")], ids="-".join)
-@pytest.mark.parametrize("family", ["llama", "gpt"])
-def test_shards_together_are_the_model(family: str, head: tuple[str, ...], size: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "model"),
+    [("llama", {}), ("gpt", {}), ("llama", QWEN3)],
+    ids=["llama", "gpt", "qwen"],
+)
+def test_shards_together_are_the_model(
+    family: str, model: dict, head: tuple[str, ...], size: int
+) -> None:
     """Each holds its part of heads, widths and vocabulary; sums and the logits side by side."""
-    config = tiny_config(family, (1, 3), head, "own", num_kv_heads=4 if size == 4 else 2)
+    model = model | {"num_kv_heads": 4 if size == 4 else 2}
+    config = tiny_config(family, (1, 3), head, "own", **model)
     tensors = random_tensors(config)
-    shards = _Ranks(size).run(lambda shard: _logits(config, tensors, shard=shard))
-    whole = _logits(config, tensors)
+    shards = Ranks(size).run(lambda shard: stage_logits(config, tensors, shard=shard))
+    whole = stage_logits(config, tensors)
     assert shards[0][1].shape == (21, 40 // size)
     side_by_side = {b: torch.cat([part[b] for part in shards], dim=-1) for b in shards[0]}
     _assert_equal(side_by_side, whole)
@@ -155,7 +114,7 @@ def test_shards_together_are_the_model(family: str, head: tuple[str, ...], size:
 def test_an_exit_judges_any_of_the_rows(head: tuple[str, ...]) -> None:
     config = tiny_config("gpt", (2,), head)
     (pieces,) = cut(config)
-    stage, table = Stage(config, random_tensors(config), 48, pieces), _table()
+    stage, table = Stage(config, random_tensors(config), 48, pieces), page_table()
     rows = [Run(0, 0, 12, 0)]
     batch = table.batch(rows, None, torch.float64)
     x, attended = stage.run(0, stage.embed(TOKENS[:12], batch.positions), batch)
@@ -178,7 +137,7 @@ def test_rows_that_do_not_live_keep_their_state_and_give_keys_and_values(family:
     model = ReferenceModel(config, tensors, torch.float64)
     expected = {b: model.logits(b, hidden) for b, hidden in model.walk(TOKENS[:9], left_at)}
     (pieces,) = cut(config)
-    stage, table = Stage(config, tensors, 48, pieces), _table()
+    stage, table = Stage(config, tensors, 48, pieces), page_table()
     rows = [Run(0, 0, 9, 0)]
     x = stage.embed(TOKENS[:9], torch.arange(9))
     for index, piece in enumerate(pieces):
@@ -199,7 +158,7 @@ def test_lower_precision_stays_near(family: str, dtype: torch.dtype, atol: float
     config = tiny_config(family, head=("block", "norm"))
     rounded = {name: tensor.to(dtype) for name, tensor in random_tensors(config).items()}
     expected = ReferenceModel(config, rounded, torch.float64).forward(TOKENS)
-    for boundary, logits in _logits(config, rounded).items():
+    for boundary, logits in stage_logits(config, rounded).items():
         assert logits.dtype == dtype
         torch.testing.assert_close(logits.double(), expected[boundary], rtol=0, atol=atol)
     assert cache_dtype(dtype, torch.device("cpu")) == torch.float32

@@ -10,6 +10,7 @@ import torch
 
 from ee_llm import platform
 from ee_llm.config import Config, load_config
+from ee_llm.rotary import inverse_frequencies
 from tests.distributed.harness import run_ranks
 
 platform.enable_megatron()
@@ -27,6 +28,16 @@ HEADS = [
     ("mlp",),
     (),
 ]
+# Over 30 positions the four pairs turn 4.8, 1.5, 0.5 and 0.15 times: all three cases of llama3.
+LLAMA3 = {
+    "model.head_dim": 8,
+    "model.rope_theta": 100.0,
+    "model.rope_scaling": "llama3",
+    "model.rope_factor": 8.0,
+    "model.rope_low_freq_factor": 0.4,
+    "model.rope_high_freq_factor": 2.0,
+    "model.rope_original_length": 30,
+}
 VARIANTS = {
     f"{family} {'+'.join(head) or 'bare'}": {"model.family": family, "exits.head": head}
     for family in ("llama", "gpt")
@@ -56,6 +67,15 @@ VARIANTS = {
         "exits.dynamic_token_weights": True,
         "exits.temperatures": (1.5, 0.8),
     },
+    "llama biases of queries, keys and values, blocks": {
+        "model.qkv_bias": True,
+        "exits.head": ("block", "norm"),
+    },
+    "llama normed queries and keys, mlp": {"model.qk_norm": True, "exits.head": ("mlp", "norm")},
+    "llama normed queries and keys, learned": {"model.qk_norm": True, "model.position": "learned"},
+    "llama slowed rotations": LLAMA3 | {"model.qkv_bias": True, "model.qk_norm": True},
+    "llama interpolated": {"model.rope_scaling": "linear", "model.rope_factor": 2.5},
+    "gpt gelu by tanh": {"model.family": "gpt", "model.gelu": "tanh", "exits.head": ("mlp",)},
     "gpt dynamic token weights, mlp": {
         "model.family": "gpt",
         "exits.dynamic_token_weights": True,
@@ -95,7 +115,8 @@ class Plain:
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         y = torch.einsum("...i,oi->...o", x, self.p[f"{name}.weight"])
-        return y if self.llama else y + self.p[f"{name}.bias"]
+        has_bias = self.config.model.qkv_bias if name.endswith("_qkv") else not self.llama
+        return y + self.p[f"{name}.bias"] if has_bias else y
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Turn the pairs (i, i + d/2) of x [b, s, heads, d] by position * theta^(-2i/d)."""
@@ -105,6 +126,9 @@ class Plain:
         exponents = torch.arange(half, dtype=torch.float32) * 2 / x.shape[-1]
         # float32 in every precision: the convention of Llama's checkpoints
         frequencies = (1.0 / self.config.model.rope_theta**exponents).double()
+        if self.config.model.rope_scaling != "none":
+            # Exact to the last bit of float32, and held against others' in tests/unit/test_rotary.
+            frequencies = inverse_frequencies(self.config.model).double()
         angles = positions.double()[:, :, None, None] * frequencies
         one, two = x[..., :half], x[..., half:]
         turned = (one * angles.cos() - two * angles.sin(), two * angles.cos() + one * angles.sin())
@@ -115,8 +139,10 @@ class Plain:
         d, g = model.head_dim, model.num_kv_heads
         per_group = model.num_heads // g
         qkv = self.linear(f"{name}.linear_qkv", x).unflatten(-1, (g, per_group + 2, d))
-        q = self.rotate(qkv[..., :per_group, :].flatten(2, 3), positions)
-        k = self.rotate(qkv[..., per_group, :], positions)
+        q, k = qkv[..., :per_group, :].flatten(2, 3), qkv[..., per_group, :]
+        if model.qk_norm:
+            q, k = self.norm(f"{name}.q_layernorm", q), self.norm(f"{name}.k_layernorm", k)
+        q, k = self.rotate(q, positions), self.rotate(k, positions)
         v = qkv[..., per_group + 1, :]
         outputs = []
         for head in range(model.num_heads):
@@ -133,8 +159,13 @@ class Plain:
             gate, up = inner.chunk(2, dim=-1)
             inner = gate / (1 + (-gate).exp()) * up
         else:
-            inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+            inner = inner * (1 + self.sigmoid_like(inner)) / 2
         return self.linear(f"{name}.linear_fc2", inner)
+
+    def sigmoid_like(self, x: torch.Tensor) -> torch.Tensor:
+        if self.config.model.gelu == "erf":
+            return torch.erf(x / math.sqrt(2))
+        return torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
     def layer(self, name: str, x: torch.Tensor, positions: torch.Tensor):
         """Return the residual stream after attention, and after the layer."""

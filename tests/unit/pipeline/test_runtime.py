@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from ee_llm.pipeline import Action, Plan, PlanError, Visit, lower, one_f_one_b
 from ee_llm.pipeline.runtime import PipelineError, Runtime, TensorSpec
+from ee_llm.pipeline.tuning import tuning_plan
 from tests.unit.pipeline.toy import (
     SPEC,
     Shape,
@@ -63,6 +65,30 @@ def test_taps_that_are_the_stages_own_input_and_output(word, deferred):
     """A tap that is the output gets two gradients, one that is the input is a leaf: both add up."""
     shape, plan = Shape(("m", word, "o")), one_rank([Visit(3, 0)] * 2)
     assert_same_gradients(gradients(run(plan, shape, deferred)), reference(shape, plan))
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+def test_local_backwards_reach_the_heads_and_nothing_else(deferred):
+    """EE-Tuning's: layers have no graph, though they could be trained here, and their gradients
+    would travel to the stages before.
+    """
+    shape = Shape(("imo", "", "mo"))
+    plan = tuning_plan(3, 2, {0, 2})
+    actions = sorted((a for r in plan.ranks for a in r), key=lambda a: (a.microbatch, a.stage))
+    stages = run(replace(plan, ranks=(tuple(actions),), stage_ranks=(0, 0, 0)), shape, deferred)
+    expected = stages_of(shape, replace(plan, stage_ranks=(0, 0, 0)), 0)
+    for microbatch in range(2):
+        hidden = None
+        for stage in expected.values():
+            with torch.no_grad():
+                hidden, taps = stage.forward(microbatch, hidden)
+            for index, tap in enumerate(taps):
+                stage.exit_loss(microbatch, index, tap).backward()
+    assert_same_gradients(gradients(stages), gradients(expected))
+    for stage in stages.values():
+        assert stage.grad_modes == [False, False]
+        assert all(parameter.grad is None for parameter in stage.layers)
+        assert stage.live.peak == (1 if deferred else len(stage.kinds)) * bool(stage.kinds)
 
 
 def test_gradients_are_added_to_what_is_there():

@@ -1,0 +1,239 @@
+"""`ee-llm convert`: models of Hugging Face's in, and out again."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
+from ee_llm.config.tokenizer import BYTES
+from ee_llm.convert.check import TEXT, TOLERANCE, Difference, compare
+from ee_llm.convert.export import ORIGIN, Cut, dense, export_folder, truncated, whole
+from ee_llm.convert.folder import INDEX, SETTINGS, SINGLE
+from ee_llm.convert.options import ConvertOptions
+from ee_llm.convert.source import NewExits, Source, open_source
+
+OnTensor = Callable[[str, int], None]
+
+# What comes along besides tensors, and is there again when the model is exported.
+_FILES = (
+    SETTINGS,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def convert(options: ConvertOptions) -> None:
+    """Convert as the options say, and print where the result is.
+
+    Raises ValueError for a source that is no such model, or options that do not go together.
+    """
+    is_folder = _is_folder(options.source)
+    _check(options, is_folder)
+    if is_folder:
+        result = _import(options)
+    elif options.to == "hf":
+        result = _export(options)
+    else:
+        result = _rewrite(options)
+    if options.json:
+        print(json.dumps(result))
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for note in result["notes"]:
+        console.print(f"note: {escape(note)}")
+    console.print(f"{result['output']}: {escape(_summary(result))}")
+    for found in result.get("differences", ()):
+        console.print(
+            "boundary {boundary}: logits differ by at most {absolute:.1e} "
+            "({relative:.1e} of the largest)".format(**found)
+        )
+
+
+def _is_folder(source: Path) -> bool:
+    if not source.exists():
+        raise CheckpointError(
+            f"{source} does not exist: expected a folder with {SETTINGS}, or a checkpoint"
+        )
+    is_ours = (source / directory.MANIFEST).is_file() or (source / directory.CHECKPOINTS).is_dir()
+    names = (SETTINGS, SINGLE, INDEX)
+    return not is_ours and any((source / name).is_file() for name in names)
+
+
+def _check(options: ConvertOptions, is_folder: bool) -> None:
+    """Raise ValueError for options that say nothing of this conversion."""
+    default = ConvertOptions(options.source, options.output)
+    of_folders = ("exits", "head", "exit_output", "tokenizer", "ignore_settings")
+    of_checkpoints = ("dense", "truncate_at", "max_shard_gb")
+    for name in of_checkpoints if is_folder else of_folders:
+        if getattr(options, name) != getattr(default, name):
+            kind = "a model of Hugging Face's" if is_folder else "a checkpoint of ours"
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect on {options.source}, which is {kind}"
+            )
+    if is_folder and options.to == "hf":
+        raise ValueError(
+            f"--to hf: {options.source} is a model of Hugging Face's already; convert it to a "
+            "checkpoint of ours first"
+        )
+    if options.dense and options.truncate_at is not None:
+        raise ValueError("--dense and --truncate-at are two models; choose one of them")
+    if options.max_shard_gb <= 0:
+        raise ValueError(f"--max-shard-gb {options.max_shard_gb}: give a size greater than 0")
+    if options.check and not is_folder and options.to != "hf":
+        raise ValueError("--check compares with transformers, which neither side is here")
+    for name in ("head", "exit_output"):
+        if not options.exits and getattr(options, name) != getattr(default, name):
+            raise ValueError(f"--{name.replace('_', '-')} needs --exits")
+
+
+def _import(options: ConvertOptions) -> dict[str, Any]:
+    new = NewExits(options.exits, options.head, options.exit_output) if options.exits else None
+    source = open_source(options.source, new, options.tokenizer, options.ignore_settings)
+    path = _write_source(options, source)
+    result = {"output": str(path), "notes": source.notes, **_facts(source.specs)}
+    if options.check:
+        exits = source.config.exits
+        is_moved = "block" in exits.head or exits.output == "tied"
+        early = () if new is not None and is_moved else exits.boundaries
+        boundaries = {b: b for b in (*early, source.config.model.num_layers)}
+        result |= _compared(options, options.source, TensorReader(path), boundaries)
+    return result
+
+
+def _write_source(options: ConvertOptions, source: Source) -> Path:
+    found = (source.folder.path / name for name in _FILES)
+    files = {f"{ORIGIN}/{path.name}": path.read_bytes() for path in found if path.is_file()}
+    with _progress(_facts(source.specs)["bytes"], options.json) as on_tensor:
+        return write_checkpoint(
+            options.output,
+            source.config,
+            source.specs,
+            source.tensor,
+            tokenizer_file=source.tokenizer_file,
+            files=files,
+            on_tensor=on_tensor,
+        )
+
+
+def _export(options: ConvertOptions) -> dict[str, Any]:
+    reader = TensorReader(options.source)
+    cut = _cut(options, reader)
+    specs = _specs(reader, cut)
+    facts = _facts(specs)
+    with _progress(facts["bytes"], options.json) as on_tensor:
+        path = export_folder(
+            reader,
+            cut,
+            options.output,
+            max_shard_bytes=int(options.max_shard_gb * 10**9),
+            on_tensor=on_tensor,
+        )
+    notes = []
+    if reader.tokenizer() == BYTES:
+        notes = ["transformers has no byte tokenizer: the folder is without one"]
+    result = {"output": str(path), "notes": notes, **facts}
+    if options.check:
+        last = cut.config.model.num_layers
+        boundaries = {b: b for b in (*cut.config.exits.boundaries, last)}
+        result |= _compared(options, path, reader, boundaries)
+    return result
+
+
+def _rewrite(options: ConvertOptions) -> dict[str, Any]:
+    """Write a checkpoint of ours that is a part of another."""
+    reader = TensorReader(options.source)
+    if not options.dense and options.truncate_at is None:
+        raise ValueError(
+            f"{options.source} is a checkpoint of ours already; give --to hf, --dense or "
+            "--truncate-at"
+        )
+    cut = _cut(options, reader)
+    specs = _specs(reader, cut)
+    origin = reader.path / ORIGIN
+    found = sorted(origin.iterdir()) if origin.is_dir() else []
+    with _progress(_facts(specs)["bytes"], options.json) as on_tensor:
+        path = write_checkpoint(
+            options.output,
+            cut.config,
+            specs,
+            lambda name: reader.tensor(cut.origins[name]),
+            tokenizer_file=reader.tokenizer(),
+            files={f"{ORIGIN}/{file.name}": file.read_bytes() for file in found},
+            on_tensor=on_tensor,
+        )
+    return {"output": str(path), "notes": [], **_facts(specs)}
+
+
+def _cut(options: ConvertOptions, reader: TensorReader) -> Cut:
+    config = reader.config()
+    if options.truncate_at is not None:
+        return truncated(config, options.truncate_at)
+    return dense(config) if options.dense else whole(config)
+
+
+def _specs(reader: TensorReader, cut: Cut) -> dict[str, TensorSpec]:
+    return {
+        name: TensorSpec(tuple(reader.shape(origin)), reader.dtype(origin))
+        for name, origin in cut.origins.items()
+    }
+
+
+def _facts(specs: dict[str, TensorSpec]) -> dict[str, Any]:
+    return {
+        "tensors": len(specs),
+        "bytes": sum(spec.num_bytes for spec in specs.values()),
+        "dtypes": sorted({str(spec.dtype).removeprefix("torch.") for spec in specs.values()}),
+    }
+
+
+def _summary(result: dict[str, Any]) -> str:
+    size = result["bytes"] / 2**20
+    return f"{result['tensors']} tensors, {size:,.1f} MiB of {', '.join(result['dtypes'])}"
+
+
+def _compared(
+    options: ConvertOptions, folder: Path, reader: TensorReader, boundaries: dict[int, int]
+) -> dict[str, Any]:
+    text = TEXT if options.text is None else options.text
+    found: list[Difference] = compare(folder, reader, boundaries, text)
+    for difference in found:
+        if not difference.relative <= TOLERANCE:
+            raise CheckpointError(
+                f"boundary {difference.boundary}: the logits of {folder} and {reader.path} differ "
+                f"by {difference.absolute:.2e}, {difference.relative:.1e} of the largest; "
+                f"at most {TOLERANCE:.0e} was expected"
+            )
+    return {"differences": [difference._asdict() for difference in found]}
+
+
+@contextmanager
+def _progress(num_bytes: int, is_quiet: bool) -> Iterator[OnTensor]:
+    """Yield what shows how much is written: on standard error, where somebody is looking."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeRemainingColumn(),
+        console=console,
+        disable=is_quiet or not console.is_terminal,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("converting", total=num_bytes)
+        yield lambda _, size: progress.advance(task, size)

@@ -1,0 +1,208 @@
+"""A checkpoint of ours as a folder that transformers opens: whole, dense, or cut off at an exit."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.checkpoint.write import TensorSpec
+from ee_llm.config import Config, output_weight_name
+from ee_llm.config.tokenizer import BYTES
+from ee_llm.convert.families import SettingsError
+from ee_llm.convert.folder import SETTINGS, read_object
+from ee_llm.convert.settings import ENTRY, KNOWN, exits_entry, read_settings, write_settings
+from ee_llm.convert.shards import write_shards
+from ee_llm.convert.source import own_tensors
+from ee_llm.convert.tables import Row, rows_of
+from ee_llm.inference.weights import CheckpointTensors, take_tensors, tensor_shapes
+
+ORIGIN = "huggingface"
+"""The directory of a checkpoint with the files that came along with the model, but for tensors."""
+
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model made of parts of another: its configuration, and where each tensor comes from."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+
+def whole(config: Config) -> Cut:
+    """Return the model as it is."""
+    return Cut(config, {name: name for name in tensor_shapes(config)})
+
+
+def dense(config: Config) -> Cut:
+    """Return the model without its early exits."""
+    exits = type(config.exits)()
+    return whole(_with(config, exits=exits))
+
+
+def truncated(config: Config, boundary: int) -> Cut:
+    """Return the ordinary model that ends with the exit at `boundary`.
+
+    Raises ValueError, with the reason, if there is none such.
+    """
+    exits = config.exits
+    if boundary not in exits.boundaries:
+        raise ValueError(
+            f"--truncate-at {boundary}: there is no exit; the model has them at "
+            f"{list(exits.boundaries)}"
+        )
+    reason = ""
+    if "norm" not in exits.head:
+        reason = "an ordinary model norms what its output weight reads, and the exit does not"
+    elif exits.head != ("norm",):
+        reason = "an ordinary model has nothing but a norm between its layers and its output"
+    elif (temperature := exits.temperatures[exits.boundaries.index(boundary)]) != 1:
+        reason = f"an ordinary model has no temperature, and the exit's is {temperature}"
+    if reason:
+        raise ValueError(
+            f"--truncate-at {boundary} with exits.head = {list(exits.head)} can not be: {reason}"
+        )
+    weight = output_weight_name(config, boundary)
+    is_tied = weight == "embedding.word.weight"
+    changed = {"num_layers": boundary, "tie_embeddings": is_tied, "shape": None}
+    model = config.model.model_copy(update=changed)
+    cut = _with(config, exits=type(exits)(), model=model)
+    # The exit's norm is called as the final norm of a model of that depth is.
+    names = {name: name for name in tensor_shapes(cut)}
+    if not is_tied:
+        names["output.weight"] = weight
+    return Cut(cut, names)
+
+
+def _with(config: Config, **sections: Any) -> Config:
+    # Layouts are of the run that trained it, and need not fit another depth.
+    parallel = type(config.parallel)()
+    return config.model_copy(update={"parallel": parallel, **sections})
+
+
+@dataclass
+class _Parts:
+    """Their tensors made from ours; what one of ours is split into is kept until the next."""
+
+    reader: TensorReader
+    cut: Cut
+    rows: dict[str, Row]
+    on_tensor: Callable[[str, int], None] | None
+    _ready: dict[str, Tensor] = field(default_factory=dict)
+
+    def get(self, key: str) -> Tensor:
+        if key not in self._ready:
+            row = self.rows[key]
+            self._ready = {}  # before the next is read
+            whole = self.reader.tensor(self.cut.origins[row.ours])
+            if self.on_tensor is not None:
+                self.on_tensor(row.ours, whole.numel() * whole.element_size())
+            parts = row.fusion.split(self.cut.config.model, whole)
+            self._ready = dict(zip(row.theirs, parts, strict=True))
+        return self._ready.pop(key)
+
+
+def export_folder(
+    reader: TensorReader,
+    cut: Cut,
+    output: str | Path,
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    on_tensor: Callable[[str, int], None] | None = None,
+) -> Path:
+    """Return the folder, whole or not there at all, that transformers opens as the model `cut` is.
+
+    Exits that share the final norm and output weight need no tensors, so that transformers'
+    `generate(assistant_early_exit=...)` has them; others' tensors stand under "ee_llm.". An entry
+    "ee_llm" in config.json describes both. Raises CheckpointError if the output is there already,
+    and ValueError if no model of transformers is this one.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} is there already; choose another --output")
+    take_tensors(reader.config(), CheckpointTensors(reader), torch.float32)  # checks them
+    config = cut.config
+    dtype = reader.dtype(cut.origins["embedding.word.weight"])
+    settings, table = _settings(reader, config, dtype)
+    rows = rows_of(table, config)
+    if config.exits.boundaries:
+        are_copies = _exits_are_copies(reader, config)
+        settings[ENTRY] = exits_entry(config, are_copies)
+        if are_copies:
+            for name in own_tensors(config):
+                del rows[name]
+    specs: dict[str, TensorSpec] = {}
+    shapes = tensor_shapes(config)
+    for name, row in rows.items():
+        found = reader.dtype(cut.origins[name])
+        for key, shape in zip(row.theirs, row.shapes(config.model, shapes[name]), strict=True):
+            specs[key] = TensorSpec(shape, found)
+    by_key = {key: row for row in rows.values() for key in row.theirs}
+    parts = _Parts(reader, cut, by_key, on_tensor)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        write_shards(partial, specs, parts.get, max_shard_bytes)
+        _write_files(reader, partial)
+        (partial / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return output
+
+
+def _settings(
+    reader: TensorReader, config: Config, dtype: torch.dtype
+) -> tuple[dict[str, Any], Any]:
+    """Return config.json and the table: the model's own settings where it came with them."""
+    origin: dict[str, Any] = {}
+    if (path := reader.path / ORIGIN / SETTINGS).is_file():
+        origin = read_object(path)
+    try:
+        family, settings = write_settings(config, dtype, origin.get("model_type"))
+    except SettingsError as error:
+        raise ValueError(f"{reader.path}: {error}") from None
+    if origin:
+        _, model, _ = read_settings({k: v for k, v in origin.items() if k in KNOWN})
+        now = config.model.model_dump()
+        if all(now[name] == value for name, value in model.items()):
+            settings = {name: value for name, value in origin.items() if name != ENTRY}
+        else:
+            kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+            settings |= {name: origin[name] for name in kept if name in origin}
+    return settings, family.table
+
+
+def _exits_are_copies(reader: TensorReader, config: Config) -> bool:
+    """Return whether every exit is the final norm and output weight at its boundary."""
+    exits, last = config.exits, config.model.num_layers
+    final = output_weight_name(config, last)
+    is_shared = all(output_weight_name(config, b) == final for b in exits.boundaries)
+    if exits.head != ("norm",) or not is_shared or set(exits.temperatures) != {1.0}:
+        return False
+    return all(
+        torch.equal(reader.tensor(name), reader.tensor(f"exits.{last}.{name.split('.', 2)[2]}"))
+        for name in own_tensors(config)
+    )
+
+
+def _write_files(reader: TensorReader, folder: Path) -> None:
+    origin = reader.path / ORIGIN
+    for path in sorted(origin.iterdir()) if origin.is_dir() else ():
+        if path.name != SETTINGS:
+            shutil.copyfile(path, folder / path.name)
+    if (tokenizer := reader.tokenizer()) != BYTES:
+        kind = Path(tokenizer).suffix
+        shutil.copyfile(tokenizer, folder / f"tokenizer{kind}")

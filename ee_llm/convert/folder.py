@@ -1,0 +1,106 @@
+"""A folder as Hugging Face's libraries save it: config.json, safetensors, a tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ee_llm.checkpoint.safe import CheckpointError, is_plain_name
+from ee_llm.checkpoint.write import TensorSpec
+
+SETTINGS = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""The names of dtypes in safetensors files; those that weights may have."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Folder:
+    """The settings and tensors of a model of Hugging Face's; tensors are read when asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open a folder; raises CheckpointError naming the file that is missing or damaged."""
+        self.path = Path(path)
+        self.settings = read_object(self.path / SETTINGS)
+        self.files = self._find_files()
+        self.specs: dict[str, TensorSpec] = {}
+        by_file: dict[Path, list[str]] = {}
+        for key, file in self.files.items():
+            by_file.setdefault(file, []).append(key)
+        for file, keys in by_file.items():
+            self._read_header(file, keys)
+
+    def tensor(self, key: str) -> Tensor:
+        """Return a tensor; it is read from its file while it is used."""
+        # Opened each time: pages of a file that stays mapped count as memory of this process.
+        with safe_open(self.files[key], "pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+            return tensor
+
+    def _find_files(self) -> dict[str, Path]:
+        index, single = self.path / INDEX, self.path / SINGLE
+        if index.is_file():
+            table = read_object(index).get("weight_map")
+            if not isinstance(table, dict) or not table:
+                raise CheckpointError(f"{index}: expected a table weight_map of keys and files")
+            for key, name in table.items():
+                if not is_plain_name(name):
+                    raise CheckpointError(f"{index}: {key} is in {name!r}, outside of the folder")
+                if not (self.path / name).is_file():
+                    raise CheckpointError(f"{self.path / name} is missing: expected {key} in it")
+            return {key: self.path / name for key, name in table.items()}
+        if single.is_file():
+            return dict.fromkeys(self._keys(single), single)
+        pickles = sorted(file for kind in _PICKLES for file in self.path.glob(kind))
+        if pickles:
+            raise CheckpointError(
+                f"{pickles[0]} is a pickle, which can run anything when it is read; save the model "
+                "as safetensors first, with transformers' save_pretrained on a machine that you "
+                "would trust it with"
+            )
+        raise CheckpointError(f"{single} is missing, and so is {index}: expected one of them")
+
+    def _keys(self, file: Path) -> list[str]:
+        try:
+            with safe_open(file, "pt") as opened:
+                return list(opened.keys())
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is no whole safetensors file: {error}") from None
+
+    def _read_header(self, file: Path, keys: list[str]) -> None:
+        there = set(self._keys(file))
+        for key in sorted(there.symmetric_difference(keys)):
+            what = "holds" if key in there else "does not hold"
+            raise CheckpointError(f"{file} {what} {key}, and {INDEX} says otherwise")
+        with safe_open(file, "pt") as opened:
+            for key in keys:
+                part = opened.get_slice(key)
+                if (dtype := DTYPES.get(part.get_dtype())) is None:
+                    raise CheckpointError(
+                        f"{file}: {key} is of type {part.get_dtype()}; expected one of "
+                        f"{', '.join(DTYPES)}, not a quantized model"
+                    )
+                self.specs[key] = TensorSpec(tuple(part.get_shape()), dtype)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; raises CheckpointError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: expected a JSON object in it") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected a JSON object: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content

@@ -1,0 +1,61 @@
+"""The options of `ee-llm convert`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from ee_llm.config import HeadPart
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Turn a model of Hugging Face's into a checkpoint, or a checkpoint into such a model.
+
+    On the CPU, tensor by tensor; the result is there as a whole or not at all.
+    """
+
+    source: Positional[Path]
+    """A folder with config.json and model.safetensors, or a checkpoint or run directory of ours."""
+
+    output: Path
+    """Where the result goes: a new run directory, or for --to hf a new folder."""
+
+    to: Literal["ee-llm", "hf"] = "ee-llm"
+    """ee-llm: a checkpoint to train, tune and decode with. hf: a folder for transformers."""
+
+    exits: tuple[int, ...] = ()
+    """From Hugging Face: exits to make after these layers, of the model's own norm and output. For
+    LayerSkip's models that is what they were trained with; others need tuning."""
+
+    head: tuple[HeadPart, ...] = ("norm",)
+    """What those exits are made of, each part copied from the model's own."""
+
+    exit_output: Literal["shared", "own", "tied"] = "shared"
+    """Their output weight: the final exit's, a copy of it each, or the word embedding."""
+
+    dense: bool = False
+    """From a checkpoint: leave its exits out."""
+
+    truncate_at: int | None = None
+    """From a checkpoint: the smaller model that ends with the exit after this layer."""
+
+    tokenizer: str | None = None
+    """From Hugging Face: 'bytes' or the path of a tokenizer, if the folder has none."""
+
+    ignore_settings: tuple[str, ...] = ()
+    """From Hugging Face: unknown settings of config.json that do not change the model."""
+
+    max_shard_gb: float = 5.0
+    """For --to hf: size of a file after which the next one begins, in GB."""
+
+    check: bool = False
+    """Compare the logits of every exit before and after, in float32; needs transformers, and memory
+    for both models."""
+
+    text: str | None = None
+    """The text to compare them on; one of our own unless given."""
+
+    json: bool = False
+    """Print one JSON object and nothing else."""

@@ -1,0 +1,61 @@
+"""Runs that begin at weights from elsewhere: a checkpoint written tensor by tensor."""
+
+import pytest
+import torch
+
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
+from ee_llm.inference.weights import tensor_shapes
+from tests.distributed.runs import layout, make_config, tensors_of, train_ranks
+
+STANDING = {"optimizer.lr": 1e-30, "optimizer.warmup_steps": 0, "training.steps": 2}
+
+
+def begin(tmp_path, corpus, **options):
+    """Return the configuration of a run that begins at random tensors, and these."""
+    config = make_config(tmp_path / "run", corpus, **options)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        name: torch.randn(shape, generator=generator) * 0.1
+        for name, shape in tensor_shapes(config).items()
+    }
+    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    path = write_checkpoint(tmp_path / "begin", config, specs, tensors.__getitem__)
+    return config.model_copy(
+        update={"checkpoint": config.checkpoint.model_copy(update={"initial": str(path)})}
+    ), tensors
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (1, {}),
+        (2, {}),
+        (2, layout(1, 2)),
+        (2, layout(2, 1)),
+        (1, {"training.dtype": "bfloat16"}),
+        (2, {"training.dtype": "bfloat16"}),
+        (1, {"training.dtype": "auto", "model.qk_norm": True}),
+    ],
+    ids=["single", "dp2", "pp2", "tp2", "bf16", "dp2-bf16", "auto"],
+)
+def test_a_run_begins_at_them(tmp_path, corpus, world_size, options):
+    """Two steps that change nothing leave them: masters made of other weights would come back."""
+    config, tensors = begin(tmp_path, corpus, **STANDING | options)
+    end, *_ = train_ranks(world_size, config)
+    assert end.endswith("step-00000002")
+    found = tensors_of(end)
+    dtype = found["embedding.word.weight"].dtype
+    assert dtype == (
+        torch.bfloat16 if TensorReader(end).config().training.dtype == "bfloat16" else torch.float32
+    )
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor.to(dtype)), name
+
+
+def test_it_goes_on_from_what_it_saved_since(tmp_path, corpus):
+    config, _ = begin(tmp_path, corpus, **{"training.steps": 2})
+    [first] = train_ranks(1, config)
+    longer = config.model_copy(update={"training": config.training.model_copy(update={"steps": 4})})
+    [second] = train_ranks(1, longer)
+    assert (first[-1], second[-1]) == ("2", "4")

@@ -1,0 +1,161 @@
+"""What tuning answers to what is wrong: the option or file, the value, the mend; on all ranks."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.read import CONFIG, TensorReader
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import layout, make_config, train_here, train_ranks
+from tests.distributed.tuning_runs import SIX_LAYERS, dense_config, tune, tuning_config
+
+ONE_STEP = {"training.steps": 1, "training.dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, corpus):
+    output = tmp_path_factory.mktemp("dense")
+    train_ranks(1, dense_config(output, corpus, **ONE_STEP))
+    return output
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, corpus, dense):
+    """Exits at 2 and 5, with norms and weights of their own."""
+    output = tmp_path_factory.mktemp("tuned")
+    tune(1, tuning_config(output, corpus, dense, **ONE_STEP))
+    return output
+
+
+def refused(tmp_path, corpus, source, **options):
+    options = ONE_STEP | layout(1, 2) | options
+    return tune(2, tuning_config(tmp_path / "run", corpus, source, **options))
+
+
+def test_no_checkpoint(tmp_path, corpus):
+    assert refused(tmp_path, corpus, tmp_path / "nowhere").startswith(
+        f"{tmp_path / 'nowhere'} does not exist: expected a run directory or a checkpoint"
+    )
+
+
+def test_another_model(tmp_path, corpus, dense):
+    message = refused(tmp_path, corpus, dense, **{"model.num_layers": 8, "model.num_kv_heads": 4})
+    assert "/config.toml describes another model: " in message
+    assert "model.num_layers is 6 in the checkpoint and 8 in this run" in message
+    assert "model.num_kv_heads is 2 in the checkpoint and 4 in this run" in message
+
+
+def test_an_exit_of_the_checkpoint_that_is_left_out(tmp_path, corpus, tuned):
+    """Or the saved checkpoint would lack it in silence."""
+    options = {"exits.boundaries": (2, 3), "exits.weights": (1.0, 1.0)}
+    assert refused(tmp_path, corpus, tuned, **options).endswith(
+        "has exits at [2, 5], of which exits.boundaries = [2, 3] leaves out [5]; write [2, 3, 5]; "
+        "those that are not in tuning.exits stay as they are"
+    )
+
+
+def test_a_new_exit_that_is_not_tuned(tmp_path, corpus, dense):
+    assert refused(tmp_path, corpus, dense, **{"tuning.exits": (5,)}).endswith(
+        "has no exits at [2], which tuning.exits = [5] leaves as they are; tune them as well, or "
+        "leave them out of exits.boundaries"
+    )
+
+
+def test_exits_with_other_heads(tmp_path, corpus, tuned):
+    message = refused(tmp_path, corpus, tuned, **{"exits.head": ("mlp", "norm")})
+    assert "exits.head is ['norm'] in the checkpoint and ['mlp', 'norm'] in this run" in message
+
+
+def test_another_temperature_of_an_exit_that_is_left_alone(tmp_path, corpus, tuned):
+    options = {"exits.temperatures": (0.5, 2.0), "tuning.exits": (2,)}
+    message = refused(tmp_path, corpus, tuned, **options)
+    assert "another model: exits.temperatures at 5 is 1.0 in the checkpoint and 2.0 in" in message
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        (7, "7 tensors are missing in it: layers.7.input_layernorm.weight"),
+        (5, "7 tensors in it are not of this run: layers.6.input_layernorm.weight"),
+    ],
+)
+def test_tensors_behind_the_last_exit_are_compared_too(tmp_path, corpus, dense, stated, expected):
+    """They are not loaded, but what is saved is to be whole."""
+    source = tmp_path / "source"
+    shutil.copytree(directory.find_latest(dense), source)
+    config = source / CONFIG
+    text = config.read_text()
+    config.write_text(text.replace("num_layers = 6", f"num_layers = {stated}"))
+    options = {"exits.boundaries": (2, 4), "model.num_layers": stated}
+    message = refused(tmp_path, corpus, source, **options)
+    # The final norm carries the number of layers as well.
+    assert f"exits.{stated}.norm.weight" in message
+    assert "tensors are missing in it" in message
+    assert f"layers.{max(stated, 6)}.input_layernorm.weight" in message
+    assert expected.partition(":")[2].strip() in message
+
+
+def test_a_run_does_not_become_one_of_the_other_kind(tmp_path, corpus, dense, tuned):
+    here = tmp_path / "run"
+    shutil.copytree(dense, here)
+    assert refused(tmp_path, corpus, dense).endswith(
+        "is of a run that trained the whole model, and this one tunes exits; begin a new run with "
+        "its parameters: another --output, and the checkpoint in tuning.checkpoint alone"
+    )
+    shutil.rmtree(here)
+    shutil.copytree(tuned, here)
+    options = {**SIX_LAYERS, **ONE_STEP, "exits.boundaries": (2, 5), "exits.output": "own"}
+    [end] = train_ranks(1, make_config(here, corpus, **options))
+    assert end.endswith(
+        "is of a run that tuned exits [2, 5], with no optimizer state of the rest; begin a new run "
+        "with its parameters: another --output, and the checkpoint in checkpoint.initial"
+    )
+    assert "is of a run that tuned exits [2, 5], and tuning.exits = [2]; use the checkpoint's" in (
+        refused(tmp_path, corpus, dense, **{"tuning.exits": (2,)})
+    )
+
+
+def _vanishes(config, source):
+    """Tune; the checkpoint that the run began with goes before it is first saved from."""
+
+    def fault(model, step):
+        if step == 1 and model.grid.rank == 0:
+            for path in Path(source).rglob("*.distcp"):
+                path.write_bytes(path.read_bytes()[:-5000])
+
+    return train_here(config, fault)
+
+
+def test_a_checkpoint_that_goes_before_the_first_save(tmp_path, corpus, dense):
+    """Nothing half is left, and the message names the file."""
+    source = tmp_path / "source"
+    shutil.copytree(dense, source)
+    config = tuning_config(tmp_path / "run", corpus, source, **ONE_STEP, **layout(1, 2))
+    for end in run_ranks(2, _vanishes, config, source):
+        assert "CheckpointError" in end
+        assert "is truncated" in end
+    assert list((tmp_path / "run" / directory.CHECKPOINTS).iterdir()) == []
+
+
+def test_a_save_that_fails_while_it_copies(tmp_path, corpus, tuned, monkeypatch):
+    """A checkpoint that can not be read to its end: the one before stays, whole."""
+    from ee_llm.checkpoint.save import Kept
+
+    whole = Kept.tensor
+
+    def tensor(self, name):
+        if name == "layers.6.mlp.linear_fc2.weight":
+            raise OSError(28, "No space left on device")
+        return whole(self, name)
+
+    here = tmp_path / "run"
+    tune(1, tuning_config(here, corpus, tuned, **ONE_STEP))
+    monkeypatch.setattr(Kept, "tensor", tensor)
+    options = {**ONE_STEP, **layout(1, 2), "training.steps": 2}
+    for end in train_ranks(2, tuning_config(here, corpus, tuned, **options)):
+        assert "No space left" in end  # and how much there is, which changes
+    checkpoints = here / directory.CHECKPOINTS
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000001"]
+    assert len(TensorReader(here).names()) == len(TensorReader(tuned).names())

@@ -1,0 +1,312 @@
+"""Bad input is refused before anything is written: the file, the key, what was expected."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ee_llm.cli import main
+from tests.unit.convert.folders import (
+    edit_settings,
+    edit_tensors,
+    make_folder,
+)
+from tests.unit.convert.test_convert_exits import refusal
+
+Q, NORM = "model.layers.2.self_attn.q_proj.weight", "model.norm.weight"
+
+
+def _remove(folder: Path) -> None:
+    next(folder.glob("model-00002-of-*")).unlink()
+
+
+def _unlist(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"][Q]
+    index.write_text(json.dumps(content))
+
+
+def _escape(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][Q] = "../model.safetensors"
+    index.write_text(json.dumps(content))
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def _pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _tensors(**changes: torch.Tensor | None):
+    def edit(folder: Path) -> None:
+        def change(tensors):
+            for key, value in changes.items():
+                if value is None:
+                    del tensors[key]
+                else:
+                    tensors[key] = value
+
+        edit_tensors(folder, change)
+
+    return edit
+
+
+def _settings(**changes):
+    return lambda folder: edit_settings(folder, **changes)
+
+
+# Name: how the folder is made, what is done to it, options, what is said.
+CASES = {
+    "missing shard": (
+        {"max_shard_size": "20KB"},
+        _remove,
+        (),
+        r"/model-00002-of-\d+.safetensors is missing: expected model.* in it",
+    ),
+    "key that the index does not list": (
+        {"max_shard_size": "20KB"},
+        _unlist,
+        (),
+        rf"safetensors holds {Q}, and model.safetensors.index.json says otherwise",
+    ),
+    "shard outside of the folder": (
+        {"max_shard_size": "20KB"},
+        _escape,
+        (),
+        rf"index.json: {Q} is in '../model.safetensors', outside of the folder",
+    ),
+    "truncated file": ({}, _truncate, (), r"model.safetensors is no whole safetensors file: "),
+    "pickle": ({}, _pickle, (), r"pytorch_model.bin is a pickle, which can run anything"),
+    "missing key": (
+        {},
+        _tensors(**{Q: None}),
+        (),
+        rf"model.safetensors: {Q} is missing: expected \[48, 36\] for "
+        r"layers.3.self_attention.linear_qkv.weight",
+    ),
+    "extra key": (
+        {},
+        _tensors(extra=torch.ones(2, 3)),
+        (),
+        r"model.safetensors: extra \[2, 3\] is no tensor of the llama that .*config.json describes",
+    ),
+    "biases that the settings do not have": (
+        {},
+        _tensors(**{Q.replace("weight", "bias"): torch.ones(48)}),
+        (),
+        r"q_proj.bias \[48\] is no tensor of the llama",
+    ),
+    "wrong shape": (
+        {},
+        _tensors(**{NORM: torch.ones(35)}),
+        (),
+        rf"model.safetensors: {NORM} has shape \[35\], expected \[36\] from .*config.json",
+    ),
+    "wrong dtype": (
+        {},
+        _tensors(**{NORM: torch.ones(36, dtype=torch.int8)}),
+        (),
+        rf"{NORM} is of type I8; expected one of F64, F32, F16, BF16, not a quantized model",
+    ),
+    "dtypes that differ within a fused tensor": (
+        {},
+        _tensors(**{Q: torch.ones(48, 36, dtype=torch.float16)}),
+        (),
+        rf"made of tensors of several types: {Q} torch.float16, .*k_proj.weight torch.float32",
+    ),
+    "wrong family": (
+        {},
+        _settings(model_type="gpt2", n_layer=5, n_embd=36, n_head=6, n_positions=48),
+        (),
+        r"these are not the tensors of a gpt2, which .*config.json says it is: \d+ of \d+ keys are "
+        r"missing, the first is transformer.wte.weight",
+    ),
+    "unknown family": (
+        {},
+        _settings(model_type="mamba"),
+        (),
+        r"config.json: model_type = 'mamba' can not be converted; only llama, mistral",
+    ),
+    "tied, but with an output of its own": (
+        {},
+        _settings(tie_word_embeddings=True),
+        (),
+        r"model.safetensors: lm_head.weight is not model.embed_tokens.weight, but "
+        r"tie_word_embeddings in .*config.json is true",
+    ),
+    "untied, but without an output": (
+        {"name": "llama 3 tied"},
+        _settings(tie_word_embeddings=False),
+        (),
+        r"lm_head.weight is missing: expected \[300, 36\] for output.weight; or is "
+        r"tie_word_embeddings = false in .*config.json wrong\?",
+    ),
+    "exit beyond the depth": (
+        {},
+        lambda folder: None,
+        ("--exits", 2, 5),
+        r"config.json: exits.boundaries = \[2, 5\]: boundary 5 is outside 1..4 \(model.num_layers "
+        r"= 5",
+    ),
+    "vocabulary that is not the tokenizer's": (
+        {"vocabulary": 301},
+        lambda folder: None,
+        (),
+        r"tokenizer.json has 301 tokens, but vocab_size = 300 in .*config.json; expected the "
+        r"tokenizer that the model was trained with",
+    ),
+    "no tokenizer": (
+        {},
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        (),
+        r"tokenizer.json is missing: expected the model's tokenizer; give another place with "
+        r"--tokenizer, or 'bytes'",
+    ),
+    "another activation": ({}, _settings(hidden_act="gelu"), (), r"hidden_act = 'gelu' can not"),
+    "biases of the output projection": (
+        {},
+        _settings(attention_bias=True),
+        (),
+        r"config.json: attention_bias = True can not be converted; only False can",
+    ),
+    "another scaling of rotations": (
+        {},
+        _settings(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+        (),
+        r"rope_scaling of the type 'yarn' can not be converted; only default, linear, llama3 can",
+    ),
+    "rotations of a part": (
+        {},
+        _settings(partial_rotary_factor=0.5),
+        (),
+        r"partial_rotary_factor = 0.5 can not be converted; only 1.0 can",
+    ),
+    "unknown setting": (
+        {},
+        _settings(logit_scale=0.5),
+        (),
+        r"logit_scale = 0.5 is not known, .* convert with --ignore-settings logit_scale",
+    ),
+    "size that is none": (
+        {},
+        _settings(num_hidden_layers="5"),
+        (),
+        r"config.json: num_hidden_layers is '5': expected a count",
+    ),
+    "no settings": (
+        {},
+        lambda folder: (folder / "config.json").unlink(),
+        (),
+        r"config.json is missing: expected a JSON object in it",
+    ),
+    "scaled attention of gpt2": (
+        {"name": "gpt2"},
+        _settings(scale_attn_by_inverse_layer_idx=True),
+        (),
+        r"scale_attn_by_inverse_layer_idx = True can not be converted; only False can",
+    ),
+    "option of the other direction": (
+        {},
+        lambda folder: None,
+        ("--dense",),
+        r"--dense has no effect on .*theirs, which is a model of Hugging Face's",
+    ),
+    "to what it is already": (
+        {},
+        lambda folder: None,
+        ("--to", "hf"),
+        r"--to hf: .*theirs is a model of Hugging Face's already; convert it to a checkpoint",
+    ),
+    "head of no exits": ({}, lambda folder: None, ("--head", "mlp"), r"--head needs --exits"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_names_the_file_the_key_and_what_was_expected(tmp_path, capsys, case):
+    made, spoil, options, expected = CASES[case]
+    folder = make_folder(tmp_path / "theirs", **made)
+    spoil(folder)
+    found = refusal(capsys, folder, "--output", tmp_path / "ours", *options)
+    assert re.search(expected, found), found
+    assert not list(tmp_path.glob("ours/checkpoints/*"))
+
+
+def test_unknown_settings_can_be_passed_over(tmp_path):
+    folder = make_folder(tmp_path / "theirs")
+    edit_settings(folder, unknown_remark="by hand")
+    options = ["--output", str(tmp_path / "ours"), "--ignore-settings", "unknown_remark"]
+    assert main(["convert", str(folder), *options]) == 0
+    options = ["--to", "hf", "--output", str(tmp_path / "back")]
+    assert main(["convert", str(tmp_path / "ours"), *options]) == 0
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["unknown_remark"]
+
+
+def test_a_check_that_fails_says_where(tmp_path, capsys, monkeypatch):
+    """The tables would have to be wrong: here the reference is."""
+    from ee_llm.inference.reference import ReferenceModel
+
+    folder = make_folder(tmp_path / "theirs")
+    right = ReferenceModel.logits
+    monkeypatch.setattr(
+        ReferenceModel, "logits", lambda self, b, x: right(self, b, x) * (1.01 if b == 3 else 1)
+    )
+    found = refusal(capsys, folder, "--output", tmp_path / "ours", "--exits", 1, 3, "--check")
+    assert "boundary 3: the logits of" in found
+    assert "at most 1e-04 was expected" in found
+
+
+def test_what_is_there_is_left_alone(tmp_path, capsys):
+    folder = make_folder(tmp_path / "theirs")
+    for _ in range(2):
+        status = main(["convert", str(folder), "--output", str(tmp_path / "ours")])
+    assert status == 2
+    assert "is there already; choose another --output" in capsys.readouterr().err
+    found = refusal(capsys, tmp_path / "ours", "--to", "hf", "--output", folder)
+    assert "theirs is there already; choose another --output" in found
+    assert refusal(capsys, tmp_path / "ours", "--output", tmp_path / "x").endswith(
+        "is a checkpoint of ours already; give --to hf, --dense or --truncate-at"
+    )
+
+
+@pytest.mark.parametrize("to", ["ee-llm", "hf"])
+def test_killed_in_between_it_leaves_no_half_output(tmp_path, to):
+    folder = make_folder(tmp_path / "theirs")
+    source, options = folder, ["--output", str(tmp_path / "result"), "--to", to]
+    if to == "hf":
+        source = tmp_path / "ours"
+        assert main(["convert", str(folder), "--output", str(source)]) == 0
+    code = (
+        "import os, signal, sys; from ee_llm import cli\n"
+        "from ee_llm.convert import folder; from ee_llm.checkpoint.read import TensorReader\n"
+        "def patched(kind):\n"
+        "    whole = kind.tensor\n"
+        "    def tensor(self, name):\n"
+        "        if 'norm' in name and '3' in name: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return whole(self, name)\n"
+        "    kind.tensor = tensor\n"
+        "patched(folder.Folder); patched(TensorReader)\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    arguments = ["convert", str(source), *options]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=os.environ, timeout=100, check=False
+    )
+    assert run.returncode == -signal.SIGKILL
+    if to == "hf":
+        assert not (tmp_path / "result").exists()
+    else:
+        assert not list((tmp_path / "result" / "checkpoints").glob("step-????????"))
+    assert main(arguments) == 0
+    assert not list(tmp_path.rglob("*.partial"))

@@ -1,0 +1,49 @@
+"""examples/llama.sh, from a folder of Hugging Face's and back, with a tiny random model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.convert.folders import make_folder
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPT = ROOT / "examples" / "llama.sh"
+
+
+def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        [SCRIPT, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_a_llama_gets_exits_and_goes_back(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = make_folder(tmp_path / "llama")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(8):
+        (texts / f"{number}.txt").write_text(f"The quick brown fox number {number}. " * 40)
+    tune = ["--training.steps", 4, "--training.micro_batch_size", 2]
+    tune += ["--training.global_batch_size", 4, "--data.seq_length", 32]
+    done = _run(folder, texts, tmp_path / "out", 1, 3, *tune)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The " in done.stdout
+    assert "certificate: 1 generation" in done.stderr
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf")
+    source = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for name, weight in source.state_dict().items():
+        assert back.state_dict()[name].equal(weight), name
+
+
+def test_it_says_how_it_is_used() -> None:
+    done = _run("folder")
+    assert done.returncode == 2
+    assert "./examples/llama.sh FOLDER TEXTS OUTPUT EXIT..." in done.stdout

@@ -1,0 +1,50 @@
+"""What exits are copied from, and what a tuning run says of itself."""
+
+import pytest
+
+from ee_llm.config import Config, load_config
+from ee_llm.training.tuning import INITIALIZATIONS, copied_name, tuned_part
+
+
+def make(**overrides: object) -> Config:
+    options = {"model.shape": "llama-tiny", "exits.boundaries": (2, 7), "exits.output": "own"}
+    return load_config(None, options | {"tuning.checkpoint": "runs/a"} | overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "source"),
+    [
+        ("exits.2.norm.weight", ("norm",), "exits.8.norm.weight"),
+        ("exits.2.norm.bias", ("norm",), "exits.8.norm.bias"),
+        ("exits.2.output.weight", ("norm",), "output.weight"),
+        ("exits.2.mlp.linear_fc1.weight", ("mlp", "norm"), "layers.2.mlp.linear_fc1.weight"),
+        ("exits.2.mlp_norm.weight", ("mlp", "norm"), "layers.2.pre_mlp_layernorm.weight"),
+        ("exits.7.block.mlp.linear_fc2.bias", ("block",), "layers.8.mlp.linear_fc2.bias"),
+        ("exits.2.block.input_layernorm.weight", ("block",), "layers.3.input_layernorm.weight"),
+        ("exits.2.mlp.linear_fc1.weight", ("block", "mlp"), None),
+        ("exits.2.mlp_norm.weight", ("block", "mlp"), None),
+    ],
+)
+def test_what_parameters_are_copied_from(name: str, head: tuple, source: str | None) -> None:
+    assert copied_name(name, make(**{"exits.head": head})) == source
+
+
+def test_an_output_weight_is_the_final_exits() -> None:
+    tied = make(**{"model.tie_embeddings": True})
+    assert copied_name("exits.2.output.weight", tied) == "embedding.word.weight"
+
+
+def test_every_initialization_of_the_configuration_exists() -> None:
+    for name in ("copy", "random"):
+        assert make(**{"exits.initialization": name}).exits.initialization in INITIALIZATIONS
+
+
+def test_a_run_says_what_it_trains() -> None:
+    own = make(**{"exits.head": ("mlp", "norm"), "tuning.exits": (2,)})
+    assert tuned_part(own) == (
+        "tuning exits at [2]: mlp, norm, output weight; 2 of 8 layers are computed"
+    )
+    assert tuned_part(make(**{"exits.output": "shared"})) == (
+        "tuning exits at [2, 7]: norm; their output weight is the final exit's, which is frozen "
+        "(exits.output = shared); 7 of 8 layers are computed"
+    )

@@ -1,0 +1,177 @@
+"""Memory and time of converting a sharded checkpoint of random weights, there and back.
+
+    python tools/bench/convert.py --json convert.json [--quick]
+
+Each conversion is a process of its own, whose memory is watched from outside. What is measured and
+why: docs/benchmarks.md.
+"""
+
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from ee_llm.checkpoint.write import TensorSpec
+from ee_llm.config import load_config
+from ee_llm.convert.settings import write_settings
+from ee_llm.convert.shards import write_shards
+from ee_llm.convert.tables import rows_of
+from ee_llm.inference.weights import tensor_shapes
+from tools.bench import report
+
+ROOT = Path(__file__).resolve().parents[2]
+# A Llama of this width has 59 MB a layer in bfloat16, and 131 MB each of embeddings and output.
+WIDTH, FFN, VOCABULARY = 2048, 2048, 32000
+QUICK = {"gigabytes": 0.5, "rounds": 1}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Peak memory and seconds of `ee-llm convert`, into a checkpoint and out again."""
+
+    json: Path | None = None
+    """Where to write machine, rows and figures."""
+    quick: bool = False
+    """A checkpoint of 0.5 GB, once: ends within a minute on two cores. What is given beside it
+    wins."""
+    gigabytes: float = 4.0
+    """Size of the checkpoint, in 10^9 bytes."""
+    shard_gigabytes: float = 1.0
+    """Size of each of its files."""
+    rounds: int = 3
+    """Conversions each way; figures are of their medians."""
+    directory: Path | None = None
+    """Where to write the files, which takes three times their size; a temporary one unless
+    given."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Measure, print a table, and write what --json asks for."""
+    options = report.read_options(Options, QUICK, args)
+    with tempfile.TemporaryDirectory(dir=options.directory) as place:
+        rows = measure(options, Path(place))
+    report.print_table("Conversion, tensor by tensor", [_cells(row) for row in rows])
+    into, out = ([r for r in rows if r["direction"] == way] for way in ("in", "out"))
+    figures = {
+        "peak_memory_vs_checkpoint": _median(into, "peak_bytes") / into[0]["bytes"],
+        "seconds_per_gb": _median(into, "seconds") / (into[0]["bytes"] / 1e9),
+        "peak_memory_vs_checkpoint_out": _median(out, "peak_bytes") / out[0]["bytes"],
+        "seconds_per_gb_out": _median(out, "seconds") / (out[0]["bytes"] / 1e9),
+    }
+    report.write_json(options.json, rows, figures)
+
+
+def measure(options: Options, place: Path) -> list[dict[str, Any]]:
+    """Return a row for each conversion; the files lie below `place`."""
+    size = make_folder(place / "theirs", options.gigabytes, options.shard_gigabytes)
+    largest = VOCABULARY * WIDTH * 2
+    rows = []
+    for index in range(options.rounds):
+        ours, back = place / f"ours-{index}", place / f"back-{index}"
+        there = ["convert", str(place / "theirs"), "--tokenizer", "bytes", "--output", str(ours)]
+        again = ["convert", str(ours), "--to", "hf", "--output", str(back)]
+        for way, arguments in (("in", there), ("out", again)):
+            seconds, peak, idle = run_watched(arguments)
+            rows.append(
+                {
+                    "direction": way,
+                    "bytes": size,
+                    "largest_tensor_bytes": largest,
+                    "seconds": seconds,
+                    "peak_bytes": peak,
+                    "idle_bytes": idle,
+                }
+            )
+        for path in (ours, back):
+            shutil.rmtree(path)
+    return rows
+
+
+def run_watched(arguments: list[str]) -> tuple[float, int, int]:
+    """Return seconds, the largest resident memory, and how large that is before anything is done.
+
+    Python and torch are in both; pages of a file count while it is mapped.
+    """
+    code = (
+        "import json, resource, sys, time\n"
+        "from ee_llm.cli import main\n"
+        "import ee_llm.convert.command\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "idle, begin = peak(), time.perf_counter()\n"
+        "status = main([*sys.argv[1:], '--json'])\n"
+        "print(json.dumps([time.perf_counter() - begin, peak(), idle]))\n"
+        "sys.exit(status)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    seconds, peak, idle = json.loads(done.stdout.splitlines()[-1])
+    return seconds, peak, idle
+
+
+def make_folder(path: Path, gigabytes: float, shard_gigabytes: float) -> int:
+    """Write a Llama of about that size in bfloat16 as transformers does; return its bytes."""
+    layer = 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * FFN)
+    outside = 2 * 2 * VOCABULARY * WIDTH
+    num_layers = max(1, math.ceil((gigabytes * 1e9 - outside) / layer))
+    config = load_config(
+        None,
+        {
+            "model.num_layers": num_layers,
+            "model.hidden_size": WIDTH,
+            "model.num_heads": 16,
+            "model.ffn_hidden_size": FFN,
+            "model.vocab_size": VOCABULARY,
+        },
+    )
+    family, settings = write_settings(config, torch.bfloat16)
+    rows = rows_of(family.table, config)
+    keys = {
+        key: TensorSpec(shape, torch.bfloat16)
+        for name, whole in tensor_shapes(config).items()
+        for key, shape in zip(
+            rows[name].theirs, rows[name].shapes(config.model, whole), strict=True
+        )
+    }
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(key: str) -> Tensor:
+        return torch.empty(keys[key].shape, dtype=torch.bfloat16).normal_(generator=generator)
+
+    path.mkdir()
+    write_shards(path, keys, draw, int(shard_gigabytes * 1e9))
+    (path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return sum(spec.num_bytes for spec in keys.values())
+
+
+def _median(rows: list[dict[str, Any]], name: str) -> float:
+    return statistics.median(row[name] for row in rows)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "direction": row["direction"],
+        "GB": f"{row['bytes'] / 1e9:.2f}",
+        "largest tensor, MB": f"{row['largest_tensor_bytes'] / 1e6:.0f}",
+        "seconds": f"{row['seconds']:.1f}",
+        "peak memory, MB": f"{row['peak_bytes'] / 1e6:.0f}",
+        "of these idle": f"{row['idle_bytes'] / 1e6:.0f}",
+        "peak of the checkpoint": f"{row['peak_bytes'] / row['bytes']:.3f}",
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+"""Turn a model of Hugging Face's into a checkpoint, or back; the same as `ee-llm convert`."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from ee_llm.cli import main
+
+    sys.exit(main(["convert", *sys.argv[1:]]))
