@@ -215,6 +215,35 @@ def _convert(arguments: list[str]) -> None:
     convert(options)
 
 
+def _checkpoint(name: str) -> Callable[[list[str]], None]:
+    """Return what runs `ee-llm checkpoint NAME`."""
+
+    def run(arguments: list[str]) -> None:
+        import tyro
+
+        from ee_llm.edit import options as kinds
+
+        kind = {
+            "info": kinds.InfoOptions,
+            "reshard": kinds.ReshardOptions,
+            "add-exits": kinds.AddExitsOptions,
+            "move-exits": kinds.MoveExitsOptions,
+            "remove-exits": kinds.RemoveExitsOptions,
+            "average": kinds.AverageOptions,
+        }[name]
+        options: Any = tyro.cli(kind, prog=f"ee-llm checkpoint {name}", args=arguments)
+        from ee_llm.edit import command
+
+        num_ranks = options.tensor if isinstance(options, kinds.AddExitsOptions) else 1
+        if num_ranks > 1 and "WORLD_SIZE" not in os.environ:
+            command.check_add_exits(options)
+            launch(num_ranks, ["checkpoint", name, *arguments])
+        else:
+            command.COMMANDS[name](options)
+
+    return run
+
+
 def _generate(arguments: list[str]) -> None:
     import tyro
 
@@ -262,6 +291,12 @@ COMMANDS: dict[str, Command] = {
     "data prepare": Command("turn texts into the token files that training reads", _data_prepare),
     "data stats": Command("print what prepared data consist of", _data_stats),
     "convert": Command("turn a model of Hugging Face's into a checkpoint, or back", _convert),
+    "checkpoint info": Command("show what is in a checkpoint", _checkpoint("info")),
+    "checkpoint reshard": Command("cut its blocks for another layout", _checkpoint("reshard")),
+    "checkpoint add-exits": Command("add exits to its model", _checkpoint("add-exits")),
+    "checkpoint move-exits": Command("place its exits post or pre", _checkpoint("move-exits")),
+    "checkpoint remove-exits": Command("take exits out", _checkpoint("remove-exits")),
+    "checkpoint average": Command("average the weights of several", _checkpoint("average")),
     "generate": Command("continue prompts, showing where each token exited", _generate),
     "verify": Command("check generations against what defines them", _verify),
 }

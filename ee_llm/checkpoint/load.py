@@ -11,6 +11,7 @@ from ee_llm import platform
 from ee_llm.checkpoint import directory, safe, sharded, tokenizer
 from ee_llm.checkpoint.agree import together
 from ee_llm.checkpoint.generators import load_generators
+from ee_llm.checkpoint.quantized import refuse_quantized
 from ee_llm.checkpoint.read import CONFIG, TensorReader
 from ee_llm.checkpoint.resume import is_path
 from ee_llm.checkpoint.safe import CheckpointError
@@ -90,6 +91,7 @@ def open_reader(
     `compare` is given the checkpoint's configuration, this run's and the file of the first.
     """
     reader = TensorReader(path)
+    refuse_quantized(reader)
     for name, kind in _FACTS.items():
         if not isinstance(found := reader.manifest.get(name), kind):
             manifest = reader.path / directory.MANIFEST

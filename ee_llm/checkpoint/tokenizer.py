@@ -1,12 +1,22 @@
 """The tokenizer that belongs to a checkpoint: its files, and the mark by which it is recognised."""
 
 import functools
+import json
 from pathlib import Path
 
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.config.tokenizer import BYTES, file_mark
 
 DIRECTORY = "tokenizer"
+
+ORIGIN = "huggingface"
+"""The directory with the files that came along with a model from Hugging Face, but for tensors."""
+
+# Classes of transformers that add the token unless add_bos_token says otherwise.
+_ADDING = (
+    *("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"),
+    *("GemmaTokenizer", "GemmaTokenizerFast"),
+)
 
 
 def fingerprint(tokenizer: str) -> str:
@@ -67,6 +77,26 @@ def proven(checkpoint: Path, expected: object) -> str:
             f"({_short(expected)})"
         )
     return found
+
+
+def stated_bos(checkpoint: Path) -> bool | None:
+    """Return whether prompts begin with a beginning-of-sequence token, None if nothing says so.
+
+    What says so are the settings of the tokenizer of a model from Hugging Face: SentencePiece's
+    files have no place for it. Raises CheckpointError if they are damaged.
+    """
+    path = checkpoint / ORIGIN / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        stated = settings.get("add_bos_token")
+        kind = settings.get("tokenizer_class")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: expected the settings of a tokenizer: {error}") from None
+    if isinstance(stated, bool):
+        return stated
+    return True if kind in _ADDING else None
 
 
 def check(tokenizer: str, expected: str, checkpoint: Path) -> None:

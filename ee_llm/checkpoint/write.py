@@ -10,7 +10,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,18 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Block(NamedTuple):
+    """A part of a tensor: where it begins, its values, and the file it lies in."""
+
+    offsets: tuple[int, ...]
+    data: Tensor
+    file: str
+
+
+Blocks = Callable[[str, Tensor], Iterator[Block]]
+"""Yields the blocks that a tensor of a name is stored in; together they are all of it."""
+
+
 def write_checkpoint(
     output: str | Path,
     config: Config,
@@ -53,6 +65,7 @@ def write_checkpoint(
     facts: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
     on_tensor: Callable[[str, int], None] | None = None,
+    blocks: Blocks | None = None,
 ) -> Path:
     """Return the checkpoint in the run directory `output` that holds the tensors `specs` names.
 
@@ -60,7 +73,8 @@ def write_checkpoint(
     all of it is on disk; whoever is interrupted leaves none. `tokenizer_file`: "bytes" or the path
     of the file to copy, which the checkpoint's configuration then names. `state`: how far the model
     was trained, by default not at all. `facts`: more for the manifest. `files`: what else to keep,
-    by name. `on_tensor`: called with the name and bytes of each tensor written.
+    by name. `on_tensor`: called with the name and bytes of each tensor written. `blocks`: how
+    tensors are cut, by default into whole rows, all in one file.
 
     Raises CheckpointError if the output holds a checkpoint already, if a tensor is not what its
     spec says, or if writing fails; what `get` raises passes through.
@@ -75,7 +89,7 @@ def write_checkpoint(
         state = state or TrainState()
         partial = directory.create_partial(checkpoints, state.step)
         try:
-            write_tensors(partial / directory.TENSORS, specs, get, on_tensor)
+            write_tensors(partial / directory.TENSORS, specs, get, on_tensor, blocks or in_rows)
             final = checkpoints / directory.step_name(state.step)
             config = _placed(config, Path(output), final, tokenizer_file)
             for name, content in (files or {}).items():
@@ -99,29 +113,29 @@ def write_tensors(
     path: Path,
     specs: Mapping[str, TensorSpec],
     get: Callable[[str], Tensor],
-    on_tensor: Callable[[str, int], None] | None = None,
+    on_tensor: Callable[[str, int], None] | None,
+    blocks: Blocks,
 ) -> None:
     """Write the directory of tensors of a checkpoint; raises CheckpointError as above."""
     entries: dict[str, index.STORAGE_TYPES] = {}
     places: dict[index.MetadataIndex, _StorageInfo] = {}
-    with open(path / FILE, "wb") as file:
-        for name, spec in specs.items():
-            tensor = get(name)
-            found = TensorSpec(tuple(tensor.shape), tensor.dtype)
-            if found != spec:
-                raise CheckpointError(
-                    f"{name}: expected {spec.dtype} {list(spec.shape)}, found {found.dtype} "
-                    f"{list(found.shape)}"
-                )
-            chunks = []
-            for first, block in _blocks(tensor):
-                offsets = torch.Size((first, *(0,) * (tensor.dim() - 1))[: tensor.dim()])
-                places[index.MetadataIndex(name, offsets)] = _append(file, block)
-                chunks.append(index.ChunkStorageMetadata(offsets, block.shape))
-            properties = index.TensorProperties(dtype=spec.dtype)
-            entries[name] = index.TensorStorageMetadata(properties, tensor.shape, chunks)
-            if on_tensor is not None:
-                on_tensor(name, spec.num_bytes)
+    for name, spec in specs.items():
+        tensor = get(name)
+        found = TensorSpec(tuple(tensor.shape), tensor.dtype)
+        if found != spec:
+            raise CheckpointError(
+                f"{name}: expected {spec.dtype} {list(spec.shape)}, found {found.dtype} "
+                f"{list(found.shape)}"
+            )
+        chunks = []
+        for block in blocks(name, tensor):
+            offsets = torch.Size(block.offsets)
+            places[index.MetadataIndex(name, offsets)] = _append(path / block.file, block.data)
+            chunks.append(index.ChunkStorageMetadata(offsets, block.data.shape))
+        properties = index.TensorProperties(dtype=spec.dtype)
+        entries[name] = index.TensorStorageMetadata(properties, tensor.shape, chunks)
+        if on_tensor is not None:
+            on_tensor(name, spec.num_bytes)
     content = io.BytesIO()
     torch.save({}, content)
     (path / safe.COMMON).write_bytes(content.getvalue())
@@ -132,24 +146,31 @@ def write_tensors(
     (path / safe.METADATA).write_bytes(pickle.dumps(index.Metadata(entries, storage_data=places)))
 
 
-def _blocks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield the tensor in blocks of whole rows, each in memory of its own, and their first rows."""
-    if tensor.dim() == 0:
-        yield 0, tensor.clone()
+def rows(part: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield blocks of whole rows of at most BLOCK_BYTES, and the first row of each."""
+    if part.dim() == 0:
+        yield 0, part
         return
-    row_bytes = max(1, tensor[:1].numel() * tensor.dtype.itemsize)
+    row_bytes = max(1, part[:1].numel() * part.dtype.itemsize)
     num_rows = max(1, BLOCK_BYTES // row_bytes)
-    for first in range(0, len(tensor), num_rows):
-        # A copy: torch.save writes all of the memory that a view looks at.
-        yield first, tensor[first : first + num_rows].clone(memory_format=torch.contiguous_format)
+    for first in range(0, len(part), num_rows):
+        yield first, part[first : first + num_rows]
 
 
-def _append(file: BinaryIO, block: Tensor) -> _StorageInfo:
+def in_rows(name: str, tensor: Tensor) -> Iterator[Block]:
+    """Yield a tensor in blocks of whole rows, all in one file."""
+    for first, block in rows(tensor):
+        yield Block((first, *(0,) * (tensor.dim() - 1))[: tensor.dim()], block, FILE)
+
+
+def _append(path: Path, block: Tensor) -> _StorageInfo:
     content = io.BytesIO()  # what torch.save raises where the disk is full does not say so
-    torch.save(block, content)
-    begin = file.tell()
-    file.write(content.getbuffer())
-    return _StorageInfo(FILE, begin, file.tell() - begin)
+    # A copy: torch.save writes all of the memory that a view looks at.
+    torch.save(block.clone(memory_format=torch.contiguous_format), content)
+    with open(path, "ab") as file:
+        begin = file.tell()
+        file.write(content.getbuffer())
+    return _StorageInfo(path.name, begin, len(content.getbuffer()))
 
 
 def _placed(config: Config, output: Path, final: Path, tokenizer_file: str) -> Config:

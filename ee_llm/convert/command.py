@@ -6,17 +6,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.quantized import (
+    FACT,
+    SCALE,
+    is_quantizable,
+    quantize,
+    refuse_quantized,
+)
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.checkpoint.tokenizer import ORIGIN
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.config.tokenizer import BYTES
 from ee_llm.convert.check import TEXT, TOLERANCE, Difference, compare
-from ee_llm.convert.export import ORIGIN, Cut, dense, export_folder, truncated, whole
+from ee_llm.convert.export import Cut, dense, export_folder, truncated, whole
 from ee_llm.convert.folder import INDEX, SETTINGS, SINGLE
 from ee_llm.convert.options import ConvertOptions
 from ee_llm.convert.source import NewExits, Source, open_source
@@ -91,6 +101,11 @@ def _check(options: ConvertOptions, is_folder: bool) -> None:
             f"--to hf: {options.source} is a model of Hugging Face's already; convert it to a "
             "checkpoint of ours first"
         )
+    if is_folder and options.to == "int8":
+        raise ValueError(
+            f"--to int8: {options.source} is a model of Hugging Face's; convert it to a checkpoint "
+            "of ours first"
+        )
     if options.dense and options.truncate_at is not None:
         raise ValueError("--dense and --truncate-at are two models; choose one of them")
     if options.max_shard_gb <= 0:
@@ -158,13 +173,19 @@ def _export(options: ConvertOptions) -> dict[str, Any]:
 def _rewrite(options: ConvertOptions) -> dict[str, Any]:
     """Write a checkpoint of ours that is a part of another."""
     reader = TensorReader(options.source)
-    if not options.dense and options.truncate_at is None:
+    is_int8 = options.to == "int8"
+    if not options.dense and options.truncate_at is None and not is_int8:
         raise ValueError(
-            f"{options.source} is a checkpoint of ours already; give --to hf, --dense or "
-            "--truncate-at"
+            f"{options.source} is a checkpoint of ours already; give --to hf, --to int8, "
+            "--dense or --truncate-at"
         )
     cut = _cut(options, reader)
     specs = _specs(reader, cut)
+
+    def read(name: str) -> Tensor:
+        return reader.tensor(cut.origins[name])
+
+    specs, get = _in_8_bits(specs, read) if is_int8 else (specs, read)
     origin = reader.path / ORIGIN
     found = sorted(origin.iterdir()) if origin.is_dir() else []
     with _progress(_facts(specs)["bytes"], options.json) as on_tensor:
@@ -172,15 +193,37 @@ def _rewrite(options: ConvertOptions) -> dict[str, Any]:
             options.output,
             cut.config,
             specs,
-            lambda name: reader.tensor(cut.origins[name]),
+            get,
             tokenizer_file=reader.tokenizer(),
+            facts={FACT: "int8"} if is_int8 else None,
             files={f"{ORIGIN}/{file.name}": file.read_bytes() for file in found},
             on_tensor=on_tensor,
         )
     return {"output": str(path), "notes": [], **_facts(specs)}
 
 
+def _in_8_bits(
+    specs: dict[str, TensorSpec], get: Callable[[str], Tensor]
+) -> tuple[dict[str, TensorSpec], Callable[[str], Tensor]]:
+    """Return tensors that stand for those given, with weights in 8 bits and their scales."""
+    found: dict[str, TensorSpec] = {}
+    for name, spec in specs.items():
+        if is_quantizable(name):
+            found[name] = TensorSpec(spec.shape, torch.int8)
+            found[name + SCALE] = TensorSpec(spec.shape[:1], torch.float32)
+        else:
+            found[name] = spec
+
+    def quantized(name: str) -> Tensor:
+        if name in specs:
+            return quantize(get(name))[0] if is_quantizable(name) else get(name)
+        return quantize(get(name.removesuffix(SCALE)))[1]
+
+    return found, quantized
+
+
 def _cut(options: ConvertOptions, reader: TensorReader) -> Cut:
+    refuse_quantized(reader)
     config = reader.config()
     if options.truncate_at is not None:
         return truncated(config, options.truncate_at)

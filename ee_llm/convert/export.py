@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.checkpoint.tokenizer import ORIGIN
 from ee_llm.checkpoint.write import TensorSpec
 from ee_llm.config import Config, output_weight_name
 from ee_llm.config.tokenizer import BYTES
@@ -22,9 +23,6 @@ from ee_llm.convert.shards import write_shards
 from ee_llm.convert.source import own_tensors
 from ee_llm.convert.tables import Row, rows_of
 from ee_llm.inference.weights import CheckpointTensors, take_tensors, tensor_shapes
-
-ORIGIN = "huggingface"
-"""The directory of a checkpoint with the files that came along with the model, but for tensors."""
 
 SHARD_BYTES = 5 * 10**9
 

@@ -22,8 +22,9 @@ class ConvertOptions:
     output: Path
     """Where the result goes: a new run directory, or for --to hf a new folder."""
 
-    to: Literal["ee-llm", "hf"] = "ee-llm"
-    """ee-llm: a checkpoint to train, tune and decode with. hf: a folder for transformers."""
+    to: Literal["ee-llm", "hf", "int8"] = "ee-llm"
+    """ee-llm: a checkpoint to train, tune and decode with. hf: a folder for transformers. int8: a
+    checkpoint to decode with, of a checkpoint of ours, whose linear weights have 8 bits."""
 
     exits: tuple[int, ...] = ()
     """From Hugging Face: exits to make after these layers, of the model's own norm and output. For

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ee_llm.config import Config, ModelConfig
 from ee_llm.inference.weights import tensor_shapes
+from ee_llm.initial import copied_name
 
 OURS = "ee_llm."
 """What stands before the name of a tensor of an exit that no other software knows."""
@@ -175,26 +176,20 @@ def rows_of(table: Table, config: Config) -> dict[str, Row]:
 
 
 def copied_exits(rows: dict[str, Row], config: Config) -> dict[str, Row]:
-    """Return the rows with the exits' tensors made from the model's own, so that they fit it.
+    """Return the rows with the exits' tensors made from the model's own, see `copied_name`.
 
-    norm: the final norm; own output weight: the final exit's; mlp: its layer's, so that the exit
-    begins as the plain one (EE-Tuning, arXiv 2402.00518); block: the layer that comes next.
+    Raises ValueError for a head with a part that the model has no counterpart of.
     """
-    last = config.model.num_layers
-    final = "embedding.word.weight" if config.model.tie_embeddings else "output.weight"
     copied = dict(rows)
-    for boundary in config.exits.boundaries:
-        own = f"exits.{boundary}."
-        origins = {
-            f"{own}norm.": f"exits.{last}.norm.",
-            f"{own}output.weight": final,
-            f"{own}mlp_norm.": f"layers.{boundary}.pre_mlp_layernorm.",
-            f"{own}mlp.": f"layers.{boundary}.mlp.",
-            f"{own}block.": f"layers.{boundary + 1}.",
-        }
-        for name in rows:
-            for ours, origin in origins.items():
-                if name.startswith(ours):
-                    source = rows[origin + name.removeprefix(ours)]
-                    copied[name] = source._replace(ours=name)
+    own = tuple(f"exits.{boundary}." for boundary in config.exits.boundaries)
+    for name in rows:
+        if name.startswith(own):
+            source = copied_name(name, config)
+            if source is None:
+                raise ValueError(
+                    f"--head {' '.join(config.exits.head)}: the model has nothing that an mlp"
+                    " behind a block could be copied from; leave one out here, or convert without"
+                    " exits and add them with 'ee-llm checkpoint add-exits'"
+                )
+            copied[name] = rows[source]._replace(ours=name)
     return copied

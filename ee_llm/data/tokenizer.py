@@ -13,6 +13,9 @@ from ee_llm.config.tokenizer import BYTES, file_mark
 EOD_NAMES = ("<eod>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<|eot_id|>", "<eos>")
 """What tokenizers call the end-of-document token, in the order in which they are looked for."""
 
+BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
+"""What tokenizers call the beginning-of-sequence token, in the order they are looked for."""
+
 _SPACE_MARK = "\u2581"  # SentencePiece's stand-in for a space
 
 
@@ -38,6 +41,14 @@ class Tokenizer(Protocol):
         """Id of the end-of-document token."""
 
     @property
+    def bos(self) -> int | None:
+        """Id of the beginning-of-sequence token, None if there is none. `encode` never gives it."""
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer's file puts that token before a text that a model is to read."""
+
+    @property
     def fingerprint(self) -> str:
         """What equal tokenizers share: "bytes", or "sha256:" and the digest of the model file."""
 
@@ -55,6 +66,8 @@ class BytesTokenizer:
     fingerprint = BYTES
     vocab_size = 257
     eod = 256
+    bos = None
+    adds_bos = False
 
     def encode(self, text: str) -> list[int]:
         """Return the UTF-8 bytes of `text`."""
@@ -71,6 +84,8 @@ class _FileTokenizer:
 
     kind: str
     vocab_size: int
+    bos: int | None
+    adds_bos = False
 
     def __init__(self, path: Path) -> None:
         self._content = _read(path)
@@ -99,6 +114,7 @@ class SentencePieceTokenizer(_FileTokenizer):
         pieces = {name: self._model.piece_to_id(name) for name in EOD_NAMES}
         known = {name: i for name, i in pieces.items() if self._model.id_to_piece(i) == name}
         self.eod = _find_eod(known, path)
+        self.bos = bos if (bos := self._model.bos_id()) >= 0 else None
         # SentencePiece writes a space as U+2581 and so turns a U+2581 of the text into a space.
         # Where the model has byte pieces that one character is spelled in bytes; not where the
         # model puts a space before the text, as every part of a divided text would get one.
@@ -147,6 +163,12 @@ class HuggingFaceTokenizer(_FileTokenizer):
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.eod = _find_eod(vocabulary, path)
+        self.bos = next((vocabulary[name] for name in BOS_NAMES if name in vocabulary), None)
+        # A post-processor may put tokens before a text, and others behind it.
+        first = self._model.encode("x", add_special_tokens=True).ids[:1]
+        if first != self._model.encode("x", add_special_tokens=False).ids[:1]:
+            self.adds_bos = True
+            [self.bos] = first
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without the special tokens of a post-processor."""

@@ -14,17 +14,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ee_llm import platform
 from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.tokenizer import stated_bos
 from ee_llm.config import Config
 from ee_llm.data.tokenizer import Tokenizer, load_tokenizer
 from ee_llm.inference.batch_file import append, open_output
 from ee_llm.inference.decoder import Decoder, Update
-from ee_llm.inference.execution import Execution
+from ee_llm.inference.execution import Execution, Quantize
 from ee_llm.inference.generator import Generation
 from ee_llm.inference.load import load_engine
 from ee_llm.inference.options import GenerateOptions
 from ee_llm.inference.paged import FLASH_BLOCK
 from ee_llm.inference.policy import make_policy
-from ee_llm.inference.prompts import Prompt, read_prompts
+from ee_llm.inference.prompts import Prompt, first_tokens, read_prompts
+from ee_llm.inference.quantized import check_quantize
 from ee_llm.inference.records import Record, as_json, origin, to_record
 from ee_llm.inference.render import colored_text, cut_pieces, legend, token_pieces, token_table
 from ee_llm.inference.request import Draft, Request
@@ -44,6 +46,8 @@ class Session:
     dtype: torch.dtype
     checkpoint: str
     model: str
+    states_bos: bool | None = None
+    quantize: Quantize = "none"
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of `tokens`; the embedding may have more rows than there are tokens."""
@@ -58,10 +62,11 @@ class Session:
                 raise ValueError("strategy 'verify' drafts at an exit, but the model has none")
             boundary = exits[0] if options.draft_exit is None else options.draft_exit
             draft = Draft(boundary, options.draft_length, options.draft_threshold)
+        first = first_tokens(options.bos, self.tokenizer, self.states_bos)
         thresholds = [None if value == "off" else value for value in options.thresholds]
         return Request(
             prompt.id,
-            tuple(self.tokenizer.encode(prompt.text)),
+            (*first, *self.tokenizer.encode(prompt.text)),
             make_policy(exits, thresholds, options.measure),
             Sampling(
                 options.temperature,
@@ -81,7 +86,8 @@ class Session:
     def origin(self, prompt: Prompt, request: Request) -> Record:
         """Return what the continuation of a prompt is a function of."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return origin(prompt.text, request, dtype, self.checkpoint, self.model)
+        made_of = origin(prompt.text, request, dtype, self.checkpoint, self.model)
+        return made_of if self.quantize == "none" else made_of | {"quantize": self.quantize}
 
     def text(self, generation: Generation, stops: tuple[str, ...]) -> str:
         """Return the new text, up to the stop string that ended it."""
@@ -115,6 +121,13 @@ def check(options: GenerateOptions) -> None:
             f"--tensor {options.tensor} x --pipeline {options.pipeline} do not fit WORLD_SIZE ="
             f" {started!r} in the environment; start {num_ranks} ranks, or unset it"
         )
+    if options.quantize != "none":
+        check_quantize(platform.dtype_named(options.dtype))
+        if options.verify:
+            raise ValueError(
+                "--verify holds generations against the checkpoint's weights, and --quantize "
+                "int8 has others; leave one out"
+            )
     config = TensorReader(options.checkpoint).config()
     cut(config, options.pipeline)
     if options.tensor > config.model.num_kv_heads:
@@ -181,10 +194,12 @@ def _opened(options: GenerateOptions, reader: TensorReader) -> Iterator[Session]
         return session.decode(tokens)
 
     hold = options.hold if options.batch_file else "off"
-    execution = Execution(options.attention, options.graphs, options.compile)
+    execution = Execution(options.attention, options.graphs, options.compile, options.quantize)
     limits = _limits(options, config)
     decoder = load_engine(reader, dtype, limits, decode, hold, ranks, execution)
-    session = Session(decoder, config, tokenizer, dtype, reader.path.name, reader.fingerprint())
+    names = reader.path.name, reader.fingerprint()
+    bos = stated_bos(reader.path)
+    session = Session(decoder, config, tokenizer, dtype, *names, bos, options.quantize)
     yield session
     if ranks is not None:
         if ranks.is_leader:

@@ -62,7 +62,7 @@ class Engine(Decoder):
             take_tensors(config, tensors, dtype, device),
             self.limits.num_blocks * self.limits.block_size,
             pieces,
-            shard_of(config, ranks),
+            shard_of(config, ranks, (execution or Execution()).linear),
         )
         self.runner = Runner(stage, self.limits, config.model.max_seq_length, ranks, execution)
         self.holding: Holding | None = None

@@ -2,28 +2,41 @@
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from ee_llm.inference.attention import Batch, PageTable, Run
 from ee_llm.inference.graphs import Graphs, RunPiece
+from ee_llm.inference.layers import MakeLinear
+from ee_llm.inference.linear import Linear
 from ee_llm.inference.paged import Attention, choose
+from ee_llm.inference.quantized import Int8Linear
 from ee_llm.inference.scheduler import Limits
 from ee_llm.inference.stage import Stage
+
+Quantize = Literal["none", "int8"]
 
 
 @dataclass(frozen=True)
 class Execution:
-    """Choices that change speed and rounding, never what is computed.
+    """Choices that change speed and rounding, and with `quantize` the weights.
 
     attention: "auto" takes the best kernel over pages that the device has, "gather" copies what is
     read, as on a CPU. graphs: passes of few rows are replayed as CUDA graphs, which needs a kernel
-    over pages. compile: segments go through torch.compile.
+    over pages. compile: segments go through torch.compile. quantize: "int8" keeps weights of linear
+    layers in 8 bits.
     """
 
     attention: Attention = "auto"
     graphs: bool = False
     compile: bool = False
+    quantize: Quantize = "none"
+
+    @property
+    def linear(self) -> MakeLinear:
+        """Return what products with weights are made by."""
+        return Int8Linear if self.quantize == "int8" else Linear
 
 
 class Executor:

@@ -17,18 +17,24 @@ from torch import Tensor
 from ee_llm.config import ModelConfig
 from ee_llm.inference.attention import Batch, attend
 from ee_llm.inference.linear import Linear
+from ee_llm.inference.quantized import Int8Linear
 from ee_llm.rotary import inverse_frequencies
 
 Reduce = Callable[[Tensor], Tensor]
+MakeLinear = type[Linear] | type[Int8Linear]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's share: number `rank` of `size`; `reduce` sums over all of them."""
+    """This rank's share: number `rank` of `size`; `reduce` sums over all of them.
+
+    linear: what products with its weights are made by.
+    """
 
     rank: int = 0
     size: int = 1
     reduce: Reduce = lambda partial: partial
+    linear: MakeLinear = Linear
 
     def rows(self, weight: Tensor) -> Tensor:
         """Return this rank's part of a weight's outputs."""
@@ -67,8 +73,8 @@ class Mlp:
             fc1 = torch.cat([shard.rows(half) for half in fc1.chunk(2)])
         else:
             fc1, bias = shard.rows(fc1), None if bias is None else shard.rows(bias)
-        self._fc1 = Linear(fc1, bias)
-        self._fc2 = Linear(shard.columns(tensors[f"{name}.linear_fc2.weight"]))
+        self._fc1 = shard.linear(fc1, bias)
+        self._fc2 = shard.linear(shard.columns(tensors[f"{name}.linear_fc2.weight"]))
         self._fc2_bias = tensors.get(f"{name}.linear_fc2.bias")
         self._reduce = shard.reduce
 
@@ -94,13 +100,13 @@ class Layer:
         self._norm = Norm(model, tensors, f"{name}.input_layernorm")
         qkv = f"{name}.self_attention.linear_qkv"
         bias = tensors.get(f"{qkv}.bias")
-        self._qkv = Linear(
+        self._qkv = shard.linear(
             self._queries_first(model, tensors[f"{qkv}.weight"], shard),
             None if bias is None else self._queries_first(model, bias, shard),
         )
         self._qk_norm = QkNorm(model, tensors, name, self._num_kv) if model.qk_norm else None
         proj = f"{name}.self_attention.linear_proj"
-        self._proj = Linear(shard.columns(tensors[f"{proj}.weight"]))
+        self._proj = shard.linear(shard.columns(tensors[f"{proj}.weight"]))
         self._proj_bias = tensors.get(f"{proj}.bias")
         self._mlp = Mlp(model, tensors, f"{name}.mlp", f"{name}.pre_mlp_layernorm", shard)
         self._reduce = shard.reduce

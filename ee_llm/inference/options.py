@@ -10,6 +10,7 @@ from ee_llm.inference.paged import Attention
 from ee_llm.inference.policy import Measure
 from ee_llm.inference.request import Strategy
 
+Bos = Literal["auto", "on", "off"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float64"]
 
 
@@ -54,6 +55,10 @@ class GenerateOptions:
     draft_threshold: float | None = None
     """For verify: draft only while the exit's confidence reaches this; always unless given."""
 
+    bos: Bos = "auto"
+    """Whether the prompt's tokens begin with the tokenizer's beginning-of-sequence token: auto does
+    as the tokenizer's file or settings say, on and off whatever they say."""
+
     max_new_tokens: int = 64
     """Number of tokens after which to stop; end of document stops too."""
 
@@ -80,6 +85,10 @@ class GenerateOptions:
 
     dtype: DtypeName = "auto"
     """Precision to compute in; auto is bfloat16 where the device is made for it, else float32."""
+
+    quantize: Literal["none", "int8"] = "none"
+    """int8: weights of linear layers in 8 bits, with a scale for each output (needs torchao). Less
+    memory; the output is another model's, which --verify can not check."""
 
     batch_size: int = 16
     """Sequences that run at once."""

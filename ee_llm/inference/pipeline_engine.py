@@ -52,7 +52,7 @@ class PipelineEngine(Decoder):
             take_tensors(config, tensors, dtype, device),
             limits.num_blocks * limits.block_size,
             cut(config, ranks.num_stages)[ranks.stage],
-            shard_of(config, ranks),
+            shard_of(config, ranks, (execution or Execution()).linear),
         )
         max_length = config.model.max_seq_length
         self._runner = PipelineRunner(stage, self.boundaries, limits, max_length, ranks, execution)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from ee_llm.data.tokenizer import Tokenizer
 from ee_llm.inference.json_lines import MIB, decode, opened, read_objects, short
-from ee_llm.inference.options import GenerateOptions
+from ee_llm.inference.options import Bos, GenerateOptions
 from ee_llm.inference.policy import Measure
 from ee_llm.inference.request import STRATEGIES
 
@@ -35,6 +36,24 @@ def read_prompts(options: GenerateOptions) -> list[Prompt]:
     if options.batch_file is not None:
         return _read_batch(options, options.batch_file)
     return [_read_prompt(options)]
+
+
+def first_tokens(bos: Bos, tokenizer: Tokenizer, stated: bool | None) -> list[int]:
+    """Return what a prompt's tokens begin with: the beginning-of-sequence token, or nothing.
+
+    stated: whether the settings of the tokenizer ask for it, None if they do not say; then "auto"
+    does as the tokenizer's file does. Raises ValueError if it is asked for and there is none.
+    """
+    adds = tokenizer.adds_bos if stated is None else stated
+    if bos == "off" or (bos == "auto" and not adds):
+        return []
+    if tokenizer.bos is None:
+        asked = "--bos on" if bos == "on" else "the tokenizer's settings (add_bos_token)"
+        raise ValueError(
+            f"{asked}: tokenizer {tokenizer.name} has no beginning-of-sequence token; give "
+            "--bos off"
+        )
+    return [tokenizer.bos]
 
 
 def _read_prompt(options: GenerateOptions) -> Prompt:
@@ -143,6 +162,7 @@ def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 # What a line of a batch file may set for itself, and how its JSON becomes the option's value.
 _OWN: dict[str, Callable[[Any], Any]] = {
     "thresholds": _thresholds,
+    "bos": _one_of(*get_args(Bos)),
     "measure": _one_of(*get_args(Measure)),
     "strategy": _one_of(*STRATEGIES),
     "draft_exit": _optional(_whole),

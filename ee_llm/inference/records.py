@@ -77,6 +77,11 @@ def from_record(record: Mapping[str, Any], where: str) -> tuple[Generation, str]
 
     Raises ValueError, naming the place `where` it comes from, if something is missing or malformed.
     """
+    if "quantize" in record:
+        raise ValueError(
+            f"{where} was generated with {short(record['quantize'])} weights, which are not the "
+            "checkpoint's: there is nothing to hold it against"
+        )
     try:
         tokens = _integers(record, "tokens")
         policy = _policy(record["policy"])
@@ -105,7 +110,8 @@ def from_record(record: Mapping[str, Any], where: str) -> tuple[Generation, str]
 
 def difference(record: Mapping[str, Any], origin: Mapping[str, Any]) -> str | None:
     """Return the first key of `origin` in which a record is another's; None if there is none."""
-    return next((key for key in origin if record.get(key) != origin[key]), None)
+    keys = [*origin, "quantize"]  # which only records of such weights have
+    return next((key for key in keys if record.get(key) != origin.get(key)), None)
 
 
 def as_json(record: Record) -> str:

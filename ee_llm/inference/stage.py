@@ -15,8 +15,9 @@ from torch import Tensor
 from ee_llm import platform
 from ee_llm.config import Config, output_weight_name
 from ee_llm.inference.attention import Batch, Run
-from ee_llm.inference.layers import Layer, Mlp, Norm, Shard, rotations
+from ee_llm.inference.layers import Layer, MakeLinear, Mlp, Norm, Shard, rotations
 from ee_llm.inference.linear import Linear
+from ee_llm.inference.quantized import Int8Linear
 
 
 class Piece(NamedTuple):
@@ -50,10 +51,12 @@ def cut(config: Config, num_stages: int = 1) -> list[list[Piece]]:
     return stages
 
 
-def shard_of(config: Config, ranks: platform.ServingGrid | None) -> Shard:
+def shard_of(
+    config: Config, ranks: platform.ServingGrid | None, linear: MakeLinear = Linear
+) -> Shard:
     """Return this rank's share of a model; raises ValueError if it can not be shared out evenly."""
     if ranks is None or ranks.tensor_size == 1:
-        return Shard()
+        return Shard(linear=linear)
     for name in ("num_kv_heads", "ffn_hidden_size", "vocab_size"):
         size = getattr(config.model, name)
         if size % ranks.tensor_size:
@@ -61,7 +64,7 @@ def shard_of(config: Config, ranks: platform.ServingGrid | None) -> Shard:
                 f"model.{name} = {size} can not be shared out to {ranks.tensor_size} tensor ranks;"
                 " take a number of them that divides it"
             )
-    return Shard(ranks.tensor_rank, ranks.tensor_size, ranks.reduce)
+    return Shard(ranks.tensor_rank, ranks.tensor_size, ranks.reduce, linear)
 
 
 class Head:
@@ -72,7 +75,7 @@ class Head:
         config: Config,
         tensors: Mapping[str, Tensor],
         boundary: int,
-        output: Linear,
+        output: Linear | Int8Linear,
         shard: Shard,
     ) -> None:
         model, exits = config.model, config.exits
@@ -94,13 +97,15 @@ class Head:
         attended [r, h]: the same rows before the layer's (or block's) own MLP, which an `mlp`
         stands in for if there is no block (EE-Tuning, arXiv 2402.00518).
         """
+        logits = self._output(self.features(x, attended))
+        return logits if self._temperature == 1.0 else logits / self._temperature
+
+    def features(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Return what the output weight projects [r, h], of the same rows."""
         if self._mlp is not None:
             start = attended if self.block is None else x
             x = start + self._mlp(start)
-        if self._norm is not None:
-            x = self._norm(x)
-        logits = self._output(x)
-        return logits if self._temperature == 1.0 else logits / self._temperature
+        return x if self._norm is None else self._norm(x)
 
 
 class Stage:
@@ -138,14 +143,14 @@ class Stage:
             ]
             for piece in pieces
         ]
-        outputs: dict[str, Linear] = {}
+        outputs: dict[str, Linear | Int8Linear] = {}
         self._heads: list[Head | None] = []
         for piece in pieces:
             self._heads.append(None)
             if piece.has_exit:
                 name = output_weight_name(config, piece.last)
                 if name not in outputs:
-                    outputs[name] = Linear(shard.rows(tensors[name]))
+                    outputs[name] = shard.linear(shard.rows(tensors[name]))
                 self._heads[-1] = Head(config, tensors, piece.last, outputs[name], shard)
         self.cache_dtype = cache_dtype(self.dtype, self.device)
         shape = (num_positions, 2, model.num_kv_heads // shard.size, model.head_dim)
@@ -196,6 +201,17 @@ class Stage:
         assert head.block is not None, f"the exit of piece {piece} has no block"
         rotation = None if self._rotations is None else self._rotations[batch.positions]
         return head.block(x, self._pages[piece][-1], batch, rotation)
+
+    def features(self, piece: int, x: Tensor, attended: Tensor, batch: Batch) -> Tensor:
+        """Return what the output weight of a piece's exit projects [t, h], of all rows.
+
+        x, attended [t, h]: as `run` returned them. batch: of those rows, all of which live.
+        """
+        head = self._heads[piece]
+        assert head is not None, f"piece {piece} has no exit"
+        if head.block is not None:
+            x, attended = self.run_block(piece, x, batch)
+        return head.features(x, attended)
 
     def logits(
         self, piece: int, x: Tensor, attended: Tensor, judged: Sequence[Run], batch: Batch | None

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
+from ee_llm.checkpoint.quantized import is_scale, stored_weight
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.config import Config, ModelConfig
 
@@ -52,13 +53,13 @@ class CheckpointTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._reader:
             raise KeyError(name)
-        return self._reader.tensor(name)
+        return stored_weight(self._reader, name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._reader.names())
+        return (name for name in self._reader.names() if not is_scale(self._reader, name))
 
     def __len__(self) -> int:
-        return len(self._reader.names())
+        return sum(1 for _ in self)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""

@@ -4,12 +4,10 @@ Every rank draws a parameter's whole tensor from a generator of its own and keep
 any tensor, pipeline or data parallel layout starts from the same model, bit for bit.
 """
 
-import hashlib
-import math
-
 import torch
 
 from ee_llm.config import Config
+from ee_llm.initial import whole_parameter
 from ee_llm.model.specs import FUSED_NORM_NAMES
 
 
@@ -32,25 +30,6 @@ def split_over_tensor_ranks(
         halves = full.chunk(2, dim=axis)
         return torch.cat([half.chunk(size, dim=axis)[rank] for half in halves], dim=axis)
     return full.chunk(size, dim=axis)[rank]
-
-
-def whole_parameter(name: str, shape: torch.Size, config: Config) -> torch.Tensor:
-    """Return the initial value of a whole parameter in float32.
-
-    Norms start at 1 and biases at 0; weights are normal with `model.init_std`, those that write
-    into the residual stream with init_std / sqrt(2 L) (GPT-2; Megatron-LM).
-    """
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf == "bias":
-        return torch.zeros(shape)
-    if len(shape) == 1:
-        return torch.ones(shape)
-    std = config.model.init_std
-    if ".linear_proj." in name or ".linear_fc2." in name:
-        std /= math.sqrt(2 * config.model.num_layers)
-    digest = hashlib.sha256(f"{config.training.seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 @torch.no_grad()

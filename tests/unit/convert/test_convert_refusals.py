@@ -276,7 +276,7 @@ def test_what_is_there_is_left_alone(tmp_path, capsys):
     found = refusal(capsys, tmp_path / "ours", "--to", "hf", "--output", folder)
     assert "theirs is there already; choose another --output" in found
     assert refusal(capsys, tmp_path / "ours", "--output", tmp_path / "x").endswith(
-        "is a checkpoint of ours already; give --to hf, --dense or --truncate-at"
+        "is a checkpoint of ours already; give --to hf, --to int8, --dense or --truncate-at"
     )
 
 

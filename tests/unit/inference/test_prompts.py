@@ -104,7 +104,7 @@ def test_every_option_that_decides_a_text_can_be_set_on_a_line() -> None:
     of_all = {
         "checkpoint", "prompt", "prompt_file", "batch_file", "output", "dtype", "batch_size",
         "cache_tokens", "hold", "tensor", "pipeline", "timeout_s", "verify", "show_confidence",
-        "json", "attention", "graphs", "compile",
+        "json", "attention", "graphs", "compile", "quantize",
     }  # fmt: skip
     assert set(prompts._OWN) == set(GenerateOptions.__dataclass_fields__) - of_all
 

@@ -1,0 +1,204 @@
+"""`ee-llm checkpoint ...`: what is inside, and checkpoints made of checkpoints."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ee_llm import platform
+from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.config import Config
+from ee_llm.data.tokenizer import load_tokenizer
+from ee_llm.edit.average import averaged, open_all
+from ee_llm.edit.class_aware import ClassMeans, Windows, class_means
+from ee_llm.edit.exits import added, config_with, moved, removed
+from ee_llm.edit.info import describe, show, tensors_of
+from ee_llm.edit.layout import Layout, resharded
+from ee_llm.edit.options import (
+    AddExitsOptions,
+    AverageOptions,
+    InfoOptions,
+    MoveExitsOptions,
+    RemoveExitsOptions,
+    ReshardOptions,
+)
+from ee_llm.edit.rewrite import Rewrite, write_rewrite
+
+_LONGEST = 2048  # what class-aware initialization shows a model at once: attention is quadratic
+
+
+def info(options: InfoOptions) -> None:
+    """Print what a checkpoint holds; raises CheckpointError if it is none or damaged."""
+    reader = TensorReader(options.checkpoint)
+    facts = describe(reader)
+    if options.tensors:
+        facts["all_tensors"] = tensors_of(reader)
+    if options.json:
+        print(json.dumps(facts))
+    else:
+        show(facts, Console(soft_wrap=True, highlight=False))
+
+
+def reshard(options: ReshardOptions) -> None:
+    """Write a checkpoint with its blocks cut for another layout; raises ValueError."""
+    layout = Layout(options.tensor, options.pipeline, options.virtual, options.layer_split)
+    reader = TensorReader(options.checkpoint)
+    _write(resharded(reader, layout), options.output, options.json)
+
+
+def add_exits(options: AddExitsOptions) -> None:
+    """Write a checkpoint with more exits; raises ValueError. On ranks, the first one writes."""
+    reader = TensorReader(options.checkpoint)
+    config = check_add_exits(options)
+    if options.initialization != "class-aware":
+        rewrite = added(reader, config, options.initialization)
+        _write(rewrite, options.output, options.json)
+        return
+    ranks = None
+    if options.tensor > 1:
+        ranks = platform.connect_serving(tensor=options.tensor, timeout_s=options.timeout_s)
+    means = _class_means(options, reader, config, ranks)
+    if platform.is_rank_zero():
+        rewrite = added(reader, config, "class-aware", means.weights)
+        unseen = config.model.vocab_size - means.num_seen
+        rewrite.notes.append(
+            f"class-aware: {means.num_tokens:,} tokens; {unseen:,} of the vocabulary's "
+            f"{config.model.vocab_size:,} are not among them and have the final exit's rows"
+        )
+        _write(rewrite, options.output, options.json)
+    if ranks is not None:
+        ranks.leave()
+
+
+def move_exits(options: MoveExitsOptions) -> None:
+    """Write a checkpoint with its exits placed elsewhere; raises ValueError."""
+    rewrite = moved(TensorReader(options.checkpoint), options.placement)
+    _write(rewrite, options.output, options.json)
+
+
+def remove_exits(options: RemoveExitsOptions) -> None:
+    """Write a checkpoint without some of its exits; raises ValueError."""
+    rewrite = removed(TensorReader(options.checkpoint), options.exits)
+    _write(rewrite, options.output, options.json)
+
+
+def average(options: AverageOptions) -> None:
+    """Write a checkpoint of mean weights; raises ValueError."""
+    rewrite = averaged(open_all(options.checkpoints, options.last))
+    _write(rewrite, options.output, options.json)
+
+
+COMMANDS: dict[str, Callable[[Any], None]] = {
+    "info": info,
+    "reshard": reshard,
+    "add-exits": add_exits,
+    "move-exits": move_exits,
+    "remove-exits": remove_exits,
+    "average": average,
+}
+
+
+def check_add_exits(options: AddExitsOptions) -> Config:
+    """Return the configuration with the new exits, before anything is started.
+
+    Raises ValueError for options that do not go together, or with the checkpoint.
+    """
+    reader = TensorReader(options.checkpoint)
+    is_class_aware = options.initialization == "class-aware"
+    output = options.exit_output
+    if output is None and not reader.config().exits.boundaries:
+        output = "own" if is_class_aware else "shared"
+    config = config_with(reader, options.exits, options.head, output)
+    if not is_class_aware:
+        for name, unset in (
+            ("data", ()),
+            ("num_tokens", None),
+            ("seq_length", None),
+            ("tensor", 1),
+        ):
+            if getattr(options, name) != unset:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} has no effect with --initialization "
+                    f"{options.initialization}; leave it out, or take class-aware"
+                )
+        return config
+    if config.exits.output != "own":
+        raise ValueError(
+            f"--initialization class-aware makes output weights, and these exits have none "
+            f"(exits.output = {config.exits.output}); give --exit-output own, or take copy"
+        )
+    if not options.data:
+        raise ValueError(
+            "--initialization class-aware looks at data; give --data with the prefixes of what "
+            "'ee-llm data prepare' made"
+        )
+    longest = config.model.max_seq_length
+    if options.seq_length is not None and not 1 <= options.seq_length <= longest:
+        raise ValueError(
+            f"--seq-length {options.seq_length}: give 1 to {longest} (model.max_seq_length)"
+        )
+    _check_output(options.output)
+    return config
+
+
+def _class_means(
+    options: AddExitsOptions,
+    reader: TensorReader,
+    config: Config,
+    ranks: platform.ServingGrid | None,
+) -> ClassMeans:
+    seq_length = options.seq_length or min(config.data.seq_length, _LONGEST)
+    windows = Windows(options.data, seq_length, options.num_tokens)
+    eod = load_tokenizer(reader.tokenizer()).eod
+    with _progress("looking at data", windows.num_tokens, options.json) as advance:
+        return class_means(reader, config, options.exits, windows, eod, ranks, advance)
+
+
+def _check_output(output: Path) -> None:
+    """Raise CheckpointError if the output has a checkpoint: found before the model has run."""
+    if there := directory.complete_steps(output / directory.CHECKPOINTS):
+        raise CheckpointError(f"{there[-1]} is there already; choose another --output")
+
+
+def _write(rewrite: Rewrite, output: Path, as_json: bool) -> None:
+    specs = rewrite.specs
+    num_bytes = sum(spec.num_bytes for spec in specs.values())
+    with _progress("writing", num_bytes, as_json) as advance:
+        path = write_rewrite(rewrite, output, lambda _, size: advance(size))
+    result = {
+        "output": str(path),
+        "notes": rewrite.notes,
+        "tensors": len(specs),
+        "bytes": num_bytes,
+    }
+    if as_json:
+        print(json.dumps(result))
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for note in rewrite.notes:
+        console.print(f"note: {escape(note)}")
+    console.print(f"{escape(str(path))}: {len(specs)} tensors, {num_bytes / 2**20:,.1f} MiB")
+
+
+@contextmanager
+def _progress(what: str, total: int, is_quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Yield what shows how far it is: on standard error, where somebody is looking."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=is_quiet or not console.is_terminal,
+        transient=True,
+    ) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda amount: progress.advance(task, amount)

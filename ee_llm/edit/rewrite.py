@@ -1,0 +1,112 @@
+"""A checkpoint that is to be written, described by another: its tensors come one at a time."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.quantized import refuse_quantized
+from ee_llm.checkpoint.read import OPTIMIZER_PREFIX, TensorReader
+from ee_llm.checkpoint.state import STATE, TrainState
+from ee_llm.checkpoint.tokenizer import ORIGIN
+from ee_llm.checkpoint.write import Blocks, TensorSpec, write_checkpoint
+from ee_llm.config import Config
+
+OPTIMIZER = f"{OPTIMIZER_PREFIX}state."
+"""What the name of a tensor of the optimizer begins with; its kind and the parameter's follow."""
+
+_GENERATORS = "rng"
+
+
+@dataclass
+class Rewrite:
+    """A checkpoint to be made of the one that `reader` opened.
+
+    config: of the model as it is to be. specs: its tensors, those of the optimizer too; `get` makes
+    one. goes_on: whether a run can go on from it as from the other, with the optimizer's state.
+    facts: more for the manifest. blocks: see `write_checkpoint`. notes: what to tell the user.
+    """
+
+    reader: TensorReader
+    config: Config
+    specs: dict[str, TensorSpec]
+    get: Callable[[str], Tensor]
+    goes_on: bool = True
+    facts: dict[str, Any] = field(default_factory=dict)
+    blocks: Blocks | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def copy_of(reader: TensorReader) -> Rewrite:
+    """Return the checkpoint as it is, the optimizer's state included.
+
+    Raises CheckpointError for one that is to decode with alone.
+    """
+    refuse_quantized(reader)
+    return Rewrite(reader, reader.config(), specs_of(reader), reader.tensor)
+
+
+def specs_of(reader: TensorReader) -> dict[str, TensorSpec]:
+    """Return the shape and dtype of every tensor, the optimizer's behind the model's."""
+    names = (*reader.names(), *reader.names(optimizer=True))
+    return {name: TensorSpec(tuple(reader.shape(name)), reader.dtype(name)) for name in names}
+
+
+def parameter_of(name: str) -> str:
+    """Return the parameter that a tensor belongs to: itself, or what the optimizer has it for."""
+    return name.removeprefix(OPTIMIZER).partition(".")[2] if name.startswith(OPTIMIZER) else name
+
+
+def with_options(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """Return a configuration with some options changed, by section; raises ConfigError."""
+    values = config.model_dump()
+    for section, options in sections.items():
+        values[section] |= options
+    return Config(**values)
+
+
+def read_state(reader: TensorReader) -> TrainState:
+    """Return how far a checkpoint's run came; raises CheckpointError."""
+    path = reader.path / STATE
+    return TrainState.from_json(directory.read_json(path), path)
+
+
+def write_rewrite(
+    rewrite: Rewrite, output: str | Path, on_tensor: Callable[[str, int], None] | None = None
+) -> Path:
+    """Return the checkpoint in the run directory `output`, whole or not there at all.
+
+    Its place in the training data, the generators of its ranks, its tokenizer and what else came
+    with the model are those of the original. Raises CheckpointError as `write_checkpoint` does.
+    """
+    reader = rewrite.reader
+    kept = [ORIGIN, *([_GENERATORS] if rewrite.goes_on else [])]
+    files = {
+        path.relative_to(reader.path).as_posix(): path.read_bytes()
+        for name in kept
+        for path in sorted((reader.path / name).glob("*"))
+        if path.is_file()
+    }
+    facts: dict[str, Any] = {}
+    if rewrite.goes_on:
+        # The layout that saved stays: it is the one that the generators are for.
+        stages = {"stages": reader.config().parallel.num_stages}
+        facts = {
+            "optimizer_steps": reader.manifest.get("optimizer_steps", 0),
+            "layout": stages | reader.manifest.get("layout", {}),
+        }
+    return write_checkpoint(
+        output,
+        rewrite.config,
+        rewrite.specs,
+        rewrite.get,
+        tokenizer_file=reader.tokenizer(),
+        state=read_state(reader) if rewrite.goes_on else None,
+        facts=facts | rewrite.facts,
+        files=files,
+        on_tensor=on_tensor,
+        blocks=rewrite.blocks,
+    )

@@ -1,0 +1,100 @@
+"""What `ee-llm checkpoint` makes of a run's checkpoint, for runs on several ranks."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.cli import main
+from tests.distributed.runs import (
+    assert_equal_bits,
+    layout,
+    losses_of,
+    make_config,
+    tensors_of,
+    train_ranks,
+    training_log,
+)
+
+
+def command(*arguments):
+    assert main(["checkpoint", *map(str, arguments)]) == 0
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, corpus):
+    """Six steps on one rank with dropout; a checkpoint of step 3 is kept."""
+    output = tmp_path_factory.mktemp("source")
+    options = {"training.steps": 6, "checkpoint.interval": 3, "model.dropout": 0.1}
+    train_ranks(1, make_config(output, corpus, **options))
+    return output / "checkpoints" / "step-00000003"
+
+
+def go_on(output, corpus, checkpoint, world_size, **options):
+    options = options | {"training.steps": 6, "checkpoint.resume": str(checkpoint)}
+    [end, *_] = train_ranks(world_size, make_config(output, corpus, **options))
+    assert end.endswith("step-00000006")
+    return end
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options", "resharded"),
+    [
+        (1, {}, ("--tensor", 2, "--pipeline", 2)),
+        (4, layout(2, 2, sequence=True), ("--tensor", 2, "--pipeline", 2)),
+        (2, layout(1, 2) | {"parallel.virtual": 2}, ("--pipeline", 2, "--virtual", 2)),
+        (2, layout(1, 1), ("--pipeline", 4)),
+    ],
+    ids=["where-it-was-saved", "tp2-pp2-sp", "vp2-pp2", "dp2"],
+)
+def test_going_on_is_as_from_the_original(tmp_path, corpus, source, world_size, options, resharded):
+    """Under its own layout, another, and the one that saved (with its generators): bit for bit."""
+    command("reshard", source, *resharded, "--output", tmp_path / "cut")
+    dropout = {"model.dropout": 0.1}
+    one = go_on(tmp_path / "a", corpus, source, world_size, **options, **dropout)
+    other = go_on(tmp_path / "b", corpus, tmp_path / "cut", world_size, **options, **dropout)
+    assert_equal_bits(one, other)
+    assert training_log(tmp_path / "a") == training_log(tmp_path / "b")
+    if world_size == 1:
+        assert_equal_bits(one, source.with_name("step-00000006"))
+
+
+def test_a_run_goes_on_with_an_exit_more(tmp_path, corpus, source):
+    """And without one: the optimizer's state fits what there is, the others' losses what was."""
+    command("add-exits", source, "--exits", 3, "--output", tmp_path / "more")
+    command("remove-exits", source, "--exits", 1, "--output", tmp_path / "less")
+    quiet = {"model.dropout": 0.0}
+    go_on(tmp_path / "same", corpus, source, 1, **quiet)
+    for name, boundaries, weights in (("more", (1, 2, 3), (0.3, 0.7, 0.0)), ("less", (2,), (0.7,))):
+        exits = {"exits.boundaries": boundaries, "exits.weights": weights}
+        go_on(tmp_path / f"on-{name}", corpus, tmp_path / name, 2, **exits, **layout(1, 2), **quiet)
+    expected, found = losses_of(tmp_path / "same", {4}), losses_of(tmp_path / "on-more", {4})
+    assert len(found) == len(expected) + 1
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-6)
+
+
+def test_class_aware_on_two_ranks_is_as_on_one(tmp_path, corpus, source):
+    dense = tmp_path / "dense"
+    command("remove-exits", source, "--exits", 1, 2, "--output", dense)
+    options = ["--exits", "2", "--initialization", "class-aware", "--data", corpus, "--json"]
+    start = [sys.executable, "-m", "ee_llm.cli", "checkpoint", "add-exits", str(dense), *options]
+    for number in ("1", "2"):
+        done = subprocess.run(
+            [*start, "--tensor", number, "--output", str(tmp_path / number)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("\n") == 1
+    one, two = tensors_of(tmp_path / "1"), tensors_of(tmp_path / "2")
+    weight = "exits.2.output.weight"
+    assert TensorReader(tmp_path / "1").config().exits.output == "own"
+    torch.testing.assert_close(two[weight], one[weight], rtol=1e-5, atol=1e-6)
+    assert one.keys() == two.keys()
