@@ -290,7 +290,9 @@ COMMANDS: dict[str, Command] = {
     "data train-tokenizer": Command("make a SentencePiece vocabulary", _data_train_tokenizer),
     "data prepare": Command("turn texts into the token files that training reads", _data_prepare),
     "data stats": Command("print what prepared data consist of", _data_stats),
-    "convert": Command("turn a model of Hugging Face's into a checkpoint, or back", _convert),
+    "convert": Command(
+        "turn a model of Hugging Face's or Megatron-LM's into ours, or back", _convert
+    ),
     "checkpoint info": Command("show what is in a checkpoint", _checkpoint("info")),
     "checkpoint reshard": Command("cut its blocks for another layout", _checkpoint("reshard")),
     "checkpoint add-exits": Command("add exits to its model", _checkpoint("add-exits")),

@@ -74,16 +74,7 @@ class TensorReader:
                 f"{self.path}: {name!r} has shape {list(entry.shape)}, the part from "
                 f"{list(offsets)} to {ends} was asked for"
             )
-        for chunk in entry.chunks:
-            lows = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
-            chunk_ends = [a + n for a, n in zip(chunk.offsets, chunk.sizes, strict=True)]
-            highs = [min(a, b) for a, b in zip(ends, chunk_ends, strict=True)]
-            if any(low >= high for low, high in zip(lows, highs, strict=True)):
-                continue
-            block = safe.read_chunk(self._tensors, name, entry, chunk)
-            part = block[_slices(lows, highs, chunk.offsets)]
-            with torch.no_grad():
-                target[_slices(lows, highs, offsets)].copy_(part)
+        fill(target, self._tensors, name, entry, offsets)
 
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that tell this model from others of the same shape.
@@ -117,6 +108,30 @@ class TensorReader:
             return self._entries[name]
         except KeyError:
             raise CheckpointError(f"{self.path} holds no tensor {name!r}") from None
+
+
+def fill(
+    target: torch.Tensor,
+    directory: Path,
+    name: str,
+    entry: safe.TensorEntry,
+    offsets: Sequence[int],
+) -> None:
+    """Fill `target` with the part that begins at `offsets` of a tensor in a torch_dist directory.
+
+    Raises CheckpointError if a file is missing, truncated or foreign.
+    """
+    ends = [offset + size for offset, size in zip(offsets, target.shape, strict=True)]
+    for chunk in entry.chunks:
+        lows = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
+        chunk_ends = [a + n for a, n in zip(chunk.offsets, chunk.sizes, strict=True)]
+        highs = [min(a, b) for a, b in zip(ends, chunk_ends, strict=True)]
+        if any(low >= high for low, high in zip(lows, highs, strict=True)):
+            continue
+        block = safe.read_chunk(directory, name, entry, chunk)
+        part = block[_slices(lows, highs, chunk.offsets)]
+        with torch.no_grad():
+            target[_slices(lows, highs, offsets)].copy_(part)
 
 
 def _slices(lows: Sequence[int], highs: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:

@@ -10,8 +10,8 @@ refused. Nothing is allocated or read that is larger than the files.
 
 import io
 import math
-import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 
 from ee_llm.checkpoint import blocks
 from ee_llm.checkpoint.blocks import Chunk
+from ee_llm.checkpoint.inert import Inert, InertUnpickler
 
 METADATA = ".metadata"
 COMMON = "common.pt"
@@ -64,48 +65,22 @@ _METADATA_CLASSES = {
 }
 
 
-class _Sealed(type):
-    def __setattr__(cls, name: str, value: Any) -> None:
-        raise pickle.UnpicklingError(f"it sets {name!r} of the class {cls.__name__}")
-
-
-class _Inert(metaclass=_Sealed):
-    """Holds the arguments and the state that a pickle gives an object, and does nothing."""
-
-    args: tuple[Any, ...]
-
-    def __init__(self, *args: Any) -> None:
-        vars(self)["args"] = args
-
-    def __setstate__(self, state: Any) -> None:
-        vars(self).update(state if isinstance(state, dict) else {"state": state})
-
-
-class _InertDict(_Inert, dict):
-    pass
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    # A pickle can set attributes of whatever it gets hold of, classes included (BUILD): it gets
-    # none that anything else knows.
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
-        self._stand_ins: dict[tuple[str, str], Any] = {}
+class _MetadataUnpickler(InertUnpickler):
+    allowed = _METADATA_CLASSES
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a stand-in, made for this pickle, of an allowed class or dtype."""
-        # No dots: "Size.__init__.__globals__" would walk from an allowed class to anything.
-        base = _InertDict if name == "OrderedDict" else _Inert
-        if name in _METADATA_CLASSES.get(module, ()):
-            known = self._stand_ins
-            return known.setdefault((module, name), _Sealed(name, (base,), {}))
+        """Return a stand-in of an allowed class or dtype."""
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return _Inert(name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of ours holds")
+            return Inert(name)
+        return super().find_class(module, name)
 
 
-def read_metadata(directory: Path) -> dict[str, TensorEntry]:
+def read_metadata(
+    directory: Path, is_wanted: Callable[[str], bool] = lambda _: True
+) -> dict[str, TensorEntry]:
     """Return the index of a torch_dist directory: tensor name -> shape, dtype and blocks.
+
+    `is_wanted` says which names to look at; entries of other names may be anything.
 
     Raises CheckpointError if `.metadata` is missing, truncated, no index of tensors, names a class
     outside of the allow-list, or points outside of the directory.
@@ -119,14 +94,16 @@ def read_metadata(directory: Path) -> dict[str, TensorEntry]:
     except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{path} is not a readable index of a checkpoint: {error}") from error
     try:
-        return _plain_index(metadata, path)
+        return _plain_index(metadata, path, is_wanted)
     except CheckpointError:
         raise
     except Exception as error:  # passive objects, but of any shape
         raise CheckpointError(f"{path} is not an index of tensors: {error!r}") from error
 
 
-def _plain_index(metadata: Any, path: Path) -> dict[str, TensorEntry]:
+def _plain_index(
+    metadata: Any, path: Path, is_wanted: Callable[[str], bool]
+) -> dict[str, TensorEntry]:
     stored = {
         (index.fqn, _sizes(getattr(index, "offset", None))): info
         for index, info in metadata.storage_data.items()
@@ -135,6 +112,8 @@ def _plain_index(metadata: Any, path: Path) -> dict[str, TensorEntry]:
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(name, str):
             raise CheckpointError(f"{path}: a tensor's name is of type {type(name).__name__}")
+        if not is_wanted(name):
+            continue
         if not hasattr(entry, "chunks"):
             raise CheckpointError(
                 f"{path}: {name!r} is an entry of pickled bytes, which is never read; expected "
@@ -205,12 +184,12 @@ def check_sizes(directory: Path, entries: dict[str, TensorEntry]) -> None:
 def _dtype(properties: Any) -> torch.dtype | None:
     # torch pickles them as a tuple, its dtype first.
     value = properties.state[0]
-    dtype = getattr(torch, value.args[0], None) if isinstance(value, _Inert) else None
+    dtype = getattr(torch, value.args[0], None) if isinstance(value, Inert) else None
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    if isinstance(values, _Inert):  # a torch.Size
+    if isinstance(values, Inert):  # a torch.Size
         (values,) = values.args or ((),)
     values = tuple(values or ())
     if not all(type(value) is int and abs(value) < 2**63 for value in values):

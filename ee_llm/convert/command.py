@@ -1,4 +1,4 @@
-"""`ee-llm convert`: models of Hugging Face's in, and out again."""
+"""`ee-llm convert`: models of Hugging Face's and Megatron-LM's in, and out again."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -28,24 +28,22 @@ from ee_llm.config.tokenizer import BYTES
 from ee_llm.convert.check import TEXT, TOLERANCE, Difference, compare
 from ee_llm.convert.export import Cut, dense, export_folder, truncated, whole
 from ee_llm.convert.folder import INDEX, SETTINGS, SINGLE
+from ee_llm.convert.megatron import is_megatron
+from ee_llm.convert.opened import Source
 from ee_llm.convert.options import ConvertOptions
-from ee_llm.convert.source import NewExits, Source, open_source
+from ee_llm.convert.source import NewExits, open_source
 
 OnTensor = Callable[[str, int], None]
 
-# What comes along besides tensors, and is there again when the model is exported.
-_FILES = (
-    SETTINGS,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
+HUGGING_FACE = "a model of Hugging Face's"
+MEGATRON = "a model of Megatron-LM's"
+OURS = "a checkpoint of ours"
+_OF_CHECKPOINTS = ("dense", "truncate_at", "max_shard_gb")
+_UNUSED = {
+    HUGGING_FACE: _OF_CHECKPOINTS,
+    MEGATRON: (*_OF_CHECKPOINTS, "ignore_settings"),
+    OURS: ("exits", "head", "exit_output", "tokenizer", "ignore_settings"),
+}
 
 
 def convert(options: ConvertOptions) -> None:
@@ -53,9 +51,9 @@ def convert(options: ConvertOptions) -> None:
 
     Raises ValueError for a source that is no such model, or options that do not go together.
     """
-    is_folder = _is_folder(options.source)
-    _check(options, is_folder)
-    if is_folder:
+    kind = _kind(options.source)
+    _check(options, kind)
+    if kind != OURS:
         result = _import(options)
     elif options.to == "hf":
         result = _export(options)
@@ -75,42 +73,44 @@ def convert(options: ConvertOptions) -> None:
         )
 
 
-def _is_folder(source: Path) -> bool:
+def _kind(source: Path) -> str:
+    """Return whose model is in a directory."""
     if not source.exists():
         raise CheckpointError(
-            f"{source} does not exist: expected a folder with {SETTINGS}, or a checkpoint"
+            f"{source} does not exist: expected a folder with {SETTINGS}, a run of Megatron-LM's "
+            "or EE-LLM's, or a checkpoint"
         )
-    is_ours = (source / directory.MANIFEST).is_file() or (source / directory.CHECKPOINTS).is_dir()
-    names = (SETTINGS, SINGLE, INDEX)
-    return not is_ours and any((source / name).is_file() for name in names)
+    if (source / directory.MANIFEST).is_file() or (source / directory.CHECKPOINTS).is_dir():
+        return OURS
+    if is_megatron(source):
+        return MEGATRON
+    is_folder = any((source / name).is_file() for name in (SETTINGS, SINGLE, INDEX))
+    return HUGGING_FACE if is_folder else OURS
 
 
-def _check(options: ConvertOptions, is_folder: bool) -> None:
+def _check(options: ConvertOptions, kind: str) -> None:
     """Raise ValueError for options that say nothing of this conversion."""
     default = ConvertOptions(options.source, options.output)
-    of_folders = ("exits", "head", "exit_output", "tokenizer", "ignore_settings")
-    of_checkpoints = ("dense", "truncate_at", "max_shard_gb")
-    for name in of_checkpoints if is_folder else of_folders:
+    for name in _UNUSED[kind]:
         if getattr(options, name) != getattr(default, name):
-            kind = "a model of Hugging Face's" if is_folder else "a checkpoint of ours"
             raise ValueError(
                 f"--{name.replace('_', '-')} has no effect on {options.source}, which is {kind}"
             )
-    if is_folder and options.to == "hf":
+    if kind != OURS and options.to == "hf":
+        already = " already" if kind == HUGGING_FACE else ""
         raise ValueError(
-            f"--to hf: {options.source} is a model of Hugging Face's already; convert it to a "
-            "checkpoint of ours first"
+            f"--to hf: {options.source} is {kind}{already}; convert it to a checkpoint of ours "
+            "first"
         )
-    if is_folder and options.to == "int8":
+    if kind != OURS and options.to == "int8":
         raise ValueError(
-            f"--to int8: {options.source} is a model of Hugging Face's; convert it to a checkpoint "
-            "of ours first"
+            f"--to int8: {options.source} is {kind}; convert it to a checkpoint of ours first"
         )
     if options.dense and options.truncate_at is not None:
         raise ValueError("--dense and --truncate-at are two models; choose one of them")
     if options.max_shard_gb <= 0:
         raise ValueError(f"--max-shard-gb {options.max_shard_gb}: give a size greater than 0")
-    if options.check and not is_folder and options.to != "hf":
+    if options.check and kind != HUGGING_FACE and options.to != "hf":
         raise ValueError("--check compares with transformers, which neither side is here")
     for name in ("head", "exit_output"):
         if not options.exits and getattr(options, name) != getattr(default, name):
@@ -132,8 +132,6 @@ def _import(options: ConvertOptions) -> dict[str, Any]:
 
 
 def _write_source(options: ConvertOptions, source: Source) -> Path:
-    found = (source.folder.path / name for name in _FILES)
-    files = {f"{ORIGIN}/{path.name}": path.read_bytes() for path in found if path.is_file()}
     with _progress(_facts(source.specs)["bytes"], options.json) as on_tensor:
         return write_checkpoint(
             options.output,
@@ -141,7 +139,7 @@ def _write_source(options: ConvertOptions, source: Source) -> Path:
             source.specs,
             source.tensor,
             tokenizer_file=source.tokenizer_file,
-            files=files,
+            files=source.files,
             on_tensor=on_tensor,
         )
 

@@ -26,7 +26,8 @@ class Family(NamedTuple):
     fits: Callable[[ModelConfig], bool]
 
 
-def _need(settings: Settings, *names: str) -> list[int]:
+def need(settings: Settings, *names: str) -> list[int]:
+    """Return the counts of these names; raises SettingsError."""
     found = []
     for name in names:
         value = settings.get(name)
@@ -36,7 +37,7 @@ def _need(settings: Settings, *names: str) -> list[int]:
     return found
 
 
-def _refuse(settings: Settings, **allowed: Any) -> None:
+def refuse(settings: Settings, **allowed: Any) -> None:
     """Raise SettingsError for settings that are neither absent nor as `allowed` says."""
     for name, only in allowed.items():
         if (value := settings.get(name)) is not None and value != only:
@@ -62,18 +63,18 @@ def _read_rope(settings: Settings) -> dict[str, Any]:
             f"rope_scaling of the type {kind!r} can not be converted; only "
             f"{', '.join(_ROPE_KEYS)} can"
         )
-    _refuse(given, partial_rotary_factor=1.0)
-    _refuse(settings, partial_rotary_factor=1.0)
+    refuse(given, partial_rotary_factor=1.0)
+    refuse(settings, partial_rotary_factor=1.0)
     known = _ROPE_KEYS[kind] | {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
     for name in given.keys() - known:
         if given[name] is not None and name not in _ROPE_KEYS["llama3"]:
             raise SettingsError(f"rope_scaling.{name} = {given[name]!r} can not be converted")
-    options: dict[str, Any] = {"rope_theta": _number("rope_theta", theta)}
+    options: dict[str, Any] = {"rope_theta": to_number("rope_theta", theta)}
     if kind == "default":
         return options
     values = {"original_max_position_embeddings": settings.get("max_position_embeddings"), **given}
     for name in sorted(_ROPE_KEYS[kind]):
-        values[name] = _number(f"rope_scaling.{name}", values.get(name))
+        values[name] = to_number(f"rope_scaling.{name}", values.get(name))
     options |= {"rope_scaling": kind, "rope_factor": values["factor"]}
     if kind == "llama3":
         options["rope_low_freq_factor"] = values["low_freq_factor"]
@@ -82,7 +83,8 @@ def _read_rope(settings: Settings) -> dict[str, Any]:
     return options
 
 
-def _number(name: str, value: Any) -> float:
+def to_number(name: str, value: Any) -> float:
+    """Return a setting's value as a number; raises SettingsError."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise SettingsError(f"{name} is {value!r}: expected a number")
     return float(value)
@@ -97,8 +99,8 @@ def _read_llama(
     default_head_dim: int | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the options of a model of the table LLAMA, and remarks."""
-    _refuse(settings, hidden_act="silu", attention_bias=False, mlp_bias=False)
-    layers, hidden, heads, ffn, vocabulary, length = _need(
+    refuse(settings, hidden_act="silu", attention_bias=False, mlp_bias=False)
+    layers, hidden, heads, ffn, vocabulary, length = need(
         settings,
         "num_hidden_layers",
         "hidden_size",
@@ -111,7 +113,7 @@ def _read_llama(
     if settings.get("use_sliding_window") is False:
         window = None
     if window is not None:
-        (window,) = _need({"sliding_window": window}, "sliding_window")
+        (window,) = need({"sliding_window": window}, "sliding_window")
     for kind in settings.get("layer_types") or ():
         if kind not in ("full_attention", "sliding_attention"):
             raise SettingsError(f"layer_types has {kind!r}, which can not be converted")
@@ -131,9 +133,9 @@ def _read_llama(
         "ffn_hidden_size": ffn,
         "vocab_size": vocabulary,
         "max_seq_length": length,
-        "norm_eps": _number("rms_norm_eps", settings.get("rms_norm_eps", 1e-6)),
+        "norm_eps": to_number("rms_norm_eps", settings.get("rms_norm_eps", 1e-6)),
         "tie_embeddings": settings.get("tie_word_embeddings") or False,
-        "init_std": _number("initializer_range", settings.get("initializer_range", 0.02)),
+        "init_std": to_number("initializer_range", settings.get("initializer_range", 0.02)),
         "qkv_bias": has_qkv_bias,
         "qk_norm": has_qk_norm,
         **_read_rope(settings),
@@ -171,7 +173,7 @@ def _write_llama(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_gpt2(settings: Settings) -> tuple[dict[str, Any], list[str]]:
-    _refuse(
+    refuse(
         settings,
         scale_attn_weights=True,
         scale_attn_by_inverse_layer_idx=False,
@@ -183,7 +185,7 @@ def _read_gpt2(settings: Settings) -> tuple[dict[str, Any], list[str]]:
         raise SettingsError(
             f"activation_function = {activation!r} can not be converted; only gelu_new and gelu can"
         )
-    layers, hidden, heads, vocabulary, length = _need(
+    layers, hidden, heads, vocabulary, length = need(
         settings, "n_layer", "n_embd", "n_head", "vocab_size", "n_positions"
     )
     tied = settings.get("tie_word_embeddings")
@@ -195,9 +197,9 @@ def _read_gpt2(settings: Settings) -> tuple[dict[str, Any], list[str]]:
         "ffn_hidden_size": settings.get("n_inner") or 4 * hidden,
         "vocab_size": vocabulary,
         "max_seq_length": length,
-        "norm_eps": _number("layer_norm_epsilon", settings.get("layer_norm_epsilon", 1e-5)),
+        "norm_eps": to_number("layer_norm_epsilon", settings.get("layer_norm_epsilon", 1e-5)),
         "tie_embeddings": True if tied is None else tied,
-        "init_std": _number("initializer_range", settings.get("initializer_range", 0.02)),
+        "init_std": to_number("initializer_range", settings.get("initializer_range", 0.02)),
         "gelu": gelu,
     }, []
 

@@ -14,6 +14,8 @@ from ee_llm.checkpoint.write import TensorSpec
 SETTINGS = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+"""The directory of a checkpoint of ours with the files that came along, but for tensors."""
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -11,13 +11,14 @@ from ee_llm.config import HeadPart
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Turn a model of Hugging Face's into a checkpoint, or a checkpoint into such a model.
+    """Turn a model of Hugging Face's or Megatron-LM's into a checkpoint, or a checkpoint back.
 
     On the CPU, tensor by tensor; the result is there as a whole or not at all.
     """
 
     source: Positional[Path]
-    """A folder with config.json and model.safetensors, or a checkpoint or run directory of ours."""
+    """A folder with config.json and model.safetensors; a run directory of Megatron-LM or EE-LLM, or
+    a checkpoint in it; or a checkpoint or run directory of ours."""
 
     output: Path
     """Where the result goes: a new run directory, or for --to hf a new folder."""
@@ -27,7 +28,7 @@ class ConvertOptions:
     checkpoint to decode with, of a checkpoint of ours, whose linear weights have 8 bits."""
 
     exits: tuple[int, ...] = ()
-    """From Hugging Face: exits to make after these layers, of the model's own norm and output. For
+    """From elsewhere: exits to make after these layers, of the model's own norm and output. For
     LayerSkip's models that is what they were trained with; others need tuning."""
 
     head: tuple[HeadPart, ...] = ("norm",)
@@ -43,7 +44,8 @@ class ConvertOptions:
     """From a checkpoint: the smaller model that ends with the exit after this layer."""
 
     tokenizer: str | None = None
-    """From Hugging Face: 'bytes' or the path of a tokenizer, if the folder has none."""
+    """From elsewhere: 'bytes' or the path of a tokenizer, if the folder has none; Megatron-LM's
+    never have one."""
 
     ignore_settings: tuple[str, ...] = ()
     """From Hugging Face: unknown settings of config.json that do not change the model."""

@@ -40,7 +40,10 @@ RULES = (
     Rule("training", never=("ee_llm.inference", "ee_llm.evaluation", "ee_llm.serving")),
     Rule("checkpoint.read", never=("megatron",), through=True),
     Rule("checkpoint.write", never=("megatron",), through=True),
-    Rule("convert", ours=("config", "platform", "data", "checkpoint", "inference", "rotary", "initial")),
+    Rule(
+        "convert",
+        ours=("config", "platform", "data", "checkpoint", "inference", "rotary", "initial"),
+    ),
     Rule("convert", never=("megatron",), through=True),
     Rule(
         "edit",

@@ -1,4 +1,4 @@
-"""Turn a model of Hugging Face's into a checkpoint, or back; the same as `ee-llm convert`."""
+"""Turn a model from elsewhere into a checkpoint, or back; the same as `ee-llm convert`."""
 
 import sys
 from pathlib import Path
