@@ -35,12 +35,15 @@ def load(
     stages: Sequence[sharded.ShardedModule],
     optimizer: MegatronOptimizer | None,
     config: Config,
+    *,
+    goes_on: bool | None = None,
 ) -> TrainState:
     """Return the state of the run in a checkpoint; stages, optimizer and generators get theirs.
 
     `path` is a checkpoint, or a run directory, whose newest is meant. Without an optimizer only
-    the parameters are loaded, as to begin a new run from them; an optimizer that exists already
-    must then be told (`reload_model_params`): it may hold masters of its own. Random generators
+    the parameters are loaded, as to begin a new run from them, or, if it `goes_on`, to give it an
+    optimizer afterwards. An optimizer that exists already must then be told
+    (`reload_model_params`): it may hold masters of its own. Random generators
     are restored where the layout is the one that saved, for only then do they mean the same.
     Collective.
 
@@ -50,7 +53,9 @@ def load(
     """
     what = f"can not load {path}"
     opened: list[tuple[TensorReader, TrainState]] = []
-    together(what, lambda: opened.append(_open(path, config, goes_on=optimizer is not None)))
+    if goes_on is None:
+        goes_on = optimizer is not None
+    together(what, lambda: opened.append(_open(path, config, goes_on=goes_on)))
     reader, state = opened[0]
 
     model: sharded.Flat = {}
@@ -76,7 +81,7 @@ def load(
         place(model, loaded)
         for part in moments:
             part.load(loaded, reader.manifest["optimizer_steps"])
-        if moments and _saved_layout(reader) == layout(config):
+        if moments and saved_layout(reader) == layout(config):
             load_generators(reader.path, dist.get_rank())
 
     together(what, fill)
@@ -115,7 +120,8 @@ def _open(path: str | Path, config: Config, *, goes_on: bool) -> tuple[TensorRea
     return reader, state
 
 
-def _saved_layout(reader: TensorReader) -> dict[str, int]:
+def saved_layout(reader: TensorReader) -> dict[str, int]:
+    """Return the sizes of the parallel layout that wrote a checkpoint."""
     # Older manifests do not state the stages; the configuration beside them does.
     return {"stages": reader.config().parallel.num_stages, **reader.manifest["layout"]}
 

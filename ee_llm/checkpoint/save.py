@@ -16,6 +16,7 @@ from ee_llm.checkpoint.generators import save_generators
 from ee_llm.checkpoint.read import CONFIG, TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.checkpoint.state import STATE, TrainState, data_files
+from ee_llm.checkpoint.whole import WholeTensors, write_whole
 from ee_llm.config import Config
 
 platform.enable_megatron()
@@ -33,15 +34,16 @@ from megatron.core.optimizer import MegatronOptimizer
 def save(
     output: str | Path,
     stages: Sequence[sharded.ShardedModule],
-    optimizer: MegatronOptimizer | None,
+    optimizer: MegatronOptimizer | WholeTensors | None,
     state: TrainState,
     config: Config,
     keep: Path | None = None,
 ) -> Path:
     """Return the checkpoint of `state.step` that all ranks together wrote below `output`.
 
-    With `keep`, a checkpoint, only what is trained is taken from the stages: all other tensors of
-    the model are that checkpoint's, bit for bit, whether the stages hold them or not.
+    An optimizer of `WholeTensors` gives parameters as well. With `keep`, a checkpoint, only what is
+    trained is written anew: all other tensors of the model are that checkpoint's, bit for bit,
+    whether the stages hold them or not.
 
     It is written aside, flushed to disk, renamed, and `latest` is pointed at it; then all but the
     newest `config.checkpoint.keep_last` are removed. Collective.
@@ -56,7 +58,11 @@ def save(
     try:
         on_first(what, lambda: directory.create_partial(checkpoints, state.step))
         kept = keep and directory.settled(keep)
-        steps = _write_tensors(what, partial / directory.TENSORS, stages, optimizer, kept)
+        tensors = partial / directory.TENSORS
+        if isinstance(optimizer, WholeTensors):
+            steps = write_whole(what, tensors, optimizer, kept)
+        else:
+            steps = _write_tensors(what, tensors, stages, optimizer, kept)
         together(what, lambda: save_generators(partial, dist.get_rank()))
         facts = {"optimizer_steps": steps, "layout": layout(config), "ee_llm": __version__}
         on_first(what, lambda: _write_rest(partial, state, config, facts))

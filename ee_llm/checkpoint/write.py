@@ -89,7 +89,7 @@ def write_checkpoint(
         state = state or TrainState()
         partial = directory.create_partial(checkpoints, state.step)
         try:
-            write_tensors(partial / directory.TENSORS, specs, get, on_tensor, blocks or in_rows)
+            write_tensors(partial / directory.TENSORS, specs, get, on_tensor, blocks)
             final = checkpoints / directory.step_name(state.step)
             config = _placed(config, Path(output), final, tokenizer_file)
             for name, content in (files or {}).items():
@@ -113,8 +113,8 @@ def write_tensors(
     path: Path,
     specs: Mapping[str, TensorSpec],
     get: Callable[[str], Tensor],
-    on_tensor: Callable[[str, int], None] | None,
-    blocks: Blocks,
+    on_tensor: Callable[[str, int], None] | None = None,
+    blocks: Blocks | None = None,
 ) -> None:
     """Write the directory of tensors of a checkpoint; raises CheckpointError as above."""
     entries: dict[str, index.STORAGE_TYPES] = {}
@@ -128,7 +128,7 @@ def write_tensors(
                 f"{list(found.shape)}"
             )
         chunks = []
-        for block in blocks(name, tensor):
+        for block in (blocks or in_rows)(name, tensor):
             offsets = torch.Size(block.offsets)
             places[index.MetadataIndex(name, offsets)] = _append(path / block.file, block.data)
             chunks.append(index.ChunkStorageMetadata(offsets, block.data.shape))

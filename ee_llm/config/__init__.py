@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ee_llm.config import checks, toml
 from ee_llm.config.base import Section, default_text, option
+from ee_llm.config.deepspeed import DeepSpeedConfig
 from ee_llm.config.errors import ConfigError, render
 from ee_llm.config.sections import (
     CheckpointConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DeepSpeedConfig",
     "ExitsConfig",
     "HeadPart",
     "LoggingConfig",
@@ -63,6 +65,7 @@ class Config(Section):
     model: ModelConfig
     exits: ExitsConfig = Field(default_factory=ExitsConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from ee_llm.config.deepspeed import deepspeed_problems
 from ee_llm.config.tuning import tuning_problems
 
 if TYPE_CHECKING:
@@ -318,6 +319,7 @@ CHECKS: tuple[Callable[["Config"], Iterator[str]], ...] = (
     _learning_rate,
     _traces,
     tuning_problems,
+    deepspeed_problems,
 )
 
 

@@ -21,7 +21,9 @@ def unknown_key(path: str, known: Iterable[str]) -> str:
     # the same word in other sections; then anything that looks alike as a whole.
     split = [(name.rpartition("."), name) for name in names]
     inside = {leaf: name for (parent, _, leaf), name in split if parent == section}
-    near = [inside[match] for match in difflib.get_close_matches(leaf, inside, n=1)]
+    # Without a section the word may as well be an option's, so that sections have to be closer.
+    cutoff = 0.6 if section else 0.75
+    near = [inside[match] for match in difflib.get_close_matches(leaf, inside, n=1, cutoff=cutoff)]
     near += [name for (_, _, other), name in split if other == leaf]
     near += difflib.get_close_matches(path, names, n=1, cutoff=0.8)
     mend = " or ".join(list(dict.fromkeys(near))[:2])

@@ -195,6 +195,7 @@ class ExitsConfig(Section):
 
 Schedule = Literal["1f1b", "zero-bubble", "zero-bubble-exits"]
 Fills = int | Literal["auto"]
+Engine = Literal["megatron", "deepspeed"]
 
 
 class ParallelConfig(Section):
@@ -236,6 +237,11 @@ class ParallelConfig(Section):
         "Number of layers of each stage, first to last: parallel.pipeline x parallel.virtual "
         "numbers; stage s is on pipeline process s modulo parallel.pipeline.",
         shown="even",
+    )
+    engine: Engine = option(
+        "megatron",
+        "What sums gradients over data-parallel processes and updates parameters: megatron-core, "
+        "or DeepSpeed's ZeRO (see deepspeed), which needs parallel.tensor = parallel.pipeline = 1.",
     )
     timeout_s: float = option(600.0, "Time-out of any wait for another process, in seconds.", gt=0)
 

@@ -27,6 +27,7 @@ from ee_llm.platform.grid import Grid, initialize, shutdown
 from ee_llm.platform.megatron import enable as enable_megatron
 from ee_llm.platform.serving import RankLostError, ServingGrid
 from ee_llm.platform.serving import connect as connect_serving
+from ee_llm.platform.zero import deepspeed
 
 __all__ = [
     "DTYPES",
@@ -36,6 +37,7 @@ __all__ = [
     "backend",
     "connect_serving",
     "console",
+    "deepspeed",
     "device",
     "dtype_named",
     "enable_megatron",

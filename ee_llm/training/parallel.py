@@ -47,11 +47,15 @@ class StageOnData:
     """A stage with the microbatches and weights of the step at hand: what the runtime drives.
 
     `sums` gathers each exit's loss, unweighted and summed over valid tokens, and their number.
+    With `all_train` an exit of weight 0 has a graph as well, which gives it gradients of 0.
     """
 
-    def __init__(self, chunk: DistributedDataParallel, config: Config) -> None:
+    def __init__(
+        self, chunk: DistributedDataParallel | Stage, config: Config, *, all_train: bool = False
+    ) -> None:
         self.chunk = chunk
-        self.stage: Stage = chunk.module
+        self.all_train = all_train
+        self.stage: Stage = chunk if isinstance(chunk, Stage) else chunk.module
         self.dynamic_token_weights = config.exits.dynamic_token_weights
         self.microbatches: Sequence[Microbatch] = ()
         self.factors: dict[int, float] = {}
@@ -87,12 +91,14 @@ class StageOnData:
     def exit_loss(self, microbatch: int, index: int, tap: torch.Tensor) -> torch.Tensor:
         """Return an exit's weighted loss of one microbatch, over the step's valid tokens.
 
-        An exit of weight 0 is reported and has no graph: it would add zeros to the gradients.
+        An exit of weight 0 is reported and has no graph: it would add zeros to the gradients, which
+        `all_train` asks for.
         """
         batch = self.microbatches[microbatch]
         boundary = self.stage.boundaries[index]
         factor = self.factors[boundary] * self.scaling[microbatch]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and factor != 0):
+        trains = factor != 0 or self.all_train
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             loss = self.stage.exit_loss(
                 boundary,
                 tap,
@@ -183,7 +189,7 @@ class ParallelModel:
             if (factor := self._scaling.gradients[stage.index]) != 1:
                 chunk.scale_gradients(factor)
         self._sum_gradients(self.chunks)
-        return _means(self._loss_sums())
+        return mean_losses(self._loss_sums())
 
     def evaluate(self, steps: Iterable[Sequence[Microbatch]]) -> dict[int, float]:
         """Return every exit's mean loss in nats over the valid tokens of some global batches.
@@ -198,7 +204,7 @@ class ParallelModel:
             self._evaluate.step()
             for boundary, (loss, tokens) in self._loss_sums().items():
                 totals[boundary] = (totals[boundary][0] + loss, totals[boundary][1] + tokens)
-        return _means(totals)
+        return mean_losses(totals)
 
     def _begin(
         self,
@@ -207,27 +213,40 @@ class ParallelModel:
         scaling: Sequence[Sequence[float]] | None = None,
     ) -> None:
         """Hand the data to the stages, losses normalised by the valid tokens of all ranks."""
-        here = [Microbatch(*(x.to(platform.device()) for x in batch)) for batch in microbatches]
-        count = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in here]).sum()
-        dist.all_reduce(count, group=self.grid.data_group)
-        tokens = max(count.item(), 1.0)
+        here, tokens = on_device(microbatches, self.grid)
         factors = {boundary: weight / tokens for boundary, weight in weights.items()}
         for index, stage in self._on_data.items():
             stage.begin(here, factors, None if scaling is None else scaling[index])
 
     def _loss_sums(self) -> dict[int, list[float]]:
-        """Return by exit its loss sum and valid tokens, over microbatches and data ranks."""
-        shape = (len(self.boundaries), 2)
-        sums = torch.zeros(shape, dtype=torch.float64, device=platform.device())
-        if self.grid.tensor_rank == 0:  # its peers have the same sums
-            for stage in self._on_data.values():
-                for boundary, total in stage.sums.items():
-                    sums[self.boundaries.index(boundary)] = total
-        dist.all_reduce(sums)
-        return dict(zip(self.boundaries, sums.tolist(), strict=True))
+        return summed_losses(self._on_data.values(), self.boundaries, self.grid)
 
 
-def _means(sums: Mapping[int, Sequence[float]]) -> dict[int, float]:
+def on_device(
+    microbatches: Sequence[Microbatch], grid: platform.Grid
+) -> tuple[list[Microbatch], float]:
+    """Return the data on this rank's device, and the valid tokens of all data ranks, 1 if none."""
+    here = [Microbatch(*(x.to(platform.device()) for x in batch)) for batch in microbatches]
+    count = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in here]).sum()
+    dist.all_reduce(count, group=grid.data_group)
+    return here, max(count.item(), 1.0)
+
+
+def summed_losses(
+    stages: Iterable[StageOnData], boundaries: Sequence[int], grid: platform.Grid
+) -> dict[int, list[float]]:
+    """Return by exit its loss sum and valid tokens, over microbatches and all ranks."""
+    sums = torch.zeros((len(boundaries), 2), dtype=torch.float64, device=platform.device())
+    if grid.tensor_rank == 0:  # its peers have the same sums
+        for stage in stages:
+            for boundary, total in stage.sums.items():
+                sums[boundaries.index(boundary)] = total
+    dist.all_reduce(sums)
+    return dict(zip(boundaries, sums.tolist(), strict=True))
+
+
+def mean_losses(sums: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    """Return every exit's loss per valid token from its sum and their number, NaN for none."""
     return {
         boundary: total / tokens if tokens else math.nan
         for boundary, (total, tokens) in sums.items()

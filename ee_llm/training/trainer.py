@@ -13,14 +13,13 @@ from rich.markup import escape
 from ee_llm import platform
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.begin import begin
-from ee_llm.checkpoint.load import load
 from ee_llm.checkpoint.lock import OutputLock
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.resume import initial_path, resume_path
 from ee_llm.checkpoint.save import save
-from ee_llm.checkpoint.state import TrainState
-from ee_llm.config import Config
+from ee_llm.config import Config, load_config
 from ee_llm.data import Microbatch
+from ee_llm.training.engines import ENGINES
 from ee_llm.training.inputs import open_data
 from ee_llm.training.logging import (
     GRAD_NORM,
@@ -31,8 +30,7 @@ from ee_llm.training.logging import (
     loss_name,
     validation_metrics,
 )
-from ee_llm.training.optimizer import build_optimizer, set_learning_rate, take_step
-from ee_llm.training.parallel import ParallelModel
+from ee_llm.training.optimizer import set_learning_rate
 from ee_llm.training.precision import choose_dtype
 from ee_llm.training.schedule import learning_rate
 from ee_llm.training.signals import StopSignals
@@ -111,20 +109,17 @@ class _Trainer:
         self.config = config = _with_dtype(config, resume or initial)
         dtype = platform.DTYPES[config.training.dtype]
         self.train_data, self.validation_data = fail_together(lambda: open_data(config, grid))
-        self.model = ParallelModel(config, grid, dtype)
+        self.engine = ENGINES[config.parallel.engine]
+        self.model = self.engine.build_model(config, grid, dtype)
         self.initial = initial
         if initial is not None:
             beginning = begin(initial, self.model.stages, config)
             INITIALIZATIONS[config.exits.initialization](beginning, self.model)
         # What is frozen is saved as it is in the newest checkpoint.
         self.frozen = (resume or initial) if config.is_tuning else None
-        self.optimizer = build_optimizer(
-            self.model.chunks, config.optimizer, data_size=grid.data_size, dtype=dtype
-        )
-        self.state = TrainState()
+        self.optimizer, self.state = self.engine.build_optimizer(self.model, resume)
         self.saved: tuple[int, Path] | None = None
         if resume is not None:
-            self.state = load(resume, self.model.stages, self.optimizer, config)
             self.train_data.consumed_samples = self.state.consumed_samples
             self.saved = self.state.step, resume
         self.signals = StopSignals()
@@ -204,7 +199,7 @@ class _Trainer:
         set_learning_rate(self.optimizer, rate)
         updated, grad_norm = False, math.nan
         if all(math.isfinite(loss) for loss in losses.values()):
-            updated, grad_norm = take_step(self.optimizer, clip_grad=config.optimizer.clip_grad)
+            updated, grad_norm = self.engine.take_step(self.optimizer, config)
         self.log.advance(state.step, config.training.global_batch_size * config.data.seq_length)
         if state.step == self.first_step:
             self.log.restart_clock()  # the first step builds what the others find ready
@@ -297,8 +292,9 @@ def _with_dtype(config: Config, source: Path | None) -> Config:
         name = from_first(lambda: TensorReader(source).config().training.dtype)
     if name == "auto":
         name = choose_dtype(config)
-    training = config.training.model_copy(update={"dtype": name})
-    return config.model_copy(update={"training": training})
+    values = config.model_dump()
+    values["training"]["dtype"] = name
+    return load_config(None, values)  # checked once more: some options depend on the precision
 
 
 def _open_log(config: Config, start_step: int, grid: platform.Grid) -> RunLog:

@@ -61,6 +61,7 @@ RULES = (
     Rule("serving", ours=("config", "inference")),
     Rule("", never=("ee_llm.cli",)),
     Rule("", never=("megatron",), besides=("platform", "model", "checkpoint", "training", "data")),
+    Rule("", never=("deepspeed",), besides=("platform",)),
 )
 
 # The only room that says on what hardware things run.
@@ -225,6 +226,7 @@ def test_there_is_no_utils() -> None:
         ("ee_llm.training.run", "from ee_llm import inference"),
         ("ee_llm.evaluation.sweep", "from ee_llm.checkpoint.read import tensors"),
         ("ee_llm.serving.api", "from ee_llm.model import build"),
+        ("ee_llm.training.zero", "from deepspeed.runtime import engine"),
         ("ee_llm.training.run", "from ee_llm.cli import main"),
     ],
 )

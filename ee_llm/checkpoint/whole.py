@@ -1,0 +1,76 @@
+"""Writes what an optimizer holds that splits tensors its own way, one whole tensor at a time.
+
+Names and types are those of `checkpoint.sharded`, so that a run goes on from the checkpoint
+whatever its optimizer is.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ee_llm.checkpoint.agree import together
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.write import TensorSpec, write_tensors
+
+
+@runtime_checkable
+class WholeTensors(Protocol):
+    """An optimizer with the parameters that it updates, as whole tensors by name."""
+
+    @property
+    def steps(self) -> int:
+        """Number of updates that it has made."""
+
+    @steps.setter
+    def steps(self, steps: int) -> None: ...
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Return all tensors in a fixed order: parameters, and the state of the optimizer."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a whole tensor on the CPU. Collective."""
+
+    def set_tensor(self, name: str, whole: Tensor) -> None:
+        """Take this rank's part of a tensor of the optimizer's state."""
+
+
+def write_whole(what: str, path: Path, tensors: WholeTensors, keep: Path | None) -> int:
+    """Write the directory of tensors of a checkpoint from rank 0; return the optimizer's steps.
+
+    With `keep`, a checkpoint, what is not among `tensors` is copied from it. One tensor at a time
+    is in memory. Collective; raises CheckpointError on every rank if any rank fails.
+    """
+    specs = tensors.specs()
+    others = iter(specs)  # all that are still to be gathered
+    if dist.get_rank() == 0:
+        together(what, lambda: _write(path, tensors, others, keep))
+    else:
+        together(what, lambda: _gather(tensors, others))
+    return tensors.steps
+
+
+def _write(path: Path, tensors: WholeTensors, left: Iterator[str], keep: Path | None) -> None:
+    specs = dict(tensors.specs())
+    try:
+        kept = None if keep is None else TensorReader(keep)
+        if kept is not None:
+            for name in kept.names():
+                specs.setdefault(name, TensorSpec(tuple(kept.shape(name)), kept.dtype(name)))
+
+        def get(name: str) -> Tensor:
+            if kept is not None and name not in tensors.specs():
+                return kept.tensor(name)
+            assert name == next(left), f"{name} is not the one that other ranks give their part of"
+            return tensors.tensor(name)
+
+        write_tensors(path, specs, get)
+    finally:
+        _gather(tensors, left)  # whatever failed here, other ranks do not wait
+
+
+def _gather(tensors: WholeTensors, names: Iterator[str]) -> None:
+    for name in names:
+        tensors.tensor(name)

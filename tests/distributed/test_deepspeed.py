@@ -1,0 +1,342 @@
+"""DeepSpeed as the engine: the same numbers as megatron-core's, the same checkpoints, both ways."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ee_llm import platform
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.inference.reference import ReferenceModel
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import (
+    assert_equal_bits,
+    events,
+    layout,
+    losses_of,
+    make_config,
+    train_here,
+    training_log,
+    validation_log,
+)
+from tests.distributed.tuning_runs import dense_config, tune, tuning_config
+from tests.distributed.zero_runs import (
+    ENGINES,
+    MODEL,
+    all_numbers,
+    assert_same_course,
+    assert_same_end,
+    needs_deepspeed,
+    parts_held,
+    run,
+    trained,
+)
+
+platform.enable_megatron()
+from ee_llm.training import zero
+from ee_llm.training.parallel import ParallelModel
+
+pytestmark = needs_deepspeed
+ZERO_2, ZERO_3 = ENGINES["zero-2"], ENGINES["zero-3"]
+slow = pytest.mark.slow
+FLOAT32 = 1e-4  # steps later; one process and two differ by 1e-5 under megatron-core as well
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory, corpus):
+    """A run of two processes under megatron-core, with its distributed optimizer."""
+    return run(tmp_path_factory.mktemp("megatron"), corpus)
+
+
+@pytest.mark.parametrize(
+    ("engine", "world_size"), [*((name, 2) for name in ENGINES), ("zero-2", 1), ("zero-3", 1)]
+)
+def test_a_run_is_that_of_megatron(tmp_path, corpus, megatron, engine, world_size):
+    """Losses, gradient norms, validation, parameters and moments, with clipping in some steps."""
+    run(tmp_path, corpus, world_size, **ENGINES[engine])
+    assert_same_course(tmp_path, megatron, 1e-5)
+    assert_same_end(tmp_path, megatron, FLOAT32)
+    norms = [value for (_, name), value in losses_of(tmp_path).items() if name == "grad-norm"]
+    assert max(norms) > 1.0  # optimizer.clip_grad
+    [found], [expected] = (validation_log(output).values() for output in (tmp_path, megatron))
+    keys = [name for name in expected if name.endswith("validation")]
+    assert [found[key] for key in keys] == pytest.approx([expected[key] for key in keys], rel=1e-5)
+    rates = [line["learning-rate"] for line in training_log(tmp_path).values()]
+    assert rates == [line["learning-rate"] for line in training_log(megatron).values()]
+
+
+VARIANTS = {
+    "gpt, untied, recomputed": {
+        "model.family": "gpt",
+        "model.position": "learned",
+        "model.num_kv_heads": 4,
+        "model.tie_embeddings": False,
+        "exits.output": "shared",
+        "training.recompute": "full",
+    },
+    "own outputs of exits whose weight ends at 0, blocks": {
+        "exits.head": ("block", "norm"),
+        "exits.output": "own",
+        "exits.dynamic_token_weights": True,
+        "exits.initial_weights": (0.4, 0.5),
+        "exits.weights": (0.0, 0.0),
+        "exits.weight_schedule": "linear",
+        "exits.schedule_steps": 2,
+        "optimizer.clip_grad": 0.0,
+        "data.mask_after_eod": True,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param("zero-2", marks=slow), "zero-3", pytest.param("zero-3-offload", marks=slow)],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_models_too(tmp_path, corpus, variant, engine):
+    """An exit of weight 0 has gradients of 0, and not those that it had last (ZeRO-3)."""
+    options = VARIANTS[variant]
+    run(tmp_path / "megatron", corpus, **options)
+    run(tmp_path / "zero", corpus, **options | ENGINES[engine])
+    assert_same_course(tmp_path / "zero", tmp_path / "megatron", 1e-5)
+    assert_same_end(tmp_path / "zero", tmp_path / "megatron", FLOAT32)
+
+
+def _held(config):
+    groups = len(dist.distributed_c10d._world.pg_map)
+    held = {}
+    start = zero.ZeroModel.start
+
+    def observed(self):
+        nonlocal groups
+        groups = len(dist.distributed_c10d._world.pg_map)
+        start(self)
+        groups = len(dist.distributed_c10d._world.pg_map) - groups
+
+    step = zero.ZeroModel.take_step
+
+    def counted(self):
+        result = step(self)
+        held.update(parts_held(self))
+        return result
+
+    zero.ZeroModel.start, zero.ZeroModel.take_step = observed, counted
+    train_here(config)
+    return held, groups
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_process_holds_its_part(tmp_path, corpus, engine):
+    """Of moments under all stages, of parameters under stage 3, where norms alone stay whole.
+
+    DeepSpeed makes no process group of its own: none whose waits the time-out does not bound.
+    """
+    config = make_config(tmp_path, corpus, **MODEL | ENGINES[engine])
+    ranks = run_ranks(2, _held, config, timeout_s=120)
+    total = all_numbers(tmp_path)
+    for held, new_groups in ranks:
+        assert new_groups == 0
+        assert held["moments"] == pytest.approx(total, rel=0.05)  # two moments of one half
+        share = 0.1 if "zero-3" in engine else 1.0
+        assert held["parameters"] <= share * total
+
+
+BFLOAT16 = {"training.dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("engine", ["zero-2", "zero-3"])
+def test_bfloat16_has_float32_masters(tmp_path, corpus, engine):
+    """Roundings differ, where a weight is used twice; the course does not."""
+    run(tmp_path / "megatron", corpus, **BFLOAT16)
+    run(tmp_path / "zero", corpus, **BFLOAT16 | ENGINES[engine])
+    assert_same_course(tmp_path / "zero", tmp_path / "megatron", 0.02)
+    found, expected = (TensorReader(tmp_path / name) for name in ("zero", "megatron"))
+    assert found.names(optimizer=True) == expected.names(optimizer=True)
+    for name in found.names():
+        master = found.tensor(f"optimizer.state.fp32_param.{name}")
+        assert master.dtype == torch.float32
+        assert torch.equal(master.bfloat16(), found.tensor(name))
+    assert not torch.equal(master.bfloat16().float(), master)
+
+
+GOING_ON = {
+    "zero-1": ENGINES["zero-1"],
+    "zero-2-offload-bf16": ENGINES["zero-2-offload"] | BFLOAT16,
+    "zero-3": ZERO_3,
+    "zero-3-bf16": ZERO_3 | BFLOAT16,
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=slow) if n in ("zero-1", "zero-3-bf16") else n for n in GOING_ON]
+)
+def test_going_on_is_as_not_having_stopped(tmp_path, corpus, name):
+    options = GOING_ON[name] | {"model.dropout": 0.1, "training.eval_interval": 0}
+    run(tmp_path / "a", corpus, **options, **{"training.steps": 6})
+    run(tmp_path / "b", corpus, **options, **{"training.steps": 3})
+    run(tmp_path / "b", corpus, **options, **{"training.steps": 6})
+    assert_equal_bits(tmp_path / "a", tmp_path / "b")
+    assert training_log(tmp_path / "a") == training_log(tmp_path / "b")
+
+
+@pytest.mark.parametrize("engine", ["zero-2", "zero-3"])
+@pytest.mark.parametrize("first", ["megatron", "deepspeed"])
+def test_a_run_goes_on_under_the_other_engine(tmp_path, corpus, engine, first):
+    """With its moments and their number of steps, under another number of processes too."""
+    steps = {"training.eval_interval": 0}
+    run(tmp_path / "a", corpus, **steps, **{"training.steps": 6})
+    halves = [{}, ENGINES[engine]]
+    if first == "deepspeed":
+        halves.reverse()
+    run(tmp_path / "b", corpus, 2, **steps | halves[0], **{"training.steps": 3})
+    run(tmp_path / "b", corpus, 1, **steps | halves[1], **{"training.steps": 6})
+    assert_same_course(tmp_path / "b", tmp_path / "a", 1e-5)
+    assert_same_end(tmp_path / "b", tmp_path / "a", FLOAT32)
+
+
+def test_its_checkpoints_are_like_any_others(tmp_path, corpus, megatron):
+    """They are read for inference, and a pipeline trains on from them."""
+    run(tmp_path / "zero", corpus, **ZERO_3)
+    logits = []
+    for output in (tmp_path / "zero", megatron):
+        reader = TensorReader(output)
+        tensors = {name: reader.tensor(name) for name in reader.names()}
+        model = ReferenceModel(reader.config(), tensors, torch.float32)
+        logits.append(model.forward(torch.arange(10)))
+    assert set(logits[0]) == {1, 2, 4}
+    for boundary, found in logits[0].items():
+        torch.testing.assert_close(found, logits[1][boundary], rtol=1e-4, atol=1e-4)
+    onwards = {"training.steps": 7, "training.eval_interval": 0, **layout(1, 2)}
+    run(tmp_path / "zero", corpus, **onwards)
+    assert training_log(tmp_path / "zero").keys() == set(range(1, 8))
+
+
+BAD = 3  # the step that goes wrong
+
+
+def _bad_step(config, what):
+    """Gradients that are not finite on one rank, with losses that are, or a loss that is not."""
+    seen = {"step": 0}
+    whole = zero.ZeroModel.forward_backward
+
+    def forward_backward(self, microbatches, step, spans=None):
+        seen["step"] = step + 1
+        return whole(self, microbatches, step, spans)
+
+    forward, means = zero.Losses.forward, zero.mean_losses
+
+    def losses(self, microbatch):
+        loss = forward(self, microbatch)
+        bad = what == "gradient" and seen["step"] == BAD and dist.get_rank() == 1
+        return loss * math.inf if bad and self.training else loss
+
+    def mean_losses(sums):
+        found = means(sums)
+        bad = what == "loss" and seen["step"] == BAD
+        return {boundary: math.inf if bad else loss for boundary, loss in found.items()}
+
+    zero.ZeroModel.forward_backward = forward_backward
+    zero.Losses.forward, zero.mean_losses = losses, mean_losses
+    return train_here(config)
+
+
+def _bad_megatron_step(config):
+    whole = ParallelModel.forward_backward
+
+    def forward_backward(self, microbatches, step, spans=None):
+        losses = whole(self, microbatches, step, spans)
+        if step + 1 == BAD:
+            next(iter(self.stages[0].parameters())).main_grad.fill_(math.nan)
+        return losses
+
+    ParallelModel.forward_backward = forward_backward
+    return train_here(config)
+
+
+@pytest.mark.parametrize(
+    ("engine", "what"),
+    [
+        ("zero-1", "loss"),
+        pytest.param("zero-1-offload", "gradient", marks=slow),
+        pytest.param("zero-2", "gradient", marks=slow),
+        ("zero-2-offload", "loss"),
+        pytest.param("zero-2-bf16", "loss", marks=slow),
+        ("zero-2-bf16", "gradient"),
+        ("zero-3", "loss"),
+        ("zero-3-offload", "gradient"),
+    ],
+)
+def test_a_bad_step_changes_nothing(tmp_path, corpus, engine, what):
+    """Neither parameters nor moments nor their number of steps, nor the gradients of the next."""
+    options = MODEL | {"training.eval_interval": 0}
+    options |= ENGINES.get(engine) or ENGINES["zero-2"] | BFLOAT16
+    ends = run_ranks(2, _bad_step, make_config(tmp_path / "zero", corpus, **options), what)
+    assert len(events(tmp_path / "zero", "skipped")) == 1, ends
+    plain = options | {"parallel.engine": "megatron"}
+    plain |= {"deepspeed.zero_stage": 2, "deepspeed.offload_optimizer": False}
+    run_ranks(1, _bad_megatron_step, make_config(tmp_path / "megatron", corpus, **plain))
+    skipped = events(tmp_path / "megatron", "skipped") + events(tmp_path / "zero", "skipped")
+    assert [line["step"] for line in skipped] == [BAD, BAD]
+    steps = (BAD + 1, BAD + 2)
+    tolerance = 0.02 if "bf16" in engine else 1e-5
+    found, expected = (losses_of(tmp_path / name, steps) for name in ("zero", "megatron"))
+    assert found == pytest.approx(expected, rel=tolerance)
+    if "bf16" not in engine:
+        assert_same_end(tmp_path / "zero", tmp_path / "megatron", FLOAT32)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, corpus):
+    """A checkpoint without exits."""
+    output = tmp_path_factory.mktemp("dense")
+    trained(2, dense_config(output, corpus))
+    return output
+
+
+@pytest.mark.parametrize("engine", ["zero-2", "zero-2-offload", "zero-3"])
+def test_tuning(tmp_path, corpus, dense, engine):
+    """Exits alone are trained, and have an optimizer's state; all else stays, bit for bit."""
+    options = {"training.eval_interval": 5, "training.eval_steps": 2}
+    options |= {"exits.head": ("mlp", "norm"), "tuning.exits": (2, 5)}
+    tune(2, tuning_config(tmp_path / "megatron", corpus, dense, **options))
+    options |= ENGINES[engine]
+    tune(2, tuning_config(tmp_path / "zero", corpus, dense, **options))
+    assert_same_course(tmp_path / "zero", tmp_path / "megatron", 1e-5)
+    assert_same_end(tmp_path / "zero", tmp_path / "megatron", FLOAT32)
+    before, after = TensorReader(dense), TensorReader(tmp_path / "zero")
+    assert len(before.names()) > 20
+    for name in before.names():
+        assert torch.equal(before.tensor(name), after.tensor(name)), name
+    state = after.names(optimizer=True)
+    assert state
+    assert all(".exits.2." in name or ".exits.5." in name for name in state)
+    rest = options | {"training.steps": 7, "training.eval_interval": 0}
+    tune(2, tuning_config(tmp_path / "zero", corpus, dense, **rest))
+    assert training_log(tmp_path / "zero").keys() == set(range(1, 8))
+
+
+def _full_disk(config):
+    from ee_llm.checkpoint import write
+
+    append, count = write._append, [0]
+
+    def full(file, block):
+        count[0] += 1
+        if count[0] == 7:
+            raise OSError(28, "No space left on device")
+        return append(file, block)
+
+    write._append = full
+    try:
+        return train_here(config)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_a_full_disk_ends_all_ranks(tmp_path, corpus):
+    """The others do not wait for the tensors that the first no longer writes."""
+    config = make_config(tmp_path, corpus, **MODEL | ZERO_3)
+    ends = run_ranks(2, _full_disk, config, timeout_s=60)
+    assert all("No space left on device" in end and "can not save" in end for end in ends), ends
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
