@@ -48,11 +48,6 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"logging.trace_steps": (1,)},
         "logging.trace_steps = [1] traces the actions of a pipeline, and with parallel.engine = ",
     ),
-    "options of an engine that is not chosen": (
-        {"parallel.engine": "megatron", "deepspeed.offload_optimizer": True},
-        "deepspeed.offload_optimizer = True has no effect with parallel.engine = megatron; set "
-        "that to deepspeed, or leave offload_optimizer out",
-    ),
 }
 
 
@@ -62,8 +57,10 @@ def test_problems(case: str) -> None:
     assert expected in message(CHOSEN | options)
 
 
-def test_stages_in_a_pipeline_are_free_under_megatron() -> None:
-    config = load_config(None, {"model.shape": "llama-tiny", "parallel.pipeline": 2})
+def test_the_section_may_stay_where_the_engine_is_changed() -> None:
+    """One option decides, so that the same file serves both."""
+    options = {"parallel.pipeline": 2, "deepspeed.zero_stage": 3, "training.dtype": "float64"}
+    config = load_config(None, {"model.shape": "llama-tiny"} | options)
     assert config.parallel.engine == "megatron"
 
 
