@@ -22,16 +22,28 @@ while [[ $# -gt 0 && $1 != --* ]]; do
 done
 
 # 1. Tensor by tensor into a checkpoint of ours; nothing needs a GPU or the whole model in memory.
-ee-llm convert "$folder" --output "$output/model"
+# Run again, it goes on with what is there.
+if [[ ! -e $output/model/checkpoints/latest ]]; then
+    ee-llm convert "$folder" --output "$output/model"
+fi
 tokenizer=("$output"/model/checkpoints/step-*/tokenizer/*)
 
 # 2. The texts as tokens of the model's own tokenizer.
-ee-llm data prepare --inputs "$texts" --output "$output/data/corpus" --tokenizer "${tokenizer[0]}"
+if [[ ! -e $output/data/corpus.idx ]]; then
+    ee-llm data prepare --inputs "$texts" --output "$output/data/corpus" --tokenizer "${tokenizer[0]}"
+fi
+
+# Long contexts would need much memory: 2048 tokens, or the model's context if that is shorter.
+length=()
+if [[ " $*" != *" --data.seq"[_-]"length"* ]]; then
+    context=$(sed -n 's/^max_seq_length = //p' "$output"/model/checkpoints/step-*/config.toml)
+    length=(--data.seq_length "$((context < 2048 ? context : 2048))")
+fi
 
 # 3. Exits that begin as copies of what the model has, and are trained with all else frozen.
 ee-llm tune --tuning.checkpoint "$output/model" --output "$output/tuned" \
     --exits.boundaries "${exits[@]}" --exits.head mlp norm \
-    --data.tokenizer "${tokenizer[0]}" --data.prefixes "$output/data/corpus" "$@"
+    --data.tokenizer "${tokenizer[0]}" --data.prefixes "$output/data/corpus" "${length[@]}" "$@"
 
 # 4. Each token at the depth that it needs.
 ee-llm generate --checkpoint "$output/tuned" --prompt "The " --thresholds 0.8 --verify

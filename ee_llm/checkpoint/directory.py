@@ -137,7 +137,7 @@ def create_partial(checkpoints: Path, step: int) -> Path:
         final = replaced.with_name(replaced.name.removesuffix(_REPLACED))
         if _is_sealed(replaced) and not final.exists():
             replaced.rename(final)
-    _sync(checkpoints)
+    sync(checkpoints)
     for leftover in checkpoints.glob(f"step-*{_PARTIAL}"):
         shutil.rmtree(leftover)
     path = partial_path(checkpoints, step)
@@ -159,11 +159,11 @@ def seal(partial: Path, facts: dict[str, Any]) -> None:
         if path.is_file()
     }
     for name in files:
-        _sync(partial / name)
+        sync(partial / name)
     manifest = {"format": FORMAT, "version": VERSION, **facts, "files": files}
     write_json(partial / MANIFEST, manifest)
     for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
-        _sync(path)
+        sync(path)
 
 
 def publish(partial: Path, keep_last: int) -> Path:
@@ -182,14 +182,14 @@ def publish(partial: Path, keep_last: int) -> Path:
         except BaseException:
             replaced.rename(final)
             raise
-        _sync(checkpoints)
+        sync(checkpoints)
         # The manifest first: half of a checkpoint must not be taken for one that is to come back.
         with contextlib.suppress(OSError):
             (replaced / MANIFEST).unlink()
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         partial.rename(final)
-        _sync(checkpoints)
+        sync(checkpoints)
     write_file(checkpoints / LATEST, final.name + "\n")
     for path in _superseded(checkpoints, final, keep_last):
         # Renamed first: a checkpoint that is half deleted must not keep the name of a whole one.
@@ -279,10 +279,11 @@ def write_file(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file, or the names in a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
 """Writes everything of a run into one directory, which gets its name when it is whole."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,15 @@ def save(
     state: TrainState,
     config: Config,
     keep: Path | None = None,
+    keep_mark: str | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Return the checkpoint of `state.step` that all ranks together wrote below `output`.
 
     An optimizer of `WholeTensors` gives parameters as well. With `keep`, a checkpoint, only what is
     trained is written anew: all other tensors of the model are that checkpoint's, bit for bit,
-    whether the stages hold them or not.
+    whether the stages hold them or not; it is refused if its fingerprint is not `keep_mark`, where
+    that is given. `files`: what else to keep, by name, see `tokenizer.companions`.
 
     It is written aside, flushed to disk, renamed, and `latest` is pointed at it; then all but the
     newest `config.checkpoint.keep_last` are removed. Collective.
@@ -58,6 +61,8 @@ def save(
     try:
         on_first(what, lambda: directory.create_partial(checkpoints, state.step))
         kept = keep and directory.settled(keep)
+        if kept is not None and keep_mark is not None:
+            on_first(what, lambda: _refuse_changed(kept, keep_mark))
         tensors = partial / directory.TENSORS
         if isinstance(optimizer, WholeTensors):
             steps = write_whole(what, tensors, optimizer, kept)
@@ -65,7 +70,7 @@ def save(
             steps = _write_tensors(what, tensors, stages, optimizer, kept)
         together(what, lambda: save_generators(partial, dist.get_rank()))
         facts = {"optimizer_steps": steps, "layout": layout(config), "ee_llm": __version__}
-        on_first(what, lambda: _write_rest(partial, state, config, facts))
+        on_first(what, lambda: _write_rest(partial, state, config, facts, files or {}))
         return on_first(what, lambda: directory.publish(partial, config.checkpoint.keep_last))
     except CheckpointError as error:
         # Measured before clearing up: torch's writer does not say that the disk is full.
@@ -187,7 +192,23 @@ def _write_header(path: Path) -> None:
     save_config(CheckpointingConfig("torch_dist"), str(path))
 
 
-def _write_rest(partial: Path, state: TrainState, config: Config, facts: dict[str, Any]) -> None:
+def _refuse_changed(kept: Path, mark: str) -> None:
+    found = TensorReader(kept).fingerprint()
+    if found != mark:
+        raise CheckpointError(
+            f"{kept} is another model than the one this run began with (its fingerprint is "
+            f"{found}, and was {mark}), so that what is frozen can not be copied from it; put the "
+            "checkpoint back that tuning.checkpoint named, or begin again with a new --output"
+        )
+
+
+def _write_rest(
+    partial: Path,
+    state: TrainState,
+    config: Config,
+    facts: dict[str, Any],
+    files: Mapping[str, bytes],
+) -> None:
     tensors = partial / directory.TENSORS
     absent = {
         chunk.file
@@ -202,6 +223,9 @@ def _write_rest(partial: Path, state: TrainState, config: Config, facts: dict[st
         )
     mark = tokenizer.fingerprint(config.data.tokenizer)
     tokenizer.store(config.data.tokenizer, partial)
+    for name, content in files.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_bytes(content)
     directory.write_file(partial / CONFIG, config.to_toml())
     state.data = state.data or data_files(config.data.prefixes)
     directory.write_json(partial / STATE, state.to_json())

@@ -12,6 +12,20 @@ DIRECTORY = "tokenizer"
 ORIGIN = "huggingface"
 """The directory with the files that came along with a model from Hugging Face, but for tensors."""
 
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+"""All that may come along: names in a folder of Hugging Face's, and in `ORIGIN`."""
+
 # Classes of transformers that add the token unless add_bos_token says otherwise.
 _ADDING = (
     *("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"),
@@ -35,6 +49,16 @@ def store(tokenizer: str, checkpoint: Path) -> None:
     if tokenizer != BYTES:
         (checkpoint / DIRECTORY).mkdir()
         (checkpoint / DIRECTORY / Path(tokenizer).name).write_bytes(_content(tokenizer))
+
+
+def companions(checkpoint: Path) -> dict[str, bytes]:
+    """Return the files that came along with a checkpoint from Hugging Face, by their names in it.
+
+    Only those that are on the list, and no links.
+    """
+    paths = [checkpoint / ORIGIN / name for name in COMPANIONS]
+    there = [path for path in paths if path.is_file() and not path.is_symlink()]
+    return {f"{ORIGIN}/{path.name}": path.read_bytes() for path in there}
 
 
 @functools.lru_cache(maxsize=2)

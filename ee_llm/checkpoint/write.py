@@ -81,6 +81,15 @@ def write_checkpoint(
     """
     checkpoints = Path(output) / directory.CHECKPOINTS
     directory.check_output(output)
+    not_ours: list[OSError] = []
+
+    def made(name: str) -> Tensor:
+        try:
+            return get(name)
+        except OSError as error:
+            not_ours.append(error)
+            raise
+
     lock = OutputLock(output)
     lock.take()
     try:
@@ -89,7 +98,7 @@ def write_checkpoint(
         state = state or TrainState()
         partial = directory.create_partial(checkpoints, state.step)
         try:
-            write_tensors(partial / directory.TENSORS, specs, get, on_tensor, blocks)
+            write_tensors(partial / directory.TENSORS, specs, made, on_tensor, blocks)
             final = checkpoints / directory.step_name(state.step)
             config = _placed(config, Path(output), final, tokenizer_file)
             for name, content in (files or {}).items():
@@ -101,6 +110,8 @@ def write_checkpoint(
             directory.seal(partial, _facts(state, tokenizer_file) | dict(facts or {}))
             return directory.publish(partial, keep_last=0)
         except OSError as error:
+            if error in not_ours:
+                raise
             space = directory.free_space(checkpoints)
             raise CheckpointError(f"can not write {partial}: {error}{space}") from error
         finally:

@@ -136,13 +136,15 @@ def _family(config: "Config") -> Iterator[str]:
 
 def _tensor_parallel(config: "Config") -> Iterator[str]:
     size = config.parallel.tensor
+    # A checkpoint's tensors have the sizes that they have.
+    is_given = config.is_tuning or config.checkpoint.initial is not None
     for name in ("num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size"):
         value = getattr(config.model, name)
         if name == "num_kv_heads" and value == config.model.num_heads:
             continue  # said already
         if value % size:
             mend = f"parallel.tensor to a divisor of {value}"
-            if name in ("ffn_hidden_size", "vocab_size"):
+            if name in ("ffn_hidden_size", "vocab_size") and not is_given:
                 mend = f"model.{name} = {-(-value // size) * size}, or {mend}"
             yield (
                 f"model.{name} = {value} is not divisible by parallel.tensor = {size}; set {mend}"

@@ -76,7 +76,7 @@ def _logits(folder: Path, tokens: Tensor, boundaries: list[int]) -> dict[int, Te
         raise ValueError("--check needs transformers: pip install 'ee-llm[convert]'") from None
     logging.set_verbosity_error()  # it warns of the tensors of exits
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     outputs = model(tokens[None], output_hidden_states=True)
     last = len(outputs.hidden_states) - 1
     opened = Folder(folder)

@@ -1,6 +1,7 @@
 """`ee-llm convert`: models of Hugging Face's and Megatron-LM's in, and out again."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from ee_llm.checkpoint.quantized import (
 )
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
-from ee_llm.checkpoint.tokenizer import ORIGIN
+from ee_llm.checkpoint.tokenizer import companions
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.config.tokenizer import BYTES
 from ee_llm.convert.check import TEXT, TOLERANCE, Difference, compare
@@ -108,8 +109,14 @@ def _check(options: ConvertOptions, kind: str) -> None:
         )
     if options.dense and options.truncate_at is not None:
         raise ValueError("--dense and --truncate-at are two models; choose one of them")
-    if options.max_shard_gb <= 0:
-        raise ValueError(f"--max-shard-gb {options.max_shard_gb}: give a size greater than 0")
+    if not 0 < options.max_shard_gb < math.inf:
+        raise ValueError(
+            f"--max-shard-gb {options.max_shard_gb}: give a finite size greater than 0"
+        )
+    if options.max_shard_gb != default.max_shard_gb and options.to != "hf":
+        raise ValueError(f"--max-shard-gb has no effect with --to {options.to}; leave it out")
+    if options.text is not None and not options.check:
+        raise ValueError("--text has no effect without --check; give both, or neither")
     if options.check and kind != HUGGING_FACE and options.to != "hf":
         raise ValueError("--check compares with transformers, which neither side is here")
     for name in ("head", "exit_output"):
@@ -124,8 +131,9 @@ def _import(options: ConvertOptions) -> dict[str, Any]:
     result = {"output": str(path), "notes": source.notes, **_facts(source.specs)}
     if options.check:
         exits = source.config.exits
-        is_moved = "block" in exits.head or exits.output == "tied"
-        early = () if new is not None and is_moved else exits.boundaries
+        # Only what begins as the model's own norm and output is something of transformers'.
+        is_other = "norm" not in exits.head or "block" in exits.head or exits.output == "tied"
+        early = () if new is not None and is_other else exits.boundaries
         boundaries = {b: b for b in (*early, source.config.model.num_layers)}
         result |= _compared(options, options.source, TensorReader(path), boundaries)
     return result
@@ -184,8 +192,6 @@ def _rewrite(options: ConvertOptions) -> dict[str, Any]:
         return reader.tensor(cut.origins[name])
 
     specs, get = _in_8_bits(specs, read) if is_int8 else (specs, read)
-    origin = reader.path / ORIGIN
-    found = sorted(origin.iterdir()) if origin.is_dir() else []
     with _progress(_facts(specs)["bytes"], options.json) as on_tensor:
         path = write_checkpoint(
             options.output,
@@ -194,7 +200,7 @@ def _rewrite(options: ConvertOptions) -> dict[str, Any]:
             get,
             tokenizer_file=reader.tokenizer(),
             facts={FACT: "int8"} if is_int8 else None,
-            files={f"{ORIGIN}/{file.name}": file.read_bytes() for file in found},
+            files=companions(reader.path),
             on_tensor=on_tensor,
         )
     return {"output": str(path), "notes": [], **_facts(specs)}

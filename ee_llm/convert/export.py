@@ -1,7 +1,10 @@
 """A checkpoint of ours as a folder that transformers opens: whole, dense, or cut off at an exit."""
 
+import errno
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
-from ee_llm.checkpoint.tokenizer import ORIGIN
+from ee_llm.checkpoint.tokenizer import ORIGIN, companions
 from ee_llm.checkpoint.write import TensorSpec
 from ee_llm.config import Config, output_weight_name
 from ee_llm.config.tokenizer import BYTES
@@ -42,8 +46,7 @@ def whole(config: Config) -> Cut:
 
 def dense(config: Config) -> Cut:
     """Return the model without its early exits."""
-    exits = type(config.exits)()
-    return whole(_with(config, exits=exits))
+    return whole(_with(config))
 
 
 def truncated(config: Config, boundary: int) -> Cut:
@@ -70,9 +73,7 @@ def truncated(config: Config, boundary: int) -> Cut:
         )
     weight = output_weight_name(config, boundary)
     is_tied = weight == "embedding.word.weight"
-    changed = {"num_layers": boundary, "tie_embeddings": is_tied, "shape": None}
-    model = config.model.model_copy(update=changed)
-    cut = _with(config, exits=type(exits)(), model=model)
+    cut = _with(config, num_layers=boundary, tie_embeddings=is_tied, shape=None)
     # The exit's norm is called as the final norm of a model of that depth is.
     names = {name: name for name in tensor_shapes(cut)}
     if not is_tied:
@@ -80,10 +81,16 @@ def truncated(config: Config, boundary: int) -> Cut:
     return Cut(cut, names)
 
 
-def _with(config: Config, **sections: Any) -> Config:
-    # Layouts are of the run that trained it, and need not fit another depth.
-    parallel = type(config.parallel)()
-    return config.model_copy(update={"parallel": parallel, **sections})
+def _with(config: Config, **model: Any) -> Config:
+    """Return the configuration of a model without exits, checked as a file's is."""
+    values = config.model_dump()
+    # These are of the run that trained it, and need not fit another model.
+    for section in ("exits", "parallel", "deepspeed", "tuning"):
+        del values[section]
+    for name in ("initial", "resume"):
+        del values["checkpoint"][name]
+    values["model"] |= model
+    return Config(**values)
 
 
 @dataclass
@@ -123,7 +130,11 @@ def export_folder(
     "ee_llm" in config.json describes both. Raises CheckpointError if the output is there already,
     and ValueError if no model of transformers is this one.
     """
-    output = Path(output)
+    given, output = output, Path(output).resolve()
+    if output == Path.cwd() or not output.name:
+        raise CheckpointError(
+            f"--output {given} is the directory that you are in; give the name of a new folder"
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} is there already; choose another --output")
     take_tensors(reader.config(), CheckpointTensors(reader), torch.float32)  # checks them
@@ -146,19 +157,33 @@ def export_folder(
     by_key = {key: row for row in rows.values() for key in row.theirs}
     parts = _Parts(reader, cut, by_key, on_tensor)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    # A name that nobody has: another export may be writing to the same output.
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    partial = aside / "whole"
     try:
-        write_shards(partial, specs, parts.get, max_shard_bytes)
+        partial.mkdir()  # with the user's own permissions, which `aside` has not
         _write_files(reader, partial)
         (partial / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
+        write_shards(partial, specs, parts.get, max_shard_bytes)
+        for path in (*partial.iterdir(), partial):
+            directory.sync(path)
+        _publish(partial, output)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return output
+        shutil.rmtree(aside, ignore_errors=True)
+    return Path(given)
+
+
+def _publish(partial: Path, output: Path) -> None:
+    """Give a whole folder its name; raises CheckpointError if another took it meanwhile."""
+    try:
+        os.rename(partial, output)  # takes the place of an empty directory, and of nothing else
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise CheckpointError(
+            f"{output} is there already, made while this was written; choose another --output"
+        ) from None
+    directory.sync(output.parent)
 
 
 def _settings(
@@ -180,6 +205,8 @@ def _settings(
         else:
             kept = ("bos_token_id", "eos_token_id", "pad_token_id")
             settings |= {name: origin[name] for name in kept if name in origin}
+    names = [name for name in ("dtype", "torch_dtype") if name in settings]
+    settings |= dict.fromkeys(names or ["torch_dtype"], str(dtype).removeprefix("torch."))
     return settings, family.table
 
 
@@ -197,10 +224,9 @@ def _exits_are_copies(reader: TensorReader, config: Config) -> bool:
 
 
 def _write_files(reader: TensorReader, folder: Path) -> None:
-    origin = reader.path / ORIGIN
-    for path in sorted(origin.iterdir()) if origin.is_dir() else ():
-        if path.name != SETTINGS:
-            shutil.copyfile(path, folder / path.name)
+    for name, content in companions(reader.path).items():
+        if (file := Path(name).name) != SETTINGS:
+            (folder / file).write_bytes(content)
     if (tokenizer := reader.tokenizer()) != BYTES:
         kind = Path(tokenizer).suffix
         shutil.copyfile(tokenizer, folder / f"tokenizer{kind}")

@@ -3,6 +3,7 @@
 `Family.read` gives the options of `model` and remarks; `Family.write` the settings of config.json.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,10 @@ from ee_llm.config import ModelConfig
 from ee_llm.convert.tables import GPT2, LLAMA, Table
 
 Settings = Mapping[str, Any]
+
+
+_WINDOW = 4096  # transformers' default
+_LARGEST = 2**28  # far beyond any model; a tensor of two such sizes has less than 2**63 bytes
 
 
 class SettingsError(ValueError):
@@ -31,8 +36,8 @@ def need(settings: Settings, *names: str) -> list[int]:
     found = []
     for name in names:
         value = settings.get(name)
-        if type(value) is not int or value < 1:
-            raise SettingsError(f"{name} is {value!r}: expected a count")
+        if type(value) is not int or not 1 <= value <= _LARGEST:
+            raise SettingsError(f"{name} is {value!r}: expected a count of at most {_LARGEST}")
         found.append(value)
     return found
 
@@ -53,12 +58,20 @@ _ROPE_KEYS = {
 
 def _read_rope(settings: Settings) -> dict[str, Any]:
     """Return the options of rotary positions: one table in newer versions, two settings before."""
-    given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        raise SettingsError(f"rope_scaling is {given!r}: expected an object")
+    tables = {name: settings.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise SettingsError(f"{name} is {table!r}: expected an object")
+    given, older = tables["rope_parameters"], tables["rope_scaling"]
+    if given and older and _rope_facts(given, settings) != _rope_facts(older, settings):
+        raise SettingsError(
+            f"rope_parameters = {given!r} and rope_scaling = {older!r} differ; remove the one that "
+            "the model was not trained with"
+        )
+    given = given or older
     theta = given.get("rope_theta", settings.get("rope_theta", 10000.0))
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise SettingsError(
             f"rope_scaling of the type {kind!r} can not be converted; only "
             f"{', '.join(_ROPE_KEYS)} can"
@@ -83,11 +96,31 @@ def _read_rope(settings: Settings) -> dict[str, Any]:
     return options
 
 
+def _rope_facts(table: Settings, settings: Settings) -> dict[str, Any]:
+    facts = {"rope_theta": settings.get("rope_theta"), "rope_type": table.get("type"), **table}
+    return {name: v for name, v in facts.items() if v is not None and name != "type"}
+
+
 def to_number(name: str, value: Any) -> float:
     """Return a setting's value as a number; raises SettingsError."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise SettingsError(f"{name} is {value!r}: expected a number")
+    if not abs(value) <= sys.float_info.max:
+        raise SettingsError(f"{name} is {value!r}: expected a finite number")
     return float(value)
+
+
+def _flag(settings: Settings, name: str, default: bool) -> bool:
+    """Return a setting that is true or false; raises SettingsError."""
+    value = settings.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise SettingsError(f"{name} is {value!r}: expected true or false")
+    return default if value is None else value
+
+
+def _count(settings: Settings, name: str, default: int) -> int:
+    """Return a count, the default where it is left out or null; raises SettingsError."""
+    return default if settings.get(name) is None else need(settings, name)[0]
 
 
 def _read_llama(
@@ -110,11 +143,14 @@ def _read_llama(
         "max_position_embeddings",
     )
     window = settings.get("sliding_window", default_window)
-    if settings.get("use_sliding_window") is False:
+    if not _flag(settings, "use_sliding_window", True):
         window = None
     if window is not None:
         (window,) = need({"sliding_window": window}, "sliding_window")
-    for kind in settings.get("layer_types") or ():
+    types = settings.get("layer_types") or []
+    if not isinstance(types, list):
+        raise SettingsError(f"layer_types is {types!r}: expected a list, a type for each layer")
+    for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise SettingsError(f"layer_types has {kind!r}, which can not be converted")
     notes = []
@@ -129,20 +165,34 @@ def _read_llama(
         "num_layers": layers,
         "hidden_size": hidden,
         "num_heads": heads,
-        "num_kv_heads": settings.get("num_key_value_heads") or heads,
+        "num_kv_heads": _count(settings, "num_key_value_heads", heads),
         "ffn_hidden_size": ffn,
         "vocab_size": vocabulary,
         "max_seq_length": length,
         "norm_eps": to_number("rms_norm_eps", settings.get("rms_norm_eps", 1e-6)),
-        "tie_embeddings": settings.get("tie_word_embeddings") or False,
+        "tie_embeddings": _flag(settings, "tie_word_embeddings", False),
         "init_std": to_number("initializer_range", settings.get("initializer_range", 0.02)),
         "qkv_bias": has_qkv_bias,
         "qk_norm": has_qk_norm,
         **_read_rope(settings),
     }
-    if head_dim := settings.get("head_dim") or default_head_dim:
+    head_dim = _count(settings, "head_dim", default_head_dim or 0)
+    if head_dim:
         options["head_dim"] = head_dim
+    if heads * (head_dim or 1) > _LARGEST:
+        raise SettingsError(f"head_dim = {head_dim} of num_attention_heads = {heads} is too much")
     return options, notes
+
+
+def _read_mistral(settings: Settings) -> tuple[dict[str, Any], list[str]]:
+    # Its window counts always; use_sliding_window is Qwen's alone.
+    given = {name: value for name, value in settings.items() if name != "use_sliding_window"}
+    return _read_llama(given, default_window=_WINDOW)
+
+
+def _read_qwen(settings: Settings, **differs: Any) -> tuple[dict[str, Any], list[str]]:
+    given = {**settings, "use_sliding_window": _flag(settings, "use_sliding_window", False)}
+    return _read_llama(given, default_window=_WINDOW, **differs)
 
 
 def _write_llama(model: ModelConfig) -> dict[str, Any]:
@@ -180,6 +230,8 @@ def _read_gpt2(settings: Settings) -> tuple[dict[str, Any], list[str]]:
         add_cross_attention=False,
     )
     activation = settings.get("activation_function", "gelu_new")
+    if not isinstance(activation, str):
+        raise SettingsError(f"activation_function is {activation!r}: expected a name")
     gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}.get(activation)
     if gelu is None:
         raise SettingsError(
@@ -188,17 +240,16 @@ def _read_gpt2(settings: Settings) -> tuple[dict[str, Any], list[str]]:
     layers, hidden, heads, vocabulary, length = need(
         settings, "n_layer", "n_embd", "n_head", "vocab_size", "n_positions"
     )
-    tied = settings.get("tie_word_embeddings")
     return {
         "family": "gpt",
         "num_layers": layers,
         "hidden_size": hidden,
         "num_heads": heads,
-        "ffn_hidden_size": settings.get("n_inner") or 4 * hidden,
+        "ffn_hidden_size": _count(settings, "n_inner", 4 * hidden),
         "vocab_size": vocabulary,
         "max_seq_length": length,
         "norm_eps": to_number("layer_norm_epsilon", settings.get("layer_norm_epsilon", 1e-5)),
-        "tie_embeddings": True if tied is None else tied,
+        "tie_embeddings": _flag(settings, "tie_word_embeddings", True),
         "init_std": to_number("initializer_range", settings.get("initializer_range", 0.02)),
         "gelu": gelu,
     }, []
@@ -246,23 +297,21 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(
         LLAMA,
         "MistralForCausalLM",
-        lambda settings: _read_llama(settings, default_window=4096),
+        _read_mistral,
         lambda model: {**_write_llama(model), "sliding_window": None},
         _is_rotary,
     ),
     "qwen2": Family(
         LLAMA,
         "Qwen2ForCausalLM",
-        lambda settings: _read_llama({"use_sliding_window": False, **settings}, has_qkv_bias=True),
+        lambda settings: _read_qwen(settings, has_qkv_bias=True),
         lambda model: {**_write_llama(model), "use_sliding_window": False},
         lambda model: _is_rotary(model, qkv_bias=True),
     ),
     "qwen3": Family(
         LLAMA,
         "Qwen3ForCausalLM",
-        lambda settings: _read_llama(
-            {"use_sliding_window": False, **settings}, has_qk_norm=True, default_head_dim=128
-        ),
+        lambda settings: _read_qwen(settings, has_qk_norm=True, default_head_dim=128),
         lambda model: {
             **_write_llama(model),
             "use_sliding_window": False,

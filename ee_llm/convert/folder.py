@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ee_llm.checkpoint.safe import CheckpointError, is_plain_name
+from ee_llm.checkpoint.tokenizer import COMPANIONS
 from ee_llm.checkpoint.write import TensorSpec
 
 SETTINGS = "config.json"
@@ -24,6 +25,12 @@ DTYPES = {
 }
 """The names of dtypes in safetensors files; those that weights may have."""
 
+_LARGEST = 16 * 2**20
+_LIMITS = dict.fromkeys(
+    ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"), 256 * 2**20
+)
+"""Sizes in bytes of files that are read as a whole."""
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -33,6 +40,8 @@ class Folder:
     def __init__(self, path: str | Path) -> None:
         """Open a folder; raises CheckpointError naming the file that is missing or damaged."""
         self.path = Path(path)
+        for name in (*COMPANIONS, SINGLE, INDEX):
+            self._check_place(name)
         self.settings = read_object(self.path / SETTINGS)
         self.files = self._find_files()
         self.specs: dict[str, TensorSpec] = {}
@@ -41,16 +50,44 @@ class Folder:
             by_file.setdefault(file, []).append(key)
         for file, keys in by_file.items():
             self._read_header(file, keys)
+        if not self.specs:
+            raise CheckpointError(f"{self.path}: its safetensors files hold no tensor")
 
     def tensor(self, key: str) -> Tensor:
         """Return a tensor; it is read from its file while it is used."""
         # Opened each time: pages of a file that stays mapped count as memory of this process.
-        with safe_open(self.files[key], "pt") as file:
-            tensor: Tensor = file.get_tensor(key)
-            return tensor
+        try:
+            with safe_open(self.files[key], "pt") as file:
+                tensor: Tensor = file.get_tensor(key)
+                return tensor
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.files[key]}: can not read {key}: {error}") from None
+
+    def _check_place(self, name: str) -> None:
+        """Raise CheckpointError if a file is too large, or a link that leads out of the folder.
+
+        The hub's cache has files one level up, in `blobs`, and links to them.
+        """
+        path, folder = self.path / name, self.path.resolve()
+        if not path.is_file():
+            return
+        found = path.resolve()
+        is_cache = folder.parent.name == "snapshots"
+        is_blob = is_cache and found.parent == folder.parent.parent / "blobs"
+        if not is_blob and not found.is_relative_to(folder):
+            raise CheckpointError(
+                f"{path} is a link to {found}, outside of the folder; put the file itself there"
+            )
+        limit = _LIMITS.get(name, _LARGEST)
+        if name in (*COMPANIONS, INDEX) and (size := found.stat().st_size) > limit:
+            raise CheckpointError(
+                f"{path} has {size} bytes; expected at most {limit} of such a file, is it another?"
+            )
 
     def _find_files(self) -> dict[str, Path]:
         index, single = self.path / INDEX, self.path / SINGLE
+        if single.is_file():  # transformers looks here first, too
+            return dict.fromkeys(self._keys(single), single)
         if index.is_file():
             table = read_object(index).get("weight_map")
             if not isinstance(table, dict) or not table:
@@ -60,9 +97,9 @@ class Folder:
                     raise CheckpointError(f"{index}: {key} is in {name!r}, outside of the folder")
                 if not (self.path / name).is_file():
                     raise CheckpointError(f"{self.path / name} is missing: expected {key} in it")
+            for name in sorted(set(table.values())):
+                self._check_place(name)
             return {key: self.path / name for key, name in table.items()}
-        if single.is_file():
-            return dict.fromkeys(self._keys(single), single)
         pickles = sorted(file for kind in _PICKLES for file in self.path.glob(kind))
         if pickles:
             raise CheckpointError(
@@ -98,7 +135,7 @@ class Folder:
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raises CheckpointError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: expected a JSON object in it") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -106,3 +143,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")

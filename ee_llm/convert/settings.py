@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ee_llm.config import Config
-from ee_llm.convert.families import FAMILIES, Family, Settings, SettingsError
+from ee_llm.convert.families import (
+    FAMILIES,
+    Family,
+    Settings,
+    SettingsError,
+    refuse,
+)
 
 ENTRY = "ee_llm"
 """The entry of config.json that describes exits; transformers carries it along unread."""
@@ -20,16 +26,16 @@ _NEUTRAL = frozenset(
     bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder
-    keys_to_ignore_at_inference label2id length_penalty max_length max_window_layers
-    min_length model_type n_ctx no_repeat_ngram_size num_beam_groups num_beams num_labels
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id
-    prefix pretraining_tp problem_type remove_invalid_values reorder_and_upcast_attn
-    repetition_penalty resid_pdrop return_dict return_dict_in_generate rope_theta sep_token_id
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type
-    summary_use_proj suppress_tokens task_specific_params temperature tie_encoder_decoder
-    tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
-    unk_token_id unsloth_version use_cache
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label is_decoder
+    is_encoder_decoder keys_to_ignore_at_inference label2id length_penalty max_length
+    max_window_layers min_length model_type n_ctx no_repeat_ngram_size num_beam_groups num_beams
+    num_labels num_return_sequences output_attentions output_hidden_states output_scores
+    pad_token_id prefix pretraining_tp problem_type remove_invalid_values
+    reorder_and_upcast_attn repetition_penalty resid_pdrop return_dict return_dict_in_generate
+    rope_theta sep_token_id summary_activation summary_first_dropout summary_proj_to_labels
+    summary_type summary_use_proj suppress_tokens task_specific_params temperature
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    typical_p unk_token_id unsloth_version use_cache
     """.split()  # noqa: SIM905
 )
 
@@ -37,11 +43,11 @@ _NEUTRAL = frozenset(
 _READ = frozenset(
     """
     activation_function add_cross_attention attention_bias ee_llm head_dim hidden_act
-    hidden_size initializer_range intermediate_size layer_norm_epsilon layer_types
+    hidden_size initializer_range intermediate_size is_causal layer_norm_epsilon layer_types
     max_position_embeddings mlp_bias n_embd n_head n_inner n_layer n_positions
-    num_attention_heads num_hidden_layers num_key_value_heads partial_rotary_factor
-    rms_norm_eps rope_parameters rope_scaling scale_attn_by_inverse_layer_idx
-    scale_attn_weights sliding_window tie_word_embeddings use_sliding_window vocab_size
+    num_attention_heads num_hidden_layers num_key_value_heads partial_rotary_factor rms_norm_eps
+    rope_parameters rope_scaling scale_attn_by_inverse_layer_idx scale_attn_weights
+    sliding_window tie_word_embeddings use_bfloat16 use_mrope use_sliding_window vocab_size
     """.split()  # noqa: SIM905
 )
 
@@ -58,12 +64,15 @@ def read_settings(
     missing, unknown or not to be converted.
     """
     kind = settings.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise SettingsError(
             f"model_type = {kind!r} can not be converted; only {', '.join(FAMILIES)} can"
         )
+    refuse(settings, is_causal=True, use_mrope=False)
     for name, value in settings.items():
-        if value and name not in KNOWN and name not in ignored:
+        # False and 0 say something; these say nothing.
+        is_empty = value is None or value == {} or value == []
+        if not is_empty and name not in KNOWN and name not in ignored:
             raise SettingsError(
                 f"{name} = {value!r} is not known, and may make the model another function; if it "
                 f"does not, convert with --ignore-settings {name}"

@@ -6,32 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from ee_llm.checkpoint.safe import CheckpointError
-from ee_llm.checkpoint.tokenizer import ORIGIN
+from ee_llm.checkpoint.tokenizer import COMPANIONS, ORIGIN, fingerprint
 from ee_llm.config import Config, ConfigError
+from ee_llm.config.tokenizer import BYTES
 from ee_llm.convert.families import SettingsError
 from ee_llm.convert.folder import SETTINGS, Folder
 from ee_llm.convert.megatron import is_megatron, open_megatron
 from ee_llm.convert.opened import Origin, Source, fitting_tokenizer, prove, training_options
 from ee_llm.convert.settings import read_exits, read_settings
-from ee_llm.convert.tables import Row, Table, copied_exits, rows_of
+from ee_llm.convert.tables import GPT2, Row, Table, copied_exits, rows_of
 from ee_llm.inference.weights import tensor_shapes
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files that a tokenizer is made of, the first that is there."""
 
-# What comes along besides tensors, and is there again when the model is exported.
-_FILES = (
-    SETTINGS,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
+_OF_TOKENIZERS = frozenset(COMPANIONS) - {SETTINGS, "generation_config.json"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +50,12 @@ def open_source(
     where = folder.path / SETTINGS
     try:
         family, model, notes = read_settings(folder.settings, ignored)
+        if model["num_layers"] > len(folder.specs):  # before anything is made for each layer
+            layers = "n_layer" if family.table is GPT2 else "num_hidden_layers"
+            raise SettingsError(
+                f"{layers} = {model['num_layers']}, but the folder has {len(folder.specs)} "
+                "tensors, and each layer has several; is it another model's?"
+            )
         exits, are_copies = _exits(folder, new_exits)
         training = training_options(folder)
         sections: dict[str, Any] = {"model": model, "exits": exits, "training": training}
@@ -74,8 +69,8 @@ def open_source(
     tie = ("tie_word_embeddings", "true", "false")
     origin = Origin(folder.settings["model_type"], str(where), "vocab_size", tie)
     name = _tokenizer(folder, config, origin, tokenizer)
-    found = (folder.path / name for name in _FILES)
-    files = {f"{ORIGIN}/{file.name}": file.read_bytes() for file in found if file.is_file()}
+    names = _kept(folder, tokenizer)
+    files = {f"{ORIGIN}/{name}": (folder.path / name).read_bytes() for name in names}
     return prove(Source(folder, origin, config, rows, {}, name, notes, files), family.table)
 
 
@@ -105,6 +100,16 @@ def _without_prefix(rows: dict[str, Row], table: Table, folder: Folder) -> dict[
         name: row._replace(theirs=tuple(key.removeprefix(prefix) for key in row.theirs))
         for name, row in rows.items()
     }
+
+
+def _kept(folder: Folder, given: str | None) -> list[str]:
+    """Return the names of the files that come along: those of its tokenizer, if that is kept."""
+    there = [name for name in COMPANIONS if (folder.path / name).is_file()]
+    own = [str(folder.path / name) for name in TOKENIZERS if name in there]
+    is_kept = given is None or (given != BYTES and not own)
+    if given is not None and given != BYTES and own:
+        is_kept = fingerprint(given) in map(fingerprint, own)
+    return [name for name in there if is_kept or name not in _OF_TOKENIZERS]
 
 
 def _tokenizer(folder: Folder, config: Config, origin: Origin, given: str | None) -> str:

@@ -17,6 +17,7 @@ from ee_llm.checkpoint.lock import OutputLock
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.resume import initial_path, resume_path
 from ee_llm.checkpoint.save import save
+from ee_llm.checkpoint.tokenizer import companions
 from ee_llm.config import Config, load_config
 from ee_llm.data import Microbatch
 from ee_llm.training.engines import ENGINES
@@ -117,6 +118,9 @@ class _Trainer:
             INITIALIZATIONS[config.exits.initialization](beginning, self.model)
         # What is frozen is saved as it is in the newest checkpoint.
         self.frozen = (resume or initial) if config.is_tuning else None
+        self.frozen_mark = self.mark_of_frozen()
+        source = resume or initial
+        self.files = from_first(lambda: companions(source) if source else {})
         self.optimizer, self.state = self.engine.build_optimizer(self.model, resume)
         self.saved: tuple[int, Path] | None = None
         if resume is not None:
@@ -262,11 +266,20 @@ class _Trainer:
             self.state,
             self.config,
             self.frozen,
+            self.frozen_mark,
+            self.files,
         )
         self.saved = self.state.step, path
         self.frozen = self.frozen and path
+        self.frozen_mark = self.mark_of_frozen()
         self.log.event(self.state.step, "saved", checkpoint=str(path))
         self.log.restart_clock()
+
+    def mark_of_frozen(self) -> str | None:
+        """Return what tells the checkpoint that is kept from another that takes its place."""
+        if (frozen := self.frozen) is None:
+            return None
+        return from_first(lambda: TensorReader(frozen).fingerprint())
 
 
 def _attempt(step: Callable[[], Result]) -> Result | Exception:

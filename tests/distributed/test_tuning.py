@@ -1,6 +1,7 @@
 """EE-Tuning: what is trained, what is not, and that neither depends on the layout."""
 
 import functools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -345,3 +346,22 @@ def test_what_was_tuned_is_a_checkpoint_like_any_other(tmp_path, corpus, dense):
 def _tensors(path):
     reader = TensorReader(path)
     return {name: reader.tensor(name) for name in reader.names()}
+
+
+def _replace(there: Path, by: Path, model: ParallelModel, step: int) -> None:
+    if step == 1:
+        shutil.rmtree(there)
+        shutil.copytree(by, there)
+
+
+def test_another_model_in_the_place_of_the_first_is_not_saved_as_the_frozen_one(
+    tmp_path, corpus, dense
+):
+    """Between the beginning and the first save; exits would sit on weights they never saw."""
+    there, other = tmp_path / "dense", tmp_path / "other"
+    shutil.copytree(dense, there)
+    train_ranks(1, dense_config(other, corpus, **{"training.steps": 3, "training.seed": 5}))
+    fault = functools.partial(_replace, there, other)
+    [end] = train_ranks(1, tuning_config(tmp_path / "tuned", corpus, there), fault)
+    assert "is another model than the one this run began with" in end
+    assert not list((tmp_path / "tuned").glob("checkpoints/step-????????"))

@@ -69,6 +69,11 @@ CROSS_FIELD = {
         {"parallel.tensor": 2, "model.num_kv_heads": 1},
         "model.num_kv_heads = 1 is not divisible by parallel.tensor = 2",
     ),
+    "vocabulary of a checkpoint over tensor": (
+        {"parallel.tensor": 2, "model.vocab_size": 257, "checkpoint.initial": "runs/model"},
+        "model.vocab_size = 257 is not divisible by parallel.tensor = 2; set "
+        "parallel.tensor to a divisor of 257",
+    ),
     "vocabulary over tensor": (
         {"parallel.tensor": 2, "model.vocab_size": 257},
         "model.vocab_size = 257 is not divisible by parallel.tensor = 2; set "

@@ -142,4 +142,4 @@ def test_random_generators_mean_the_same_with_the_same_stages_only(
     older = {name: size for name, size in save.layout(halved).items() if name != "stages"}
     for manifest in (older, save.layout(halved)):
         reader: Any = SimpleNamespace(manifest={"layout": manifest}, config=lambda: halved)
-        assert load._saved_layout(reader) == save.layout(halved)
+        assert load.saved_layout(reader) == save.layout(halved)

@@ -159,3 +159,17 @@ def test_what_no_model_of_transformers_is_is_refused(tmp_path, capsys):
         reader = ours(tmp_path / str(len(options)), **options)
         found = refusal(capsys, reader.path, "--to", "hf", "--output", tmp_path / "theirs")
         assert "no model type among llama, mistral, qwen2, qwen3, gpt2 is a llama with" in found
+
+
+@pytest.mark.parametrize("option", [("--dense",), ("--truncate-at", "2")])
+def test_a_tuned_model_can_be_read_after_exits_are_left_out(tmp_path, option):
+    """Its configuration once said to tune exits that are no longer there."""
+    values = tiny_config("llama", vocab_size=260, output="own").model_dump()
+    values["tuning"] = {"checkpoint": "runs/dense"}
+    values["checkpoint"]["resume"] = "never"
+    path = save_ours(tmp_path / "ours", Config(**values))
+    run(path, *option, "--output", tmp_path / "cut")
+    config = TensorReader(tmp_path / "cut").config()
+    assert not config.is_tuning
+    assert config.checkpoint.resume == "auto"
+    run(tmp_path / "cut", "--to", "hf", "--output", tmp_path / "hf")

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from ee_llm.checkpoint.read import TensorReader
 from ee_llm.cli import main
 from tests.unit.convert.folders import (
     edit_settings,
     edit_tensors,
     make_folder,
 )
-from tests.unit.convert.test_convert_exits import refusal
+from tests.unit.convert.test_convert_exits import ours, refusal
 
 Q, NORM = "model.layers.2.self_attn.q_proj.weight", "model.norm.weight"
 
@@ -229,6 +230,103 @@ CASES = {
         ("--to", "hf"),
         r"--to hf: .*theirs is a model of Hugging Face's already; convert it to a checkpoint",
     ),
+    "unknown setting that is false": (
+        {},
+        _settings(is_rotated=False),
+        (),
+        r"is_rotated = False is not known, .* convert with --ignore-settings is_rotated",
+    ),
+    "attention to what comes": (
+        {},
+        _settings(is_causal=False),
+        (),
+        r"config.json: is_causal = False can not be converted; only True can",
+    ),
+    "rotations of three kinds": (
+        {},
+        _settings(use_mrope=True),
+        (),
+        r"config.json: use_mrope = True can not be converted; only False can",
+    ),
+    "two tables of rotations": (
+        {},
+        _settings(rope_scaling={"type": "linear", "factor": 2.0}),
+        (),
+        r"rope_parameters = .* and rope_scaling = .* differ; remove the one",
+    ),
+    "model type that is a list": ({}, _settings(model_type=["llama"]), (), r"model_type = \['ll"),
+    "layer types that are a number": (
+        {},
+        _settings(layer_types=5),
+        (),
+        r"config.json: layer_types is 5: expected a list",
+    ),
+    "width beyond any model": (
+        {},
+        _settings(hidden_size=2**62),
+        (),
+        rf"config.json: hidden_size is {2**62}: expected a count of at most",
+    ),
+    "heads beyond any model": (
+        {},
+        _settings(head_dim=2**27, hidden_size=2**28),
+        (),
+        r"config.json: head_dim = 134217728 of num_attention_heads = 6 is too much",
+    ),
+    "number that is none": (
+        {},
+        _settings(rms_norm_eps=float("inf")),
+        (),
+        r"config.json: expected a JSON object: Infinity is no number of JSON",
+    ),
+    "number beyond floats": (
+        {},
+        _settings(rms_norm_eps=10**400),
+        (),
+        r"rms_norm_eps is 10+: expected a finite number",
+    ),
+    "flag that is none": (
+        {},
+        _settings(tie_word_embeddings="no"),
+        (),
+        r"tie_word_embeddings is 'no': expected true or false",
+    ),
+    "heads that are a word": (
+        {},
+        _settings(num_key_value_heads="two"),
+        (),
+        r"num_key_value_heads is 'two': expected a count",
+    ),
+    "activation that is a list": (
+        {"name": "gpt2"},
+        _settings(activation_function=["gelu"]),
+        (),
+        r"activation_function is \['gelu'\]: expected a name",
+    ),
+    "layers that there are no tensors of": (
+        {},
+        _settings(num_hidden_layers=2**27, layer_types=...),
+        (),
+        r"num_hidden_layers = 134217728, but the folder has \d+ tensors",
+    ),
+    "no tensors": (
+        {},
+        lambda folder: edit_tensors(folder, dict.clear),
+        (),
+        r"theirs: its safetensors files hold no tensor",
+    ),
+    "shards of no size": (
+        {},
+        lambda folder: None,
+        ("--max-shard-gb", "2"),
+        r"--max-shard-gb has no effect on .*theirs",
+    ),
+    "text without a check": (
+        {},
+        lambda folder: None,
+        ("--text", "a"),
+        r"--text has no effect without --check",
+    ),
     "head of no exits": ({}, lambda folder: None, ("--head", "mlp"), r"--head needs --exits"),
 }
 
@@ -241,6 +339,44 @@ def test_it_names_the_file_the_key_and_what_was_expected(tmp_path, capsys, case)
     found = refusal(capsys, folder, "--output", tmp_path / "ours", *options)
     assert re.search(expected, found), found
     assert not list(tmp_path.glob("ours/checkpoints/*"))
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0"])
+def test_shards_have_a_size(tmp_path, capsys, size):
+    source = ours(tmp_path / "ours").path
+    output = ("--output", tmp_path / "x")
+    found = refusal(capsys, source, "--to", "hf", "--max-shard-gb", size, *output)
+    assert "give a finite size greater than 0" in found
+    found = refusal(capsys, source, "--dense", "--max-shard-gb", 2, *output)
+    assert "--max-shard-gb has no effect with --to ee-llm" in found
+
+
+def test_settings_that_say_what_is_so_anyway_pass(tmp_path):
+    folder = make_folder(tmp_path / "theirs")
+    edit_settings(folder, is_causal=True, use_mrope=False, nothing=None, empty={}, none=[])
+    assert main(["convert", str(folder), "--output", str(tmp_path / "ours")]) == 0
+
+
+WINDOWS = {
+    "mistral, where the switch means nothing": (
+        "mistral",
+        {"sliding_window": 16, "use_sliding_window": False},
+        16,
+    ),
+    "qwen2 without a size": ("qwen2", {"use_sliding_window": True, "sliding_window": ...}, 4096),
+    "qwen3 without a size": ("qwen3", {"use_sliding_window": True, "sliding_window": ...}, 4096),
+    "qwen3 without any": ("qwen3", {"use_sliding_window": True, "sliding_window": None}, 5000),
+    "qwen2 switched off": ("qwen2", {"use_sliding_window": False, "sliding_window": 16}, 5000),
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_windows_count_as_in_transformers(tmp_path, case):
+    name, changes, expected = WINDOWS[case]
+    folder = make_folder(tmp_path / "theirs", name, max_position_embeddings=5000)
+    edit_settings(folder, **changes)
+    assert main(["convert", str(folder), "--output", str(tmp_path / "ours")]) == 0
+    assert TensorReader(tmp_path / "ours").config().model.max_seq_length == expected
 
 
 def test_unknown_settings_can_be_passed_over(tmp_path):
