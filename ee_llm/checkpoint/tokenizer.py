@@ -33,6 +33,9 @@ _ADDING = (
 )
 
 
+_MOST_BYTES = 256 * 2**20  # of a file that came along, a large tokenizer's among them
+
+
 def fingerprint(tokenizer: str) -> str:
     """Return what two equal tokenizers share: "bytes", or the SHA-256 of the tokenizer's file.
 
@@ -54,11 +57,17 @@ def store(tokenizer: str, checkpoint: Path) -> None:
 def companions(checkpoint: Path) -> dict[str, bytes]:
     """Return the files that came along with a checkpoint from Hugging Face, by their names in it.
 
-    Only those that are on the list, and no links.
+    Only those that are on the list, no links, and none of more than 256 MiB.
     """
     paths = [checkpoint / ORIGIN / name for name in COMPANIONS]
-    there = [path for path in paths if path.is_file() and not path.is_symlink()]
-    return {f"{ORIGIN}/{path.name}": path.read_bytes() for path in there}
+    return {f"{ORIGIN}/{path.name}": path.read_bytes() for path in paths if _is_own(path)}
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a companion is a file of the checkpoint's own, no link and not too large."""
+    if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
+        return False
+    return path.stat().st_size <= _MOST_BYTES
 
 
 @functools.lru_cache(maxsize=2)
@@ -110,7 +119,7 @@ def stated_bos(checkpoint: Path) -> bool | None:
     files have no place for it. Raises CheckpointError if they are damaged.
     """
     path = checkpoint / ORIGIN / "tokenizer_config.json"
-    if not path.is_file():
+    if not _is_own(path):
         return None
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))

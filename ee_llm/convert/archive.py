@@ -188,8 +188,8 @@ def _records(file: BinaryIO) -> dict[str, tuple[int, int]]:
 
 
 def _as_stored(value: Any) -> Stored | None:
-    while isinstance(value, Inert) and type(value).__name__ in _PARAMETER:
-        value = value.args[0]
+    if isinstance(value, Inert) and type(value).__name__ in _PARAMETER:
+        value = value.args[0]  # once: a pickle can make a parameter that holds itself
     if not isinstance(value, Inert) or type(value).__name__ != _REBUILD:
         return None
     (kind, storage_type, record, _, _), offset, shape, stride = value.args[:4]

@@ -29,6 +29,7 @@ _ONLY: dict[str, Any] = {
     "multi_latent_attention": False,
     "no_rope_freq": None,
     "num_experts": None,
+    "qk_l2_norm": False,
     "quick_geglu": False,
     "retro_add_retriever": False,
     "rotary_interleaved": False,

@@ -80,8 +80,9 @@ def prove(source: Source, table: Table) -> Source:
 def training_options(tensors: Tensors) -> dict[str, str]:
     """Return the precision that the weights have, if one can train in it."""
     dtypes = {str(spec.dtype).removeprefix("torch.") for spec in tensors.specs.values()}
-    (name, *others) = dtypes
-    return {} if others or name == "float16" else {"dtype": name}
+    if len(dtypes) != 1 or dtypes == {"float16"}:
+        return {}
+    return {"dtype": dtypes.pop()}
 
 
 def fitting_tokenizer(name: str, config: Config, origin: Origin) -> str:

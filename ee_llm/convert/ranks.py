@@ -5,6 +5,7 @@ and pipeline parallelism. It holds its stage's layers, counted from 0, and with 
 several of them: layers go through the first of every rank, then through the second.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -193,8 +194,15 @@ class Merged:
     def _shard(self, key: str, piece: Piece) -> Tensor:
         """Return what a rank has, queries, keys and values of each head together."""
         tensor, version = piece.archive.tensor(piece.stored), self._ranks.version
-        if version >= 2 or (".query_key_value." not in key and ".linear_qkv." not in key):
+        is_fused = ".query_key_value." in key or ".linear_qkv." in key
+        if version >= 2 or not is_fused or self._ranks.is_core:  # whose order never changed
             return tensor
+        if self._model.num_kv_heads != self._model.num_heads:
+            raise CheckpointError(
+                f"{piece.archive.path}: checkpoint_version {version} is of before grouped queries,"
+                f" and {piece.key} has {self._model.num_kv_heads} groups of"
+                f" {self._model.num_heads} heads; expected version 2 or later"
+            )
         heads, rest = tensor.shape[0] // (3 * self._model.head_dim), tensor.shape[1:]
         if version >= 1:  # heads, width, three
             return tensor.view(heads, self._model.head_dim, 3, *rest).transpose(1, 2).flatten(0, 2)
@@ -227,13 +235,18 @@ def find_rank_directories(path: Path) -> list[Path]:
 
 def _find_files(path: Path) -> dict[tuple[int, int], Path]:
     """Return the files by tensor and pipeline rank."""
-    files = {}
+    files: dict[tuple[int, int], Path] = {}
     for directory in find_rank_directories(path):
         match = _RANK.fullmatch(directory.name)
         assert match is not None, "it was found by this pattern"
         if match[3]:
             raise CheckpointError(f"{directory} is of an expert, which can not be converted")
-        files[int(match[1]), int(match[2] or 0)] = directory / FILE
+        rank = int(match[1]), int(match[2] or 0)
+        if rank in files:
+            raise CheckpointError(
+                f"{directory} and {files[rank].parent} are of the same rank; take one of them away"
+            )
+        files[rank] = directory / FILE
     return files
 
 
@@ -249,7 +262,7 @@ def _facts(archive: Archive) -> tuple[dict[str, Any], Any, float]:
             "model is"
         )
     version = content.get("checkpoint_version", 0)
-    if not isinstance(version, int | float):
+    if not isinstance(version, int | float) or not math.isfinite(version):
         raise CheckpointError(f"{archive.path}: checkpoint_version is {version!r}")
     return arguments, content.get("iteration"), version
 

@@ -90,19 +90,15 @@ def added(
     like = "embedding.word.weight"
     dtype = reader.dtype(like)
     specs = whole.specs | {name: TensorSpec(shape, dtype) for name, shape in new.items()}
-    notes, goes_on = [], True
-    if optimizer := reader.names(optimizer=True):
-        kinds = {name.removeprefix(OPTIMIZER).partition(".")[0] for name in optimizer}
-        have = {parameter_of(name) for name in optimizer}
-        if goes_on := have >= set(reader.names()):
-            for kind in sorted(kinds):
-                of_kind = reader.dtype(f"{OPTIMIZER}{kind}.{like}")
-                for name, shape in new.items():
-                    specs[f"{OPTIMIZER}{kind}.{name}"] = TensorSpec(shape, of_kind)
-        else:
-            specs = {name: spec for name, spec in specs.items() if name not in optimizer}
-            notes.append("the optimizer has a part of the parameters alone, and is left out")
-    return replace(whole, config=config, specs=specs, get=get, goes_on=goes_on, notes=notes)
+    optimizer = reader.names(optimizer=True)
+    if _is_partial(reader):
+        return _without_optimizer(replace(whole, config=config, specs=specs, get=get))
+    kinds = {name.removeprefix(OPTIMIZER).partition(".")[0] for name in optimizer}
+    for kind in sorted(kinds):
+        of_kind = reader.dtype(f"{OPTIMIZER}{kind}.{like}")
+        for name, shape in new.items():
+            specs[f"{OPTIMIZER}{kind}.{name}"] = TensorSpec(shape, of_kind)
+    return replace(whole, config=config, specs=specs, get=get)
 
 
 def moved(reader: TensorReader, placement: Literal["post", "pre"]) -> Rewrite:
@@ -148,7 +144,20 @@ def removed(reader: TensorReader, boundaries: Sequence[int]) -> Rewrite:
     specs = {
         name: spec for name, spec in whole.specs.items() if not parameter_of(name).startswith(own)
     }
-    return replace(whole, config=_with_exits(config, left, {}), specs=specs)
+    less = replace(whole, config=_with_exits(config, left, {}), specs=specs)
+    return _without_optimizer(less) if _is_partial(reader) else less
+
+
+def _is_partial(reader: TensorReader) -> bool:
+    """Return whether the optimizer has a part of the parameters alone, as that of tuning."""
+    have = {parameter_of(name) for name in reader.names(optimizer=True)}
+    return bool(have) and not have >= set(reader.names())
+
+
+def _without_optimizer(rewrite: Rewrite) -> Rewrite:
+    specs = {name: spec for name, spec in rewrite.specs.items() if name == parameter_of(name)}
+    note = "the optimizer has a part of the parameters alone, and is left out"
+    return replace(rewrite, specs=specs, goes_on=False, notes=[note])
 
 
 def _check_new(reader: TensorReader, config: Config, boundaries: Sequence[int]) -> None:

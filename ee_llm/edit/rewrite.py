@@ -11,7 +11,7 @@ from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.quantized import refuse_quantized
 from ee_llm.checkpoint.read import OPTIMIZER_PREFIX, TensorReader
 from ee_llm.checkpoint.state import STATE, TrainState
-from ee_llm.checkpoint.tokenizer import ORIGIN
+from ee_llm.checkpoint.tokenizer import companions
 from ee_llm.checkpoint.write import Blocks, TensorSpec, write_checkpoint
 from ee_llm.config import Config
 
@@ -74,6 +74,16 @@ def read_state(reader: TensorReader) -> TrainState:
     return TrainState.from_json(directory.read_json(path), path)
 
 
+def _generators(reader: TensorReader) -> dict[str, bytes]:
+    """Return the files of random generators that the manifest names, no links among them."""
+    paths = [reader.path / name for name in sorted(reader.manifest.get("files", {}))]
+    return {
+        path.relative_to(reader.path).as_posix(): path.read_bytes()
+        for path in paths
+        if path.parent == reader.path / _GENERATORS and path.is_file() and not path.is_symlink()
+    }
+
+
 def write_rewrite(
     rewrite: Rewrite, output: str | Path, on_tensor: Callable[[str, int], None] | None = None
 ) -> Path:
@@ -83,13 +93,7 @@ def write_rewrite(
     with the model are those of the original. Raises CheckpointError as `write_checkpoint` does.
     """
     reader = rewrite.reader
-    kept = [ORIGIN, *([_GENERATORS] if rewrite.goes_on else [])]
-    files = {
-        path.relative_to(reader.path).as_posix(): path.read_bytes()
-        for name in kept
-        for path in sorted((reader.path / name).glob("*"))
-        if path.is_file()
-    }
+    files = companions(reader.path) | (_generators(reader) if rewrite.goes_on else {})
     facts: dict[str, Any] = {}
     if rewrite.goes_on:
         # The layout that saved stays: it is the one that the generators are for.

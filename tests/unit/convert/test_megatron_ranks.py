@@ -99,6 +99,19 @@ def test_orders_of_queries_keys_and_values(tmp_path, version):
     assert_same(writer.write(tmp_path), config, tensors)
 
 
+@pytest.mark.parametrize("version", [0, 1.0])
+def test_the_order_of_megatron_core_never_changed(tmp_path, version):
+    """Whatever a file says of its version, and many say nothing."""
+    config, tensors = make(boundaries=(), output="shared")
+    writer = Writer(config, tensors, 2, 2, names="core")
+    path = writer.write(tmp_path)
+    for file in path.glob("**/*.pt"):
+        content = torch.load(file, weights_only=False)
+        content["checkpoint_version"] = version
+        torch.save(content, file)
+    assert_same(path, config, tensors)
+
+
 def test_virtual_stages_take_turns(tmp_path):
     config, tensors = make(boundaries=(), output="shared")
     assert_same(Writer(config, tensors, 2, 2, virtual=2).write(tmp_path), config, tensors)

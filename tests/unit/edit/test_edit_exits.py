@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.config import Config, exit_stage
 from ee_llm.inference.reference import load_reference
 from ee_llm.inference.weights import tensor_shapes
@@ -11,6 +12,7 @@ from ee_llm.initial import whole_parameter
 from tests.unit.edit.sources import (
     HEADS,
     KINDS,
+    STATE,
     all_tensors,
     assert_goes_on,
     assert_same,
@@ -217,3 +219,33 @@ def test_interrupted_it_leaves_no_checkpoint(tmp_path, monkeypatch):
     command = ["checkpoint", "remove-exits", str(source.path), "--exits", "1"]
     assert main([*command, "--output", str(tmp_path / "made")]) == 130
     assert list((tmp_path / "made" / "checkpoints").iterdir()) == []
+
+
+def test_exits_of_a_tuned_model_are_taken_out_without_its_optimizer(tmp_path, capsys):
+    """It is of the tuned exits alone, so that neither a run nor the tuning could go on with it."""
+    config = tiny()
+    tuning = config.tuning.model_copy(update={"checkpoint": "before", "exits": (1, 2)})
+    source = save(tmp_path / "tuned", config.model_copy(update={"tuning": tuning}))
+    trained = {n for n in source.names(optimizer=True) if ".exits.1." in n or ".exits.2." in n}
+    specs = {n: TensorSpec(tuple(source.shape(n)), source.dtype(n)) for n in source.names()}
+    specs |= {n: TensorSpec(tuple(source.shape(n)), source.dtype(n)) for n in sorted(trained)}
+    write_checkpoint(tmp_path / "partial", source.config(), specs, source.tensor, state=STATE)
+    run("remove-exits", tmp_path / "partial", "--exits", 1, "--output", tmp_path / "less")
+    assert "a part of the parameters alone, and is left out" in capsys.readouterr().out
+    found = TensorReader(tmp_path / "less")
+    assert found.names(optimizer=True) == []
+    assert not found.config().is_tuning
+    assert found.config().exits.boundaries == (2,)
+
+
+def test_nothing_is_copied_but_what_belongs_to_a_checkpoint(tmp_path):
+    """A link in a checkpoint from elsewhere could lead to any file of this machine."""
+    source = save(tmp_path / "source")
+    (tmp_path / "secret").write_text("TOP SECRET")
+    (source.path / "huggingface" / "evil").symlink_to(tmp_path / "secret")
+    (source.path / "huggingface" / "vocab.json").symlink_to(tmp_path / "secret")
+    (source.path / "rng" / "evil").symlink_to(tmp_path / "secret")
+    run("remove-exits", source.path, "--exits", 1, "--output", tmp_path / "less")
+    found = TensorReader(tmp_path / "less").path
+    assert sorted(p.name for p in (found / "huggingface").iterdir()) == ["config.json"]
+    assert sorted(p.name for p in (found / "rng").iterdir()) == ["rank-00000.safetensors"]
