@@ -1,5 +1,6 @@
 """What is logged, under which name, and what a resumed run does to the log."""
 
+import importlib.util
 import io
 import json
 import math
@@ -12,6 +13,7 @@ from ee_llm import platform
 from ee_llm.config import load_config
 from ee_llm.training import logging
 from ee_llm.training.logging import RunLog, loss_name, validation_metrics
+from tests.distributed.harness import run_ranks
 
 
 def make_config(output, **overrides):
@@ -135,13 +137,19 @@ def test_tensorboard_holds_the_same_numbers(tmp_path, console):
     assert found == [(10, 1.0), (20, 2.0), (30, 2.0)]
 
 
-def test_wandb_offline_goes_on_with_its_run(tmp_path, console, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def _log_twice(tmp_path):
     config = make_config(tmp_path, logging__wandb_project="ee", logging__wandb_mode="offline")
     for start in (0, 1):
         with RunLog(config, start_step=start) as log:
             log.report(start + 1, {"lm loss": 1.0})
+
+
+def test_wandb_offline_goes_on_with_its_run(tmp_path, console, monkeypatch):
+    """In a process of its own: wandb's threads stay, and ranks of later tests are forked."""
+    if importlib.util.find_spec("wandb") is None:
+        pytest.skip("wandb is not installed")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run_ranks(1, _log_twice, tmp_path)
     identity = (tmp_path / "wandb-run-id").read_text().strip()
     runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")]
     assert runs == [f"run-{identity}.wandb"] * 2
