@@ -48,6 +48,12 @@ def check_output(output: str | Path) -> None:
         ) from error
 
 
+def refuse_used(output: str | Path) -> None:
+    """Raise CheckpointError if a run directory has a checkpoint already."""
+    if there := complete_steps(Path(output) / CHECKPOINTS):
+        raise CheckpointError(f"{there[-1]} is there already; choose another --output")
+
+
 def complete_steps(checkpoints: Path) -> list[Path]:
     """Return the complete checkpoints in a run's checkpoints directory, oldest first."""
     if not checkpoints.is_dir():

@@ -12,7 +12,7 @@ from ee_llm.checkpoint import directory, safe, sharded, tokenizer
 from ee_llm.checkpoint.agree import together
 from ee_llm.checkpoint.generators import load_generators
 from ee_llm.checkpoint.quantized import refuse_quantized
-from ee_llm.checkpoint.read import CONFIG, TensorReader
+from ee_llm.checkpoint.read import CONFIG, FREE_MODEL, MASTER, TensorReader
 from ee_llm.checkpoint.resume import is_path
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.checkpoint.save import layout
@@ -23,9 +23,6 @@ from ee_llm.config import Config
 platform.enable_megatron()
 from megatron.core.optimizer import MegatronOptimizer
 
-# Options that may change between a checkpoint and the run that goes on from it: they change neither
-# which tensors there are nor what the model computes at inference.
-_FREE_MODEL = {"shape", "dropout", "init_std"}
 _FIXED_EXITS = ("boundaries", "head", "output")
 _FACTS = {"tokenizer": str, "optimizer_steps": int, "layout": dict}  # of the manifest
 
@@ -176,7 +173,7 @@ def model_pairs(saved: Config, current: Config) -> Pairs:
     return [
         (f"model.{name}", value, getattr(current.model, name))
         for name, value in saved.model.model_dump().items()
-        if name not in _FREE_MODEL and (name != "max_seq_length" or saved.model.position != "rope")
+        if name not in FREE_MODEL and (name != "max_seq_length" or saved.model.position != "rope")
     ]
 
 
@@ -279,7 +276,7 @@ def compare_tensors(reader: TensorReader, model: sharded.Shapes, optimizer: shar
             if names
         ]
         hint = ""
-        if any(name.startswith(sharded.MASTER) for name in (*missing, *unexpected)):
+        if any(name.startswith(MASTER) for name in (*missing, *unexpected)):
             hint = "; one of both was trained in bfloat16, the other not: see training.dtype"
         elif not reader.names(optimizer=True) and with_optimizer:
             hint = (

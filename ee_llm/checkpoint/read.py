@@ -14,6 +14,12 @@ from ee_llm.config import Config, load_config
 
 CONFIG = "config.toml"
 OPTIMIZER_PREFIX = "optimizer."
+MASTER = f"{OPTIMIZER_PREFIX}state.fp32_param."
+"""What stands before a parameter's name in that of its float32 master."""
+
+FREE_MODEL = frozenset(("shape", "dropout", "init_std"))
+"""Options of `model` that change neither which tensors there are nor what it computes."""
+
 _NUM_SAMPLES, _SAMPLE = 64, 4096  # of each file, bytes of each
 
 __all__ = ["CONFIG", "CheckpointError", "TensorReader", "resolve_checkpoint"]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ee_llm import platform
+from ee_llm.checkpoint.read import MASTER
 from ee_llm.config import Config
 
 platform.enable_megatron()
@@ -30,7 +31,6 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 
-MASTER = "optimizer.state.fp32_param."
 # What the distributed optimizer calls a master weight; it has one for float32 parameters too.
 _DISTRIBUTED_MASTER = "optimizer.state.param."
 

@@ -43,17 +43,23 @@ def write_whole(what: str, path: Path, tensors: WholeTensors, keep: Path | None)
     With `keep`, a checkpoint, what is not among `tensors` is copied from it. One tensor at a time
     is in memory. Collective; raises CheckpointError on every rank if any rank fails.
     """
-    specs = tensors.specs()
-    others = iter(specs)  # all that are still to be gathered
+    own = tensors.specs()
+    others = iter(own)  # all that are still to be gathered
     if dist.get_rank() == 0:
-        together(what, lambda: _write(path, tensors, others, keep))
+        together(what, lambda: _write(path, tensors, own, others, keep))
     else:
         together(what, lambda: _gather(tensors, others))
     return tensors.steps
 
 
-def _write(path: Path, tensors: WholeTensors, left: Iterator[str], keep: Path | None) -> None:
-    specs = dict(tensors.specs())
+def _write(
+    path: Path,
+    tensors: WholeTensors,
+    own: Mapping[str, TensorSpec],
+    left: Iterator[str],
+    keep: Path | None,
+) -> None:
+    specs = dict(own)
     try:
         kept = None if keep is None else TensorReader(keep)
         if kept is not None:
@@ -61,7 +67,7 @@ def _write(path: Path, tensors: WholeTensors, left: Iterator[str], keep: Path | 
                 specs.setdefault(name, TensorSpec(tuple(kept.shape(name)), kept.dtype(name)))
 
         def get(name: str) -> Tensor:
-            if kept is not None and name not in tensors.specs():
+            if kept is not None and name not in own:
                 return kept.tensor(name)
             assert name == next(left), f"{name} is not the one that other ranks give their part of"
             return tensors.tensor(name)

@@ -93,8 +93,7 @@ def write_checkpoint(
     lock = OutputLock(output)
     lock.take()
     try:
-        if there := directory.complete_steps(checkpoints):
-            raise CheckpointError(f"{there[-1]} is there already; choose another --output")
+        directory.refuse_used(output)
         state = state or TrainState()
         partial = directory.create_partial(checkpoints, state.step)
         try:

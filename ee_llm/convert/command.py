@@ -1,5 +1,6 @@
 """`ee-llm convert`: models of Hugging Face's and Megatron-LM's in, and out again."""
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -218,10 +219,13 @@ def _in_8_bits(
         else:
             found[name] = spec
 
+    # A weight is asked for right before its scale.
+    pair = functools.lru_cache(maxsize=1)(lambda name: quantize(get(name)))
+
     def quantized(name: str) -> Tensor:
         if name in specs:
-            return quantize(get(name))[0] if is_quantizable(name) else get(name)
-        return quantize(get(name.removesuffix(SCALE)))[1]
+            return pair(name)[0] if is_quantizable(name) else get(name)
+        return pair(name.removesuffix(SCALE))[1]
 
     return found, quantized
 

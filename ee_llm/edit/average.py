@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ee_llm.checkpoint import directory
-from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.read import FREE_MODEL, TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.config import Config
 from ee_llm.edit.rewrite import Rewrite, copy_of, read_state
 
-_FREE_MODEL = {"shape", "dropout", "init_std"}  # they say nothing of what the model computes
 _EXITS = ("boundaries", "head", "output", "temperatures")
 
 
@@ -104,7 +103,7 @@ def _check_same(one: TensorReader, other: TensorReader) -> None:
 
 
 def _described(config: Config) -> dict[str, Any]:
-    model = config.model.model_dump(exclude=_FREE_MODEL)
+    model = config.model.model_dump(exclude=set(FREE_MODEL))
     exits = config.exits.model_dump(include=set(_EXITS)) if config.exits.boundaries else {}
     found = {f"model.{name}": value for name, value in model.items()}
     found["exits.boundaries"] = config.exits.boundaries

@@ -13,7 +13,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ee_llm import platform
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.config import Config
 from ee_llm.data.tokenizer import load_tokenizer
 from ee_llm.edit.average import averaged, open_all
@@ -144,7 +143,7 @@ def check_add_exits(options: AddExitsOptions) -> Config:
         raise ValueError(
             f"--seq-length {options.seq_length}: give 1 to {longest} (model.max_seq_length)"
         )
-    _check_output(options.output)
+    directory.refuse_used(options.output)  # before the model has run
     return config
 
 
@@ -159,12 +158,6 @@ def _class_means(
     eod = load_tokenizer(reader.tokenizer()).eod
     with _progress("looking at data", windows.num_tokens, options.json) as advance:
         return class_means(reader, config, options.exits, windows, eod, ranks, advance)
-
-
-def _check_output(output: Path) -> None:
-    """Raise CheckpointError if the output has a checkpoint: found before the model has run."""
-    if there := directory.complete_steps(output / directory.CHECKPOINTS):
-        raise CheckpointError(f"{there[-1]} is there already; choose another --output")
 
 
 def _write(rewrite: Rewrite, output: Path, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.read import MASTER, TensorReader
 from ee_llm.checkpoint.write import TensorSpec
 from ee_llm.config import Config, ConfigError
 from ee_llm.edit.rewrite import OPTIMIZER, Rewrite, copy_of, parameter_of, with_options
@@ -20,7 +20,6 @@ from ee_llm.initial import copied_name, whole_parameter
 Initialization = Literal["copy", "random", "class-aware"]
 
 _PER_EXIT = {"weights": 1.0, "initial_weights": 0.0, "temperatures": 1.0}
-_MASTER = "fp32_param"
 
 
 def config_with(
@@ -82,7 +81,7 @@ def added(
         if parameter not in new:
             return reader.tensor(name)
         spec = specs[name]
-        is_moment = name != parameter and not name.startswith(f"{OPTIMIZER}{_MASTER}.")
+        is_moment = name != parameter and not name.startswith(MASTER)
         if is_moment:
             return torch.zeros(spec.shape, dtype=spec.dtype)
         return value(parameter).to(spec.dtype)

@@ -147,7 +147,7 @@ class PipelineScheduler:
             if sequence.finish_reason or sequence.num_rejections != num_rejections:
                 continue
             # Stages answer on channels of their own: the final exit's token may be there first.
-            is_draft = sequence.request.draft is not None and said.segment < self._last(sequence)
+            is_draft = sequence.request.draft is not None and said.segment < sequence.last_segment
             if is_draft and said.verdict.position + 1 != len(sequence.tokens):
                 continue
             sequence.settle(said.segment, said.verdict)
@@ -201,11 +201,6 @@ class PipelineScheduler:
         passengers = [(one, one.num_rejections) for one, _ in chosen]
         self._sent.append(_Sent(plan, passengers, self.num_stages))
         return plan
-
-    @staticmethod
-    def _last(sequence: Sequence) -> int:
-        """Return the number of the final exit."""
-        return len(sequence.boundaries) - 1
 
     def _arrive(self, sent: _Sent) -> None:
         """Note that all stages are through with a pass."""

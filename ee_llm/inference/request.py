@@ -169,13 +169,18 @@ class Sequence:
         return min(self.num_prompt + self.request.max_new_tokens - 1, self.max_length)
 
     @property
+    def last_segment(self) -> int:
+        """Return the number of the segment that ends at the final exit."""
+        return len(self.boundaries) - 1
+
+    @property
     def num_pending(self) -> int:
         """Return how many positions have been begun and are not through all segments."""
         return self.watermarks[0] - self.watermarks[-1]
 
     def decides_at(self, segment: int) -> bool:
         """Return whether the frontier, once through `segment`, is judged by the exit there."""
-        if segment == len(self.boundaries) - 1:
+        if segment == self.last_segment:
             return True
         if self._thresholds[segment] is None or self.declined >= segment:
             return False
@@ -233,7 +238,7 @@ class Sequence:
             self.declined = segment
             return True
         self.declined = -1
-        is_final = segment == len(self.boundaries) - 1
+        is_final = segment == self.last_segment
         if self.request.draft is not None and not is_final:
             assert verdict.position + 1 == len(self.tokens), "a draft goes after the newest row"
             self.tokens.append(verdict.token)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ee_llm import platform
-from ee_llm.checkpoint.sharded import MASTER
+from ee_llm.checkpoint.read import MASTER
 from ee_llm.checkpoint.write import TensorSpec
 from ee_llm.model.initialize import canonical_name
 from ee_llm.training.zero import ZeroModel

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.config import Config, load_config
 from ee_llm.data.indexed import IndexedWriter
+from ee_llm.inference.weights import tensor_shapes
 from ee_llm.training.parallel import ParallelModel
 from ee_llm.training.trainer import TrainingInterrupted, TrainingStopped, train
 from tests.distributed.harness import run_ranks
@@ -27,6 +29,17 @@ def text(num_documents: int, seed: int = 0) -> list[str]:
     return [
         " ".join(draw.choices(WORDS, k=draw.randint(5, 60))) + "." for _ in range(num_documents)
     ]
+
+
+def write_random(output: Path, config: Config) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Return a checkpoint of random tensors that no run has made, and these."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        name: torch.randn(shape, generator=generator) * 0.1
+        for name, shape in tensor_shapes(config).items()
+    }
+    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    return write_checkpoint(output, config, specs, tensors.__getitem__), tensors
 
 
 def write_corpus(prefix: Path, num_documents: int = 60, extra: Sequence[int] = ()) -> str:

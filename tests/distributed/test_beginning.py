@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
-from ee_llm.inference.weights import tensor_shapes
-from tests.distributed.runs import layout, make_config, tensors_of, train_ranks
+from tests.distributed.runs import layout, make_config, tensors_of, train_ranks, write_random
 
 STANDING = {"optimizer.lr": 1e-30, "optimizer.warmup_steps": 0, "training.steps": 2}
 
@@ -14,13 +12,7 @@ STANDING = {"optimizer.lr": 1e-30, "optimizer.warmup_steps": 0, "training.steps"
 def begin(tmp_path, corpus, **options):
     """Return the configuration of a run that begins at random tensors, and these."""
     config = make_config(tmp_path / "run", corpus, **options)
-    generator = torch.Generator().manual_seed(1)
-    tensors = {
-        name: torch.randn(shape, generator=generator) * 0.1
-        for name, shape in tensor_shapes(config).items()
-    }
-    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    path = write_checkpoint(tmp_path / "begin", config, specs, tensors.__getitem__)
+    path, tensors = write_random(tmp_path / "begin", config)
     return config.model_copy(
         update={"checkpoint": config.checkpoint.model_copy(update={"initial": str(path)})}
     ), tensors

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
-from ee_llm.inference.weights import tensor_shapes
-from tests.distributed.runs import layout, losses_of, make_config, tensors_of
+from tests.distributed.runs import layout, losses_of, make_config, tensors_of, write_random
 from tests.distributed.tuning_runs import NO_EXITS, SIX_LAYERS, tune, tuning_config
 
 MODEL = {"model.qk_norm": True, "model.qkv_bias": True, "training.dtype": "float32"}
@@ -20,13 +18,7 @@ MODEL = {"model.qk_norm": True, "model.qkv_bias": True, "training.dtype": "float
 def test_exits_of_a_converted_model(tmp_path, corpus, world_size, options, head):
     """Biases of queries, keys and values and norms of heads are copied and kept as well."""
     config = make_config(tmp_path, corpus, **NO_EXITS, **SIX_LAYERS, **MODEL)
-    generator = torch.Generator().manual_seed(1)
-    tensors = {
-        name: torch.randn(shape, generator=generator) * 0.1
-        for name, shape in tensor_shapes(config).items()
-    }
-    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    path = write_checkpoint(tmp_path / "begin", config, specs, tensors.__getitem__)
+    path, tensors = write_random(tmp_path / "begin", config)
     options = {**options, **MODEL, "exits.head": head}
     end = tune(world_size, tuning_config(tmp_path / "run", corpus, path, **options))
     found = tensors_of(end)
