@@ -3,9 +3,13 @@
 A stand-in holds what the pickle gives the object, and does nothing. Nothing is imported.
 """
 
+import io
 import pickle
+import pickletools
 from collections.abc import Container, Mapping
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
+
+_MAX_NESTING = 32  # tuples in tuples; real ones have three
 
 
 class _Sealed(type):
@@ -30,15 +34,20 @@ class InertDict(Inert, dict):
 
 
 class InertUnpickler(pickle.Unpickler):
-    """Unpickles plain values, and stand-ins for the classes of an allow-list."""
+    """Unpickles plain values, and stand-ins for the classes of an allow-list.
+
+    Raises UnpicklingError, before anything is made, for a pickle that would exhaust the machine.
+    """
 
     allowed: ClassVar[Mapping[str, Container[str]]] = {}
     """Names of classes by module."""
 
     # A pickle can set attributes of whatever it gets hold of, classes included (BUILD): it gets
     # none that anything else knows.
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
+    def __init__(self, file: BinaryIO) -> None:
+        program = file.read()
+        _check_bounds(program)
+        super().__init__(io.BytesIO(program))
         self._stand_ins: dict[tuple[str, str], Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -55,3 +64,43 @@ class InertUnpickler(pickle.Unpickler):
     def is_allowed(self, module: str, name: str) -> bool:
         """Return whether a pickle may name this."""
         return name in self.allowed.get(module, ())
+
+
+def _check_bounds(program: bytes) -> None:
+    """Raise UnpicklingError for a memo larger than the pickle, and for tuples nested too deep.
+
+    The memo is an array as long as its largest index; a tuple's hash recurses in C with no limit.
+    The depth of tuples is followed on a stack as the pickle machine has it, where anything else
+    has the depth 0: lists and dictionaries have no hash.
+    """
+    stack: list[int | None] = []  # the depth of each value; None is a mark
+    memo: dict[int, int] = {}
+    for operation, argument, position in pickletools.genops(program):
+        name = operation.name
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[int(argument)])
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            index = len(memo) if argument is None else int(argument)
+            if index > len(program):
+                raise pickle.UnpicklingError(f"byte {position} asks for a memo of {index} values")
+            memo[index] = stack[-1] or 0
+        elif name == "DUP":
+            stack.append(stack[-1])
+        else:
+            depth = max(_take(stack, operation), default=0)
+            if depth > _MAX_NESTING:
+                raise pickle.UnpicklingError(f"byte {position} nests tuples {depth} deep")
+            is_tuple = name.startswith("TUPLE") or name == "FROZENSET"
+            for kind in operation.stack_after:
+                is_mark = kind is pickletools.markobject
+                stack.append(None if is_mark else depth + 1 if is_tuple else 0)
+
+
+def _take(stack: list[int | None], operation: pickletools.OpcodeInfo) -> list[int]:
+    """Remove what an operation takes from the stack, and return the depths of it."""
+    kinds, taken = list(operation.stack_before), []
+    if pickletools.markobject in kinds:
+        while (depth := stack.pop()) is not None:
+            taken.append(depth)
+        kinds = kinds[: kinds.index(pickletools.markobject)]
+    return taken + [stack.pop() or 0 for _ in kinds]

@@ -160,7 +160,17 @@ def namespace(value: Any) -> dict[str, Any] | None:
     """Return the arguments that a namespace holds by name, None if it is none."""
     if not isinstance(value, Inert) or type(value).__name__ not in ("Namespace", "SimpleNamespace"):
         return None
-    return {name: item for name, item in vars(value).items() if isinstance(name, str)}
+    return {name: _flat(item) for name, item in vars(value).items() if isinstance(name, str)}
+
+
+def _flat(value: Any) -> Any:
+    """Return a value, or the name of its type if it is lists of lists.
+
+    These can hold each other, and be longer to print than any memory; no argument of ours is one.
+    """
+    items = value if isinstance(value, list | tuple) else [value]
+    is_flat = all(isinstance(item, str | int | float | None) for item in items)
+    return value if is_flat else f"<{type(value).__name__}>"
 
 
 def _records(file: BinaryIO) -> dict[str, tuple[int, int]]:

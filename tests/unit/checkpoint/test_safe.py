@@ -165,6 +165,36 @@ def test_builtins_are_refused(name):
         safe._MetadataUnpickler(io.BytesIO(pickle.dumps(getattr(builtins, name)))).load()
 
 
+def nested(depth):
+    return b"\x80\x02)" + b"\x85" * depth
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (b"\x80\x02Nr\xff\xff\xff\x7f.", "asks for a memo of 2147483647 values"),
+        (b"Np2147483647\n.", "asks for a memo of 2147483647 values"),
+        (b"\x80\x02}" + nested(10**6)[2:] + b"Ns.", "nests tuples 33 deep"),
+        (nested(20) + b"q\x00" + b"h\x00" + b"\x85" * 20 + b".", "nests tuples 33 deep"),
+        (nested(20) + b"2" + b"\x85" * 20 + b".", "nests tuples 33 deep"),
+        (b"\x80\x02(((" + nested(20)[2:] + b"Nt" + b"\x85" * 20 + b".", "nests tuples 33 deep"),
+        (b"\x80\x04((" + nested(20)[2:] + b"\x91t" + b"\x85" * 20 + b".", "nests tuples 33 deep"),
+    ],
+)
+def test_pickles_that_would_exhaust_the_machine_are_refused(program, expected):
+    """The memo is an array that long; the hash of such a key ends the process."""
+    with pytest.raises(pickle.UnpicklingError, match=expected):
+        safe._MetadataUnpickler(io.BytesIO(program))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_values_come_through_as_they_are(protocol):
+    shared = [1, ("a", (2.5, None))]
+    value = {(1, (2, 3)): shared, "b": (shared, {}, (), True), "c": list(range(2000))}
+    program = pickle.dumps(value, protocol)
+    assert safe._MetadataUnpickler(io.BytesIO(program)).load() == value
+
+
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "..", ".", "", "a/b", "a/", "a\0b"])
 def test_index_that_points_outside_of_the_directory_is_refused(tmp_path, path):
     checkpoint = write_checkpoint(tmp_path)

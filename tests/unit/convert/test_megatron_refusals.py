@@ -417,6 +417,19 @@ def test_no_way_out_of_what_is_allowed(tmp_path, case):
     assert not hasattr(argparse.Namespace, "args")
 
 
+def test_arguments_that_hold_each_other_are_named_by_their_type(tmp_path):
+    """Printed, this one would be longer than any memory."""
+    lists = []
+    for _ in range(100):
+        lists = [lists, lists]
+
+    def change(content):
+        content["args"].window_size = lists
+
+    found = said_of(Edited(change, (0, 0)).write(tmp_path / "theirs"))
+    assert "window_size = '<list>' can not be converted" in found
+
+
 def test_archives_that_lie(tmp_path):
     path = Edited(_nothing).write(tmp_path)
     file = path / "iter_0000012" / "mp_rank_00_000" / "model_optim_rng.pt"
