@@ -37,7 +37,13 @@ def stored_weight(reader: TensorReader, name: str) -> Tensor:
     tensor = reader.tensor(name)
     if tensor.dtype != torch.int8:
         return tensor
-    return tensor.float() * reader.tensor(name + SCALE)[:, None]
+    scale = reader.tensor(name + SCALE)
+    if scale.shape != tensor.shape[:1]:
+        raise CheckpointError(
+            f"{reader.path}: {name + SCALE} has the shape {list(scale.shape)}, expected a scale for "
+            f"each of {tensor.shape[0]} outputs"
+        )
+    return tensor.float() * scale[:, None]
 
 
 def is_scale(reader: TensorReader, name: str) -> bool:

@@ -232,6 +232,11 @@ def read_chunk(directory: Path, name: str, entry: TensorEntry, chunk: Chunk) -> 
     tensor = _load_zip(io.BytesIO(data), f"{path} ({name!r})")
     if type(tensor) is not torch.Tensor:
         raise CheckpointError(f"{path}: expected a tensor for {name!r}, found {type(tensor)}")
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise CheckpointError(
+            f"{path}: expected the elements of {name!r}, found a tensor of {tensor.layout} on "
+            f"{tensor.device}"
+        )
     if tuple(tensor.shape) != chunk.sizes or tensor.dtype != entry.dtype:
         raise CheckpointError(
             f"{path}: expected {entry.dtype} {list(chunk.sizes)} for {name!r}, "

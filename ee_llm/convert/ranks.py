@@ -130,6 +130,11 @@ class Ranks:
                 )
         names = {key: current_name(key, self.is_core) for key in shards[0]}
         layers = {int(match[2]) for name in names.values() if (match := _LAYER.match(name))}
+        if layers != set(range(len(layers))):
+            raise CheckpointError(
+                f"{next(iter(shards[0].values())).archive.path}: its stage has the layers "
+                f"{sorted(layers)}, which a stage counts from 0 on"
+            )
         exits = [
             number for number in exit_layers if first_layer < number <= first_layer + len(layers)
         ]

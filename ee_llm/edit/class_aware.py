@@ -28,7 +28,7 @@ class ClassMeans:
     num_seen: of the vocabulary's tokens, those that the data have as a target. num_tokens: targets.
     """
 
-    weights: dict[int, Tensor]
+    weights: dict[int, Tensor]  # float64; empty on ranks that do not lead
     num_seen: int
     num_tokens: int
 
@@ -78,13 +78,15 @@ def class_means(
     rows that were seen: unknown tokens stay where the model has them, neither favoured nor barred.
 
     Sums are float64 on the CPU, in the order of the data: the same on every run. ranks: tensor
-    parallel ranks that run the model together; all call this. Raises ValueError for tokens that the
-    model does not have.
+    parallel ranks that run the model together; all call this, and the leader has the sums. Raises
+    ValueError, on all of them, for tokens that the model does not have.
     """
     stage = _Exits(reader, config, boundaries, ranks)
     model = config.model
-    sums = {b: torch.zeros(model.vocab_size, model.hidden_size).double() for b in boundaries}
-    counts = torch.zeros(model.vocab_size).double()
+    summed = boundaries if ranks is None or ranks.is_leader else ()
+    size = model.vocab_size, model.hidden_size
+    sums = {boundary: torch.zeros(size, dtype=torch.float64) for boundary in summed}
+    counts = torch.zeros(model.vocab_size, dtype=torch.float64)
     for window in windows:
         _check_tokens(window, model.vocab_size)
         targets = window[1:]
@@ -93,21 +95,21 @@ def class_means(
             known = window[:-1] != eod
         counts.index_add_(0, targets[known], torch.ones(int(known.sum())).double())
         for boundary, features in stage.features(window[:-1]):
-            states = F.normalize(features.cpu().double(), dim=-1)
-            sums[boundary].index_add_(0, targets[known], states[known])
+            if boundary in sums:
+                states = F.normalize(features.cpu().double(), dim=-1)
+                sums[boundary].index_add_(0, targets[known], states[known])
         if on_tokens is not None:
             on_tokens(len(targets))
-    final = reader.tensor(output_weight_name(config, model.num_layers)).double()
     is_seen = counts > 0
     if not is_seen.any():
         raise ValueError("--data has no token that is to be predicted: all follow an end of text")
-    weights = {}
-    for boundary, total in sums.items():
-        means = total.div_(counts.clamp(min=1)[:, None])
+    if sums:
+        final = reader.tensor(output_weight_name(config, model.num_layers)).double()
+    for means in sums.values():
+        means.div_(counts.clamp(min=1)[:, None])
         length = means[is_seen].norm(dim=-1).mean()
         means[~is_seen] = F.normalize(final[~is_seen], dim=-1) * length
-        weights[boundary] = means.to(torch.float32)
-    return ClassMeans(weights, int(is_seen.sum()), int(counts.sum()))
+    return ClassMeans(sums, int(is_seen.sum()), int(counts.sum()))
 
 
 class _Exits:

@@ -1,15 +1,18 @@
 """Runs a function in several ranks: everything is imported once, then the ranks are forked."""
 
 import contextlib
+import faulthandler
 import gc
 import os
 import pickle
+import signal
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import connection, get_context
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from ee_llm import platform
 
@@ -31,49 +34,70 @@ def run_ranks(
 
     Each rank sees torchrun's environment (RANK, WORLD_SIZE, ...) and initialises its process
     groups itself. Results must be picklable. Raises RankFailed with the traceback of the first rank
-    that failed; all other ranks are killed, so nothing is left behind.
+    that failed, or with where each was that did not finish; all ranks are killed, so nothing is
+    left behind.
     """
-    context = get_context("fork")
     port = _free_port()
-    pipes, processes = [], []
-    for rank in range(world_size):
-        reader, writer = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_rank_main, args=(writer, rank, world_size, port, function, args), daemon=True
-        )
-        process.start()
-        writer.close()
-        pipes.append(reader)
-        processes.append(process)
+    ranks = [_start((rank, world_size, port, function, args)) for rank in range(world_size)]
     try:
-        return _collect(pipes, time.monotonic() + timeout_s)
+        return _collect(ranks, time.monotonic() + timeout_s)
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        for rank in ranks:
+            rank.process.kill()
+            rank.process.join()
+            rank.place.close()
 
 
-def _collect(pipes: list[connection.Connection], deadline: float) -> list[Any]:
+class _Rank(NamedTuple):
+    process: Any
+    answer: connection.Connection
+    place: IO[str]
+    """Takes where it is when it is asked by SIGUSR1."""
+
+
+def _start(arguments: tuple[Any, ...]) -> _Rank:
+    context = get_context("fork")
+    reader, writer = context.Pipe(duplex=False)
+    place = tempfile.TemporaryFile("w+")  # noqa: SIM115  (run_ranks closes it)
+    process = context.Process(target=_rank_main, args=(writer, place, *arguments), daemon=True)
+    process.start()
+    writer.close()
+    return _Rank(process, reader, place)
+
+
+def _collect(ranks: list[_Rank], deadline: float) -> list[Any]:
+    numbers = {rank.answer: number for number, rank in enumerate(ranks)}
     results: dict[int, Any] = {}
-    while len(results) < len(pipes):
-        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+    while len(results) < len(ranks):
+        waiting = [answer for answer, number in numbers.items() if number not in results]
         ready = connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            missing = sorted(set(range(len(pipes))) - set(results))
-            raise RankFailed(f"ranks {missing} did not finish in time")
-        for pipe in ready:
-            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            raise RankFailed(_unfinished([numbers[answer] for answer in waiting], ranks))
+        for answer in ready:
+            number = numbers[answer]  # type: ignore[index]
             try:
-                ok, payload = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+                ok, payload = pickle.loads(answer.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
-                raise RankFailed(f"rank {rank} died without a result") from None
+                raise RankFailed(f"rank {number} died without a result") from None
             if not ok:
-                raise RankFailed(f"rank {rank} of {len(pipes)} failed:\n{payload}")
-            results[rank] = payload
-    return [results[rank] for rank in range(len(pipes))]
+                raise RankFailed(f"rank {number} of {len(ranks)} failed:\n{payload}")
+            results[number] = payload
+    return [results[number] for number in range(len(ranks))]
 
 
-def _rank_main(writer, rank, world_size, port, function, args) -> None:
+def _unfinished(numbers: list[int], ranks: list[_Rank]) -> str:
+    message = f"ranks {numbers} did not finish in time"
+    for number in numbers:
+        os.kill(ranks[number].process.pid, signal.SIGUSR1)
+    time.sleep(1)
+    for number in numbers:
+        ranks[number].place.seek(0)
+        message += f"\nrank {number} was here:\n{ranks[number].place.read()}"
+    return message
+
+
+def _rank_main(writer, place, rank, world_size, port, function, args) -> None:
+    faulthandler.register(signal.SIGUSR1, file=place)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

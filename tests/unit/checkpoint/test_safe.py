@@ -223,6 +223,20 @@ def test_entry_of_another_shape_or_type_is_refused(tmp_path):
             TensorReader(checkpoint).tensor(NAME)
 
 
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (torch.zeros(4, 3, device="meta"), "torch.strided on meta"),
+        (torch.zeros(4, 3).to_sparse(), "torch.sparse_coo on cpu"),
+    ],
+)
+def test_entry_without_elements_is_refused(tmp_path, content, found):
+    checkpoint = write_checkpoint(tmp_path)
+    plant_entry(checkpoint, saved(content), is_bytes=False)
+    with pytest.raises(CheckpointError, match=f"distcp.*expected the elements of .*{found}"):
+        TensorReader(checkpoint).tensor(NAME)
+
+
 def test_damaged_index_names_the_file(tmp_path):
     for number, content in enumerate([b"", b"\x80\x04", b"no pickle", pickle.dumps([1, 2])]):
         checkpoint = write_checkpoint(tmp_path / str(number))

@@ -55,6 +55,12 @@ def _set(key, value):
     return lambda content: layers(content).__setitem__(key, value)
 
 
+def _rename_layer(content):
+    of_model = layers(content)
+    for key in [key for key in of_model if key.startswith("layers.1.")]:
+        of_model[key.replace("layers.1.", "layers.2.")] = of_model.pop(key)
+
+
 def _drop(key):
     return lambda content: layers(content).pop(key)
 
@@ -91,6 +97,12 @@ FILES = {
         {},
         rf"{FILE.format('01_001')}: language_model.encoder.{QKV} is missing, and .*"
         rf"{FILE.format('00_001')} has it",
+    ),
+    "layers with a hole": (
+        _rename_layer,
+        None,
+        {},
+        rf"{FILE.format('00_000')}: its stage has the layers \[0, 2\], which a stage counts from 0",
     ),
     "wrong shape": (
         _set(NORM, torch.ones(31)),
