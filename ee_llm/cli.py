@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ee_llm
 from ee_llm.launch import complain, is_launched, launch, report
@@ -27,156 +27,16 @@ class Command(NamedTuple):
     run: Callable[[list[str]], None]
 
 
-def train_options() -> Any:
-    """Return the type of `ee-llm train`'s options: every configuration field, none required.
-
-    A TypedDict whose keys are all optional, so that tyro returns what was given and nothing else;
-    what was not given comes from the file.
-    """
-    import tyro
-
-    from ee_llm.config import Config, default_text, section_types
-
-    def options(model: Any) -> dict[str, Any]:
-        fields = {}
-        for name, field in model.model_fields.items():
-            if name in section_types() and model is Config:
-                continue
-            argument = tyro.conf.arg(
-                help=field.description, help_behavior_hint=f"(default: {default_text(field)})"
-            )
-            fields[name] = Annotated[field.annotation, argument]
-        return fields
-
-    typed_dict: Any = TypedDict  # type checkers know the literal form only
-    sections = {}
-    for name, model in section_types().items():
-        section = typed_dict(name, options(model), total=False)
-        section.__doc__ = model.__doc__
-        sections[name] = section
-    return typed_dict("TrainOptions", {**options(Config), **sections}, total=False)
-
-
-def _parse_run(
-    command: str, summary: str, arguments: list[str]
-) -> tuple[Path | None, int | None, dict[str, Any]]:
-    """Return the file, the number of processes and the options of a command that trains."""
-    import tyro
-
-    file_argument = tyro.conf.arg(
-        metavar="FILE", help="TOML file with the configuration.", help_behavior_hint=""
-    )
-    nproc_argument = tyro.conf.arg(
-        metavar="INT",
-        help="Number of processes to start on this machine: a multiple of parallel.tensor x "
-        "parallel.pipeline.",
-        help_behavior_hint="(default: this one)",
-    )
-
-    def parse(
-        overrides: Annotated[Any, tyro.conf.arg(name="", constructor=train_options())],
-        config: Annotated[Path | None, file_argument] = None,
-        nproc: Annotated[int | None, nproc_argument] = None,
-    ) -> tuple[Path | None, int | None, dict[str, Any]]:
-        return config, nproc, overrides
-
-    description = (
-        f"{summary}; any option here overrides the file's.\n\n"
-        "Several processes: --nproc on one machine, scripts/torchrun.sh on more. The options are "
-        "in docs/configuration.md too, and examples/ has files to start from."
-    )
-    return tyro.cli(
-        parse,
-        prog=f"ee-llm {command}",
-        description=description,
-        args=arguments,
-        use_underscores=True,
-    )
-
-
 def _train(arguments: list[str]) -> None:
-    from ee_llm.config import ConfigError, load_config
+    from ee_llm.training.command import train
 
-    summary = "Train the model that a TOML file describes"
-    path, nproc, overrides = _parse_run("train", summary, arguments)
-    config = load_config(path, overrides)
-    if config.is_tuning:
-        raise ConfigError(
-            f"tuning.checkpoint = {config.tuning.checkpoint} is for 'ee-llm tune', which trains "
-            "exits alone; to train the whole model from a checkpoint give checkpoint.initial"
-        )
-    _run(config, "train", nproc, arguments)
+    train(arguments)
 
 
 def _tune(arguments: list[str]) -> None:
-    from ee_llm.config import ConfigError, load_config, read_options
+    from ee_llm.training.command import tune
 
-    summary = "Tune exits of an existing model as a TOML file describes, all else frozen"
-    path, nproc, overrides = _parse_run("tune", summary, arguments)
-    given = read_options(path, overrides)
-    section = given.get("tuning")
-    source = section.get("checkpoint") if isinstance(section, dict) else None
-    if not source:
-        raise ConfigError(
-            "tuning.checkpoint: not given; name the checkpoint, or the run directory, with the "
-            "model whose exits are to be tuned"
-        )
-    below: dict[str, Any] = {}
-    if isinstance(source, str):  # else the configuration refuses it
-        from ee_llm.checkpoint.describe import described_options
-
-        below = described_options(source, given)
-    _run(load_config(path, overrides, below), "tune", nproc, arguments)
-
-
-def _run(config: "Config", command: str, nproc: int | None, arguments: list[str]) -> None:
-    """Train as one rank, or start the processes that do."""
-    _check_start(config, nproc)
-    if nproc is None:
-        from ee_llm.training.trainer import train
-
-        train(config)
-    else:
-        launch(nproc, [command, *_without_option(arguments, "--nproc")])
-
-
-def _check_start(config: "Config", nproc: int | None) -> None:
-    """Refuse what can be seen to fail before any process is started; raises `ConfigError`."""
-    from ee_llm.config import ConfigError
-    from ee_llm.pipeline.chosen import chosen_fills
-
-    world_size = os.environ.get("WORLD_SIZE")
-    if world_size is not None and not (world_size.isdecimal() and int(world_size) > 0):
-        raise ConfigError(
-            f"WORLD_SIZE = {world_size!r} in the environment is no number of processes; unset it, "
-            "or let torchrun set it"
-        )
-    if nproc is not None and world_size is not None:
-        raise ConfigError(
-            f"--nproc = {nproc} within a launcher that already started {world_size} processes; "
-            "leave --nproc out"
-        )
-    if nproc is not None and nproc < 1:
-        raise ConfigError(f"--nproc = {nproc}: give 1 or more")
-    if not config.data.prefixes:
-        raise ConfigError(
-            "data.prefixes = [] names nothing to train on; make data with 'ee-llm data prepare' "
-            "and give the --output of that"
-        )
-    config.num_microbatches(nproc or int(world_size or 1))
-    chosen_fills(config)
-
-
-def _without_option(arguments: Sequence[str], name: str) -> list[str]:
-    """`arguments` without `name VALUE` and `name=VALUE`."""
-    kept: list[str] = []
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument == name:
-            next(remaining, None)
-        elif not argument.startswith(f"{name}="):
-            kept.append(argument)
-    return kept
+    tune(arguments)
 
 
 def _data_prepare(arguments: list[str]) -> None:

@@ -20,9 +20,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ee_llm.cli import main as ee_llm
-from ee_llm.cli import train_options
 from ee_llm.config import Config, load_config
 from ee_llm.data.statistics import StatisticsOptions, statistics
+from ee_llm.training.command import train_options
 from ee_llm.training.curves import plot_losses, read_losses
 
 ROOT = Path(__file__).resolve().parent.parent

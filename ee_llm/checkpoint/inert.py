@@ -7,7 +7,7 @@ import io
 import pickle
 import pickletools
 from collections.abc import Container, Mapping
-from typing import Any, BinaryIO, ClassVar
+from typing import IO, Any, ClassVar
 
 _MAX_NESTING = 32  # tuples in tuples; real ones have three
 
@@ -44,7 +44,7 @@ class InertUnpickler(pickle.Unpickler):
 
     # A pickle can set attributes of whatever it gets hold of, classes included (BUILD): it gets
     # none that anything else knows.
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         program = file.read()
         _check_bounds(program)
         super().__init__(io.BytesIO(program))
@@ -78,7 +78,7 @@ def _check_bounds(program: bytes) -> None:
     for operation, argument, position in pickletools.genops(program):
         name = operation.name
         if name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[int(argument)])
+            stack.append(memo[int(argument or 0)])
         elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             index = len(memo) if argument is None else int(argument)
             if index > len(program):

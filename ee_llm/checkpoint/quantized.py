@@ -40,8 +40,8 @@ def stored_weight(reader: TensorReader, name: str) -> Tensor:
     scale = reader.tensor(name + SCALE)
     if scale.shape != tensor.shape[:1]:
         raise CheckpointError(
-            f"{reader.path}: {name + SCALE} has the shape {list(scale.shape)}, expected a scale for "
-            f"each of {tensor.shape[0]} outputs"
+            f"{reader.path}: {name + SCALE} has the shape {list(scale.shape)}, expected a "
+            f"scale for each of {tensor.shape[0]} outputs"
         )
     return tensor.float() * scale[:, None]
 

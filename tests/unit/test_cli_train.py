@@ -10,6 +10,7 @@ import tyro
 
 from ee_llm import cli
 from ee_llm.config import Config, load_config, option_names, section_types
+from ee_llm.training import command
 
 TINY = """
 [model]
@@ -87,7 +88,7 @@ def test_every_option_can_be_given() -> None:
             arguments += [f"--{name}", *map(str, value)]
         else:
             arguments += [f"--{name}", str(value)]
-    given = tyro.cli(cli.train_options(), args=arguments, use_underscores=True)
+    given = tyro.cli(command.train_options(), args=arguments, use_underscores=True)
     assert given == expected
     assert load_config(overrides=given) == config
 
@@ -191,14 +192,14 @@ def test_processes_are_started_once(
 def test_ranks_are_started_without_the_option_that_starts_them(
     arguments: list[str], kept: list[str]
 ) -> None:
-    assert cli._without_option(arguments, "--nproc") == kept
+    assert command._without_option(arguments, "--nproc") == kept
 
 
 def test_ranks_get_the_other_options(
     tiny: Path, trained: list[Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
-    monkeypatch.setattr(cli, "launch", lambda *call: launched.append(call))
+    monkeypatch.setattr(command, "launch", lambda *call: launched.append(call))
     options = ["--config", str(tiny), "--parallel.pipeline", "2"]
     assert cli.main(["train", *options, "--nproc", "4"]) == 0
     assert launched == [(4, ["train", *options])]
