@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import DownloadColumn
 from torch import Tensor
 
+from ee_llm import platform
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.quantized import (
     FACT,
@@ -275,16 +276,6 @@ def _compared(
 
 @contextmanager
 def _progress(num_bytes: int, is_quiet: bool) -> Iterator[OnTensor]:
-    """Yield what shows how much is written: on standard error, where somebody is looking."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TimeRemainingColumn(),
-        console=console,
-        disable=is_quiet or not console.is_terminal,
-        transient=True,
-    ) as progress:
-        task = progress.add_task("converting", total=num_bytes)
-        yield lambda _, size: progress.advance(task, size)
+    size = DownloadColumn(binary_units=True)
+    with platform.progress_bar("converting", num_bytes, size, is_quiet=is_quiet) as bar:
+        yield lambda _, amount: bar.advance(bar.task_ids[0], amount)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from ee_llm import platform
 from ee_llm.checkpoint import directory
@@ -182,16 +182,6 @@ def _write(rewrite: Rewrite, output: Path, as_json: bool) -> None:
 
 @contextmanager
 def _progress(what: str, total: int, is_quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Yield what shows how far it is: on standard error, where somebody is looking."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=is_quiet or not console.is_terminal,
-        transient=True,
-    ) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda amount: progress.advance(task, amount)
+    share = TextColumn("{task.percentage:.0f} %")
+    with platform.progress_bar(what, total, share, is_quiet=is_quiet) as bar:
+        yield lambda amount: bar.advance(bar.task_ids[0], amount)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from ee_llm import platform
 from ee_llm.checkpoint.read import TensorReader
@@ -250,7 +250,9 @@ def _run_batch(session: Session, options: GenerateOptions, prompts: list[Prompt]
     origins = {id: session.origin(by_id[id], request) for id, request in requests.items()}
     num_layers = session.config.model.num_layers
     start, num_tokens = time.monotonic(), 0
-    with open_output(options.output, origins) as (file, done), _progress(len(prompts)) as progress:
+    count = TextColumn("{task.completed}/{task.total} prompts")
+    bar = platform.progress_bar("generating", len(prompts), count)
+    with open_output(options.output, origins) as (file, done), bar as progress:
         (task,) = progress.task_ids
         num_done = len(done & requests.keys())
         progress.update(task, completed=num_done)
@@ -285,17 +287,3 @@ def _asked(session: Session, prompt: Prompt) -> Request:
         return request
     except ValueError as error:
         raise ValueError(f"{prompt.where}: {error}") from None
-
-
-def _progress(total: int) -> Progress:
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} prompts"),
-        TimeRemainingColumn(),
-        console=platform.console,
-        transient=True,
-        disable=not platform.console.is_terminal,
-    )
-    progress.add_task("generating", total=total)
-    return progress

@@ -4,7 +4,7 @@ It chooses the device and backend, forms the grid of ranks, carries tensors betw
 and makes megatron-core run on a CPU. Everything else asks here.
 """
 
-from ee_llm.platform.console import console, is_rank_zero, log
+from ee_llm.platform.console import console, is_rank_zero, log, progress_bar
 from ee_llm.platform.devices import (
     DTYPES,
     backend,
@@ -50,6 +50,7 @@ __all__ = [
     "num_cores",
     "peak_flops",
     "peak_memory_bytes",
+    "progress_bar",
     "record",
     "rng_state",
     "seed_everything",

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 
 from ee_llm import platform
 from ee_llm.config import Config
@@ -156,17 +156,8 @@ class RunLog:
 
 
 def _progress_bar(steps: int, start_step: int) -> Progress:
-    progress = Progress(
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-        console=platform.console,
-        transient=True,
-        # Where nobody watches, the printed lines say it all.
-        disable=not platform.console.is_terminal,
-    )
-    progress.add_task("training", total=steps, completed=start_step)
+    steps_done = TextColumn("{task.completed}/{task.total}")
+    progress = platform.progress_bar("training", steps, steps_done, completed=start_step)
     progress.start()
     return progress
 

@@ -33,7 +33,8 @@ def lines(output, name=logging.LOG):
 @pytest.fixture
 def console(monkeypatch):
     text = io.StringIO()
-    monkeypatch.setattr(platform, "console", Console(file=text, width=60))
+    module = sys.modules[platform.progress_bar.__module__]  # its name is the console's in platform
+    monkeypatch.setattr(module, "console", Console(file=text, width=60))
     return text
 
 
