@@ -4,12 +4,9 @@ They are those of the command line, with underscores. An argument that a version
 has that version's only behaviour, which is the default here.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-from ee_llm.convert.families import SettingsError, need, refuse, to_number
-
-Arguments = Mapping[str, Any]
+from ee_llm.convert.values import Settings, SettingsError, flag, need, refuse, to_number
 
 # What makes another function of the same tensors, or needs others; the only value that we can say.
 _ONLY: dict[str, Any] = {
@@ -40,7 +37,7 @@ _ONLY: dict[str, Any] = {
 }
 
 
-def read_model(arguments: Arguments) -> tuple[dict[str, Any], list[str]]:
+def read_model(arguments: Settings) -> tuple[dict[str, Any], list[str]]:
     """Return the options of `model`, and remarks; raises SettingsError naming an argument."""
     refuse(arguments, **_ONLY)
     layers, hidden, heads, length, padded = need(
@@ -63,7 +60,7 @@ def read_model(arguments: Arguments) -> tuple[dict[str, Any], list[str]]:
         "vocab_size": vocabulary,
         "max_seq_length": length,
         "norm_eps": to_number("norm_epsilon", epsilon),
-        "tie_embeddings": not _flag(arguments, "untie_embeddings_and_output_weights"),
+        "tie_embeddings": not flag(arguments, "untie_embeddings_and_output_weights"),
         "init_std": to_number("init_method_std", arguments.get("init_method_std", 0.02)),
         **_position(arguments),
     }
@@ -71,15 +68,15 @@ def read_model(arguments: Arguments) -> tuple[dict[str, Any], list[str]]:
         if arguments.get(theirs) is not None:
             (options[ours],) = need(arguments, theirs)
     if is_llama:
-        options["qkv_bias"] = _flag(arguments, "add_qkv_bias")
+        options["qkv_bias"] = flag(arguments, "add_qkv_bias")
     else:
         options["gelu"] = _gelu(arguments)
-    if _flag(arguments, "qk_layernorm"):
+    if flag(arguments, "qk_layernorm"):
         options["qk_norm"] = True  # refused for gpt, where it would be LayerNorm
     return options, notes
 
 
-def read_exits(arguments: Arguments, num_layers: int) -> dict[str, Any]:
+def read_exits(arguments: Settings, num_layers: int) -> dict[str, Any]:
     """Return the options of `exits` of an EE-LLM model, none for others.
 
     Layers are counted from 1. A post-exit at layer n reads what comes out of it, boundary n; a
@@ -88,7 +85,7 @@ def read_exits(arguments: Arguments, num_layers: int) -> dict[str, Any]:
     numbers = exit_layers(arguments)
     if not numbers:
         return {}
-    is_pre = _flag(arguments, "pre_exit")
+    is_pre = flag(arguments, "pre_exit")
     boundaries = [number - is_pre for number in numbers]
     shown = f"exit_layer_nums = {numbers} with pre_exit = {is_pre}"
     for number, boundary in zip(numbers, boundaries, strict=True):
@@ -99,7 +96,7 @@ def read_exits(arguments: Arguments, num_layers: int) -> dict[str, Any]:
             )
     if len(set(numbers)) < len(numbers):
         raise SettingsError(f"{shown}: a layer is there twice")
-    head = [part for part in ("block", "mlp", "norm") if _flag(arguments, f"use_exit_{part}")]
+    head = [part for part in ("block", "mlp", "norm") if flag(arguments, f"use_exit_{part}")]
     if {"block", "mlp"} <= set(head):
         raise SettingsError(
             "use_exit_mlp and use_exit_block together can not be converted: there the block comes "
@@ -107,8 +104,8 @@ def read_exits(arguments: Arguments, num_layers: int) -> dict[str, Any]:
         )
     if "mlp" in head and is_pre:
         raise SettingsError("use_exit_mlp with pre_exit can not be converted; there is no layer's")
-    is_own = _flag(arguments, "untie_exit_output_weights")
-    if not is_own and _flag(arguments, "untie_embeddings_and_output_weights"):
+    is_own = flag(arguments, "untie_exit_output_weights")
+    if not is_own and flag(arguments, "untie_embeddings_and_output_weights"):
         raise SettingsError(
             "untie_exit_output_weights = False with untie_embeddings_and_output_weights = True: "
             "expected exits with weights of their own"
@@ -128,7 +125,7 @@ def read_exits(arguments: Arguments, num_layers: int) -> dict[str, Any]:
     return options
 
 
-def exit_layers(arguments: Arguments) -> list[int]:
+def exit_layers(arguments: Settings) -> list[int]:
     """Return the layers with exits, in the order of their output weights; raises SettingsError."""
     numbers = _list(arguments, "exit_layer_nums")
     if not all(type(number) is int for number in numbers):
@@ -136,29 +133,20 @@ def exit_layers(arguments: Arguments) -> list[int]:
     return numbers
 
 
-def _list(arguments: Arguments, name: str) -> list[Any]:
+def _list(arguments: Settings, name: str) -> list[Any]:
     values = arguments.get(name) or []
     if not isinstance(values, list | tuple):
         raise SettingsError(f"{name} = {values!r}: expected a list")
     return list(values)
 
 
-def _flag(arguments: Arguments, name: str, default: bool = False) -> bool:
-    value = arguments.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise SettingsError(f"{name} = {value!r}: expected True or False")
-    return value
-
-
-def _is_llama(arguments: Arguments) -> bool:
-    has_bias = _flag(arguments, "add_bias_linear", True)
-    if _flag(arguments, "disable_bias_linear"):  # how it was called once
+def _is_llama(arguments: Settings) -> bool:
+    has_bias = flag(arguments, "add_bias_linear", True)
+    if flag(arguments, "disable_bias_linear"):  # how it was called once
         has_bias = False
     found = (
         arguments.get("normalization", "LayerNorm"),
-        _flag(arguments, "swiglu"),
+        flag(arguments, "swiglu"),
         has_bias,
     )
     if found == ("RMSNorm", True, False):
@@ -174,18 +162,18 @@ def _is_llama(arguments: Arguments) -> bool:
     )
 
 
-def _gelu(arguments: Arguments) -> str:
+def _gelu(arguments: Settings) -> str:
     """Return which GELU it is: the fused kernel of bias and GELU approximates by tanh."""
-    if _flag(arguments, "openai_gelu"):
+    if flag(arguments, "openai_gelu"):
         return "tanh"
-    if _flag(arguments, "onnx_safe"):
+    if flag(arguments, "onnx_safe"):
         return "erf"
-    return "tanh" if _flag(arguments, "bias_gelu_fusion", True) else "erf"
+    return "tanh" if flag(arguments, "bias_gelu_fusion", True) else "erf"
 
 
-def _groups(arguments: Arguments, heads: int) -> int:
+def _groups(arguments: Settings, heads: int) -> int:
     # Without the flag the number is a default that nothing reads.
-    if not _flag(arguments, "group_query_attention"):
+    if not flag(arguments, "group_query_attention"):
         return heads
     (groups,) = need(arguments, "num_query_groups")
     size = arguments.get("tensor_model_parallel_size") or 1
@@ -197,9 +185,9 @@ def _groups(arguments: Arguments, heads: int) -> int:
     return groups
 
 
-def _position(arguments: Arguments) -> dict[str, Any]:
+def _position(arguments: Settings) -> dict[str, Any]:
     kind = arguments.get("position_embedding_type", "learned_absolute")
-    if _flag(arguments, "use_rotary_position_embeddings"):
+    if flag(arguments, "use_rotary_position_embeddings"):
         kind = "rope"
     if kind == "learned_absolute":
         refuse(arguments, add_position_embedding=True)
@@ -212,7 +200,7 @@ def _position(arguments: Arguments) -> dict[str, Any]:
     base = to_number("rotary_base", arguments.get("rotary_base", 10000))
     options: dict[str, Any] = {"position": "rope", "rope_theta": base}
     factor = arguments.get("rotary_seq_len_interpolation_factor")
-    if _flag(arguments, "use_rope_scaling"):
+    if flag(arguments, "use_rope_scaling"):
         if factor is not None:
             raise SettingsError(
                 f"rotary_seq_len_interpolation_factor = {factor} and use_rope_scaling are two ways "
@@ -229,7 +217,7 @@ def _position(arguments: Arguments) -> dict[str, Any]:
     return options
 
 
-def _vocabulary(arguments: Arguments, padded: int) -> tuple[int, list[str]]:
+def _vocabulary(arguments: Settings, padded: int) -> tuple[int, list[str]]:
     """Return how many tokens there are, and remarks: embeddings are padded for even shards."""
     if arguments.get("vocab_size") is None:
         return padded, []

@@ -3,22 +3,23 @@
 `Family.read` gives the options of `model` and remarks; `Family.write` the settings of config.json.
 """
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ee_llm.config import ModelConfig
 from ee_llm.convert.tables import GPT2, LLAMA, Table
-
-Settings = Mapping[str, Any]
-
+from ee_llm.convert.values import (
+    LARGEST,
+    Settings,
+    SettingsError,
+    count,
+    flag,
+    need,
+    refuse,
+    to_number,
+)
 
 _WINDOW = 4096  # transformers' default
-_LARGEST = 2**28  # far beyond any model; a tensor of two such sizes has less than 2**63 bytes
-
-
-class SettingsError(ValueError):
-    """A setting of config.json that is missing, or that no option of ours can say."""
 
 
 class Family(NamedTuple):
@@ -29,24 +30,6 @@ class Family(NamedTuple):
     read: Callable[[Settings], tuple[dict[str, Any], list[str]]]
     write: Callable[[ModelConfig], dict[str, Any]]
     fits: Callable[[ModelConfig], bool]
-
-
-def need(settings: Settings, *names: str) -> list[int]:
-    """Return the counts of these names; raises SettingsError."""
-    found = []
-    for name in names:
-        value = settings.get(name)
-        if type(value) is not int or not 1 <= value <= _LARGEST:
-            raise SettingsError(f"{name} is {value!r}: expected a count of at most {_LARGEST}")
-        found.append(value)
-    return found
-
-
-def refuse(settings: Settings, **allowed: Any) -> None:
-    """Raise SettingsError for settings that are neither absent nor as `allowed` says."""
-    for name, only in allowed.items():
-        if (value := settings.get(name)) is not None and value != only:
-            raise SettingsError(f"{name} = {value!r} can not be converted; only {only!r} can")
 
 
 _ROPE_KEYS = {
@@ -101,28 +84,6 @@ def _rope_facts(table: Settings, settings: Settings) -> dict[str, Any]:
     return {name: v for name, v in facts.items() if v is not None and name != "type"}
 
 
-def to_number(name: str, value: Any) -> float:
-    """Return a setting's value as a number; raises SettingsError."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise SettingsError(f"{name} is {value!r}: expected a number")
-    if not abs(value) <= sys.float_info.max:
-        raise SettingsError(f"{name} is {value!r}: expected a finite number")
-    return float(value)
-
-
-def _flag(settings: Settings, name: str, default: bool) -> bool:
-    """Return a setting that is true or false; raises SettingsError."""
-    value = settings.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise SettingsError(f"{name} is {value!r}: expected true or false")
-    return default if value is None else value
-
-
-def _count(settings: Settings, name: str, default: int) -> int:
-    """Return a count, the default where it is left out or null; raises SettingsError."""
-    return default if settings.get(name) is None else need(settings, name)[0]
-
-
 def _read_llama(
     settings: Settings,
     *,
@@ -143,7 +104,7 @@ def _read_llama(
         "max_position_embeddings",
     )
     window = settings.get("sliding_window", default_window)
-    if not _flag(settings, "use_sliding_window", True):
+    if not flag(settings, "use_sliding_window", True):
         window = None
     if window is not None:
         (window,) = need({"sliding_window": window}, "sliding_window")
@@ -165,21 +126,21 @@ def _read_llama(
         "num_layers": layers,
         "hidden_size": hidden,
         "num_heads": heads,
-        "num_kv_heads": _count(settings, "num_key_value_heads", heads),
+        "num_kv_heads": count(settings, "num_key_value_heads", heads),
         "ffn_hidden_size": ffn,
         "vocab_size": vocabulary,
         "max_seq_length": length,
         "norm_eps": to_number("rms_norm_eps", settings.get("rms_norm_eps", 1e-6)),
-        "tie_embeddings": _flag(settings, "tie_word_embeddings", False),
+        "tie_embeddings": flag(settings, "tie_word_embeddings", False),
         "init_std": to_number("initializer_range", settings.get("initializer_range", 0.02)),
         "qkv_bias": has_qkv_bias,
         "qk_norm": has_qk_norm,
         **_read_rope(settings),
     }
-    head_dim = _count(settings, "head_dim", default_head_dim or 0)
+    head_dim = count(settings, "head_dim", default_head_dim or 0)
     if head_dim:
         options["head_dim"] = head_dim
-    if heads * (head_dim or 1) > _LARGEST:
+    if heads * (head_dim or 1) > LARGEST:
         raise SettingsError(f"head_dim = {head_dim} of num_attention_heads = {heads} is too much")
     return options, notes
 
@@ -191,7 +152,7 @@ def _read_mistral(settings: Settings) -> tuple[dict[str, Any], list[str]]:
 
 
 def _read_qwen(settings: Settings, **differs: Any) -> tuple[dict[str, Any], list[str]]:
-    given = {**settings, "use_sliding_window": _flag(settings, "use_sliding_window", False)}
+    given = {**settings, "use_sliding_window": flag(settings, "use_sliding_window", False)}
     return _read_llama(given, default_window=_WINDOW, **differs)
 
 
@@ -245,11 +206,11 @@ def _read_gpt2(settings: Settings) -> tuple[dict[str, Any], list[str]]:
         "num_layers": layers,
         "hidden_size": hidden,
         "num_heads": heads,
-        "ffn_hidden_size": _count(settings, "n_inner", 4 * hidden),
+        "ffn_hidden_size": count(settings, "n_inner", 4 * hidden),
         "vocab_size": vocabulary,
         "max_seq_length": length,
         "norm_eps": to_number("layer_norm_epsilon", settings.get("layer_norm_epsilon", 1e-5)),
-        "tie_embeddings": _flag(settings, "tie_word_embeddings", True),
+        "tie_embeddings": flag(settings, "tie_word_embeddings", True),
         "init_std": to_number("initializer_range", settings.get("initializer_range", 0.02)),
         "gelu": gelu,
     }, []

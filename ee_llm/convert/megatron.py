@@ -11,7 +11,6 @@ from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.config import Config, ConfigError, ModelConfig
 from ee_llm.convert.arguments import exit_layers, read_exits, read_model
 from ee_llm.convert.distributed import Distributed
-from ee_llm.convert.families import SettingsError
 from ee_llm.convert.megatron_tables import TABLE, WORDS, Rule, layout_of
 from ee_llm.convert.opened import (
     Origin,
@@ -23,6 +22,7 @@ from ee_llm.convert.opened import (
 )
 from ee_llm.convert.ranks import Merged, Ranks, find_rank_directories
 from ee_llm.convert.tables import Fusion, Row, copied_exits
+from ee_llm.convert.values import SettingsError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """The file that says which of a run's checkpoints is the newest."""

@@ -6,13 +6,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ee_llm.config import Config
-from ee_llm.convert.families import (
-    FAMILIES,
-    Family,
-    Settings,
-    SettingsError,
-    refuse,
-)
+from ee_llm.convert.families import FAMILIES, Family
+from ee_llm.convert.values import Settings, SettingsError, refuse
 
 ENTRY = "ee_llm"
 """The entry of config.json that describes exits; transformers carries it along unread."""

@@ -9,12 +9,12 @@ from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.checkpoint.tokenizer import COMPANIONS, ORIGIN, fingerprint
 from ee_llm.config import Config, ConfigError
 from ee_llm.config.tokenizer import BYTES
-from ee_llm.convert.families import SettingsError
 from ee_llm.convert.folder import SETTINGS, Folder
 from ee_llm.convert.megatron import is_megatron, open_megatron
 from ee_llm.convert.opened import Origin, Source, fitting_tokenizer, prove, training_options
 from ee_llm.convert.settings import read_exits, read_settings
 from ee_llm.convert.tables import GPT2, Row, Table, copied_exits, rows_of
+from ee_llm.convert.values import SettingsError
 from ee_llm.inference.weights import tensor_shapes
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
