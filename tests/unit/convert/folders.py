@@ -34,7 +34,7 @@ GPT2 = {
     "vocab_size": VOCABULARY,
     "n_embd": 18,
     "n_layer": 5,
-    "n_head": 3,
+    "n_head": 6,
     "n_inner": 26,
     "n_positions": 48,
 }

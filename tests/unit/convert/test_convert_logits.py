@@ -52,7 +52,7 @@ def test_every_exit_gives_what_transformers_does(tmp_path, name):
         assert_close(found, theirs(folder, dtype), tolerance)
 
 
-@pytest.mark.parametrize("name", ["llama 3", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama 3", "qwen2", "qwen3", "mistral", "gpt2"])
 @pytest.mark.parametrize("num_stages", [1, 2])
 @pytest.mark.parametrize("size", [1, 2])
 def test_stages_and_shards_do_too(tmp_path, name, num_stages, size):
