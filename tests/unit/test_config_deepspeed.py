@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from ee_llm import platform
-from ee_llm.config import load_config
+from ee_llm.config import Config, load_config
 from ee_llm.training.trainer import train
+from tests.distributed.harness import RankFailed, run_ranks
+from tests.distributed.runs import make_config, write_corpus
 from tests.unit.refusals import message
 
 CHOSEN = {"parallel.engine": "deepspeed"}
@@ -98,30 +100,30 @@ def test_a_package_that_can_not_be_imported_is_no_crash(monkeypatch: pytest.Monk
 def test_training_without_the_package_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    from tests.distributed.runs import make_config, write_corpus
-
     hide(monkeypatch)
     config = make_config(tmp_path / "run", write_corpus(tmp_path / "corpus"), **CHOSEN)
-    with pytest.raises(ValueError, match=NEEDS):
-        train(config)
+    with pytest.raises(RankFailed, match=NEEDS):
+        run_ranks(1, train, config)
+
+
+def _imports_by(config: Config) -> set[str]:
+    before = set(sys.modules)
+    train(config)
+    return set(sys.modules) - before
 
 
 def test_training_by_megatron_does_not_import_it(tmp_path: Any) -> None:
-    from tests.distributed.runs import make_config, write_corpus
-
-    there = "deepspeed" in sys.modules
     options = {"training.steps": 1}
-    train(make_config(tmp_path / "run", write_corpus(tmp_path / "corpus"), **options))
-    assert ("deepspeed" in sys.modules) == there
+    config = make_config(tmp_path / "run", write_corpus(tmp_path / "corpus"), **options)
+    [imported] = run_ranks(1, _imports_by, config)
+    assert "deepspeed" not in imported
 
 
 def test_the_precision_of_a_checkpoint_is_checked_as_well(tmp_path: Any) -> None:
     """training.dtype = auto takes it from the checkpoint, after the configuration was checked."""
-    from tests.distributed.runs import make_config, write_corpus
-
     corpus = write_corpus(tmp_path / "corpus")
     steps = {"training.steps": 1, "training.dtype": "float64"}
-    train(make_config(tmp_path / "a", corpus, **steps))
+    run_ranks(1, train, make_config(tmp_path / "a", corpus, **steps))
     options = {"checkpoint.initial": str(tmp_path / "a"), "training.dtype": "auto"}
-    with pytest.raises(ValueError, match=r"training\.dtype = float64 with parallel\.engine = deep"):
-        train(make_config(tmp_path / "b", corpus, **CHOSEN | options))
+    with pytest.raises(RankFailed, match=r"training\.dtype = float64 with parallel\.engine = deep"):
+        run_ranks(1, train, make_config(tmp_path / "b", corpus, **CHOSEN | options))
