@@ -9,7 +9,7 @@ import pickletools
 from collections.abc import Container, Mapping
 from typing import IO, Any, ClassVar
 
-_MAX_NESTING = 32  # tuples in tuples; real ones have three
+_MAX_ITEMS = 1000  # of a tuple and of all within it; real ones have some tens
 
 
 class _Sealed(type):
@@ -67,13 +67,13 @@ class InertUnpickler(pickle.Unpickler):
 
 
 def _check_bounds(program: bytes) -> None:
-    """Raise UnpicklingError for a memo larger than the pickle, and for tuples nested too deep.
+    """Raise UnpicklingError for a memo larger than the pickle, and for tuples of too many items.
 
-    The memo is an array as long as its largest index; a tuple's hash recurses in C with no limit.
-    The depth of tuples is followed on a stack as the pickle machine has it, where anything else
-    has the depth 0: lists and dictionaries have no hash.
+    The memo is an array as long as its largest index. A tuple's hash goes through all within it,
+    each time anew, however deep, and however often the same tuple is within it: their number is
+    followed on a stack as the pickle machine has it. Lists and dictionaries have no hash.
     """
-    stack: list[int | None] = []  # the depth of each value; None is a mark
+    stack: list[int | None] = []  # the items within each value; None is a mark
     memo: dict[int, int] = {}
     for operation, argument, position in pickletools.genops(program):
         name = operation.name
@@ -87,20 +87,20 @@ def _check_bounds(program: bytes) -> None:
         elif name == "DUP":
             stack.append(stack[-1])
         else:
-            depth = max(_take(stack, operation), default=0)
-            if depth > _MAX_NESTING:
-                raise pickle.UnpicklingError(f"byte {position} nests tuples {depth} deep")
+            taken = _take(stack, operation)
             is_tuple = name.startswith("TUPLE") or name == "FROZENSET"
+            items = len(taken) + sum(taken) if is_tuple else 0
+            if items > _MAX_ITEMS:
+                raise pickle.UnpicklingError(f"byte {position} makes a tuple of {items} items")
             for kind in operation.stack_after:
-                is_mark = kind is pickletools.markobject
-                stack.append(None if is_mark else depth + 1 if is_tuple else 0)
+                stack.append(None if kind is pickletools.markobject else items)
 
 
 def _take(stack: list[int | None], operation: pickletools.OpcodeInfo) -> list[int]:
-    """Remove what an operation takes from the stack, and return the depths of it."""
+    """Remove what an operation takes from the stack, and return the items within each of it."""
     kinds, taken = list(operation.stack_before), []
     if pickletools.markobject in kinds:
-        while (depth := stack.pop()) is not None:
-            taken.append(depth)
+        while (items := stack.pop()) is not None:
+            taken.append(items)
         kinds = kinds[: kinds.index(pickletools.markobject)]
     return taken + [stack.pop() or 0 for _ in kinds]

@@ -69,7 +69,8 @@ def _write(
         def get(name: str) -> Tensor:
             if kept is not None and name not in own:
                 return kept.tensor(name)
-            assert name == next(left), f"{name} is not the one that other ranks give their part of"
+            expected = next(left)
+            assert name == expected, f"other ranks give their part of {expected}, not of {name}"
             return tensors.tensor(name)
 
         write_tensors(path, specs, get)

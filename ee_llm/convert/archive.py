@@ -7,6 +7,7 @@ is refused unless it is on a list, and what is on the list becomes a stand-in (`
 import math
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -161,6 +162,15 @@ def namespace(value: Any) -> dict[str, Any] | None:
     if not isinstance(value, Inert) or type(value).__name__ not in ("Namespace", "SimpleNamespace"):
         return None
     return {name: _flat(item) for name, item in vars(value).items() if isinstance(name, str)}
+
+
+def iteration_of(content: Mapping[str, Any], path: Path) -> int | None:
+    """Return the iteration that a checkpoint is of; raises CheckpointError for anything else."""
+    found = content.get("iteration")
+    if found is not None and not (type(found) is int and 0 <= found < 2**63):
+        kind = type(found).__name__
+        raise CheckpointError(f"{path}: iteration is of type {kind}; expected a number of steps")
+    return found
 
 
 def _flat(value: Any) -> Any:

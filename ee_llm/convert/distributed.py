@@ -14,7 +14,7 @@ from ee_llm.checkpoint import safe
 from ee_llm.checkpoint.read import fill
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.checkpoint.write import TensorSpec
-from ee_llm.convert.archive import Archive, namespace
+from ee_llm.convert.archive import Archive, iteration_of, namespace
 from ee_llm.convert.folder import read_object
 from ee_llm.convert.megatron_tables import current_name, is_neutral
 
@@ -42,7 +42,8 @@ class Distributed:
         arguments = namespace(content.get("args")) if isinstance(content, dict) else None
         if arguments is None:
             raise CheckpointError(f"{self.arguments_file} has no args: expected those of the run")
-        self.arguments, self.iteration = arguments, content.get("iteration")
+        self.arguments = arguments
+        self.iteration = iteration_of(content, self.arguments_file)
         self._entries = safe.read_metadata(path, _is_wanted)
         safe.check_sizes(path, self._entries)
         self._places: dict[str, tuple[str, int | None]] = {}

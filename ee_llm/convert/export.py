@@ -23,8 +23,7 @@ from ee_llm.config.tokenizer import BYTES
 from ee_llm.convert.folder import SETTINGS, read_object
 from ee_llm.convert.settings import ENTRY, KNOWN, exits_entry, read_settings, write_settings
 from ee_llm.convert.shards import write_shards
-from ee_llm.convert.source import own_tensors
-from ee_llm.convert.tables import Row, rows_of
+from ee_llm.convert.tables import Row, own_tensors, rows_of
 from ee_llm.convert.values import SettingsError
 from ee_llm.inference.weights import CheckpointTensors, take_tensors, tensor_shapes
 

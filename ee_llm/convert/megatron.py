@@ -22,7 +22,7 @@ from ee_llm.convert.opened import (
 )
 from ee_llm.convert.ranks import Merged, Ranks, find_rank_directories
 from ee_llm.convert.tables import Fusion, Row, copied_exits
-from ee_llm.convert.values import SettingsError
+from ee_llm.convert.values import SettingsError, check_layers
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """The file that says which of a run's checkpoints is the newest."""
@@ -54,6 +54,8 @@ def open_megatron(
         layers = exit_layers(opened.arguments)
         if isinstance(opened, Ranks):
             opened.open(layers)
+        found = opened.pieces if isinstance(opened, Ranks) else opened.specs
+        check_layers("num_layers", model["num_layers"], len(found))
         rows, rules = layout_of(config, layers, opened.is_core)
         tensors = _tensors(opened, rules, config.model)
         given["training"] = training_options(tensors)

@@ -5,7 +5,6 @@ and pipeline parallelism. It holds its stage's layers, counted from 0, and with 
 several of them: layers go through the first of every rank, then through the second.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.checkpoint.write import TensorSpec
 from ee_llm.config import ModelConfig
-from ee_llm.convert.archive import Archive, Stored, namespace
+from ee_llm.convert.archive import Archive, Stored, iteration_of, namespace
 from ee_llm.convert.megatron_tables import HEAD, Rule, current_name, is_core, is_neutral
 
 FILE = "model_optim_rng.pt"
@@ -255,7 +254,7 @@ def _find_files(path: Path) -> dict[tuple[int, int], Path]:
     return files
 
 
-def _facts(archive: Archive) -> tuple[dict[str, Any], Any, float]:
+def _facts(archive: Archive) -> tuple[dict[str, Any], int | None, float]:
     """Return the arguments, the iteration and the version of the format."""
     content = archive.content
     if not isinstance(content, dict):
@@ -267,9 +266,12 @@ def _facts(archive: Archive) -> tuple[dict[str, Any], Any, float]:
             "model is"
         )
     version = content.get("checkpoint_version", 0)
-    if not isinstance(version, int | float) or not math.isfinite(version):
-        raise CheckpointError(f"{archive.path}: checkpoint_version is {version!r}")
-    return arguments, content.get("iteration"), version
+    if not isinstance(version, int | float) or not 0 <= version < 100:
+        kind = type(version).__name__
+        raise CheckpointError(
+            f"{archive.path}: checkpoint_version is no version of the format, but of type {kind}"
+        )
+    return arguments, iteration_of(content, archive.path), version
 
 
 def _exit_of(piece: Piece, index: int, exits: list[int]) -> int:

@@ -14,8 +14,7 @@ from ee_llm.convert.megatron import is_megatron, open_megatron
 from ee_llm.convert.opened import Origin, Source, fitting_tokenizer, prove, training_options
 from ee_llm.convert.settings import read_exits, read_settings
 from ee_llm.convert.tables import GPT2, Row, Table, copied_exits, rows_of
-from ee_llm.convert.values import SettingsError
-from ee_llm.inference.weights import tensor_shapes
+from ee_llm.convert.values import SettingsError, check_layers
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files that a tokenizer is made of, the first that is there."""
@@ -50,12 +49,8 @@ def open_source(
     where = folder.path / SETTINGS
     try:
         family, model, notes = read_settings(folder.settings, ignored)
-        if model["num_layers"] > len(folder.specs):  # before anything is made for each layer
-            layers = "n_layer" if family.table is GPT2 else "num_hidden_layers"
-            raise SettingsError(
-                f"{layers} = {model['num_layers']}, but the folder has {len(folder.specs)} "
-                "tensors, and each layer has several; is it another model's?"
-            )
+        layers = "n_layer" if family.table is GPT2 else "num_hidden_layers"
+        check_layers(layers, model["num_layers"], len(folder.specs))
         exits, are_copies = _exits(folder, new_exits)
         training = training_options(folder)
         sections: dict[str, Any] = {"model": model, "exits": exits, "training": training}
@@ -72,12 +67,6 @@ def open_source(
     names = _kept(folder, tokenizer)
     files = {f"{ORIGIN}/{name}": (folder.path / name).read_bytes() for name in names}
     return prove(Source(folder, origin, config, rows, {}, name, notes, files), family.table)
-
-
-def own_tensors(config: Config) -> list[str]:
-    """Return the names of the tensors that early exits have for themselves."""
-    own = tuple(f"exits.{boundary}." for boundary in config.exits.boundaries)
-    return [name for name in tensor_shapes(config) if own and name.startswith(own)]
 
 
 def _exits(folder: Folder, new: NewExits | None) -> tuple[dict[str, Any], bool]:

@@ -168,11 +168,14 @@ def rows_of(table: Table, config: Config) -> dict[str, Row]:
             fill = {"n": n, "i": n - 1, "last": num_layers}
             ours = row.ours.format(**fill)
             known[ours] = Row(ours, tuple(key.format(**fill) for key in row.theirs), row.fusion)
-    own = tuple(f"exits.{b}." for b in config.exits.boundaries)
-    return {
-        name: Row(name, (OURS + name,), SAME) if name.startswith(own) else known[name]
-        for name in tensor_shapes(config)
-    }
+    known |= {name: Row(name, (OURS + name,), SAME) for name in own_tensors(config)}
+    return {name: known[name] for name in tensor_shapes(config)}
+
+
+def own_tensors(config: Config) -> list[str]:
+    """Return the names of the tensors that early exits have for themselves."""
+    own = tuple(f"exits.{boundary}." for boundary in config.exits.boundaries)
+    return [name for name in tensor_shapes(config) if name.startswith(own)]
 
 
 def copied_exits(rows: dict[str, Row], config: Config) -> dict[str, Row]:
@@ -181,15 +184,13 @@ def copied_exits(rows: dict[str, Row], config: Config) -> dict[str, Row]:
     Raises ValueError for a head with a part that the model has no counterpart of.
     """
     copied = dict(rows)
-    own = tuple(f"exits.{boundary}." for boundary in config.exits.boundaries)
-    for name in rows:
-        if name.startswith(own):
-            source = copied_name(name, config)
-            if source is None:
-                raise ValueError(
-                    f"--head {' '.join(config.exits.head)}: the model has nothing that an mlp"
-                    " behind a block could be copied from; leave one out here, or convert without"
-                    " exits and add them with 'ee-llm checkpoint add-exits'"
-                )
-            copied[name] = rows[source]._replace(ours=name)
+    for name in own_tensors(config):
+        source = copied_name(name, config)
+        if source is None:
+            raise ValueError(
+                f"--head {' '.join(config.exits.head)}: the model has nothing that an mlp"
+                " behind a block could be copied from; leave one out here, or convert without"
+                " exits and add them with 'ee-llm checkpoint add-exits'"
+            )
+        copied[name] = rows[source]._replace(ours=name)
     return copied

@@ -51,3 +51,15 @@ def flag(settings: Settings, name: str, default: bool = False) -> bool:
 def count(settings: Settings, name: str, default: int) -> int:
     """Return a count, the default where it is left out or null; raises SettingsError."""
     return default if settings.get(name) is None else need(settings, name)[0]
+
+
+def check_layers(name: str, num_layers: int, num_tensors: int) -> None:
+    """Raise SettingsError for more layers than there are tensors, before anything is made of them.
+
+    name: of the setting that states their number.
+    """
+    if num_layers > num_tensors:
+        raise SettingsError(
+            f"{name} = {num_layers}, but there are {num_tensors} tensors, and each layer has "
+            "several; is it another model's?"
+        )

@@ -130,7 +130,8 @@ class ZeroModel:
         They are NaN, and skipping them is the one way to do so that all of its stages have.
         """
         if self._left_over:
-            assert not self.take_step().updated, "a step was left that could have been taken"
+            result = self.take_step()
+            assert not result.updated, "a step was left that could have been taken"
 
     def _begin(
         self, microbatches: Sequence[Microbatch], weights: dict[int, float], scale: int = 1

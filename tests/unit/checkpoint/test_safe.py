@@ -174,15 +174,17 @@ def nested(depth):
     [
         (b"\x80\x02Nr\xff\xff\xff\x7f.", "asks for a memo of 2147483647 values"),
         (b"Np2147483647\n.", "asks for a memo of 2147483647 values"),
-        (b"\x80\x02}" + nested(10**6)[2:] + b"Ns.", "nests tuples 33 deep"),
-        (nested(20) + b"q\x00" + b"h\x00" + b"\x85" * 20 + b".", "nests tuples 33 deep"),
-        (nested(20) + b"2" + b"\x85" * 20 + b".", "nests tuples 33 deep"),
-        (b"\x80\x02(((" + nested(20)[2:] + b"Nt" + b"\x85" * 20 + b".", "nests tuples 33 deep"),
-        (b"\x80\x04((" + nested(20)[2:] + b"\x91t" + b"\x85" * 20 + b".", "nests tuples 33 deep"),
+        (b"\x80\x02}" + nested(10**6)[2:] + b"Ns.", "a tuple of 1001 items"),
+        (nested(600) + b"q\x00" + b"h\x00" + b"\x85" * 600 + b".", "a tuple of 1001 items"),
+        (nested(600) + b"2" + b"\x85" * 600 + b".", "a tuple of 1001 items"),
+        (b"\x80\x02((" + nested(600)[2:] + b"Nt" + b"\x85" * 600 + b".", "of 1001 items"),
+        (b"\x80\x04((" + nested(600)[2:] + b"\x91t" + b"\x85" * 600 + b".", "of 1001 items"),
+        (b"\x80\x02" + b"N" + b"22\x87" * 30 + b".", "a tuple of 1092 items"),  # 3 to the 30th
+        (b"\x80\x02(" + b"N" * 1001 + b"t.", "a tuple of 1001 items"),
     ],
 )
 def test_pickles_that_would_exhaust_the_machine_are_refused(program, expected):
-    """The memo is an array that long; the hash of such a key ends the process."""
+    """The memo is an array that long; the hash of such a key ends the process, or never ends."""
     with pytest.raises(pickle.UnpicklingError, match=expected):
         safe._MetadataUnpickler(io.BytesIO(program))
 

@@ -307,7 +307,7 @@ CASES = {
         {},
         _settings(num_hidden_layers=2**27, layer_types=...),
         (),
-        r"num_hidden_layers = 134217728, but the folder has \d+ tensors",
+        r"num_hidden_layers = 134217728, but there are \d+ tensors",
     ),
     "no tensors": (
         {},

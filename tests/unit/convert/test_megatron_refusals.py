@@ -1,6 +1,7 @@
 """Bad checkpoints of Megatron-LM's are refused: the file, the key, what was expected."""
 
 import argparse
+import math
 import os
 import pickle
 import re
@@ -142,6 +143,24 @@ FILES = {
         (0, 1),
         {},
         rf"{FILE.format('00_001')} is of iteration 7, format 3.0, and .*00_000.* of iteration 12",
+    ),
+    "an iteration that is none": (
+        lambda content: content.update(iteration=[[12]]),
+        None,
+        {},
+        rf"{FILE.format('00_000')}: iteration is of type list; expected a number of steps",
+    ),
+    "a version that is none": (
+        lambda content: content.update(checkpoint_version=math.nan),
+        None,
+        {},
+        rf"{FILE.format('00_000')}: checkpoint_version is no version of the format",
+    ),
+    "more layers than tensors": (
+        lambda content: setattr(content["args"], "num_layers", 2**20),
+        None,
+        {},
+        rf"{WHERE}: num_layers = 1048576, but there are \d+ tensors, and each layer has several",
     ),
     "no arguments": (
         lambda content: content.pop("args"),
