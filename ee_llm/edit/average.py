@@ -12,7 +12,7 @@ from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import FREE_MODEL, TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.config import Config
-from ee_llm.edit.rewrite import Rewrite, copy_of, read_state
+from ee_llm.edit.rewrite import Rewrite, copy_of, model_of, read_state
 
 _EXITS = ("boundaries", "head", "output", "temperatures")
 
@@ -68,6 +68,7 @@ def averaged(readers: Sequence[TensorReader]) -> Rewrite:
     notes = ["the mean has no optimizer's state: a run that is given it begins with it, at step 0"]
     return replace(
         copy_of(last),
+        config=model_of(last.config()),
         specs=specs,
         get=get,
         goes_on=False,

@@ -13,7 +13,16 @@ from torch import Tensor
 from ee_llm.checkpoint.read import MASTER, TensorReader
 from ee_llm.checkpoint.write import TensorSpec
 from ee_llm.config import Config, ConfigError
-from ee_llm.edit.rewrite import OPTIMIZER, Rewrite, copy_of, parameter_of, with_options
+from ee_llm.edit.rewrite import (
+    OPTIMIZER,
+    Rewrite,
+    copy_of,
+    has_partial_optimizer,
+    model_of,
+    parameter_of,
+    with_options,
+    without_optimizer,
+)
 from ee_llm.inference.weights import tensor_shapes
 from ee_llm.initial import copied_name, whole_parameter
 
@@ -65,14 +74,15 @@ def added(
     whole = copy_of(reader)
     shapes = tensor_shapes(config)
     new = {name: shape for name, shape in shapes.items() if name not in reader}
+    is_random = initialization == "random"
+    sources = {name: None if is_random else copied_name(name, config) for name in new}
     weights = output_weights or {}
 
     def value(name: str) -> Tensor:
         boundary = int(name.split(".")[1])
         if initialization == "class-aware" and name.endswith(f".{boundary}.output.weight"):
             return weights[boundary]
-        source = None if initialization == "random" else copied_name(name, config)
-        if source is None:
+        if (source := sources[name]) is None:
             return whole_parameter(name, shapes[name], config)
         return reader.tensor(source)
 
@@ -87,11 +97,12 @@ def added(
         return value(parameter).to(spec.dtype)
 
     like = "embedding.word.weight"
-    dtype = reader.dtype(like)
-    specs = whole.specs | {name: TensorSpec(shape, dtype) for name, shape in new.items()}
+    specs = dict(whole.specs)
+    for name, shape in new.items():
+        specs[name] = TensorSpec(shape, reader.dtype(sources[name] or like))
     optimizer = reader.names(optimizer=True)
-    if _is_partial(reader):
-        return _without_optimizer(replace(whole, config=config, specs=specs, get=get))
+    if has_partial_optimizer(reader):
+        return without_optimizer(replace(whole, config=config, specs=specs, get=get))
     kinds = {name.removeprefix(OPTIMIZER).partition(".")[0] for name in optimizer}
     for kind in sorted(kinds):
         of_kind = reader.dtype(f"{OPTIMIZER}{kind}.{like}")
@@ -128,6 +139,7 @@ def removed(reader: TensorReader, boundaries: Sequence[int]) -> Rewrite:
     whole = copy_of(reader)
     config = whole.config
     there = config.exits.boundaries
+    _check_named(boundaries)
     for boundary in boundaries:
         if boundary == config.model.num_layers:
             raise ValueError(
@@ -144,23 +156,12 @@ def removed(reader: TensorReader, boundaries: Sequence[int]) -> Rewrite:
         name: spec for name, spec in whole.specs.items() if not parameter_of(name).startswith(own)
     }
     less = replace(whole, config=_with_exits(config, left, {}), specs=specs)
-    return _without_optimizer(less) if _is_partial(reader) else less
-
-
-def _is_partial(reader: TensorReader) -> bool:
-    """Return whether the optimizer has a part of the parameters alone, as that of tuning."""
-    have = {parameter_of(name) for name in reader.names(optimizer=True)}
-    return bool(have) and not have >= set(reader.names())
-
-
-def _without_optimizer(rewrite: Rewrite) -> Rewrite:
-    specs = {name: spec for name, spec in rewrite.specs.items() if name == parameter_of(name)}
-    note = "the optimizer has a part of the parameters alone, and is left out"
-    return replace(rewrite, specs=specs, goes_on=False, notes=[note])
+    return without_optimizer(less) if has_partial_optimizer(reader) else less
 
 
 def _check_new(reader: TensorReader, config: Config, boundaries: Sequence[int]) -> None:
     last, there = config.model.num_layers, config.exits.boundaries
+    _check_named(boundaries)
     for boundary in boundaries:
         if not 1 <= boundary < last:
             raise ValueError(
@@ -173,6 +174,11 @@ def _check_new(reader: TensorReader, config: Config, boundaries: Sequence[int]) 
                 f"{list(there)}; leave it out, or take it out first with 'ee-llm checkpoint "
                 "remove-exits'"
             )
+
+
+def _check_named(boundaries: Sequence[int]) -> None:
+    if not boundaries:
+        raise ValueError("--exits names none; give the layers, as --exits 8 16")
     if len(set(boundaries)) != len(boundaries):
         raise ValueError(f"--exits {_shown(boundaries)}: name each exit once")
 
@@ -184,9 +190,8 @@ def _with_exits(config: Config, boundaries: Sequence[int], options: Mapping[str,
     for name, new in _PER_EXIT.items():
         known = dict(zip(exits.boundaries, getattr(exits, name), strict=True))
         values[name] = tuple(known.get(boundary, new) for boundary in boundaries)
-    tuning = {"checkpoint": None, "exits": ()}  # what comes of it is a model, not the tuning of one
     try:
-        return with_options(config, exits=values, tuning=tuning)
+        return with_options(model_of(config), exits=values)
     except ConfigError as error:
         raise ValueError(f"--exits {_shown(boundaries)}: {error}") from None
 

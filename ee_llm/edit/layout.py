@@ -13,7 +13,15 @@ from torch import Tensor
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.write import Block, rows
 from ee_llm.config import Config, ConfigError, exit_stage, stage_layers
-from ee_llm.edit.rewrite import Rewrite, copy_of, parameter_of, with_options
+from ee_llm.edit.rewrite import (
+    Rewrite,
+    copy_of,
+    has_partial_optimizer,
+    model_of,
+    parameter_of,
+    with_options,
+    without_optimizer,
+)
 
 _BY_ROWS = (".linear_qkv.", ".linear_fc1.", "embedding.word.", "output.weight")
 _BY_COLUMNS = (".linear_proj.weight", ".linear_fc2.weight")
@@ -34,9 +42,13 @@ def resharded(reader: TensorReader, layout: Layout) -> Rewrite:
 
     Its configuration states the layout. What a run went on with is the same: parameters, the
     optimizer's state, the place in the data, the generators of the ranks that saved (which count
-    under their own layout alone). Raises ValueError for a layout that the model can not have.
+    under their own layout alone). Of the tuning of exits the model alone is kept: no run of it has
+    the layers behind the last of them. Raises ValueError for a layout that the model can not have.
     """
     whole = copy_of(reader)
+    whole = replace(whole, config=model_of(whole.config))
+    if has_partial_optimizer(reader):
+        whole = without_optimizer(whole)
     parallel = vars(layout) | {"sequence": whole.config.parallel.sequence and layout.tensor > 1}
     if layout.pipeline == 1:
         parallel |= {"fill_warmup": 0, "fill_cooldown": 0}

@@ -1,7 +1,7 @@
 """A checkpoint that is to be written, described by another: its tensors come one at a time."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,31 @@ def with_options(config: Config, **sections: Mapping[str, Any]) -> Config:
     for section, options in sections.items():
         values[section] |= options
     return Config(**values)
+
+
+def model_of(config: Config) -> Config:
+    """Return the configuration of the whole model, if `config` is of the tuning of its exits.
+
+    Tuning spreads the layers up to the last exit that it trains over the ranks; the model that
+    comes of it has the default layout.
+    """
+    if not config.is_tuning:
+        return config
+    values = config.model_dump(exclude={"tuning", "parallel"})
+    return Config(**values)
+
+
+def has_partial_optimizer(reader: TensorReader) -> bool:
+    """Return whether the optimizer has a part of the parameters alone, as that of tuning."""
+    have = {parameter_of(name) for name in reader.names(optimizer=True)}
+    return bool(have) and not have >= set(reader.names())
+
+
+def without_optimizer(rewrite: Rewrite) -> Rewrite:
+    """Return the checkpoint without the optimizer's state: a run begins with it."""
+    specs = {name: spec for name, spec in rewrite.specs.items() if name == parameter_of(name)}
+    note = "the optimizer has a part of the parameters alone, and is left out"
+    return replace(rewrite, specs=specs, goes_on=False, notes=[*rewrite.notes, note])
 
 
 def read_state(reader: TensorReader) -> TrainState:

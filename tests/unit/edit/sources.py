@@ -11,6 +11,7 @@ from ee_llm.checkpoint.state import TrainState
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.cli import main
 from ee_llm.config import Config
+from ee_llm.edit.rewrite import specs_of
 from tests.unit.inference.models import random_tensors, tiny_config
 
 STATE = TrainState(step=7, consumed_samples=56, skipped_steps=1, extra={"note": "x"})
@@ -55,6 +56,20 @@ def save(
     path = write_checkpoint(
         output, config, specs, tensors.__getitem__, state=state, facts=facts, files=FILES
     )
+    return TensorReader(path)
+
+
+def save_tuned(output: Path, **parallel: Any) -> TensorReader:
+    """Return a checkpoint of tuning exits 1 and 3 of 4 layers, whose optimizer has them alone."""
+    values = tiny(boundaries=(1, 3)).model_dump()
+    values["tuning"] = {"checkpoint": "before", "exits": (1, 3)}
+    values["parallel"] |= parallel
+    config = Config(**values)
+    source = save(output / "whole", config)
+    own = (".exits.1.", ".exits.3.")
+    specs = specs_of(source)
+    specs = {n: s for n, s in specs.items() if n in source.names() or any(e in n for e in own)}
+    path = write_checkpoint(output / "part", config, specs, source.tensor, state=STATE)
     return TensorReader(path)
 
 

@@ -12,13 +12,13 @@ from ee_llm.initial import whole_parameter
 from tests.unit.edit.sources import (
     HEADS,
     KINDS,
-    STATE,
     all_tensors,
     assert_goes_on,
     assert_same,
     refusal,
     run,
     save,
+    save_tuned,
     tiny,
 )
 from tests.unit.inference.stages import TOKENS
@@ -221,21 +221,49 @@ def test_interrupted_it_leaves_no_checkpoint(tmp_path, monkeypatch):
     assert list((tmp_path / "made" / "checkpoints").iterdir()) == []
 
 
-def test_exits_of_a_tuned_model_are_taken_out_without_its_optimizer(tmp_path, capsys):
-    """It is of the tuned exits alone, so that neither a run nor the tuning could go on with it."""
-    config = tiny()
-    tuning = config.tuning.model_copy(update={"checkpoint": "before", "exits": (1, 2)})
-    source = save(tmp_path / "tuned", config.model_copy(update={"tuning": tuning}))
-    trained = {n for n in source.names(optimizer=True) if ".exits.1." in n or ".exits.2." in n}
-    specs = {n: TensorSpec(tuple(source.shape(n)), source.dtype(n)) for n in source.names()}
-    specs |= {n: TensorSpec(tuple(source.shape(n)), source.dtype(n)) for n in sorted(trained)}
-    write_checkpoint(tmp_path / "partial", source.config(), specs, source.tensor, state=STATE)
-    run("remove-exits", tmp_path / "partial", "--exits", 1, "--output", tmp_path / "less")
-    assert "a part of the parameters alone, and is left out" in capsys.readouterr().out
-    found = TensorReader(tmp_path / "less")
-    assert found.names(optimizer=True) == []
-    assert not found.config().is_tuning
-    assert found.config().exits.boundaries == (2,)
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"pipeline": 2, "layer_split": (2, 1)}])
+def test_a_tuned_model_is_changed_without_its_optimizer_and_layout(tmp_path, capsys, parallel):
+    """These are of the layers up to the last tuned exit, and nothing else could go on with them."""
+    source = save_tuned(tmp_path / "tuned", **parallel)
+    for number, (command, expected) in enumerate(
+        {
+            ("remove-exits", "--exits", 1): (3,),
+            ("add-exits", "--exits", 2): (1, 2, 3),
+            ("reshard", "--tensor", 2, "--pipeline", 4): (1, 3),
+        }.items()
+    ):
+        name, *options = command
+        run(name, source.path, *options, "--output", tmp_path / str(number))
+        assert "a part of the parameters alone, and is left out" in capsys.readouterr().out
+        found = TensorReader(tmp_path / str(number))
+        assert found.names(optimizer=True) == []
+        assert not found.config().is_tuning
+        assert found.config().exits.boundaries == expected
+        assert found.config().parallel.pipeline == (4 if name == "reshard" else 1)
+        for tensor in {*found.names()} & {*source.names()}:
+            assert torch.equal(found.tensor(tensor), source.tensor(tensor))
+
+
+def test_copies_have_the_type_of_what_they_are_copies_of(tmp_path):
+    """Norms in float32 beside weights in bfloat16."""
+    source = save(tmp_path / "source", tiny(boundaries=()), optimizer=False)
+    tensors = all_tensors(source)
+    norms = {n: torch.randn(t.shape) for n, t in tensors.items() if n.endswith("norm.weight")}
+    tensors |= norms
+    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    mixed = write_checkpoint(tmp_path / "mixed", source.config(), specs, tensors.__getitem__)
+    run("add-exits", mixed, "--exits", 2, "--output", tmp_path / "more")
+    more = TensorReader(tmp_path / "more")
+    assert torch.equal(more.tensor("exits.2.norm.weight"), norms["exits.4.norm.weight"])
+
+
+@pytest.mark.parametrize("name", ["add-exits", "remove-exits"])
+def test_exits_are_named_once(tmp_path, capsys, name):
+    source = save(tmp_path / "source", tiny(boundaries=(1,)))
+    output = ("--output", tmp_path / "made")
+    assert "--exits names none" in refusal(capsys, name, source.path, "--exits", *output)
+    exits = ("--exits", 1, 1) if name == "remove-exits" else ("--exits", 2, 2)
+    assert "name each exit once" in refusal(capsys, name, source.path, *exits, *output)
 
 
 def test_nothing_is_copied_but_what_belongs_to_a_checkpoint(tmp_path):
