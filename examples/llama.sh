@@ -48,5 +48,6 @@ ee-llm tune --tuning.checkpoint "$output/model" --output "$output/tuned" \
 # 4. Each token at the depth that it needs.
 ee-llm generate --checkpoint "$output/tuned" --prompt "The " --thresholds 0.8 --verify
 
-# 5. Back to Hugging Face, exits included.
+# 5. Back to Hugging Face, exits included, in the place of what an earlier run of this made.
+rm -rf "$output/hf"
 ee-llm convert "$output/tuned" --to hf --output "$output/hf"

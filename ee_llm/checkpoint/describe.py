@@ -19,7 +19,9 @@ def described_options(path: str | Path, given: Mapping[str, Any]) -> dict[str, A
         return options
     section = given.get("exits")
     asked = section.get("boundaries") if isinstance(section, Mapping) else None
-    boundaries = tuple(asked) if isinstance(asked, list | tuple) else saved.exits.boundaries
+    # Anything else is refused by the configuration that these become a part of.
+    is_list = isinstance(asked, list | tuple) and all(isinstance(number, int) for number in asked)
+    boundaries = tuple(asked) if asked is not None and is_list else saved.exits.boundaries
     known = dict(zip(saved.exits.boundaries, saved.exits.temperatures, strict=True))
     options["exits"] = {
         "boundaries": boundaries,

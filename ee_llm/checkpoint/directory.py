@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ee_llm.checkpoint.safe import CheckpointError, is_plain_name
+from ee_llm.checkpoint.safe import CheckpointError
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -225,32 +225,6 @@ def free_space(path: Path) -> str:
 def discard(partial: Path) -> None:
     """Remove a directory that will never be whole, and free the disk; never raises."""
     shutil.rmtree(partial, ignore_errors=True)
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint after comparing every file's size with it.
-
-    Raises CheckpointError naming the file that is missing, truncated or foreign.
-    """
-    path = checkpoint / MANIFEST
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        found = f"{manifest.get('format')!r} version {manifest.get('version')!r}"
-        raise CheckpointError(f"{path}: expected {FORMAT!r} version {VERSION}, found {found}")
-    files = manifest.get("files")
-    if not isinstance(files, dict):
-        raise CheckpointError(f"{path}: expected a table of files")
-    for name, size in files.items():
-        if not all(is_plain_name(part) for part in name.split("/")):
-            raise CheckpointError(f"{path} names {name!r}, outside of the checkpoint's directory")
-        if type(size) is not int or size < 0:
-            raise CheckpointError(f"{path}: the size of {name!r} is no count of bytes")
-        file = checkpoint / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing: expected {size} bytes")
-        if (found_size := file.stat().st_size) != size:
-            raise CheckpointError(f"{file} is truncated: expected {size} bytes, found {found_size}")
-    return manifest
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from ee_llm.checkpoint import directory, safe, tokenizer
 from ee_llm.checkpoint.directory import resolve_checkpoint
+from ee_llm.checkpoint.manifest import read_manifest
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.config import Config, load_config
 
@@ -38,7 +39,7 @@ class TensorReader:
         Raises CheckpointError if there is none, or if a file is missing, truncated or foreign.
         """
         self.path = resolve_checkpoint(path)
-        self.manifest: dict[str, Any] = directory.read_manifest(self.path)
+        self.manifest: dict[str, Any] = read_manifest(self.path)
         self._tensors = self.path / directory.TENSORS
         self._entries = safe.read_metadata(self._tensors)
         safe.check_sizes(self._tensors, self._entries)
@@ -107,7 +108,7 @@ class TensorReader:
 
         Raises CheckpointError if it is missing, or not the one that the manifest states.
         """
-        return tokenizer.proven(self.path, self.manifest.get("tokenizer"))
+        return tokenizer.proven(self.path, self.manifest["tokenizer"])
 
     def _entry(self, name: str) -> safe.TensorEntry:
         try:

@@ -6,6 +6,7 @@ from rich.markup import escape
 
 from ee_llm import platform
 from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.manifest import read_manifest
 from ee_llm.checkpoint.read import CONFIG
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.checkpoint.state import STATE, TrainState
@@ -59,7 +60,7 @@ def _saved_since(output: str, resume: str) -> Path | None:
     newest = directory.find_latest(output)
     if newest is None:
         return None
-    directory.read_manifest(newest)
+    read_manifest(newest)
     origin = load_config(newest / CONFIG).checkpoint.resume
     if not is_path(origin):  # it went on by itself in between, or never began at a path
         state = newest / STATE

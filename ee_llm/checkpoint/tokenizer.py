@@ -94,10 +94,8 @@ def stored(checkpoint: Path) -> str:
     return str(files[0])
 
 
-def proven(checkpoint: Path, expected: object) -> str:
+def proven(checkpoint: Path, expected: str) -> str:
     """Return `stored(checkpoint)` if its fingerprint is `expected`; raises CheckpointError."""
-    if not isinstance(expected, str):
-        raise CheckpointError(f"{checkpoint}: its manifest does not state the tokenizer")
     found = stored(checkpoint)
     if found == BYTES and expected != BYTES:
         raise CheckpointError(

@@ -4,7 +4,7 @@ Legend of shapes: s sequence, h hidden, v vocabulary.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,19 +38,19 @@ class Difference(NamedTuple):
 
 
 def compare(
-    folder: Path, reader: TensorReader, boundaries: Mapping[int, int], text: str
+    folder: Path, reader: TensorReader, boundaries: Sequence[int], text: str
 ) -> list[Difference]:
-    """Return the differences at the boundaries of `folder`'s model, each with ours beside it.
+    """Return the differences at the boundaries that transformers can compute.
 
-    `boundaries` are ours by those of the folder. Raises ValueError if transformers is not there,
-    or the text has no tokens.
+    These are the last, and those of exits that are a norm and an output. Raises ValueError if
+    transformers is not there, or the text has no tokens.
     """
     tokens = _tokens(reader, text)
-    theirs = _logits(folder, tokens, list(boundaries))
+    theirs = _logits(folder, tokens, boundaries)
     ours = load_reference(reader, torch.float32).forward(tokens)
     found = []
     for boundary, logits in theirs.items():
-        absolute = float((logits - ours[boundaries[boundary]]).abs().max())
+        absolute = float((logits - ours[boundary]).abs().max())
         found.append(Difference(boundary, absolute, absolute / float(logits.abs().max())))
     return found
 
@@ -64,7 +64,7 @@ def _tokens(reader: TensorReader, text: str) -> Tensor:
 
 
 @torch.no_grad()
-def _logits(folder: Path, tokens: Tensor, boundaries: list[int]) -> dict[int, Tensor]:
+def _logits(folder: Path, tokens: Tensor, boundaries: Sequence[int]) -> dict[int, Tensor]:
     """Return transformers' logits [s, v] by boundary, of the exits that are a norm and an output.
 
     Other exits are of ours alone, and left out.

@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.checkpoint.tokenizer import companions
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
+from ee_llm.config import Config
 from ee_llm.config.tokenizer import BYTES
 from ee_llm.convert.check import TEXT, TOLERANCE, Difference, compare
 from ee_llm.convert.export import Cut, dense, export_folder, truncated, whole
@@ -136,8 +137,7 @@ def _import(options: ConvertOptions) -> dict[str, Any]:
         # Only what begins as the model's own norm and output is something of transformers'.
         is_other = "norm" not in exits.head or "block" in exits.head or exits.output == "tied"
         early = () if new is not None and is_other else exits.boundaries
-        boundaries = {b: b for b in (*early, source.config.model.num_layers)}
-        result |= _compared(options, options.source, TensorReader(path), boundaries)
+        _compare(options, options.source, TensorReader(path), source.config, early, result)
     return result
 
 
@@ -172,9 +172,7 @@ def _export(options: ConvertOptions) -> dict[str, Any]:
         notes = ["transformers has no byte tokenizer: the folder is without one"]
     result = {"output": str(path), "notes": notes, **facts}
     if options.check:
-        last = cut.config.model.num_layers
-        boundaries = {b: b for b in (*cut.config.exits.boundaries, last)}
-        result |= _compared(options, path, reader, boundaries)
+        _compare(options, path, reader, cut.config, cut.config.exits.boundaries, result)
     return result
 
 
@@ -221,7 +219,12 @@ def _in_8_bits(
             found[name] = spec
 
     # A weight is asked for right before its scale.
-    pair = functools.lru_cache(maxsize=1)(lambda name: quantize(get(name)))
+    @functools.lru_cache(maxsize=1)
+    def pair(name: str) -> tuple[Tensor, Tensor]:
+        values, scale = quantize(get(name))
+        if not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"{name} has a weight that is not finite: no scale fits it")
+        return values, scale
 
     def quantized(name: str) -> Tensor:
         if name in specs:
@@ -259,19 +262,35 @@ def _summary(result: dict[str, Any]) -> str:
     return f"{result['tensors']} tensors, {size:,.1f} MiB of {', '.join(result['dtypes'])}"
 
 
-def _compared(
-    options: ConvertOptions, folder: Path, reader: TensorReader, boundaries: dict[int, int]
-) -> dict[str, Any]:
+def _compare(
+    options: ConvertOptions,
+    folder: Path,
+    reader: TensorReader,
+    config: Config,
+    early: Sequence[int],
+    result: dict[str, Any],
+) -> None:
+    """Add to the result how far the logits are apart, at the exits `early` and the final one.
+
+    Raises CheckpointError if that is too far.
+    """
     text = TEXT if options.text is None else options.text
-    found: list[Difference] = compare(folder, reader, boundaries, text)
+    found: list[Difference] = compare(folder, reader, (*early, config.model.num_layers), text)
     for difference in found:
         if not difference.relative <= TOLERANCE:
             raise CheckpointError(
                 f"boundary {difference.boundary}: the logits of {folder} and {reader.path} differ "
                 f"by {difference.absolute:.2e}, {difference.relative:.1e} of the largest; "
-                f"at most {TOLERANCE:.0e} was expected"
+                f"at most {TOLERANCE:.0e} was expected; {result['output']} is there, and not to "
+                "be used: remove it"
             )
-    return {"differences": [difference._asdict() for difference in found]}
+    left = sorted({*config.exits.boundaries} - {difference.boundary for difference in found})
+    if left:
+        result["notes"].append(
+            f"exits after layers {', '.join(map(str, left))}: not compared, transformers has none "
+            "of their kind"
+        )
+    result["differences"] = [difference._asdict() for difference in found]
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def export_folder(
             specs[key] = TensorSpec(shape, found)
     by_key = {key: row for row in rows.values() for key in row.theirs}
     parts = _Parts(reader, cut, by_key, on_tensor)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    directory.check_output(output.parent)
     # A name that nobody has: another export may be writing to the same output.
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     partial = aside / "whole"

@@ -81,11 +81,9 @@ def _check_same(one: TensorReader, other: TensorReader) -> None:
     """Raise CheckpointError unless both hold the same model, if not the same weights."""
     mine, theirs = _described(one.config()), _described(other.config())
     differing = [name for name in mine if mine[name] != theirs[name]]
-    if one.manifest.get("tokenizer") != other.manifest.get("tokenizer"):
+    if one.manifest["tokenizer"] != other.manifest["tokenizer"]:
         differing.append("tokenizer")
-        mine["tokenizer"], theirs["tokenizer"] = (
-            str(r.manifest.get("tokenizer")) for r in (one, other)
-        )
+        mine["tokenizer"], theirs["tokenizer"] = (r.manifest["tokenizer"] for r in (one, other))
     for name in sorted({*one.names(), *other.names()}):
         kinds = [
             f"{r.dtype(name)} {list(r.shape(name))}" if name in r else "missing"

@@ -44,16 +44,16 @@ def describe(reader: TensorReader) -> Facts:
         ),
         "exits": _exits(reader),
         "exits_placement": config.exits.placement,
-        "tokenizer": manifest.get("tokenizer"),
+        "tokenizer": manifest["tokenizer"],
         "tensors": len(model),
         "bytes_by_dtype": dict(by_dtype),
         "optimizer": {
-            "steps": manifest.get("optimizer_steps", 0),
+            "steps": manifest["optimizer_steps"],
             "tensors": len(optimizer),
             "bytes": sum(specs[name].num_bytes for name in optimizer),
             "parameters": len(trained),
         },
-        "saved_by": manifest.get("layout"),
+        "saved_by": manifest["layout"],
         "parallel": config.parallel.model_dump(),
         "blocks_for": manifest.get("blocks"),
         "files": len(manifest["files"]),
@@ -182,9 +182,7 @@ def _layout(facts: Facts) -> str:
     text += f", exits placed {facts['exits_placement']}"
     if facts["blocks_for"]:
         text += ", blocks cut for it"
-    if saved:
-        text += f"; saved by {saved['world']} rank{'s' * (saved['world'] != 1)}"
-    return text
+    return f"{text}; saved by {saved['world']} rank{'s' * (saved['world'] != 1)}"
 
 
 def _size(num_bytes: int) -> str:

@@ -101,7 +101,7 @@ def read_state(reader: TensorReader) -> TrainState:
 
 def _generators(reader: TensorReader) -> dict[str, bytes]:
     """Return the files of random generators that the manifest names, no links among them."""
-    paths = [reader.path / name for name in sorted(reader.manifest.get("files", {}))]
+    paths = [reader.path / name for name in sorted(reader.manifest["files"])]
     return {
         path.relative_to(reader.path).as_posix(): path.read_bytes()
         for path in paths
@@ -124,8 +124,8 @@ def write_rewrite(
         # The layout that saved stays: it is the one that the generators are for.
         stages = {"stages": reader.config().parallel.num_stages}
         facts = {
-            "optimizer_steps": reader.manifest.get("optimizer_steps", 0),
-            "layout": stages | reader.manifest.get("layout", {}),
+            "optimizer_steps": reader.manifest["optimizer_steps"],
+            "layout": stages | reader.manifest["layout"],
         }
     return write_checkpoint(
         output,

@@ -32,7 +32,8 @@ def write_checkpoint(output: Path, step: int = 7, tensors=None, publish: bool = 
     directory.write_file(partial / CONFIG, config.to_toml())
     state = {"step": step, "consumed_samples": 0, "skipped_steps": 0, "extra": {}}
     directory.write_json(partial / "state.json", state)
-    directory.seal(partial, {"step": step, "tokenizer": "bytes"})
+    facts = {"step": step, "tokenizer": "bytes", "optimizer_steps": step, "layout": {"world": 1}}
+    directory.seal(partial, facts)
     return directory.publish(partial, keep_last=0) if publish else partial
 
 

@@ -36,7 +36,6 @@ def test_exits_that_are_added_have_none(tmp_path):
     assert below["exits"]["temperatures"] == (1.5, 1.0, 0.5)
     given = {"tuning.checkpoint": "runs/a", "exits.boundaries": (2, 3, 4)}
     assert load_config(None, given, below).exits.output == "own"
-    assert described_options(tmp_path, {"exits": {"boundaries": 3}})["exits"]["boundaries"] == (
-        2,
-        4,
-    )
+    for wrong in (3, [[2]], [None, 4], "2 4"):
+        below = described_options(tmp_path, {"exits": {"boundaries": wrong}})
+        assert below["exits"]["boundaries"] == (2, 4)

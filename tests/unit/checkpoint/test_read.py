@@ -111,11 +111,17 @@ def test_foreign_checkpoints_say_what_was_expected(tmp_path):
         (text, "[" * 200_000, "expected a JSON object"),
         ('"version": 1', '"version": 1' + "0" * 5000, "5001 digits is more than 64 bits"),
         ('"version": 1', f'"version": {2**63}', "19 digits is more than 64 bits"),
-        ('"config.toml": ', '"config.toml": -', "the size of 'config.toml' is no count of bytes"),
+        ('"config.toml": ', '"config.toml": -', "files.config.toml: Input should be greater than"),
+        ('"tokenizer": "', '"tokenizer": 5, "t": "', "tokenizer: Input should be a valid string"),
+        ('"world": 1', '"size": 1', "layout.world: Field required"),
+        ('"world": 1', '"world": 1, "data": "two"', "layout.data: Input should be a valid integer"),
+        ('"format"', '"mean_of": 5, "format"', "mean_of: Input should be a valid list, found 5"),
+        ('"optimizer_steps": ', '"optimizer_steps": -1, "o": ', "optimizer_steps: Input should"),
         ('"config.toml"', '"../config.toml"', "outside of the checkpoint's directory"),
         ('"config.toml"', '"/etc/passwd"', "outside of the checkpoint's directory"),
         ('"config.toml"', '"tensors/../config.toml"', "outside of the checkpoint's directory"),
     ]:
+        assert old in text
         manifest.write_text(text.replace(old, new))
         with pytest.raises(CheckpointError, match=expected):
             TensorReader(checkpoint)
@@ -146,7 +152,7 @@ def test_tokenizer_must_be_the_one_it_was_trained_with(tmp_path):
         with pytest.raises(CheckpointError, match=r"spm\.model .* is not the tokenizer that"):
             TensorReader(checkpoint).tokenizer()
     manifest.write_text(text.replace('"tokenizer"', '"other"'))
-    with pytest.raises(CheckpointError, match="manifest does not state the tokenizer"):
+    with pytest.raises(CheckpointError, match="manifest.json: tokenizer: Field required"):
         TensorReader(checkpoint).tokenizer()
 
 

@@ -58,10 +58,14 @@ def logits_of(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("family", ["llama", "gpt"])
-def test_exits_of_their_own_come_back(tmp_path, family, parts):
+def test_exits_of_their_own_come_back(tmp_path, capsys, family, parts):
     """In tensors that transformers passes over, and an entry that says what they are."""
     reader = ours(tmp_path / "ours", family, **PARTS[parts])
     run(reader.path, "--to", "hf", "--output", tmp_path / "theirs", "--check")
+    is_theirs = not {"mlp", "block"} & set(reader.config().exits.head)
+    shown = capsys.readouterr().out
+    assert ("boundary 1: logits differ" in shown) == is_theirs
+    assert ("exits after layers 1, 2: not compared" in shown) == (not is_theirs)
     keys = {key for key in tensors_of(tmp_path / "theirs") if key.startswith("ee_llm.exits.")}
     assert keys == {f"ee_llm.{n}" for n in reader.names() if n.startswith(("exits.1", "exits.2"))}
     run(tmp_path / "theirs", "--output", tmp_path / "back", "--tokenizer", "bytes", "--check")

@@ -106,6 +106,9 @@ def test_an_output_without_a_name_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     found = refusal(capsys, reader.path, "--to", "hf", "--output", ".")
     assert "--output . is the directory that you are in" in found
+    (tmp_path / "file").write_text("")
+    found = refusal(capsys, reader.path, "--to", "hf", "--output", tmp_path / "file" / "x")
+    assert f"the directory '{tmp_path / 'file'}' can not be written to" in found
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors"])
@@ -154,10 +157,12 @@ def test_another_tokenizer_leaves_no_files_of_the_first(tmp_path):
 
 
 @pytest.mark.parametrize("head", [(), ("mlp",)], ids=["bare", "mlp"])
-def test_heads_without_a_norm_pass_the_check(tmp_path, head):
+def test_heads_without_a_norm_pass_the_check(tmp_path, capsys, head):
     """They are right from the beginning, and nothing that transformers has compares with them."""
     folder = make_folder(tmp_path / "theirs")
     run(folder, "--exits", 2, "--head", *head, "--check", "--output", tmp_path / "ours")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "exits after layers 2: not compared, transformers has none of their kind" in shown
     assert TensorReader(tmp_path / "ours").config().exits.head == head
 
 

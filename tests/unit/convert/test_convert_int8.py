@@ -7,6 +7,7 @@ import torch
 
 from ee_llm.checkpoint.quantized import is_quantizable
 from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.cli import main
 from ee_llm.inference.reference import ReferenceModel, load_reference
 from tests.unit.convert.folders import make_folder
@@ -39,6 +40,21 @@ def test_each_weight_is_the_nearest_multiple_of_its_outputs_step(made):
         torch.testing.assert_close(scale, weight.abs().amax(dim=1) / 127)
         error = (values.float() * scale[:, None] - weight).abs()
         assert bool((error <= scale[:, None] * 0.5001).all())
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path, capsys):
+    folder = make_folder(tmp_path / "theirs")
+    run(folder, "--output", tmp_path / "ours")
+    source = TensorReader(tmp_path / "ours")
+    tensors = {name: source.tensor(name) for name in source.names()}
+    name = "layers.2.mlp.linear_fc2.weight"
+    tensors[name][1, 1] = torch.nan
+    specs = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in tensors.items()}
+    bad = write_checkpoint(
+        tmp_path / "bad", source.config(), specs, tensors.__getitem__, tokenizer_file="bytes"
+    )
+    found = refusal(capsys, bad, "--to", "int8", "--output", tmp_path / "small")
+    assert f"{name} has a weight that is not finite" in found
 
 
 def test_inference_has_the_weights_that_are_stored(made, capsys):

@@ -401,6 +401,7 @@ def test_a_check_that_fails_says_where(tmp_path, capsys, monkeypatch):
     found = refusal(capsys, folder, "--output", tmp_path / "ours", "--exits", 1, 3, "--check")
     assert "boundary 3: the logits of" in found
     assert "at most 1e-04 was expected" in found
+    assert f"{TensorReader(tmp_path / 'ours').path} is there, and not to be used" in found
 
 
 def test_what_is_there_is_left_alone(tmp_path, capsys):

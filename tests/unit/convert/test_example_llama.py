@@ -39,6 +39,7 @@ def test_a_llama_gets_exits_and_goes_back(tmp_path: Path) -> None:
     failed = _run(folder, texts, tmp_path / "out", 1, 3, *tune, "--training.steps", "none")
     assert failed.returncode != 0
     assert (tmp_path / "out" / "data" / "corpus.idx").is_file()
+    (tmp_path / "out" / "hf" / "of-an-earlier-run").mkdir(parents=True)
     done = _run(folder, texts, tmp_path / "out", 1, 3, *tune)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The " in done.stdout
