@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
-
-import torch
 
 from ee_llm.inference.attention import Batch, PageTable, Run
 from ee_llm.inference.graphs import Graphs, RunPiece
@@ -24,7 +23,7 @@ class Execution:
 
     attention: "auto" takes the best kernel over pages that the device has, "gather" copies what is
     read, as on a CPU. graphs: passes of few rows are replayed as CUDA graphs, which needs a kernel
-    over pages. compile: segments go through torch.compile. quantize: "int8" keeps weights of linear
+    over pages. compile: layers go through torch.compile. quantize: "int8" keeps weights of linear
     layers in 8 bits.
     """
 
@@ -36,7 +35,9 @@ class Execution:
     @property
     def linear(self) -> MakeLinear:
         """Return what products with weights are made by."""
-        return Int8Linear if self.quantize == "int8" else Linear
+        if self.quantize == "int8":
+            return Int8Linear
+        return partial(Linear, packs=False) if self.compile else Linear
 
 
 class Executor:
@@ -68,7 +69,7 @@ class Executor:
         )
         self.run: RunPiece = stage.run
         if execution.compile:
-            self.run = torch.compile(stage.run, dynamic=True)
+            stage.compile()
         self._graphs = Graphs(self.run) if execution.graphs else None
         if self._graphs is not None:
             self.run = self._graphs

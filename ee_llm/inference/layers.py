@@ -21,7 +21,7 @@ from ee_llm.inference.quantized import Int8Linear
 from ee_llm.rotary import inverse_frequencies
 
 Reduce = Callable[[Tensor], Tensor]
-MakeLinear = type[Linear] | type[Int8Linear]
+MakeLinear = Callable[..., Linear | Int8Linear]  # of a weight, and a bias or none
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,16 @@ class Layer:
         self._proj_bias = tensors.get(f"{proj}.bias")
         self._mlp = Mlp(model, tensors, f"{name}.mlp", f"{name}.pre_mlp_layernorm", shard)
         self._reduce = shard.reduce
+        self._begin: Callable[[Tensor], Tensor] = self._project
+        self._end: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._finish
+
+    def compile(self) -> None:
+        """Send what comes before and after the attention through torch.compile.
+
+        Both have rows alone for arguments, so that all layers share what is compiled.
+        """
+        self._begin = torch.compile(self._project, dynamic=True)
+        self._end = torch.compile(self._finish, dynamic=True)
 
     def __call__(
         self, x: Tensor, pages: Tensor, batch: Batch, rotation: Tensor | None
@@ -120,10 +130,7 @@ class Layer:
         rotation [t, 1, d / 2], complex, or None.
         """
         num_queries = self._num_kv * self._per_kv
-        qkv = self._qkv(self._norm(x)).view(len(x), num_queries + 2 * self._num_kv, self._dim)
-        if self._qk_norm is not None:
-            self._qk_norm(qkv[:, : num_queries + self._num_kv])
-        qkv = qkv.to(pages.dtype)
+        qkv = self._begin(x).to(pages.dtype)
         if rotation is not None:
             turned = qkv[:, : num_queries + self._num_kv].unflatten(-1, (-1, 2))
             _rotate(turned, rotation)
@@ -133,7 +140,18 @@ class Layer:
             x, queries = x[batch.live], queries[batch.live]
             if len(x) == 0:
                 return x, x
-        mixed = attend(queries, pages, batch).to(x.dtype)
+        return self._end(x, attend(queries, pages, batch).to(x.dtype))
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Return queries, keys and values [t, k (r + 2), d] of rows [t, h], not yet rotated."""
+        num_normed = self._num_kv * (self._per_kv + 1)
+        qkv = self._qkv(self._norm(x)).view(len(x), num_normed + self._num_kv, self._dim)
+        if self._qk_norm is not None:
+            self._qk_norm(qkv[:, :num_normed])
+        return qkv
+
+    def _finish(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows [u, h] after the layer, and after its attention's values [u, k r d] alone."""
         attended = x + _with_bias(self._reduce(self._proj(mixed)), self._proj_bias)
         return attended + self._mlp(attended), attended
 

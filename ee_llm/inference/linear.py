@@ -20,12 +20,13 @@ class Linear:
 
     On a CPU the weight is kept in oneDNN's own order, which halves the time of passes of two to
     eight rows; the plain product copes with few rows badly, and reorders bfloat16 in every call.
+    Unless it `packs`: torch.compile can not look into that order.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, packs: bool = True) -> None:
         self.num_outputs = weight.shape[0]
         self._bias = bias
-        self._is_packed = is_packable(weight)
+        self._is_packed = packs and is_packable(weight)
         self._weight = _pack(weight) if self._is_packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class GenerateOptions:
     """Replay passes of few rows as CUDA graphs (needs varlen or flash; no tensor ranks)."""
 
     compile: bool = False
-    """Run the layers through torch.compile: slow to start, faster after."""
+    """Run the layers through torch.compile: for a GPU; slow to start, faster after."""
 
     tensor: int = 1
     """Tensor-parallel ranks to start, of each pipeline stage."""

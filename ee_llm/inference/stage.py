@@ -167,6 +167,12 @@ class Stage:
         for pages in (page for piece in self._pages for page in piece):
             pages.zero_()
 
+    def compile(self) -> None:
+        """Send all layers, those of exits too, through torch.compile."""
+        blocks = [head.block for head in self._heads if head is not None and head.block is not None]
+        for layer in (*blocks, *(layer for layers in self._layers for layer in layers)):
+            layer.compile()
+
     def has_block(self, piece: int) -> bool:
         """Return whether the exit at the end of a piece has keys and values of its own."""
         head = self._heads[piece]
