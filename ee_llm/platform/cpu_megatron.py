@@ -180,6 +180,11 @@ def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _adapt_jit(module: Any) -> None:
+    """Leave torch.compile out: the compiler is slow to import, and on a CPU nothing needs it."""
+    module.disable_jit_fuser()
+
+
 def _adapt_random(module: Any) -> None:
     module._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -202,6 +207,7 @@ def _adapt_distributed_optimizer(module: Any) -> None:
 
 _PROXY = _TorchProxy()
 _BY_NAME: dict[str, Callable[[Any], None]] = {
+    "megatron.core.jit": _adapt_jit,
     "megatron.core.tensor_parallel.random": _adapt_random,
     "megatron.core.optimizer.optimizer": _adapt_optimizer,
     "megatron.core.optimizer.distrib_optimizer": _adapt_distributed_optimizer,

@@ -34,7 +34,7 @@ def test_manifest_without_a_fact(checkpoint, tmp_path, fact):
     del manifest[fact]
     path.write_text(json.dumps(manifest))
     [message] = run_ranks(1, _load_errors, output, {})
-    assert f"manifest.json: expected {fact} " in message
+    assert f"manifest.json: {fact}: Field required" in message
 
 
 @pytest.mark.parametrize(
