@@ -21,6 +21,9 @@ MASTER = f"{OPTIMIZER_PREFIX}state.fp32_param."
 FREE_MODEL = frozenset(("shape", "dropout", "init_std"))
 """Options of `model` that change neither which tensors there are nor what it computes."""
 
+FUNCTION_OF_EXITS = ("boundaries", "head", "output", "temperatures")
+"""Options of `exits` that change which tensors there are or what they compute."""
+
 _NUM_SAMPLES, _SAMPLE = 64, 4096  # of each file, bytes of each
 
 __all__ = ["CONFIG", "CheckpointError", "TensorReader", "resolve_checkpoint"]

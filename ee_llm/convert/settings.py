@@ -5,14 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ee_llm.checkpoint.read import FUNCTION_OF_EXITS
 from ee_llm.config import Config
 from ee_llm.convert.families import FAMILIES, Family
 from ee_llm.convert.values import Settings, SettingsError, refuse
 
 ENTRY = "ee_llm"
 """The entry of config.json that describes exits; transformers carries it along unread."""
-
-_EXITS = ("boundaries", "head", "output", "temperatures")
 
 # What says nothing of the function that the model computes in evaluation.
 _NEUTRAL = frozenset(
@@ -90,8 +89,10 @@ def read_exits(settings: Settings) -> Exits | None:
     if entry is None:
         return None
     options = entry.get("exits") if isinstance(entry, dict) else None
-    if not isinstance(options, dict) or set(options) != set(_EXITS):
-        raise SettingsError(f"{ENTRY}.exits: expected {', '.join(_EXITS)}, found {options!r}")
+    if not isinstance(options, dict) or set(options) != set(FUNCTION_OF_EXITS):
+        raise SettingsError(
+            f"{ENTRY}.exits: expected {', '.join(FUNCTION_OF_EXITS)}, found {options!r}"
+        )
     if not isinstance(are_copies := entry.get("copies"), bool):
         raise SettingsError(f"{ENTRY}.copies is {are_copies!r}: expected true or false")
     return Exits(options, are_copies)
@@ -128,4 +129,4 @@ def write_settings(
 def exits_entry(config: Config, are_copies: bool) -> dict[str, Any]:
     """Return what config.json says of exits, as `read_exits` reads it back."""
     exits = config.exits.model_dump()
-    return {"exits": {name: exits[name] for name in _EXITS}, "copies": are_copies}
+    return {"exits": {name: exits[name] for name in FUNCTION_OF_EXITS}, "copies": are_copies}

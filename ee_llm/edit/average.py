@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from ee_llm.checkpoint import directory
-from ee_llm.checkpoint.read import FREE_MODEL, TensorReader
+from ee_llm.checkpoint.read import FREE_MODEL, FUNCTION_OF_EXITS, TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.config import Config
 from ee_llm.edit.rewrite import Rewrite, copy_of, model_of, read_state
-
-_EXITS = ("boundaries", "head", "output", "temperatures")
 
 
 def open_all(sources: Sequence[Path], last: int | None = None) -> list[TensorReader]:
@@ -103,7 +101,9 @@ def _check_same(one: TensorReader, other: TensorReader) -> None:
 
 def _described(config: Config) -> dict[str, Any]:
     model = config.model.model_dump(exclude=set(FREE_MODEL))
-    exits = config.exits.model_dump(include=set(_EXITS)) if config.exits.boundaries else {}
+    exits = (
+        config.exits.model_dump(include=set(FUNCTION_OF_EXITS)) if config.exits.boundaries else {}
+    )
     found = {f"model.{name}": value for name, value in model.items()}
     found["exits.boundaries"] = config.exits.boundaries
     return found | {f"exits.{name}": value for name, value in exits.items()}
