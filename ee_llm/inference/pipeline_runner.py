@@ -16,7 +16,7 @@ from ee_llm.inference.pipeline_scheduler import Answer, PipelinePlan
 from ee_llm.inference.runner import runs_of
 from ee_llm.inference.scheduler import Limits
 from ee_llm.inference.stage import Stage
-from ee_llm.inference.wire import decode_pass, encode_answers, encode_pass, split_left, with_left
+from ee_llm.inference.wire import Passed, decode_pass, encode_answers, encode_pass
 
 
 class PipelineRunner:
@@ -41,18 +41,18 @@ class PipelineRunner:
         self._executor = Executor(stage, limits, max_length, execution)
 
     @torch.no_grad()
-    def run(self, plan: PipelinePlan, left: list[int], x: Tensor) -> tuple[Tensor, list[Answer]]:
-        """Return the rows [t, h] that go on to the next stage, and what the exits here say.
+    def run(self, plan: PipelinePlan, passed: Passed, x: Tensor) -> list[Answer]:
+        """Run a pass through this stage and hand it on; return what the exits here say.
 
-        left: for each frontier the segment at whose end its token left for good, -1 before that; it
-        is updated. x [t, h]: from the stage before.
+        x [t, h]: from the stage before. Who is behind gets the rows before the last exit here is
+        asked, and hears afterwards who left, unless it has to know that first.
         """
+        left, is_late = passed.left, passed.is_late
         self._executor.note(plan.tables)
         answers: list[Answer] = []
-        if not plan.spans:
-            return x, answers
         runs = runs_of(plan.spans)
-        for piece, segment in enumerate(self._segments):
+        is_ahead = False
+        for piece, segment in enumerate(self._segments if plan.spans else ()):
             frozen = [
                 one.row
                 for one, where in zip(plan.frontiers, left, strict=True)
@@ -64,9 +64,21 @@ class PipelineRunner:
                 tokens = torch.tensor(plan.tokens, device=self._stage.device)
                 x = self._stage.embed(tokens, batch.positions)
             x, attended = self._executor.run(piece, x, batch)
+            if piece == len(self._segments) - 1:
+                is_ahead = self._may_hand_on(plan) and (is_late or segment is not None)
+            if is_ahead:
+                self._hand_on(passed.message(is_late=True), x)
             if segment is not None:
+                if is_late:
+                    left[:], is_late = self._ranks.take_over_numbers(len(left)), False
                 answers += self._ask(piece, segment, plan, left, runs, x, attended)
-        return x, answers
+        if is_late:
+            left[:] = self._ranks.take_over_numbers(len(left))
+        if is_ahead:
+            self._ranks.pass_on_numbers(left)
+        else:
+            self._hand_on(passed.message(), x)
+        return answers
 
     def follow(self) -> None:
         """Run the passes that come from the leader, until it dismisses its followers."""
@@ -76,25 +88,21 @@ class PipelineRunner:
             if not message:
                 self._hand_on(message, x)
                 break
-            left, encoded = split_left(message)
-            plan = decode_pass(encoded)
-            x, answers = self.run(plan, left, x)
+            passed = Passed.of(message)
+            plan = decode_pass(passed.encoded)
+            answers = self.run(plan, passed, x)
             if ranks.stage > 0 and ranks.tensor_rank == 0:
                 ranks.answer(encode_answers(plan.id, answers))
-            self._hand_on(with_left(left, encoded), x)
         if ranks.stage > 0 and ranks.tensor_rank == 0:
             ranks.answer(b"")
         ranks.flush()
 
     def lead(self, plan: PipelinePlan) -> list[Answer]:
         """Send a pass through all stages; return what the exits of the first one say."""
-        left = [-1] * len(plan.frontiers)
-        encoded = encode_pass(plan)
+        passed = Passed([-1] * len(plan.frontiers), encode_pass(plan))
         if self._ranks.tensor_size > 1:
-            self._ranks.tell(with_left(left, encoded))
-        x, answers = self.run(plan, left, self._no_rows())
-        self._ranks.pass_on(with_left(left, encoded), x)
-        return answers
+            self._ranks.tell(passed.message())
+        return self.run(plan, passed, self._no_rows())
 
     def dismiss(self) -> None:
         """Let the ranks that follow this one go."""
@@ -111,6 +119,12 @@ class PipelineRunner:
     def _hand_on(self, message: bytes, x: Tensor) -> None:
         if self._ranks.stage < self._ranks.num_stages - 1:
             self._ranks.pass_on(message, x)
+
+    def _may_hand_on(self, plan: PipelinePlan) -> bool:
+        """Return whether the next stage can begin before it is known who leaves here."""
+        is_last = self._ranks.stage == self._ranks.num_stages - 1
+        freezes = any(one.freezes for one in plan.frontiers)
+        return not is_last and bool(plan.frontiers) and not freezes
 
     def _no_rows(self) -> Tensor:
         shape = (0, self._stage.hidden_size)

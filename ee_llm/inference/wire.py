@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence as Items
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from ee_llm.inference.pipeline_scheduler import Answer, Frontier, PipelinePlan
@@ -47,18 +47,28 @@ def decode_pass(message: bytes) -> PipelinePlan:
     )
 
 
-def with_left(left: Items[int], encoded: bytes) -> bytes:
-    """Return an encoded pass behind where its frontiers have left, see `split_left`.
+@dataclass
+class Passed:
+    """An encoded pass, and where its frontiers have left; it is encoded once for all stages.
 
-    The pass stays what it is from stage to stage, and is encoded once.
+    left: of each frontier the segment at whose end its token left for good, -1 before that.
+    is_late: whether `left` is sent once more, after the last exit of the stage before was asked.
     """
-    return json.dumps(left).encode() + b"\n" + encoded
 
+    left: list[int]
+    encoded: bytes
+    is_late: bool = False
 
-def split_left(message: bytes) -> tuple[list[int], bytes]:
-    """Return the two parts that `with_left` joined."""
-    left, encoded = message.split(b"\n", 1)
-    return json.loads(left), encoded
+    def message(self, *, is_late: bool = False) -> bytes:
+        """Return it as bytes, see `of`."""
+        return json.dumps([self.left, is_late]).encode() + b"\n" + self.encoded
+
+    @classmethod
+    def of(cls, message: bytes) -> "Passed":
+        """Return what `message` made bytes of."""
+        route, encoded = message.split(b"\n", 1)
+        left, is_late = json.loads(route)
+        return cls(left, encoded, is_late)
 
 
 def encode_answers(plan_id: int, answers: Items[Answer]) -> bytes:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ee_llm.platform import devices
 
-_MAX_IN_FLIGHT = 8
+_MAX_IN_FLIGHT = 32  # tensors; a pass has up to four
 
 
 class RankLostError(RuntimeError):
@@ -98,6 +98,17 @@ class ServingGrid:
             self._receive(hidden, peer, self._column_group)
         return message.numpy().tobytes(), hidden
 
+    def pass_on_numbers(self, numbers: list[int]) -> None:
+        """Send as many numbers as the next stage expects, without waiting for it."""
+        peer = self._column_ranks[self.stage + 1]
+        self._send(torch.tensor(numbers, dtype=torch.int64), peer, self._column_control)
+
+    def take_over_numbers(self, count: int) -> list[int]:
+        """Return the numbers that the stage before passed on."""
+        peer = self._column_ranks[self.stage - 1]
+        numbers = torch.empty(count, dtype=torch.int64)
+        return self._receive(numbers, peer, self._column_control).tolist()
+
     def answer(self, message: bytes) -> None:
         """Send a message to the leader; tensor rank 0 of each stage but the first does."""
         group = self._answer_groups[self.stage]
@@ -158,7 +169,7 @@ class ServingGrid:
     def _send(self, tensor: Tensor, peer: int, group: dist.ProcessGroup) -> None:
         if not tensor.numel():
             return
-        while len(self._sent) >= _MAX_IN_FLIGHT * 3:
+        while len(self._sent) >= _MAX_IN_FLIGHT:
             work, _ = self._sent.popleft()
             self._try(work.wait)
         work = self._try(lambda: dist.isend(tensor, peer, group))

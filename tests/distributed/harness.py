@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import connection, get_context
+from multiprocessing import active_children, connection, get_context
 from typing import IO, Any, NamedTuple
 
 from ee_llm import platform
@@ -110,6 +110,8 @@ def _rank_main(writer, place, rank, world_size, port, function, args) -> None:
         message = (True, function(*args))
     except BaseException:
         message = (False, traceback.format_exc())
+    for child in active_children():  # megatron-core's writer leaves one behind
+        child.kill()
     with contextlib.suppress(BrokenPipeError):
         writer.send_bytes(pickle.dumps(message))
         writer.close()

@@ -19,6 +19,7 @@ from ee_llm.inference.reference import ReferenceModel
 from ee_llm.inference.request import Request
 from ee_llm.inference.sampling import Sampling
 from ee_llm.inference.scheduler import Limits
+from ee_llm.inference.stage import Stage
 from tests.distributed.harness import run_ranks
 from tests.unit.inference.fuzz import Traffic, assert_expected, random_traffic, serve
 from tests.unit.inference.models import random_tensors, tiny_config
@@ -79,6 +80,42 @@ def test_tokens_and_exits_are_the_references(tensor: int, pipeline: int, seed: i
     assert nothing == [None] * (tensor * pipeline - 1)
     traffic, model = _traffic(seed)
     assert_expected(model, traffic, made)
+
+
+def _events(strategy: str) -> list[str]:
+    """Return, on the first of two stages, in which order it hands a row on and asks its exit."""
+    config = tiny_config(boundaries=(2,))
+    ranks = platform.connect_serving(pipeline=2, timeout_s=30)
+    engine = make_decoder(config, random_tensors(config), Limits(), ranks)
+    if not ranks.is_leader:
+        engine.follow()
+        return []
+    events: list[str] = []
+
+    def noted(kind: type, name: str) -> None:
+        function = getattr(kind, name)
+
+        def call(self: object, *arguments: object) -> object:
+            events.append(name)
+            return function(self, *arguments)
+
+        setattr(kind, name, call)
+
+    noted(platform.ServingGrid, "pass_on")
+    noted(Stage, "logits")
+    engine.generate([dataclasses.replace(_request(config), strategy=strategy)])
+    engine.close()
+    return events
+
+
+@pytest.mark.parametrize(
+    ("strategy", "order"),
+    [("exact", ["pass_on", "logits"]), ("propagate", ["logits", "pass_on"])],
+)
+def test_the_next_stage_does_not_wait_for_an_exit(strategy: str, order: list[str]) -> None:
+    """But where a row that left keeps its state from there on."""
+    events, _ = run_ranks(2, _events, strategy)
+    assert events[:2] == order
 
 
 def _idle(tensor: int, pipeline: int) -> tuple[int, ...]:

@@ -9,14 +9,13 @@ from ee_llm.inference.request import Draft, Verdict
 from ee_llm.inference.sampling import Sampling
 from ee_llm.inference.scheduler import Part, Plan, Span
 from ee_llm.inference.wire import (
+    Passed,
     decode_answers,
     decode_pass,
     decode_plan,
     encode_answers,
     encode_pass,
     encode_plan,
-    split_left,
-    with_left,
 )
 from tests.unit.inference.sequences import finish, make_scheduler, make_sequence
 
@@ -53,8 +52,10 @@ def test_a_pass_and_its_answers_come_back_as_they_were() -> None:
     sampling = Sampling(0.7, 5, 0.9, 2**40, 0.1, 1.2)
     frontier = Frontier(1, 4, 2, (0.5, None, 0.0), True, False, "margin", sampling, (3, 9))
     plan = PipelinePlan(7, (Span(1, 2, 5),), (3, 9, 9), (frontier,), ((1, 0, 4),))
-    left, encoded = split_left(with_left([-1], encode_pass(plan)))
-    assert (left, decode_pass(encoded)) == ([-1], plan)
+    for is_late in (False, True):
+        passed = Passed.of(Passed([-1], encode_pass(plan)).message(is_late=is_late))
+        assert (passed.left, passed.is_late) == ([-1], is_late)
+        assert decode_pass(passed.encoded) == plan
     answers = [Answer(0, 1, Verdict(1, 4, True, 9, 0.25, -0.5))]
     assert decode_answers(encode_answers(7, answers)) == (7, answers)
 
