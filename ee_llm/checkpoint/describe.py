@@ -19,9 +19,10 @@ def described_options(path: str | Path, given: Mapping[str, Any]) -> dict[str, A
         return options
     section = given.get("exits")
     asked = section.get("boundaries") if isinstance(section, Mapping) else None
+    boundaries = saved.exits.boundaries
     # Anything else is refused by the configuration that these become a part of.
-    is_list = isinstance(asked, list | tuple) and all(isinstance(number, int) for number in asked)
-    boundaries = tuple(asked) if asked is not None and is_list else saved.exits.boundaries
+    if isinstance(asked, list | tuple) and all(isinstance(number, int) for number in asked):
+        boundaries = tuple(asked)
     known = dict(zip(saved.exits.boundaries, saved.exits.temperatures, strict=True))
     options["exits"] = {
         "boundaries": boundaries,

@@ -15,22 +15,18 @@ Count = Annotated[int, Field(ge=0)]
 class _Layout(BaseModel):
     """The sizes of the parallel layout that saved, of which older versions state fewer."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Count]
 
     world: Count
 
 
 class _Mean(BaseModel):
-    model_config = ConfigDict(strict=True)
-
     step: Count
 
 
 class _Facts(BaseModel):
     """What others rely on; a manifest may say more."""
-
-    model_config = ConfigDict(strict=True)
 
     files: dict[str, Count]
     tokenizer: str
@@ -50,7 +46,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         found = f"{manifest.get('format')!r} version {manifest.get('version')!r}"
         raise CheckpointError(f"{path}: expected {FORMAT!r} version {VERSION}, found {found}")
     try:
-        _Facts.model_validate(manifest)
+        _Facts.model_validate(manifest, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))

@@ -17,11 +17,10 @@ from ee_llm.edit.rewrite import (
     OPTIMIZER,
     Rewrite,
     copy_of,
-    has_partial_optimizer,
+    model_copy_of,
     model_of,
     parameter_of,
     with_options,
-    without_optimizer,
 )
 from ee_llm.inference.weights import tensor_shapes
 from ee_llm.initial import copied_name, whole_parameter
@@ -43,7 +42,7 @@ def config_with(
     new exit's loss weighs 1, and its temperature is 1. Raises ValueError for boundaries that can
     have no new exit, or another head or output than that of the exits there.
     """
-    config = reader.config()
+    config = model_of(reader.config())
     exits = config.exits
     _check_new(reader, config, boundaries)
     asked = {"head": head, "output": output}
@@ -71,7 +70,7 @@ def added(
     `output_weights` by boundary. The optimizer's moments of new parameters are 0; an optimizer that
     has a part of the parameters alone is left out.
     """
-    whole = copy_of(reader)
+    whole = model_copy_of(reader)
     shapes = tensor_shapes(config)
     new = {name: shape for name, shape in shapes.items() if name not in reader}
     is_random = initialization == "random"
@@ -100,9 +99,7 @@ def added(
     specs = dict(whole.specs)
     for name, shape in new.items():
         specs[name] = TensorSpec(shape, reader.dtype(sources[name] or like))
-    optimizer = reader.names(optimizer=True)
-    if has_partial_optimizer(reader):
-        return without_optimizer(replace(whole, config=config, specs=specs, get=get))
+    optimizer = [name for name in whole.specs if name != parameter_of(name)]
     kinds = {name.removeprefix(OPTIMIZER).partition(".")[0] for name in optimizer}
     for kind in sorted(kinds):
         of_kind = reader.dtype(f"{OPTIMIZER}{kind}.{like}")
@@ -136,7 +133,7 @@ def removed(reader: TensorReader, boundaries: Sequence[int]) -> Rewrite:
 
     Raises ValueError for a boundary that has no exit, or the final one.
     """
-    whole = copy_of(reader)
+    whole = model_copy_of(reader)
     config = whole.config
     there = config.exits.boundaries
     _check_named(boundaries)
@@ -155,8 +152,7 @@ def removed(reader: TensorReader, boundaries: Sequence[int]) -> Rewrite:
     specs = {
         name: spec for name, spec in whole.specs.items() if not parameter_of(name).startswith(own)
     }
-    less = replace(whole, config=_with_exits(config, left, {}), specs=specs)
-    return without_optimizer(less) if has_partial_optimizer(reader) else less
+    return replace(whole, config=_with_exits(config, left, {}), specs=specs)
 
 
 def _check_new(reader: TensorReader, config: Config, boundaries: Sequence[int]) -> None:
@@ -191,7 +187,7 @@ def _with_exits(config: Config, boundaries: Sequence[int], options: Mapping[str,
         known = dict(zip(exits.boundaries, getattr(exits, name), strict=True))
         values[name] = tuple(known.get(boundary, new) for boundary in boundaries)
     try:
-        return with_options(model_of(config), exits=values)
+        return with_options(config, exits=values)
     except ConfigError as error:
         raise ValueError(f"--exits {_shown(boundaries)}: {error}") from None
 

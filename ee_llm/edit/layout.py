@@ -13,15 +13,7 @@ from torch import Tensor
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.write import Block, rows
 from ee_llm.config import Config, ConfigError, exit_stage, stage_layers
-from ee_llm.edit.rewrite import (
-    Rewrite,
-    copy_of,
-    has_partial_optimizer,
-    model_of,
-    parameter_of,
-    with_options,
-    without_optimizer,
-)
+from ee_llm.edit.rewrite import Rewrite, model_copy_of, parameter_of, with_options
 
 _BY_ROWS = (".linear_qkv.", ".linear_fc1.", "embedding.word.", "output.weight")
 _BY_COLUMNS = (".linear_proj.weight", ".linear_fc2.weight")
@@ -45,10 +37,7 @@ def resharded(reader: TensorReader, layout: Layout) -> Rewrite:
     under their own layout alone). Of the tuning of exits the model alone is kept: no run of it has
     the layers behind the last of them. Raises ValueError for a layout that the model can not have.
     """
-    whole = copy_of(reader)
-    whole = replace(whole, config=model_of(whole.config))
-    if has_partial_optimizer(reader):
-        whole = without_optimizer(whole)
+    whole = model_copy_of(reader)
     parallel = vars(layout) | {"sequence": whole.config.parallel.sequence and layout.tensor > 1}
     if layout.pipeline == 1:
         parallel |= {"fill_warmup": 0, "fill_cooldown": 0}

@@ -49,6 +49,22 @@ def copy_of(reader: TensorReader) -> Rewrite:
     return Rewrite(reader, reader.config(), specs_of(reader), reader.tensor)
 
 
+def model_copy_of(reader: TensorReader) -> Rewrite:
+    """Return the checkpoint as it is, or of the tuning of exits the model alone.
+
+    An optimizer that has a part of the parameters, as that of tuning, is left out: neither a run
+    nor the tuning could go on with it. Raises CheckpointError as `copy_of` does.
+    """
+    whole = copy_of(reader)
+    whole = replace(whole, config=model_of(whole.config))
+    have = {parameter_of(name) for name in reader.names(optimizer=True)}
+    if not have or have >= set(reader.names()):
+        return whole
+    specs = {name: spec for name, spec in whole.specs.items() if name == parameter_of(name)}
+    note = "the optimizer has a part of the parameters alone, and is left out"
+    return replace(whole, specs=specs, goes_on=False, notes=[note])
+
+
 def specs_of(reader: TensorReader) -> dict[str, TensorSpec]:
     """Return the shape and dtype of every tensor, the optimizer's behind the model's."""
     names = (*reader.names(), *reader.names(optimizer=True))
@@ -78,19 +94,6 @@ def model_of(config: Config) -> Config:
         return config
     values = config.model_dump(exclude={"tuning", "parallel"})
     return Config(**values)
-
-
-def has_partial_optimizer(reader: TensorReader) -> bool:
-    """Return whether the optimizer has a part of the parameters alone, as that of tuning."""
-    have = {parameter_of(name) for name in reader.names(optimizer=True)}
-    return bool(have) and not have >= set(reader.names())
-
-
-def without_optimizer(rewrite: Rewrite) -> Rewrite:
-    """Return the checkpoint without the optimizer's state: a run begins with it."""
-    specs = {name: spec for name, spec in rewrite.specs.items() if name == parameter_of(name)}
-    note = "the optimizer has a part of the parameters alone, and is left out"
-    return replace(rewrite, specs=specs, goes_on=False, notes=[*rewrite.notes, note])
 
 
 def read_state(reader: TensorReader) -> TrainState:
