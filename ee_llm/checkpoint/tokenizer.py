@@ -5,12 +5,7 @@ import json
 from pathlib import Path
 
 from ee_llm.checkpoint.safe import CheckpointError
-from ee_llm.config.tokenizer import BYTES, file_mark
-
-DIRECTORY = "tokenizer"
-
-ORIGIN = "huggingface"
-"""The directory with the files that came along with a model from Hugging Face, but for tensors."""
+from ee_llm.config.tokenizer import BYTES, DIRECTORY, ORIGIN, file_mark
 
 COMPANIONS = (
     "config.json",
@@ -25,6 +20,12 @@ COMPANIONS = (
     "merges.txt",
 )
 """All that may come along: names in a folder of Hugging Face's, and in `ORIGIN`."""
+
+_SETTINGS = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+)
+"""Those of `COMPANIONS` that belong to the tokenizer, but for its vocabulary."""
 
 # Classes of transformers that add the token unless add_bos_token says otherwise.
 _ADDING = (
@@ -61,6 +62,25 @@ def companions(checkpoint: Path) -> dict[str, bytes]:
     """
     paths = [checkpoint / ORIGIN / name for name in COMPANIONS]
     return {f"{ORIGIN}/{path.name}": path.read_bytes() for path in paths if _is_own(path)}
+
+
+def settings_of(tokenizer: str) -> dict[str, bytes]:
+    """Return the files beside a tokenizer that state its special tokens and chat template.
+
+    By their names in a checkpoint, as `companions` gives them. `tokenizer` is as in the
+    configuration. A checkpoint needs them, as the tokenizer's own file does not say how texts end.
+    """
+    if tokenizer == BYTES:
+        return {}
+    folder = Path(tokenizer).parent
+    if folder.name == DIRECTORY and (folder.parent / ORIGIN).is_dir():
+        folder = folder.parent / ORIGIN
+    paths = [folder / name for name in _SETTINGS]
+    return {
+        f"{ORIGIN}/{path.name}": path.read_bytes()
+        for path in paths
+        if path.is_file() and path.stat().st_size <= _MOST_BYTES
+    }
 
 
 def _is_own(path: Path) -> bool:

@@ -268,6 +268,11 @@ class DataConfig(Section):
     tokenizer: str = option(
         "bytes", "'bytes', the path of a SentencePiece .model, or the path of a tokenizer.json."
     )
+    eos_token: str | None = option(
+        None,
+        "Text of the token that ends a document.",
+        shown="what the files beside the tokenizer state",
+    )
     prefixes: Strings = option(
         (), "Paths of prepared data (the common part of a .bin and .idx pair)."
     )

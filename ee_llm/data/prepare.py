@@ -50,6 +50,10 @@ class PrepareOptions:
     tokenizer: str = "bytes"
     """'bytes', the path of a SentencePiece .model, or the path of a tokenizer.json."""
 
+    eos_token: str | None = None
+    """Text of the token that ends a document; default: what the tokenizer_config.json beside the
+    tokenizer states, else the first of the usual names that is in the vocabulary."""
+
     key: str = "text"
     """Key of the text in each line of a JSONL file."""
 
@@ -106,10 +110,11 @@ def prepare(options: PrepareOptions) -> PrepareReport:
     """
     if options.workers < 0:
         raise ValueError(f"workers = {options.workers}: give a number of processes, or 0")
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer, options.eos_token)
+    _ = tokenizer.eod  # before any work: a tokenizer may have no such token
     sources = find_sources(options.inputs, options.suffixes, options.exclude, options.format)
     total = sum(source.num_bytes for source in sources)
-    encode = partial(_encode, options.tokenizer, options.key, options.append_eod)
+    encode = partial(_encode, options.tokenizer, options.eos_token, options.key, options.append_eod)
     chunks = _chunks(raw_documents(sources))
     num_bytes = num_empty = 0
     with (
@@ -173,7 +178,8 @@ def check_tokenizer(prefix: Path | str, tokenizer: Tokenizer) -> None:
         if here != there:
             raise ValueError(
                 f"data {prefix}: prepared with {what} {there}, but data.tokenizer "
-                f"({tokenizer.name}) has {here}; name the same tokenizer, or prepare the data again"
+                f"({tokenizer.name}) has {here}; name the same tokenizer (and data.eos_token), or "
+                "prepare the data again"
             )
 
 
@@ -205,12 +211,14 @@ def _chunks(documents: Iterable[RawDocument]) -> Iterator[_Chunk]:
 
 
 @lru_cache(maxsize=1)
-def _worker_tokenizer(spec: str) -> Tokenizer:
-    return load_tokenizer(spec)
+def _worker_tokenizer(spec: str, eos_token: str | None) -> Tokenizer:
+    return load_tokenizer(spec, eos_token)
 
 
-def _encode(spec: str, key: str, append_eod: bool, chunk: _Chunk) -> _Encoded:
-    tokenizer = _worker_tokenizer(spec)
+def _encode(
+    spec: str, eos_token: str | None, key: str, append_eod: bool, chunk: _Chunk
+) -> _Encoded:
+    tokenizer = _worker_tokenizer(spec, eos_token)
     parts = []
     num_bytes = num_empty = 0
     for document in chunk:

@@ -155,7 +155,7 @@ def _class_means(
 ) -> ClassMeans:
     seq_length = options.seq_length or min(config.data.seq_length, _LONGEST)
     windows = Windows(options.data, seq_length, options.num_tokens)
-    eod = load_tokenizer(reader.tokenizer()).eod
+    eod = load_tokenizer(reader.tokenizer(), config.data.eos_token).eod
     with _progress("looking at data", windows.num_tokens, options.json) as advance:
         return class_means(reader, config, options.exits, windows, eod, ranks, advance)
 

@@ -79,7 +79,7 @@ class Session:
             options.strategy,
             draft,
             options.max_new_tokens,
-            self.tokenizer.eod,
+            self.tokenizer.eos_token_ids,
             stop_strings=options.stop,
         )
 

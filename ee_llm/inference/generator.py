@@ -67,7 +67,7 @@ def generate_reference(
     sampling: Sampling,
     strategy: Strategy = "exact",
     max_new_tokens: int = 64,
-    eod: int | None = None,
+    eos_token_ids: Collection[int] = (),
     stop_tokens: Collection[int] = (),
     on_token: Callable[[Decision], None] | None = None,
 ) -> Generation:
@@ -76,7 +76,7 @@ def generate_reference(
     exact: a token leaves at the first exit whose confidence reaches its threshold, else at the
     final one. propagate: likewise, but its row is then frozen there (see `ReferenceModel.walk`).
     full: always at the final one; verify, too: drafts are to change the cost alone. It ends after
-    `eod` (None: never) or any of `stop_tokens`. `on_token` is called with each decision as it
+    any of `eos_token_ids` or `stop_tokens`. `on_token` is called with each decision as it
     falls. Raises ValueError for an empty or overlong prompt, ids beyond the vocabulary, a policy
     for other exits than the model's, or fewer than 1 new token.
     """
@@ -95,7 +95,7 @@ def generate_reference(
         sequence.append(decisions[-1].token)
         if on_token:
             on_token(decisions[-1])
-        if decisions[-1].token == eod:
+        if decisions[-1].token in eos_token_ids:
             finish_reason = "eod"
             break
         if decisions[-1].token in stop_tokens:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
+from ee_llm.inference.text import GeneratedText
+
 if TYPE_CHECKING:
     from ee_llm.inference.policy import Policy
     from ee_llm.inference.sampling import Sampling
@@ -42,9 +44,10 @@ class Request:
     """A prompt and everything that its continuation is a function of, but for the weights.
 
     id: unique among the requests under way. prompt: token ids. policy: which exits, how confident;
-    `full` and `verify` have them all off. draft: for `verify` alone. eod, stop_tokens: ids that
-    end the sequence, as does a text that holds one of stop_strings. tenant: prompts share cached
-    blocks within one tenant only.
+    `full` and `verify` have them all off. draft: for `verify` alone. eos_token_ids, stop_tokens:
+    ids that end the sequence, as does a text that holds one of stop_strings. special_texts: ids and
+    texts of the special tokens that stop_strings are to find, as texts have none of them. tenant:
+    prompts share cached blocks within one tenant only.
     """
 
     id: str
@@ -54,9 +57,10 @@ class Request:
     strategy: Strategy = "exact"
     draft: Draft | None = None
     max_new_tokens: int = 64
-    eod: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    special_texts: tuple[tuple[int, str], ...] = ()
     tenant: str = ""
 
     def __post_init__(self) -> None:
@@ -136,6 +140,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     _counts: dict[int, int] = field(default_factory=dict)
     _num_counted: int = 0
+    _text: GeneratedText | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -280,12 +285,12 @@ class Sequence:
         return request.policy.under(request.strategy).threshold(boundary)
 
     def _finish_reason(self, token: int) -> FinishReason | None:
-        if token == self.request.eod:
+        if token in self.request.eos_token_ids:
             return "eod"
         if token in self.request.stop_tokens:
             return "stop"
         try:
-            if self._is_stopped():
+            if self._is_stopped(token):
                 return "stop"
         except Exception:  # whatever the tokenizer raises: nobody else is to suffer from it
             return "error"
@@ -294,28 +299,13 @@ class Sequence:
         num_new = self.num_confirmed - self.num_prompt
         return "length" if num_new >= self.request.max_new_tokens else None
 
-    def _is_stopped(self) -> bool:
+    def _is_stopped(self, token: int) -> bool:
         """Return whether the newest token completed a stop string."""
-        stops = self.request.stop_strings
-        if not stops or self.decode is None:
+        request = self.request
+        if not request.stop_strings or self.decode is None:
             return False
-        # A character takes four tokens at most, but some tokens have no text at all.
-        longest = max(map(len, stops))
-        num_tokens, text = 4 * longest, ""
-        while True:
-            start = max(self.num_prompt, self.num_confirmed - num_tokens)
-            text = self._text(start)
-            if len(text) >= 2 * longest or start == self.num_prompt:
-                return any(stop in text for stop in stops)
-            num_tokens *= 2
-
-    def _text(self, start: int) -> str:
-        """Return the text of the decided tokens from number `start` on.
-
-        A decoder may drop a space that comes first, so it is given some of what is before, whose
-        text is taken off again.
-        """
-        assert self.decode is not None, "stop strings need a decoder"
-        before = max(0, start - 4)
-        text = self.decode(self.tokens[before : self.num_confirmed])
-        return text[len(self.decode(self.tokens[before:start])) :]
+        if self._text is None:
+            special = dict(request.special_texts)
+            self._text = GeneratedText(self.decode, request.prompt, request.stop_strings, special)
+        self._text.add(token)
+        return self._text.is_stopped

@@ -16,7 +16,7 @@ def open_data(
 
     Raises ValueError, naming the option or file, for what is wrong with them.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_token)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of "

@@ -17,7 +17,7 @@ from ee_llm.checkpoint.lock import OutputLock
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.resume import initial_path, resume_path
 from ee_llm.checkpoint.save import save
-from ee_llm.checkpoint.tokenizer import companions
+from ee_llm.checkpoint.tokenizer import companions, settings_of
 from ee_llm.config import Config, load_config
 from ee_llm.data import Microbatch
 from ee_llm.training.engines import ENGINES
@@ -120,7 +120,9 @@ class _Trainer:
         self.frozen = (resume or initial) if config.is_tuning else None
         self.frozen_mark = self.mark_of_frozen()
         source = resume or initial
-        self.files = from_first(lambda: companions(source) if source else {})
+        self.files = from_first(
+            lambda: companions(source) if source else settings_of(config.data.tokenizer)
+        )
         self.optimizer, self.state = self.engine.build_optimizer(self.model, resume)
         self.saved: tuple[int, Path] | None = None
         if resume is not None:

@@ -139,13 +139,23 @@ def test_directory_with_two_files(tmp_path: Path):
 
 
 def test_no_eod(tmp_path: Path):
+    """A model that never ends by itself can be used; data cannot be prepared for it."""
     from tokenizers import Tokenizer, models
 
-    Tokenizer(models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "tokenizer.json"))
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(models.WordLevel({"a": 0, "stop": 1}, "a")).save(str(path))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.eos_token_ids == ()
     with pytest.raises(
-        ValueError, match=r"no end-of-document token .*\(<eod>, <\|endoftext\|>, .*<eos>\)"
+        ValueError, match=r"usual names \(<eod>, <\|endoftext\|>, .*Name the token with --eos-token"
     ):
-        load_tokenizer(tmp_path / "tokenizer.json")
+        _ = tokenizer.eod
+    assert load_tokenizer(path, "stop").eod == 1
+    assert load_tokenizer(path, "stop").eos_token_ids == (1,)
+    with pytest.raises(ValueError, match="'halt', is not in the vocabulary"):
+        _ = load_tokenizer(path, "halt").eod
+    with pytest.raises(ValueError, match="byte tokenizer has one of its own"):
+        load_tokenizer("bytes", "stop")
 
 
 def test_model_that_puts_a_space_first(tmp_path: Path):

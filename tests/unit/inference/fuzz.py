@@ -102,7 +102,7 @@ def random_request(rng: random.Random, id: str, config: Config, policies: list[P
         strategy,
         draft,
         max_new_tokens=rng.randint(1, 24),
-        eod=rng.choice([None, 3]),
+        eos_token_ids=rng.choice([(), (3,), (5, 3)]),
         stop_tokens=rng.choice([(), (5, 6)]),
     )
 
@@ -129,7 +129,7 @@ def expected(model: ReferenceModel, request: Request) -> Generation:
         request.sampling,
         request.strategy,
         request.max_new_tokens,
-        request.eod,
+        request.eos_token_ids,
         request.stop_tokens,
     )
 

@@ -110,7 +110,7 @@ def test_a_prompt_goes_through_the_engine_and_comes_out_as_defined(
     )
     made, _ = from_record(json.loads(capsys.readouterr().out), "standard output")
     wanted = generate_reference(
-        model, made.prompt, made.policy, made.sampling, made.strategy, 20, 256
+        model, made.prompt, made.policy, made.sampling, made.strategy, 20, (256,)
     )
     assert (made.tokens, made.exits) == (wanted.tokens, wanted.exits)
     assert (made.num_drafted > 0) == (strategy == "verify")

@@ -228,7 +228,10 @@ def test_stop_tokens_and_the_end_of_a_document_end_a_sequence(strategy: str) -> 
     request = make_request("s", 6, strategy, sampling=DRAWN)
     whole = reference(request)
     late = next(token for token in whole.tokens[4:] if token not in whole.tokens[:4])
-    for options, reason in (({"eod": late}, "eod"), ({"stop_tokens": (39, late)}, "stop")):
+    for options, reason in (
+        ({"eos_token_ids": (late, 39)}, "eod"),
+        ({"stop_tokens": (39, late)}, "stop"),
+    ):
         shorter = replace(request, **options)
         (made,), _ = serve(make_engine(), [shorter])
         assert_same(made, reference(shorter))

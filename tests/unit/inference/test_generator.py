@@ -131,7 +131,7 @@ def test_finish_reasons() -> None:
     made = _generate(model, policy)
     assert made.finish_reason == "length"
     eod = made.tokens[6]
-    stopped = _generate(model, policy, eod=eod)
+    stopped = _generate(model, policy, eos_token_ids=(98, eod))
     assert stopped.finish_reason == "eod"
     assert stopped.tokens == made.tokens[: made.tokens.index(eod) + 1]
     context = _generate(model, policy, max_new_tokens=1000)
@@ -140,7 +140,7 @@ def test_finish_reasons() -> None:
     stopped = _generate(model, policy, stop_tokens=(99, eod))
     assert stopped.finish_reason == "stop"
     assert stopped.tokens == made.tokens[: made.tokens.index(eod) + 1]
-    assert _generate(model, policy, eod=eod, stop_tokens=[eod]).finish_reason == "eod"
+    assert _generate(model, policy, eos_token_ids=[eod], stop_tokens=[eod]).finish_reason == "eod"
     full_prompt = random_tokens(32).tolist()
     assert len(generate_reference(model, full_prompt, policy, GREEDY).tokens) == 1
 
