@@ -1,4 +1,8 @@
-"""A batch's output: one JSON object per line, appended as they finish; none is made twice."""
+"""A batch's output: one JSON object per line, appended as they finish; none is made twice.
+
+Error records come after all generations. Repeating the command cuts them off, appends what is
+missing and tries what failed again.
+"""
 
 import fcntl
 import os
@@ -8,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ee_llm.inference.json_lines import parse_object, read_lines, short
-from ee_llm.inference.records import Record, as_json, difference, from_record
+from ee_llm.inference.records import Record, as_json, difference, from_record, is_error
 
 _START = b'{"id": "'
 
@@ -19,9 +23,10 @@ def open_output(
 ) -> Iterator[tuple[BinaryIO, set[str]]]:
     """Give the file to append records to, and the ids of those that it holds.
 
-    A line cut off by a crash is taken away. origins: by id, what this batch's generations are
-    functions of. Raises ValueError, and changes nothing, if the file can not be written, if
-    another process writes to it, or if it holds anything but generations, made as this batch's are.
+    A line cut off by a crash is taken away, and so are error records. origins: by id, what this
+    batch's generations are functions of. Raises ValueError, and changes nothing, if the file can
+    not be written, if another process writes to it, or if it holds anything but error records after
+    generations that were made as this batch's are.
     """
     source = f"--output {path}"
     try:
@@ -61,6 +66,7 @@ def _finished(
     """Return the ids that a file holds, and where the last whole line ends."""
     done: set[str] = set()
     end = 0
+    error_at = ""
     for number, line in enumerate(read_lines(file, source), start=1):
         where = f"{source}, line {number}"
         is_ended = line.endswith(b"\n")
@@ -68,6 +74,11 @@ def _finished(
             break
         try:
             record = parse_object(line, where)
+            if is_error(record):
+                error_at = error_at or where
+                continue
+            if error_at:
+                raise ValueError(f"{where} comes after the error record of {error_at}")
             from_record(record, where)
         except ValueError as error:
             raise ValueError(f"{error}; --output adds to generations alone: give another") from None

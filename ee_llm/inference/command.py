@@ -25,9 +25,9 @@ from ee_llm.inference.load import load_engine
 from ee_llm.inference.options import GenerateOptions
 from ee_llm.inference.paged import FLASH_BLOCK
 from ee_llm.inference.policy import make_policy
-from ee_llm.inference.prompts import Prompt, first_tokens, read_prompts
+from ee_llm.inference.prompts import InvalidLine, Prompt, first_tokens, read_prompts
 from ee_llm.inference.quantized import check_quantize
-from ee_llm.inference.records import Record, as_json, origin, to_record
+from ee_llm.inference.records import Record, as_json, error_record, origin, to_record
 from ee_llm.inference.render import colored_text, cut_pieces, legend, token_pieces, token_table
 from ee_llm.inference.request import Draft, Request
 from ee_llm.inference.sampling import Sampling
@@ -138,41 +138,47 @@ def check(options: GenerateOptions) -> None:
 
 
 def generate(options: GenerateOptions) -> None:
-    """Print or write the continuation of prompts; raises ValueError for bad input.
+    """Print or write the continuation of prompts.
 
-    Raises ValueError too, at the end, if --verify found what rounding does not explain.
+    Raises ValueError for bad input, and at the end if --verify found what rounding does not
+    explain; RuntimeError, at the end too, if prompts of a batch have error records.
     """
     check(options)
     reader = TensorReader(options.checkpoint)
-    prompts: list[Prompt] = []
-    if platform.is_rank_zero():  # nobody else reads, so that mistakes are told once
-        prompts = read_prompts(options)
-    generation = _decode(options, reader, prompts)
-    if not options.verify or not prompts:
-        return
-    if options.output is not None:
-        ids = {prompt.id for prompt in prompts}
-        account = check_file(reader, options.output, f"--output {options.output}", ids)
+    if not platform.is_rank_zero():  # nobody else reads, so that mistakes are told once
+        with _opened(options, reader) as session:
+            session.decoder.follow()
+    elif options.batch_file is not None:
+        _generate_batch(options, reader)
     else:
-        assert generation is not None, "there is one prompt"
+        _generate_one(options, reader)
+
+
+def _generate_one(options: GenerateOptions, reader: TensorReader) -> None:
+    (prompt,) = read_prompts(options)
+    assert isinstance(prompt, Prompt), "lines alone are invalid, and this is no batch"
+    with _opened(options, reader) as session:
+        generation = _run_one(session, options, prompt)
+    if options.verify:
         account = Account()
         checker = Checker(reader, platform.dtype_named(options.dtype))
-        account.add(prompts[0].where, checker.check(generation))
-    account.tell()
+        account.add(prompt.where, checker.check(generation))
+        account.tell()
 
 
-def _decode(
-    options: GenerateOptions, reader: TensorReader, prompts: list[Prompt]
-) -> Generation | None:
-    """Continue the prompts, and return the generation of a single one."""
+def _generate_batch(options: GenerateOptions, reader: TensorReader) -> None:
+    assert options.output is not None, "a batch has an output"
+    lines = read_prompts(options)
     with _opened(options, reader) as session:
-        if not prompts:
-            session.decoder.follow()
-        elif options.batch_file is not None:
-            _run_batch(session, options, prompts)
-        else:
-            return _run_one(session, options, prompts[0])
-    return None
+        errors = _run_batch(session, options, lines)
+    if options.verify:
+        ids = {line.id for line in lines}
+        check_file(reader, options.output, f"--output {options.output}", ids).tell()
+    if errors:
+        raise RuntimeError(
+            f"{len(errors)} of {len(lines)} prompts failed; --output {options.output} has an error"
+            f" record for each. The first: {next(iter(errors.values()))}"
+        )
 
 
 @contextmanager
@@ -243,15 +249,18 @@ def _run_one(session: Session, options: GenerateOptions, prompt: Prompt) -> Gene
     return generation
 
 
-def _run_batch(session: Session, options: GenerateOptions, prompts: list[Prompt]) -> None:
+def _run_batch(
+    session: Session, options: GenerateOptions, lines: list[Prompt | InvalidLine]
+) -> dict[str, str]:
+    """Write a record for each line; return the message of each that failed, by id."""
     assert options.output is not None, "a batch has an output"
-    by_id = {prompt.id: prompt for prompt in prompts}
-    requests = {prompt.id: _asked(session, prompt) for prompt in prompts}
+    by_id = {line.id: line for line in lines if isinstance(line, Prompt)}
+    requests, errors = _requests(session, lines)
     origins = {id: session.origin(by_id[id], request) for id, request in requests.items()}
     num_layers = session.config.model.num_layers
     start, num_tokens = time.monotonic(), 0
     count = TextColumn("{task.completed}/{task.total} prompts")
-    bar = platform.progress_bar("generating", len(prompts), count)
+    bar = platform.progress_bar("generating", len(requests), count)
     with open_output(options.output, origins) as (file, done), bar as progress:
         (task,) = progress.task_ids
         num_done = len(done & requests.keys())
@@ -270,20 +279,32 @@ def _run_batch(session: Session, options: GenerateOptions, prompts: list[Prompt]
                 append(file, record)
                 speed = num_tokens / (time.monotonic() - start)
                 progress.update(task, advance=1, description=f"{speed:,.0f} tokens/s")
+        for id, message in errors.items():
+            append(file, error_record(id, message))
     seconds = time.monotonic() - start
     platform.console.print(
-        f"{len(prompts)} prompts, {num_done} of them done before; {num_tokens} tokens in"
+        f"{len(lines)} prompts, {num_done} of them done before; {num_tokens} tokens in"
         f" {seconds:.1f} s: {escape(str(options.output))}",
         soft_wrap=True,
     )
+    return errors
 
 
-def _asked(session: Session, prompt: Prompt) -> Request:
-    """Return the request of a line; raises ValueError, naming it, before anything has run."""
-    try:
-        request = session.request(prompt)
-        session.decoder.add(request)
-        session.decoder.abort(request.id)
-        return request
-    except ValueError as error:
-        raise ValueError(f"{prompt.where}: {error}") from None
+def _requests(
+    session: Session, lines: list[Prompt | InvalidLine]
+) -> tuple[dict[str, Request], dict[str, str]]:
+    """Return the requests of the lines that can be served, and why the others cannot, by id."""
+    requests: dict[str, Request] = {}
+    errors: dict[str, str] = {}
+    for line in lines:
+        if isinstance(line, InvalidLine):
+            errors[line.id] = line.error
+            continue
+        try:
+            request = session.request(line)
+            session.decoder.add(request)
+            session.decoder.abort(request.id)
+            requests[line.id] = request
+        except ValueError as error:
+            errors[line.id] = f"{line.where}: {error}"
+    return requests, errors

@@ -28,10 +28,20 @@ class Prompt:
     where: str = ""
 
 
-def read_prompts(options: GenerateOptions) -> list[Prompt]:
-    """Return the prompts that the options name; raises ValueError, naming the line, for a bad one.
+@dataclass(frozen=True)
+class InvalidLine:
+    """A line of a batch file that has an id and cannot be served. error: why, naming the line."""
 
-    Raises ValueError too if there is none.
+    id: str
+    where: str
+    error: str
+
+
+def read_prompts(options: GenerateOptions) -> list[Prompt | InvalidLine]:
+    """Return the prompts that the options name, and for a batch its invalid lines, in order.
+
+    Raises ValueError if there is no prompt, if a line of a batch is not a JSON object, or if its
+    id cannot name a record: it is no text, or another line's.
     """
     if options.batch_file is not None:
         return _read_batch(options, options.batch_file)
@@ -75,42 +85,49 @@ def _read_prompt(options: GenerateOptions) -> Prompt:
     return Prompt(text, options, where=source)
 
 
-def _read_batch(options: GenerateOptions, path: Path) -> list[Prompt]:
+def _read_batch(options: GenerateOptions, path: Path) -> list[Prompt | InvalidLine]:
     source = f"--batch-file {path}"
-    prompts: dict[str, Prompt] = {}
+    lines: dict[str, Prompt | InvalidLine] = {}
     with opened(path, source) as file:
         for where, record in read_objects(file, source, _MAX_BATCH):
-            prompt = _from_line(options, record, where, default_id=str(len(prompts) + 1))
-            if prompt.id in prompts:
-                others = prompts[prompt.id].where
-                raise ValueError(f"{where}: id {short(prompt.id)} is that of {others} too")
-            prompts[prompt.id] = prompt
-    if not prompts:
+            id = _id(record, where, default=str(len(lines) + 1))
+            if id in lines:
+                raise ValueError(
+                    f"{where}: id {short(id)} is that of {lines[id].where} too; give each line an"
+                    " id of its own"
+                )
+            try:
+                lines[id] = _from_line(options, record, where, id)
+            except ValueError as error:
+                lines[id] = InvalidLine(id, where, str(error))
+    if not lines:
         raise ValueError(f"{source} is empty; give one JSON object per line")
-    return list(prompts.values())
+    return list(lines.values())
 
 
-def _from_line(
-    options: GenerateOptions, record: dict[str, Any], where: str, default_id: str
-) -> Prompt:
-    text, id = record.pop("prompt", None), record.pop("id", default_id)
-    if not isinstance(text, str) or not text or not _is_encodable(text):
-        raise ValueError(f'{where}: "prompt" is {short(text)}; it must be a text, and not empty')
+def _id(record: dict[str, Any], where: str, default: str) -> str:
+    id = record.pop("id", default)
     if type(id) not in (str, int) or not _is_encodable(str(id)):
         raise ValueError(f'{where}: "id" is {short(id)}; it must be a text or a whole number')
+    return str(id)
+
+
+def _from_line(options: GenerateOptions, record: dict[str, Any], where: str, id: str) -> Prompt:
+    text = record.pop("prompt", None)
     own = {}
     for name, value in record.items():
         if name not in _OWN:
-            raise ValueError(
-                f"{where}: {short(name)} is unknown; choose of {', '.join(sorted(_OWN))}"
-            )
+            names = ", ".join(["prompt", "id", *sorted(_OWN)])
+            raise ValueError(f"{where}: {short(name)} is unknown; choose from {names}")
         try:
             own[name] = _OWN[name](value)
         except (TypeError, OverflowError):
             raise ValueError(
                 f"{where}: {name!r} can not be {short(value)}; 'ee-llm generate --help' explains it"
             ) from None
-    return Prompt(text, replace(options, **own), str(id), where)
+    if not isinstance(text, str) or not text or not _is_encodable(text):
+        raise ValueError(f'{where}: "prompt" is {short(text)}; it must be a text, and not empty')
+    return Prompt(text, replace(options, **own), id, where)
 
 
 def _is_encodable(text: str) -> bool:

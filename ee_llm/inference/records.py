@@ -72,6 +72,16 @@ def to_record(
     }
 
 
+def error_record(id: str, message: str) -> Record:
+    """Return what stands in a batch's output for a prompt that could not be continued."""
+    return {"id": id, "error": {"message": message}}
+
+
+def is_error(record: Mapping[str, Any]) -> bool:
+    """Return whether a record is one of `error_record`'s."""
+    return record.keys() == {"id", "error"}
+
+
 def from_record(record: Mapping[str, Any], where: str) -> tuple[Generation, str]:
     """Return the generation that `to_record` described, and the dtype it was made in.
 

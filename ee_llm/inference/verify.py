@@ -16,7 +16,7 @@ from ee_llm.inference.certificate import Divergence, tolerance, verify_trace
 from ee_llm.inference.generator import Generation
 from ee_llm.inference.json_lines import opened, read_objects
 from ee_llm.inference.options import VerifyOptions
-from ee_llm.inference.records import from_record
+from ee_llm.inference.records import from_record, is_error
 from ee_llm.inference.reference import ReferenceModel
 from ee_llm.inference.weights import CheckpointTensors, Converted
 
@@ -114,13 +114,14 @@ def check_file(
 ) -> Account:
     """Return what is found in a file's generations, or in those of the given ids alone.
 
-    source: what the file is called in errors. Raises ValueError if a line is no generation.
+    source: what the file is called in errors. Error records are passed over. Raises ValueError if
+    another line is no generation.
     """
     account = Account()
     checkers: dict[str, Checker] = {}
     with opened(path, source) as file:
         for where, record in read_objects(file, source):
-            if ids is not None and record.get("id") not in ids:
+            if is_error(record) or (ids is not None and record.get("id") not in ids):
                 continue
             generation, dtype = from_record(record, where)
             if dtype not in checkers:

@@ -159,7 +159,7 @@ SLOW_BUT_TWO_STAGES = [
         (("--prompt-file", "none"), "--prompt-file none can not be read: No such file"),
         (
             ("--batch-file", "bad.jsonl", "--output", "never.jsonl"),
-            "--batch-file bad.jsonl, line 2: 49 tokens are more than model.max_seq_length",
+            "--batch-file bad.jsonl, line 2 is no JSON",
         ),
         (
             ("--batch-file", "batch.jsonl", "--output", "batch.jsonl"),
@@ -172,12 +172,26 @@ def test_a_mistake_is_one_line(
     place: Path, layout: str, arguments: tuple[str, ...], message: str
 ) -> None:
     """Two or four processes could speak, and the threads that wait could abort."""
-    (place / "bad.jsonl").write_text(json.dumps(LINES[0]) + "\n" + '{"prompt": "%s"}' % ("x" * 49))
+    (place / "bad.jsonl").write_text(json.dumps(LINES[0]) + '\n{"prompt": "cut')
     out, err = run(place, *OPTIONS, *LAYOUTS[layout], *arguments, status=2)
     assert out == ""
     assert len(err.splitlines()) == 1, err
     assert err.startswith(f"ee-llm: {message}")
     assert not (place / "never.jsonl").exists()
+
+
+def test_an_invalid_line_is_an_error_record(place: Path, tmp_path: Path) -> None:
+    """The ranks end as usual before the first of them tells; what else was asked for is there."""
+    (place / "long.jsonl").write_text(json.dumps(LINES[0]) + "\n" + '{"prompt": "%s"}' % ("x" * 49))
+    output = tmp_path / "out.jsonl"
+    batch = ("--batch-file", "long.jsonl", "--output", str(output))
+    _, err = run(place, *OPTIONS, *LAYOUTS["pipeline 2"], *batch, status=1)
+    said = err.splitlines()[-1]
+    assert said.startswith(f"ee-llm: 1 of 2 prompts failed; --output {output} has an error record")
+    assert said.endswith("the prompt"), said
+    found = records(output)
+    assert "49 tokens are more than" in found["2"]["error"]["message"]
+    assert len(found["0exact"]["tokens"]) == 20
 
 
 def test_ranks_that_fail_alike_are_one_line(place: Path) -> None:

@@ -11,7 +11,7 @@ from ee_llm.inference import batch_file
 from ee_llm.inference.batch_file import append, open_output
 from ee_llm.inference.generator import Generation
 from ee_llm.inference.policy import make_policy
-from ee_llm.inference.records import as_json, origin, to_record
+from ee_llm.inference.records import as_json, error_record, origin, to_record
 from ee_llm.inference.request import Request
 from ee_llm.inference.sampling import Sampling
 
@@ -77,7 +77,16 @@ def test_records_of_other_prompts_stay(tmp_path: Path) -> None:
     )
 
 
+def test_error_records_are_taken_away(tmp_path: Path) -> None:
+    """What failed is tried again; each id has one record in the end."""
+    errors = [as_json(error_record(id, "why")).encode() + b"\n" for id in ("b", "c")]
+    for after in (errors[0], errors[0] + errors[1], errors[0] + errors[1][:9], errors[0][:-1]):
+        assert _reopened(tmp_path / "out", _line("a") + after) == ({"a"}, _line("a"))
+    assert _reopened(tmp_path / "out", errors[0]) == (set(), b"")
+
+
 FOREIGN = [
+    _line("a") + as_json(error_record("b", "why")).encode() + b"\n" + _line("c"),
     b"my only notes",
     b"my only notes\n",
     b"notes, and more notes\nof which the last line does not end",

@@ -1,6 +1,7 @@
 """`ee-llm generate` in one process, from a checkpoint on disk to what it prints and writes."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -311,14 +312,48 @@ def test_a_batch_that_was_killed_goes_on(
         ({"prompt": "a", "colour": 1}, "line 2: 'colour' is unknown"),
     ],
 )
-def test_a_batch_with_a_bad_line_does_nothing(
+def test_an_invalid_line_of_a_batch_gets_an_error_record_and_the_others_are_served(
     run: Path, tmp_path: Path, line: Record, message: str
 ) -> None:
-    options = _batch(run, tmp_path, [{"prompt": "fine"}, line, {"prompt": "fine"}])
-    with pytest.raises(ValueError, match=f"batch.jsonl, {message}"):
+    """One mistake among ten thousand prompts must not cost the others."""
+    options = _batch(run, tmp_path, [{"prompt": "fine"}, line, {"prompt": "fine"}], verify=True)
+    with pytest.raises(RuntimeError, match=rf"1 of 3 prompts failed; .*batch.jsonl, {message}"):
         generate(options)
-    assert options.output
-    assert not options.output.exists()
+    found = _written(options)
+    assert list(found)[-1] == "2"
+    assert found["2"].keys() == {"id", "error"}
+    assert re.search(f"batch.jsonl, {message}", found["2"]["error"]["message"])
+    assert len(found["1"]["tokens"]) == len(found["3"]["tokens"]) > 0
+
+
+def test_a_batch_goes_on_with_what_failed_once_it_is_mended(run: Path, tmp_path: Path) -> None:
+    """Generations stay, byte for byte; a file with errors alone is no obstacle."""
+    bad = [{"prompt": "", "id": "x"}, {"promt": "b", "id": "y"}]
+    options = _batch(run, tmp_path, bad)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="2 of 2 prompts failed"):
+            generate(options)
+    assert list(_written(options)) == ["x", "y"]
+    options = _batch(run, tmp_path, [{"prompt": "a", "id": "x"}, bad[1]])
+    with pytest.raises(RuntimeError, match=r"1 of 2 prompts failed; .* 'promt' is unknown"):
+        generate(options)
+    first = options.output.read_bytes().splitlines(keepends=True)
+    options = _batch(run, tmp_path, [{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "y"}])
+    generate(options)
+    found = _written(options)
+    assert options.output.read_bytes().startswith(first[0])
+    assert {id: len(record["tokens"]) > 0 for id, record in found.items()} == {"x": True, "y": True}
+
+
+def test_a_batch_with_errors_ends_with_status_1_and_can_be_verified(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = _batch(run, tmp_path, [{"prompt": ""}, {"prompt": "a"}])
+    batch = ["--batch-file", str(options.batch_file), "--output", str(options.output)]
+    assert cli.main(["generate", "--checkpoint", str(run), *batch]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("ee-llm: 1 of 2 prompts failed; ")
+    assert cli.main(["verify", "--checkpoint", str(run), str(options.output)]) == 0
+    assert "certificate: 1 generations" in capsys.readouterr().err
 
 
 def test_a_batch_larger_than_the_cache_waits_or_is_refused(run: Path, tmp_path: Path) -> None:
@@ -327,7 +362,7 @@ def test_a_batch_larger_than_the_cache_waits_or_is_refused(run: Path, tmp_path: 
     assert len(_written(options)) == 6
     lines = [{"prompt": "a", "max_new_tokens": 8}, {"prompt": "a" * 40, "max_new_tokens": 8}]
     (tmp_path / "b").mkdir()
-    with pytest.raises(ValueError, match="line 2: request '2' may grow to 47 positions"):
+    with pytest.raises(RuntimeError, match="line 2: request '2' may grow to 47 positions"):
         generate(_batch(run, tmp_path / "b", lines, cache_tokens=1, batch_size=1))
 
 

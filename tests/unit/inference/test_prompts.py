@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import pytest
 
 from ee_llm.inference import prompts
 from ee_llm.inference.options import GenerateOptions
-from ee_llm.inference.prompts import Prompt, read_prompts
+from ee_llm.inference.prompts import InvalidLine, Prompt, read_prompts
 
 RUN = Path("run")
 
 
-def _batch(tmp_path: Path, *lines: object, **options: object) -> list[Prompt]:
+def _batch(tmp_path: Path, *lines: object, **options: object) -> list[Prompt | InvalidLine]:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(f"{x if isinstance(x, str) else json.dumps(x)}\n" for x in lines))
     return read_prompts(GenerateOptions(RUN, batch_file=file, **options))
@@ -114,15 +115,29 @@ def test_every_option_that_decides_a_text_can_be_set_on_a_line() -> None:
     [
         ("hello", "is no JSON"),
         ("[1]", "is no JSON object"),
-        ({"id": "x"}, '"prompt" is None; it must be a text'),
-        ({"prompt": ""}, "\"prompt\" is ''; it must be a text, and not empty"),
-        ({"prompt": ["a"]}, r"\"prompt\" is \['a'\]; it must be a text"),
-        ({"prompt": "\ud800"}, r"\"prompt\" is '\\ud800'; it must be a text"),
         ({"prompt": "a", "id": True}, '"id" is True; it must be a text or a whole number'),
         ({"prompt": "a", "id": 1.5}, '"id" is 1.5; it must be'),
         ({"prompt": "a", "id": "\ud800"}, '"id" is '),
         ({"prompt": "a", "id": "1"}, "id '1' is that of --batch-file .*prompts.jsonl, line 1 too"),
-        ({"prompt": "a", "temprature": 1}, "'temprature' is unknown; choose of .*temperature"),
+    ],
+)
+def test_a_line_that_is_no_object_or_has_no_id_of_its_own_ends_the_batch(
+    tmp_path: Path, line: object, message: str
+) -> None:
+    """There is no id that a record of its error could have."""
+    with pytest.raises(ValueError, match=f"prompts.jsonl, line 2:? {message}"):
+        _batch(tmp_path, {"prompt": "a"}, line, {"prompt": "b"})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"id": "x"}, '"prompt" is None; it must be a text'),
+        ({"prompt": ""}, "\"prompt\" is ''; it must be a text, and not empty"),
+        ({"prompt": ["a"]}, r"\"prompt\" is \['a'\]; it must be a text"),
+        ({"prompt": "\ud800"}, r"\"prompt\" is '\\ud800'; it must be a text"),
+        ({"promt": "a"}, "'promt' is unknown; choose from prompt, id, bos"),
+        ({"prompt": "a", "temprature": 1}, "'temprature' is unknown; choose from .*temperature"),
         ({"prompt": "a", "output": "/etc/passwd"}, "'output' is unknown"),
         ({"prompt": "a", "checkpoint": "x"}, "'checkpoint' is unknown"),
         ({"prompt": "a", "seed": "1"}, "'seed' can not be '1'"),
@@ -139,15 +154,23 @@ def test_every_option_that_decides_a_text_can_be_set_on_a_line() -> None:
         ({"prompt": "a", "draft_exit": "2"}, "'draft_exit' can not be '2'"),
     ],
 )
-def test_a_bad_line_of_a_batch_is_named(tmp_path: Path, line: object, message: str) -> None:
-    with pytest.raises(ValueError, match=f"prompts.jsonl, line 2:? {message}"):
-        _batch(tmp_path, {"prompt": "a"}, line, {"prompt": "b"})
+def test_an_invalid_line_is_named_and_the_others_are_read(
+    tmp_path: Path, line: dict[str, object], message: str
+) -> None:
+    first, invalid, last = _batch(tmp_path, {"prompt": "a"}, line, {"prompt": "b"})
+    assert isinstance(invalid, InvalidLine)
+    assert invalid.id == line.get("id", "2")
+    assert re.search(f"prompts.jsonl, line 2: {message}", invalid.error)
+    assert (first.id, last.id) == ("1", "3")
+    assert isinstance(first, Prompt)
+    assert isinstance(last, Prompt)
 
 
 def test_an_error_shows_no_more_than_the_beginning_of_a_value(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'seed' can not be") as caught:
-        _batch(tmp_path, {"prompt": "a", "seed": "9" * 10_000})
-    assert len(str(caught.value)) < 400
+    (invalid,) = _batch(tmp_path, {"prompt": "a", "seed": "9" * 10_000})
+    assert isinstance(invalid, InvalidLine)
+    assert "'seed' can not be" in invalid.error
+    assert len(invalid.error) < 400
 
 
 def test_an_empty_or_too_large_batch_is_refused(
