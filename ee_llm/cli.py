@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ee_llm
-from ee_llm.launch import complain, is_launched, launch, report
+from ee_llm.launch import launch
+from ee_llm.rank import complain, die_with_launcher, is_launched, report
+from ee_llm.streams import protect_streams
 
 if TYPE_CHECKING:
     from ee_llm.config import Config
@@ -244,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     What went wrong is one line on standard error; EE_LLM_DEBUG=1 shows where it was found.
     """
+    protect_streams()
     try:
         _dispatch(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()  # here, where a closed pipe is dealt with
@@ -264,5 +267,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _leave_out_working_directory() -> None:
+    """Import what `ee-llm` would: `python -m` puts the working directory before all libraries."""
+    checkout = Path(__file__).resolve().parents[1]  # runs from there without being installed
+    if not sys.flags.safe_path and sys.path and Path(sys.path[0]).resolve() != checkout:
+        del sys.path[0]
+
+
 if __name__ == "__main__":
+    _leave_out_working_directory()
+    die_with_launcher()  # torchrun
     sys.exit(main())

@@ -10,7 +10,13 @@
 #   MASTER_ADDR      host name of node 0 (localhost)
 #   MASTER_PORT      a free port there (29500)
 #   PYTHON           the interpreter of the environment with ee_llm (python)
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT
+#                    seconds that the processes get, after a signal, to finish their step and save
+#                    before torchrun kills them (3600). torch 2.11 gives 30 whatever is set here.
 set -euo pipefail
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}"
+# Folders in the working directory must not replace libraries of the same name.
+export PYTHONSAFEPATH=1
 # megatron-core needs the order of kernel launches to be that of the queue; one core for each
 # process's own threads unless you know better.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"

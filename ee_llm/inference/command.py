@@ -1,7 +1,6 @@
 """`ee-llm generate`: prompts in, continuations out, with the exit of every token."""
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,11 +114,11 @@ def check(options: GenerateOptions) -> None:
             raise ValueError(f"--{option} {getattr(options, name)} must be at least 1")
     if not 0.0 < options.timeout_s < math.inf:
         raise ValueError(f"--timeout-s {options.timeout_s} must be finite and more than 0")
-    num_ranks, started = options.tensor * options.pipeline, os.environ.get("WORLD_SIZE")
-    if started is not None and started != str(num_ranks):
+    num_ranks, started = options.tensor * options.pipeline, platform.launched_world_size()
+    if started is not None and started != num_ranks:
         raise ValueError(
             f"--tensor {options.tensor} x --pipeline {options.pipeline} do not fit WORLD_SIZE ="
-            f" {started!r} in the environment; start {num_ranks} ranks, or unset it"
+            f" {started} in the environment; start {num_ranks} ranks, or unset it"
         )
     if options.quantize != "none":
         check_quantize(platform.dtype_named(options.dtype))

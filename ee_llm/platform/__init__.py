@@ -22,6 +22,7 @@ from ee_llm.platform.devices import (
     synchronize,
     synchronize_stream,
 )
+from ee_llm.platform.environment import launched_world_size
 from ee_llm.platform.graphs import record
 from ee_llm.platform.grid import Grid, initialize, shutdown
 from ee_llm.platform.megatron import enable as enable_megatron
@@ -45,6 +46,7 @@ __all__ = [
     "has_cuda",
     "initialize",
     "is_rank_zero",
+    "launched_world_size",
     "local_rank",
     "log",
     "num_cores",

@@ -1,14 +1,13 @@
 """Process groups: the grid of tensor, pipeline and data ranks."""
 
 import datetime
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ee_llm.platform import console, devices, megatron
+from ee_llm.platform import console, devices, environment, megatron
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,11 @@ def initialize(
     ever. Random generators are seeded: equal over tensor ranks outside of tensor-parallel regions,
     different over pipeline and data ranks.
 
-    Raises ValueError if the world size is not a multiple of tensor x pipeline.
+    Raises ValueError if the environment is wrong, or the world size is not a multiple of
+    tensor x pipeline.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = environment.launched_world_size()
+    world_size = launched or 1
     if world_size % (tensor * pipeline):
         raise ValueError(
             f"world size {world_size} does not fit the layout: parallel.tensor {tensor} x "
@@ -85,7 +86,7 @@ def initialize(
         )
     if not devices.has_cuda():
         devices.keep_freed_memory()
-    if "WORLD_SIZE" in os.environ:
+    if launched:
         dist.init_process_group(devices.backend(), timeout=timeout)
     else:
         dist.init_process_group(

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import os
 import queue
 import threading
 from collections import deque
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ee_llm.platform import devices
+from ee_llm.platform import devices, environment
 
 _MAX_IN_FLIGHT = 32  # tensors; a pass has up to four
 
@@ -193,9 +192,9 @@ class ServingGrid:
 def connect(*, tensor: int = 1, pipeline: int = 1, timeout_s: float = 600) -> ServingGrid:
     """Join tensor x pipeline ranks that decode one model; reads torchrun's environment.
 
-    Raises ValueError if there are not as many ranks.
+    Raises ValueError if the environment is wrong, or there are not as many ranks.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = environment.launched_world_size() or 1
     if world_size != tensor * pipeline:
         raise ValueError(
             f"{world_size} ranks do not fit --tensor {tensor} x --pipeline {pipeline}; start"

@@ -16,6 +16,7 @@ from ee_llm.config import (
     section_types,
 )
 from ee_llm.launch import launch
+from ee_llm.streams import ignore_output_trouble
 
 
 def train_options() -> Any:
@@ -119,6 +120,7 @@ def _run(config: Config, command: str, nproc: int | None, arguments: list[str]) 
     if nproc is None:
         from ee_llm.training.trainer import train as train_as_rank
 
+        ignore_output_trouble()
         train_as_rank(config)
     else:
         launch(nproc, [command, *_without_option(arguments, "--nproc")])
@@ -126,19 +128,15 @@ def _run(config: Config, command: str, nproc: int | None, arguments: list[str]) 
 
 def _check_start(config: Config, nproc: int | None) -> None:
     """Refuse what can be seen to fail before any process is started; raises `ConfigError`."""
+    from ee_llm import platform
     from ee_llm.pipeline.chosen import chosen_fills
 
-    world_size = os.environ.get("WORLD_SIZE")
-    if world_size is not None and not (world_size.isdecimal() and int(world_size) > 0):
+    if nproc is not None and "WORLD_SIZE" in os.environ:
         raise ConfigError(
-            f"WORLD_SIZE = {world_size!r} in the environment is no number of processes; unset it, "
-            "or let torchrun set it"
+            f"--nproc = {nproc} within a launcher that already started "
+            f"{os.environ['WORLD_SIZE']} processes; leave --nproc out"
         )
-    if nproc is not None and world_size is not None:
-        raise ConfigError(
-            f"--nproc = {nproc} within a launcher that already started {world_size} processes; "
-            "leave --nproc out"
-        )
+    world_size = platform.launched_world_size()
     if nproc is not None and nproc < 1:
         raise ConfigError(f"--nproc = {nproc}: give 1 or more")
     if not config.data.prefixes:
@@ -146,7 +144,7 @@ def _check_start(config: Config, nproc: int | None) -> None:
             "data.prefixes = [] names nothing to train on; make data with 'ee-llm data prepare' "
             "and give the --output of that"
         )
-    config.num_microbatches(nproc or int(world_size or 1))
+    config.num_microbatches(nproc or world_size or 1)
     chosen_fills(config)
 
 

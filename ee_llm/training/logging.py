@@ -17,6 +17,7 @@ from rich.progress import Progress, TextColumn
 
 from ee_llm import platform
 from ee_llm.config import Config
+from ee_llm.streams import stream_trouble
 
 LOG = "log.jsonl"
 SUPERSEDED = "log.superseded.jsonl"
@@ -24,6 +25,7 @@ LEARNING_RATE = "learning-rate"
 GRAD_NORM = "grad-norm"
 TOKENS_PER_SECOND = "tokens-per-second"
 ITERATION_TIME = "iteration-time"
+_VALIDATION = " validation"  # ends the name of a validation loss
 PEAK_MEMORY = "peak-memory-gib"  # of the fullest rank since the process began
 
 
@@ -36,7 +38,7 @@ def validation_metrics(losses: Mapping[int, float], num_layers: int) -> dict[str
     """Return validation losses (by boundary, in nats) and perplexities under Megatron's names."""
     metrics = {}
     for boundary, loss in losses.items():
-        name = f"{loss_name(boundary, num_layers)} validation"
+        name = f"{loss_name(boundary, num_layers)}{_VALIDATION}"
         metrics[name] = loss
         metrics[f"{name} ppl"] = math.exp(min(loss, 700.0))  # beyond, a float overflows
     return metrics
@@ -63,6 +65,7 @@ class RunLog:
         self._sinks: list[Sink] = []
         self._file: _JsonLines | None = None
         self._progress: Progress | None = None
+        self._is_trouble_noted = False
         self._step = start_step
         self._reported = start_step
         self._tokens = 0
@@ -153,6 +156,14 @@ class RunLog:
         if math.isfinite(left) and left > 0:
             parts.append(f"ETA {datetime.timedelta(seconds=round(left))}")
         self._progress.console.print(" · ".join(parts), soft_wrap=True)
+        self._note_trouble(step)
+
+    def _note_trouble(self, step: int) -> None:
+        """Write to the file, once, that the console takes no more of what it is given."""
+        trouble = stream_trouble()
+        if trouble and not self._is_trouble_noted:
+            self._is_trouble_noted = True
+            self.event(step, "console lost", error=trouble)
 
 
 def _progress_bar(steps: int, start_step: int) -> Progress:
@@ -198,6 +209,16 @@ def _supersede(path: Path, superseded: Path, start_step: int) -> None:
     aside = path.with_name(path.name + ".new")
     aside.write_text("".join(kept), encoding="utf-8")
     os.replace(aside, path)
+
+
+def lacks_validation(output: Path | str, step: int) -> bool:
+    """Return whether the log in `output`, if there is one, has no validation of `step`."""
+    path = Path(output) / LOG
+    if not path.exists():
+        return False
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    here = [line for line in lines if _step_of(line) == step]
+    return not any(name.endswith(_VALIDATION) for line in here for name in json.loads(line))
 
 
 def _step_of(line: str) -> float:

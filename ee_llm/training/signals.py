@@ -1,5 +1,6 @@
-"""SIGTERM and SIGINT as requests: the step at hand is finished and saved before the run ends."""
+"""Signals as requests to stop: the current step is finished and saved before the run ends."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -8,18 +9,15 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ee_llm import platform
-
-# SIGTERM is what SLURM and Kubernetes send some time before they kill; SIGINT is Ctrl-C.
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A launcher passes a signal on that the ranks may have got themselves: that is one request.
-_REPEAT_S = 1.0
+from ee_llm.rank import REPEAT_S, STOP_SIGNALS
 
 
 class StopSignals:
-    """Within `with`, notes the first of the signals instead of dying of it.
+    """Within `with`, notes the first of STOP_SIGNALS instead of dying of it.
 
-    One more, a second or later, acts as it did before: for who can not wait. Outside of the main
-    thread, where Python allows no handlers, nothing is noted.
+    Another one, a second later or more, has its usual effect: it ends the run at once. SIGHUP stays
+    ignored where it is (nohup). Outside of the main thread, where Python allows no handlers,
+    nothing is noted.
     """
 
     def __init__(self) -> None:
@@ -30,7 +28,11 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._previous = {
+                number: signal.signal(number, self._note)
+                for number in STOP_SIGNALS
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+            }
         return self
 
     def __exit__(
@@ -49,8 +51,10 @@ class StopSignals:
             self._since = time.monotonic()
             if platform.is_rank_zero():
                 name = signal.Signals(number).name
+                text = f"{name}: finishing the step, then saving; again to end now\n"
                 # Not through the console: a handler may interrupt the console itself.
-                os.write(2, f"{name}: finishing the step, then saving; again to end now\n".encode())
-        elif time.monotonic() - self._since > _REPEAT_S:
+                with contextlib.suppress(OSError):  # the terminal may be what was lost
+                    os.write(2, text.encode())
+        elif time.monotonic() - self._since > REPEAT_S:
             self.__exit__(None, None, None)
             signal.raise_signal(number)

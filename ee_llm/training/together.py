@@ -1,6 +1,8 @@
 """Ranks that end together: what one of them meets, all of them hear of, and soon."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -10,6 +12,7 @@ from ee_llm import platform
 from ee_llm.platform.transport import TransportError
 
 Result = TypeVar("Result")
+_CLOSED = ("closed by peer", "reset by peer", "broken pipe")  # in the messages of CPU backends
 
 
 class LostContactError(RuntimeError):
@@ -64,7 +67,7 @@ def largest(*numbers: int) -> list[int]:
 
 def is_lost_contact(error: BaseException | None) -> bool:
     """Return whether an error, or what caused it, is that another rank is gone or silent."""
-    signs = ("closed by peer", "reset by peer", "broken pipe", "timed out", "socket timeout")
+    signs = (*_CLOSED, "timed out", "socket timeout")
     while error is not None:
         if isinstance(error, TransportError | dist.DistError):
             return True
@@ -73,6 +76,54 @@ def is_lost_contact(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+@contextmanager
+def during(what: str) -> Iterator[None]:
+    """Add what the run was doing to an error that may mean that another rank is lost."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(what)
+        raise
+
+
+def lost_contact(error: RuntimeError, grid: platform.Grid, patience_s: float) -> LostContactError:
+    """Return the error that names the ranks which do not answer, and what this one waited for.
+
+    Leaves the process groups, so that other ranks notice. Ranks that lost contact as well say so
+    to each other for `patience_s` seconds. That lets the message of a rank that died come first.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    platform.shutdown()
+    absent = _absent_ranks(store, grid, time.monotonic() + patience_s)
+    ranks = ("rank " if len(absent) == 1 else "ranks ") + " and ".join(map(str, absent))
+    doing = " and ".join(getattr(error, "__notes__", ["the start"])[:1])
+    text = str(error).lower()
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    if "timed out" in text or "no answer within" in text:
+        reason = f"no answer within {grid.timeout.total_seconds():g} s (parallel.timeout_s)"
+    elif any(sign in text for sign in _CLOSED):
+        reason = "the connection was closed"
+    whom = ranks if absent else "another rank"
+    return LostContactError(
+        f"rank {grid.rank} lost contact with {whom} during {doing}: {reason}. Its own output says "
+        "why, if it could say anything."
+    )
+
+
+def _absent_ranks(store: dist.Store, grid: platform.Grid, deadline: float) -> list[int]:
+    """Return the ranks that do not say before `deadline` that they have lost contact too."""
+    keys = {rank: f"ee_llm lost contact {rank}" for rank in range(grid.world_size)}
+    absent = list(keys)
+    try:
+        store.set(keys[grid.rank], "")
+        while absent and time.monotonic() < deadline:
+            absent = [rank for rank in absent if not store.check([keys[rank]])]
+            time.sleep(0.1)
+    except RuntimeError:  # the store is lost too
+        return []
+    return absent
 
 
 def _text(error: Exception) -> str:

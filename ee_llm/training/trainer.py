@@ -3,7 +3,6 @@
 import functools
 import math
 import signal
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +19,7 @@ from ee_llm.checkpoint.save import save
 from ee_llm.checkpoint.tokenizer import companions, settings_of
 from ee_llm.config import Config, load_config
 from ee_llm.data import Microbatch
+from ee_llm.rank import report_stopped
 from ee_llm.training.engines import ENGINES
 from ee_llm.training.inputs import open_data
 from ee_llm.training.logging import (
@@ -28,6 +28,7 @@ from ee_llm.training.logging import (
     LOG,
     PEAK_MEMORY,
     RunLog,
+    lacks_validation,
     loss_name,
     validation_metrics,
 )
@@ -36,19 +37,19 @@ from ee_llm.training.precision import choose_dtype
 from ee_llm.training.schedule import learning_rate
 from ee_llm.training.signals import StopSignals
 from ee_llm.training.together import (
-    LostContactError,
+    during,
     fail_together,
     from_first,
     is_lost_contact,
     largest,
+    lost_contact,
 )
 from ee_llm.training.tracing import traced_step
 from ee_llm.training.tuning import INITIALIZATIONS, tuned_part
 
 SKIPPED = "skipped iterations"
 Result = TypeVar("Result")
-# How long a rank that lost another waits before it says so: the lost one's own message comes first,
-# and a launcher ends those that wait.
+# How long a rank that lost another waits for the other ranks before it says so.
 _PATIENCE_S = 2.0
 
 
@@ -71,8 +72,8 @@ def train(config: Config) -> Path:
     """Train the model of `config`, or tune its exits, and return its last checkpoint.
 
     Under torchrun this is one rank of many; without a launcher, the whole run. Goes on from the
-    newest checkpoint in `config.output` unless `checkpoint.resume` says otherwise. SIGTERM or
-    SIGINT on any rank ends it after the step at hand, saved, with TrainingInterrupted.
+    newest checkpoint in `config.output` unless `checkpoint.resume` says otherwise. SIGTERM, SIGINT
+    or SIGHUP on any rank ends it after the current step, saved, with TrainingInterrupted.
 
     Raises ValueError for what a user can mend, TrainingStopped after too many bad steps in a row,
     LostContactError when another rank died.
@@ -88,15 +89,13 @@ def train(config: Config) -> Path:
         fail_together(lambda: directory.check_output(config.output))
         from_first(lock.take)
         return _Trainer(config, grid).run()
+    except TrainingInterrupted as stop:
+        report_stopped(stop.signal)
+        raise
     except RuntimeError as error:
         if grid.world_size == 1 or not is_lost_contact(error):
             raise
-        platform.shutdown()  # first, so that the others hear of it
-        time.sleep(_PATIENCE_S)
-        raise LostContactError(
-            f"rank {grid.rank} lost contact with another rank, which says why in its own output; "
-            f"here it was: {str(error).splitlines()[0]}"
-        ) from error
+        raise lost_contact(error, grid, _PATIENCE_S) from error
     finally:
         platform.shutdown()
         lock.release()
@@ -131,6 +130,7 @@ class _Trainer:
         self.signals = StopSignals()
         self.batches = self.agreed(self.train_data)
         self.log = fail_together(lambda: _open_log(config, self.state.step, grid))
+        self.must_validate_first = self.has_missed_validation()
         self.first_step = self.state.step + 1
         self.bad_steps = 0
 
@@ -166,13 +166,27 @@ class _Trainer:
 
     def loop(self) -> None:
         config, state = self.config, self.state
+        if self.must_validate_first:
+            self.validate()
         while state.step < config.training.steps:
-            self.step(next(self.batches))
-            is_last = state.step == config.training.steps
-            if _is_due(state.step, config.training.eval_interval) or is_last:
+            with during(f"step {state.step + 1}"):
+                self.step(next(self.batches))
+            if self.is_validation_due():
                 self.validate()
-            if _is_due(state.step, config.checkpoint.interval) or is_last:
+            if _is_due(state.step, config.checkpoint.interval) or self.is_last():
                 self.save()
+
+    def is_last(self) -> bool:
+        return self.state.step == self.config.training.steps
+
+    def is_validation_due(self) -> bool:
+        return _is_due(self.state.step, self.config.training.eval_interval) or self.is_last()
+
+    def has_missed_validation(self) -> bool:
+        """Return whether a signal came before the validation of the step to resume from."""
+        if self.saved is None or not self.is_validation_due():
+            return False
+        return from_first(lambda: lacks_validation(self.config.output, self.state.step))
 
     def agreed(self, steps: Iterable[Sequence[Microbatch]]) -> Iterator[Sequence[Microbatch]]:
         """Yield this rank's share of each global batch that all ranks could read.
@@ -249,28 +263,31 @@ class _Trainer:
         self.log.event(step, "interrupted", signal=name)
         where = "nothing to save" if self.saved is None else f"saved in {self.saved[1]}"
         platform.log(f"stopped by {name} after step {step}: {escape(where)}")
+        largest(0)  # a launcher may end the ranks that are left as soon as one of them ends
 
     def validate(self) -> None:
         """Measure and report the loss of every exit on the validation data, if there is any."""
         if self.validation_data is None:
             return
-        losses = self.model.evaluate(self.agreed(self.validation_data))
+        with during(f"the validation after step {self.state.step}"):
+            losses = self.model.evaluate(self.agreed(self.validation_data))
         self.log.report_validation(
             self.state.step, validation_metrics(losses, self.config.model.num_layers)
         )
         self.log.restart_clock()
 
     def save(self) -> None:
-        path = save(
-            self.config.output,
-            self.model.stages,
-            self.optimizer,
-            self.state,
-            self.config,
-            self.frozen,
-            self.frozen_mark,
-            self.files,
-        )
+        with during(f"the save of step {self.state.step}"):
+            path = save(
+                self.config.output,
+                self.model.stages,
+                self.optimizer,
+                self.state,
+                self.config,
+                self.frozen,
+                self.frozen_mark,
+                self.files,
+            )
         self.saved = self.state.step, path
         self.frozen = self.frozen and path
         self.frozen_mark = self.mark_of_frozen()

@@ -37,7 +37,7 @@ def run_ranks(
     that failed, or with where each was that did not finish; all ranks are killed, so nothing is
     left behind.
     """
-    port = _free_port()
+    port = free_port()
     ranks = [_start((rank, world_size, port, function, args)) for rank in range(world_size)]
     try:
         return _collect(ranks, time.monotonic() + timeout_s)
@@ -120,7 +120,8 @@ def _rank_main(writer, place, rank, world_size, port, function, args) -> None:
     os._exit(0)  # no atexit handlers of the parent's (pytest, coverage) run twice
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listened on a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -282,7 +282,9 @@ def test_an_error_on_one_rank_ends_all(tmp_path, corpus):
     config = make_config(tmp_path, corpus, **layout(1, 2))
     [first, second] = run_ranks(2, _end_of, config, fault)
     assert second[0] == "ZeroDivisionError: planted"
-    assert first[0].startswith("LostContactError: rank 0 lost contact with another rank, which")
+    assert first[0].startswith(
+        "LostContactError: rank 0 lost contact with rank 1 during step 2: the"
+    )
     assert first[1] < 20
 
 

@@ -8,11 +8,13 @@ import pytest
 
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import TensorReader
+from ee_llm.training import trainer
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import (
     assert_equal_bits,
     events,
     layout,
+    log_of,
     losses_of,
     make_config,
     tensors_of,
@@ -217,9 +219,39 @@ def test_precision_auto_is_the_same_on_all_ranks(tmp_path, corpus):
 
 
 def test_a_signal_during_validation(tmp_path, corpus):
-    """Validation may take longer than the time that is given; it is left out."""
+    """It may take longer than the time that is left: the run validates when it is resumed.
+
+    Interrupted there again, it does so once more; the last step's validation is no exception.
+    """
     options = {"training.steps": 4, "training.eval_interval": 2, **layout(1, 2)}
-    ends = train_ranks(2, make_config(tmp_path, corpus, **options), _stop_at(2, 0, signal.SIGINT))
-    assert ends == [f"TrainingInterrupted: {128 + signal.SIGINT}"] * 2
-    assert directory.find_latest(tmp_path).name == "step-00000002"
-    assert validation_log(tmp_path) == {}
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train_ranks(2, make_config(straight, corpus, **options))
+    config = make_config(stopped, corpus, **options)
+    for step in (2, 4):
+        ends = train_ranks(2, config, _stop_at(step, 0, signal.SIGINT))
+        assert ends == [f"TrainingInterrupted: {128 + signal.SIGINT}"] * 2
+        assert directory.find_latest(stopped).name == f"step-0000000{step}"
+        assert step not in validation_log(stopped)
+        ends = run_ranks(2, _train_stopped_at_once, config)
+        assert ends == [f"TrainingInterrupted: {128 + signal.SIGINT}"] * 2
+        assert step not in validation_log(stopped)
+    train_ranks(2, config)
+    train_ranks(2, config)  # there is nothing to do
+    names = ("lm loss validation", "exit 1 loss validation")
+    found, expected = (
+        [(line["step"], [line[name] for name in names]) for line in log_of(run) if names[0] in line]
+        for run in (stopped, straight)
+    )
+    assert found == expected
+    assert [step for step, _ in found] == [2, 4]
+
+
+def _train_stopped_at_once(config):
+    announce = trainer._Trainer.announce
+
+    def announce_and_stop(self):
+        announce(self)
+        self.signals.received = signal.SIGINT
+
+    trainer._Trainer.announce = announce_and_stop
+    return train_here(config)

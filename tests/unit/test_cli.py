@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import ee_llm
-from ee_llm import cli, launch
+from ee_llm import cli, rank
 from ee_llm.config import Config, option_names, section_types
 from ee_llm.pipeline.runtime import PipelineError
 
@@ -183,7 +183,7 @@ def test_an_interrupt_is_no_traceback(
     assert cli.main(["fail"]) == 130
     assert capsys.readouterr().err == "ee-llm: interrupted\n"
     # Every rank is interrupted with its launcher, which says so for all.
-    monkeypatch.setenv(launch._LAUNCHED, "1")
+    monkeypatch.setenv(rank._LAUNCHED, "1")
     assert cli.main(["fail"]) == 130
     assert capsys.readouterr().err == ""
 

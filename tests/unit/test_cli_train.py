@@ -152,17 +152,40 @@ def test_mistakes_are_one_line(
     assert not trained
 
 
-@pytest.mark.parametrize("value", ["", "two", "0", "-1"])
-def test_a_world_size_that_is_none(
-    value: str,
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE = '' in the environment is not a number of 1 or more"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' in the environment is not a number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0' in the environment is not a number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE = '-1' in the environment is not a number"),
+        ({"RANK": None}, "WORLD_SIZE = 2 is set in the environment, and RANK is not"),
+        ({"WORLD_SIZE": None}, "RANK = 1 is set in the environment, and WORLD_SIZE is not"),
+        ({"RANK": "abc"}, "RANK = 'abc' in the environment is not a number of 0 or more"),
+        ({"RANK": "\u0661"}, "RANK = '\u0661' in the environment is not a number"),
+        ({"RANK": "2"}, "RANK = 2 in the environment is not less than WORLD_SIZE = 2"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK = 'x' in the environment is not a number"),
+        ({"MASTER_ADDR": None, "MASTER_PORT": None}, "MASTER_ADDR and MASTER_PORT are not"),
+    ],
+)
+def test_an_environment_that_no_launcher_makes(
+    change: dict[str, str | None],
+    expected: str,
     tiny: Path,
     trained: list[Config],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", value)
-    assert cli.main(["train", "--config", str(tiny)]) == 2
-    assert f"WORLD_SIZE = {value!r} in the environment is no number" in capsys.readouterr().err
+    for name, value in (LAUNCHED | change).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert cli.main(["train", "--config", str(tiny), "--parallel.pipeline", "2"]) == 2
+    assert expected in capsys.readouterr().err
     assert not trained
 
 
@@ -173,7 +196,8 @@ def test_processes_are_started_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """--nproc under torchrun would start N processes in each of its own."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
     assert cli.main(["train", "--config", str(tiny), "--nproc", "2"]) == 2
     assert "already started 2 processes; leave --nproc out" in capsys.readouterr().err
     assert cli.main(["train", "--config", str(tiny), "--parallel.pipeline", "2"]) == 0

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import ee_llm
-from ee_llm import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,34 +46,72 @@ def test_a_rank_that_told_nothing_is_named_with_its_status() -> None:
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert re.fullmatch(r"ee-llm: rank [01] ended with status 1; what it said is above", last)
+    assert re.fullmatch(r"ee-llm: rank [01] ended with status 1; its output above says why", last)
 
 
-def test_who_was_killed_is_named_though_another_said_first_that_it_lost_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.errors import (
-        ChildFailedError,
-        ProcessFailure,
+def test_who_was_killed_is_named_though_another_noticed_it_first(tmp_path: Path) -> None:
+    """Rank 0 says that it lost rank 1, and both have ended when the launcher looks."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if os.environ.get('RANK') == '0':\n"
+        "    from ee_llm.rank import report\n"
+        "    report('rank 0 lost contact with rank 1')\n"
+        "    os._exit(1)\n"
+        "from ee_llm import launch\n"
+        "launch._POLL_S = 3.0\n"
     )
+    done = run_ranks("--version", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 128 + signal.SIGKILL
+    assert done.stderr.startswith("ee-llm: rank 1 was ended by SIGKILL")
 
-    def failure(rank: int, status: int, told: str) -> ProcessFailure:
-        file = ROOT / "there-is-none"
-        found = ProcessFailure(rank, 1, status, str(file))
-        found.error_file_data = {"message": told, "ee_llm": told, "timestamp": str(rank)}
-        return found
 
-    failures = {0: failure(0, 1, "lost another rank"), 1: failure(1, -signal.SIGKILL, "")}
+def test_a_rank_that_does_not_end_is_named(tmp_path: Path) -> None:
+    """The first failure comes first; whoever hangs is not taken for a victim of the machine."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    time.sleep(600)\n"
+        "from ee_llm import launch\n"
+        "launch._GRACE_S = 0.5\n"
+    )
+    done = run_ranks(
+        "data", "stats", "--prefix", "/nowhere/corpus", PYTHONPATH=f"{tmp_path}:{ROOT}"
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("ee-llm: data /nowhere/corpus")
+    assert done.stderr.endswith(". Rank 1 did not end within 0.5 s and was killed\n")
 
-    def fail(_: object) -> None:
-        raise ChildFailedError("ee_llm", failures)
 
-    monkeypatch.setattr(run, "run", fail)
-    with pytest.raises(SystemExit) as ended:
-        launch.launch(2, ["--version"])
-    assert ended.value.code == 128 + signal.SIGKILL
-    assert "rank 1 was ended by SIGKILL" in capsys.readouterr().err
+def test_a_long_report_does_not_block_the_rank(tmp_path: Path) -> None:
+    """A pipe that nobody reads yet takes 64 KiB, and a control character is six bytes of JSON."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if 'RANK' in os.environ:\n"
+        "    from ee_llm.rank import report\n"
+        "    report('wrong: ' + 100_000 * chr(1))\n"
+        "    os._exit(2)\n"
+    )
+    done = run_ranks("--version", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("ee-llm: wrong: \x01\x01")
+
+
+def test_ranks_import_from_where_the_launcher_does(tmp_path: Path) -> None:
+    """A folder in the working directory replaces no library: `ee-llm` does not look there."""
+    (tmp_path / "tyro").mkdir()
+    (tmp_path / "tyro" / "__init__.py").write_text("raise SystemExit('imported tyro here')")
+    code = "import sys; from ee_llm.launch import launch; launch(2, sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, "data", "stats", "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ee-llm data stats") == 2
 
 
 @pytest.mark.parametrize(

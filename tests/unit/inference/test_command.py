@@ -421,13 +421,18 @@ def test_bad_input_is_named(run: Path, change: Record, message: str) -> None:
         generate(GenerateOptions(**{"checkpoint": run, "prompt": "a prompt"} | change))
 
 
-@pytest.mark.parametrize("world_size", ["2", "many"])
+@pytest.mark.parametrize(
+    ("world_size", "expected"),
+    [("2", "do not fit WORLD_SIZE = 2 in"), ("many", "WORLD_SIZE = 'many' in the environment is")],
+)
 def test_ranks_that_are_not_asked_for_are_refused(
-    run: Path, monkeypatch: pytest.MonkeyPatch, world_size: str
+    run: Path, monkeypatch: pytest.MonkeyPatch, world_size: str, expected: str
 ) -> None:
     """Two processes of one rank each would print everything twice."""
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    with pytest.raises(ValueError, match=f"do not fit WORLD_SIZE = '{world_size}'"):
+    names = {"WORLD_SIZE": world_size, "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=expected):
         generate(GenerateOptions(run, "a prompt"))
 
 

@@ -13,7 +13,7 @@ from ee_llm.training import signals
 from ee_llm.training.signals import StopSignals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_is_noted(number, capfd):
     before = signal.getsignal(number)
     with StopSignals() as stop:
@@ -37,7 +37,7 @@ def test_only_the_first_rank_speaks(capfd, monkeypatch):
 
 def test_one_more_ends_at_once(monkeypatch):
     """Who presses Ctrl-C twice does not want to wait for a checkpoint of many gigabytes."""
-    monkeypatch.setattr(signals, "_REPEAT_S", 0.0)
+    monkeypatch.setattr(signals, "REPEAT_S", 0.0)
     # A shell's background job, as tests may be, has been told to ignore it.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -53,7 +53,7 @@ def test_one_more_ends_at_once(monkeypatch):
 def test_one_more_sigterm_kills(tmp_path):
     code = (
         "import os, signal, time; from ee_llm.training import signals\n"
-        "signals._REPEAT_S = 0.0\n"
+        "signals.REPEAT_S = 0.0\n"
         "with signals.StopSignals():\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.01)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
