@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,36 +43,37 @@ def _tune(arguments: list[str]) -> None:
 
 
 def _data_prepare(arguments: list[str]) -> None:
-    import tyro
-
+    from ee_llm.command_line import parse
     from ee_llm.data.prepare import PrepareOptions, prepare
 
-    print(prepare(tyro.cli(PrepareOptions, prog="ee-llm data prepare", args=arguments)))
+    options = parse(PrepareOptions, "ee-llm data prepare", arguments)
+    if Path(options.tokenizer).is_dir():  # maybe of a checkpoint, which torch has to read
+        from ee_llm.checkpoint.describe import tokenizer_spec
+
+        options = replace(options, tokenizer=tokenizer_spec(options.tokenizer))
+    print(prepare(options))
 
 
 def _data_train_tokenizer(arguments: list[str]) -> None:
-    import tyro
-
+    from ee_llm.command_line import parse
     from ee_llm.data.train_tokenizer import TrainTokenizerOptions, train_tokenizer
 
     prog = "ee-llm data train-tokenizer"
-    print(train_tokenizer(tyro.cli(TrainTokenizerOptions, prog=prog, args=arguments)))
+    print(train_tokenizer(parse(TrainTokenizerOptions, prog, arguments)))
 
 
 def _data_stats(arguments: list[str]) -> None:
-    import tyro
-
+    from ee_llm.command_line import parse
     from ee_llm.data.statistics import StatisticsOptions, statistics
 
-    print(statistics(tyro.cli(StatisticsOptions, prog="ee-llm data stats", args=arguments)))
+    print(statistics(parse(StatisticsOptions, "ee-llm data stats", arguments)))
 
 
 def _convert(arguments: list[str]) -> None:
-    import tyro
-
+    from ee_llm.command_line import parse
     from ee_llm.convert.options import ConvertOptions
 
-    options = tyro.cli(ConvertOptions, prog="ee-llm convert", args=arguments)
+    options = parse(ConvertOptions, "ee-llm convert", arguments)
     from ee_llm.convert.command import convert
 
     convert(options)
@@ -81,8 +83,7 @@ def _checkpoint(name: str) -> Callable[[list[str]], None]:
     """Return what runs `ee-llm checkpoint NAME`."""
 
     def run(arguments: list[str]) -> None:
-        import tyro
-
+        from ee_llm.command_line import parse
         from ee_llm.edit import options as kinds
 
         kind = {
@@ -93,7 +94,7 @@ def _checkpoint(name: str) -> Callable[[list[str]], None]:
             "remove-exits": kinds.RemoveExitsOptions,
             "average": kinds.AverageOptions,
         }[name]
-        options: Any = tyro.cli(kind, prog=f"ee-llm checkpoint {name}", args=arguments)
+        options: Any = parse(kind, f"ee-llm checkpoint {name}", arguments)
         from ee_llm.edit import command
 
         num_ranks = options.tensor if isinstance(options, kinds.AddExitsOptions) else 1
@@ -107,11 +108,10 @@ def _checkpoint(name: str) -> Callable[[list[str]], None]:
 
 
 def _generate(arguments: list[str]) -> None:
-    import tyro
-
+    from ee_llm.command_line import parse
     from ee_llm.inference.options import GenerateOptions
 
-    options = tyro.cli(GenerateOptions, prog="ee-llm generate", args=arguments)
+    options = parse(GenerateOptions, "ee-llm generate", arguments)
     from ee_llm.inference.command import check, generate
 
     num_ranks = options.tensor * options.pipeline
@@ -123,17 +123,15 @@ def _generate(arguments: list[str]) -> None:
 
 
 def _verify(arguments: list[str]) -> None:
-    import tyro
-
+    from ee_llm.command_line import parse
     from ee_llm.inference.options import VerifyOptions
     from ee_llm.inference.verify import verify
 
-    verify(tyro.cli(VerifyOptions, prog="ee-llm verify", args=arguments))
+    verify(parse(VerifyOptions, "ee-llm verify", arguments))
 
 
 def _plan(arguments: list[str]) -> None:
-    import tyro
-
+    from ee_llm.command_line import parse
     from ee_llm.pipeline.command import show_plan
     from ee_llm.pipeline.plan_options import PlanOptions
 
@@ -142,7 +140,7 @@ def _plan(arguments: list[str]) -> None:
 
         return profile(config)
 
-    show_plan(tyro.cli(PlanOptions, prog="ee-llm plan", args=arguments), measure)
+    show_plan(parse(PlanOptions, "ee-llm plan", arguments), measure)
 
 
 COMMANDS: dict[str, Command] = {

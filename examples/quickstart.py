@@ -14,12 +14,12 @@ import sysconfig
 import time
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ee_llm.cli import main as ee_llm
+from ee_llm.command_line import parse
 from ee_llm.config import Config, load_config
 from ee_llm.data.statistics import StatisticsOptions, statistics
 from ee_llm.training.command import train_options
@@ -91,12 +91,12 @@ def report(config: Config, entropy: float, train: list[str]) -> None:
 def main(arguments: list[str]) -> None:
     """Run the whole story; options of `ee-llm train` override the configuration's."""
     start = time.monotonic()
-    overrides = tyro.cli(train_options(), args=arguments, use_underscores=True)
+    overrides = parse(train_options(), "quickstart", arguments, use_underscores=True)
     os.chdir(ROOT)
     if output := overrides.get("output"):  # another run directory has data of its own
         arguments = [*arguments, "--data.tokenizer", f"{output}/data/tokenizer.model"]
         arguments += ["--data.prefixes", f"{output}/data/corpus"]
-        overrides = tyro.cli(train_options(), args=arguments, use_underscores=True)
+        overrides = parse(train_options(), "quickstart", arguments, use_underscores=True)
     config = load_config(CONFIG, overrides)
     entropy = prepare_data(config)
     num_ranks = config.parallel.pipeline * config.parallel.tensor

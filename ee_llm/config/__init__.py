@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError, model_validator
 
 from ee_llm.config import checks, toml
-from ee_llm.config.base import Section, default_text, option
+from ee_llm.config.base import PathText, Section, default_text, option
 from ee_llm.config.deepspeed import DeepSpeedConfig
 from ee_llm.config.errors import ConfigError, render
 from ee_llm.config.sections import (
@@ -59,7 +59,7 @@ __all__ = [
 class Config(Section):
     """Everything that decides a run. Raises `ConfigError`, one line for each problem."""
 
-    output: str = option(
+    output: PathText = option(
         "runs/default", "Run directory: checkpoints, metrics and this configuration.", min_length=1
     )
     model: ModelConfig

@@ -1,9 +1,10 @@
 """What all sections of the configuration are made of."""
 
+import os
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
@@ -17,7 +18,17 @@ def list_to_tuple(value: Any) -> Any:
 
 Integers = Annotated[tuple[int, ...], BeforeValidator(list_to_tuple)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(list_to_tuple)]
-Strings = Annotated[tuple[str, ...], BeforeValidator(list_to_tuple)]
+
+
+def _paths_with_home(paths: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(os.path.expanduser, paths))
+
+
+# Paths may begin with ~, which neither TOML nor a shell (in --output=~/runs) replaces.
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+PathTexts = Annotated[
+    tuple[str, ...], BeforeValidator(list_to_tuple), AfterValidator(_paths_with_home)
+]
 
 
 def option(default: Any, description: str, *, shown: str | None = None, **limits: Any) -> Any:

@@ -4,7 +4,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from ee_llm.config.base import Floats, Integers, Section, Strings, fill, list_to_tuple, option
+from ee_llm.config.base import (
+    Floats,
+    Integers,
+    PathText,
+    PathTexts,
+    Section,
+    fill,
+    list_to_tuple,
+    option,
+)
 from ee_llm.config.errors import ConfigError
 from ee_llm.config.shapes import SHAPES, ffn_size, shape_fields
 
@@ -265,15 +274,18 @@ class ParallelConfig(Section):
 class DataConfig(Section):
     """What is read, and how it is cut into sequences."""
 
-    tokenizer: str = option(
-        "bytes", "'bytes', the path of a SentencePiece .model, or the path of a tokenizer.json."
+    tokenizer: PathText = option(
+        "bytes",
+        "'bytes', or the path of a SentencePiece .model, of a tokenizer.json, or of a run "
+        "directory or checkpoint, whose tokenizer it then is.",
+        min_length=1,
     )
     eos_token: str | None = option(
         None,
         "Text of the token that ends a document.",
         shown="what the files beside the tokenizer state",
     )
-    prefixes: Strings = option(
+    prefixes: PathTexts = option(
         (), "Paths of prepared data (the common part of a .bin and .idx pair)."
     )
     weights: Floats = option(
@@ -356,13 +368,13 @@ class CheckpointConfig(Section):
 
     interval: int = option(1000, "Steps between saves; 0 saves at the end only.", ge=0)
     keep_last: int = option(3, "Number of checkpoints to keep; 0 keeps all.", ge=0)
-    resume: str = option(
+    resume: PathText = option(
         "auto",
         "auto goes on from the newest checkpoint in output if there is one, never starts afresh, "
         "and a path goes on from that checkpoint; started again, from what the run saved since.",
         min_length=1,
     )
-    initial: str | None = option(
+    initial: PathText | None = option(
         None,
         "Checkpoint, or run directory, with the parameters that a new run begins with; its steps, "
         "optimizer and place in the data are the run's own.",

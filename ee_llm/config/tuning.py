@@ -3,16 +3,23 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ee_llm.config.base import Integers, Section, option
+from ee_llm.config.base import Integers, PathText, Section, option
 
 if TYPE_CHECKING:
     from ee_llm.config import Config
+
+DEFAULT_SEQ_LENGTH = 2048
+"""Longest sequence, in tokens, that a model is tuned on unless more is asked for.
+
+The time and memory of attention grow with the square of the length, and a model's context may have
+a million tokens.
+"""
 
 
 class TuningConfig(Section):
     """EE-Tuning (`ee-llm tune`): exits are trained, all else stays as a checkpoint has it."""
 
-    checkpoint: str | None = option(
+    checkpoint: PathText | None = option(
         None,
         "Checkpoint, or run directory, with the model whose exits are tuned.",
         shown="none",

@@ -48,7 +48,8 @@ class PrepareOptions:
     """Prefix of the files to write, for example data/corpus for data/corpus.bin and .idx."""
 
     tokenizer: str = "bytes"
-    """'bytes', the path of a SentencePiece .model, or the path of a tokenizer.json."""
+    """'bytes', or the path of a SentencePiece .model, of a tokenizer.json, or of a run directory or
+    checkpoint, whose tokenizer it then is."""
 
     eos_token: str | None = None
     """Text of the token that ends a document; default: what the tokenizer_config.json beside the

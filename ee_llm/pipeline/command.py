@@ -118,24 +118,14 @@ def _given(options: PlanOptions) -> dict[str, object]:
         "parallel.virtual": options.virtual,
         "parallel.schedule": options.schedule,
         "exits.placement": options.placement,
-        "parallel.layer_split": _numbers("--layer-split", options.layer_split),
-        "exits.boundaries": _numbers("--exits", options.exits),
+        "parallel.layer_split": options.layer_split,
+        "exits.boundaries": options.exits,
     }
     for name, fill in zip(FILLS, (options.fill_warmup, options.fill_cooldown), strict=True):
         given[name] = options.fill if fill is None else fill
     if options.exits is not None:  # the file's are for its own exits
         given |= {f"exits.{name}": () for name in ("weights", "initial_weights", "temperatures")}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _numbers(name: str, texts: tuple[str, ...] | None) -> tuple[int, ...] | None:
-    if texts is None:
-        return None
-    parts = [part.strip() for part in ",".join(texts).split(",") if part.strip()]
-    for part in parts:
-        if not part.isdecimal():
-            raise ValueError(f"{name} {' '.join(texts)}: {part!r} is no number; write 6,12")
-    return tuple(map(int, parts))
 
 
 def _configure(
@@ -172,7 +162,7 @@ def _any_shape(options: PlanOptions) -> dict[str, object]:
         stages = stages or config.parallel.pipeline
         layers = options.layers or config.model.num_layers
     assert stages is not None, "--stages or --config is given"
-    split = _numbers("--layer-split", options.layer_split) or ()
+    split = options.layer_split or ()
     virtual = options.virtual or max(1, len(split) // stages)
     each, over = divmod(layers, stages * virtual)
     return {

@@ -54,10 +54,10 @@ class PlanOptions:
     )
     """Number of transformer layers (model.num_layers)."""
 
-    exits: Annotated[tuple[str, ...] | None, _shown("the configuration's, else none", "B,B,..")] = (
-        None
-    )
-    """Boundaries of the early exits (exits.boundaries), as in 6,12."""
+    exits: Annotated[
+        tuple[int, ...] | None, _shown("the configuration's, else none", "INT [INT ...]")
+    ] = None
+    """Boundaries of the early exits (exits.boundaries), as in 6 12 or 6,12."""
 
     placement: Annotated[
         Literal["post", "pre"] | None, _shown("the configuration's, else post", "post|pre")
@@ -74,9 +74,9 @@ class PlanOptions:
     """Stages of each rank (parallel.virtual); more than 1 interleaves them."""
 
     layer_split: Annotated[
-        tuple[str, ...] | None, _shown("the configuration's, else even", "N,N,..")
+        tuple[int, ...] | None, _shown("the configuration's, else even", "INT [INT ...]")
     ] = None
-    """Layers of each stage, first to last (parallel.layer_split), as in 7,6,6,5."""
+    """Layers of each stage, first to last (parallel.layer_split), as in 7 6 6 5 or 7,6,6,5."""
 
     fill: Annotated[Fills | None, _shown("none", "INT|auto")] = None
     """--fill-warmup and --fill-cooldown at once; what is given of them wins."""

@@ -1,22 +1,45 @@
 """`ee-llm train` and `ee-llm tune`: their options, and what is refused before a process starts."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import tyro
 
+from ee_llm import command_line
 from ee_llm.config import (
     Config,
     ConfigError,
+    Section,
     default_text,
     load_config,
     read_options,
     section_types,
 )
+from ee_llm.config.tuning import DEFAULT_SEQ_LENGTH
 from ee_llm.launch import launch
 from ee_llm.streams import ignore_output_trouble
+
+# What `ee-llm tune` shows in its help, in this order, and the defaults that differ from training's.
+_TUNE_SECTIONS = (
+    *("tuning", "exits", "data", "training", "optimizer", "parallel"),
+    *("checkpoint", "logging", "deepspeed"),
+)
+_NOT_FOR_TUNING = {
+    *("parallel.virtual", "parallel.schedule", "parallel.fill_warmup", "parallel.fill_cooldown"),
+    *("parallel.forward_over_backward", "checkpoint.initial"),
+}
+_TUNE_DEFAULTS = {
+    "tuning.checkpoint": "required",
+    "exits.boundaries": "those of the checkpoint; required if it has none",
+    "exits.head": 'those of the checkpoint, else ["norm"]',
+    "exits.output": 'that of the checkpoint, else "shared"',
+    "data.prefixes": "required",
+    "data.tokenizer": "the checkpoint's own",
+    "data.eos_token": "the checkpoint's own",
+    "data.seq_length": f"the model's context, but at most {DEFAULT_SEQ_LENGTH}",
+}
 
 
 def train_options() -> Any:
@@ -25,29 +48,52 @@ def train_options() -> Any:
     A TypedDict whose keys are all optional, so that tyro returns what was given and nothing else;
     what was not given comes from the file.
     """
+    return _options(section_types(), {}, set())
 
-    def options(model: Any) -> dict[str, Any]:
+
+def tune_options() -> Any:
+    """Return the type of `ee-llm tune`'s options: as `train_options`, with help for tuning.
+
+    Options that tuning refuses, and the model's, which are the checkpoint's, can be given but are
+    not in the help.
+    """
+    sections = section_types()
+    ordered = {name: sections[name] for name in (*_TUNE_SECTIONS, *sections)}
+    hidden = {f"model.{name}" for name in sections["model"].model_fields} | _NOT_FOR_TUNING
+    return _options(ordered, _TUNE_DEFAULTS, hidden)
+
+
+def _options(
+    sections: Mapping[str, type[Section]], defaults: Mapping[str, str], hidden: Collection[str]
+) -> Any:
+    """Return a TypedDict of `sections`; `defaults` and `hidden` are by dotted name."""
+    typed_dict: Any = TypedDict  # type checkers know the literal form only
+    suppress: Any = tyro.conf.Suppress
+
+    def options(model: Any, prefix: str) -> dict[str, Any]:
         fields = {}
         for name, field in model.model_fields.items():
             if name in section_types() and model is Config:
                 continue
-            argument = tyro.conf.arg(
-                help=field.description, help_behavior_hint=f"(default: {default_text(field)})"
-            )
+            default = defaults.get(prefix + name, f"default: {default_text(field)}")
+            if prefix + name in defaults and default != "required":
+                default = f"default: {default}"
+            argument = tyro.conf.arg(help=field.description, help_behavior_hint=f"({default})")
             fields[name] = Annotated[field.annotation, argument]
+            if prefix + name in hidden:
+                fields[name] = suppress[fields[name]]
         return fields
 
-    typed_dict: Any = TypedDict  # type checkers know the literal form only
-    sections = {}
-    for name, model in section_types().items():
-        section = typed_dict(name, options(model), total=False)
-        section.__doc__ = model.__doc__
-        sections[name] = section
-    return typed_dict("TrainOptions", {**options(Config), **sections}, total=False)
+    parts = {}
+    for name, model in sections.items():
+        part = typed_dict(name, options(model, f"{name}."), total=False)
+        part.__doc__ = model.__doc__
+        parts[name] = part
+    return typed_dict("Options", {**options(Config, ""), **parts}, total=False)
 
 
 def _parse_run(
-    command: str, summary: str, arguments: list[str]
+    command: str, summary: str, arguments: list[str], options: Any
 ) -> tuple[Path | None, int | None, dict[str, Any]]:
     """Return the file, the number of processes and the options of a command that trains."""
     file_argument = tyro.conf.arg(
@@ -61,7 +107,7 @@ def _parse_run(
     )
 
     def parse(
-        overrides: Annotated[Any, tyro.conf.arg(name="", constructor=train_options())],
+        overrides: Annotated[Any, tyro.conf.arg(name="", constructor=options)],
         config: Annotated[Path | None, file_argument] = None,
         nproc: Annotated[int | None, nproc_argument] = None,
     ) -> tuple[Path | None, int | None, dict[str, Any]]:
@@ -72,19 +118,21 @@ def _parse_run(
         "Several processes: --nproc on one machine, scripts/torchrun.sh on more. The options are "
         "in docs/configuration.md too, and examples/ has files to start from."
     )
-    return tyro.cli(
+    path, nproc, overrides = command_line.parse(
         parse,
-        prog=f"ee-llm {command}",
+        f"ee-llm {command}",
+        arguments,
+        options=options,
         description=description,
-        args=arguments,
         use_underscores=True,
     )
+    return None if path is None else Path(os.path.expanduser(path)), nproc, overrides
 
 
 def train(arguments: list[str]) -> None:
     """Run `ee-llm train`; raises ConfigError."""
     summary = "Train the model that a TOML file describes"
-    path, nproc, overrides = _parse_run("train", summary, arguments)
+    path, nproc, overrides = _parse_run("train", summary, arguments, train_options())
     config = load_config(path, overrides)
     if config.is_tuning:
         raise ConfigError(
@@ -97,7 +145,7 @@ def train(arguments: list[str]) -> None:
 def tune(arguments: list[str]) -> None:
     """Run `ee-llm tune`; raises ConfigError."""
     summary = "Tune exits of an existing model as a TOML file describes, all else frozen"
-    path, nproc, overrides = _parse_run("tune", summary, arguments)
+    path, nproc, overrides = _parse_run("tune", summary, arguments, tune_options())
     given = read_options(path, overrides)
     section = given.get("tuning")
     source = section.get("checkpoint") if isinstance(section, dict) else None
@@ -116,6 +164,7 @@ def tune(arguments: list[str]) -> None:
 
 def _run(config: Config, command: str, nproc: int | None, arguments: list[str]) -> None:
     """Train as one rank, or start the processes that do."""
+    config = _with_tokenizer(config)
     _check_start(config, nproc)
     if nproc is None:
         from ee_llm.training.trainer import train as train_as_rank
@@ -124,6 +173,17 @@ def _run(config: Config, command: str, nproc: int | None, arguments: list[str]) 
         train_as_rank(config)
     else:
         launch(nproc, [command, *_without_option(arguments, "--nproc")])
+
+
+def _with_tokenizer(config: Config) -> Config:
+    """Return `config` with the path of a tokenizer where it names a checkpoint's."""
+    if not Path(config.data.tokenizer).is_dir():
+        return config
+    from ee_llm.checkpoint.describe import tokenizer_spec
+
+    values = config.model_dump()
+    values["data"]["tokenizer"] = tokenizer_spec(config.data.tokenizer)
+    return load_config(None, values)
 
 
 def _check_start(config: Config, nproc: int | None) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
 
 from ee_llm import cli
+from ee_llm.command_line import parse
 from ee_llm.config import Config, load_config, option_names, section_types
 from ee_llm.training import command
 
@@ -88,7 +88,7 @@ def test_every_option_can_be_given() -> None:
             arguments += [f"--{name}", *map(str, value)]
         else:
             arguments += [f"--{name}", str(value)]
-    given = tyro.cli(command.train_options(), args=arguments, use_underscores=True)
+    given = parse(command.train_options(), "test", arguments, use_underscores=True)
     assert given == expected
     assert load_config(overrides=given) == config
 

@@ -1,5 +1,6 @@
 """`ee-llm tune`: a model that is described by its checkpoint, and what is refused at once."""
 
+import re
 import sys
 import types
 from pathlib import Path
@@ -42,6 +43,41 @@ def test_the_checkpoint_says_what_the_file_does_not(
     [config] = tuned
     assert config.model == load_config(None, MODEL).model
     assert config.exits.boundaries == config.tuning.exits == (1, 2, 3)
+
+
+def test_data_default_to_what_fits_the_checkpoint(source: Path, tuned: list[Config]) -> None:
+    arguments = ["--tuning.checkpoint", str(source), "--data.prefixes", "corpus"]
+    assert cli.main(["tune", *arguments]) == 0
+    assert cli.main(["tune", *arguments, "--data.tokenizer", str(source)]) == 0
+    assert cli.main(["tune", *arguments, "--data.tokenizer", "x.json"]) == 0
+    assert [config.data.tokenizer for config in tuned] == ["bytes", "bytes", "x.json"]
+    assert {config.data.seq_length for config in tuned} == {256}
+
+
+def test_data_are_prepared_with_the_tokenizer_of_a_run(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    options = ["--inputs", str(tmp_path / "a.txt"), "--tokenizer", str(source)]
+    assert cli.main(["data", "prepare", *options, "--output", str(tmp_path / "a")]) == 0
+    assert "1 documents, 5 tokens" in capsys.readouterr().out
+
+
+def test_help_shows_what_tuning_uses_and_what_it_requires_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "--help"])
+    text = capsys.readouterr().out
+    assert text.count("(required)") == 2
+    for name in ("tuning.checkpoint", "data.prefixes"):
+        hint = re.search(rf"--{name} .*?\((required|default)", text, re.DOTALL)
+        assert hint
+        assert hint[1] == "required"
+    assert text.index("--tuning.checkpoint") < text.index("--exits.boundaries")
+    for name in ("model.num_layers", "parallel.virtual", "checkpoint.initial"):
+        assert f"--{name}" not in text
 
 
 MISTAKES = {

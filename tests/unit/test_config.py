@@ -274,3 +274,20 @@ def test_interleaved_stages_need_whole_groups_of_microbatches() -> None:
         ).num_microbatches(4)
         == 8
     )
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {
+        "model.shape": "llama-tiny",
+        "output": "~/run",
+        "data.prefixes": ("~/a", "b"),
+        "data.tokenizer": "~/t.json",
+        "checkpoint.initial": "~/c",
+        "checkpoint.resume": "~/d",
+    }
+    config = load_config(None, given)
+    assert config.output == "/home/me/run"
+    assert config.data.prefixes == ("/home/me/a", "b")
+    assert config.data.tokenizer == "/home/me/t.json"
+    assert (config.checkpoint.initial, config.checkpoint.resume) == ("/home/me/c", "/home/me/d")

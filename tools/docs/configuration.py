@@ -7,7 +7,7 @@ python tools/docs/configuration.py --check  exits 1 if the page is not up to dat
 import sys
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
 
@@ -70,6 +70,8 @@ def type_text(annotation: Any) -> str:
     """Return how a field's type reads in the page, in TOML's words."""
     words = {int: "integer", float: "number", bool: "true or false", str: "string"}
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return type_text(arguments[0])
     if origin is Literal:
         return " or ".join(f'"{value}"' for value in arguments)
     if origin is tuple:

@@ -1,7 +1,9 @@
 """What a checkpoint says so that a configuration need not."""
 
+import pytest
+
 from ee_llm.checkpoint import directory
-from ee_llm.checkpoint.describe import described_options
+from ee_llm.checkpoint.describe import described_options, tokenizer_spec
 from ee_llm.checkpoint.read import CONFIG
 from ee_llm.config import load_config
 from tests.unit.checkpoint.checkpoints import accept_sizes, write_checkpoint
@@ -19,7 +21,34 @@ def checkpoint_of(output, **options):
 
 def test_a_model_without_exits_leaves_them_free(tmp_path):
     path, config = checkpoint_of(tmp_path)
-    assert described_options(path, {}) == {"model": config.model.model_dump()}
+    options = described_options(path, {})
+    assert options["model"] == config.model.model_dump()
+    assert "exits" not in options
+
+
+@pytest.mark.parametrize(("context", "expected"), [(256, 256), (2048, 2048), (131072, 2048)])
+def test_the_tokenizer_is_the_checkpoints_own_and_sequences_are_of_bounded_length(
+    tmp_path, context, expected
+):
+    """A context of 131072 tokens, taken as it is, kept the first step from ending for minutes."""
+    path, _ = checkpoint_of(tmp_path, **{"model.max_seq_length": context})
+    assert described_options(path, {})["data"] == {"tokenizer": "bytes", "seq_length": expected}
+
+
+def test_an_end_token_goes_with_the_checkpoints_tokenizer_alone(tmp_path):
+    path, _ = checkpoint_of(tmp_path, **{"data.eos_token": "<end>"})
+    assert described_options(path, {})["data"]["eos_token"] == "<end>"
+    assert "eos_token" not in described_options(path, {"data": {"tokenizer": "bytes"}})["data"]
+
+
+def test_a_run_directory_names_its_tokenizer(tmp_path):
+    path, _ = checkpoint_of(tmp_path / "run")
+    other = tmp_path / "folder"
+    other.mkdir()
+    (other / "tokenizer.json").touch()
+    assert tokenizer_spec(str(tmp_path / "run")) == tokenizer_spec(str(path)) == "bytes"
+    for spec in ("bytes", str(other), "nowhere"):
+        assert tokenizer_spec(spec) == spec
 
 
 def test_exits_come_with_their_heads_and_temperatures(tmp_path):
