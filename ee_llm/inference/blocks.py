@@ -33,6 +33,8 @@ class BlockManager:
         self._idle: OrderedDict[int, None] = OrderedDict()  # keyed, without an owner; oldest first
         self._by_key: dict[Key, int] = {}
         self._key_of: dict[int, Key] = {}
+        self._tainted: set[int] = set()
+        self._to_zero: list[int] = []
 
     @property
     def num_available(self) -> int:
@@ -51,7 +53,26 @@ class BlockManager:
             block, _ = self._idle.popitem(last=False)
             del self._by_key[self._key_of.pop(block)]
         self._num_owners[block] = 1
+        if block in self._tainted:
+            self._tainted.remove(block)
+            self._to_zero.append(block)
         return block
+
+    def taint(self, blocks: Iterable[int]) -> None:
+        """Note that blocks may hold NaN or infinity; their current owners still have them.
+
+        Attention multiplies masked values with 0, which does not remove a NaN. So nobody finds
+        these blocks by a key any more, and they are zeroed before they hold new content.
+        """
+        for block in blocks:
+            self._tainted.add(block)
+            if block in self._key_of:
+                del self._by_key[self._key_of.pop(block)]
+
+    def drain_to_zero(self) -> tuple[int, ...]:
+        """Return the blocks to zero before the next pass writes to the cache, each time once."""
+        blocks, self._to_zero = tuple(self._to_zero), []
+        return blocks
 
     def share(self, keys: Iterable[Key]) -> list[int]:
         """Return the blocks of the longest known prefix of `keys`, now owned once more."""
@@ -67,7 +88,7 @@ class BlockManager:
 
     def publish(self, block: int, key: Key) -> None:
         """Let others use a full block that never changes again, by its key."""
-        if key not in self._by_key and block not in self._key_of:
+        if key not in self._by_key and block not in self._key_of and block not in self._tainted:
             self._by_key[key] = block
             self._key_of[block] = key
 

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from ee_llm.config import Config
 from ee_llm.inference.generator import Decision, Generation
@@ -37,8 +37,51 @@ class Queue(Protocol):
         """Drop a sequence, wherever it stands."""
 
 
+class UpdateStream(Iterator[Update]):
+    """The updates of one request as they come, see `Decoder.stream`.
+
+    The request is aborted if the stream is closed, left as a context manager, or garbage-collected
+    before its end, whether or not an update was taken from it.
+    """
+
+    def __init__(self, decoder: "Decoder", sequence: Sequence, updates: deque[Update]) -> None:
+        self._decoder = decoder
+        self._sequence = sequence
+        self._updates = updates
+
+    def __next__(self) -> Update:
+        try:
+            while not self._updates and self._decoder.is_running(self._sequence):
+                self._decoder.advance()
+        except BaseException:
+            self.close()
+            raise
+        if not self._updates:
+            raise StopIteration
+        return self._updates.popleft()
+
+    def close(self) -> None:
+        """Abort the request unless it is finished, and drop what has not been taken yet."""
+        self._updates.clear()
+        if self._decoder.is_running(self._sequence):
+            self._decoder.abort(self._sequence.request.id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._decoder.abandon(self._sequence)
+
+
 class Decoder(ABC):
-    """Takes requests and decodes them step by step, each as `generate_reference` defines it."""
+    """Takes requests and decodes them step by step, each as `generate_reference` defines it.
+
+    Updates belong to whoever brought the request: a stream yields its own, `generate` returns its
+    own, and `step` returns those of requests that came by `add`, whoever's call ran the pass.
+    """
 
     def __init__(self, config: Config, queue: Queue, decode: Decode | None) -> None:
         self.config = config
@@ -47,11 +90,14 @@ class Decoder(ABC):
         self._decode = decode
         self._sequences: dict[str, Sequence] = {}
         self._num_told: dict[str, int] = {}
-        self._streams: dict[str, deque[Update]] = {}
+        self._inboxes: dict[str, deque[Update]] = {}
+        self._inbox: deque[Update] = deque()  # of the requests that came by `add`
+        self._is_advancing = False
+        self._abandoned: list[Sequence] = []
 
     @abstractmethod
-    def step(self) -> list[Update]:
-        """Do the next piece of work and return what it brought, maybe nothing."""
+    def _advance(self) -> list[Sequence]:
+        """Do the next piece of work, maybe none, and return the sequences that it changed."""
 
     @abstractmethod
     def follow(self) -> None:
@@ -66,11 +112,52 @@ class Decoder(ABC):
 
     @property
     def has_work(self) -> bool:
-        """Return whether a request is unfinished."""
-        return self._queue.has_work
+        """Return whether a request is unfinished, or `step` has updates to return."""
+        return self._queue.has_work or bool(self._inbox)
+
+    def step(self) -> list[Update]:
+        """Do the next piece of work; return the new updates of requests that came by `add`.
+
+        If there are other ranks, call this periodically when idle: it sends heartbeats to them. A
+        request whose logits are not finite ends with the finish reason "error"; others go on.
+        """
+        self.advance()
+        updates = list(self._inbox)
+        self._inbox.clear()
+        return updates
+
+    def advance(self) -> None:
+        """Do the next piece of work and keep the updates for whoever brought the requests."""
+        self._is_advancing = True
+        try:
+            changed = {sequence.request.id: sequence for sequence in self._advance()}
+        finally:
+            self._is_advancing = False
+            while self._abandoned:
+                self.abandon(self._abandoned.pop())
+        for id, sequence in changed.items():
+            if not self.is_running(sequence):
+                continue
+            inbox = self._inboxes.get(id, self._inbox)
+            if update := self._update(sequence):
+                inbox.append(update)
+
+    def abandon(self, sequence: Sequence) -> None:
+        """Abort a sequence unless it is finished, once the pass under way has ended.
+
+        Garbage collection calls this, which may happen within a pass.
+        """
+        if self._is_advancing:
+            self._abandoned.append(sequence)
+        elif self.is_running(sequence):
+            self.abort(sequence.request.id)
+
+    def is_running(self, sequence: Sequence) -> bool:
+        """Return whether a sequence is unfinished; another one may have taken its id."""
+        return self._sequences.get(sequence.request.id) is sequence
 
     def add(self, request: Request) -> None:
-        """Queue a request; raises ValueError, naming what is wrong, if it can not be served."""
+        """Queue a request; raises ValueError, naming what is wrong, if it cannot be served."""
         if request.id in self._sequences:
             raise ValueError(f"request id {request.id!r} is in use; ids must differ while they run")
         self._check(request)
@@ -93,53 +180,44 @@ class Decoder(ABC):
         self._forget(id)
         return _generation(sequence) if sequence.exits else None
 
-    def stream(self, request: Request) -> Iterator[Update]:
+    def stream(self, request: Request) -> UpdateStream:
         """Return an iterator over the updates of one request as they come; others go on meanwhile.
 
-        Several streams may be open, and others may call `step` beside them: each stream yields its
-        own request's updates, whoever's step brought them. A request whose stream is closed early
-        is aborted. Raises ValueError as `add` does, at once.
+        Several streams may be open, and others may call `step` beside them. Raises ValueError as
+        `add` does, at once.
         """
         self.add(request)
-        updates = self._streams[request.id] = deque()
-        return self._stream(self._sequences[request.id], updates)
-
-    def _stream(self, sequence: Sequence, updates: deque[Update]) -> Iterator[Update]:
-        id = sequence.request.id
-        try:
-            while updates or self._sequences.get(id) is sequence:
-                if updates:
-                    yield updates.popleft()
-                else:
-                    self.step()
-        finally:
-            if self._sequences.get(id) is sequence:
-                self.abort(id)
+        updates = self._inboxes[request.id] = deque()
+        return UpdateStream(self, self._sequences[request.id], updates)
 
     def generate(
         self, requests: Items[Request], on_update: Callable[[Update], None] | None = None
     ) -> list[Generation]:
         """Return the generation of each request, in their order; raises ValueError as `add` does.
 
-        If one of them can not be added, none is, and none goes on after an exception. Raises
+        If one of them cannot be added, none is, and none goes on after an exception. Raises
         ValueError, too, if one was aborted meanwhile, once all others have ended.
         """
-        added: dict[str, Sequence] = {}
+        added: list[Sequence] = []
+        inbox: deque[Update] = deque()
         finished: dict[str, Generation] = {}
         try:
             for request in requests:
                 self.add(request)
-                added[request.id] = self._sequences[request.id]
-            while any(request.id in self._sequences for request in requests):
-                for update in self.step():
-                    if on_update:
-                        on_update(update)
-                    if update.generation:
-                        finished[update.id] = update.generation
+                added.append(self._sequences[request.id])
+                self._inboxes[request.id] = inbox
+            while inbox or any(map(self.is_running, added)):
+                if not inbox:
+                    self.advance()
+                    continue
+                update = inbox.popleft()
+                if on_update:
+                    on_update(update)
+                if update.generation:
+                    finished[update.id] = update.generation
         finally:
-            for id, sequence in added.items():
-                if self._sequences.get(id) is sequence:
-                    self.abort(id)
+            for sequence in filter(self.is_running, added):
+                self.abort(sequence.request.id)
         aborted = [request.id for request in requests if request.id not in finished]
         if aborted:
             raise ValueError(f"request {aborted[0]!r} was aborted while it was being generated")
@@ -167,15 +245,10 @@ class Decoder(ABC):
         if request.stop_strings and self._decode is None:
             raise ValueError("stop_strings need an engine with a tokenizer; give it decode=")
 
-    def _updates(self, sequences: Items[Sequence]) -> list[Update]:
-        """Return what is new of these sequences, each once."""
-        unique = {sequence.request.id: sequence for sequence in sequences}
-        return [update for sequence in unique.values() if (update := self._update(sequence))]
-
     def _update(self, sequence: Sequence) -> Update | None:
         id = sequence.request.id
         told, now = self._num_told[id], len(sequence.exits)
-        if told == now:
+        if told == now and sequence.finish_reason is None:
             return None
         self._num_told[id] = now
         decisions = tuple(
@@ -189,16 +262,13 @@ class Decoder(ABC):
             )
         )
         generation = None if sequence.finish_reason is None else _generation(sequence)
-        update = Update(id, decisions, generation)
-        if id in self._streams:
-            self._streams[id].append(update)
         if generation is not None:
             self._forget(id)
-        return update
+        return Update(id, decisions, generation)
 
     def _forget(self, id: str) -> None:
         del self._sequences[id], self._num_told[id]
-        self._streams.pop(id, None)
+        self._inboxes.pop(id, None)
 
 
 def _generation(sequence: Sequence) -> Generation:
@@ -217,4 +287,5 @@ def _generation(sequence: Sequence) -> Generation:
         strategy=request.strategy,
         num_drafted=sequence.num_drafted,
         num_accepted=sequence.num_accepted,
+        error=sequence.error,
     )

@@ -11,10 +11,10 @@ from torch import Tensor
 from ee_llm import platform
 from ee_llm.config import Config
 from ee_llm.inference.blocks import BlockManager
-from ee_llm.inference.decoder import Decode, Decoder, Update
+from ee_llm.inference.decoder import Decode, Decoder
 from ee_llm.inference.execution import Execution
 from ee_llm.inference.holding import Holding
-from ee_llm.inference.judge import NotFiniteError, is_short, judge, judge_summaries, question
+from ee_llm.inference.judge import is_short, judge, judge_summaries, question
 from ee_llm.inference.request import Sequence, Verdict
 from ee_llm.inference.runner import Runner
 from ee_llm.inference.scheduler import Limits, Plan, Scheduler
@@ -41,7 +41,7 @@ class Engine(Decoder):
         limits: Limits | None = None,
         decode: Decode | None = None,
         device: torch.device | str = "cpu",
-        hold: Hold = "off",
+        hold: Hold = "auto",
         ranks: platform.ServingGrid | None = None,
         execution: Execution | None = None,
     ) -> None:
@@ -69,13 +69,11 @@ class Engine(Decoder):
         if hold == "auto" and len(pieces) > 1 and (ranks is None or ranks.is_leader):
             self.holding = Holding(*self.runner.profile(), self.limits.max_hold)
 
-    def step(self) -> list[Update]:
-        """Run one pass and return what it brought; an empty list if no token was decided by it.
+    def _advance(self) -> list[Sequence]:
+        """Run one pass and return the sequences that it changed.
 
-        To be called now and then without work too, if there are followers: they wait for it.
-        Raises ValueError, naming them, if requests lead to logits that are not finite. After any
-        exception, unless a rank is lost, all requests are still under way, with the tokens decided
-        so far and nothing of the pass in the cache: those to blame can be aborted, others go on.
+        After an exception, unless a rank is lost, all requests are still under way, with the tokens
+        decided so far and nothing of the pass in the cache.
         """
         start = time.perf_counter()
         plan = self.scheduler.schedule()
@@ -89,14 +87,11 @@ class Engine(Decoder):
             self.scheduler.apply(plan, verdicts)
         except platform.RankLostError:
             raise
-        except Exception as error:
+        except Exception:
             self.scheduler.begin_anew()
             self.runner.clear()
-            if isinstance(error, NotFiniteError):
-                ids = ", ".join(repr(running[slot].request.id) for slot in sorted({*error.slots}))
-                raise ValueError(f"request {ids}: {error}") from error
             raise
-        return self._updates([running[span.slot] for span in plan.heads])
+        return [running[span.slot] for span in plan.heads]
 
     def follow(self) -> None:
         """Run what the leader runs, until it closes; for the other tensor-parallel ranks."""

@@ -62,6 +62,8 @@ class Executor:
                 f"graphs hold no messages between ranks, and {stage.num_ranks} tensor-parallel"
                 " ranks send some in every layer; leave graphs off, or take one rank"
             )
+        self._stage = stage
+        self._block_size = limits.block_size
         self._dtype = stage.cache_dtype
         num_blocks = -(-max_length // limits.block_size)
         self._table = PageTable(
@@ -74,10 +76,20 @@ class Executor:
         if self._graphs is not None:
             self.run = self._graphs
 
-    def note(self, tables: Items[tuple[int, int, int]]) -> None:
-        """Take note of newly given blocks, as (slot, index within the sequence, block)."""
+    @property
+    def reuses_buffers(self) -> bool:
+        """Return whether a later pass overwrites the tensors that `run` returned."""
+        return self._graphs is not None
+
+    def prepare(self, tables: Items[tuple[int, int, int]], zeroed: Items[int]) -> None:
+        """Take note of newly given blocks, and zero those that may hold NaN, before a pass.
+
+        tables: as (slot, index within the sequence, block).
+        """
         for slot, index, block in tables:
             self._table.set(slot, index, block)
+        for block in zeroed:
+            self._stage.zero(block * self._block_size, (block + 1) * self._block_size)
 
     def batch(self, runs: Items[Run], live: Items[Run] | None) -> Batch:
         """Return what the layers need to know of the rows of `runs`, of which `live` attend."""

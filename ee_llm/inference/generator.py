@@ -26,7 +26,7 @@ class Generation:
     logprobs: each token's log probability in its exit's own distribution, before sampling settings.
     finish_reason: "eod" end of document, "stop" a stop token, "length" as many tokens as asked for,
     "context" the sequence is longer than the model's max_seq_length and no row can follow, "abort"
-    it was given up.
+    it was given up, "error" it could not go on, for the reason in `error`; it may have no token.
     policy: the one in force; the strategies "full" and "verify" have every exit off.
     num_drafted, num_accepted: tokens that "verify" drafted, and those that the model confirmed.
     """
@@ -42,11 +42,12 @@ class Generation:
     strategy: Strategy
     num_drafted: int = 0
     num_accepted: int = 0
+    error: str | None = None
 
     @property
     def mean_depth(self) -> float:
-        """Return the mean number of layers that the new tokens took."""
-        return sum(self.exits) / len(self.exits)
+        """Return the mean number of layers that the new tokens took; 0 if there are none."""
+        return sum(self.exits) / max(1, len(self.exits))
 
 
 @dataclass(frozen=True)

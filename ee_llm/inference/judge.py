@@ -14,14 +14,6 @@ from ee_llm.inference.request import Sequence, Verdict
 from ee_llm.inference.sampling import Sampling, draw
 
 
-class NotFiniteError(ValueError):
-    """An exit gave logits that are not finite. slots: of the rows it gave them for."""
-
-    def __init__(self, what: str, slots: list[int]) -> None:
-        super().__init__(what)
-        self.slots = slots
-
-
 @dataclass(frozen=True)
 class Question:
     """What an exit is asked about one row.
@@ -55,28 +47,25 @@ def question(sequence: Sequence, position: int, segment: int) -> Question:
 def judge(logits: Tensor, questions: Items[Question]) -> list[Verdict]:
     """Return a verdict for each row of logits [r, v], in their order.
 
-    Raises NotFiniteError where a logit is not finite.
+    A row with a logit that is not finite gets a verdict that says so.
     """
     if not questions:
         return []
-    dtype = logits.dtype
-    if dtype != torch.float64:
+    if logits.dtype != torch.float64:
         logits = logits.float()  # of bfloat16 alone: a CPU finds its greatest element slowly
+    finite = [True] * len(questions)
     if not torch.isfinite(logits.sum()):  # one NaN or infinity is enough, and a sum is quick
-        finite = logits.isfinite().all(dim=-1).tolist()
-        raise NotFiniteError(
-            f"an exit gives logits that are not finite in {dtype}; are the weights damaged, or is"
-            " this dtype too narrow for them?",
-            [one.slot for one, is_finite in zip(questions, finite, strict=True) if not is_finite],
-        )
+        rows = logits.isfinite().all(dim=-1)
+        finite, logits = rows.tolist(), logits.masked_fill(~rows[:, None], 0.0)
     confidences = _confidences(logits, [question.measure for question in questions])
     left = [c >= one.threshold for c, one in zip(confidences, questions, strict=True)]
     tokens, logprobs = _tokens(logits, questions, [i for i, leaves in enumerate(left) if leaves])
     columns = zip(questions, left, tokens, confidences, logprobs, strict=True)
-    return [
+    verdicts = [
         Verdict(question.slot, question.position, leaves, token, confidence, logprob)
         for question, leaves, token, confidence, logprob in columns
     ]
+    return _with_errors(verdicts, finite)
 
 
 def is_short(questions: Items[Question]) -> bool:
@@ -106,17 +95,13 @@ def summarize(logits: Tensor, first: int) -> Tensor:
 def judge_summaries(summaries: Tensor, questions: Items[Question]) -> list[Verdict]:
     """Return what `judge` does, from the summaries [r, 3 * ranks] of all shards, in their order.
 
-    Of equal logits the lowest id wins. Raises NotFiniteError where one is NaN or plus infinity.
+    Of equal logits the lowest id wins. A row with NaN or plus infinity gets a verdict that says so.
     """
     if not questions:
         return []
-    finite = summaries.isfinite().all(dim=-1).tolist()
-    if not all(finite):
-        raise NotFiniteError(
-            "an exit gives logits that are not finite; are the weights damaged, or is their dtype"
-            " too narrow for them?",
-            [one.slot for one, is_finite in zip(questions, finite, strict=True) if not is_finite],
-        )
+    rows = summaries.isfinite().all(dim=-1)
+    finite = rows.tolist()
+    summaries = summaries.masked_fill(~rows[:, None], 0.0)
     top, total, place = summaries.unflatten(-1, (-1, 3)).unbind(-1)  # [r, ranks] each
     greatest, shard = top.max(dim=-1)
     logprobs = -(total * (top - greatest[:, None]).exp()).sum(dim=-1).log()
@@ -127,7 +112,15 @@ def judge_summaries(summaries: Tensor, questions: Items[Question]) -> list[Verdi
         left = confidence >= one.threshold
         said = (token, confidence, logprob) if left else (-1, confidence, 0.0)
         verdicts.append(Verdict(one.slot, one.position, left, *said))
-    return verdicts
+    return _with_errors(verdicts, finite)
+
+
+def _with_errors(verdicts: Items[Verdict], finite: Items[bool]) -> list[Verdict]:
+    """Return the verdicts, those of rows whose logits are not finite replaced."""
+    return [
+        one if is_finite else Verdict(one.slot, one.position, True, -1, 0.0, 0.0, is_finite=False)
+        for one, is_finite in zip(verdicts, finite, strict=True)
+    ]
 
 
 def _confidences(logits: Tensor, measures: list[Measure]) -> list[float]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ee_llm import platform
 from ee_llm.config import Config
 from ee_llm.inference.blocks import BlockManager
-from ee_llm.inference.decoder import Decode, Decoder, Update
+from ee_llm.inference.decoder import Decode, Decoder
 from ee_llm.inference.execution import Execution
 from ee_llm.inference.pipeline_runner import PipelineRunner
 from ee_llm.inference.pipeline_scheduler import PipelinePlan, PipelineScheduler
@@ -60,11 +60,8 @@ class PipelineEngine(Decoder):
         if ranks.is_leader:
             ranks.listen()
 
-    def step(self) -> list[Update]:
-        """Send a pass if there is one, else wait for an answer; return what has come back by now.
-
-        To be called now and then without work too: it tells the other ranks that this one is there.
-        """
+    def _advance(self) -> list[Sequence]:
+        """Send a pass if there is one, else wait for an answer; return the sequences it changed."""
         concerned: list[Sequence] = []
         plan = self.scheduler.schedule()
         if plan is not None:
@@ -72,7 +69,7 @@ class PipelineEngine(Decoder):
         elif time.monotonic() - self._last_sent > self._ranks.timeout_s / 3:
             self._send(self.scheduler.heartbeat())
         concerned += self._receive(wait=plan is None and self.scheduler.num_sent > 0)
-        return self._updates(concerned)
+        return concerned
 
     def follow(self) -> None:
         """Run what the leader sends, until it closes. Raises RankLostError if a rank is gone."""

@@ -48,7 +48,7 @@ class PipelineRunner:
         asked, and hears afterwards who left, unless it has to know that first.
         """
         left, is_late = passed.left, passed.is_late
-        self._executor.note(plan.tables)
+        self._executor.prepare(plan.tables, plan.zeroed)
         answers: list[Answer] = []
         runs = runs_of(plan.spans)
         is_ahead = False
@@ -118,6 +118,8 @@ class PipelineRunner:
 
     def _hand_on(self, message: bytes, x: Tensor) -> None:
         if self._ranks.stage < self._ranks.num_stages - 1:
+            if self._executor.reuses_buffers:  # the send may end after the next replay
+                x = x.clone()
             self._ranks.pass_on(message, x)
 
     def _may_hand_on(self, plan: PipelinePlan) -> bool:

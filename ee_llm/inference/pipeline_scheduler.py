@@ -45,13 +45,14 @@ class Frontier:
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """One pass through all stages. tokens: of its rows. tables: new blocks, as in `Plan`."""
+    """One pass through all stages. tokens: of its rows. tables, zeroed: as in `Plan`."""
 
     id: int
     spans: tuple[Span, ...] = ()
     tokens: tuple[int, ...] = ()
     frontiers: tuple[Frontier, ...] = ()
     tables: tuple[tuple[int, int, int], ...] = ()
+    zeroed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,14 @@ class PipelineScheduler:
             if span.stop == len(sequence.tokens):
                 frontiers.append(_frontier(sequence, row=len(tokens) - 1))
         spans = tuple(span for _, span in chosen)
-        plan = PipelinePlan(self._num_plans, spans, tuple(tokens), tuple(frontiers), tuple(tables))
+        plan = PipelinePlan(
+            self._num_plans,
+            spans,
+            tuple(tokens),
+            tuple(frontiers),
+            tuple(tables),
+            self.blocks.drain_to_zero(),
+        )
         self._num_plans += 1
         passengers = [(one, one.num_rejections) for one, _ in chosen]
         self._sent.append(_Sent(plan, passengers, self.num_stages))
@@ -220,6 +228,8 @@ class PipelineScheduler:
         on_their_way = {id(one) for sent in self._sent for one, _ in sent.passengers}
         for sequence in [one for one in self._leaving if id(one) not in on_their_way]:
             self._leaving.remove(sequence)
+            if sequence.is_tainted:
+                self.blocks.taint(sequence.blocks)
             self.blocks.give_back(sequence.blocks)
             self._slots.append(sequence.slot)
 

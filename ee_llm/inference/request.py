@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from ee_llm.inference.sampling import Sampling
 
 Strategy = Literal["exact", "full", "verify", "propagate"]
-# error: its tokens have no text, which stop strings need.
+# error: the tokenizer cannot decode the tokens, or an exit's logits are not finite.
 FinishReason = Literal["eod", "stop", "length", "context", "abort", "error"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+NON_FINITE = (
+    "an exit gave logits that are not finite; the weights are damaged, or the dtype is too narrow"
+    " for them (try float32)"
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Verdict:
 
     left: whether its token leaves here (always true at the final exit). token: the one that this
     exit draws. confidence: the policy's measure. logprob: the token's, in this exit's distribution.
+    is_finite: whether all of the row's logits are; otherwise its sequence ends here with an error.
     """
 
     slot: int
@@ -100,6 +105,7 @@ class Verdict:
     token: int
     confidence: float
     logprob: float
+    is_finite: bool = True
 
 
 @dataclass(eq=False)  # each is itself, however like another one it stands
@@ -113,7 +119,8 @@ class Sequence:
     blocks: of the K/V cache, in order of positions; keys: of the leading full ones, as others may
     find them. num_tabled, num_published: how many of the blocks the runner and the cache know of.
     num_cached: leading positions that were in the cache. waiting_since: the step at which its
-    rows last ran.
+    rows last ran. error: the message that goes with the finish reason "error". is_tainted: its
+    keys and values may hold NaN or infinity, so its blocks must be zeroed before they are reused.
     """
 
     request: Request
@@ -138,6 +145,8 @@ class Sequence:
     num_rejections: int = 0
     num_accepted: int = 0
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    is_tainted: bool = False
     _counts: dict[int, int] = field(default_factory=dict)
     _num_counted: int = 0
     _text: GeneratedText | None = None
@@ -239,6 +248,9 @@ class Sequence:
 
     def settle(self, segment: int, verdict: Verdict) -> bool:
         """Take an exit's verdict on a row; return whether later rows' verdicts still count."""
+        if not verdict.is_finite:
+            self.finish_reason, self.error, self.is_tainted = "error", NON_FINITE, True
+            return False
         if not verdict.left:
             self.declined = segment
             return True
@@ -292,7 +304,8 @@ class Sequence:
         try:
             if self._is_stopped(token):
                 return "stop"
-        except Exception:  # whatever the tokenizer raises: nobody else is to suffer from it
+        except Exception as error:  # Whatever the tokenizer raises ends this request only.
+            self.error = f"the tokenizer cannot decode the tokens: {type(error).__name__}: {error}"
             return "error"
         if self.num_confirmed > self.max_length:
             return "context"

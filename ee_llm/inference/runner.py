@@ -110,7 +110,7 @@ class Runner:
 
     @torch.no_grad()
     def _run(self, plan: Plan) -> Tensor:
-        self._executor.note(plan.tables)
+        self._executor.prepare(plan.tables, plan.zeroed)
         x = attended = torch.empty(0)
         spans: tuple[Span, ...] = ()
         batch: Batch | None = None

@@ -21,6 +21,7 @@ from ee_llm.inference.noise import gumbel_noise, integer_exp
 NUM_SORTED = 1024
 # On a CPU, rows of so many logits at most are drawn at once: their temporaries stay in its cache.
 NUM_CACHED = 2**15
+_LARGEST = 1e300  # of a penalised logit
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "seed"):
+            if type(getattr(self, name)) is not int:
+                raise ValueError(f"{name} {getattr(self, name)!r} must be an integer")
         if not 0.0 <= self.temperature < math.inf:
             raise ValueError(
                 f"temperature {self.temperature} must be finite and at least 0 (0 is greedy)"
@@ -105,7 +109,7 @@ def token_margin(
         return float(penalised.max() - penalised[token])
     if token == sample(logits, sampling, position, history):
         return 0.0
-    scaled = penalised / sampling.temperature
+    scaled = _scaled(penalised, sampling.temperature)
     ids = torch.arange(len(scaled), device=scaled.device)
     scores = scaled + gumbel_noise(sampling.seed, position, ids)
     num_kept = min(sampling.top_k or len(scaled), len(scaled))
@@ -176,14 +180,16 @@ def _penalised(
     at = torch.tensor([rows, seen], device=logits.device)
     penalty = torch.tensor(penalties, dtype=torch.float64, device=logits.device)
     before = precise[at[0], at[1]]
+    # Extreme penalties would overflow to infinity, and infinities cancel to NaN.
     after = torch.where(before > 0.0, before / penalty, before * penalty)
+    after = after.clamp(-_LARGEST, _LARGEST)
     # A token seen twice is written twice, with the same value.
     return precise.index_put((at[0], at[1]), after)
 
 
 def _sampled(logits: Tensor, settings: Sequence[Sampling], positions: Sequence[int]) -> Tensor:
     """Return the tokens [r] drawn from penalised logits [r, v] at temperatures above 0."""
-    scaled = logits / _column(logits, [sampling.temperature for sampling in settings])
+    scaled = _scaled(logits, _column(logits, [sampling.temperature for sampling in settings]))
     seed = torch.tensor([sampling.seed for sampling in settings], device=logits.device)
     position = torch.tensor(positions, device=logits.device)
     kept = _kept(scaled, settings)
@@ -194,6 +200,14 @@ def _sampled(logits: Tensor, settings: Sequence[Sampling], positions: Sequence[i
     scores = torch.full_like(scaled, -math.inf)
     scores[row, ids] = scaled[row, ids] + gumbel_noise(seed[row], position[row], ids)
     return scores.argmax(dim=-1)
+
+
+def _scaled(logits: Tensor, temperature: Tensor | float) -> Tensor:
+    """Return logits [.., v] less the greatest of each row, divided by the temperature.
+
+    The difference comes first: a logit divided by a tiny temperature overflows to infinity.
+    """
+    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
 
 
 def _kept(scaled: Tensor, settings: Sequence[Sampling]) -> Tensor | None:

@@ -46,13 +46,14 @@ class Plan:
     """One pass. parts: neighbouring segments. tokens: of the rows that enter segment 0.
 
     heads: the rows that the exit at the end of the last part judges. tables: newly given blocks
-    as (slot, index within the sequence, block).
+    as (slot, index within the sequence, block). zeroed: blocks to zero before the pass.
     """
 
     parts: tuple[Part, ...]
     tokens: tuple[int, ...]
     heads: tuple[Span, ...]
     tables: tuple[tuple[int, int, int], ...]
+    zeroed: tuple[int, ...] = ()
 
     @property
     def last_segment(self) -> int:
@@ -162,7 +163,8 @@ class Scheduler:
         if plan.last_segment == self.num_segments - 1:
             for span in plan.parts[-1].spans:
                 sequence = by_slot[span.slot]
-                publish_prefix(self.blocks, sequence, sequence.watermarks[-1])
+                if not sequence.is_tainted:
+                    publish_prefix(self.blocks, sequence, sequence.watermarks[-1])
         finished = [sequence for sequence in self.running if sequence.finish_reason]
         for sequence in finished:
             self._vacate(sequence)
@@ -219,6 +221,8 @@ class Scheduler:
 
     def _vacate(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        if sequence.is_tainted:
+            self.blocks.taint(sequence.blocks)
         self.blocks.give_back(sequence.blocks)
         self._slots.append(sequence.slot)
 
@@ -304,7 +308,8 @@ class Scheduler:
             segment += 1
             spans = self._spans(segment, spans)
         tables = [entry for span in spans for entry in by_slot[span.slot].table_blocks()]
-        return Plan(tuple(parts), tuple(tokens), heads, tuple(tables))
+        zeroed = self.blocks.drain_to_zero()
+        return Plan(tuple(parts), tuple(tokens), heads, tuple(tables), zeroed)
 
     def _heads(
         self, segment: int, spans: Items[Span], by_slot: Mapping[int, Sequence]

@@ -167,6 +167,11 @@ class Stage:
         for pages in (page for piece in self._pages for page in piece):
             pages.zero_()
 
+    def zero(self, start: int, stop: int) -> None:
+        """Zero the keys and values at positions start .. stop - 1 of the cache."""
+        for pages in (page for piece in self._pages for page in piece):
+            pages[start:stop].zero_()
+
     def compile(self) -> None:
         """Send all layers, those of exits too, through torch.compile."""
         blocks = [head.block for head in self._heads if head is not None and head.block is not None]

@@ -14,36 +14,39 @@ from ee_llm.inference.scheduler import Part, Plan, Span
 def encode_plan(plan: Plan) -> bytes:
     """Return a plan as bytes, see `decode_plan`."""
     parts = [[part.segment, _pairs(part.spans), part.frozen] for part in plan.parts]
-    return json.dumps([parts, plan.tokens, _pairs(plan.heads), plan.tables]).encode()
+    fields = [parts, plan.tokens, _pairs(plan.heads), plan.tables, plan.zeroed]
+    return json.dumps(fields).encode()
 
 
 def decode_plan(message: bytes) -> Plan:
     """Return the plan that `encode_plan` made bytes of."""
-    parts, tokens, heads, tables = json.loads(message)
+    parts, tokens, heads, tables, zeroed = json.loads(message)
     return Plan(
         tuple(Part(segment, _spans(spans), tuple(frozen)) for segment, spans, frozen in parts),
         tuple(tokens),
         _spans(heads),
         tuple((slot, index, block) for slot, index, block in tables),
+        tuple(zeroed),
     )
 
 
 def encode_pass(plan: PipelinePlan) -> bytes:
     """Return a pass through a pipeline as bytes, see `decode_pass`."""
     frontiers = [vars(one) | {"sampling": vars(one.sampling)} for one in plan.frontiers]
-    fields = [plan.id, _pairs(plan.spans), plan.tokens, frontiers, plan.tables]
+    fields = [plan.id, _pairs(plan.spans), plan.tokens, frontiers, plan.tables, plan.zeroed]
     return json.dumps(fields).encode()
 
 
 def decode_pass(message: bytes) -> PipelinePlan:
     """Return the pass that `encode_pass` made bytes of."""
-    id, spans, tokens, frontiers, tables = json.loads(message)
+    id, spans, tokens, frontiers, tables, zeroed = json.loads(message)
     return PipelinePlan(
         id,
         _spans(spans),
         tuple(tokens),
         tuple(_frontier(**fields) for fields in frontiers),
         tuple((slot, index, block) for slot, index, block in tables),
+        tuple(zeroed),
     )
 
 

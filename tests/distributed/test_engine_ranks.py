@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import random
 import time
 
@@ -21,7 +22,8 @@ from ee_llm.inference.sampling import Sampling
 from ee_llm.inference.scheduler import Limits
 from ee_llm.inference.stage import Stage
 from tests.distributed.harness import run_ranks
-from tests.unit.inference.fuzz import Traffic, assert_expected, random_traffic, serve
+from tests.unit.inference.engines import make_request
+from tests.unit.inference.fuzz import Traffic, assert_expected, expected, random_traffic, serve
 from tests.unit.inference.models import random_tensors, tiny_config
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (1, 4)]
@@ -49,7 +51,7 @@ def _limits(rng: random.Random) -> Limits:
 def make_decoder(config, tensors, limits, ranks: platform.ServingGrid, **options) -> Decoder:
     if ranks.num_stages > 1:
         return PipelineEngine(config, tensors, ranks, torch.float64, limits, **options)
-    return Engine(config, tensors, torch.float64, limits, ranks=ranks, **options)
+    return Engine(config, tensors, torch.float64, limits, hold="off", ranks=ranks, **options)
 
 
 def _serve(seed: int, tensor: int, pipeline: int) -> dict[str, Generation] | None:
@@ -116,6 +118,64 @@ def test_the_next_stage_does_not_wait_for_an_exit(strategy: str, order: list[str
     """But where a row that left keeps its state from there on."""
     events, _ = run_ranks(2, _events, strategy)
     assert events[:2] == order
+
+
+_STRATEGIES = ("exact", "full", "verify", "propagate")
+_POISON = 28
+
+
+def _serve_poison(tensor: int, pipeline: int) -> dict[str, Generation]:
+    """Serve requests of all strategies, half of them with a token whose embedding is NaN."""
+    torch.set_num_threads(1)
+    config = tiny_config(boundaries=(1, 2))
+    tensors = random_tensors(config)
+    tensors["embedding.word.weight"][_POISON] = math.nan
+    ranks = platform.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=30)
+    # So few blocks that those of spoiled requests serve others.
+    limits = Limits(max_sequences=3, num_blocks=17, block_size=4)
+    engine = make_decoder(config, tensors, limits, ranks)
+    if not ranks.is_leader:
+        engine.follow()
+        return {}
+    made: dict[str, Generation] = {}
+    for request in _poisoned_requests():
+        engine.add(request)
+    while engine.has_work:
+        made |= {one.id: one.generation for one in engine.step() if one.generation}
+        engine.scheduler.check_integrity()
+    start = time.monotonic()
+    engine.close()
+    assert time.monotonic() - start < 15, "closing waits for an answer that never comes"
+    return made
+
+
+def _poisoned_requests() -> list[Request]:
+    requests = []
+    for number in range(16):
+        strategy = _STRATEGIES[number % 4]
+        prompt = [1 + number, 2, 3, *range(4, 4 + number % 5)]
+        if number % 2:
+            prompt[number % len(prompt)] = _POISON
+        requests.append(
+            make_request(f"{number}", prompt=prompt, strategy=strategy, max_new_tokens=8)
+        )
+    return requests
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
+def test_requests_with_nan_end_alone(tensor: int, pipeline: int) -> None:
+    """A stage that met NaN raised, and the others waited for it until the time-out."""
+    made, *_ = run_ranks(tensor * pipeline, _serve_poison, tensor, pipeline)
+    config = tiny_config(boundaries=(1, 2))
+    model = ReferenceModel(config, random_tensors(config), torch.float64)
+    for request in _poisoned_requests():
+        found = made[request.id]
+        if _POISON in request.prompt:
+            assert (found.tokens, found.finish_reason) == ((), "error")
+        else:
+            wanted = expected(model, request)
+            assert _POISON not in wanted.tokens
+            assert (found.tokens, found.exits) == (wanted.tokens, wanted.exits)
 
 
 def _idle(tensor: int, pipeline: int) -> tuple[int, ...]:

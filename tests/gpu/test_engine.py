@@ -36,7 +36,7 @@ def _engine(dtype: torch.dtype, execution: Execution) -> Engine:
     config = tiny_config(head_dim=32)
     device = platform.device()
     tensors = random_tensors(config)
-    return Engine(config, tensors, dtype, LIMITS, device=device, execution=execution)
+    return Engine(config, tensors, dtype, LIMITS, hold="off", device=device, execution=execution)
 
 
 @pytest.mark.parametrize("attention", ["gather", "plain"])

@@ -189,7 +189,7 @@ def random_engine(
         ride_rows=rng.choice([0, 20]),
     )
     tensors = random_tensors(config, seed)
-    engine = Engine(config, tensors, torch.float64, limits, execution=execution)
+    engine = Engine(config, tensors, torch.float64, limits, hold="off", execution=execution)
     engine.scheduler.holds = [rng.randint(1, 5) for _ in engine.boundaries]
     if is_wild:
         engine.scheduler.__class__ = RandomScheduler

@@ -177,15 +177,16 @@ def test_an_abort_at_any_step_leaks_nothing(victim: str, num_blocks: int) -> Non
     assert (engine.scheduler.num_preemptions > 0) == (num_blocks == 9)
 
 
-def test_damaged_weights_are_told_and_the_request_can_be_given_up() -> None:
+@pytest.mark.parametrize("strategy", ["exact", "full", "verify", "propagate"])
+def test_damaged_weights_end_the_request_with_an_error(strategy: str) -> None:
     tensors = random_tensors(tiny_config())
     tensors["layers.4.mlp.linear_fc2.weight"][0, 0] = math.nan
     engine = make_engine(tensors=tensors)
-    engine.add(make_request("a", strategy="full"))
-    with pytest.raises(ValueError, match=r"not finite in torch\.float64; are the weights damaged"):
-        engine.step()
-    engine.scheduler.check_integrity()
-    engine.abort("a")
+    request = make_request("a", strategy=strategy, thresholds=(None, None))
+    (made,) = engine.generate([request])
+    assert (made.tokens, made.finish_reason, made.mean_depth) == ((), "error", 0.0)
+    assert made.error is not None
+    assert "logits that are not finite" in made.error
     assert_idle(engine)
 
 
@@ -224,6 +225,13 @@ def test_a_stream_is_the_generation_token_by_token(sampling) -> None:
         assert tuple(decision.exit for decision in decisions) == generation.exits
         assert tuple(decision.confidence for decision in decisions) == generation.confidences
         assert tuple(decision.logprob for decision in decisions) == generation.logprobs
+    # What the streams' passes brought to the other request is still there for its owner.
+    updates = []
+    while engine.has_work:
+        updates += engine.step()
+    assert {update.id for update in updates} == {"other"}
+    assert_same(updates[-1].generation, reference(other))
+    assert sum(len(update.decisions) for update in updates) == len(updates[-1].generation.tokens)
     assert_idle(engine)
 
 
@@ -236,6 +244,51 @@ def test_a_stream_that_is_closed_early_is_aborted() -> None:
     assert_idle(engine)
     *_, last = engine.stream(request)
     assert_same(last.generation, reference(request))
+
+
+@pytest.mark.parametrize("how", ["close", "drop", "leave"])
+def test_a_stream_that_nobody_reads_is_aborted(how: str) -> None:
+    engine = make_engine()
+    stream = engine.stream(make_request("a"))
+    if how == "close":
+        stream.close()
+        assert list(stream) == []
+    elif how == "leave":
+        with stream:
+            pass
+    del stream
+    assert_idle(engine)
+
+
+def test_a_stream_that_is_dropped_within_a_pass_is_aborted_after_it(monkeypatch) -> None:
+    """Garbage collection may come at any moment; the pass goes on with whom it began."""
+    engine = make_engine()
+    streams = [engine.stream(make_request("a"))]
+    run = engine.runner.run
+
+    def collects(plan):
+        streams.clear()
+        return run(plan)
+
+    monkeypatch.setattr(engine.runner, "run", collects)
+    engine.add(make_request("b", 6))
+    found = []
+    while engine.has_work:
+        found += engine.step()
+        engine.scheduler.check_integrity()
+    assert {update.id for update in found} == {"b"}
+    assert found[-1].generation.tokens == reference(make_request("b", 6)).tokens
+    assert_idle(engine)
+
+
+def test_generate_does_not_take_what_others_wait_for() -> None:
+    engine = make_engine()
+    engine.add(make_request("a", 4, max_new_tokens=2))
+    engine.generate([make_request("b", 5, max_new_tokens=9)])
+    assert engine.has_work
+    updates = engine.step()
+    assert [update.id for update in updates if update.generation] == ["a"]
+    assert_idle(engine)
 
 
 def test_results_come_in_the_order_of_the_requests() -> None:
@@ -299,28 +352,39 @@ def test_a_stop_string_may_begin_with_the_space_of_the_first_token() -> None:
     assert (stopped.tokens, stopped.finish_reason) == (made.tokens[:1], "stop")
 
 
-def test_a_request_that_spoils_a_pass_is_named_and_leaves_the_others_whole() -> None:
-    """Nor does what it wrote to the cache reach anyone later. One token leads to NaN."""
-    good = make_request("good", prompt=[1, 2, 3], strategy="full")
-    later = make_request("later", prompt=[4, 5, 6, 8, 9], strategy="full")
-    wanted = [reference(one).tokens for one in (good, later)]
-    poison = next(t for t in range(10, 40) if all(t not in tokens for tokens in wanted))
+@pytest.mark.parametrize("num_blocks", [9, 65])
+@pytest.mark.parametrize("strategy", ["exact", "full", "verify", "propagate"])
+def test_a_request_with_nan_ends_alone_and_leaves_no_nan_behind(
+    strategy: str, num_blocks: int
+) -> None:
+    """Blocks that held NaN serve later requests: with 8 blocks, all of them do."""
+    good = make_request("good", prompt=[1, 2, 3], strategy=strategy)
+    later = [
+        make_request(f"later{n}", prompt=[4, 5, 6, 8, 9 + n], strategy=strategy) for n in range(3)
+    ]
+    wanted = {one.id: reference(one).tokens for one in (good, *later)}
+    used = {token for tokens in wanted.values() for token in tokens}
+    poison = next(t for t in range(12, 40) if t not in used)
     tensors = random_tensors(tiny_config())
     tensors["embedding.word.weight"][poison] = math.nan
-    engine = make_engine(tensors=tensors)
+    engine = make_engine(tensors=tensors, num_blocks=num_blocks)
     engine.add(good)
     for _ in range(2):
         engine.step()
-    engine.add(make_request("bad", prompt=[1, poison, 3], strategy="full"))
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"request 'bad': an exit gives logits that are not"):
-            engine.step()
-    engine.abort("bad")
+    # Its leading blocks are full: they are published before its first token is due.
+    prompt = [1, poison, *range(1, 12)]
     found = {}
-    engine.add(later)
-    while engine.has_work:
-        found |= {u.id: u.generation.tokens for u in engine.step() if u.generation}
-    assert [found["good"], found["later"]] == wanted
+    for number in range(2):  # the second one must not find the blocks of the first one
+        engine.add(make_request(f"bad{number}", prompt=prompt, strategy=strategy))
+        for one in later[number::2]:
+            engine.add(one)
+        while engine.has_work:
+            found |= {u.id: u.generation for u in engine.step() if u.generation}
+            engine.scheduler.check_integrity()
+    for number in range(2):
+        bad = found.pop(f"bad{number}")
+        assert (bad.tokens, bad.finish_reason) == ((), "error")
+    assert {id: one.tokens for id, one in found.items()} == wanted
     assert_idle(engine)
 
 

@@ -22,7 +22,8 @@ GRAPHS = Execution("plain", graphs=True)
 
 def _engine(execution: Execution, **options: object) -> Engine:
     config = tiny_config(**options)
-    return Engine(config, random_tensors(config), torch.float64, LIMITS, execution=execution)
+    tensors = random_tensors(config)
+    return Engine(config, tensors, torch.float64, LIMITS, hold="off", execution=execution)
 
 
 @pytest.mark.parametrize("execution", [PAGES, GRAPHS], ids=["pages", "graphs"])
@@ -103,7 +104,7 @@ def test_compiled_layers_leave_weights_as_they_are(monkeypatch: pytest.MonkeyPat
     tensors = random_tensors(config, dtype=torch.float32)
 
     def made(execution: Execution) -> list[tuple[int, ...]]:
-        engine = Engine(config, tensors, torch.float32, LIMITS, execution=execution)
+        engine = Engine(config, tensors, torch.float32, LIMITS, hold="off", execution=execution)
         return [one.tokens for one in engine.generate(one_of_each())]
 
     plain = made(Execution())

@@ -100,11 +100,19 @@ def test_a_verdict_is_the_same_bits_among_any_neighbours() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
-    logits = _logits(2, torch.float32)
+def test_a_row_with_logits_that_are_not_finite_changes_no_other_row(bad: float) -> None:
+    logits = _logits(3, torch.float32)
+    questions = [_question(0), _question(1, threshold=1.0), _question(2)]
+    expected = judge(logits, questions)
     logits[1, 3] = bad
-    with pytest.raises(ValueError, match=r"not finite in torch\.float32; are the weights damaged"):
-        judge(logits, [_question(0), _question(1)])
+    first, spoiled, last = judge(logits, questions)
+    assert [first, last] == [expected[0], expected[2]]
+    assert (spoiled.left, spoiled.is_finite, spoiled.token) == (True, False, -1)
+
+
+def test_large_finite_logits_are_finite_though_their_sum_is_not() -> None:
+    logits = torch.full((1, 8), 3e38)
+    assert judge(logits, [_question(0)])[0].is_finite
 
 
 def test_an_exit_is_asked_with_the_threshold_of_its_boundary() -> None:
@@ -181,11 +189,14 @@ def test_summaries_of_nothing_say_nothing() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_summaries_that_are_not_finite_are_refused(bad: float) -> None:
+def test_a_summary_that_is_not_finite_changes_no_other_row(bad: float) -> None:
     logits = _logits(2, torch.float32)
+    questions = [_question(0), _question(1, threshold=1.0)]
+    expected = judge_summaries(_summaries(logits, 2), questions)
     logits[1, 33] = bad
-    with pytest.raises(ValueError, match="not finite; are the weights damaged"):
-        judge_summaries(_summaries(logits, 2), [_question(0), _question(1)])
+    first, spoiled = judge_summaries(_summaries(logits, 2), questions)
+    assert first == expected[0]
+    assert (spoiled.left, spoiled.is_finite, spoiled.token) == (True, False, -1)
 
 
 def test_summaries_do_for_greedy_draws_by_probability_alone() -> None:

@@ -5,13 +5,16 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ee_llm.inference import sampling as sampling_module
 from ee_llm.inference.noise import gumbel_noise
-from ee_llm.inference.sampling import Sampling, _kept, draw, sample
+from ee_llm.inference.sampling import Sampling, _kept, draw, sample, token_margin
 
 
 def _plain_kept(values: list[float], sampling: Sampling) -> list[int]:
@@ -231,3 +234,50 @@ def test_settings_out_of_range_are_refused() -> None:
         ((name, value),) = settings.items()
         with pytest.raises(ValueError, match=f"^{name} {value}"):
             Sampling(**settings)
+
+
+_NUMBERS = st.floats(allow_nan=False, allow_infinity=False, min_value=0.0)
+_ANY_SAMPLING = st.builds(
+    Sampling,
+    temperature=_NUMBERS,
+    top_k=st.integers(0, 2**63),
+    top_p=st.floats(0.0, 1.0, exclude_min=True),
+    seed=st.integers(0, 2**63 - 1),
+    min_p=st.floats(0.0, 1.0),
+    repetition_penalty=st.floats(5e-324, 1.7e308),
+)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@given(
+    st.lists(_ANY_SAMPLING, min_size=1, max_size=3),
+    st.lists(st.floats(-3e38, 3e38), min_size=2, max_size=9),
+    st.integers(0, 2**31 - 1),
+)
+def test_any_permitted_settings_draw_a_token_without_an_error(
+    many: list[Sampling], values: list[float], position: int
+) -> None:
+    """A temperature of 1e-307 gave infinities, and with top-k the whole batch a traceback."""
+    logits = torch.tensor([values] * len(many))
+    histories = [(0, len(values) - 1)] * len(many)
+    tokens = draw(logits, many, [position] * len(many), histories)
+    assert all(0 <= token < len(values) for token in tokens.tolist())
+    for row, sampling in enumerate(many):
+        assert sample(logits[row], sampling, position, histories[row]) == tokens[row]
+        assert (
+            token_margin(logits[row], sampling, position, int(tokens[row]), histories[row]) == 0.0
+        )
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-307, 1e-300, 1e-12])
+@pytest.mark.parametrize("limits", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_the_smallest_temperatures_are_greedy(temperature: float, limits: dict) -> None:
+    logits = torch.tensor([[0.5, 3.0, 2.9999, -40.0]])
+    assert draw(logits, [Sampling(temperature, **limits)], [3], [()]).tolist() == [1]
+
+
+@pytest.mark.parametrize("value", [1.5, 1.0, True, "3", None])
+@pytest.mark.parametrize("name", ["top_k", "seed"])
+def test_integers_are_integers(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{name} .* must be an integer"):
+        Sampling(**{name: value})
