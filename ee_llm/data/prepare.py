@@ -19,11 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ee_llm.data.aside import AsideFile
-from ee_llm.data.corpus import (
+from ee_llm.data.documents import (
     DEFAULT_EXCLUDE,
     Format,
     RawDocument,
+    Skipped,
     decode_document,
+    describe_skipped,
     find_sources,
     raw_documents,
 )
@@ -42,7 +44,8 @@ class PrepareOptions:
     """Turn texts into the token files that training reads: PREFIX.bin and PREFIX.idx."""
 
     inputs: tuple[Path, ...]
-    """JSONL files (one document per line), text files (one document each), folders of them."""
+    """Files of JSON lines, JSON arrays, Parquet or plain text (one document each), compressed with
+    gzip, bzip2, xz or zstd or not, and folders of them."""
 
     output: Path
     """Prefix of the files to write, for example data/corpus for data/corpus.bin and .idx."""
@@ -56,7 +59,7 @@ class PrepareOptions:
     tokenizer states, else the first of the usual names that is in the vocabulary."""
 
     key: str = "text"
-    """Key of the text in each line of a JSONL file."""
+    """Key of the text in JSON objects, or its column in Parquet files."""
 
     suffixes: tuple[str, ...] = ()
     """Read only files with these endings in a folder, for example .py .md; default: every file."""
@@ -65,7 +68,7 @@ class PrepareOptions:
     """Names of folders that are left out, at any depth."""
 
     format: Format = "auto"
-    """What the inputs are; auto takes .jsonl and .ndjson files for JSONL, all others for text."""
+    """What the inputs are; auto goes by the name and, for .json and Parquet, by the content."""
 
     append_eod: bool = True
     """Whether an end-of-document token follows each document."""
@@ -87,6 +90,8 @@ class PrepareReport(NamedTuple):
     """Bytes of UTF-8 text, before tokenization."""
     num_empty: int
     """Documents without any text, which were left out."""
+    skipped: tuple[Skipped, ...] = ()
+    """What was left out of the folders among the inputs."""
 
     @property
     def bytes_per_token(self) -> float:
@@ -95,9 +100,10 @@ class PrepareReport(NamedTuple):
 
     def __str__(self) -> str:
         empty = f", {self.num_empty:,} empty ones left out" if self.num_empty else ""
+        skipped = f"\n{describe_skipped(self.skipped)}" if self.skipped else ""
         return (
             f"{self.prefix}.bin and .idx: {self.num_documents:,} documents{empty}, "
-            f"{self.num_tokens:,} tokens, {self.bytes_per_token:.2f} bytes/token"
+            f"{self.num_tokens:,} tokens, {self.bytes_per_token:.2f} bytes/token{skipped}"
         )
 
 
@@ -113,10 +119,12 @@ def prepare(options: PrepareOptions) -> PrepareReport:
         raise ValueError(f"workers = {options.workers}: give a number of processes, or 0")
     tokenizer = load_tokenizer(options.tokenizer, options.eos_token)
     _ = tokenizer.eod  # before any work: a tokenizer may have no such token
-    sources = find_sources(options.inputs, options.suffixes, options.exclude, options.format)
+    sources, skipped = find_sources(
+        options.inputs, options.suffixes, options.exclude, options.format
+    )
     total = sum(source.num_bytes for source in sources)
     encode = partial(_encode, options.tokenizer, options.eos_token, options.key, options.append_eod)
-    chunks = _chunks(raw_documents(sources))
+    chunks = _chunks(raw_documents(sources, options.key))
     num_bytes = num_empty = 0
     with (
         IndexedWriter(options.output, token_dtype(tokenizer.vocab_size)) as writer,
@@ -127,7 +135,7 @@ def prepare(options: PrepareOptions) -> PrepareReport:
             writer.add(encoded.tokens, encoded.lengths)
             num_bytes += encoded.num_bytes
             num_empty += encoded.num_empty
-            progress.update(task, advance=encoded.num_raw_bytes)
+            progress.update(task, advance=encoded.num_read)
         if writer.num_documents == 0:
             names = ", ".join(str(path) for path in options.inputs)
             raise ValueError(f"inputs {names}: no document with any text in them")
@@ -136,7 +144,12 @@ def prepare(options: PrepareOptions) -> PrepareReport:
             aside.write(json.dumps(description, indent=1).encode() + b"\n")
             writer.commit(aside)
     return PrepareReport(
-        str(options.output), writer.num_documents, writer.num_tokens, num_bytes, num_empty
+        str(options.output),
+        writer.num_documents,
+        writer.num_tokens,
+        num_bytes,
+        num_empty,
+        tuple(skipped),
     )
 
 
@@ -188,11 +201,14 @@ _Chunk = tuple[RawDocument, ...]
 
 
 class _Encoded(NamedTuple):
-    """A chunk's tokens [t], the number of tokens of each document, and what they were made of."""
+    """A chunk's tokens [t], the number of tokens of each document, and what they were made of.
+
+    `num_read`: bytes of the input files, as they are on the disk.
+    """
 
     tokens: Tokens
     lengths: list[int]
-    num_raw_bytes: int
+    num_read: int
     num_bytes: int
     num_empty: int
 
@@ -233,8 +249,8 @@ def _encode(
             ids.append(tokenizer.eod)
         parts.append(np.array(ids, dtype=token_dtype(tokenizer.vocab_size)))
     tokens = np.concatenate([np.zeros(0, token_dtype(tokenizer.vocab_size)), *parts])
-    raw = sum(len(document.data) for document in chunk)
-    return _Encoded(tokens, [part.size for part in parts], raw, num_bytes, num_empty)
+    num_read = sum(document.num_read for document in chunk)
+    return _Encoded(tokens, [part.size for part in parts], num_read, num_bytes, num_empty)
 
 
 def ordered_map(

@@ -2,20 +2,26 @@
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ee_llm.data.aside import AsideFile
-from ee_llm.data.corpus import (
+from ee_llm.data.documents import (
     DEFAULT_EXCLUDE,
     Format,
+    Skipped,
+    Source,
     decode_document,
+    describe_skipped,
     find_sources,
     raw_documents,
 )
 
+_MAX_MEGABYTES = 1_000_000.0  # the trainer keeps the text in memory
+_MAX_VOCAB_SIZE = 10_000_000  # ten times the largest in use; the trainer counts in 32 bits
+_MAX_PARTS = 1000
 _MAX_LINE = 4096  # characters; the trainer's time grows faster than the length of a line
 
 
@@ -24,7 +30,8 @@ class TrainTokenizerOptions:
     """Train a SentencePiece tokenizer (byte-pair encoding with byte fallback) on texts."""
 
     inputs: tuple[Path, ...]
-    """JSONL files (one document per line), text files (one document each), folders of them."""
+    """Files of JSON lines, JSON arrays, Parquet or plain text (one document each), compressed with
+    gzip, bzip2, xz or zstd or not, and folders of them."""
 
     output: Path
     """File to write, for example data/tokenizer.model."""
@@ -33,7 +40,7 @@ class TrainTokenizerOptions:
     """Number of token ids, the 256 bytes and 2 special ones included."""
 
     key: str = "text"
-    """Key of the text in each line of a JSONL file."""
+    """Key of the text in JSON objects, or its column in Parquet files."""
 
     suffixes: tuple[str, ...] = ()
     """Read only files with these endings in a folder, for example .py .md; default: every file."""
@@ -42,10 +49,11 @@ class TrainTokenizerOptions:
     """Names of folders that are left out, at any depth."""
 
     format: Format = "auto"
-    """What the inputs are; auto takes .jsonl and .ndjson files for JSONL, all others for text."""
+    """What the inputs are; auto goes by the name and, for .json and Parquet, by the content."""
 
     max_megabytes: float = 200.0
-    """Text to learn from; of a larger input, documents are taken at even distances."""
+    """Decompressed text to learn from, in millions of bytes. Of a larger input, documents are taken
+    at even distances, and parts of a document that is larger by itself."""
 
 
 class TrainTokenizerReport(NamedTuple):
@@ -54,30 +62,75 @@ class TrainTokenizerReport(NamedTuple):
     path: Path
     vocab_size: int
     num_documents: int
+    skipped: tuple[Skipped, ...] = ()
+    """What was left out of the folders among the inputs."""
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.vocab_size:,} tokens, from {self.num_documents:,} documents"
+        skipped = f"\n{describe_skipped(self.skipped)}" if self.skipped else ""
+        made_of = f"{self.vocab_size:,} tokens, from {self.num_documents:,} documents"
+        return f"{self.path}: {made_of}{skipped}"
 
 
 def train_tokenizer(options: TrainTokenizerOptions) -> TrainTokenizerReport:
     """Return what was written for `options`; raises ValueError for what is wrong with them."""
     if options.output.suffix != ".model":
         raise ValueError(f"output {options.output}: the file's name must end with .model")
-    if options.max_megabytes <= 0:
-        raise ValueError(f"max_megabytes = {options.max_megabytes}: must be above 0")
-    sources = find_sources(options.inputs, options.suffixes, options.exclude, options.format)
-    share = options.max_megabytes * 1e6 / sum(source.num_bytes for source in sources)
+    if not 0 < options.max_megabytes <= _MAX_MEGABYTES:
+        raise ValueError(
+            f"--max-megabytes {options.max_megabytes}: give a number above 0 and up to "
+            f"{_MAX_MEGABYTES:,}"
+        )
+    if not 1 <= options.vocab_size <= _MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"--vocab-size {options.vocab_size}: give a number from 1 to {_MAX_VOCAB_SIZE:,}"
+        )
+    sources, skipped = find_sources(
+        options.inputs, options.suffixes, options.exclude, options.format
+    )
     num_documents = 0
 
     def documents() -> Iterator[str]:
         nonlocal num_documents
-        for index, raw in enumerate(raw_documents(sources)):
-            if share >= 1 or int((index + 1) * share) > int(index * share):
-                num_documents += 1
-                yield decode_document(raw, options.key)
+        for text in _sample(sources, options.key, int(options.max_megabytes * 1e6)):
+            num_documents += 1
+            yield text
 
     train_sentencepiece(documents(), options.vocab_size, options.output)
-    return TrainTokenizerReport(options.output, options.vocab_size, num_documents)
+    return TrainTokenizerReport(options.output, options.vocab_size, num_documents, tuple(skipped))
+
+
+def _sample(sources: Sequence[Source], key: str, limit: int) -> Iterator[str]:
+    """Yield documents of about `limit` bytes, at even distances over `sources`.
+
+    A document of more than `limit` bytes by itself contributes parts, at even distances too.
+    """
+    total = _num_text_bytes(sources, key)
+    seen = taken = 0
+    for raw in raw_documents(sources, key):
+        size = len(raw.data)
+        seen += size
+        room = size if total <= limit else limit * seen // total - taken
+        if room >= size:
+            taken += size
+            yield decode_document(raw, key)
+        elif size > limit and room > 0:
+            taken += room
+            yield _parts(decode_document(raw, key), room / size)
+
+
+def _num_text_bytes(sources: Sequence[Source], key: str) -> int:
+    """Return the size of all documents; compressed ones are read for it."""
+    plain = sum(source.num_bytes for source in sources if not source.is_compressed)
+    compressed = [source for source in sources if source.is_compressed]
+    return plain + sum(len(raw.data) for raw in raw_documents(compressed, key))
+
+
+def _parts(text: str, share: float) -> str:
+    """Return about this share of `text`, in lines of its own from all over it."""
+    num_parts = max(1, min(_MAX_PARTS, int(len(text) * share) // _MAX_LINE))
+    step = len(text) / num_parts
+    starts = [int(number * step) for number in range(num_parts)]
+    return "\n".join(text[start : start + max(1, int(step * share))] for start in starts)
 
 
 def train_sentencepiece(documents: Iterable[str], vocab_size: int, path: Path) -> None:

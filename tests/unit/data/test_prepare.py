@@ -1,5 +1,6 @@
 """`ee-llm data prepare`: the same bytes from any number of workers, clear words for bad input."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -32,11 +33,43 @@ def test_documents_and_report(tmp_path: Path):
     report = prepare(options(path, tmp_path / "out" / "deep" / "a"))
     eod = BytesTokenizer.eod
     assert read_documents(tmp_path / "out/deep/a") == [[*b"one", eod], [*"zwölf".encode(), eod]]
-    assert report == (str(tmp_path / "out/deep/a"), 2, 11, 9, 1)
+    assert report == (str(tmp_path / "out/deep/a"), 2, 11, 9, 1, ())
     assert "2 documents, 1 empty ones left out, 11 tokens, 0.82 bytes/token" in str(report)
     assert sorted(os.listdir(tmp_path / "out/deep")) == ["a.bin", "a.idx", "a.meta.json"]
     prepare(options(path, tmp_path / "b", append_eod=False))
     assert read_documents(tmp_path / "b") == [[*b"one"], [*"zwölf".encode()]]
+
+
+def test_preparing_again_does_not_read_what_was_prepared(tmp_path: Path):
+    """The output is in the input folder: the second run used to read .bin and .idx as texts."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    (tmp_path / ".other.bin.123.part").write_bytes(b"abc")  # of a run that was killed
+    output = tmp_path / "corpus"
+    first = prepare(options(tmp_path, output))
+    before = [Path(f"{output}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".meta.json")]
+    report = prepare(options(tmp_path, output))
+    assert (report.num_documents, report.num_tokens) == (first.num_documents, 5)
+    after = [Path(f"{output}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".meta.json")]
+    assert after == before
+    assert "left out: 4 prepared data" in str(report)
+    assert "1 broken link" in str(report)
+    with pytest.raises(ValueError, match=r"corpus\.bin: prepared data; expected a file or folder"):
+        prepare(options(Path(f"{output}.bin"), tmp_path / "b"))
+
+
+def test_progress_of_compressed_files_ends_at_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "some text"}\n' * 50_000))
+    advanced = []
+    monkeypatch.setattr(
+        module.Progress, "update", lambda self, task, advance: advanced.append(advance)
+    )
+    prepare(options(path, tmp_path / "a", workers=1))
+    assert sum(advanced) == path.stat().st_size
+    assert len(advanced) > 1
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])

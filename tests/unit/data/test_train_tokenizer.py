@@ -1,11 +1,15 @@
 """Training a SentencePiece vocabulary."""
 
+import gzip
+import math
 import os
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
+from ee_llm.data import train_tokenizer as module
+from ee_llm.data.documents import find_sources
 from ee_llm.data.tokenizer import load_tokenizer
 from ee_llm.data.train_tokenizer import (
     TrainTokenizerOptions,
@@ -63,6 +67,31 @@ def test_large_input_is_sampled_evenly(tmp_path: Path):
     assert [letter for letter in "abcdefghij" if letter in pieces] == ["d", "g", "j"]
 
 
+def test_parts_of_one_large_document_are_taken(tmp_path: Path):
+    """One text above the limit used to leave nothing: 'no text to train a tokenizer on'."""
+    path = tmp_path / "letters.txt"
+    path.write_text("".join(letter * 20_000 for letter in "abcdefghij"))
+    output = tmp_path / "letters.model"
+    report = train_tokenizer(TrainTokenizerOptions((path,), output, 270, max_megabytes=0.1))
+    assert report.num_documents == 1
+    model = sentencepiece.SentencePieceProcessor(model_file=str(output))
+    pieces = "".join(model.id_to_piece(i) for i in range(model.vocab_size()))
+    assert set("abcdefghij") <= set(pieces)  # from all over the text
+    (text,) = module._sample(find_sources([path]).files, "text", 100_000)
+    assert 90_000 < len(text) <= 100_100
+
+
+def test_the_limit_is_on_decompressed_text(tmp_path: Path):
+    """Of a .gz of 100 bytes that holds 20,000 the limit must be met as of the plain file."""
+    lines = "".join('{"text": "%s"}\n' % (letter * 2000) for letter in "abcdefghij").encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        sources = find_sources([tmp_path / name]).files
+        texts = list(module._sample(sources, "text", 3 * len(lines) // 10))
+        assert [text[0] for text in texts] == ["d", "g", "j"]
+
+
 @pytest.mark.parametrize(
     ("text", "vocab_size", "message"),
     [
@@ -95,7 +124,9 @@ def test_bad_options(tmp_path: Path):
     path.write_text("a")
     with pytest.raises(ValueError, match=r"must end with \.model"):
         train_tokenizer(TrainTokenizerOptions((path,), tmp_path / "a.bin"))
-    with pytest.raises(ValueError, match="max_megabytes = 0: must be above 0"):
-        train_tokenizer(TrainTokenizerOptions((path,), tmp_path / "a.model", max_megabytes=0))
+    for size in (0.0, -1.0, math.nan, math.inf):
+        options = TrainTokenizerOptions((path,), tmp_path / "a.model", max_megabytes=size)
+        with pytest.raises(ValueError, match=f"--max-megabytes {size}: give a number above 0"):
+            train_tokenizer(options)
     with pytest.raises(ValueError, match=r"a\.txt/b\.model: can not be written"):
         train_tokenizer(TrainTokenizerOptions((path,), path / "b.model"))

@@ -1,0 +1,25 @@
+"""Documents from files: text, JSON and Parquet, compressed or not, and folders of these."""
+
+from ee_llm.data.documents.reading import RawDocument, decode_document, raw_documents
+from ee_llm.data.documents.sources import (
+    DEFAULT_EXCLUDE,
+    Format,
+    Skipped,
+    Source,
+    Sources,
+    describe_skipped,
+    find_sources,
+)
+
+__all__ = [
+    "DEFAULT_EXCLUDE",
+    "Format",
+    "RawDocument",
+    "Skipped",
+    "Source",
+    "Sources",
+    "decode_document",
+    "describe_skipped",
+    "find_sources",
+    "raw_documents",
+]
