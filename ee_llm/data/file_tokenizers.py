@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from ee_llm.config.tokenizer import file_mark
+from ee_llm.data.long_text import PIECE, encode_long_text
 from ee_llm.data.token_settings import TOKENIZER_CONFIG, read_token_settings, settings_folder
 
 EOD_NAMES = (
@@ -217,6 +218,7 @@ class HuggingFaceTokenizer(FileTokenizer):
         super().__init__(path, eos_token)
         self._model = self._load()
         self._model.encode_special_tokens = True  # as text, letter by letter
+        self._is_byte_pair = type(self._model.model).__name__ == "BPE"
         self._vocabulary: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
         added = self._model.get_added_tokens_decoder()
@@ -230,7 +232,10 @@ class HuggingFaceTokenizer(FileTokenizer):
         """Return the ids of `text`, without the special tokens of a post-processor."""
         text.encode()  # an unpaired surrogate is a ValueError here, in the library anything
         model = self._parsing if parse_special else self._model
-        return list(model.encode(text, add_special_tokens=False).ids)
+        encode = partial(model.encode, add_special_tokens=False)
+        if len(text) <= PIECE:
+            return list(encode(text).ids)
+        return encode_long_text(encode, text, splits_words=self._is_byte_pair, size=PIECE)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids."""

@@ -6,9 +6,15 @@ bytes.
 
 import json
 import multiprocessing
+import os
+import signal
+import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -127,11 +133,12 @@ def prepare(options: PrepareOptions) -> PrepareReport:
     chunks = _chunks(raw_documents(sources, options.key))
     num_bytes = num_empty = 0
     with (
+        closing(ordered_map(encode, chunks, _num_workers(options.workers, total))) as results,
         IndexedWriter(options.output, token_dtype(tokenizer.vocab_size)) as writer,
         _progress(options.progress) as progress,
     ):
         task = progress.add_task("preparing", total=total)
-        for encoded in ordered_map(encode, chunks, _num_workers(options.workers, total)):
+        for encoded in results:
             writer.add(encoded.tokens, encoded.lengths)
             num_bytes += encoded.num_bytes
             num_empty += encoded.num_empty
@@ -255,12 +262,15 @@ def _encode(
 
 def ordered_map(
     function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int
-) -> Iterator[_Result]:
+) -> Generator[_Result, None, None]:
     """Yield function(item) of each item, in order, computed by `workers` processes.
 
     With one worker everything happens in this process. A few items per worker are under way at a
     time, so that `items` may be larger than memory. `function` and the items must be picklable.
-    A ValueError of `function` comes through as it is; where it was raised is its cause.
+    A ValueError of `function` comes through as it is; where it was raised is its cause. Workers
+    are killed when the caller stops early, and end when this process dies.
+
+    Raises RuntimeError if a worker was killed.
     """
     if workers == 1:
         yield from map(function, items)
@@ -268,17 +278,51 @@ def ordered_map(
     # Spawned, not forked: a fork of a process with threads (progress bar, torch) may deadlock.
     context = multiprocessing.get_context("spawn")
     under_way: deque[Future[_Result]] = deque()
-    with ProcessPoolExecutor(workers, context) as pool:
-        try:
-            for item in items:
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+    try:
+        for item in items:
+            with _interrupts_ignored() if not under_way else nullcontext():
                 under_way.append(pool.submit(function, item))
-                if len(under_way) >= 4 * workers:
-                    yield _result(under_way.popleft())
-            while under_way:
+            if len(under_way) >= 4 * workers:
                 yield _result(under_way.popleft())
-        finally:
-            for future in under_way:
-                future.cancel()
+        while under_way:
+            yield _result(under_way.popleft())
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"a worker process of {workers} was killed, most likely because the machine ran out of "
+            "memory. Use fewer --workers, or split documents of many megabytes."
+        ) from error
+    finally:
+        if under_way or sys.exc_info()[0] is not None:  # nobody wants the rest
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Let this worker end as soon as its parent dies: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C, which their parent ends them at, without a traceback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _result(future: Future[_Result]) -> _Result:

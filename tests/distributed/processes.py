@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.distributed.harness import free_port
 from tests.distributed.runs import make_config
+from tests.ended import is_gone
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,20 +136,6 @@ class Place:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         return self.ranks()
-
-
-def is_gone(pid: int) -> bool:
-    """Return whether a process has ended, within a few seconds."""
-    for _ in range(100):
-        status = Path(f"/proc/{pid}/stat")
-        try:
-            if status.read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.05)
-    os.kill(pid, signal.SIGKILL)
-    return False
 
 
 def _with_default_signals() -> None:

@@ -1,10 +1,13 @@
 """`ee-llm data prepare`: the same bytes from any number of workers, clear words for bad input."""
 
+import contextlib
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 from ee_llm.data import prepare as module
 from ee_llm.data.prepare import PrepareOptions, check_tokenizer, ordered_map, prepare
 from ee_llm.data.tokenizer import BytesTokenizer, load_tokenizer
+from tests.ended import is_gone
 from tests.unit.data.conftest import read_documents
 
 
@@ -115,9 +119,64 @@ def test_error_in_a_worker_comes_through(tmp_path: Path):
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
-def test_worker_that_dies_is_no_endless_wait(tmp_path: Path):
-    with pytest.raises(Exception, match="terminated abruptly"):
+def test_a_killed_worker_is_an_error_with_a_remedy():
+    """As by a machine that is out of memory: no endless wait, and no traceback."""
+    with pytest.raises(RuntimeError, match="a worker process of 2 was killed.*fewer --workers"):
         list(ordered_map(os._exit, [1] * 20, 2))
+
+
+@contextlib.contextmanager
+def slow_workers(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Give a process that maps in two workers, and these, both at work; nothing is left of it."""
+    code = (
+        "import os, signal, sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "import slow\n"
+        "from ee_llm.data.prepare import ordered_map\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "list(ordered_map(slow.work, [sys.argv[1]] * 20, 2))\n"
+    )
+    (folder / "slow.py").write_text(
+        "import os, time\n"
+        "def work(folder):\n"
+        "    open(os.path.join(folder, f'worker-{os.getpid()}'), 'w').close()\n"
+        "    time.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(found := list(folder.glob("worker-*"))) < 2:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield process, [int(path.name.partition("-")[2]) for path in found]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_ctrl_c_twice_ends_all_workers_at_once(tmp_path: Path):
+    """The terminal sends it to the workers too, which may be in the middle of a long document."""
+    with slow_workers(tmp_path) as (process, workers):
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.1)
+        _, err = process.communicate(timeout=30)
+        assert "SpawnProcess" not in err  # the traceback of a worker
+        assert all(map(is_gone, workers))
+    assert process.returncode in (1, -signal.SIGINT)
+
+
+def test_workers_end_with_their_parent(tmp_path: Path):
+    with slow_workers(tmp_path) as (process, workers):
+        process.kill()
+        process.communicate(timeout=30)
+        assert all(map(is_gone, workers))
 
 
 def test_items_are_not_read_far_ahead():
