@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ee_llm.checkpoint import directory
-from tests.distributed.processes import Place
+from tests.distributed.processes import ROOT, Place
 from tests.distributed.runs import (
     assert_equal_bits,
     events,
@@ -218,7 +218,7 @@ def test_the_working_directory_replaces_no_library(place, how):
     for name in ("megatron", "numpy"):
         (place.path / name).mkdir()
         (place.path / name / "__init__.py").write_text(f"raise SystemExit('imported {name} here')")
-    environment = {"PYTHONPATH": str(place.path / "hooks")}
+    environment = {"PYTHONPATH": str(ROOT)}  # without the folder itself
     if how == "torchrun":
         environment["PYTHONSAFEPATH"] = "1"  # for torchrun itself; scripts/torchrun.sh sets it
     place.finish(how, environment=environment)
