@@ -176,14 +176,21 @@ class PageTable:
 
     def _reads(self, runs: Items[Run]) -> tuple[slice | Tensor, int]:
         """Return what these runs read of the cache, and how many positions of each."""
+        # A masked value is multiplied by 0, which leaves NaN: nothing of another sequence, whose
+        # block this was or is, may be read. Past its end each run reads its first position again.
         stop = max(run.stop for run in runs)
         num_blocks = -(-stop // self._size)
         if len(runs) == 1 and num_blocks <= self._num_adjacent[runs[0].slot]:
             first = self._blocks[runs[0].slot][0] * self._size
             return slice(first, first + stop), stop
         blocks = self._table[[run.slot for run in runs], :num_blocks]  # [B, blocks]
-        reads = (blocks * self._size)[:, :, None] + self._within
-        return reads.flatten(), num_blocks * self._size
+        reads = ((blocks * self._size)[:, :, None] + self._within).flatten(1)
+        num_read = num_blocks * self._size
+        if any(run.stop < num_read for run in runs):
+            stops = self._tensor([run.stop for run in runs])
+            is_past = torch.arange(num_read, device=self._device) >= stops[:, None]
+            reads = torch.where(is_past, reads[:, :1], reads)
+        return reads.flatten(), num_read
 
     def _mask(
         self, runs: Items[Run], longest: int, num_read: int, dtype: torch.dtype

@@ -231,6 +231,8 @@ def _run_one(session: Session, options: GenerateOptions, prompt: Prompt) -> Gene
             status.update(f"generating: {count} of {options.max_new_tokens} tokens")
 
         (generation,) = session.decoder.generate([request], show)
+    if generation.error is not None:
+        raise RuntimeError(f"{prompt.where}: {generation.error}")
     pieces = token_pieces(session.decode, generation.prompt, generation.tokens)
     text = session.text(generation, options.stop)
     num_layers = session.config.model.num_layers
@@ -271,6 +273,9 @@ def _run_batch(
             for update in session.decoder.step():
                 num_tokens += len(update.decisions)
                 if update.generation is None:
+                    continue
+                if update.generation.error is not None:
+                    errors[update.id] = f"{by_id[update.id].where}: {update.generation.error}"
                     continue
                 text = session.text(update.generation, by_id[update.id].options.stop)
                 made_of = origins[update.id]

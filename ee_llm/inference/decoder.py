@@ -170,13 +170,18 @@ class Decoder(ABC):
     def abort(self, id: str) -> Generation | None:
         """Give a request up; return what it has so far, None if it has no token yet.
 
-        Raises ValueError for an id that is not under way.
+        Updates of it that nobody has taken yet are dropped. Raises ValueError for an id that is not
+        under way.
         """
         if id not in self._sequences:
             raise ValueError(f"request id {id!r} is not under way: finished, aborted or unknown")
         sequence = self._sequences[id]
         sequence.finish_reason = "abort"
         self._queue.remove(sequence)
+        inbox = self._inboxes.get(id, self._inbox)
+        kept = [update for update in inbox if update.id != id]
+        inbox.clear()
+        inbox.extend(kept)
         self._forget(id)
         return _generation(sequence) if sequence.exits else None
 

@@ -87,9 +87,11 @@ class Engine(Decoder):
             self.scheduler.apply(plan, verdicts)
         except platform.RankLostError:
             raise
-        except Exception:
-            self.scheduler.begin_anew()
-            self.runner.clear()
+        except BaseException as error:
+            # Other ranks are interrupted too, and answer no more; without them all can go on.
+            if isinstance(error, Exception) or not self.runner.has_followers:
+                self.scheduler.begin_anew()
+                self.runner.clear()
             raise
         return [running[span.slot] for span in plan.heads]
 

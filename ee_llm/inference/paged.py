@@ -64,6 +64,8 @@ def plain(queries: Tensor, keys: Tensor, values: Tensor, paged: Paged) -> Tensor
     tables = paged.tables[entry]
     k, v = (part[tables].flatten(1, 2).transpose(1, 2) for part in (keys, values))  # [u, k, T, d]
     mask = torch.arange(k.shape[2], device=queries.device) < seen[:, None]
+    # A masked value is multiplied by 0, which leaves NaN.
+    k, v = (part.masked_fill(~mask[:, None, :, None], 0.0) for part in (k, v))
     mixed = F.scaled_dot_product_attention(
         queries[:, :, None], k, v, mask[:, None, None], enable_gqa=True
     )

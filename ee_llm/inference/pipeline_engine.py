@@ -57,18 +57,29 @@ class PipelineEngine(Decoder):
         max_length = config.model.max_seq_length
         self._runner = PipelineRunner(stage, self.boundaries, limits, max_length, ranks, execution)
         self._last_sent = time.monotonic()
+        self._is_open = True
         if ranks.is_leader:
             ranks.listen()
 
     def _advance(self) -> list[Sequence]:
-        """Send a pass if there is one, else wait for an answer; return the sequences it changed."""
+        """Send a pass if there is one, else wait for an answer; return the sequences it changed.
+
+        An exception amid a pass leaves the ranks out of step, so it ends the engine on all of them.
+        """
+        if not self._is_open:
+            raise RuntimeError("the engine was closed, or ended by an exception; make a new one")
         concerned: list[Sequence] = []
-        plan = self.scheduler.schedule()
-        if plan is not None:
-            concerned += self._send(plan)
-        elif time.monotonic() - self._last_sent > self._ranks.timeout_s / 3:
-            self._send(self.scheduler.heartbeat())
-        concerned += self._receive(wait=plan is None and self.scheduler.num_sent > 0)
+        try:
+            plan = self.scheduler.schedule()
+            if plan is not None:
+                concerned += self._send(plan)
+            elif time.monotonic() - self._last_sent > self._ranks.timeout_s / 3:
+                self._send(self.scheduler.heartbeat())
+            concerned += self._receive(wait=plan is None and self.scheduler.num_sent > 0)
+        except BaseException:
+            self._is_open = False
+            self._ranks.leave()
+            raise
         return concerned
 
     def follow(self) -> None:
@@ -76,7 +87,13 @@ class PipelineEngine(Decoder):
         self._runner.follow()
 
     def close(self) -> None:
-        """Let the ranks that follow this one go, once the passes on their way are through."""
+        """Shut down the follower ranks, once the passes on their way are through.
+
+        There is nothing left to do for an engine that was closed, or ended by an exception.
+        """
+        if not self._is_open:
+            return
+        self._is_open = False
         while self.scheduler.num_sent:
             self._receive(wait=True)
         self._runner.dismiss()

@@ -165,8 +165,11 @@ class PipelineRunner:
             verdicts = judge(self._ranks.gather(logits), questions)
         answers = []
         for number, verdict in zip(asked, verdicts, strict=True):
+            is_draft = plan.frontiers[number].is_draft and segment != self._last_segment
+            if is_draft and not verdict.is_finite:
+                continue  # the final exit decides whether this row counts at all
             if verdict.left:
                 answers.append(Answer(number, segment, verdict))
-                if segment == self._last_segment or not plan.frontiers[number].is_draft:
+                if not is_draft:
                     left[number] = segment
         return answers

@@ -121,6 +121,7 @@ class Sequence:
     num_cached: leading positions that were in the cache. waiting_since: the step at which its
     rows last ran. error: the message that goes with the finish reason "error". is_tainted: its
     keys and values may hold NaN or infinity, so its blocks must be zeroed before they are reused.
+    may_draft: False after logits were not finite beside drafts, which may have been the cause.
     """
 
     request: Request
@@ -147,6 +148,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     error: str | None = None
     is_tainted: bool = False
+    may_draft: bool = True
     _counts: dict[int, int] = field(default_factory=dict)
     _num_counted: int = 0
     _text: GeneratedText | None = None
@@ -201,6 +203,8 @@ class Sequence:
         draft = self.request.draft
         if draft is None:
             return True
+        if not self.may_draft:
+            return False
         num_left = self.request.max_new_tokens - (len(self.tokens) - self.num_prompt)
         return (
             len(self.tokens) - self.num_confirmed < draft.length

@@ -155,6 +155,9 @@ class Scheduler:
                 by_slot[span.slot].watermarks[part.segment] = span.stop
         for span in plan.parts[-1].spans:
             by_slot[span.slot].waiting_since = self.step
+        for slot in {verdict.slot for verdict in verdicts if not verdict.is_finite}:
+            if by_slot[slot].request.draft is not None and by_slot[slot].may_draft:
+                self._restart_without_drafts(by_slot.pop(slot))
         unsettled = by_slot.copy()
         for verdict in verdicts:
             sequence = unsettled.get(verdict.slot)
@@ -162,8 +165,8 @@ class Scheduler:
                 del unsettled[verdict.slot]
         if plan.last_segment == self.num_segments - 1:
             for span in plan.parts[-1].spans:
-                sequence = by_slot[span.slot]
-                if not sequence.is_tainted:
+                sequence = by_slot.get(span.slot)
+                if sequence and not sequence.is_tainted:
                     publish_prefix(self.blocks, sequence, sequence.watermarks[-1])
         finished = [sequence for sequence in self.running if sequence.finish_reason]
         for sequence in finished:
@@ -176,6 +179,16 @@ class Scheduler:
         sequence.restart()
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
+
+    def _restart_without_drafts(self, sequence: Sequence) -> None:
+        """Let the model alone decide whether a sequence has failed.
+
+        A draft that it would reject can lead to NaN, and attention spreads the NaN of a masked
+        row to the rows before it in the same pass.
+        """
+        sequence.may_draft, sequence.is_tainted = False, True
+        self.preempt(sequence)
+        sequence.is_tainted = False
 
     def begin_anew(self) -> None:
         """Take the room of all running sequences and forget the cache, after a pass that failed."""

@@ -45,6 +45,7 @@ class ServingGrid:
     )
     _sent: "deque[tuple[dist.Work, Tensor]]" = field(default_factory=deque)
     _listeners: list[threading.Thread] = field(default_factory=list)
+    _has_left: bool = False
 
     @property
     def is_leader(self) -> bool:
@@ -137,8 +138,15 @@ class ServingGrid:
             thread.join(self.timeout_s)
 
     def leave(self) -> None:
-        """End the groups; nobody may speak or listen after it."""
+        """End the groups; ranks that still wait for this one learn at once that it has gone."""
+        if self._has_left:
+            return
+        self._has_left = True
         dist.destroy_process_group()
+        # Connections are closed when nothing refers to their group any more.
+        del self._tensor_group, self._tensor_control, self._column_group, self._column_control
+        self._answer_groups.clear()
+        self._sent.clear()
 
     def next_answer(self, wait: bool) -> tuple[int, bytes] | None:
         """Return a stage and its answer; None if there is none (yet, unless told to wait)."""

@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.distributed.harness import run_ranks
 from tests.unit.inference.engines import make_request
 from tests.unit.inference.fuzz import Traffic, assert_expected, expected, random_traffic, serve
 from tests.unit.inference.models import random_tensors, tiny_config
+from tests.unit.inference.poison import poisoned_traffic
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (1, 4)]
 
@@ -82,6 +84,67 @@ def test_tokens_and_exits_are_the_references(tensor: int, pipeline: int, seed: i
     assert nothing == [None] * (tensor * pipeline - 1)
     traffic, model = _traffic(seed)
     assert_expected(model, traffic, made)
+
+
+def _serve_poisoned(seed: int, tensor: int, pipeline: int) -> list[Generation]:
+    torch.set_num_threads(1)
+    traffic = poisoned_traffic(seed)
+    ranks = platform.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=30)
+    limits = Limits(max_sequences=4, num_blocks=33, block_size=4, max_pending=16, max_rows=64)
+    engine = make_decoder(traffic.config, traffic.tensors, limits, ranks)
+    if not ranks.is_leader:
+        engine.follow()
+        return []
+    made = [*engine.generate(traffic.requests), *engine.generate(traffic.requests)]
+    engine.close()
+    engine.scheduler.blocks.check_integrity([])
+    return made
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
+def test_requests_that_meet_nan_end_where_they_meet_it(
+    tensor: int, pipeline: int, seed: int
+) -> None:
+    """In a prompt, drawn, or drafted; a draft that the model rejects ends nothing."""
+    traffic = poisoned_traffic(seed)
+    made, *_ = run_ranks(tensor * pipeline, _serve_poisoned, seed, tensor, pipeline)
+    count = len(traffic.requests)
+    traffic.check(made[:count])
+    traffic.check(made[count:])
+
+
+def _fail_amid_a_pass(noticed: Path) -> str:
+    _, config, tensors = _setting(0)
+    ranks = platform.connect_serving(pipeline=2, timeout_s=100)
+    engine = make_decoder(config, tensors, Limits(), ranks)
+    if not ranks.is_leader:
+        with pytest.raises(platform.RankLostError):
+            engine.follow()
+        noticed.touch()
+        return "lost"
+    run, passes = Stage.run, itertools.count()
+
+    def fail_at_third(self: Stage, *arguments: object) -> object:
+        if next(passes) == 3:
+            raise RuntimeError("out of memory")
+        return run(self, *arguments)
+
+    engine._runner._executor.run = fail_at_third.__get__(engine._runner._stage)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.generate([_request(config)])
+    engine.close()
+    with pytest.raises(RuntimeError, match="ended by an exception; make a new one"):
+        engine.generate([_request(config)])
+    while not noticed.exists():  # though this process stays
+        time.sleep(0.05)
+    return "failed"
+
+
+def test_an_exception_amid_a_pass_ends_all_ranks_before_the_time_out(tmp_path: Path) -> None:
+    """The ranks are out of step then; none may wait a hundred seconds for what never comes."""
+    ended = run_ranks(2, _fail_amid_a_pass, tmp_path / "noticed", timeout_s=50)
+    assert ended == ["failed", "lost"]
 
 
 def _events(strategy: str) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 from ee_llm.config import Config
 from ee_llm.inference.decoder import Decode
 from ee_llm.inference.engine import Engine
+from ee_llm.inference.execution import Execution
 from ee_llm.inference.generator import Generation
 from ee_llm.inference.policy import make_policy
 from ee_llm.inference.reference import ReferenceModel
@@ -29,11 +30,14 @@ def make_engine(
     decode: Decode | None = None,
     hold: str = "off",
     tensors: dict | None = None,
+    execution: Execution | None = None,
     **limits: int,
 ) -> Engine:
     config = config or tiny_config()
     tensors = tensors or random_tensors(config)
-    return Engine(config, tensors, dtype, replace(LIMITS, **limits), decode, hold=hold)
+    return Engine(
+        config, tensors, dtype, replace(LIMITS, **limits), decode, hold=hold, execution=execution
+    )
 
 
 def make_request(

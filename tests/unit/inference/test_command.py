@@ -326,6 +326,26 @@ def test_an_invalid_line_of_a_batch_gets_an_error_record_and_the_others_are_serv
     assert len(found["1"]["tokens"]) == len(found["3"]["tokens"]) > 0
 
 
+def test_a_prompt_whose_logits_are_not_finite_does_not_end_its_batch(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = random_tensors(CONFIG, dtype=torch.float32)
+    tensors["embedding.word.weight"][ord("X")] = float("nan")
+    save_model(damaged := tmp_path / "damaged", CONFIG, tensors)
+    options = _batch(damaged, tmp_path, [{"prompt": "a"}, {"prompt": "aX"}, {"prompt": "b"}])
+    with pytest.raises(RuntimeError, match=r"1 of 3 prompts failed; .*line 2: an exit gave logits"):
+        generate(options)
+    found = _written(options)
+    assert "line 2: an exit gave logits that are not" in found["2"]["error"]["message"]
+    generate(clean := _batch(run, tmp_path, [{"prompt": "a"}], output=tmp_path / "clean"))
+    assert found["1"]["tokens"] == _written(clean)["1"]["tokens"]
+    arguments = ["generate", "--checkpoint", str(damaged), "--prompt", "aX", "--json"]
+    assert cli.main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1].startswith("ee-llm: --prompt: an exit gave logits")
+
+
 def test_a_batch_goes_on_with_what_failed_once_it_is_mended(run: Path, tmp_path: Path) -> None:
     """Generations stay, byte for byte; a file with errors alone is no obstacle."""
     bad = [{"prompt": "", "id": "x"}, {"promt": "b", "id": "y"}]

@@ -8,8 +8,10 @@ import torch
 
 from ee_llm.inference.decoder import Update
 from ee_llm.inference.engine import Engine
+from ee_llm.inference.execution import Execution
 from ee_llm.inference.generator import Generation
 from ee_llm.inference.request import Draft, Request
+from ee_llm.inference.scheduler import Plan
 from tests.unit.inference.engines import (
     DRAWN,
     assert_idle,
@@ -21,6 +23,7 @@ from tests.unit.inference.engines import (
     serve,
 )
 from tests.unit.inference.models import random_tensors, tiny_config
+from tests.unit.inference.poison import poisoned_traffic
 
 OUT_OF_RANGE = (math.nan, 0.0, -0.1, 1.01)
 
@@ -246,6 +249,29 @@ def test_a_stream_that_is_closed_early_is_aborted() -> None:
     assert_same(last.generation, reference(request))
 
 
+def test_an_abort_takes_back_updates_that_nobody_has_seen() -> None:
+    """Its return value holds all tokens; a request of the same id must not get old updates."""
+    engine = make_engine()
+    engine.add(make_request("a", 4))
+    engine.generate([make_request("b", 4, max_new_tokens=3)])
+    partial = engine.abort("a")
+    assert partial is not None
+    assert len(partial.tokens) > 0
+    assert engine.step() == []
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("num_taken", [0, 1])
+def test_a_stream_that_is_dropped_is_aborted(num_taken: int) -> None:
+    engine = make_engine()
+    stream = engine.stream(make_request("a"))
+    for _ in range(num_taken):
+        next(stream)
+    del stream
+    assert_idle(engine)
+    assert_same(engine.generate([make_request("a")])[0], reference(make_request("a")))
+
+
 @pytest.mark.parametrize("how", ["close", "drop", "leave"])
 def test_a_stream_that_nobody_reads_is_aborted(how: str) -> None:
     engine = make_engine()
@@ -352,6 +378,35 @@ def test_a_stop_string_may_begin_with_the_space_of_the_first_token() -> None:
     assert (stopped.tokens, stopped.finish_reason) == (made.tokens[:1], "stop")
 
 
+@pytest.mark.parametrize("execution", [Execution(), Execution("plain", graphs=True)])
+@pytest.mark.parametrize("seed", range(3))
+def test_requests_that_meet_nan_end_where_they_meet_it(seed: int, execution: Execution) -> None:
+    """One token leads to NaN: in a prompt, drawn, or drafted, which alone ends nothing."""
+    traffic = poisoned_traffic(seed)
+    engine = make_engine(traffic.config, tensors=traffic.tensors, execution=execution)
+    for _ in range(2):
+        made, _ = serve(engine, traffic.requests)
+        traffic.check(made)
+
+
+def test_an_aborted_request_leaves_no_nan_to_whoever_gets_its_blocks() -> None:
+    """It is aborted amid its prompt, before any exit has seen that something is wrong."""
+    good = [make_request(f"{n}", prompt=[n] * n, strategy="full") for n in range(1, 6)]
+    wanted = [reference(request) for request in good]
+    used = {token for one in wanted for token in (*one.prompt, *one.tokens)}
+    poison = next(token for token in range(40) if token not in used)
+    tensors = random_tensors(tiny_config())
+    tensors["embedding.word.weight"][poison] = math.nan
+    engine = make_engine(tensors=tensors, num_blocks=17, max_pending=4, max_rows=4)
+    engine.add(make_request("bad", prompt=[poison] * 20, strategy="full"))
+    for _ in range(4):
+        assert engine.step() == []
+    engine.abort("bad")
+    made, _ = serve(engine, good)
+    for found, expected in zip(made, wanted, strict=True):
+        assert_same(found, expected)
+
+
 @pytest.mark.parametrize("num_blocks", [9, 65])
 @pytest.mark.parametrize("strategy", ["exact", "full", "verify", "propagate"])
 def test_a_request_with_nan_ends_alone_and_leaves_no_nan_behind(
@@ -430,6 +485,32 @@ def test_a_tokenizer_that_fails_ends_its_own_request_alone() -> None:
     made = engine.generate([bad, good])
     assert (made[0].finish_reason, len(made[0].tokens)) == ("error", 1)
     assert made[1].tokens == reference(good).tokens
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_an_engine_goes_on_after_a_pass_that_was_interrupted(
+    monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    """As in a notebook: Ctrl-C amid a step of requests that are to go on."""
+    engine, requests = make_engine(), one_of_each()
+    for request in requests:
+        engine.add(request)
+
+    def interrupted(plan: Plan) -> torch.Tensor:
+        raise kind("before the runner has noted the pass's blocks")
+
+    monkeypatch.setattr(engine.runner, "run", interrupted)
+    with pytest.raises(kind):
+        engine.step()
+    monkeypatch.undo()
+    made = []
+    while engine.has_work:
+        made += engine.step()
+        engine.scheduler.check_integrity()
+    found = {update.id: update.generation for update in made if update.generation}
+    for request in requests:
+        assert_same(found[request.id], reference(request))
     assert_idle(engine)
 
 

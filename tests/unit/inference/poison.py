@@ -1,0 +1,86 @@
+"""A model with one token whose embedding is NaN, and what requests that meet it have to get."""
+
+import math
+import random
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ee_llm.config import Config
+from ee_llm.inference.generator import Generation
+from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.request import STRATEGIES, Draft, Request
+from ee_llm.inference.sampling import Sampling
+from tests.unit.inference.engines import make_request
+from tests.unit.inference.fuzz import expected
+from tests.unit.inference.models import random_tensors, tiny_config
+
+DRAWN = Sampling(0.9, top_k=20, seed=4)
+
+
+@dataclass(frozen=True)
+class PoisonedTraffic:
+    """poison: the token. wanted: what each request gets from the same model without the NaN."""
+
+    config: Config
+    tensors: dict[str, Tensor]
+    poison: int
+    requests: list[Request]
+    wanted: list[Generation]
+
+    def check(self, made: Items[Generation]) -> None:
+        """Assert that requests end where they meet the token, and that others are not disturbed."""
+        for request, found, wanted in zip(self.requests, made, self.wanted, strict=True):
+            count = len(wanted.tokens)
+            if self.poison in request.prompt:
+                count = 0
+            elif self.poison in wanted.tokens[:-1]:
+                count = wanted.tokens.index(self.poison) + 1
+            assert found.tokens == wanted.tokens[:count], request
+            assert found.exits == wanted.exits[:count], request
+            if count < len(wanted.tokens):
+                assert found.finish_reason == "error"
+                assert "logits that are not finite" in str(found.error)
+            else:
+                assert (found.finish_reason, found.error) == (wanted.finish_reason, None)
+
+
+def poisoned_traffic(seed: int) -> PoisonedTraffic:
+    """Return requests of all strategies; some have the token in their prompt, some draw it."""
+    rng = random.Random(seed)
+    config = tiny_config(boundaries=(1, 2), num_kv_heads=rng.choice([2, 4]))
+    tensors = random_tensors(config, seed)
+    requests = []
+    for number in range(12):
+        strategy = STRATEGIES[number % 4]
+        length = rng.randint(1, 18)
+        prompt = [rng.randrange(40) for _ in range(length)] if number % 3 else [5] * length
+        requests.append(
+            make_request(
+                f"{number}",
+                strategy=strategy,
+                prompt=prompt,
+                draft=Draft(rng.choice([1, 2]), rng.randint(1, 4))
+                if strategy == "verify"
+                else None,
+                sampling=rng.choice([Sampling(), DRAWN]),
+                max_new_tokens=rng.randint(1, 14),
+            )
+        )
+    model = ReferenceModel(config, tensors, torch.float64)
+    wanted = [expected(model, request) for request in requests]
+    drawn = [token for one in wanted for token in set(one.tokens[:-1])]
+    # Some draw it, not all; it is in some prompts too.
+    poison = min(set(drawn), key=lambda token: abs(drawn.count(token) - 4))
+    for index in (2, 7):
+        prompt = [*requests[index].prompt]
+        prompt[rng.randrange(len(prompt))] = poison
+        requests[index] = replace(requests[index], prompt=tuple(prompt))
+        wanted[index] = expected(model, requests[index])
+    tensors["embedding.word.weight"][poison] = math.nan
+    traffic = PoisonedTraffic(config, tensors, poison, requests, wanted)
+    assert any(poison in one.tokens[:-1] for one in wanted)
+    assert any(poison not in (*one.prompt, *one.tokens) for one in wanted)
+    return traffic
