@@ -2,108 +2,42 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import TextColumn
 
 from ee_llm import platform
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.checkpoint.tokenizer import stated_bos
-from ee_llm.config import Config
-from ee_llm.data.tokenizer import Tokenizer, load_tokenizer
 from ee_llm.inference.batch_file import append, open_output
-from ee_llm.inference.decoder import Decoder, Update
-from ee_llm.inference.execution import Execution, Quantize
+from ee_llm.inference.decoder import Update
 from ee_llm.inference.generator import Generation
-from ee_llm.inference.load import load_engine
+from ee_llm.inference.live import LiveText
 from ee_llm.inference.options import GenerateOptions
-from ee_llm.inference.paged import FLASH_BLOCK
-from ee_llm.inference.policy import make_policy
-from ee_llm.inference.prompts import InvalidLine, Prompt, first_tokens, read_prompts
+from ee_llm.inference.prompt_tokens import PromptEncoder
+from ee_llm.inference.prompts import InvalidLine, Prompt, read_prompts
 from ee_llm.inference.quantized import check_quantize
-from ee_llm.inference.records import Record, as_json, error_record, origin, to_record
-from ee_llm.inference.render import colored_text, cut_pieces, legend, token_pieces, token_table
-from ee_llm.inference.request import Draft, Request
-from ee_llm.inference.sampling import Sampling
-from ee_llm.inference.scheduler import Limits
+from ee_llm.inference.records import as_json, error_record, to_record
+from ee_llm.inference.render import legend, speed_line, token_table
+from ee_llm.inference.request import Request
+from ee_llm.inference.session import Session, open_encoder, open_session
+from ee_llm.inference.speed import Speed, Stopwatch, against_full
 from ee_llm.inference.stage import cut
 from ee_llm.inference.verify import Account, Checker, check_file
 
 
-@dataclass(frozen=True)
-class Session:
-    """A model that is ready to decode, and what turns text into its tokens."""
-
-    decoder: Decoder
-    config: Config
-    tokenizer: Tokenizer
-    dtype: torch.dtype
-    checkpoint: str
-    model: str
-    states_bos: bool | None = None
-    quantize: Quantize = "none"
-
-    def decode(self, tokens: list[int]) -> str:
-        """Return the text of `tokens`; the embedding may have more rows than there are tokens."""
-        return self.tokenizer.decode([t for t in tokens if t < self.tokenizer.vocab_size])
-
-    def request(self, prompt: Prompt) -> Request:
-        """Return what is asked of the engine; raises ValueError for what no model can do."""
-        options, exits = prompt.options, self.config.exits.boundaries
-        draft = None
-        if options.strategy == "verify":
-            if not exits:
-                raise ValueError("strategy 'verify' drafts at an exit, but the model has none")
-            boundary = exits[0] if options.draft_exit is None else options.draft_exit
-            draft = Draft(boundary, options.draft_length, options.draft_threshold)
-        first = first_tokens(options.bos, self.tokenizer, self.states_bos)
-        thresholds = [None if value == "off" else value for value in options.thresholds]
-        return Request(
-            prompt.id,
-            (*first, *self.tokenizer.encode(prompt.text)),
-            make_policy(exits, thresholds, options.measure),
-            Sampling(
-                options.temperature,
-                options.top_k,
-                options.top_p,
-                options.seed,
-                options.min_p,
-                options.repetition_penalty,
-            ),
-            options.strategy,
-            draft,
-            options.max_new_tokens,
-            self.tokenizer.eos_token_ids,
-            stop_strings=options.stop,
-        )
-
-    def origin(self, prompt: Prompt, request: Request) -> Record:
-        """Return what the continuation of a prompt is a function of."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        made_of = origin(prompt.text, request, dtype, self.checkpoint, self.model)
-        return made_of if self.quantize == "none" else made_of | {"quantize": self.quantize}
-
-    def text(self, generation: Generation, stops: tuple[str, ...]) -> str:
-        """Return the new text, up to the stop string that ended it."""
-        prompt = self.decode(list(generation.prompt))
-        text = self.decode([*generation.prompt, *generation.tokens])[len(prompt) :]
-        if generation.finish_reason == "stop":
-            places = [place for stop in stops if (place := text.find(stop)) >= 0]
-            text = text[: min(places, default=len(text))]
-        return text
-
-
 def check(options: GenerateOptions) -> None:
     """Refuse what can be seen to fail before a process is started; raises ValueError."""
-    given = [n for n in ("prompt", "prompt_file", "batch_file") if getattr(options, n) is not None]
+    kinds = ("prompt", "prompt_file", "prompt_ids", "chat", "chat_file", "batch_file")
+    given = [name for name in kinds if getattr(options, name) not in (None, ())]
     if len(given) > 1:
         names = " and ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"{names} are both given; leave one out")
+    if options.system is not None and given and given[0] not in ("chat", "chat_file", "batch_file"):
+        name = given[0].replace("_", "-")
+        raise ValueError(
+            f"--system is for conversations, not for --{name}; use --chat, or leave it out"
+        )
     if (options.batch_file is None) != (options.output is None):
         raise ValueError("--batch-file and --output belong together: give both or neither")
     if options.batch_file is not None and (options.json or options.show_confidence):
@@ -144,19 +78,22 @@ def generate(options: GenerateOptions) -> None:
     """
     check(options)
     reader = TensorReader(options.checkpoint)
+    tokenizer, encoder = open_encoder(options, reader)
     if not platform.is_rank_zero():  # nobody else reads, so that mistakes are told once
-        with _opened(options, reader) as session:
+        with open_session(options, reader, tokenizer, encoder) as session:
             session.decoder.follow()
-    elif options.batch_file is not None:
-        _generate_batch(options, reader)
-    else:
-        _generate_one(options, reader)
-
-
-def _generate_one(options: GenerateOptions, reader: TensorReader) -> None:
-    (prompt,) = read_prompts(options)
+        return
+    prompts = read_prompts(options)
+    if options.batch_file is not None:
+        lines = [_encoded(encoder, line) for line in prompts]
+        with open_session(options, reader, tokenizer, encoder) as session:
+            errors = _run_batch(session, options, lines)
+        _end_batch(options, reader, lines, errors)
+        return
+    (prompt,) = prompts
     assert isinstance(prompt, Prompt), "lines alone are invalid, and this is no batch"
-    with _opened(options, reader) as session:
+    prompt = encoder.encode(prompt)
+    with open_session(options, reader, tokenizer, encoder) as session:
         generation = _run_one(session, options, prompt)
     if options.verify:
         account = Account()
@@ -165,11 +102,24 @@ def _generate_one(options: GenerateOptions, reader: TensorReader) -> None:
         account.tell()
 
 
-def _generate_batch(options: GenerateOptions, reader: TensorReader) -> None:
+def _encoded(encoder: PromptEncoder, line: Prompt | InvalidLine) -> Prompt | InvalidLine:
+    """Return a line of a batch with its token ids, or why it has none."""
+    if isinstance(line, InvalidLine):
+        return line
+    try:
+        return encoder.encode(line)
+    except ValueError as error:
+        return InvalidLine(line.id, line.where, f"{line.where}: {error}")
+
+
+def _end_batch(
+    options: GenerateOptions,
+    reader: TensorReader,
+    lines: list[Prompt | InvalidLine],
+    errors: dict[str, str],
+) -> None:
+    """Check what was written if --verify asks for it, and raise RuntimeError if lines failed."""
     assert options.output is not None, "a batch has an output"
-    lines = read_prompts(options)
-    with _opened(options, reader) as session:
-        errors = _run_batch(session, options, lines)
     if options.verify:
         ids = {line.id for line in lines}
         check_file(reader, options.output, f"--output {options.output}", ids).tell()
@@ -180,74 +130,45 @@ def _generate_batch(options: GenerateOptions, reader: TensorReader) -> None:
         )
 
 
-@contextmanager
-def _opened(options: GenerateOptions, reader: TensorReader) -> Iterator[Session]:
-    """Give a model on all ranks, and take leave of them if all went well.
-
-    Otherwise this rank just ends, which the others notice.
-    """
-    ranks = None
-    if options.tensor * options.pipeline > 1:
-        ranks = platform.connect_serving(
-            tensor=options.tensor, pipeline=options.pipeline, timeout_s=options.timeout_s
-        )
-    config = reader.config()
-    tokenizer, dtype = load_tokenizer(reader.tokenizer()), platform.dtype_named(options.dtype)
-    session: Session
-
-    def decode(tokens: list[int]) -> str:
-        return session.decode(tokens)
-
-    hold = options.hold if options.batch_file else "off"
-    execution = Execution(options.attention, options.graphs, options.compile, options.quantize)
-    limits = _limits(options, config)
-    decoder = load_engine(reader, dtype, limits, decode, hold, ranks, execution)
-    names = reader.path.name, reader.fingerprint()
-    bos = stated_bos(reader.path)
-    session = Session(decoder, config, tokenizer, dtype, *names, bos, options.quantize)
-    yield session
-    if ranks is not None:
-        if ranks.is_leader:
-            decoder.close()
-        ranks.leave()
-
-
-def _limits(options: GenerateOptions, config: Config) -> Limits:
-    batch_size = options.batch_size if options.batch_file else 1
-    size = FLASH_BLOCK if options.attention == "flash" else Limits.block_size
-    num_positions = min(options.cache_tokens, batch_size * config.model.max_seq_length)
-    num_blocks = -(-num_positions // size) + batch_size + 1  # ends of blocks, and the one to pad
-    return Limits(batch_size, num_blocks, size)
-
-
 def _run_one(session: Session, options: GenerateOptions, prompt: Prompt) -> Generation:
     request = session.request(prompt)
-    with platform.console.status("generating") as status:  # on standard error, at a terminal only
-        count = 0
-
-        def show(update: Update) -> None:
-            nonlocal count
-            count += len(update.decisions)
-            status.update(f"generating: {count} of {options.max_new_tokens} tokens")
-
-        (generation,) = session.decoder.generate([request], show)
-    if generation.error is not None:
-        raise RuntimeError(f"{prompt.where}: {generation.error}")
-    pieces = token_pieces(session.decode, generation.prompt, generation.tokens)
-    text = session.text(generation, options.stop)
     num_layers = session.config.model.num_layers
+    text, stopwatch = session.begin_text(request), Stopwatch()
+    console = Console(highlight=False, quiet=options.json)
+    policy = request.policy.under(request.strategy)
+    live = LiveText(console, text, policy, num_layers)
+
+    def show(update: Update) -> None:
+        if not stopwatch.is_running and not prompt.messages:
+            live.prompt(prompt.text)  # here, since a request may be refused
+        stopwatch.tick(len(update.decisions))
+        live.show(update.decisions)
+
+    try:
+        (generation,) = session.decoder.generate([request], show)
+        shown = live.finish()
+    finally:
+        if stopwatch.is_running:
+            console.print()  # whatever comes next begins on a line of its own
+    speed = stopwatch.speed()
+    if options.strategy == "verify":
+        speed = against_full(speed, session.decoder, [(request, generation)])
     if options.json:
         made_of = session.origin(prompt, request)
-        print(as_json(to_record(made_of, text, generation, num_layers, pieces)))
-        return generation
-    console = Console(highlight=False)
-    shown = cut_pieces(pieces, len(text))
-    console.print(colored_text(prompt.text, shown, generation, num_layers), soft_wrap=True)
+        record = to_record(made_of, shown, generation, num_layers, text.pieces, speed=speed)
+        print(as_json(record))
     if options.show_confidence:
-        console.print(token_table(pieces, generation, num_layers))
+        console.print(token_table(text.pieces, generation, num_layers))
     console.rule()
-    console.print(legend(generation, num_layers), soft_wrap=True)
+    console.print(legend(generation, num_layers, speed), soft_wrap=True)
+    _warn(speed)
     return generation
+
+
+def _warn(speed: Speed) -> None:
+    """Say on standard error that drafting does not pay, if it does not."""
+    if (warning := speed.warning()) is not None:
+        platform.console.print(f"warning: {escape(warning)}", soft_wrap=True)
 
 
 def _run_batch(
@@ -260,6 +181,7 @@ def _run_batch(
     origins = {id: session.origin(by_id[id], request) for id, request in requests.items()}
     num_layers = session.config.model.num_layers
     start, num_tokens = time.monotonic(), 0
+    drafted: list[tuple[Request, Generation]] = []
     count = TextColumn("{task.completed}/{task.total} prompts")
     bar = platform.progress_bar("generating", len(requests), count)
     with open_output(options.output, origins) as (file, done), bar as progress:
@@ -274,15 +196,14 @@ def _run_batch(
                 num_tokens += len(update.decisions)
                 if update.generation is None:
                     continue
-                if update.generation.error is not None:
-                    errors[update.id] = f"{by_id[update.id].where}: {update.generation.error}"
-                    continue
-                text = session.text(update.generation, by_id[update.id].options.stop)
+                text = session.text(update.generation, requests[update.id])
+                if update.generation.strategy == "verify":
+                    drafted.append((requests[update.id], update.generation))
                 made_of = origins[update.id]
                 record = to_record(made_of, text, update.generation, num_layers, id=update.id)
                 append(file, record)
-                speed = num_tokens / (time.monotonic() - start)
-                progress.update(task, advance=1, description=f"{speed:,.0f} tokens/s")
+                per_second = num_tokens / (time.monotonic() - start)
+                progress.update(task, advance=1, description=f"{per_second:,.0f} tokens/s")
         for id, message in errors.items():
             append(file, error_record(id, message))
     seconds = time.monotonic() - start
@@ -291,6 +212,10 @@ def _run_batch(
         f" {seconds:.1f} s: {escape(str(options.output))}",
         soft_wrap=True,
     )
+    if drafted:
+        speed = against_full(Speed(), session.decoder, drafted, options.batch_size)
+        platform.console.print(f"self-speculation: {speed_line(speed)}", soft_wrap=True)
+        _warn(speed)
     return errors
 
 

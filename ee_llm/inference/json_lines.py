@@ -51,8 +51,16 @@ def read_objects(
 
 def parse_object(line: bytes, where: str) -> dict[str, Any]:
     """Return the JSON object that a line is; raises ValueError, naming its place, if it is none."""
+    found = parse(line, where)
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is no JSON object, but {short(found)}")
+    return found
+
+
+def parse(data: bytes, where: str) -> Any:
+    """Return what JSON text states; raises ValueError, naming its place, if it is not JSON."""
     try:
-        found = json.loads(decode(line, where), object_pairs_hook=_without_repetition)
+        return json.loads(decode(data, where), object_pairs_hook=_without_repetition)
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -61,9 +69,6 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} has {short(error.args[0])} twice") from None
     except ValueError as error:  # a number of thousands of digits
         raise ValueError(f"{where}: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} is no JSON object, but {short(found)}")
-    return found
 
 
 def decode(data: bytes, where: str) -> str:
@@ -72,6 +77,15 @@ def decode(data: bytes, where: str) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 at byte {error.start}; convert it first") from error
+
+
+def is_encodable(text: str) -> bool:
+    """Return whether a text is UTF-8: JSON can spell half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def short(value: Any) -> str:

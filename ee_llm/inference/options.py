@@ -22,14 +22,32 @@ class GenerateOptions:
     """Checkpoint directory, or the run directory that holds it (then its newest one)."""
 
     prompt: str | None = None
-    """The text to continue. Without it, --prompt-file and --batch-file, standard input is read."""
+    """The text to continue. If no prompt of any kind is given, standard input is read."""
 
     prompt_file: Path | None = None
     """File whose text is continued, to its last character. '-' is standard input."""
 
+    prompt_ids: tuple[int, ...] = ()
+    """Continue these token ids, as they are."""
+
+    chat: str | None = None
+    """Answer this message of a user, through the model's own chat template. The name of a .json
+    file is read as --chat-file."""
+
+    chat_file: Path | None = None
+    """Answer the conversation in this JSON file, in OpenAI's format: a list of {"role", "content"},
+    or an object with the list as "messages". '-' is standard input."""
+
+    system: str | None = None
+    """System message of conversations that do not begin with one."""
+
+    chat_template: Path | None = None
+    """File with the chat template (Jinja) to use in place of the model's own."""
+
     batch_file: Path | None = None
-    """File with one JSON object per line: "prompt", and if wanted "id" and any of the options
-    below by name, with _ for -. All are decoded together, into --output."""
+    """File with one JSON object per line: "prompt", "messages" or "prompt_token_ids", and if wanted
+    "id" and any of the options below by name, with _ for -. All are decoded together, into
+    --output."""
 
     output: Path | None = None
     """File that gets one JSON object per line of --batch-file, as they finish. If it is there
@@ -59,11 +77,21 @@ class GenerateOptions:
     """Whether the prompt's tokens begin with the tokenizer's beginning-of-sequence token: auto does
     as the tokenizer's file or settings say, on and off whatever they say."""
 
+    parse_special: bool = False
+    """Read special tokens that a --prompt spells out, such as <|im_end|>, as these tokens. Chats
+    always do."""
+
     max_new_tokens: int = 64
-    """Number of tokens after which to stop; end of document stops too."""
+    """Number of tokens after which to stop; the model's own end tokens stop too."""
 
     stop: tuple[str, ...] = ()
-    """Texts at which to stop; what is returned ends before them."""
+    """Stop at these texts, special tokens among them; the output ends before them."""
+
+    stop_token_ids: tuple[int, ...] = ()
+    """Stop after these tokens, besides the model's own end tokens."""
+
+    ignore_eos: bool = False
+    """Do not stop at the model's own end tokens."""
 
     temperature: float = 0.0
     """Divides the logits before drawing; 0 takes the most probable token (greedy)."""

@@ -1,4 +1,4 @@
-"""Where prompts come from: an option, a file, standard input, or a batch file of JSON objects."""
+"""Read prompts: from an option, a file, standard input, or a batch file of JSON objects."""
 
 import sys
 from collections.abc import Callable
@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from ee_llm.data.tokenizer import Tokenizer
-from ee_llm.inference.json_lines import MIB, decode, opened, read_objects, short
+from ee_llm.data.chat_template import Message
+from ee_llm.inference.chat import check_messages, read_conversation, user_message
+from ee_llm.inference.json_lines import MIB, decode, is_encodable, opened, read_objects, short
 from ee_llm.inference.options import Bos, GenerateOptions
 from ee_llm.inference.policy import Measure
 from ee_llm.inference.request import STRATEGIES
@@ -20,12 +21,17 @@ _MAX_BATCH = 256 * MIB
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, and how. id: its name in a batch. where: to name it in errors."""
+    """A text, a conversation or token ids to continue, and how.
+
+    id: its name in a batch. where: to name it in errors.
+    """
 
     text: str
     options: GenerateOptions
     id: str = "prompt"
     where: str = ""
+    messages: tuple[Message, ...] = ()
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,41 +54,48 @@ def read_prompts(options: GenerateOptions) -> list[Prompt | InvalidLine]:
     return [_read_prompt(options)]
 
 
-def first_tokens(bos: Bos, tokenizer: Tokenizer, stated: bool | None) -> list[int]:
-    """Return what a prompt's tokens begin with: the beginning-of-sequence token, or nothing.
-
-    stated: whether the settings of the tokenizer ask for it, None if they do not say; then "auto"
-    does as the tokenizer's file does. Raises ValueError if it is asked for and there is none.
-    """
-    adds = tokenizer.adds_bos if stated is None else stated
-    if bos == "off" or (bos == "auto" and not adds):
-        return []
-    if tokenizer.bos is None:
-        asked = "--bos on" if bos == "on" else "the tokenizer's settings (add_bos_token)"
-        raise ValueError(
-            f"{asked}: tokenizer {tokenizer.name} has no beginning-of-sequence token; give "
-            "--bos off"
-        )
-    return [tokenizer.bos]
-
-
 def _read_prompt(options: GenerateOptions) -> Prompt:
+    if options.prompt_ids:
+        return Prompt("", options, where="--prompt-ids", token_ids=options.prompt_ids)
+    chat_file = options.chat_file
+    if options.chat is not None:
+        path = Path(options.chat)
+        if path.suffix != ".json" or not path.is_file():
+            text = _text(options.chat.encode(errors="surrogateescape"), "--chat")
+            return Prompt("", options, where="--chat", messages=user_message(text))
+        chat_file = path
+    if chat_file is not None:
+        source = "standard input" if str(chat_file) == "-" else f"--chat-file {chat_file}"
+        with opened(chat_file, source) as file:
+            data = _limited(file.read(_MAX_PROMPT + 1), source)
+        return Prompt("", options, where=source, messages=read_conversation(data, source))
     if options.prompt is not None:
         source, data = "--prompt", options.prompt.encode(errors="surrogateescape")
     else:
         path = options.prompt_file or Path("-")
         is_standard = str(path) == "-"
         if options.prompt_file is None and sys.stdin.isatty():
-            raise ValueError("no prompt; give --prompt TEXT, --prompt-file FILE or standard input")
+            raise ValueError(
+                "no prompt; give --prompt TEXT, --chat MESSAGE, --prompt-file FILE or standard"
+                " input"
+            )
         source = "standard input" if is_standard else f"--prompt-file {path}"
         with opened(path, source) as file:
             data = file.read(_MAX_PROMPT + 1)
-    if len(data) > _MAX_PROMPT:
-        raise ValueError(f"{source} is larger than {_MAX_PROMPT // MIB} MiB, too long for a prompt")
-    text = decode(data, source)
+    return Prompt(_text(data, source), options, where=source)
+
+
+def _text(data: bytes, source: str) -> str:
+    text = decode(_limited(data, source), source)
     if not text:
         raise ValueError(f"{source} is empty; the prompt needs at least one character")
-    return Prompt(text, options, where=source)
+    return text
+
+
+def _limited(data: bytes, source: str) -> bytes:
+    if len(data) > _MAX_PROMPT:
+        raise ValueError(f"{source} is larger than {_MAX_PROMPT // MIB} MiB, too long for a prompt")
+    return data
 
 
 def _read_batch(options: GenerateOptions, path: Path) -> list[Prompt | InvalidLine]:
@@ -107,17 +120,18 @@ def _read_batch(options: GenerateOptions, path: Path) -> list[Prompt | InvalidLi
 
 def _id(record: dict[str, Any], where: str, default: str) -> str:
     id = record.pop("id", default)
-    if type(id) not in (str, int) or not _is_encodable(str(id)):
+    if type(id) not in (str, int) or not is_encodable(str(id)):
         raise ValueError(f'{where}: "id" is {short(id)}; it must be a text or a whole number')
     return str(id)
 
 
 def _from_line(options: GenerateOptions, record: dict[str, Any], where: str, id: str) -> Prompt:
-    text = record.pop("prompt", None)
     own = {}
     for name, value in record.items():
+        if name in _KINDS:
+            continue
         if name not in _OWN:
-            names = ", ".join(["prompt", "id", *sorted(_OWN)])
+            names = ", ".join([*_KINDS, "id", *sorted(_OWN)])
             raise ValueError(f"{where}: {short(name)} is unknown; choose from {names}")
         try:
             own[name] = _OWN[name](value)
@@ -125,22 +139,49 @@ def _from_line(options: GenerateOptions, record: dict[str, Any], where: str, id:
             raise ValueError(
                 f"{where}: {name!r} can not be {short(value)}; 'ee-llm generate --help' explains it"
             ) from None
-    if not isinstance(text, str) or not text or not _is_encodable(text):
-        raise ValueError(f'{where}: "prompt" is {short(text)}; it must be a text, and not empty')
-    return Prompt(text, replace(options, **own), id, where)
+    return _prompt_of(record, Prompt("", replace(options, **own), id, where))
 
 
-def _is_encodable(text: str) -> bool:
-    """Return whether a text is UTF-8: JSON can spell half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _prompt_of(record: dict[str, Any], prompt: Prompt) -> Prompt:
+    """Return `prompt` with the text, the conversation or the token ids of its line."""
+    where = prompt.where
+    kinds = [name for name in _KINDS if name in record]
+    if len(kinds) != 1:
+        found = f"has {' and '.join(kinds)}" if kinds else "has no prompt"
+        raise ValueError(f"{where}: it {found}; give one of {', '.join(_KINDS)}")
+    given = record[kinds[0]]
+    if kinds == ["messages"]:
+        return replace(prompt, messages=check_messages(given, where))
+    if kinds == ["prompt_token_ids"]:
+        if not isinstance(given, list) or not given or any(type(i) is not int for i in given):
+            raise ValueError(
+                f'{where}: "prompt_token_ids" is {short(given)}; it must be a list of token ids'
+            )
+        return replace(prompt, token_ids=tuple(given))
+    if not isinstance(given, str) or not given or not is_encodable(given):
+        raise ValueError(f'{where}: "prompt" is {short(given)}; it must be a text, and not empty')
+    return replace(prompt, text=given)
 
 
 def _whole(value: Any) -> int:
     if type(value) is not int:  # which a truth value would be an instance of
+        raise TypeError
+    return value
+
+
+def _whole_numbers(value: Any) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(map(_whole, values))
+
+
+def _truth(value: Any) -> bool:
+    if type(value) is not bool:
+        raise TypeError
+    return value
+
+
+def _own_text(value: Any) -> str:
+    if not isinstance(value, str) or not is_encodable(value):
         raise TypeError
     return value
 
@@ -176,6 +217,9 @@ def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: None if value is None else check(value)
 
 
+# What a line of a batch file continues: one of these.
+_KINDS = ("prompt", "messages", "prompt_token_ids")
+
 # What a line of a batch file may set for itself, and how its JSON becomes the option's value.
 _OWN: dict[str, Callable[[Any], Any]] = {
     "thresholds": _thresholds,
@@ -187,6 +231,10 @@ _OWN: dict[str, Callable[[Any], Any]] = {
     "draft_threshold": _optional(_number),
     "max_new_tokens": _whole,
     "stop": _texts,
+    "stop_token_ids": _whole_numbers,
+    "ignore_eos": _truth,
+    "parse_special": _truth,
+    "system": _optional(_own_text),
     "temperature": _number,
     "top_k": _whole,
     "top_p": _number,

@@ -11,6 +11,7 @@ from ee_llm.inference.json_lines import short
 from ee_llm.inference.policy import Policy
 from ee_llm.inference.request import STRATEGIES, FinishReason, Request
 from ee_llm.inference.sampling import Sampling
+from ee_llm.inference.speed import Speed
 
 Record = dict[str, Any]
 
@@ -37,6 +38,8 @@ def origin(prompt: str, request: Request, dtype: str, checkpoint: str, model: st
         "sampling": asdict(request.sampling),
         "max_new_tokens": request.max_new_tokens,
         "stop": list(request.stop_strings),
+        "eos_token_ids": list(request.eos_token_ids),
+        "stop_token_ids": list(request.stop_tokens),
         "dtype": dtype,
         "checkpoint": checkpoint,
         "model": model,
@@ -50,10 +53,11 @@ def to_record(
     num_layers: int,
     pieces: Sequence[str] | None = None,
     id: str | None = None,
+    speed: Speed | None = None,
 ) -> Record:
     """Return a generation, its texts and its `origin`, all of it JSON's own types.
 
-    pieces: the text of each token. id: of the prompt among others.
+    pieces: the text of each token. id: of the prompt among others. speed: how fast it was made.
     """
     return {
         **({} if id is None else {"id": id}),
@@ -69,6 +73,7 @@ def to_record(
         "finish_reason": generation.finish_reason,
         "num_drafted": generation.num_drafted,
         "num_accepted": generation.num_accepted,
+        **({} if speed is None else {"speed": _speed(speed, generation)}),
     }
 
 
@@ -80,6 +85,18 @@ def error_record(id: str, message: str) -> Record:
 def is_error(record: Mapping[str, Any]) -> bool:
     """Return whether a record is one of `error_record`'s."""
     return record.keys() == {"id", "error"}
+
+
+def _speed(speed: Speed, generation: Generation) -> Record:
+    record: Record = {
+        "time_to_first_token_s": speed.time_to_first_token_s,
+        "tokens_per_second": speed.tokens_per_second,
+    }
+    if generation.strategy == "verify":
+        record["acceptance"] = speed.acceptance
+        record["full_tokens_per_second"] = speed.full_tokens_per_second
+        record["against_full"] = speed.against_full
+    return record
 
 
 def from_record(record: Mapping[str, Any], where: str) -> tuple[Generation, str]:

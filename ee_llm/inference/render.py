@@ -1,48 +1,21 @@
 """How a generation is shown to people: text coloured by exit, a legend, a table of tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rich.table import Table
 from rich.text import Text
 
 from ee_llm.inference.generator import Generation
+from ee_llm.inference.policy import Policy
+from ee_llm.inference.speed import Speed
 
 # The final exit has the terminal's own colour: what is coloured was cheaper.
 _COLORS = ("green", "cyan", "yellow", "magenta", "blue", "red")
 
 
-def token_pieces(
-    decode: Callable[[list[int]], str], prompt: Sequence[int], tokens: Sequence[int]
-) -> list[str]:
-    """Return the text that each of `tokens` adds after `prompt`: joined, the whole new text.
-
-    A character of several tokens belongs to the last of them. `decode` turns token ids into text.
-    """
-    pieces = []
-    sequence = list(prompt)
-    length = len(decode(sequence))
-    for index, token in enumerate(tokens, start=1):
-        sequence.append(token)
-        text = decode(sequence)
-        if index < len(tokens):  # replacement characters at the end stand for an unfinished one
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        pieces.append(text[length:])
-        length = max(length, len(text))
-    return pieces
-
-
-def cut_pieces(pieces: Sequence[str], length: int) -> list[str]:
-    """Return the pieces of the first `length` characters; those that follow become empty."""
-    kept = []
-    for piece in pieces:
-        kept.append(piece[:length])
-        length -= len(kept[-1])
-    return kept
-
-
-def exit_styles(generation: Generation, num_layers: int) -> dict[int, str]:
+def exit_styles(policy: Policy, num_layers: int) -> dict[int, str]:
     """Return the terminal style of each exit by boundary, shallow to deep."""
-    boundaries = generation.policy.boundaries
+    boundaries = policy.boundaries
     styles = {b: f"bold {_COLORS[i % len(_COLORS)]}" for i, b in enumerate(boundaries)}
     return {**styles, num_layers: "default"}
 
@@ -55,22 +28,11 @@ def printable(text: str) -> str:
     )
 
 
-def colored_text(
-    prompt: str, pieces: Sequence[str], generation: Generation, num_layers: int
-) -> Text:
-    """Return the prompt, dimmed, and the new text, each token in the colour of its exit."""
-    styles = exit_styles(generation, num_layers)
-    shown = Text.assemble((printable(prompt), "dim"))
-    for piece, boundary in zip(pieces, generation.exits, strict=True):
-        shown.append(printable(piece), style=styles[boundary])
-    return shown
-
-
-def legend(generation: Generation, num_layers: int) -> Text:
-    """Return one line for each exit with its share of the tokens, and one of totals."""
+def legend(generation: Generation, num_layers: int, speed: Speed | None = None) -> Text:
+    """Return one line for each exit with its share of the tokens, one of totals, one of speed."""
     num_tokens = len(generation.tokens)
     lines = Text()
-    for boundary, style in exit_styles(generation, num_layers).items():
+    for boundary, style in exit_styles(generation.policy, num_layers).items():
         count = generation.exits.count(boundary)
         lines.append(f"{_exit_name(boundary, num_layers):<10}", style=style)
         lines.append(f" {count:>5} tokens {count / num_tokens:>5.0%}")
@@ -82,12 +44,30 @@ def legend(generation: Generation, num_layers: int) -> Text:
         f"mean depth {generation.mean_depth:.2f} of {num_layers} layers,"
         f" {num_tokens} tokens, finished by {_FINISH[generation.finish_reason]}"
     )
+    if speed is not None:
+        lines.append(f"\n{speed_line(speed)}")
     return lines
+
+
+def speed_line(speed: Speed) -> str:
+    """Return what was measured, as far as there was something to measure."""
+    parts = []
+    if speed.tokens_per_second is not None:
+        parts.append(f"{speed.tokens_per_second:,.1f} tokens/s")
+    if speed.time_to_first_token_s is not None:
+        parts.append(f"first token after {speed.time_to_first_token_s:.2f} s")
+    if speed.acceptance is not None:
+        parts.append(f"{speed.acceptance:.0%} of drafts accepted")
+    if speed.full_tokens_per_second is not None:
+        parts.append(f"full depth would make {speed.full_tokens_per_second:,.1f} tokens/s")
+    if speed.against_full is not None:
+        parts.append(f"{speed.against_full:.2f} times its speed")
+    return ", ".join(parts)
 
 
 def token_table(pieces: Sequence[str], generation: Generation, num_layers: int) -> Table:
     """Return a table with a row for each new token: text, exit, confidence, log probability."""
-    styles = exit_styles(generation, num_layers)
+    styles = exit_styles(generation.policy, num_layers)
     table = Table(box=None, pad_edge=False)
     for name in ("#", "token", "id", "exit", generation.policy.measure, "log p"):
         table.add_column(name, justify="left" if name == "token" else "right")
@@ -112,7 +92,7 @@ def token_table(pieces: Sequence[str], generation: Generation, num_layers: int) 
 
 
 _FINISH = {
-    "eod": "end of document",
+    "eod": "an end token",
     "stop": "a text or token to stop at",
     "abort": "an abort",
     "length": "the number asked for",

@@ -73,6 +73,10 @@ def test_a_line_has_an_id_and_options_of_its_own(tmp_path: Path) -> None:
         "draft_threshold": None,
         "max_new_tokens": 7,
         "stop": ["x", "y"],
+        "stop_token_ids": [7, 8],
+        "ignore_eos": True,
+        "parse_special": True,
+        "system": "Be kind.",
         "temperature": 1,
         "top_k": 5,
         "top_p": 0.9,
@@ -105,7 +109,8 @@ def test_every_option_that_decides_a_text_can_be_set_on_a_line() -> None:
     of_all = {
         "checkpoint", "prompt", "prompt_file", "batch_file", "output", "dtype", "batch_size",
         "cache_tokens", "hold", "tensor", "pipeline", "timeout_s", "verify", "show_confidence",
-        "json", "attention", "graphs", "compile", "quantize",
+        "json", "attention", "graphs", "compile", "quantize", "prompt_ids", "chat", "chat_file",
+        "chat_template",
     }  # fmt: skip
     assert set(prompts._OWN) == set(GenerateOptions.__dataclass_fields__) - of_all
 
@@ -132,11 +137,27 @@ def test_a_line_that_is_no_object_or_has_no_id_of_its_own_ends_the_batch(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"id": "x"}, '"prompt" is None; it must be a text'),
+        ({"id": "x"}, "it has no prompt; give one of prompt, messages, prompt_token_ids"),
+        ({"prompt": "a", "messages": []}, "it has prompt and messages; give one of"),
+        ({"messages": []}, r"a conversation is \[\]. It must be a list of messages"),
+        ({"messages": [{"content": "a"}]}, 'message 1: "role" is None'),
+        ({"messages": [{"role": "user"}]}, 'message 1: "content" is None'),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, 'message 1: "content" is '),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            'message 1: a part of "content" is .*takes text alone',
+        ),
+        ({"prompt_token_ids": [1, "2"]}, r"\"prompt_token_ids\" is \[1, '2'\]"),
+        ({"prompt_token_ids": []}, r"\"prompt_token_ids\" is \[\]"),
+        ({"prompt": "a", "stop_token_ids": [True]}, "'stop_token_ids' can not be"),
+        ({"prompt": "a", "ignore_eos": 1}, "'ignore_eos' can not be 1"),
         ({"prompt": ""}, "\"prompt\" is ''; it must be a text, and not empty"),
         ({"prompt": ["a"]}, r"\"prompt\" is \['a'\]; it must be a text"),
         ({"prompt": "\ud800"}, r"\"prompt\" is '\\ud800'; it must be a text"),
-        ({"promt": "a"}, "'promt' is unknown; choose from prompt, id, bos"),
+        (
+            {"promt": "a"},
+            "'promt' is unknown; choose from prompt, messages, prompt_token_ids, id, bos",
+        ),
         ({"prompt": "a", "temprature": 1}, "'temprature' is unknown; choose from .*temperature"),
         ({"prompt": "a", "output": "/etc/passwd"}, "'output' is unknown"),
         ({"prompt": "a", "checkpoint": "x"}, "'checkpoint' is unknown"),
@@ -181,3 +202,61 @@ def test_an_empty_or_too_large_batch_is_refused(
     monkeypatch.setattr(prompts, "_MAX_BATCH", 20)
     with pytest.raises(ValueError, match="larger than .* MiB; split it"):
         _batch(tmp_path, {"prompt": "a"}, {"prompt": "b"})
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+]
+
+
+@pytest.mark.parametrize("content", [MESSAGES, {"messages": MESSAGES}])
+@pytest.mark.parametrize("how", ["chat", "chat_file", "standard input"])
+def test_a_conversation_comes_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object, how: str
+) -> None:
+    file = tmp_path / "conversation.json"
+    file.write_text(json.dumps(content, indent=2))
+    _stdin(monkeypatch, file.read_bytes())
+    given: dict[str, object] = {
+        "chat": {"chat": str(file)},
+        "chat_file": {"chat_file": file},
+        "standard input": {"chat_file": Path("-")},
+    }[how]
+    (prompt,) = read_prompts(GenerateOptions(RUN, **given))
+    assert prompt.messages == (MESSAGES[0], {"role": "user", "content": "a\nb"})
+
+
+def test_a_message_is_a_conversation() -> None:
+    (prompt,) = read_prompts(GenerateOptions(RUN, chat="Hello.json"))
+    assert prompt.messages == ({"role": "user", "content": "Hello.json"},)
+    with pytest.raises(ValueError, match="--chat is empty"):
+        read_prompts(GenerateOptions(RUN, chat=""))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "conversation.json is no JSON"),
+        ("[]", "a conversation is \\[\\]"),
+        ('"x"', "a conversation is 'x'"),
+        ('{"messages": 1}', "a conversation is 1"),
+        ('{"model": "x", "messages": []}', "'model' is unknown"),
+        ('[{"role": "user", "content": 1}]', 'message 1: "content" is 1'),
+        ('[{"role": "user", "role": "x"}]', "has 'role' twice"),
+    ],
+)
+def test_a_bad_conversation_is_named(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "conversation.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(GenerateOptions(RUN, chat_file=file))
+
+
+def test_a_line_continues_a_text_a_conversation_or_token_ids(tmp_path: Path) -> None:
+    text, chat, ids = _batch(
+        tmp_path, {"prompt": "a"}, {"messages": MESSAGES}, {"prompt_token_ids": [3, 1]}
+    )
+    assert (text.text, text.messages, text.token_ids) == ("a", (), ())
+    assert (chat.text, len(chat.messages), chat.token_ids) == ("", 2, ())
+    assert (ids.text, ids.messages, ids.token_ids) == ("", (), (3, 1))

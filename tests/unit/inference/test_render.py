@@ -7,19 +7,12 @@ from typing import get_args
 import pytest
 from rich.console import Console
 
-from ee_llm.data.tokenizer import BytesTokenizer
 from ee_llm.inference.generator import Generation
 from ee_llm.inference.policy import make_policy
-from ee_llm.inference.render import (
-    colored_text,
-    cut_pieces,
-    legend,
-    printable,
-    token_pieces,
-    token_table,
-)
+from ee_llm.inference.render import exit_styles, legend, printable, token_table
 from ee_llm.inference.request import FinishReason
 from ee_llm.inference.sampling import Sampling
+from ee_llm.inference.speed import Speed
 
 PIECES = ["a", "[red]", "\x1b[2J", "é"]
 
@@ -45,39 +38,27 @@ def _shown(renderable: object, color: bool = False) -> str:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("text", ["plain", "naïve – 日本 🙂", "line\nline\n", "🙂"])
-def test_pieces_join_to_the_text_and_characters_stay_whole(text: str) -> None:
-    tokenizer = BytesTokenizer()
-    prompt, tokens = tokenizer.encode("Ünï "), tokenizer.encode(text)
-    pieces = token_pieces(tokenizer.decode, prompt, tokens)
-    assert len(pieces) == len(tokens)
-    assert "".join(pieces) == text
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
-    assert pieces == [piece for char in text for piece in [""] * (len(char.encode()) - 1) + [char]]
-
-
-def test_pieces_of_broken_text_are_replacement_characters() -> None:
-    tokenizer = BytesTokenizer()
-    pieces = token_pieces(tokenizer.decode, [65], [0xE2, 66, 0xE2, tokenizer.eod])
-    assert pieces == ["", "\N{REPLACEMENT CHARACTER}B", "", "\N{REPLACEMENT CHARACTER}"]
-    assert token_pieces(tokenizer.decode, [65], [0xE2, 0x82]) == ["", "\N{REPLACEMENT CHARACTER}"]
-
-
 def test_control_characters_can_not_drive_the_terminal() -> None:
     assert printable("a\x1b[2J\r\tb\n\x9b\x00") == "a\\x1b[2J\\r\tb\n\\x9b\\x00"
-    shown = _shown(colored_text("prompt \x1b[31m", PIECES, _generation(), 8))
-    table = _shown(token_table(PIECES, _generation(), 8))
-    assert "\x1b" not in shown + table
-    assert "prompt \\x1b[31ma[red]\\x1b[2Jé" in shown  # and brackets are no markup
+    assert "\x1b" not in _shown(token_table(PIECES, _generation(), 8))
 
 
-def test_each_token_has_the_colour_of_its_exit() -> None:
-    text = colored_text(">", PIECES, _generation(), 8)
-    styles = {text.plain[span.start : span.end]: span.style for span in text.spans}
-    assert styles["a"] == styles["\\x1b[2J"]
-    assert len({styles[">"], styles["a"], styles["[red]"], styles["é"]}) == 4
-    assert "\x1b[1;32ma" in _shown(text, color=True)
+def test_each_exit_has_a_colour() -> None:
+    styles = exit_styles(_generation().policy, 8)
+    assert len(set(styles.values())) == 3
     assert "\x1b[1;32mexit 2" in _shown(legend(_generation(), 8), color=True)
+
+
+def test_legend_tells_the_speed() -> None:
+    speed = Speed(0.25, 12.5, 0.02, 25.0)
+    last = _shown(legend(_generation(), 8, speed)).splitlines()[-2:]
+    assert " ".join(last).split(", ") == [
+        "12.5 tokens/s",
+        "first token after 0.25 s",
+        "2% of drafts accepted",
+        "full depth would make 25.0 tokens/s",
+        "0.50 times its speed",
+    ]
 
 
 def test_legend_counts_the_tokens_of_each_exit() -> None:
@@ -99,9 +80,3 @@ def test_table_has_a_row_for_each_token() -> None:
     assert header.split() == ["#", "token", "id", "exit", "max_probability", "log", "p"]
     assert rows[1].split() == ["1", "'[red]'", "11", "8", "0.3000", "-2.5000"]
     assert len(rows) == 4
-
-
-def test_pieces_end_where_the_text_does() -> None:
-    assert cut_pieces(["ab", "", "cde", "f"], 4) == ["ab", "", "cd", ""]
-    assert cut_pieces(["ab", "c"], 3) == ["ab", "c"]
-    assert cut_pieces(["ab", "c"], 0) == ["", ""]
