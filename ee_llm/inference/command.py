@@ -150,6 +150,8 @@ def _run_one(session: Session, options: GenerateOptions, prompt: Prompt) -> Gene
     finally:
         if stopwatch.is_running:
             console.print()  # whatever comes next begins on a line of its own
+    if generation.finish_reason == "error":
+        raise RuntimeError(f"{prompt.where}: {generation.error}")
     speed = stopwatch.speed()
     if options.strategy == "verify":
         speed = against_full(speed, session.decoder, [(request, generation)])
@@ -195,6 +197,9 @@ def _run_batch(
             for update in session.decoder.step():
                 num_tokens += len(update.decisions)
                 if update.generation is None:
+                    continue
+                if update.generation.finish_reason == "error":
+                    errors[update.id] = f"{by_id[update.id].where}: {update.generation.error}"
                     continue
                 text = session.text(update.generation, requests[update.id])
                 if update.generation.strategy == "verify":

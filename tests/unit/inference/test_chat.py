@@ -207,12 +207,12 @@ def test_text_is_on_its_way_before_the_last_token(
 ) -> None:
     lengths = []
 
-    def step(self: Engine, step: Any = Engine.step) -> Any:
+    def advance(self: Engine, advance: Any = Engine.advance) -> None:
         lengths.append(len(sys.stdout.getvalue()))  # type: ignore[attr-defined]
-        return step(self)
+        advance(self)
 
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    monkeypatch.setattr(Engine, "step", step)
+    monkeypatch.setattr(Engine, "advance", advance)
     arguments = ["generate", "--checkpoint", str(qwen), "--chat", "Hello", "--ignore-eos"]
     how = ["--max-new-tokens", "30", "--dtype", "float32", "--temperature", "1"]
     assert main([*arguments, *how]) == 0
@@ -251,3 +251,26 @@ def test_self_speculation_is_measured_against_full(
     assert main(["generate", "--checkpoint", str(qwen), *batch]) == 0
     assert expected in capsys.readouterr().err
     assert asked == [(1, 1), (2, 2)]
+
+
+def test_logits_that_are_not_finite_end_one_prompt_with_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only rows of one token give them: other prompts of the batch go on."""
+    config = tiny_config(vocab_size=640, max_seq_length=256)
+    tensors = random_tensors(config, dtype=torch.float32)
+    tensors["embedding.word.weight"][7] = float("nan")
+    run = save_family(tmp_path / "run", "gpt-2", tensors)
+    how = ["generate", "--checkpoint", str(run), "--dtype", "float32", "--max-new-tokens", "4"]
+    assert main([*how, "--prompt-ids", "7", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("ee-llm: --prompt-ids: ")
+    assert "not finite" in captured.err
+    file, output = tmp_path / "batch.jsonl", tmp_path / "out.jsonl"
+    file.write_text('{"prompt_token_ids": [7]}\n{"prompt_token_ids": [8], "ignore_eos": true}\n')
+    assert main([*how, "--batch-file", str(file), "--output", str(output)]) == 1
+    good, bad = map(json.loads, output.read_text().splitlines())
+    assert (good["id"], len(good["tokens"])) == ("2", 4)
+    assert bad["id"] == "1"
+    assert "line 1: " in bad["error"]["message"]
