@@ -150,7 +150,7 @@ def _run_one(session: Session, options: GenerateOptions, prompt: Prompt) -> Gene
     finally:
         if stopwatch.is_running:
             console.print()  # whatever comes next begins on a line of its own
-    if generation.finish_reason == "error":
+    if generation.error is not None:
         raise RuntimeError(f"{prompt.where}: {generation.error}")
     speed = stopwatch.speed()
     if options.strategy == "verify":
@@ -198,7 +198,7 @@ def _run_batch(
                 num_tokens += len(update.decisions)
                 if update.generation is None:
                     continue
-                if update.generation.finish_reason == "error":
+                if update.generation.error is not None:
                     errors[update.id] = f"{by_id[update.id].where}: {update.generation.error}"
                     continue
                 text = session.text(update.generation, requests[update.id])
