@@ -3,6 +3,7 @@
 Whatever is slow to import is imported inside the command that needs it, so that help is quick.
 """
 
+import contextlib
 import difflib
 import os
 import select
@@ -256,6 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report(str(error))
         status = 1 if isinstance(error, RuntimeError) else 2
         if is_launched():
+            with contextlib.suppress(OSError):  # nobody may read any more
+                sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(status)  # threads that wait for other ranks would turn it into an abort
         return status
     except KeyboardInterrupt:

@@ -1,6 +1,5 @@
 """`ee-llm generate`: prompts in, continuations out, with the exit of every token."""
 
-import math
 import time
 
 from rich.console import Console
@@ -22,8 +21,17 @@ from ee_llm.inference.render import legend, speed_line, token_table
 from ee_llm.inference.request import Request
 from ee_llm.inference.session import Session, open_encoder, open_session
 from ee_llm.inference.speed import Speed, Stopwatch, against_full
-from ee_llm.inference.stage import cut
+from ee_llm.inference.stage import check_layout
 from ee_llm.inference.verify import Account, Checker, check_file
+
+# Far more than is of use; beyond it lists, tensors and time-outs overflow.
+_MOST: dict[str, int] = {
+    "tensor": 2**16,
+    "pipeline": 2**16,
+    "batch_size": 2**14,
+    "cache_tokens": 2**40,
+    "timeout_s": 10**6,
+}
 
 
 def check(options: GenerateOptions) -> None:
@@ -42,12 +50,11 @@ def check(options: GenerateOptions) -> None:
         raise ValueError("--batch-file and --output belong together: give both or neither")
     if options.batch_file is not None and (options.json or options.show_confidence):
         raise ValueError("--json and --show-confidence are for one prompt; a batch is in --output")
-    for name in ("tensor", "pipeline", "batch_size", "cache_tokens"):
-        if getattr(options, name) < 1:
+    for name, most in _MOST.items():
+        value = getattr(options, name)
+        if not 1 <= value <= most:  # NaN fails too
             option = name.replace("_", "-")
-            raise ValueError(f"--{option} {getattr(options, name)} must be at least 1")
-    if not 0.0 < options.timeout_s < math.inf:
-        raise ValueError(f"--timeout-s {options.timeout_s} must be finite and more than 0")
+            raise ValueError(f"--{option} {value} must be at least 1 and at most {most}")
     num_ranks, started = options.tensor * options.pipeline, platform.launched_world_size()
     if started is not None and started != num_ranks:
         raise ValueError(
@@ -61,12 +68,13 @@ def check(options: GenerateOptions) -> None:
                 "--verify holds generations against the checkpoint's weights, and --quantize "
                 "int8 has others; leave one out"
             )
-    config = TensorReader(options.checkpoint).config()
-    cut(config, options.pipeline)
-    if options.tensor > config.model.num_kv_heads:
+    check_layout(TensorReader(options.checkpoint).config(), options.tensor, options.pipeline)
+    num_gpus = platform.num_gpus()
+    if started is None and 0 < num_gpus < num_ranks:
         raise ValueError(
-            f"--tensor {options.tensor} is more than model.num_kv_heads ="
-            f" {config.model.num_kv_heads}, which can not be shared out to so many"
+            f"--tensor {options.tensor} x --pipeline {options.pipeline} takes {num_ranks} GPUs, and"
+            f" this machine has {num_gpus}. Use fewer ranks, or set CUDA_VISIBLE_DEVICES= to"
+            " compute on the CPU."
         )
 
 

@@ -6,6 +6,7 @@ Legend of shapes: t rows, r rows that an exit judges, h hidden, v vocabulary, c 
 cache, k key/value heads of this rank, d head dimension.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -36,7 +37,8 @@ def cut(config: Config, num_stages: int = 1) -> list[list[Piece]]:
     num_layers = config.model.num_layers
     if num_stages > num_layers:
         raise ValueError(
-            f"{num_stages} pipeline stages are more than the model's {num_layers} layers"
+            f"--pipeline {num_stages} is more than num_layers = {num_layers}. Use --pipeline"
+            f" {num_layers} or less."
         )
     exits = (*config.exits.boundaries, num_layers)
     ends = [num_layers * (stage + 1) // num_stages for stage in range(num_stages)]
@@ -51,19 +53,28 @@ def cut(config: Config, num_stages: int = 1) -> list[list[Piece]]:
     return stages
 
 
+def check_layout(config: Config, tensor: int, pipeline: int) -> None:
+    """Raise ValueError unless the model can be split over so many tensor ranks and stages."""
+    cut(config, pipeline)
+    sizes = {
+        name: getattr(config.model, name)
+        for name in ("num_kv_heads", "ffn_hidden_size", "vocab_size")
+    }
+    for name, size in sizes.items():
+        if size % tensor:
+            common = math.gcd(*sizes.values())
+            fit = [n for n in range(1, common + 1) if common % n == 0]
+            choices = " or ".join(f"--tensor {n}" for n in fit)
+            raise ValueError(f"--tensor {tensor} does not divide {name} = {size}. Use {choices}.")
+
+
 def shard_of(
     config: Config, ranks: platform.ServingGrid | None, linear: MakeLinear = Linear
 ) -> Shard:
-    """Return this rank's share of a model; raises ValueError if it can not be shared out evenly."""
+    """Return this rank's share of a model; raises ValueError as `check_layout` does."""
     if ranks is None or ranks.tensor_size == 1:
         return Shard(linear=linear)
-    for name in ("num_kv_heads", "ffn_hidden_size", "vocab_size"):
-        size = getattr(config.model, name)
-        if size % ranks.tensor_size:
-            raise ValueError(
-                f"model.{name} = {size} can not be shared out to {ranks.tensor_size} tensor ranks;"
-                " take a number of them that divides it"
-            )
+    check_layout(config, ranks.tensor_size, ranks.num_stages)
     return Shard(ranks.tensor_rank, ranks.tensor_size, ranks.reduce, linear)
 
 
@@ -154,13 +165,22 @@ class Stage:
                 self._heads[-1] = Head(config, tensors, piece.last, outputs[name], shard)
         self.cache_dtype = cache_dtype(self.dtype, self.device)
         shape = (num_positions, 2, model.num_kv_heads // shard.size, model.head_dim)
-        self._pages = [
-            [
-                torch.zeros(shape, dtype=self.cache_dtype, device=self.device)
-                for _ in range(len(layers) + self.has_block(index))
+        num_pages = [len(layers) + self.has_block(n) for n, layers in enumerate(self._layers)]
+        try:
+            self._pages = [
+                [
+                    torch.zeros(shape, dtype=self.cache_dtype, device=self.device)
+                    for _ in range(count)
+                ]
+                for count in num_pages
             ]
-            for index, layers in enumerate(self._layers)
-        ]
+        except (RuntimeError, MemoryError) as error:
+            size = math.prod(shape) * self.cache_dtype.itemsize * sum(num_pages)
+            raise ValueError(
+                f"no memory for the keys and values of {num_positions} positions on {self.device}:"
+                f" they take {size / 2**30:,.1f} GiB. Use a smaller --cache-tokens, --batch-size or"
+                " model."
+            ) from error
 
     def clear(self) -> None:
         """Forget all keys and values."""

@@ -45,6 +45,11 @@ def has_cuda() -> bool:
     return torch.cuda.is_available() and torch.cuda.device_count() >= num_local_ranks
 
 
+def num_gpus() -> int:
+    """Return how many GPUs this process sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def device() -> torch.device:
     """Return the device this rank computes on: its own GPU, or the CPU."""
     return torch.device("cuda", local_rank()) if has_cuda() else torch.device("cpu")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from ee_llm import cli, platform
 from ee_llm.inference.command import generate
 from ee_llm.inference.options import GenerateOptions
 from tests.unit.inference.models import random_tensors, save_model, tiny_config
@@ -198,12 +199,25 @@ def test_an_invalid_line_is_an_error_record(place: Path, tmp_path: Path) -> None
 
 def test_ranks_that_fail_alike_are_one_line(place: Path) -> None:
     """What every rank meets by itself, after the ranks are connected."""
-    other = tiny_config("llama", vocab_size=263, max_seq_length=48)
+    options = (*OPTIONS, "--prompt", "a", "--tensor", "2", "--attention", "varlen")
+    _, err = run(place, *options, status=2)
+    assert err == "ee-llm: attention 'varlen' needs a GPU; take auto or gather\n"
+
+
+def test_a_layout_that_does_not_fit_starts_no_rank(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny_config(num_heads=6, num_kv_heads=3, hidden_size=48, vocab_size=264)
     save_model(place / "odd", other, random_tensors(other, dtype=torch.float32))
-    _, err = run(place, "--checkpoint", "odd", "--prompt", "a", "--tensor", "2", status=2)
-    assert err == (
-        "ee-llm: model.vocab_size = 263 can not be shared out to 2 tensor ranks;"
-        " take a number of them that divides it\n"
+    monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("ranks were started"))
+    arguments = ["generate", "--checkpoint", str(place / "odd"), "--prompt", "a", "--tensor"]
+    assert cli.main([*arguments, "2"]) == 2
+    said = "--tensor 2 does not divide num_kv_heads = 3. Use --tensor 1 or --tensor 3."
+    assert capsys.readouterr().err == f"ee-llm: {said}\n"
+    monkeypatch.setattr(platform, "num_gpus", lambda: 2)
+    assert cli.main([*arguments, "3"]) == 2
+    assert "--tensor 3 x --pipeline 1 takes 3 GPUs, and this machine has 2." in (
+        capsys.readouterr().err
     )
 
 

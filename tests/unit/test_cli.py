@@ -189,6 +189,27 @@ def test_an_interrupt_is_no_traceback(
     assert capsys.readouterr().err == ""
 
 
+def test_a_rank_that_fails_has_written_what_it_printed() -> None:
+    """It ends without Python's own clean-up, which writes what is left in the buffer of a pipe."""
+    code = (
+        "from ee_llm import cli\n"
+        "def fail(_):\n"
+        "    print('the result')\n"
+        "    raise OSError(2, 'No such file', 'x')\n"
+        "cli.COMMANDS['fail'] = cli.Command('', fail)\n"
+        "cli.main(['fail'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONUNBUFFERED": "", rank._LAUNCHED: f"{os.getpid()} -1"},
+    )
+    assert (done.returncode, done.stdout) == (2, "the result\n")
+    assert "No such file" in done.stderr
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_may_be_cut_short(unbuffered: str) -> None:
     """`ee-llm --help | head -n 1` ends as other programs do there: as told, and in silence."""

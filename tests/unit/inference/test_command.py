@@ -430,10 +430,24 @@ def test_a_foreign_output_is_refused_and_kept(run: Path, tmp_path: Path) -> None
         ({"cache_tokens": 0}, "--cache-tokens 0 must be at least 1"),
         ({"tensor": 0}, "--tensor 0 must be at least 1"),
         ({"pipeline": -1}, "--pipeline -1 must be at least 1"),
-        ({"pipeline": 5}, "5 pipeline stages are more than the model's 4 layers"),
-        ({"tensor": 10**6}, "--tensor 1000000 is more than model.num_kv_heads = 2"),
-        ({"timeout_s": float("nan")}, "--timeout-s nan must be finite"),
-        ({"timeout_s": 0.0}, "--timeout-s 0.0 must be finite and more than 0"),
+        ({"pipeline": 5}, r"--pipeline 5 is more than num_layers = 4\. Use --pipeline 4 or less\."),
+        ({"tensor": 3}, r"--tensor 3 .* num_kv_heads = 2\. Use --tensor 1 or --tensor 2\."),
+        ({"tensor": 10**9}, "--tensor 1000000000 must be at least 1 and at most 65536"),
+        ({"timeout_s": float("nan")}, "--timeout-s nan must be at least 1 and at most 1000000"),
+        ({"timeout_s": 0.0}, "--timeout-s 0.0 must be at least 1"),
+        ({"timeout_s": 1e10}, "--timeout-s 10000000000.0 must be at least 1 and at most 1000000"),
+        ({"timeout_s": float("inf")}, "--timeout-s inf must be"),
+        ({"batch_size": 10**30}, "--batch-size 10{30} must be at least 1 and at most 16384"),
+        ({"cache_tokens": 2**64}, "--cache-tokens 18446744073709551616 must be at least 1"),
+        ({"seed": 2**64 - 1}, r"seed 18446744073709551615 is not in 0 \.\. 2\*\*63 - 1"),
+        ({"seed": -1}, "seed -1 is not in 0"),
+        ({"top_k": -1}, "top_k -1 must be at least 1"),
+        ({"max_new_tokens": -(10**30)}, "max_new_tokens -10{30} must be a whole number"),
+        (
+            {"strategy": "verify", "draft_length": 10**30},
+            "draft length 10{30} does not fit max_pending = 64",
+        ),
+        ({"strategy": "verify", "draft_exit": 10**30}, "draft boundary 10{30} is no exit"),
         ({"checkpoint": Path("/no/such/run")}, "/no/such/run does not exist"),
     ],
 )
@@ -464,9 +478,11 @@ def test_a_layout_that_can_not_be_is_refused_before_any_rank_starts(
         raise AssertionError("ranks are started")
 
     monkeypatch.setattr(cli, "launch", launch)
-    arguments = ["generate", "--checkpoint", str(run), "--prompt", "a", "--tensor", "1000000"]
+    arguments = ["generate", "--checkpoint", str(run), "--prompt", "a", "--tensor", "4"]
     assert cli.main(arguments) == 2
-    assert capsys.readouterr().err.startswith("ee-llm: --tensor 1000000 is more than")
+    assert capsys.readouterr().err.startswith(
+        "ee-llm: --tensor 4 does not divide num_kv_heads = 2. Use"
+    )
     with pytest.raises(AssertionError, match="ranks are started"):
         cli.main([*arguments[:-1], "2"])
 

@@ -1,5 +1,6 @@
 """The lean layers and heads against the plain model, whole, in stages and in shards."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from ee_llm.inference.attention import Run
 from ee_llm.inference.layers import Shard
 from ee_llm.inference.reference import ReferenceModel
-from ee_llm.inference.stage import Piece, Stage, cache_dtype, cut, shard_of
+from ee_llm.inference.stage import Piece, Stage, cache_dtype, check_layout, cut, shard_of
 from tests.unit.inference.models import QWEN3, random_tensors, tiny_config
 from tests.unit.inference.stages import CHUNKS, TOKENS, Ranks, page_table, stage_logits
 
@@ -181,18 +182,54 @@ def test_stages_are_cut_at_their_ends_and_at_exits(boundaries, num_stages, piece
 
 
 def test_more_stages_than_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match="5 pipeline stages are more than the model's 4 layers"):
+    with pytest.raises(ValueError, match="--pipeline 5 is more than num_layers = 4"):
         cut(tiny_config(), 5)
 
 
 def test_what_can_not_be_shared_out_is_refused_by_name() -> None:
     def ranks(size: int) -> SimpleNamespace:
-        return SimpleNamespace(tensor_rank=1, tensor_size=size, reduce=torch.neg)
+        return SimpleNamespace(tensor_rank=1, tensor_size=size, num_stages=1, reduce=torch.neg)
 
     for name, size in (("num_kv_heads", 1), ("ffn_hidden_size", 45), ("vocab_size", 41)):
-        with pytest.raises(ValueError, match=rf"model\.{name} = {size} can not .* to 2 tensor"):
+        with pytest.raises(ValueError, match=rf"--tensor 2 does not divide {name} = {size}\."):
             shard_of(tiny_config(**{name: size}), ranks(2))
     assert shard_of(tiny_config(), ranks(2)) == Shard(1, 2, torch.neg)
     for alone in (None, ranks(1)):
         found = shard_of(tiny_config(num_kv_heads=1), alone)
         assert (found.rank, found.size) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tensor", "message"),
+    [
+        (
+            {"num_heads": 6, "num_kv_heads": 3, "hidden_size": 48, "vocab_size": 36},
+            2,
+            r"--tensor 2 does not divide num_kv_heads = 3\. Use --tensor 1 or --tensor 3\.",
+        ),
+        (
+            {"num_kv_heads": 4, "ffn_hidden_size": 50},
+            4,
+            r"--tensor 4 does not divide ffn_hidden_size = 50\. Use --tensor 1 or --tensor 2\.",
+        ),
+        (
+            {"num_kv_heads": 4, "vocab_size": 39},
+            2,
+            r"--tensor 2 does not divide vocab_size = 39\. Use --tensor 1\.",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_model_is_refused(
+    sizes: dict[str, int], tensor: int, message: str
+) -> None:
+    config = tiny_config(**sizes)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        check_layout(config, tensor, 1)
+    for fits in map(int, re.findall(r"--tensor (\d+)", message)[1:]):
+        check_layout(config, fits, 1)
+
+
+def test_a_cache_larger_than_the_memory_is_refused_with_its_size() -> None:
+    config = tiny_config()
+    with pytest.raises(ValueError, match=r"no memory for the keys and values of .* GiB\. Use a"):
+        Stage(config, random_tensors(config), 2**50, cut(config)[0])
