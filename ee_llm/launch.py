@@ -219,6 +219,8 @@ def _account(rank: _Rank) -> _End:
         hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
         return _End(f"rank {rank.rank} was ended by {name}{hint}", 128 - status)
     message = rank.report().message
+    if status == 128 + signal.SIGINT and not message:
+        return _End(f"rank {rank.rank} was ended by SIGINT", status)
     return _End(
         message or f"rank {rank.rank} ended with status {status}; its output above says why", status
     )

@@ -28,7 +28,8 @@ def run_ranks(*arguments: str, **environment: str) -> subprocess.CompletedProces
 def test_ranks_run_the_command() -> None:
     done = run_ranks("--version")
     assert done.returncode == 0
-    assert done.stdout.splitlines() == [f"ee-llm {ee_llm.__version__}"] * 2
+    # Unbuffered, the ranks' line ends may come after both texts.
+    assert done.stdout.replace("\n", "") == f"ee-llm {ee_llm.__version__}" * 2
 
 
 def test_a_mistake_found_in_every_rank_is_told_once() -> None:
@@ -65,6 +66,25 @@ def test_who_was_killed_is_named_though_another_noticed_it_first(tmp_path: Path)
     done = run_ranks("--version", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 128 + signal.SIGKILL
     assert done.stderr.startswith("ee-llm: rank 1 was ended by SIGKILL")
+
+
+def test_ctrl_c_to_one_rank_is_said_of_that_rank(tmp_path: Path) -> None:
+    """It says nothing itself: usually the launcher is interrupted too, and speaks for all ranks."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "if 'RANK' in os.environ:\n"
+        "    from ee_llm import cli\n"
+        "    def interrupt(_):\n"
+        "        if os.environ['RANK'] == '1':\n"
+        "            raise KeyboardInterrupt\n"
+        "        time.sleep(600)\n"
+        "    cli.COMMANDS['fail'] = cli.Command('', interrupt)\n"
+        "from ee_llm import launch\n"
+        "launch._GRACE_S = 0.1\n"
+    )
+    done = run_ranks("fail", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr.startswith("ee-llm: rank 1 was ended by SIGINT. Rank 0 did not end")
 
 
 def test_a_rank_that_does_not_end_is_named(tmp_path: Path) -> None:
