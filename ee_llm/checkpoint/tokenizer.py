@@ -1,6 +1,5 @@
 """The tokenizer that belongs to a checkpoint: its files, and the mark by which it is recognised."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -40,8 +39,8 @@ _MOST_BYTES = 256 * 2**20  # of a file that came along, a large tokenizer's amon
 def fingerprint(tokenizer: str) -> str:
     """Return what two equal tokenizers share: "bytes", or the SHA-256 of the tokenizer's file.
 
-    `tokenizer` is as in the configuration: "bytes" or the path of a file. Raises ValueError if
-    there is no such file.
+    `tokenizer` is as in the configuration: "bytes" or the path of a file. A file that is kept
+    counts as it was then, see `keep`. Raises ValueError if there is no such file.
     """
     if tokenizer == BYTES:
         return BYTES
@@ -90,9 +89,24 @@ def _is_own(path: Path) -> bool:
     return path.stat().st_size <= _MOST_BYTES
 
 
-@functools.lru_cache(maxsize=2)
+def keep(tokenizer: str) -> None:
+    """Keep a tokenizer's file as it is now, for the checkpoints of a run that begins.
+
+    They store the tokenizer that the run began with, even if the file changes or vanishes. Raises
+    ValueError if there is no such file.
+    """
+    if tokenizer != BYTES:
+        _kept[tokenizer] = _read(tokenizer)
+
+
+_kept: dict[str, bytes] = {}  # by path
+
+
 def _content(tokenizer: str) -> bytes:
-    # Kept: the run goes on with the tokenizer it began with, even if the file changes or vanishes.
+    return _kept[tokenizer] if tokenizer in _kept else _read(tokenizer)
+
+
+def _read(tokenizer: str) -> bytes:
     try:
         return Path(tokenizer).read_bytes()
     except OSError as error:

@@ -94,6 +94,7 @@ def write_checkpoint(
     lock.take()
     try:
         directory.refuse_used(output)
+        tokenizer.keep(tokenizer_file)
         state = state or TrainState()
         partial = directory.create_partial(checkpoints, state.step)
         try:

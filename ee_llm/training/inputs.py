@@ -1,6 +1,7 @@
 """What a run reads: its configuration's data, as the microbatches of one rank."""
 
 from ee_llm import platform
+from ee_llm.checkpoint.tokenizer import keep
 from ee_llm.config import Config
 from ee_llm.data.batches import BatchShape, EvaluationBatches, TrainingBatches
 from ee_llm.data.dataset import Blend, Part, RowOptions, open_blend
@@ -16,6 +17,7 @@ def open_data(
 
     Raises ValueError, naming the option or file, for what is wrong with them.
     """
+    keep(config.data.tokenizer)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_token)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(

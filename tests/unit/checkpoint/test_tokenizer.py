@@ -23,6 +23,7 @@ def test_the_run_keeps_the_tokenizer_it_began_with(tmp_path):
     """A save after hours must not fail, or store another vocabulary, because a file has changed."""
     source = tmp_path / "spm.model"
     source.write_bytes(b"first")
+    tokenizer.keep(str(source))
     mark = tokenizer.fingerprint(str(source))
     source.write_bytes(b"second")
     assert tokenizer.fingerprint(str(source)) == mark
@@ -30,6 +31,16 @@ def test_the_run_keeps_the_tokenizer_it_began_with(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     tokenizer.store(str(source), tmp_path / "checkpoint")
     assert (tmp_path / "checkpoint" / "tokenizer" / "spm.model").read_bytes() == b"first"
+
+
+def test_the_next_run_begins_with_the_tokenizer_as_it_is_then(tmp_path):
+    source = tmp_path / "spm.model"
+    marks = []
+    for content in (b"first", b"second"):
+        source.write_bytes(content)
+        tokenizer.keep(str(source))
+        marks.append(tokenizer.fingerprint(str(source)))
+    assert marks[0] != marks[1]
 
 
 def test_bytes_needs_no_file(tmp_path):
