@@ -29,6 +29,7 @@ SHAPE_FIELDS = (
     "num_kv_heads",
     "head_dim",
     "ffn_hidden_size",
+    "position",
     "qkv_bias",
     "qk_norm",
     "gelu",

@@ -133,6 +133,17 @@ def test_options_beside_a_shape_override_it_and_what_follows_from_it() -> None:
     assert (model.num_layers, model.head_dim, model.ffn_hidden_size) == (8, 64, 1536)
 
 
+def test_a_shape_replaces_all_that_another_family_implies(tmp_path: Path) -> None:
+    """A saved configuration of a gpt states learned positions, biases and more."""
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 64}
+    saved = tmp_path / "saved.toml"
+    saved.write_text(Config(model={"family": "gpt", "gelu": "tanh", **sizes}).to_toml())
+    model = load_config(saved, {"model.shape": "llama-1.3B", "model.vocab_size": 32000}).model
+    expected = load_config(overrides={"model.shape": "llama-1.3B"}).model
+    for name in ("position", "qkv_bias", "qk_norm", "gelu", "head_dim", "ffn_hidden_size"):
+        assert getattr(model, name) == getattr(expected, name), name
+
+
 def test_a_shape_on_the_command_line_replaces_the_sizes_in_the_file(tiny: Path) -> None:
     """Also those of a saved file, which has all of them: else the option would do nothing."""
     saved = tiny.with_name("saved.toml")
