@@ -110,10 +110,19 @@ def resolve_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / MANIFEST).is_file():
         return path
+    if _is_foreign(path):
+        name = path.resolve().stem if path.is_file() else path.resolve().name
+        raise CheckpointError(
+            f"{path} is not an ee-llm checkpoint; convert it first: ee-llm convert {path} --output "
+            f"runs/{name}"
+        )
     if not path.exists():
+        # "organisation/model" is how the Hugging Face hub names models.
+        is_hub_id = len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()
+        hint = "; convert a model of the Hugging Face hub first, with ee-llm convert"
         raise CheckpointError(
             f"{path} does not exist: expected a run directory or a checkpoint "
-            f"such as {path / CHECKPOINTS / step_name(100)}"
+            f"such as {path / CHECKPOINTS / step_name(100)}{hint if is_hub_id else ''}"
         )
     found = find_latest(path.parent if path.name == CHECKPOINTS else path)
     if found is not None:
@@ -126,6 +135,15 @@ def resolve_checkpoint(path: str | Path) -> Path:
         f"no checkpoint in {path}: expected {path / CHECKPOINTS} with directories such as "
         f"{step_name(100)} in it"
     )
+
+
+def _is_foreign(path: Path) -> bool:
+    """Return whether a path looks like a model that `ee-llm convert` takes."""
+    if path.is_file():
+        return path.suffix == ".gguf"
+    # config.json and safetensors of Hugging Face, and the tracker of Megatron-LM.
+    names = ("config.json", "model.safetensors", "latest_checkpointed_iteration.txt")
+    return any((path / name).is_file() for name in names)
 
 
 def partial_path(checkpoints: Path, step: int) -> Path:

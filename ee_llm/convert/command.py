@@ -3,8 +3,9 @@
 import functools
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from rich.progress import DownloadColumn
 from torch import Tensor
 
 from ee_llm import platform
-from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.quantized import (
     FACT,
     SCALE,
@@ -31,38 +31,42 @@ from ee_llm.config import Config
 from ee_llm.config.tokenizer import BYTES
 from ee_llm.convert.check import TEXT, TOLERANCE, Difference, compare
 from ee_llm.convert.export import Cut, dense, export_folder, truncated, whole
-from ee_llm.convert.folder import INDEX, SETTINGS, SINGLE
-from ee_llm.convert.megatron import is_megatron
+from ee_llm.convert.locate import (
+    GGUF,
+    HUB,
+    HUGGING_FACE,
+    MEGATRON,
+    OURS,
+    find_kind,
+    local_folder,
+)
 from ee_llm.convert.opened import Source
 from ee_llm.convert.options import ConvertOptions
 from ee_llm.convert.source import NewExits, open_source
 
 OnTensor = Callable[[str, int], None]
 
-HUGGING_FACE = "a model of Hugging Face's"
-MEGATRON = "a model of Megatron-LM's"
-OURS = "a checkpoint of ours"
 _OF_CHECKPOINTS = ("dense", "truncate_at", "max_shard_gb")
 _UNUSED = {
-    HUGGING_FACE: _OF_CHECKPOINTS,
-    MEGATRON: (*_OF_CHECKPOINTS, "ignore_settings"),
-    OURS: ("exits", "head", "exit_output", "tokenizer", "ignore_settings"),
+    HUGGING_FACE: (*_OF_CHECKPOINTS, "dtype", "revision"),
+    HUB: (*_OF_CHECKPOINTS, "dtype"),
+    GGUF: (*_OF_CHECKPOINTS, "revision"),
+    MEGATRON: (*_OF_CHECKPOINTS, "strict", "dtype", "revision"),
+    OURS: ("exits", "head", "exit_output", "tokenizer", "strict", "dtype", "revision"),
 }
+_WITH_TRANSFORMERS = (HUGGING_FACE, HUB, GGUF)
 
 
 def convert(options: ConvertOptions) -> None:
     """Convert as the options say, and print where the result is.
 
-    Raises ValueError for a source that is no such model, or options that do not go together.
+    Raises ValueError for a source that holds no model, or options that do not go together.
     """
-    kind = _kind(options.source)
+    kind = find_kind(options.source)
     _check(options, kind)
-    if kind != OURS:
-        result = _import(options)
-    elif options.to == "hf":
-        result = _export(options)
-    else:
-        result = _rewrite(options)
+    # Libraries log to standard output, as DeepSpeed does when transformers imports it.
+    with redirect_stdout(sys.stderr):
+        result = _run(options, kind)
     if options.json:
         print(json.dumps(result))
         return
@@ -77,19 +81,11 @@ def convert(options: ConvertOptions) -> None:
         )
 
 
-def _kind(source: Path) -> str:
-    """Return whose model is in a directory."""
-    if not source.exists():
-        raise CheckpointError(
-            f"{source} does not exist: expected a folder with {SETTINGS}, a run of Megatron-LM's "
-            "or EE-LLM's, or a checkpoint"
-        )
-    if (source / directory.MANIFEST).is_file() or (source / directory.CHECKPOINTS).is_dir():
-        return OURS
-    if is_megatron(source):
-        return MEGATRON
-    is_folder = any((source / name).is_file() for name in (SETTINGS, SINGLE, INDEX))
-    return HUGGING_FACE if is_folder else OURS
+def _run(options: ConvertOptions, kind: str) -> dict[str, Any]:
+    if kind == OURS:
+        return _export(options) if options.to == "hf" else _rewrite(options)
+    with local_folder(options, kind) as (folder, notes):
+        return _import(options, folder, notes)
 
 
 def _check(options: ConvertOptions, kind: str) -> None:
@@ -101,14 +97,14 @@ def _check(options: ConvertOptions, kind: str) -> None:
                 f"--{name.replace('_', '-')} has no effect on {options.source}, which is {kind}"
             )
     if kind != OURS and options.to == "hf":
-        already = " already" if kind == HUGGING_FACE else ""
+        already = " already" if kind in _WITH_TRANSFORMERS else ""
         raise ValueError(
-            f"--to hf: {options.source} is {kind}{already}; convert it to a checkpoint of ours "
-            "first"
+            f"--to hf: {options.source} is {kind}{already}; convert it to an ee-llm "
+            "checkpoint first"
         )
     if kind != OURS and options.to == "int8":
         raise ValueError(
-            f"--to int8: {options.source} is {kind}; convert it to a checkpoint of ours first"
+            f"--to int8: {options.source} is {kind}; convert it to an ee-llm checkpoint first"
         )
     if options.dense and options.truncate_at is not None:
         raise ValueError("--dense and --truncate-at are two models; choose one of them")
@@ -120,24 +116,25 @@ def _check(options: ConvertOptions, kind: str) -> None:
         raise ValueError(f"--max-shard-gb has no effect with --to {options.to}; leave it out")
     if options.text is not None and not options.check:
         raise ValueError("--text has no effect without --check; give both, or neither")
-    if options.check and kind != HUGGING_FACE and options.to != "hf":
+    if options.check and kind not in _WITH_TRANSFORMERS and options.to != "hf":
         raise ValueError("--check compares with transformers, which neither side is here")
     for name in ("head", "exit_output"):
         if not options.exits and getattr(options, name) != getattr(default, name):
             raise ValueError(f"--{name.replace('_', '-')} needs --exits")
 
 
-def _import(options: ConvertOptions) -> dict[str, Any]:
+def _import(options: ConvertOptions, folder: Path, notes: list[str]) -> dict[str, Any]:
     new = NewExits(options.exits, options.head, options.exit_output) if options.exits else None
-    source = open_source(options.source, new, options.tokenizer, options.ignore_settings)
+    source = open_source(folder, new, options.tokenizer, options.strict)
     path = _write_source(options, source)
-    result = {"output": str(path), "notes": source.notes, **_facts(source.specs)}
+    notes = [*notes, *source.notes, *source.damage()]
+    result = {"output": str(path), "notes": notes, **_facts(source.specs)}
     if options.check:
         exits = source.config.exits
         # Only what begins as the model's own norm and output is something of transformers'.
         is_other = "norm" not in exits.head or "block" in exits.head or exits.output == "tied"
         early = () if new is not None and is_other else exits.boundaries
-        _compare(options, options.source, TensorReader(path), source.config, early, result)
+        _compare(options, folder, TensorReader(path), source.config, early, result)
     return result
 
 
@@ -182,7 +179,7 @@ def _rewrite(options: ConvertOptions) -> dict[str, Any]:
     is_int8 = options.to == "int8"
     if not options.dense and options.truncate_at is None and not is_int8:
         raise ValueError(
-            f"{options.source} is a checkpoint of ours already; give --to hf, --to int8, "
+            f"{options.source} is an ee-llm checkpoint already; give --to hf, --to int8, "
             "--dense or --truncate-at"
         )
     cut = _cut(options, reader)
@@ -279,10 +276,10 @@ def _compare(
     for difference in found:
         if not difference.relative <= TOLERANCE:
             raise CheckpointError(
-                f"boundary {difference.boundary}: the logits of {folder} and {reader.path} differ "
-                f"by {difference.absolute:.2e}, {difference.relative:.1e} of the largest; "
-                f"at most {TOLERANCE:.0e} was expected; {result['output']} is there, and not to "
-                "be used: remove it"
+                f"boundary {difference.boundary}: the logits of {options.source} and "
+                f"{result['output']} differ by {difference.absolute:.2e}, "
+                f"{difference.relative:.1e} of the largest; at most {TOLERANCE:.0e} was expected. "
+                f"Do not use {result['output']}: remove it"
             )
     left = sorted({*config.exits.boundaries} - {difference.boundary for difference in found})
     if left:

@@ -21,7 +21,7 @@ from ee_llm.checkpoint.write import TensorSpec
 from ee_llm.config import Config, output_weight_name
 from ee_llm.config.tokenizer import BYTES
 from ee_llm.convert.folder import SETTINGS, read_object
-from ee_llm.convert.settings import ENTRY, KNOWN, exits_entry, read_settings, write_settings
+from ee_llm.convert.settings import ENTRY, exits_entry, read_settings, write_settings
 from ee_llm.convert.shards import write_shards
 from ee_llm.convert.tables import Row, own_tensors, rows_of
 from ee_llm.convert.values import SettingsError
@@ -197,9 +197,9 @@ def _settings(
     except SettingsError as error:
         raise ValueError(f"{reader.path}: {error}") from None
     if origin:
-        _, model, _ = read_settings({k: v for k, v in origin.items() if k in KNOWN})
         now = config.model.model_dump()
-        if all(now[name] == value for name, value in model.items()):
+        options = read_settings(origin).options
+        if all(now[name] == value for name, value in options.items()):
             settings = {name: value for name, value in origin.items() if name != ENTRY}
         else:
             kept = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -15,11 +15,18 @@ from ee_llm.convert.values import (
     count,
     flag,
     need,
-    refuse,
     to_number,
 )
 
 _WINDOW = 4096  # transformers' default
+
+
+class Defaults(NamedTuple):
+    """What transformers assumes of a model type where config.json has no such key."""
+
+    max_position_embeddings: int
+    num_kv_heads: int | None = None
+    head_dim: int = 0
 
 
 class Family(NamedTuple):
@@ -30,16 +37,24 @@ class Family(NamedTuple):
     read: Callable[[Settings], tuple[dict[str, Any], list[str]]]
     write: Callable[[ModelConfig], dict[str, Any]]
     fits: Callable[[ModelConfig], bool]
+    neutral: dict[str, tuple[Any, ...]]
+    """Keys that change the function of this type alone, as in `keys.NEUTRAL`."""
 
 
-_ROPE_KEYS = {
+ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
+"""The scalings of rotary positions, and the keys that each of them needs."""
 
 
-def _read_rope(settings: Settings) -> dict[str, Any]:
+def rope_type(table: Settings) -> Any:
+    """Return the scaling that a table of rotary positions names."""
+    return table.get("rope_type", table.get("type", "default"))
+
+
+def _read_rope(settings: Settings, length: int) -> dict[str, Any]:
     """Return the options of rotary positions: one table in newer versions, two settings before."""
     tables = {name: settings.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
     for name, table in tables.items():
@@ -53,23 +68,15 @@ def _read_rope(settings: Settings) -> dict[str, Any]:
         )
     given = given or older
     theta = given.get("rope_theta", settings.get("rope_theta", 10000.0))
-    kind = given.get("rope_type", given.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
-        raise SettingsError(
-            f"rope_scaling of the type {kind!r} can not be converted; only "
-            f"{', '.join(_ROPE_KEYS)} can"
-        )
-    refuse(given, partial_rotary_factor=1.0)
-    refuse(settings, partial_rotary_factor=1.0)
-    known = _ROPE_KEYS[kind] | {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
-    for name in given.keys() - known:
-        if given[name] is not None and name not in _ROPE_KEYS["llama3"]:
-            raise SettingsError(f"rope_scaling.{name} = {given[name]!r} can not be converted")
+    kind = rope_type(given)
     options: dict[str, Any] = {"rope_theta": to_number("rope_theta", theta)}
     if kind == "default":
         return options
-    values = {"original_max_position_embeddings": settings.get("max_position_embeddings"), **given}
-    for name in sorted(_ROPE_KEYS[kind]):
+    values = {"original_max_position_embeddings": length, **given}
+    if settings.get("original_max_position_embeddings") is not None:  # has priority there, too
+        name = "original_max_position_embeddings"
+        values[name] = settings[name]
+    for name in sorted(ROPE_KEYS[kind]):
         values[name] = to_number(f"rope_scaling.{name}", values.get(name))
     options |= {"rope_scaling": kind, "rope_factor": values["factor"]}
     if kind == "llama3":
@@ -86,47 +93,41 @@ def _rope_facts(table: Settings, settings: Settings) -> dict[str, Any]:
 
 def _read_llama(
     settings: Settings,
+    defaults: Defaults,
     *,
-    default_window: int | None = None,
+    window: int | None = None,
     has_qkv_bias: bool = False,
     has_qk_norm: bool = False,
-    default_head_dim: int | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the options of a model of the table LLAMA, and remarks."""
-    refuse(settings, hidden_act="silu", attention_bias=False, mlp_bias=False)
-    layers, hidden, heads, ffn, vocabulary, length = need(
+    """Return the options of a model of the table LLAMA, and remarks.
+
+    `window` is the number of tokens that the narrowest layer attends to, None for all.
+    """
+    layers, hidden, heads, ffn, vocabulary = need(
         settings,
         "num_hidden_layers",
         "hidden_size",
         "num_attention_heads",
         "intermediate_size",
         "vocab_size",
-        "max_position_embeddings",
     )
-    window = settings.get("sliding_window", default_window)
-    if not flag(settings, "use_sliding_window", True):
-        window = None
-    if window is not None:
-        (window,) = need({"sliding_window": window}, "sliding_window")
-    types = settings.get("layer_types") or []
-    if not isinstance(types, list):
-        raise SettingsError(f"layer_types is {types!r}: expected a list, a type for each layer")
-    for kind in types:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise SettingsError(f"layer_types has {kind!r}, which can not be converted")
-    notes = []
+    length, notes = _context(settings, "max_position_embeddings", defaults)
+    rope = _read_rope(settings, length)
     if window is not None and window < length:
         notes.append(
             f"model.max_seq_length = {window}: beyond sliding_window of {window} tokens the model "
             f"would be another function (max_position_embeddings = {length})"
         )
         length = window
+    kv_heads = heads
+    if "num_key_value_heads" not in settings:
+        kv_heads = defaults.num_kv_heads or heads
     options = {
         "family": "llama",
         "num_layers": layers,
         "hidden_size": hidden,
         "num_heads": heads,
-        "num_kv_heads": count(settings, "num_key_value_heads", heads),
+        "num_kv_heads": count(settings, "num_key_value_heads", kv_heads),
         "ffn_hidden_size": ffn,
         "vocab_size": vocabulary,
         "max_seq_length": length,
@@ -135,9 +136,9 @@ def _read_llama(
         "init_std": to_number("initializer_range", settings.get("initializer_range", 0.02)),
         "qkv_bias": has_qkv_bias,
         "qk_norm": has_qk_norm,
-        **_read_rope(settings),
+        **rope,
     }
-    head_dim = count(settings, "head_dim", default_head_dim or 0)
+    head_dim = count(settings, "head_dim", defaults.head_dim)
     if head_dim:
         options["head_dim"] = head_dim
     if heads * (head_dim or 1) > LARGEST:
@@ -145,15 +146,66 @@ def _read_llama(
     return options, notes
 
 
+def _context(settings: Settings, name: str, defaults: Defaults) -> tuple[int, list[str]]:
+    """Return the context length in tokens, and a remark where it is transformers' default."""
+    if settings.get(name) is not None:
+        return need(settings, name)[0], []
+    length = defaults.max_position_embeddings
+    return length, [
+        f"model.max_seq_length = {length}: config.json has no {name}, and this is transformers' "
+        "default"
+    ]
+
+
+def _layer_types(settings: Settings) -> list[str]:
+    types = settings.get("layer_types") or []
+    if not isinstance(types, list):
+        raise SettingsError(f"layer_types is {types!r}: expected a list, a type for each layer")
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise SettingsError(
+                f"layer_types has {kind!r}, which is not supported; supported: full_attention, "
+                "sliding_attention"
+            )
+    return types
+
+
+def _window(settings: Settings, default: int | None) -> int | None:
+    value = settings.get("sliding_window", default)
+    return None if value is None else need({"sliding_window": value}, "sliding_window")[0]
+
+
+def _read_plain(settings: Settings) -> tuple[dict[str, Any], list[str]]:
+    # transformers' llama attends to everything; other software knows windows by layer_types.
+    is_sliding = "sliding_attention" in _layer_types(settings)
+    window = _window(settings, None) if is_sliding else None
+    return _read_llama(settings, _LLAMA_DEFAULTS, window=window)
+
+
 def _read_mistral(settings: Settings) -> tuple[dict[str, Any], list[str]]:
-    # Its window counts always; use_sliding_window is Qwen's alone.
-    given = {name: value for name, value in settings.items() if name != "use_sliding_window"}
-    return _read_llama(given, default_window=_WINDOW)
+    # Its window always applies, to all layers: use_sliding_window and layer_types are Qwen's.
+    return _read_llama(settings, _MISTRAL_DEFAULTS, window=_window(settings, _WINDOW))
 
 
-def _read_qwen(settings: Settings, **differs: Any) -> tuple[dict[str, Any], list[str]]:
-    given = {**settings, "use_sliding_window": flag(settings, "use_sliding_window", False)}
-    return _read_llama(given, default_window=_WINDOW, **differs)
+def _read_qwen(
+    settings: Settings, defaults: Defaults, **differs: bool
+) -> tuple[dict[str, Any], list[str]]:
+    window = None
+    if flag(settings, "use_sliding_window", False):
+        window = _window(settings, _WINDOW)
+    if types := _layer_types(settings):
+        is_sliding = "sliding_attention" in types
+    else:  # the first layers attend to everything
+        (layers,) = need(settings, "num_hidden_layers")
+        is_sliding = to_number("max_window_layers", settings.get("max_window_layers", 28)) < layers
+    return _read_llama(settings, defaults, window=window if is_sliding else None, **differs)
+
+
+_LLAMA_DEFAULTS = Defaults(2048)
+_MISTRAL_DEFAULTS = Defaults(131072, num_kv_heads=8)
+_QWEN2_DEFAULTS = Defaults(32768, num_kv_heads=32)
+_QWEN3_DEFAULTS = Defaults(32768, num_kv_heads=32, head_dim=128)
+_GPT2_DEFAULTS = Defaults(1024)
 
 
 def _write_llama(model: ModelConfig) -> dict[str, Any]:
@@ -183,24 +235,32 @@ def _write_llama(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+# Other names of GPT-2's settings, which transformers takes as well.
+_GPT2_NAMES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+_GELUS = {
+    "gelu": "erf",
+    "gelu_fast": "tanh",
+    "gelu_new": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+}
+
+
 def _read_gpt2(settings: Settings) -> tuple[dict[str, Any], list[str]]:
-    refuse(
-        settings,
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
-        add_cross_attention=False,
-    )
-    activation = settings.get("activation_function", "gelu_new")
-    if not isinstance(activation, str):
-        raise SettingsError(f"activation_function is {activation!r}: expected a name")
-    gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}.get(activation)
-    if gelu is None:
-        raise SettingsError(
-            f"activation_function = {activation!r} can not be converted; only gelu_new and gelu can"
-        )
-    layers, hidden, heads, vocabulary, length = need(
-        settings, "n_layer", "n_embd", "n_head", "vocab_size", "n_positions"
-    )
+    other = {name: settings[key] for key, name in _GPT2_NAMES.items() if key in settings}
+    settings = {**other, **settings}
+    for key, name in _GPT2_NAMES.items():
+        if settings.get(key) is not None and settings[key] != settings[name]:
+            raise SettingsError(
+                f"{key} = {settings[key]!r} and {name} = {settings[name]!r} are two names of one "
+                "setting; remove the wrong one"
+            )
+    layers, hidden, heads, vocabulary = need(settings, "n_layer", "n_embd", "n_head", "vocab_size")
+    length, notes = _context(settings, "n_positions", _GPT2_DEFAULTS)
     return {
         "family": "gpt",
         "num_layers": layers,
@@ -212,8 +272,8 @@ def _read_gpt2(settings: Settings) -> tuple[dict[str, Any], list[str]]:
         "norm_eps": to_number("layer_norm_epsilon", settings.get("layer_norm_epsilon", 1e-5)),
         "tie_embeddings": flag(settings, "tie_word_embeddings", True),
         "init_std": to_number("initializer_range", settings.get("initializer_range", 0.02)),
-        "gelu": gelu,
-    }, []
+        "gelu": _GELUS[settings.get("activation_function") or "gelu_new"],
+    }, notes
 
 
 def _write_gpt2(model: ModelConfig) -> dict[str, Any]:
@@ -247,13 +307,17 @@ def _is_gpt2(model: ModelConfig) -> bool:
     )
 
 
+_SILU = ("silu", "swish")
+_NO_BIAS = {"attention_bias": (False,), "mlp_bias": (False,)}
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         LLAMA,
         "LlamaForCausalLM",
-        _read_llama,
+        _read_plain,
         lambda model: {**_write_llama(model), "attention_bias": False, "mlp_bias": False},
         _is_rotary,
+        {"hidden_act": _SILU, **_NO_BIAS},
     ),
     "mistral": Family(
         LLAMA,
@@ -261,25 +325,35 @@ FAMILIES: dict[str, Family] = {
         _read_mistral,
         lambda model: {**_write_llama(model), "sliding_window": None},
         _is_rotary,
+        {"hidden_act": _SILU},
     ),
     "qwen2": Family(
         LLAMA,
         "Qwen2ForCausalLM",
-        lambda settings: _read_qwen(settings, has_qkv_bias=True),
+        lambda settings: _read_qwen(settings, _QWEN2_DEFAULTS, has_qkv_bias=True),
         lambda model: {**_write_llama(model), "use_sliding_window": False},
         lambda model: _is_rotary(model, qkv_bias=True),
+        {"hidden_act": _SILU},
     ),
     "qwen3": Family(
         LLAMA,
         "Qwen3ForCausalLM",
-        lambda settings: _read_qwen(settings, has_qk_norm=True, default_head_dim=128),
+        lambda settings: _read_qwen(settings, _QWEN3_DEFAULTS, has_qk_norm=True),
         lambda model: {
             **_write_llama(model),
             "use_sliding_window": False,
             "attention_bias": False,
         },
         lambda model: _is_rotary(model, qk_norm=True),
+        {"hidden_act": _SILU, "attention_bias": (False,)},
     ),
-    "gpt2": Family(GPT2, "GPT2LMHeadModel", _read_gpt2, _write_gpt2, _is_gpt2),
+    "gpt2": Family(
+        GPT2,
+        "GPT2LMHeadModel",
+        _read_gpt2,
+        _write_gpt2,
+        _is_gpt2,
+        {"activation_function": tuple(_GELUS)},
+    ),
 }
 """By transformers' `model_type`."""

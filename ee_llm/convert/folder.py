@@ -15,7 +15,6 @@ from ee_llm.checkpoint.write import TensorSpec
 SETTINGS = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-"""The directory of a checkpoint of ours with the files that came along, but for tensors."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -25,13 +24,25 @@ DTYPES = {
 }
 """The names of dtypes in safetensors files; those that weights may have."""
 
+# Buffers may have others, and so do quantised weights, which are refused when they are needed.
+_OTHER_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
 _LARGEST = 16 * 2**20
 _LIMITS = dict.fromkeys(
     ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"), 256 * 2**20
 )
 """Sizes in bytes of files that are read as a whole."""
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Folder:
@@ -100,7 +111,7 @@ class Folder:
             for name in sorted(set(table.values())):
                 self._check_place(name)
             return {key: self.path / name for key, name in table.items()}
-        pickles = sorted(file for kind in _PICKLES for file in self.path.glob(kind))
+        pickles = sorted(file for kind in PICKLES for file in self.path.glob(kind))
         if pickles:
             raise CheckpointError(
                 f"{pickles[0]} is a pickle, which can run anything when it is read; save the model "
@@ -124,10 +135,10 @@ class Folder:
         with safe_open(file, "pt") as opened:
             for key in keys:
                 part = opened.get_slice(key)
-                if (dtype := DTYPES.get(part.get_dtype())) is None:
+                if (dtype := (DTYPES | _OTHER_DTYPES).get(part.get_dtype())) is None:
                     raise CheckpointError(
                         f"{file}: {key} is of type {part.get_dtype()}; expected one of "
-                        f"{', '.join(DTYPES)}, not a quantized model"
+                        f"{', '.join(DTYPES)}, not a quantised model"
                     )
                 self.specs[key] = TensorSpec(tuple(part.get_shape()), dtype)
 

@@ -16,6 +16,8 @@ from ee_llm.convert.tables import Row, Table
 from ee_llm.data.tokenizer import load_tokenizer
 from ee_llm.inference.weights import tensor_shapes
 
+_MOST_NAMED = 8  # tensors in a remark
+
 
 class Tensors(Protocol):
     """Tensors by key, each read when asked for: what is known of them, and where they are."""
@@ -59,11 +61,31 @@ class Source:
     notes: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     """What else to keep, by name."""
+    non_finite: dict[str, str] = field(default_factory=dict)
+    """Of the tensors read so far: how many weights are infinite or NaN, by key."""
 
     def tensor(self, name: str) -> Tensor:
         """Return one of our tensors, put together from those of the folder."""
         row = self.rows[name]
-        return row.fusion.join(self.config.model, [self.folder.tensor(key) for key in row.theirs])
+        return row.fusion.join(self.config.model, [self._read(key) for key in row.theirs])
+
+    def damage(self) -> list[str]:
+        """Return a remark on the weights read so far that are not finite, if there are any."""
+        if not self.non_finite:
+            return []
+        shown = [f"{key} ({counts})" for key, counts in [*self.non_finite.items()][:_MOST_NAMED]]
+        more = len(self.non_finite) - len(shown)
+        return [
+            f"{len(self.non_finite)} tensors have weights that are infinite or NaN: "
+            f"{', '.join(shown)}{f' and {more} more' if more else ''}. The model's outputs will "
+            "not be finite either; check the files, or convert another copy of the model"
+        ]
+
+    def _read(self, key: str) -> Tensor:
+        tensor = self.folder.tensor(key)
+        if count := tensor.numel() - int(torch.isfinite(tensor).sum()):
+            self.non_finite[key] = f"{count} of {tensor.numel()}"
+        return tensor
 
 
 def prove(source: Source, table: Table) -> Source:
@@ -77,9 +99,13 @@ def prove(source: Source, table: Table) -> Source:
     return source
 
 
-def training_options(tensors: Tensors) -> dict[str, str]:
-    """Return the precision that the weights have, if one can train in it."""
-    dtypes = {str(spec.dtype).removeprefix("torch.") for spec in tensors.specs.values()}
+def training_options(tensors: Tensors, table: Table) -> dict[str, str]:
+    """Return the precision of the weights, buffers left out, if one can train in it."""
+    dtypes = {
+        str(spec.dtype).removeprefix("torch.")
+        for key, spec in tensors.specs.items()
+        if not table.is_buffer(key)
+    }
     if len(dtypes) != 1 or dtypes == {"float16"}:
         return {}
     return {"dtype": dtypes.pop()}
@@ -101,9 +127,7 @@ def _check_keys(source: Source, table: Table) -> None:
     folder, kind, where = source.folder, source.origin.kind, source.origin.settings
     used = {key: row for row in source.rows.values() for key in row.theirs}
     missing = [key for key in used if key not in folder.specs]
-    left = [
-        key for key in folder.specs if key not in used and not key.endswith(table.buffers or "\0")
-    ]
+    left = [key for key in folder.specs if key not in used and not table.is_buffer(key)]
     if len(missing) > len(used) / 2:
         raise CheckpointError(
             f"{folder.path}: these are not the tensors of a {kind}, which {where} says it is: "
@@ -157,7 +181,10 @@ def _spec(source: Source, row: Row, shape: tuple[int, ...]) -> TensorSpec:
     dtypes = {key: folder.specs[key].dtype for key in row.theirs}
     for key, dtype in dtypes.items():
         if dtype not in DTYPES.values():
-            raise CheckpointError(f"{folder.files[key]}: {key} is of type {dtype}, no weight's")
+            raise CheckpointError(
+                f"{folder.files[key]}: {key} is of type {str(dtype).removeprefix('torch.')}; "
+                "expected float64, float32, float16 or bfloat16, not a quantised model"
+            )
     if len(set(dtypes.values())) > 1:
         raise CheckpointError(
             f"{folder.files[row.theirs[0]]}: {row.ours} is made of tensors of several types: "

@@ -17,8 +17,9 @@ class ConvertOptions:
     """
 
     source: Positional[Path]
-    """A folder with config.json and model.safetensors; a run directory of Megatron-LM or EE-LLM, or
-    a checkpoint in it; or a checkpoint or run directory of ours."""
+    """A folder with config.json and model.safetensors; a GGUF file; the id of a model on the
+    Hugging Face hub, such as HuggingFaceTB/SmolLM2-135M-Instruct; a run directory of Megatron-LM or
+    EE-LLM, or a checkpoint in it; or an ee-llm checkpoint or run directory."""
 
     output: Path
     """Where the result goes: a new run directory, or for --to hf a new folder."""
@@ -47,8 +48,16 @@ class ConvertOptions:
     """From elsewhere: 'bytes' or the path of a tokenizer, if the folder has none; Megatron-LM's
     never have one."""
 
-    ignore_settings: tuple[str, ...] = ()
-    """From Hugging Face: unknown settings of config.json that do not change the model."""
+    strict: bool = False
+    """From Hugging Face: refuse settings of config.json whose meaning is unknown, instead of
+    listing them in a note."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """For a GGUF file: type of the dequantised weights. Default: that of the file's matrices where
+    they have one floating type, else bfloat16."""
+
+    revision: str | None = None
+    """For a model of the Hugging Face hub: a branch, tag or commit. Default: the main branch."""
 
     max_shard_gb: float = 5.0
     """For --to hf: size of a file after which the next one begins, in GB."""

@@ -1,79 +1,100 @@
 """A model's options from the config.json of transformers, and back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ee_llm.checkpoint.read import FUNCTION_OF_EXITS
 from ee_llm.config import Config
-from ee_llm.convert.families import FAMILIES, Family
-from ee_llm.convert.values import Settings, SettingsError, refuse
+from ee_llm.convert.families import FAMILIES, ROPE_KEYS, Family, rope_type
+from ee_llm.convert.huggingface.keys import (
+    NEUTRAL,
+    OTHER_MODELS,
+    ROPE_NEUTRAL,
+    ROPE_TYPES,
+    is_neutral,
+    unknown_keys,
+)
+from ee_llm.convert.values import Settings, SettingsError
 
 ENTRY = "ee_llm"
 """The entry of config.json that describes exits; transformers carries it along unread."""
 
-# What says nothing of the function that the model computes in evaluation.
-_NEUTRAL = frozenset(
-    """
-    _name_or_path architectures attention_dropout attn_implementation attn_pdrop auto_map
-    bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-    decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label is_decoder
-    is_encoder_decoder keys_to_ignore_at_inference label2id length_penalty max_length
-    max_window_layers min_length model_type n_ctx no_repeat_ngram_size num_beam_groups num_beams
-    num_labels num_return_sequences output_attentions output_hidden_states output_scores
-    pad_token_id prefix pretraining_tp problem_type remove_invalid_values
-    reorder_and_upcast_attn repetition_penalty resid_pdrop return_dict return_dict_in_generate
-    rope_theta sep_token_id summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj suppress_tokens task_specific_params temperature
-    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version
-    typical_p unk_token_id unsloth_version use_cache
-    """.split()  # noqa: SIM905
-)
 
-# What is read or checked by one family or another.
-_READ = frozenset(
-    """
-    activation_function add_cross_attention attention_bias ee_llm head_dim hidden_act
-    hidden_size initializer_range intermediate_size is_causal layer_norm_epsilon layer_types
-    max_position_embeddings mlp_bias n_embd n_head n_inner n_layer n_positions
-    num_attention_heads num_hidden_layers num_key_value_heads partial_rotary_factor rms_norm_eps
-    rope_parameters rope_scaling scale_attn_by_inverse_layer_idx scale_attn_weights
-    sliding_window tie_word_embeddings use_bfloat16 use_mrope use_sliding_window vocab_size
-    """.split()  # noqa: SIM905
-)
+class ModelSettings(NamedTuple):
+    """What config.json says of a model."""
 
-KNOWN = _NEUTRAL | _READ
-"""The settings that are not refused for their name."""
+    family: Family
+    options: dict[str, Any]
+    """The options of `model`."""
+    notes: list[str]
+    """Remarks on what conversion changed or assumed."""
+    unknown: dict[str, Any]
+    """Settings of unknown meaning."""
 
 
-def read_settings(
-    settings: Settings, ignored: Sequence[str] = ()
-) -> tuple[Family, dict[str, Any], list[str]]:
-    """Return the family, the options of `model`, and remarks on what was changed.
+def read_settings(settings: Settings) -> ModelSettings:
+    """Read the settings of a model.
 
-    `ignored` names unknown settings to pass over. Raises SettingsError naming a setting that is
-    missing, unknown or not to be converted.
+    Raises SettingsError if one is missing or malformed, or names everything that makes the model
+    compute another function than ee-llm's.
     """
     kind = settings.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    supported = f"supported: {', '.join(FAMILIES)}"
+    if isinstance(kind, str) and kind in OTHER_MODELS:
         raise SettingsError(
-            f"model_type = {kind!r} can not be converted; only {', '.join(FAMILIES)} can"
+            f"model_type = {kind!r} is not supported, because it computes another function: it has "
+            f"{OTHER_MODELS[kind]}; {supported}"
         )
-    refuse(settings, is_causal=True, use_mrope=False)
-    for name, value in settings.items():
-        # False and 0 say something; these say nothing.
-        is_empty = value is None or value == {} or value == []
-        if not is_empty and name not in KNOWN and name not in ignored:
-            raise SettingsError(
-                f"{name} = {value!r} is not known, and may make the model another function; if it "
-                f"does not, convert with --ignore-settings {name}"
-            )
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise SettingsError(f"model_type = {kind!r} is not supported; {supported}")
     family = FAMILIES[kind]
+    if found := _other_functions(settings, NEUTRAL | family.neutral):
+        raise SettingsError(
+            f"the model computes another function than ee-llm's {kind}: {'; '.join(found)}. "
+            "Convert a model without these settings, or remove them from config.json if the "
+            "model was not trained with them"
+        )
     options, notes = family.read(settings)
-    return family, options, notes
+    return ModelSettings(family, options, notes, unknown_keys(settings))
+
+
+def _other_functions(settings: Settings, neutral: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """Return what ee-llm does not compute, each by name."""
+    found = [
+        f"{name} = {settings[name]!r}"
+        for name, values in neutral.items()
+        if name in settings and not is_neutral(settings[name], values)
+    ]
+    for table in ("rope_parameters", "rope_scaling"):
+        if isinstance(rope := settings.get(table), dict):
+            found += _other_rotations(table, rope)
+    if (quantization := settings.get("quantization_config")) not in (None, {}):
+        found += _quantization(quantization)
+    return found
+
+
+def _other_rotations(table: str, rope: Settings) -> list[str]:
+    kind = rope_type(rope)
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
+        name = f" ({ROPE_TYPES[kind]})" if isinstance(kind, str) and kind in ROPE_TYPES else ""
+        return [f"{table} of type {kind!r}{name}"]
+    return [
+        f"{table}.{name} = {value!r}"
+        for name, value in rope.items()
+        if isinstance(value, dict) or not is_neutral(value, ROPE_NEUTRAL.get(name, (value,)))
+    ]
+
+
+def _quantization(config: Any) -> list[str]:
+    if not isinstance(config, dict):
+        return [f"quantization_config = {config!r}"]
+    switches = [config[name] for name in ("load_in_4bit", "load_in_8bit") if name in config]
+    method = config.get("quant_method", "bitsandbytes" if switches else None)
+    if method == "bitsandbytes" and switches and not any(switches):
+        return []  # switched off
+    return [f"weights quantised with {method!r} (quantization_config)"]
 
 
 class Exits(NamedTuple):

@@ -1,12 +1,13 @@
 """A model from elsewhere as one of ours: names, shapes and tensors, read one at a time."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ee_llm.checkpoint.safe import CheckpointError
-from ee_llm.checkpoint.tokenizer import COMPANIONS, ORIGIN, fingerprint
+from ee_llm.checkpoint.tokenizer import COMPANIONS, ORIGIN
 from ee_llm.config import Config, ConfigError
 from ee_llm.config.tokenizer import BYTES
 from ee_llm.convert.folder import SETTINGS, Folder
@@ -18,6 +19,8 @@ from ee_llm.convert.values import SettingsError, check_layers
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 """Files that a tokenizer is made of, the first that is there."""
+
+_MOST_SHOWN = 60  # characters of a setting's value
 
 _OF_TOKENIZERS = frozenset(COMPANIONS) - {SETTINGS, "generation_config.json"}
 
@@ -35,24 +38,30 @@ def open_source(
     path: str | Path,
     new_exits: NewExits | None = None,
     tokenizer: str | None = None,
-    ignored: Sequence[str] = (),
+    is_strict: bool = False,
 ) -> Source:
     """Return the model in a directory, after proving that it has exactly the tensors it should.
 
     The directory is Hugging Face's or Megatron-LM's. `tokenizer` is as in `data.tokenizer`, if it
-    is not the folder's own. `ignored` are settings of config.json to pass over. Raises
-    CheckpointError naming the file, the key and what was expected.
+    is not the folder's own. `is_strict` refuses settings of config.json whose meaning is unknown,
+    which otherwise are noted. Raises CheckpointError naming the file, the key and what was
+    expected.
     """
     if is_megatron(Path(path)):
         return open_megatron(Path(path), vars(new_exits) if new_exits else None, tokenizer)
     folder = Folder(path)
     where = folder.path / SETTINGS
     try:
-        family, model, notes = read_settings(folder.settings, ignored)
+        family, model, notes, unknown = read_settings(folder.settings)
+        if unknown and is_strict:
+            raise SettingsError(
+                f"unknown settings {_listed(unknown)}, which --strict refuses; leave it out, and "
+                "compare the logits with transformers' by --check"
+            )
         layers = "n_layer" if family.table is GPT2 else "num_hidden_layers"
         check_layers(layers, model["num_layers"], len(folder.specs))
         exits, are_copies = _exits(folder, new_exits)
-        training = training_options(folder)
+        training = training_options(folder, family.table)
         sections: dict[str, Any] = {"model": model, "exits": exits, "training": training}
         config = Config(**sections)
     except (SettingsError, ConfigError) as error:
@@ -66,7 +75,23 @@ def open_source(
     name = _tokenizer(folder, config, origin, tokenizer)
     names = _kept(folder, tokenizer)
     files = {f"{ORIGIN}/{name}": (folder.path / name).read_bytes() for name in names}
-    return prove(Source(folder, origin, config, rows, {}, name, notes, files), family.table)
+    source = prove(Source(folder, origin, config, rows, {}, name, notes, files), family.table)
+    if unknown:
+        notes.append(
+            f"{where} has settings of unknown meaning: {_listed(unknown)}. Every tensor is "
+            "accounted for, so they probably change nothing; --check compares the logits with "
+            "transformers', --strict refuses such settings"
+        )
+    return source
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {_shortened(value)}" for name, value in settings.items())
+
+
+def _shortened(value: Any) -> str:
+    shown = json.dumps(value)
+    return shown if len(shown) <= _MOST_SHOWN else shown[:_MOST_SHOWN] + "..."
 
 
 def _exits(folder: Folder, new: NewExits | None) -> tuple[dict[str, Any], bool]:
@@ -97,7 +122,8 @@ def _kept(folder: Folder, given: str | None) -> list[str]:
     own = [str(folder.path / name) for name in TOKENIZERS if name in there]
     is_kept = given is None or (given != BYTES and not own)
     if given is not None and given != BYTES and own:
-        is_kept = fingerprint(given) in map(fingerprint, own)
+        content = Path(given).read_bytes()
+        is_kept = any(Path(name).read_bytes() == content for name in own)
     return [name for name in there if is_kept or name not in _OF_TOKENIZERS]
 
 

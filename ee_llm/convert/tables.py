@@ -56,6 +56,10 @@ class Table(NamedTuple):
     optional_prefix: str = ""
     buffers: tuple[str, ...] = ()
 
+    def is_buffer(self, key: str) -> bool:
+        """Return whether a key is that of a buffer, which holds no weights."""
+        return key.endswith(self.buffers) if self.buffers else False
+
 
 def _heads(model: ModelConfig, rows: Tensor) -> Tensor:
     return rows.reshape(model.num_kv_heads, -1, model.head_dim, *rows.shape[1:])

@@ -64,6 +64,12 @@ def make_model(kind: str, settings: dict[str, Any], seed: int = 0) -> Any:
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(kind, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    randomize(model, seed)
+    return model
+
+
+def randomize(model: Any, seed: int = 0) -> None:
+    """Set every parameter of a model to random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -71,7 +77,6 @@ def make_model(kind: str, settings: dict[str, Any], seed: int = 0) -> Any:
             noise = torch.randn(parameter.shape, generator=generator)
             scale = 0.2 if parameter.dim() == 1 else 0.3
             parameter.copy_(noise * scale + (is_norm and name.endswith("weight")))
-    return model
 
 
 def make_folder(

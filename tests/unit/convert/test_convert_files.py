@@ -11,9 +11,10 @@ import torch
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
+from ee_llm.cli import main
 from ee_llm.config import Config
 from ee_llm.convert import export
-from tests.unit.convert.folders import edit_tensors, make_folder, tensors_of
+from tests.unit.convert.folders import edit_tensors, make_folder, make_tokenizer, tensors_of
 from tests.unit.convert.test_convert_exits import ours, refusal, save_ours
 from tests.unit.convert.test_convert_round_trip import assert_same, run
 from tests.unit.inference.models import tiny_config
@@ -189,3 +190,42 @@ def test_what_can_not_be_read_is_not_said_to_be_unwritable(tmp_path):
     with pytest.raises(OSError, match=r"^the source is gone$"):
         write_checkpoint(tmp_path / "ours", config, specs, get)
     assert save_ours(tmp_path / "ours", config).is_dir()  # nothing is left of the first
+
+
+def test_a_second_conversion_stores_the_tokenizer_as_it_is_then(tmp_path):
+    """One process, one folder: what the first conversion read is not what the second stores."""
+    folder = make_folder(tmp_path / "theirs")
+    for size in (300, 299):
+        make_tokenizer(folder / "tokenizer.json", size)
+        output = tmp_path / f"ours {size}"
+        assert main(["convert", str(folder), "--output", str(output)]) == 0
+        stored = Path(TensorReader(output).tokenizer())
+        assert stored.read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
+def test_gpt2s_mask_of_older_versions_is_passed_over(tmp_path, dtype):
+    """It is a buffer without weights, saved as bytes, as truth values or as numbers."""
+    folder = make_folder(tmp_path / "theirs", "gpt2", torch.float16)
+    mask = torch.ones(1, 1, 48, 48).tril().to(dtype)
+    edit_tensors(folder, lambda tensors: tensors.update({"transformer.h.0.attn.bias": mask}))
+    assert main(["convert", str(folder), "--output", str(tmp_path / "ours")]) == 0
+    reader = TensorReader(tmp_path / "ours")
+    assert {reader.dtype(name) for name in reader.names()} == {torch.float16}
+
+
+def test_weights_that_are_not_finite_are_said(tmp_path, capsys):
+    folder = make_folder(tmp_path / "theirs")
+
+    def damage(tensors):
+        tensors["model.layers.1.self_attn.k_proj.weight"][0, :3] = float("nan")
+        tensors["model.norm.weight"][0] = float("inf")
+
+    edit_tensors(folder, damage)
+    options = ["--output", str(tmp_path / "ours"), "--json", "--exits", "2"]
+    assert main(["convert", str(folder), *options]) == 0
+    [note] = json.loads(capsys.readouterr().out)["notes"]
+    assert note.startswith(
+        "2 tensors have weights that are infinite or NaN: model.layers.1.self_attn.k_proj.weight "
+        "(3 of 576), model.norm.weight (1 of 36). The model's outputs will not be finite"
+    )

@@ -92,7 +92,7 @@ def test_it_is_for_decoding_alone(made, tmp_path, capsys):
 def test_a_folder_of_transformers_comes_in_first(tmp_path, capsys):
     folder = make_folder(tmp_path / "theirs")
     found = refusal(capsys, folder, "--to", "int8", "--output", tmp_path / "made")
-    assert "convert it to a checkpoint of ours first" in found
+    assert "convert it to an ee-llm checkpoint first" in found
 
 
 def test_an_output_of_zeros_stays(tmp_path):

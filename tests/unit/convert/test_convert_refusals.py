@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ CASES = {
         {},
         _tensors(**{NORM: torch.ones(36, dtype=torch.int8)}),
         (),
-        rf"{NORM} is of type I8; expected one of F64, F32, F16, BF16, not a quantized model",
+        rf"{NORM} is of type int8; expected float64, .* or bfloat16, not a quantised model",
     ),
     "dtypes that differ within a fused tensor": (
         {},
@@ -138,7 +139,8 @@ CASES = {
         {},
         _settings(model_type="mamba"),
         (),
-        r"config.json: model_type = 'mamba' can not be converted; only llama, mistral",
+        r"config.json: model_type = 'mamba' is not supported, because it computes another "
+        r"function: it has state-space layers; supported: llama, mistral",
     ),
     "tied, but with an output of its own": (
         {},
@@ -175,30 +177,33 @@ CASES = {
         r"tokenizer.json is missing: expected the model's tokenizer; give another place with "
         r"--tokenizer, or 'bytes'",
     ),
-    "another activation": ({}, _settings(hidden_act="gelu"), (), r"hidden_act = 'gelu' can not"),
+    "another activation": ({}, _settings(hidden_act="gelu"), (), r"hidden_act = 'gelu'. Convert"),
     "biases of the output projection": (
         {},
         _settings(attention_bias=True),
         (),
-        r"config.json: attention_bias = True can not be converted; only False can",
+        r"computes another function than ee-llm's llama: attention_bias = True. Convert a model",
     ),
     "another scaling of rotations": (
         {},
         _settings(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
         (),
-        r"rope_scaling of the type 'yarn' can not be converted; only default, linear, llama3 can",
+        r"another function than ee-llm's llama: rope_parameters of type 'yarn' \(YaRN\). Convert",
     ),
     "rotations of a part": (
         {},
         _settings(partial_rotary_factor=0.5),
         (),
-        r"partial_rotary_factor = 0.5 can not be converted; only 1.0 can",
+        r"another function than ee-llm's llama: partial_rotary_factor = 0.5. Convert",
     ),
-    "unknown setting": (
+    "everything that makes another function at once": (
         {},
-        _settings(logit_scale=0.5),
+        _settings(
+            logit_scale=0.5, num_experts=8, quantization_config={"quant_method": "awq", "bits": 4}
+        ),
         (),
-        r"logit_scale = 0.5 is not known, .* convert with --ignore-settings logit_scale",
+        r"another function than ee-llm's llama: logit_scale = 0.5; num_experts = 8; weights "
+        r"quantised with 'awq' \(quantization_config\). Convert a model without these settings",
     ),
     "size that is none": (
         {},
@@ -216,37 +221,37 @@ CASES = {
         {"name": "gpt2"},
         _settings(scale_attn_by_inverse_layer_idx=True),
         (),
-        r"scale_attn_by_inverse_layer_idx = True can not be converted; only False can",
+        r"ee-llm's gpt2: scale_attn_by_inverse_layer_idx = True. Convert",
     ),
     "option of the other direction": (
         {},
         lambda folder: None,
         ("--dense",),
-        r"--dense has no effect on .*theirs, which is a model of Hugging Face's",
+        r"--dense has no effect on .*theirs, which is a Hugging Face model",
     ),
     "to what it is already": (
         {},
         lambda folder: None,
         ("--to", "hf"),
-        r"--to hf: .*theirs is a model of Hugging Face's already; convert it to a checkpoint",
+        r"--to hf: .*theirs is a Hugging Face model already; convert it to an ee-llm",
     ),
-    "unknown setting that is false": (
+    "unknown settings, strictly": (
         {},
-        _settings(is_rotated=False),
-        (),
-        r"is_rotated = False is not known, .* convert with --ignore-settings is_rotated",
+        _settings(is_rotated=False, note=["by", "hand"]),
+        ("--strict",),
+        r"unknown settings is_rotated = false, note = \[\"by\", \"hand\"\], which --strict refuses",
     ),
     "attention to what comes": (
         {},
         _settings(is_causal=False),
         (),
-        r"config.json: is_causal = False can not be converted; only True can",
+        r"config.json: the model computes another function .*: is_causal = False. Convert",
     ),
     "rotations of three kinds": (
         {},
         _settings(use_mrope=True),
         (),
-        r"config.json: use_mrope = True can not be converted; only False can",
+        r"config.json: the model computes another function .*: use_mrope = True. Convert",
     ),
     "two tables of rotations": (
         {},
@@ -301,7 +306,7 @@ CASES = {
         {"name": "gpt2"},
         _settings(activation_function=["gelu"]),
         (),
-        r"activation_function is \['gelu'\]: expected a name",
+        r"ee-llm's gpt2: activation_function = \['gelu'\]",
     ),
     "layers that there are no tensors of": (
         {},
@@ -357,16 +362,33 @@ def test_settings_that_say_what_is_so_anyway_pass(tmp_path):
     assert main(["convert", str(folder), "--output", str(tmp_path / "ours")]) == 0
 
 
-WINDOWS = {
+ALL, WINDOWED = ["full_attention"] * 5, ["full_attention"] * 4 + ["sliding_attention"]
+ON = {"use_sliding_window": True, "sliding_window": 16, "layer_types": ...}
+# Name: the model, settings, the context length that is expected.
+WINDOWS: dict[str, tuple[str, dict[str, Any], int]] = {
     "mistral, where the switch means nothing": (
         "mistral",
-        {"sliding_window": 16, "use_sliding_window": False},
+        {"sliding_window": 16, "use_sliding_window": False, "layer_types": ALL},
         16,
     ),
-    "qwen2 without a size": ("qwen2", {"use_sliding_window": True, "sliding_window": ...}, 4096),
-    "qwen3 without a size": ("qwen3", {"use_sliding_window": True, "sliding_window": ...}, 4096),
+    "mistral by default": ("mistral", {"sliding_window": ...}, 4096),
+    "qwen2 without a size": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": ..., "layer_types": WINDOWED},
+        4096,
+    ),
     "qwen3 without any": ("qwen3", {"use_sliding_window": True, "sliding_window": None}, 5000),
     "qwen2 switched off": ("qwen2", {"use_sliding_window": False, "sliding_window": 16}, 5000),
+    "qwen2, all layers full": ("qwen2", ON | {"layer_types": ALL}, 5000),
+    "qwen2, the first layers full": ("qwen2", ON | {"max_window_layers": 5}, 5000),
+    "qwen3, all but the last full": ("qwen3", ON | {"max_window_layers": 4}, 16),
+    "qwen3 by default has 28 full layers": ("qwen3", ON | {"max_window_layers": ...}, 5000),
+    "llama, which has no window": ("llama 3", {"sliding_window": 16}, 5000),
+    "llama with layers that have": (
+        "llama 3",
+        {"sliding_window": 16, "layer_types": WINDOWED},
+        16,
+    ),
 }
 
 
@@ -379,14 +401,25 @@ def test_windows_count_as_in_transformers(tmp_path, case):
     assert TensorReader(tmp_path / "ours").config().model.max_seq_length == expected
 
 
-def test_unknown_settings_can_be_passed_over(tmp_path):
+def test_unknown_settings_are_listed_in_one_note_and_kept(tmp_path, capsys):
     folder = make_folder(tmp_path / "theirs")
-    edit_settings(folder, unknown_remark="by hand")
-    options = ["--output", str(tmp_path / "ours"), "--ignore-settings", "unknown_remark"]
-    assert main(["convert", str(folder), *options]) == 0
+    unknown = {"unknown_remark": "by hand", "is_rotated": False, "sizes": list(range(99))}
+    edit_settings(folder, **unknown, _private=1, unsloth_fixed=True)
+    output = ["--output", str(tmp_path / "ours"), "--json"]
+    assert main(["convert", str(folder), *output]) == 0
+    [note] = json.loads(capsys.readouterr().out)["notes"]
+    assert note.startswith(
+        f'{folder}/config.json has settings of unknown meaning: unknown_remark = "by hand", '
+        "is_rotated = false, sizes = [0, 1, 2,"
+    )
+    assert note.endswith(
+        "--check compares the logits with transformers', --strict refuses such settings"
+    )
+    assert "_private" not in note
     options = ["--to", "hf", "--output", str(tmp_path / "back")]
     assert main(["convert", str(tmp_path / "ours"), *options]) == 0
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["unknown_remark"]
+    settings = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert settings.items() >= unknown.items()
 
 
 def test_a_check_that_fails_says_where(tmp_path, capsys, monkeypatch):
@@ -401,7 +434,8 @@ def test_a_check_that_fails_says_where(tmp_path, capsys, monkeypatch):
     found = refusal(capsys, folder, "--output", tmp_path / "ours", "--exits", 1, 3, "--check")
     assert "boundary 3: the logits of" in found
     assert "at most 1e-04 was expected" in found
-    assert f"{TensorReader(tmp_path / 'ours').path} is there, and not to be used" in found
+    path = TensorReader(tmp_path / "ours").path
+    assert found.endswith(f"Do not use {path}: remove it")
 
 
 def test_what_is_there_is_left_alone(tmp_path, capsys):
@@ -413,7 +447,7 @@ def test_what_is_there_is_left_alone(tmp_path, capsys):
     found = refusal(capsys, tmp_path / "ours", "--to", "hf", "--output", folder)
     assert "theirs is there already; choose another --output" in found
     assert refusal(capsys, tmp_path / "ours", "--output", tmp_path / "x").endswith(
-        "is a checkpoint of ours already; give --to hf, --to int8, --dense or --truncate-at"
+        "is an ee-llm checkpoint already; give --to hf, --to int8, --dense or --truncate-at"
     )
 
 

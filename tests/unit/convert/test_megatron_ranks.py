@@ -184,6 +184,22 @@ def test_the_command_writes_a_checkpoint_of_the_same_function(tmp_path, capsys, 
         assert torch.equal(found[boundary], logits)
 
 
+@pytest.mark.parametrize(
+    ("family", "names", "is_bf16", "is_said"),
+    [
+        ("llama", "ee-llm", True, True),
+        ("llama", "ee-llm", False, False),
+        ("llama", "core", True, False),  # megatron-core keeps the frequencies in float32
+        ("gpt", "ee-llm", True, False),
+    ],
+)
+def test_rotary_angles_in_bfloat16_are_said(tmp_path, family, names, is_bf16, is_said):
+    config, tensors = make(family, boundaries=(), output="shared")
+    writer = Writer(config, tensors, names=names, bf16=is_bf16)
+    notes = open_source(writer.write(tmp_path), tokenizer="bytes").notes
+    assert any("EE-LLM computes rotary angles in bfloat16" in note for note in notes) == is_said
+
+
 def test_new_exits_on_a_plain_model(tmp_path):
     config, tensors = make(boundaries=(), output="shared")
     path = Writer(config, tensors, 2, 2).write(tmp_path)

@@ -1,0 +1,1 @@
+"""What is particular to models from the Hugging Face hub: their settings, the hub, GGUF files."""

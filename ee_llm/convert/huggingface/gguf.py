@@ -1,0 +1,204 @@
+"""GGUF files, dequantised by transformers' reader into a folder of safetensors.
+
+transformers passes over what it does not know of a GGUF file: tensors, scalings of rotary
+positions, experts. So this module reads the metadata as well, and refuses what would be lost.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.config import ModelConfig
+from ee_llm.convert.folder import SETTINGS, read_object
+from ee_llm.convert.settings import read_settings
+from ee_llm.convert.values import SettingsError
+from ee_llm.rotary import inverse_frequencies
+
+_MAGIC = b"GGUF"
+_ROPE_FACTORS = "rope_freqs.weight"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is a GGUF file, by its content."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
+@contextmanager
+def dequantized(path: Path, scratch: Path, dtype: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder of safetensors and a tokenizer with a GGUF file's model.
+
+    Dequantising takes memory for the whole model, and as much space in `scratch`.
+
+    Args:
+        path: The file.
+        scratch: The directory to make the temporary folder in; it is removed again.
+        dtype: Type of the weights. By default that of the file's matrices if they have one
+            floating type, else bfloat16.
+
+    Raises:
+        CheckpointError: The file is damaged, or its model cannot be converted without loss.
+        ValueError: A package is missing.
+    """
+    transformers = _transformers()
+    reader = _open(path)
+    scaling = _rope_scaling(path, reader)
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+    try:
+        read_settings(_with_scaling(config, scaling))
+    except SettingsError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    names = {tensor.name for tensor in reader.tensors} - {_ROPE_FACTORS}
+    dtype = dtype or _own_dtype(reader)
+    del reader
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=scratch) as made:
+        folder = Path(made)
+        _save(transformers, path, names, dtype, folder)
+        settings = _with_scaling(read_object(folder / SETTINGS), scaling)
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        yield folder
+
+
+def _transformers() -> Any:
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"a GGUF file needs the package {error.name}: pip install 'ee-llm[gguf]'"
+        ) from None
+    return transformers
+
+
+def _open(path: Path) -> Any:
+    """Return gguf's reader of a file whose model is whole and has no experts."""
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise CheckpointError(f"{path} is no whole GGUF file: {error}") from None
+    if (parts := _value(reader, "split.count", 1)) > 1:
+        raise CheckpointError(
+            f"{path} is one of {parts} parts of a model; merge them first with llama.cpp's "
+            "llama-gguf-split --merge"
+        )
+    kind = _value(reader, "general.architecture", None)
+    if _value(reader, f"{kind}.expert_count", 0):
+        raise CheckpointError(
+            f"{path}: the model has a mixture of experts ({kind}.expert_count), which is not "
+            "supported"
+        )
+    return reader
+
+
+def _value(reader: Any, name: str, default: Any) -> Any:
+    field = reader.fields.get(name)
+    return default if field is None else field.contents()
+
+
+def _own_dtype(reader: Any) -> str:
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
+    return _DTYPES.get(kinds.pop(), "bfloat16") if len(kinds) == 1 else "bfloat16"
+
+
+def _rope_scaling(path: Path, reader: Any) -> dict[str, Any] | None:
+    """Return the scaling of rotary positions as config.json has it, None if there is none.
+
+    llama.cpp keeps Llama 3's as divisors of the frequencies; raises CheckpointError for others'.
+    """
+    kind = _value(reader, "general.architecture", None)
+    scaling = _value(reader, f"{kind}.rope.scaling.type", "none")
+    factor = _value(reader, f"{kind}.rope.scaling.factor", None)
+    factor = _value(reader, f"{kind}.rope.scale_linear", factor)
+    if scaling not in ("none", "linear"):
+        raise CheckpointError(
+            f"{path}: {kind}.rope.scaling.type = {scaling!r} is not supported; supported: none, "
+            "linear, and the divisors of Llama 3"
+        )
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if _ROPE_FACTORS in tensors:
+        divisors = torch.tensor(tensors[_ROPE_FACTORS].data, dtype=torch.float32)
+        base = float(_value(reader, f"{kind}.rope.freq_base", 10000.0))
+        return _llama3_scaling(path, divisors, base)
+    if factor is None or float(factor) in (0.0, 1.0):
+        return None
+    return {"rope_type": "linear", "factor": float(factor)}
+
+
+def _llama3_scaling(path: Path, divisors: torch.Tensor, base: float) -> dict[str, Any] | None:
+    if bool((divisors == 1).all()):
+        return None
+    factor = round(float(divisors.max()), 3)
+    options: dict[str, Any] = {
+        **{"num_layers": 1, "hidden_size": 2 * divisors.numel(), "num_heads": 1, "vocab_size": 1},
+        "rope_theta": base,
+    }
+    plain = inverse_frequencies(ModelConfig(**options))
+    scaled = inverse_frequencies(
+        ModelConfig(**options, rope_scaling="llama3", rope_factor=factor)
+    )  # the other factors of Llama 3 are the defaults
+    if not torch.allclose(plain / scaled, divisors, rtol=1e-4):
+        raise CheckpointError(
+            f"{path}: {_ROPE_FACTORS} scales rotary positions in another way than Llama 3's "
+            "(factors 1 and 4, original length 8192), which is not supported"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def _with_scaling(settings: Mapping[str, Any], scaling: dict[str, Any] | None) -> dict[str, Any]:
+    if scaling is None:
+        return dict(settings)
+    rope = settings.get("rope_parameters") or {}
+    return {**settings, "rope_parameters": {**rope, **scaling}}
+
+
+def _save(transformers: Any, path: Path, names: set[str], dtype: str, folder: Path) -> None:
+    """Write what transformers reads of a file; raises CheckpointError unless that is all of it."""
+    given: dict[str, Any] = {"gguf_file": path.name}
+    loading: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    if hasattr(transformers, "GgufConfig"):  # older versions dequantise anyway
+        loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, **given, **loading
+    )
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    read = model.state_dict().keys() - tied
+    if found["missing_keys"] or found["unexpected_keys"] or len(read) != len(names):
+        lost = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"]]))
+        raise CheckpointError(
+            f"{path} has {len(names)} tensors, and transformers {transformers.__version__} reads "
+            f"{len(read)} of a {model.config.model_type}{': ' if lost else ''}{', '.join(lost)}; "
+            "the model would not be the same. Convert the original model instead"
+        )
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(path.parent, **given).save_pretrained(folder)
+    _remove_made_up_tokens(folder / "tokenizer.json", model.config.vocab_size)
+
+
+def _remove_made_up_tokens(path: Path, vocab_size: int) -> None:
+    """Remove the tokens that transformers adds to a tokenizer without a row in the embedding."""
+    if not path.is_file():
+        return
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    added = tokenizer.get("added_tokens") or []
+    tokenizer["added_tokens"] = [token for token in added if token["id"] < vocab_size]
+    if len(tokenizer["added_tokens"]) < len(added):
+        path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
