@@ -13,6 +13,7 @@ from ee_llm.checkpoint import sharded
 from ee_llm.checkpoint.agree import together
 from ee_llm.checkpoint.load import (
     Pairs,
+    check_unread,
     compare_tensors,
     exit_pairs,
     model_pairs,
@@ -52,7 +53,9 @@ def begin(path: str | Path, stages: Sequence[sharded.ShardedModule], config: Con
     for shapes in together(what, lambda: sharded.tensor_shapes(model)):
         built |= shapes
     new = tuple(f"exits.{b}." for b in set(config.exits.boundaries) - _exits_of(reader))
-    together(what, lambda: compare_tensors(reader, _present(config, built, new), {}))
+    present = _present(config, built, new)
+    together(what, lambda: compare_tensors(reader, present, {}))
+    together(what, lambda: check_unread(reader, present.keys() - built.keys()))
 
     def fill() -> None:
         for shard in model.values():

@@ -11,10 +11,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ee_llm.checkpoint.checksums import checksums_of, parse_range, sealed
 from ee_llm.checkpoint.safe import CheckpointError
 
 CHECKPOINTS = "checkpoints"
@@ -22,7 +23,8 @@ LATEST = "latest"
 MANIFEST = "manifest.json"
 TENSORS = "tensors"
 FORMAT = "ee_llm checkpoint"
-VERSION = 1
+VERSION = 2
+"""Version 1 had no checksums; it is still read."""
 _PARTIAL = ".partial"
 _REPLACED = ".replaced" + _PARTIAL
 _STEP = re.compile(r"step-(\d{8,})")
@@ -175,17 +177,36 @@ def settled(checkpoint: Path) -> Path:
     return checkpoint if checkpoint.exists() else checkpoint.with_name(name)
 
 
-def seal(partial: Path, facts: dict[str, Any]) -> None:
-    """Write the manifest: `facts` and the size of every file; all is on disk when it returns."""
-    files = {
-        path.relative_to(partial).as_posix(): path.stat().st_size
-        for path in sorted(partial.rglob("*"))
-        if path.is_file()
-    }
-    for name in files:
-        sync(partial / name)
-    manifest = {"format": FORMAT, "version": VERSION, **facts, "files": files}
-    write_json(partial / MANIFEST, manifest)
+def seal(
+    partial: Path, facts: Mapping[str, Any], checksums: Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """Write the manifest: `facts`, and the size and checksums of every file.
+
+    All is on disk when it returns.
+
+    Args:
+        partial: The directory of the checkpoint.
+        facts: What else the manifest states.
+        checksums: The ranges of files by name, where they are known already; other files are read.
+
+    Raises CheckpointError if a file does not have the size that its checksums are for.
+    """
+    files, ranges = {}, {}
+    for path in sorted(partial.rglob("*")):
+        if path.is_file() and path != partial / MANIFEST:
+            name = path.relative_to(partial).as_posix()
+            sync(path)
+            files[name] = path.stat().st_size
+            ranges[name] = list((checksums or {}).get(name) or checksums_of(path))
+            covered = sum(parse_range(text).num_bytes for text in ranges[name])
+            if covered != files[name]:
+                raise CheckpointError(
+                    f"{path} has {files[name]:,} bytes, but {covered:,} were written; output must "
+                    "be on a file system that shows all machines the same files"
+                )
+    manifest = {"format": FORMAT, "version": VERSION, **facts, "files": files, "crc32": ranges}
+    # Last: a directory without its manifest is not a checkpoint.
+    write_file(partial / MANIFEST, sealed(_as_text(manifest)))
     for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         sync(path)
 
@@ -224,12 +245,17 @@ def publish(partial: Path, keep_last: int) -> Path:
 
 
 def _superseded(checkpoints: Path, newest: Path, keep_last: int) -> Iterator[Path]:
+    """Yield the checkpoints to remove. Copying changes the times of files, so only steps count.
+
+    A run saves ascending steps. If there are higher ones than the newest, the run went back, and
+    left the branch that they are of: they go first.
+    """
     if keep_last <= 0:
         return
-    # By time of writing: after a run went back, a higher step may be the older checkpoint.
-    older = [path for path in complete_steps(checkpoints) if path != newest]
-    older.sort(key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
-    yield from older[: max(0, len(older) - (keep_last - 1))]
+    steps = complete_steps(checkpoints)
+    at = steps.index(newest)
+    oldest_first = [*steps[at + 1 :], *steps[:at], newest]
+    yield from oldest_first[:-keep_last]
 
 
 def free_space(path: Path) -> str:
@@ -248,14 +274,21 @@ def discard(partial: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a checkpoint; raises CheckpointError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_int64)
+        content = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: expected a JSON object in it") from None
+    return parse_json(content, path)
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """Return the JSON object that `content`, read from `path`, is; raises CheckpointError."""
+    try:
+        parsed = json.loads(content.decode("utf-8"), parse_int=_int64)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected a JSON object: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(parsed).__name__}")
+    return parsed
 
 
 def _int64(digits: str) -> int:
@@ -266,7 +299,11 @@ def _int64(digits: str) -> int:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a JSON file by a new one, or leave it as it is."""
-    write_file(path, json.dumps(content, indent=1) + "\n")
+    write_file(path, _as_text(content))
+
+
+def _as_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"
 
 
 def write_file(path: Path, text: str) -> None:

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from ee_llm import platform
+from ee_llm.checkpoint.read import RNG, TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
 
 platform.enable_megatron()
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-RNG = "rng"
 
 
 def save_generators(directory: Path, rank: int) -> None:
@@ -32,16 +31,16 @@ def save_generators(directory: Path, rank: int) -> None:
     tensors["python"] = torch.tensor([version, *internal])
     gaussians = [] if python_gauss is None else [python_gauss]
     tensors["python.gauss"] = torch.tensor(gaussians, dtype=torch.float64)
-    path = _path(directory, rank)
+    path = directory / _name(rank)
     path.parent.mkdir(exist_ok=True)
     save_file({name: state.contiguous().clone() for name, state in tensors.items()}, path)
 
 
-def load_generators(directory: Path, rank: int) -> None:
+def load_generators(reader: TensorReader, rank: int) -> None:
     """Restore what `save_generators` wrote for this rank; raises CheckpointError."""
-    path = _path(directory, rank)
+    path, content = reader.path / _name(rank), reader.checksums.read(_name(rank))
     try:
-        tensors = load_file(path)
+        tensors = load(content)
         platform.set_rng_state({name: tensors[f"torch.{name}"] for name in platform.rng_state()})
         prefix = "megatron."
         tracked = {
@@ -62,5 +61,5 @@ def load_generators(directory: Path, rank: int) -> None:
         ) from error
 
 
-def _path(directory: Path, rank: int) -> Path:
-    return directory / RNG / f"rank-{rank:05d}.safetensors"
+def _name(rank: int) -> str:
+    return f"{RNG}/rank-{rank:05d}.safetensors"

@@ -1,6 +1,6 @@
 """Loads a run from a checkpoint under any layout, after proving that it is whole and fits."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,10 @@ def load(
     for shapes, more in together(what, describe):
         wanted |= shapes
         of_optimizer |= more
-    wanted |= sharded.unbuilt_shapes(config, wanted)
+    unbuilt = sharded.unbuilt_shapes(config, wanted)
+    wanted |= unbuilt
     together(what, lambda: compare_tensors(reader, wanted, of_optimizer))
+    together(what, lambda: check_unread(reader, unbuilt))
 
     def fill() -> None:
         loaded = read(reader, _all_tensors(model, moments))
@@ -78,10 +80,19 @@ def load(
         for part in moments:
             part.load(loaded, reader.manifest["optimizer_steps"])
         if moments and saved_layout(reader) == layout(config):
-            load_generators(reader.path, dist.get_rank())
+            load_generators(reader, dist.get_rank())
 
     together(what, fill)
     return state
+
+
+def check_unread(reader: TensorReader, names: Iterable[str]) -> None:
+    """Verify this rank's share of tensors that no rank reads before the first save copies them.
+
+    Raises CheckpointError if one is damaged: at the save the steps before it would be lost.
+    """
+    for name in sorted(names)[dist.get_rank() :: dist.get_world_size()]:
+        reader.check_tensor(name)
 
 
 def open_reader(
@@ -101,8 +112,7 @@ def open_reader(
 
 def _open(path: str | Path, config: Config, *, goes_on: bool) -> tuple[TensorReader, TrainState]:
     reader = open_reader(path, config, _compare_runs if goes_on else compare_configs)
-    source = reader.path / STATE
-    state = TrainState.from_json(directory.read_json(source), source)
+    source, state = reader.path / STATE, reader.state()
     if goes_on:
         compare_files(state, config, source)
     else:

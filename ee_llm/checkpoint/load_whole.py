@@ -43,6 +43,6 @@ def load_optimizer(path: str | Path, tensors: WholeTensors, config: Config) -> N
             tensors.set_tensor(name, reader.tensor(name))
         tensors.steps = reader.manifest["optimizer_steps"]
         if saved_layout(reader) == layout(config):
-            load_generators(reader.path, dist.get_rank())
+            load_generators(reader, dist.get_rank())
 
     together(what, fill)

@@ -1,4 +1,4 @@
-"""What a checkpoint's manifest says: its files and their sizes, and facts of the run."""
+"""What a checkpoint's manifest states: its files, their sizes and checksums, facts of the run."""
 
 import reprlib
 from pathlib import Path
@@ -6,10 +6,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ee_llm.checkpoint.directory import FORMAT, MANIFEST, VERSION, read_json
+from ee_llm.checkpoint.checksums import RANGE_PATTERN, is_sealed, parse_range
+from ee_llm.checkpoint.directory import FORMAT, MANIFEST, VERSION, parse_json
 from ee_llm.checkpoint.safe import CheckpointError, is_plain_name
 
 Count = Annotated[int, Field(ge=0)]
+RangeText = Annotated[str, Field(pattern=RANGE_PATTERN)]
 
 
 class _Layout(BaseModel):
@@ -29,6 +31,7 @@ class _Facts(BaseModel):
     """What others rely on; a manifest may say more."""
 
     files: dict[str, Count]
+    crc32: dict[str, list[RangeText]] | None = None
     tokenizer: str
     optimizer_steps: Count
     layout: _Layout
@@ -36,28 +39,65 @@ class _Facts(BaseModel):
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint after comparing every file's size with it.
+    """Return the manifest of a checkpoint after comparing the size of every file with it.
 
-    Raises CheckpointError naming the file that is missing, truncated or foreign.
+    Raises CheckpointError naming the file that is missing, truncated, damaged or foreign.
+    """
+    manifest = parse_manifest(checkpoint)
+    for name, size in manifest["files"].items():
+        if problem := size_problem(checkpoint / name, size):
+            raise CheckpointError(problem)
+    return manifest
+
+
+def parse_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint without looking at the files that it names.
+
+    Raises CheckpointError if it is missing, damaged or foreign.
     """
     path = checkpoint / MANIFEST
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        found = f"{manifest.get('format')!r} version {manifest.get('version')!r}"
-        raise CheckpointError(f"{path}: expected {FORMAT!r} version {VERSION}, found {found}")
     try:
-        _Facts.model_validate(manifest, strict=True)
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: expected a JSON object in it") from None
+    manifest = parse_json(content, path)
+    version = manifest.get("version")
+    # No single damaged byte makes one that has checksums look like one from before there were any.
+    if (version == VERSION or {"crc32", "checksum"} & manifest.keys()) and not is_sealed(content):
+        raise CheckpointError(
+            f"{path} is damaged, or was edited: it does not have the checksum that it states; "
+            "restore it from a copy, or use another checkpoint"
+        )
+    if manifest.get("format") != FORMAT or version not in (1, VERSION):
+        found = f"{manifest.get('format')!r} version {version!r}"
+        raise CheckpointError(f"{path}: expected {FORMAT!r} version 1 or {VERSION}, found {found}")
+    try:
+        facts = _Facts.model_validate(manifest, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         found = "" if first["type"] == "missing" else f", found {reprlib.repr(first['input'])}"
         raise CheckpointError(f"{path}: {name}: {first['msg']}{found}") from None
-    for name, size in manifest["files"].items():
+    for name in facts.files:
         if not all(is_plain_name(part) for part in name.split("/")):
             raise CheckpointError(f"{path} names {name!r}, outside of the checkpoint's directory")
-        file = checkpoint / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing: expected {size} bytes")
-        if (found_size := file.stat().st_size) != size:
-            raise CheckpointError(f"{file} is truncated: expected {size} bytes, found {found_size}")
+    if version == VERSION and facts.files != _covered(facts):
+        raise CheckpointError(f"{path}: its checksums (crc32) do not cover its files")
     return manifest
+
+
+def size_problem(file: Path, size: int) -> str | None:
+    """Return what is wrong with a file that should have `size` bytes, None if nothing is."""
+    if not file.is_file():
+        return f"{file} is missing: expected {size} bytes"
+    if (found := file.stat().st_size) < size:
+        return f"{file} is truncated: expected {size} bytes, found {found}"
+    return f"{file} is too long: expected {size} bytes, found {found}" if found > size else None
+
+
+def _covered(facts: _Facts) -> dict[str, int]:
+    """Return how many bytes of each file have a checksum."""
+    return {
+        name: sum(parse_range(text).num_bytes for text in texts)
+        for name, texts in (facts.crc32 or {}).items()
+    }

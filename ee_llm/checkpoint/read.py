@@ -1,19 +1,26 @@
 """Tensors by name from a checkpoint, whatever layout wrote it; needs torch, not megatron-core."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ee_llm import platform
 from ee_llm.checkpoint import directory, safe, tokenizer
+from ee_llm.checkpoint.blocks import Chunk
+from ee_llm.checkpoint.checksums import Checksums
 from ee_llm.checkpoint.directory import resolve_checkpoint
 from ee_llm.checkpoint.manifest import read_manifest
 from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.checkpoint.state import STATE, TrainState
 from ee_llm.config import Config, load_config
 
 CONFIG = "config.toml"
+RNG = "rng"
+"""The directory with the random generators of each rank."""
+
 OPTIMIZER_PREFIX = "optimizer."
 MASTER = f"{OPTIMIZER_PREFIX}state.fp32_param."
 """What stands before a parameter's name in that of its float32 master."""
@@ -24,7 +31,7 @@ FREE_MODEL = frozenset(("shape", "dropout", "init_std"))
 FUNCTION_OF_EXITS = ("boundaries", "head", "output", "temperatures")
 """Options of `exits` that change which tensors there are or what they compute."""
 
-_NUM_SAMPLES, _SAMPLE = 64, 4096  # of each file, bytes of each
+_TENSOR_FILE = ".distcp"
 
 __all__ = ["CONFIG", "CheckpointError", "TensorReader", "resolve_checkpoint"]
 
@@ -33,19 +40,43 @@ class TensorReader:
     """The tensors, configuration and tokenizer of one checkpoint.
 
     Nothing that the files hold is run (`safe`). Tensors are read when asked for, one block of
-    the file at a time.
+    the file at a time, and what is read is compared with the checksums of the manifest.
     """
 
     def __init__(self, path: str | Path) -> None:
         """Open a checkpoint, or the newest of a run directory.
 
-        Raises CheckpointError if there is none, or if a file is missing, truncated or foreign.
+        Raises CheckpointError if there is none, or if a file is missing, truncated or foreign, or
+        if one that is not of tensors or of random generators is damaged.
         """
         self.path = resolve_checkpoint(path)
         self.manifest: dict[str, Any] = read_manifest(self.path)
+        self.checksums = Checksums(self.path, self.manifest.get("crc32"))
         self._tensors = self.path / directory.TENSORS
-        self._entries = safe.read_metadata(self._tensors)
+        index = f"{directory.TENSORS}/{safe.METADATA}"
+        self._entries = safe.parse_metadata(self.checksums.read(index), self._tensors)
         safe.check_sizes(self._tensors, self._entries)
+        self._check_small_files()
+
+    def _check_small_files(self) -> None:
+        """Verify the files that are read whole, but those that each rank has for itself.
+
+        Those of the tokenizer can be large: only the first of many ranks reads them here.
+        """
+        if not self.checksums.exist:
+            return
+        large = (tokenizer.DIRECTORY, tokenizer.ORIGIN)
+        for name in self.manifest["files"]:
+            folder = name.partition("/")[0]
+            is_own = folder == RNG or name.endswith(_TENSOR_FILE)
+            if not is_own and (platform.is_rank_zero() or folder not in large):
+                self.checksums.check_file(name)
+        for name in tokenizer.present(self.path):
+            if name not in self.manifest["files"]:
+                raise CheckpointError(
+                    f"{self.path / name} is not a file of this checkpoint: its manifest does not "
+                    "name it; remove it"
+                )
 
     def names(self, *, optimizer: bool = False) -> list[str]:
         """Return the sorted names of the model's tensors, or of the optimizer's."""
@@ -84,27 +115,53 @@ class TensorReader:
                 f"{self.path}: {name!r} has shape {list(entry.shape)}, the part from "
                 f"{list(offsets)} to {ends} was asked for"
             )
-        fill(target, self._tensors, name, entry, offsets)
+        fill(target, self._tensors, name, entry, offsets, self._check_block())
+
+    def check_tensor(self, name: str, on_bytes: Callable[[int], None] | None = None) -> None:
+        """Read all blocks of the tensor `name`; raises CheckpointError if one is damaged.
+
+        `on_bytes` is called with the bytes of each block.
+        """
+        entry = self._entry(name)
+        for chunk in entry.chunks:
+            safe.read_chunk(self._tensors, name, entry, chunk, self._check_block())
+            if on_bytes is not None:
+                on_bytes(chunk.length)
 
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that tell this model from others of the same shape.
+        """Return 16 hexadecimal digits that tell this model from every other.
 
-        They are of the configuration and of samples from every file of tensors, so that large
-        models need no time: who trains on changes all weights.
+        They are of the configuration, of the tokenizer and of all files of tensors, whole: of
+        their checksums, or, in a checkpoint that has none, of their content, which takes as long
+        as reading it.
         """
-        digest = hashlib.sha256((self.path / CONFIG).read_bytes())
-        for path in sorted(self._tensors.glob("*.distcp")):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with path.open("rb") as file:
-                for number in range(_NUM_SAMPLES):
-                    file.seek(number * max(0, size - _SAMPLE) // (_NUM_SAMPLES - 1))
-                    digest.update(file.read(_SAMPLE))
+        digest = hashlib.sha256(self.manifest["tokenizer"].encode())
+        for name in sorted(self.manifest["files"]):
+            if name != CONFIG and not name.endswith(_TENSOR_FILE):
+                continue
+            digest.update(f"\n{name}\n".encode())
+            if self.checksums.exist:
+                digest.update(" ".join(self.manifest["crc32"][name]).encode())
+            else:
+                with (self.path / name).open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()[:16]
 
     def config(self) -> Config:
         """Return the configuration that the checkpoint was trained with."""
         return load_config(self.path / CONFIG, None)
+
+    def state(self) -> TrainState:
+        """Return how far the run came; raises CheckpointError if that is missing or damaged."""
+        path = self.path / STATE
+        state = TrainState.from_json(directory.parse_json(self.checksums.read(STATE), path), path)
+        stated = self.manifest.get("step", state.step)
+        if stated != state.step:
+            raise CheckpointError(
+                f"{path}: step is {state.step}, but {stated!r} in {directory.MANIFEST} beside it; "
+                "one of both is damaged: restore it from a copy, or use another checkpoint"
+            )
+        return state
 
     def tokenizer(self) -> str:
         """Return the checkpoint's tokenizer as `data.tokenizer` names one: "bytes" or a path.
@@ -112,6 +169,15 @@ class TensorReader:
         Raises CheckpointError if it is missing, or not the one that the manifest states.
         """
         return tokenizer.proven(self.path, self.manifest["tokenizer"])
+
+    def _check_block(self) -> safe.CheckBlock | None:
+        if not self.checksums.exist:
+            return None
+
+        def check(chunk: Chunk, data: bytes) -> None:
+            self.checksums.check_block(f"{directory.TENSORS}/{chunk.file}", chunk.position, data)
+
+        return check
 
     def _entry(self, name: str) -> safe.TensorEntry:
         try:
@@ -126,10 +192,12 @@ def fill(
     name: str,
     entry: safe.TensorEntry,
     offsets: Sequence[int],
+    check: safe.CheckBlock | None = None,
 ) -> None:
     """Fill `target` with the part that begins at `offsets` of a tensor in a torch_dist directory.
 
-    Raises CheckpointError if a file is missing, truncated or foreign.
+    `check` verifies the bytes of a block; without it, a block's own checksums are verified. Raises
+    CheckpointError if a file is missing, truncated, damaged or foreign.
     """
     ends = [offset + size for offset, size in zip(offsets, target.shape, strict=True)]
     for chunk in entry.chunks:
@@ -138,7 +206,7 @@ def fill(
         highs = [min(a, b) for a, b in zip(ends, chunk_ends, strict=True)]
         if any(low >= high for low, high in zip(lows, highs, strict=True)):
             continue
-        block = safe.read_chunk(directory, name, entry, chunk)
+        block = safe.read_chunk(directory, name, entry, chunk, check)
         part = block[_slices(lows, highs, chunk.offsets)]
         with torch.no_grad():
             target[_slices(lows, highs, offsets)].copy_(part)

@@ -6,11 +6,9 @@ from rich.markup import escape
 
 from ee_llm import platform
 from ee_llm.checkpoint import directory
-from ee_llm.checkpoint.manifest import read_manifest
-from ee_llm.checkpoint.read import CONFIG
+from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
-from ee_llm.checkpoint.state import STATE, TrainState
-from ee_llm.config import Config, load_config
+from ee_llm.config import Config
 
 
 def is_path(resume: str) -> bool:
@@ -60,9 +58,8 @@ def _saved_since(output: str, resume: str) -> Path | None:
     newest = directory.find_latest(output)
     if newest is None:
         return None
-    read_manifest(newest)
-    origin = load_config(newest / CONFIG).checkpoint.resume
+    reader = TensorReader(newest)
+    origin = reader.config().checkpoint.resume
     if not is_path(origin):  # it went on by itself in between, or never began at a path
-        state = newest / STATE
-        origin = TrainState.from_json(directory.read_json(state), state).origin
+        origin = reader.state().origin
     return newest if origin and Path(origin).resolve() == Path(resume).resolve() else None

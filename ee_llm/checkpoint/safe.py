@@ -37,6 +37,10 @@ class TensorEntry(NamedTuple):
     chunks: tuple[Chunk, ...]
 
 
+CheckBlock = Callable[[Chunk, bytes], None]
+"""Raises CheckpointError if the bytes of a block are not those that were written."""
+
+
 # What the index of a checkpoint names. None of it is imported: each becomes a stand-in.
 _METADATA_CLASSES = {
     "torch": ("Size",),
@@ -78,19 +82,31 @@ class _MetadataUnpickler(InertUnpickler):
 def read_metadata(
     directory: Path, is_wanted: Callable[[str], bool] = lambda _: True
 ) -> dict[str, TensorEntry]:
+    """Return the index of a torch_dist directory; raises CheckpointError as `parse_metadata`."""
+    path = directory / METADATA
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: expected the index of a checkpoint") from None
+    return parse_metadata(content, directory, is_wanted)
+
+
+def parse_metadata(
+    content: bytes, directory: Path, is_wanted: Callable[[str], bool] = lambda _: True
+) -> dict[str, TensorEntry]:
     """Return the index of a torch_dist directory: tensor name -> shape, dtype and blocks.
 
-    `is_wanted` says which names to look at; entries of other names may be anything.
+    Args:
+        content: What the file `.metadata` holds.
+        directory: The directory of that file.
+        is_wanted: Says which names to look at; entries of other names may be anything.
 
-    Raises CheckpointError if `.metadata` is missing, truncated, no index of tensors, names a class
-    outside of the allow-list, or points outside of the directory.
+    Raises CheckpointError if it is truncated, no index of tensors, names a class outside of the
+    allow-list, or points outside of the directory.
     """
     path = directory / METADATA
     try:
-        with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: expected the index of a checkpoint") from None
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{path} is not a readable index of a checkpoint: {error}") from error
     try:
@@ -209,11 +225,19 @@ def _inside(name: Any, path: Path) -> str:
     return name
 
 
-def read_chunk(directory: Path, name: str, entry: TensorEntry, chunk: Chunk) -> torch.Tensor:
+def read_chunk(
+    directory: Path,
+    name: str,
+    entry: TensorEntry,
+    chunk: Chunk,
+    check: CheckBlock | None = None,
+) -> torch.Tensor:
     """Return one block of the tensor `name` on the CPU.
 
-    Raises CheckpointError if the file is missing or truncated, or holds anything but a tensor of
-    the shape and dtype that the index states.
+    `check` raises CheckpointError if the block's bytes are damaged; without it, those checksums
+    are verified that the block carries itself, as a zip archive. Raises CheckpointError if the file
+    is missing, truncated or damaged, or holds anything but a tensor of the shape and dtype that the
+    index states.
     """
     path = directory / chunk.file
     end = chunk.position + chunk.length
@@ -229,7 +253,9 @@ def read_chunk(directory: Path, name: str, entry: TensorEntry, chunk: Chunk) -> 
         raise CheckpointError(
             f"{path} is truncated: expected at least {end} bytes for {name!r}, found {found}"
         )
-    tensor = _load_zip(io.BytesIO(data), f"{path} ({name!r})")
+    if check is not None:
+        check(chunk, data)
+    tensor = _load_zip(io.BytesIO(data), f"{path} ({name!r})", is_checked=check is not None)
     if type(tensor) is not torch.Tensor:
         raise CheckpointError(f"{path}: expected a tensor for {name!r}, found {type(tensor)}")
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -257,16 +283,23 @@ def check_common(directory: Path) -> None:
         raise CheckpointError(f"{path}: expected an empty dictionary, found {type(content)}")
 
 
-def _load_zip(file: BinaryIO, what: str) -> Any:
-    """Return the content of a `torch.save` archive, read by torch's weights-only unpickler."""
+def _load_zip(file: BinaryIO, what: str, *, is_checked: bool = False) -> Any:
+    """Return the content of a `torch.save` archive, read by torch's weights-only unpickler.
+
+    torch does not compare the CRC-32 that the archive has of each of its parts, so it is done here,
+    unless the archive `is_checked` already.
+    """
     # torch.load would take anything that is no zip archive for one of its two older formats.
     if file.read(4) != b"PK\x03\x04":
         raise CheckpointError(f"{what} is not an archive as torch.save writes it")
     size = file.seek(0, io.SEEK_END)
     try:
         # Deflated parts, which torch never writes and yet reads, could be a thousand times larger.
-        if sum(part.file_size for part in zipfile.ZipFile(file).infolist()) > size:
+        archive = zipfile.ZipFile(file)
+        if sum(part.file_size for part in archive.infolist()) > size:
             raise ValueError("its parts are larger than the archive")
+        if not is_checked and (damaged := archive.testzip()) is not None:
+            raise ValueError(f"it is damaged: its part {damaged} does not have its checksum")
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling errors, damaged archives, sizes that do not fit

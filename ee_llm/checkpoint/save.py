@@ -12,6 +12,7 @@ from torch.distributed import checkpoint as dcp
 from ee_llm import __version__, platform
 from ee_llm.checkpoint import directory, safe, sharded, tokenizer
 from ee_llm.checkpoint.agree import on_first, together
+from ee_llm.checkpoint.checksums import checksums_of
 from ee_llm.checkpoint.generators import save_generators
 from ee_llm.checkpoint.read import CONFIG, TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
@@ -65,12 +66,12 @@ def save(
             on_first(what, lambda: _refuse_changed(kept, keep_mark))
         tensors = partial / directory.TENSORS
         if isinstance(optimizer, WholeTensors):
-            steps = write_whole(what, tensors, optimizer, kept)
+            steps, checksums = write_whole(what, tensors, optimizer, kept)
         else:
-            steps = _write_tensors(what, tensors, stages, optimizer, kept)
+            steps, checksums = _write_tensors(what, tensors, stages, optimizer, kept)
         together(what, lambda: save_generators(partial, dist.get_rank()))
         facts = {"optimizer_steps": steps, "layout": layout(config), "ee_llm": __version__}
-        on_first(what, lambda: _write_rest(partial, state, config, facts, files or {}))
+        on_first(what, lambda: _write_rest(partial, state, config, facts, files or {}, checksums))
         return on_first(what, lambda: directory.publish(partial, config.checkpoint.keep_last))
     except CheckpointError as error:
         # Measured before clearing up: torch's writer does not say that the disk is full.
@@ -97,9 +98,10 @@ def _write_tensors(
     stages: Sequence[sharded.ShardedModule],
     optimizer: MegatronOptimizer | None,
     keep: Path | None,
-) -> int:
-    """Write model and optimizer in megatron-core's torch_dist format; return the optimizer's steps.
+) -> tuple[int, dict[str, list[str]]]:
+    """Write model and optimizer in megatron-core's torch_dist format.
 
+    Returns the optimizer's steps, and the checksums of what all ranks wrote for `directory.seal`.
     The steps of `megatron.core.dist_checkpointing.save`, each of which may fail on one rank alone,
     with the ranks agreeing in between; and torch's own synchronous writer instead of
     megatron-core's, which starts a manager process and forks once per file.
@@ -134,16 +136,41 @@ def _write_tensors(
         together(what, lambda: kept.append(Kept(keep, written)))
         prepared[0] |= kept[0].placeholders
     on_first(what, lambda: _write_header(path))
+    writer = _Writer(path, thread_count=1, sync_files=True)
     try:
         dcp.save(
             prepared[0],
-            storage_writer=dcp.FileSystemWriter(path, thread_count=1, sync_files=True),
+            storage_writer=writer,
             planner=_Planner(kept[0] if kept else None),
         )
     except dcp.CheckpointException as error:  # raised on all ranks alike
         causes = {f"{type(cause[0]).__name__}: {cause[0]}" for cause in error.failures.values()}
         raise CheckpointError(f"{what}: {'; '.join(sorted(causes))}") from error
-    return steps
+    checksums: dict[str, list[str]] = {}
+    for of_rank in together(what, lambda: writer.checksums):
+        checksums |= of_rank
+    return steps, checksums
+
+
+class _Writer(dcp.FileSystemWriter):
+    """torch's writer, which also takes the checksums of the blocks that this rank wrote."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        super().__init__(path, **options)
+        self._directory = path
+        self.checksums: dict[str, list[str]] = {}
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """Write this rank's files, and read them again, which takes them from memory."""
+        written = super().write_data(plan, planner)
+        places: dict[str, list[tuple[int, int]]] = {}
+        for result in written.wait():
+            block = result.storage_data
+            places.setdefault(block.relative_path, []).append((block.offset, block.length))
+        for name, blocks in places.items():
+            ranges = checksums_of(self._directory / name, blocks)
+            self.checksums[f"{directory.TENSORS}/{name}"] = ranges
+        return written
 
 
 class Kept:
@@ -208,6 +235,7 @@ def _write_rest(
     config: Config,
     facts: dict[str, Any],
     files: Mapping[str, bytes],
+    checksums: Mapping[str, list[str]],
 ) -> None:
     tensors = partial / directory.TENSORS
     absent = {
@@ -229,4 +257,4 @@ def _write_rest(
     directory.write_file(partial / CONFIG, config.to_toml())
     state.data = state.data or data_files(config.data.prefixes)
     directory.write_json(partial / STATE, state.to_json())
-    directory.seal(partial, {**facts, "step": state.step, "tokenizer": mark})
+    directory.seal(partial, {**facts, "step": state.step, "tokenizer": mark}, checksums)

@@ -82,6 +82,13 @@ def settings_of(tokenizer: str) -> dict[str, bytes]:
     }
 
 
+def present(checkpoint: Path) -> list[str]:
+    """Return the names of the files that are read as the tokenizer's or as companions."""
+    own = [path for path in (checkpoint / DIRECTORY).glob("*") if path.is_file()]
+    own += [path for name in COMPANIONS if _is_own(path := checkpoint / ORIGIN / name)]
+    return [path.relative_to(checkpoint).as_posix() for path in own]
+
+
 def _is_own(path: Path) -> bool:
     """Return whether a companion is a file of the checkpoint's own, no link and not too large."""
     if path.is_symlink() or path.parent.is_symlink() or not path.is_file():

@@ -37,19 +37,25 @@ class WholeTensors(Protocol):
         """Take this rank's part of a tensor of the optimizer's state."""
 
 
-def write_whole(what: str, path: Path, tensors: WholeTensors, keep: Path | None) -> int:
-    """Write the directory of tensors of a checkpoint from rank 0; return the optimizer's steps.
+def write_whole(
+    what: str, path: Path, tensors: WholeTensors, keep: Path | None
+) -> tuple[int, dict[str, list[str]]]:
+    """Write the directory of tensors of a checkpoint from rank 0.
+
+    Returns the optimizer's steps, and the checksums of the blocks for `directory.seal`, which only
+    rank 0 has.
 
     With `keep`, a checkpoint, what is not among `tensors` is copied from it. One tensor at a time
     is in memory. Collective; raises CheckpointError on every rank if any rank fails.
     """
     own = tensors.specs()
     others = iter(own)  # all that are still to be gathered
+    checksums: dict[str, list[str]] = {}
     if dist.get_rank() == 0:
-        together(what, lambda: _write(path, tensors, own, others, keep))
+        together(what, lambda: checksums.update(_write(path, tensors, own, others, keep)))
     else:
         together(what, lambda: _gather(tensors, others))
-    return tensors.steps
+    return tensors.steps, checksums
 
 
 def _write(
@@ -58,7 +64,7 @@ def _write(
     own: Mapping[str, TensorSpec],
     left: Iterator[str],
     keep: Path | None,
-) -> None:
+) -> dict[str, list[str]]:
     specs = dict(own)
     try:
         kept = None if keep is None else TensorReader(keep)
@@ -73,7 +79,7 @@ def _write(
             assert name == expected, f"other ranks give their part of {expected}, not of {name}"
             return tensors.tensor(name)
 
-        write_tensors(path, specs, get)
+        return write_tensors(path, specs, get)
     finally:
         _gather(tensors, left)  # whatever failed here, other ranks do not wait
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from ee_llm import __version__
 from ee_llm.checkpoint import directory, safe, tokenizer
+from ee_llm.checkpoint.checksums import checksum
 from ee_llm.checkpoint.lock import OutputLock
 from ee_llm.checkpoint.read import CONFIG
 from ee_llm.checkpoint.safe import CheckpointError
@@ -98,7 +99,8 @@ def write_checkpoint(
         state = state or TrainState()
         partial = directory.create_partial(checkpoints, state.step)
         try:
-            write_tensors(partial / directory.TENSORS, specs, made, on_tensor, blocks)
+            tensors = partial / directory.TENSORS
+            checksums = write_tensors(tensors, specs, made, on_tensor, blocks)
             final = checkpoints / directory.step_name(state.step)
             config = _placed(config, Path(output), final, tokenizer_file)
             for name, content in (files or {}).items():
@@ -107,7 +109,8 @@ def write_checkpoint(
             tokenizer.store(tokenizer_file, partial)
             directory.write_file(partial / CONFIG, config.to_toml())
             directory.write_json(partial / STATE, state.to_json())
-            directory.seal(partial, _facts(state, tokenizer_file) | dict(facts or {}))
+            known = _facts(state, tokenizer_file) | dict(facts or {})
+            directory.seal(partial, known, checksums)
             return directory.publish(partial, keep_last=0)
         except OSError as error:
             if error in not_ours:
@@ -126,8 +129,13 @@ def write_tensors(
     get: Callable[[str], Tensor],
     on_tensor: Callable[[str, int], None] | None = None,
     blocks: Blocks | None = None,
-) -> None:
-    """Write the directory of tensors of a checkpoint; raises CheckpointError as above."""
+) -> dict[str, list[str]]:
+    """Write the directory of tensors of a checkpoint, and return the checksums of its blocks.
+
+    They are those of what was to be written, in the form of `directory.seal`. Raises
+    CheckpointError as `write_checkpoint` does.
+    """
+    checksums: dict[str, list[str]] = {}
     entries: dict[str, index.STORAGE_TYPES] = {}
     places: dict[index.MetadataIndex, _StorageInfo] = {}
     for name, spec in specs.items():
@@ -141,20 +149,24 @@ def write_tensors(
         chunks = []
         for block in (blocks or in_rows)(name, tensor):
             offsets = torch.Size(block.offsets)
-            places[index.MetadataIndex(name, offsets)] = _append(path / block.file, block.data)
+            content = _archive(block.data)
+            file_name = f"{directory.TENSORS}/{block.file}"
+            checksums.setdefault(file_name, []).append(checksum(content))
+            places[index.MetadataIndex(name, offsets)] = _append(path / block.file, content)
             chunks.append(index.ChunkStorageMetadata(offsets, block.data.shape))
         properties = index.TensorProperties(dtype=spec.dtype)
         entries[name] = index.TensorStorageMetadata(properties, tensor.shape, chunks)
         if on_tensor is not None:
             on_tensor(name, spec.num_bytes)
-    content = io.BytesIO()
-    torch.save({}, content)
-    (path / safe.COMMON).write_bytes(content.getvalue())
+    common = io.BytesIO()
+    torch.save({}, common)
+    (path / safe.COMMON).write_bytes(common.getvalue())
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {f"{name}_version": 1 for name in backends}
     directory.write_json(path / "metadata.json", {**backends, **versions})
     # Last: without its index it is no directory of tensors.
     (path / safe.METADATA).write_bytes(pickle.dumps(index.Metadata(entries, storage_data=places)))
+    return checksums
 
 
 def rows(part: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -174,14 +186,18 @@ def in_rows(name: str, tensor: Tensor) -> Iterator[Block]:
         yield Block((first, *(0,) * (tensor.dim() - 1))[: tensor.dim()], block, FILE)
 
 
-def _append(path: Path, block: Tensor) -> _StorageInfo:
+def _archive(block: Tensor) -> memoryview:
     content = io.BytesIO()  # what torch.save raises where the disk is full does not say so
     # A copy: torch.save writes all of the memory that a view looks at.
     torch.save(block.clone(memory_format=torch.contiguous_format), content)
+    return content.getbuffer()
+
+
+def _append(path: Path, content: memoryview) -> _StorageInfo:
     with open(path, "ab") as file:
         begin = file.tell()
-        file.write(content.getbuffer())
-    return _StorageInfo(path.name, begin, len(content.getbuffer()))
+        file.write(content)
+    return _StorageInfo(path.name, begin, len(content))
 
 
 def _placed(config: Config, output: Path, final: Path, tokenizer_file: str) -> Config:

@@ -12,7 +12,7 @@ from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import FREE_MODEL, FUNCTION_OF_EXITS, TensorReader
 from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.config import Config
-from ee_llm.edit.rewrite import Rewrite, copy_of, model_of, read_state
+from ee_llm.edit.rewrite import Rewrite, copy_of, model_of
 
 
 def open_all(sources: Sequence[Path], last: int | None = None) -> list[TensorReader]:
@@ -62,7 +62,7 @@ def averaged(readers: Sequence[TensorReader]) -> Rewrite:
             total += reader.tensor(name)
         return total.div_(len(readers)).to(dtype)
 
-    sources = [{"checkpoint": str(r.path), "step": read_state(r).step} for r in readers]
+    sources = [{"checkpoint": str(r.path), "step": r.state().step} for r in readers]
     notes = ["the mean has no optimizer's state: a run that is given it begins with it, at step 0"]
     return replace(
         copy_of(last),

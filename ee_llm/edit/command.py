@@ -12,13 +12,14 @@ from rich.progress import TextColumn
 
 from ee_llm import platform
 from ee_llm.checkpoint import directory
-from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.read import CheckpointError, TensorReader
+from ee_llm.checkpoint.verify import Report, size_of, verify
 from ee_llm.config import Config
 from ee_llm.data.tokenizer import load_tokenizer
 from ee_llm.edit.average import averaged, open_all
 from ee_llm.edit.class_aware import ClassMeans, Windows, class_means
 from ee_llm.edit.exits import added, config_with, moved, removed
-from ee_llm.edit.info import describe, show, tensors_of
+from ee_llm.edit.info import describe, show, tensors_of, verification
 from ee_llm.edit.layout import Layout, resharded
 from ee_llm.edit.options import (
     AddExitsOptions,
@@ -35,14 +36,31 @@ _LONGEST = 2048  # what class-aware initialization shows a model at once: attent
 
 def info(options: InfoOptions) -> None:
     """Print what a checkpoint holds; raises CheckpointError if it is none or damaged."""
+    report = _verified(options) if options.verify else None
     reader = TensorReader(options.checkpoint)
     facts = describe(reader)
+    if report is not None:
+        facts["verification"] = verification(report)
     if options.tensors:
         facts["all_tensors"] = tensors_of(reader)
     if options.json:
         print(json.dumps(facts))
     else:
         show(facts, Console(soft_wrap=True, highlight=False))
+
+
+def _verified(options: InfoOptions) -> Report:
+    """Return the report on an undamaged checkpoint; raises CheckpointError, naming damaged files.
+
+    With --json the report on a damaged one is printed as well.
+    """
+    with _progress("verifying", size_of(options.checkpoint), options.json) as advance:
+        report = verify(options.checkpoint, advance)
+    if not report.problems:
+        return report
+    if options.json:
+        print(json.dumps({"path": str(report.path), "verification": verification(report)}))
+    raise CheckpointError("; ".join(report.problems))
 
 
 def reshard(options: ReshardOptions) -> None:

@@ -11,8 +11,9 @@ from rich.table import Table
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.quantized import is_scale
 from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.verify import Report
 from ee_llm.config import exit_stage, output_weight_name
-from ee_llm.edit.rewrite import parameter_of, read_state, specs_of
+from ee_llm.edit.rewrite import parameter_of, specs_of
 
 Facts = dict[str, Any]
 
@@ -22,7 +23,7 @@ def describe(reader: TensorReader) -> Facts:
 
     Raises CheckpointError if a file is missing or damaged.
     """
-    config, state, manifest = reader.config(), read_state(reader), reader.manifest
+    config, state, manifest = reader.config(), reader.state(), reader.manifest
     specs = specs_of(reader)
     model = set(reader.names())
     by_dtype = Counter({str(specs[n].dtype).removeprefix("torch."): 0 for n in sorted(model)})
@@ -78,6 +79,18 @@ def tensors_of(reader: TensorReader) -> list[Facts]:
     ]
 
 
+def verification(report: Report) -> Facts:
+    """Return what reading all of a checkpoint showed, all of it JSON's own types."""
+    return {
+        "ok": not report.problems,
+        "files": report.num_files,
+        "bytes": report.num_bytes,
+        "checksums": "all files" if report.has_checksums else "tensors only",
+        "problems": report.problems,
+        "extra_files": report.extra,
+    }
+
+
 def _exits(reader: TensorReader) -> list[Facts]:
     """Return the exits, shallow to deep, the final one last."""
     config = reader.config()
@@ -123,6 +136,8 @@ def show(facts: Facts, console: Console) -> None:
         ("layout", _layout(facts)),
         ("on disk", f"{_size(facts['bytes_on_disk'])} in {facts['files']} files"),
     ]
+    if "verification" in facts:
+        rows.append(("verified", _verification(facts["verification"])))
     for name, text in rows:
         console.print(f"{name:<12}{escape(text)}")
     console.print(_exit_table(facts))
@@ -172,6 +187,18 @@ def _optimizer(optimizer: Facts) -> str:
         f"{optimizer['steps']:,} steps, {_size(optimizer['bytes'])} for "
         f"{optimizer['parameters']} parameters"
     )
+
+
+def _verification(found: Facts) -> str:
+    text = f"{found['files']} files, {_size(found['bytes'])}: every byte is what was written"
+    if found["checksums"] != "all files":
+        text = (
+            "all tensors are what was written; other files by their sizes and form alone, because "
+            "an older version of ee-llm wrote this checkpoint without checksums"
+        )
+    if found["extra_files"]:
+        text += f"; not of the checkpoint, and not read: {', '.join(found['extra_files'][:8])}"
+    return text
 
 
 def _layout(facts: Facts) -> str:

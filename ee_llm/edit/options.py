@@ -11,13 +11,19 @@ from ee_llm.config import HeadPart
 
 @dataclass(frozen=True)
 class InfoOptions:
-    """Show what is in a checkpoint: the model, its exits, how far it was trained, sizes."""
+    """Show what is in a checkpoint: the model, its exits, how far it was trained, sizes.
+
+    With --verify, read all of it, and fail if any byte is not what was written.
+    """
 
     checkpoint: Positional[Path]
     """A checkpoint, or the run directory that holds it (then its newest)."""
 
     tensors: bool = False
     """List all tensors too, with dtypes and shapes."""
+
+    verify: bool = False
+    """Compare every file with its checksums, and name those that are damaged or missing."""
 
     json: bool = False
     """Print one JSON object and nothing else."""

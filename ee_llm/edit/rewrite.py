@@ -7,18 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.quantized import refuse_quantized
-from ee_llm.checkpoint.read import OPTIMIZER_PREFIX, TensorReader
-from ee_llm.checkpoint.state import STATE, TrainState
+from ee_llm.checkpoint.read import OPTIMIZER_PREFIX, RNG, TensorReader
 from ee_llm.checkpoint.tokenizer import companions
 from ee_llm.checkpoint.write import Blocks, TensorSpec, write_checkpoint
 from ee_llm.config import Config
 
 OPTIMIZER = f"{OPTIMIZER_PREFIX}state."
 """What the name of a tensor of the optimizer begins with; its kind and the parameter's follow."""
-
-_GENERATORS = "rng"
 
 
 @dataclass
@@ -96,19 +92,11 @@ def model_of(config: Config) -> Config:
     return Config(**values)
 
 
-def read_state(reader: TensorReader) -> TrainState:
-    """Return how far a checkpoint's run came; raises CheckpointError."""
-    path = reader.path / STATE
-    return TrainState.from_json(directory.read_json(path), path)
-
-
 def _generators(reader: TensorReader) -> dict[str, bytes]:
     """Return the files of random generators that the manifest names, no links among them."""
-    paths = [reader.path / name for name in sorted(reader.manifest["files"])]
+    names = [name for name in sorted(reader.manifest["files"]) if name.startswith(f"{RNG}/")]
     return {
-        path.relative_to(reader.path).as_posix(): path.read_bytes()
-        for path in paths
-        if path.parent == reader.path / _GENERATORS and path.is_file() and not path.is_symlink()
+        name: reader.checksums.read(name) for name in names if not (reader.path / name).is_symlink()
     }
 
 
@@ -136,7 +124,7 @@ def write_rewrite(
         rewrite.specs,
         rewrite.get,
         tokenizer_file=reader.tokenizer(),
-        state=read_state(reader) if rewrite.goes_on else None,
+        state=reader.state() if rewrite.goes_on else None,
         facts=facts | rewrite.facts,
         files=files,
         on_tensor=on_tensor,

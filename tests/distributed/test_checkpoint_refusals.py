@@ -1,6 +1,5 @@
 """What does not fit the run that is to go on, or was planted, is refused and named."""
 
-import json
 import pickle
 import shutil
 
@@ -12,7 +11,7 @@ from ee_llm.checkpoint.load import load
 from ee_llm.checkpoint.read import CheckpointError
 from tests.distributed.harness import run_ranks
 from tests.distributed.toy_run import HIDDEN, Layer, Run
-from tests.unit.checkpoint.checkpoints import Payload, accept_sizes
+from tests.unit.checkpoint.checkpoints import Payload, forget_checksums, reseal
 
 
 def _load_errors(output, overrides, layout=(1, 1), dtype=torch.float32):
@@ -29,10 +28,7 @@ def _load_errors(output, overrides, layout=(1, 1), dtype=torch.float32):
 def test_manifest_without_a_fact(checkpoint, tmp_path, fact):
     output = tmp_path / "run"
     shutil.copytree(checkpoint, output)
-    path = directory.find_latest(output) / directory.MANIFEST
-    manifest = json.loads(path.read_text())
-    del manifest[fact]
-    path.write_text(json.dumps(manifest))
+    reseal(directory.find_latest(output), lambda facts: facts.pop(fact))
     [message] = run_ranks(1, _load_errors, output, {})
     assert f"manifest.json: {fact}: Field required" in message
 
@@ -107,7 +103,7 @@ def test_planted_pickle_is_not_run_when_training_resumes(checkpoint, tmp_path, p
         torch.save(Payload(marker), file)
     else:
         file.write_bytes(pickle.dumps(Payload(marker)))
-    accept_sizes(step)
+    forget_checksums(step)
     messages = run_ranks(2, _load_errors, output, {}, (1, 2))
     assert any(place in message for message in messages), messages
     assert "no error" not in messages

@@ -10,6 +10,7 @@ from ee_llm.checkpoint.read import CONFIG, TensorReader
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import layout, make_config, train_here, train_ranks
 from tests.distributed.tuning_runs import SIX_LAYERS, dense_config, tune, tuning_config
+from tests.unit.checkpoint.checkpoints import reseal
 
 ONE_STEP = {"training.steps": 1, "training.dtype": "float32"}
 
@@ -88,6 +89,7 @@ def test_tensors_behind_the_last_exit_are_compared_too(tmp_path, corpus, dense, 
     config = source / CONFIG
     text = config.read_text()
     config.write_text(text.replace("num_layers = 6", f"num_layers = {stated}"))
+    reseal(source)
     options = {"exits.boundaries": (2, 4), "model.num_layers": stated}
     message = refused(tmp_path, corpus, source, **options)
     # The final norm carries the number of layers as well.

@@ -10,7 +10,7 @@ import pytest
 from ee_llm import cli
 from ee_llm.checkpoint.read import CONFIG
 from ee_llm.config import Config, load_config
-from tests.unit.checkpoint.checkpoints import accept_sizes, write_checkpoint
+from tests.unit.checkpoint.checkpoints import reseal, write_checkpoint
 
 MODEL = {"model.shape": "llama-tiny", "model.num_layers": 4, "exits.boundaries": (1, 2)}
 
@@ -30,7 +30,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 def source(tmp_path: Path) -> Path:
     path = write_checkpoint(tmp_path / "source")
     (path / CONFIG).write_text(load_config(None, MODEL).to_toml())
-    accept_sizes(path)
+    reseal(path)
     return tmp_path / "source"
 
 

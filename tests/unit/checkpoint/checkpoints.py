@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch.distributed import checkpoint as dcp
 
-from ee_llm.checkpoint import directory
+from ee_llm.checkpoint import directory, safe
+from ee_llm.checkpoint.checksums import checksums_of, sealed
 from ee_llm.checkpoint.read import CONFIG
 from ee_llm.config import load_config
 
@@ -33,14 +34,44 @@ def write_checkpoint(output: Path, step: int = 7, tensors=None, publish: bool = 
     state = {"step": step, "consumed_samples": 0, "skipped_steps": 0, "extra": {}}
     directory.write_json(partial / "state.json", state)
     facts = {"step": step, "tokenizer": "bytes", "optimizer_steps": step, "layout": {"world": 1}}
-    directory.seal(partial, facts)
+    directory.seal(partial, facts, block_checksums(partial))
     return directory.publish(partial, keep_last=0) if publish else partial
 
 
-def accept_sizes(checkpoint: Path) -> None:
-    """Make the manifest agree with files that a test has changed, as an attacker would."""
+def block_checksums(checkpoint: Path) -> dict[str, list[str]]:
+    """Return the checksums of every block that the index names."""
+    tensors, places = checkpoint / directory.TENSORS, {}
+    for entry in safe.read_metadata(tensors).values():
+        for chunk in entry.chunks:
+            places.setdefault(chunk.file, []).append((chunk.position, chunk.length))
+    return {
+        f"{directory.TENSORS}/{name}": checksums_of(tensors / name, blocks)
+        for name, blocks in places.items()
+    }
+
+
+def reseal(checkpoint: Path, change=lambda facts: None) -> None:
+    """Write the manifest once more, for files that a test has changed; `change` edits its facts."""
+    facts = json.loads((checkpoint / directory.MANIFEST).read_text())
+    for name in ("format", "version", "files", "crc32", "checksum"):
+        facts.pop(name, None)
+    change(facts)
+    directory.seal(checkpoint, facts, block_checksums(checkpoint))
+
+
+def write_manifest(checkpoint: Path, text: str) -> None:
+    """Write a manifest with another content, and the checksum of that, as an attacker would."""
+    content = sealed(text) if text.endswith("}") else text
+    (checkpoint / directory.MANIFEST).write_text(content)
+
+
+def forget_checksums(checkpoint: Path) -> None:
+    """Make the manifest one of version 1, which has no checksums, for the files that are there."""
     path = checkpoint / directory.MANIFEST
     manifest = json.loads(path.read_text())
+    for name in ("crc32", "checksum"):
+        manifest.pop(name, None)
+    manifest["version"] = 1
     manifest["files"] = {name: (checkpoint / name).stat().st_size for name in manifest["files"]}
     path.write_text(json.dumps(manifest))
 
@@ -51,7 +82,7 @@ def edit_metadata(checkpoint: Path, change) -> None:
     metadata = pickle.loads(path.read_bytes())
     change(metadata)
     path.write_bytes(pickle.dumps(metadata))
-    accept_sizes(checkpoint)
+    forget_checksums(checkpoint)
 
 
 class Payload:

@@ -6,7 +6,7 @@ from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.describe import described_options, tokenizer_spec
 from ee_llm.checkpoint.read import CONFIG
 from ee_llm.config import load_config
-from tests.unit.checkpoint.checkpoints import accept_sizes, write_checkpoint
+from tests.unit.checkpoint.checkpoints import reseal, write_checkpoint
 
 EXITS = {"exits.boundaries": (2, 4), "exits.temperatures": (1.5, 0.5), "exits.output": "own"}
 
@@ -15,7 +15,7 @@ def checkpoint_of(output, **options):
     path = write_checkpoint(output)
     config = load_config(None, {"model.shape": "llama-tiny"} | options)
     (path / CONFIG).write_text(config.to_toml())
-    accept_sizes(path)
+    reseal(path)
     return path, config
 
 

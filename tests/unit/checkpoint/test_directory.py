@@ -3,7 +3,6 @@
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -44,13 +43,25 @@ def test_keeps_all_if_asked(tmp_path):
     assert len(directory.complete_steps(tmp_path / directory.CHECKPOINTS)) == 3
 
 
-def test_after_going_back_the_newest_by_time_are_kept(tmp_path):
-    """Steps 400 and 500 are of a branch that was left at 200: 300 must not push 200 out."""
-    for step in (100, 400, 500, 200):
+@pytest.mark.parametrize("order", [1, -1], ids=["copied-in-order", "copied-in-reverse"])
+def test_the_last_steps_are_kept_whatever_the_times_of_files(tmp_path, order):
+    """A directory that was copied has other times: the oldest step may be the newest file."""
+    for step in (100, 200, 300, 400):
+        path = add(tmp_path, step)
+        for file in (path / directory.MANIFEST, path):
+            os.utime(file, (10**9 + order * step, 10**9 + order * step))
+    add(tmp_path, 500, keep_last=3)
+    assert names(tmp_path) == ["latest", "step-00000300", "step-00000400", "step-00000500"]
+
+
+def test_steps_of_a_branch_that_was_left_go_first(tmp_path):
+    """The run went back from 500 to 200: 300 must not push 200 out."""
+    for step in (100, 200, 400, 500):
         add(tmp_path, step)
-        time.sleep(0.01)
-    add(tmp_path, 300, keep_last=2)
-    assert names(tmp_path) == ["latest", "step-00000200", "step-00000300"]
+    add(tmp_path, 300, keep_last=3)
+    assert names(tmp_path) == ["latest", "step-00000100", "step-00000200", "step-00000300"]
+    add(tmp_path, 350, keep_last=3)
+    assert names(tmp_path) == ["latest", "step-00000200", "step-00000300", "step-00000350"]
 
 
 def test_a_step_that_is_reached_again_replaces(tmp_path):

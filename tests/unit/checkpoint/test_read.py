@@ -1,5 +1,6 @@
 """Tensors by name, and every way in which a checkpoint can be incomplete."""
 
+import json
 import subprocess
 import sys
 
@@ -9,7 +10,13 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ee_llm.checkpoint import directory, tokenizer
 from ee_llm.checkpoint.read import CheckpointError, TensorReader
-from tests.unit.checkpoint.checkpoints import TENSORS, edit_metadata, write_checkpoint
+from tests.unit.checkpoint.checkpoints import (
+    TENSORS,
+    edit_metadata,
+    reseal,
+    write_checkpoint,
+    write_manifest,
+)
 
 
 def test_tensors_come_back(tmp_path):
@@ -101,17 +108,16 @@ def test_missing_and_truncated_files_are_named(tmp_path, name):
 
 def test_foreign_checkpoints_say_what_was_expected(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "run")
-    manifest = checkpoint / directory.MANIFEST
-    text = manifest.read_text()
+    text = json.dumps(json.loads((checkpoint / directory.MANIFEST).read_text()), indent=1)
     for old, new, expected in [
-        ('"ee_llm checkpoint"', '"something else"', "expected 'ee_llm checkpoint' version 1"),
-        ('"version": 1', '"version": 2', "found 'ee_llm checkpoint' version 2"),
+        ('"ee_llm checkpoint"', '"something else"', "expected 'ee_llm checkpoint' version 1 or 2"),
+        ('"version": 2', '"version": 3', "found 'ee_llm checkpoint' version 3"),
         (text, "[1]", "expected a JSON object, found list"),
         (text, "{", "expected a JSON object"),
         (text, "[" * 200_000, "expected a JSON object"),
-        ('"version": 1', '"version": 1' + "0" * 5000, "5001 digits is more than 64 bits"),
-        ('"version": 1', f'"version": {2**63}', "19 digits is more than 64 bits"),
-        ('"config.toml": ', '"config.toml": -', "files.config.toml: Input should be greater than"),
+        ('"version": 2', '"version": 1' + "0" * 5000, "5001 digits is more than 64 bits"),
+        ('"version": 2', f'"version": {2**63}', "19 digits is more than 64 bits"),
+        ('"config.toml": 1', '"config.toml": -1', "files.config.toml: Input should be greater"),
         ('"tokenizer": "', '"tokenizer": 5, "t": "', "tokenizer: Input should be a valid string"),
         ('"world": 1', '"size": 1', "layout.world: Field required"),
         ('"world": 1', '"world": 1, "data": "two"', "layout.data: Input should be a valid integer"),
@@ -120,9 +126,13 @@ def test_foreign_checkpoints_say_what_was_expected(tmp_path):
         ('"config.toml"', '"../config.toml"', "outside of the checkpoint's directory"),
         ('"config.toml"', '"/etc/passwd"', "outside of the checkpoint's directory"),
         ('"config.toml"', '"tensors/../config.toml"', "outside of the checkpoint's directory"),
+        ('"crc32"', '"crc"', r"its checksums \(crc32\) do not cover its files"),
+        ('"state.json": [', '"state.json": ["5 00000000",', "do not cover its files"),
+        ('"state.json": [', '"state.json": ["5 0000000g",', r"crc32.state.json.0: String should"),
+        ('"state.json": [', '"state.json": ["5", ', "crc32.state.json.0: String should match"),
     ]:
         assert old in text
-        manifest.write_text(text.replace(old, new))
+        write_manifest(checkpoint, text.replace(old, new))
         with pytest.raises(CheckpointError, match=expected):
             TensorReader(checkpoint)
     megatron = tmp_path / "iter_0000100"
@@ -136,22 +146,26 @@ def test_tokenizer_must_be_the_one_it_was_trained_with(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "run")
     source = tmp_path / "spm.model"
     source.write_bytes(b"model")
-    manifest = checkpoint / directory.MANIFEST
-    bytes_text = manifest.read_text()
-    text = bytes_text.replace('"bytes"', f'"{tokenizer.fingerprint(str(source))}"')
 
-    manifest.write_text(text)
+    def state(mark):
+        reseal(checkpoint, lambda facts: facts.update(tokenizer=mark))
+
+    mark = tokenizer.fingerprint(str(source))
+    state(mark)
     with pytest.raises(CheckpointError, match="tokenizer is missing: expected the tokenizer sha2"):
         TensorReader(checkpoint).tokenizer()
     tokenizer.store(str(source), checkpoint)
+    with pytest.raises(CheckpointError, match=r"spm\.model is not a file of this checkpoint"):
+        TensorReader(checkpoint)
+    state(mark)
     stored = TensorReader(checkpoint).tokenizer()
     assert stored == str(checkpoint / "tokenizer" / "spm.model")
     (checkpoint / "tokenizer" / "spm.model").write_bytes(b"other")
-    for content in (text, bytes_text):
-        manifest.write_text(content)
+    for stated in (mark, "bytes"):
+        state(stated)
         with pytest.raises(CheckpointError, match=r"spm\.model .* is not the tokenizer that"):
             TensorReader(checkpoint).tokenizer()
-    manifest.write_text(text.replace('"tokenizer"', '"other"'))
+    reseal(checkpoint, lambda facts: facts.pop("tokenizer"))
     with pytest.raises(CheckpointError, match="manifest.json: tokenizer: Field required"):
         TensorReader(checkpoint).tokenizer()
 

@@ -11,7 +11,7 @@ from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import CONFIG, CheckpointError
 from ee_llm.checkpoint.resume import resume_path
 from ee_llm.config import Config, load_config
-from tests.unit.checkpoint.checkpoints import accept_sizes, write_checkpoint
+from tests.unit.checkpoint.checkpoints import reseal, write_checkpoint
 
 
 def asked(output, resume) -> Config:
@@ -26,7 +26,7 @@ def save(output, step, resume):
     config = load_config(path / CONFIG)
     changed = config.checkpoint.model_copy(update={"resume": str(resume)})
     (path / CONFIG).write_text(config.model_copy(update={"checkpoint": changed}).to_toml())
-    accept_sizes(path)
+    reseal(path)
     return path
 
 
@@ -67,7 +67,7 @@ def test_a_run_that_went_on_by_itself_in_between_began_at_the_same_place(tmp_pat
     assert resume_path(asked(output, source)) == source  # it never began there
     state = json.loads((newest / "state.json").read_text())
     (newest / "state.json").write_text(json.dumps(state | {"data": [], "origin": str(source)}))
-    accept_sizes(newest)
+    reseal(newest)
     assert resume_path(asked(output, source)) == newest
 
 
@@ -79,7 +79,7 @@ def _damage(output: Path, how: str) -> None:
     assert newest is not None
     (newest / CONFIG).write_text("no configuration")
     if how == "configuration":
-        accept_sizes(newest)
+        reseal(newest)
 
 
 @pytest.mark.parametrize("how", ["latest", "size", "configuration"])

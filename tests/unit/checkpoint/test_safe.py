@@ -14,7 +14,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from ee_llm.checkpoint import directory, safe
 from ee_llm.checkpoint.read import CheckpointError, TensorReader
-from tests.unit.checkpoint.checkpoints import Payload, accept_sizes, edit_metadata, write_checkpoint
+from tests.unit.checkpoint.checkpoints import (
+    Payload,
+    edit_metadata,
+    forget_checksums,
+    write_checkpoint,
+)
 
 NAME = "embedding.word.weight"
 
@@ -95,7 +100,7 @@ def test_planted_pickle_is_refused_and_not_run(tmp_path, marker, place):
             "tensor_raw": pickle.dumps(payload),
         }[place]
         plant_entry(checkpoint, data, is_bytes=False)
-    accept_sizes(checkpoint)
+    forget_checksums(checkpoint)
     with pytest.raises(CheckpointError, match=file):
         read_all(checkpoint)
     assert not marker.exists()
@@ -141,7 +146,7 @@ def test_classes_of_the_process_can_not_be_changed(tmp_path, module, name, attri
     real = getattr(importlib.import_module(module), name)
     before = dict(vars(real))
     (checkpoint / directory.TENSORS / ".metadata").write_bytes(program)
-    accept_sizes(checkpoint)
+    forget_checksums(checkpoint)
     with pytest.raises(CheckpointError, match=r"\.metadata"):
         TensorReader(checkpoint)
     assert dict(vars(real)) == before
@@ -243,7 +248,7 @@ def test_damaged_index_names_the_file(tmp_path):
     for number, content in enumerate([b"", b"\x80\x04", b"no pickle", pickle.dumps([1, 2])]):
         checkpoint = write_checkpoint(tmp_path / str(number))
         (checkpoint / directory.TENSORS / ".metadata").write_bytes(content)
-        accept_sizes(checkpoint)
+        forget_checksums(checkpoint)
         with pytest.raises(CheckpointError, match=r"\.metadata"):
             TensorReader(checkpoint)
 

@@ -14,6 +14,7 @@ from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.cli import main
 from ee_llm.config import Config
 from ee_llm.convert import export
+from tests.unit.checkpoint.checkpoints import reseal
 from tests.unit.convert.folders import edit_tensors, make_folder, make_tokenizer, tensors_of
 from tests.unit.convert.test_convert_exits import ours, refusal, save_ours
 from tests.unit.convert.test_convert_round_trip import assert_same, run
@@ -25,9 +26,10 @@ def settings_of(folder: Path) -> dict:
 
 
 def plant(checkpoint: Path, name: str, content: bytes) -> None:
-    """Put a file below huggingface/ that the manifest knows nothing of."""
+    """Put a file below huggingface/, and in the manifest, as an attacker would."""
     (checkpoint / "huggingface").mkdir(exist_ok=True)
     (checkpoint / "huggingface" / name).write_bytes(content)
+    reseal(checkpoint)
 
 
 def test_the_dtype_is_that_of_the_tensors_written(tmp_path):

@@ -49,9 +49,9 @@ def test_a_rank_reads_its_own_file_alone(tmp_path, monkeypatch):
     files = []
     read = safe.read_chunk
 
-    def note(directory, name, entry, chunk):
+    def note(directory, name, entry, chunk, check):
         files.append(chunk.file)
-        return read(directory, name, entry, chunk)
+        return read(directory, name, entry, chunk, check)
 
     monkeypatch.setattr(safe, "read_chunk", note)
     # Of rank 1 of 2, [rows, columns] from there on; layers 1 and 2 are on stage 0.

@@ -10,7 +10,7 @@ from ee_llm.checkpoint.read import CONFIG
 from ee_llm.config import Config
 from ee_llm.inference.reference import ReferenceModel
 from ee_llm.inference.weights import tensor_shapes
-from tests.unit.checkpoint.checkpoints import accept_sizes, write_checkpoint
+from tests.unit.checkpoint.checkpoints import reseal, write_checkpoint
 
 VOCABULARY = 40
 
@@ -94,5 +94,5 @@ def save_model(output: Path, config: Config, tensors: dict[str, Tensor]) -> Path
     """Return the checkpoint, below the run directory `output`, that holds a model."""
     partial = write_checkpoint(output, tensors=tensors, publish=False)
     directory.write_file(partial / CONFIG, config.to_toml())
-    accept_sizes(partial)
+    reseal(partial)
     return directory.publish(partial, keep_last=0)

@@ -1,0 +1,298 @@
+"""One damaged byte in any file of a checkpoint is found by whatever reads it, and the file named.
+
+`reseal` and `write_manifest` stand for what a person or an attacker does on purpose: those change
+the checksums as well.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.read import CheckpointError, TensorReader
+from ee_llm.checkpoint.verify import verify
+from ee_llm.cli import main
+from tests.unit.checkpoint.checkpoints import forget_checksums, reseal, write_checkpoint
+from tests.unit.checkpoint.damage import blocks_of, files_of, flip, flipped, offsets_of
+from tests.unit.convert.folders import make_folder
+from tests.unit.edit.sources import save
+
+MANIFEST = directory.MANIFEST
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A checkpoint converted from Hugging Face, with a tokenizer and companions."""
+    path = tmp_path_factory.mktemp("converted")
+    make_folder(path / "theirs")
+    assert main(["convert", str(path / "theirs"), "--output", str(path / "ours"), "--json"]) == 0
+    found = TensorReader(path / "ours").path
+    assert {"tokenizer/tokenizer.json", "huggingface/config.json"} <= set(files_of(found))
+    return found
+
+
+@pytest.fixture(scope="module")
+def rewritten(tmp_path_factory):
+    """A checkpoint with an optimizer's state and generators, in several files of tensors."""
+    path = tmp_path_factory.mktemp("rewritten")
+    save(path / "whole")
+    arguments = ["--tensor", "2", "--pipeline", "2", "--output", str(path / "cut"), "--json"]
+    assert main(["checkpoint", "reshard", str(path / "whole"), *arguments]) == 0
+    found = TensorReader(path / "cut").path
+    assert sum(name.endswith(".distcp") for name in files_of(found)) == 4
+    return found
+
+
+def error_of(capsys, *arguments):
+    """Return what a command refused with, "" if it did not."""
+    capsys.readouterr()
+    status = main([str(argument) for argument in arguments])
+    message = " ".join(capsys.readouterr().err.split())
+    assert (status == 2) == bool(message), message
+    return message
+
+
+def is_unread(checkpoint, name, offset, is_wanted):
+    """Return whether a byte is of a block of none but tensors that are not wanted."""
+    file = name.removeprefix(f"{directory.TENSORS}/")
+    blocks = blocks_of(checkpoint, is_wanted).get(file, [])
+    return name.endswith(".distcp") and not any(a <= offset < a + n for a, n in blocks)
+
+
+@pytest.mark.parametrize("kind", ["converted", "rewritten"])
+def test_verify_finds_one_flipped_byte_anywhere(kind, request):
+    """No byte of a checkpoint is unused to it: padding within a block has a checksum as well."""
+    checkpoint = request.getfixturevalue(kind)
+    assert verify(checkpoint).problems == []
+    for name in files_of(checkpoint):
+        for offset in offsets_of(checkpoint, name):
+            with flipped(checkpoint / name, offset):
+                if name == MANIFEST:
+                    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+                        verify(checkpoint)
+                    continue
+                problems = verify(checkpoint).problems
+            assert len(problems) == 1, (name, offset)
+            assert str(checkpoint / name) in problems[0], offset
+    assert verify(checkpoint).problems == []
+
+
+def test_every_byte_of_a_manifest_counts(tmp_path):
+    """Its own checksum is its last line, of which no byte may change either."""
+    checkpoint = write_checkpoint(tmp_path)
+    path = checkpoint / MANIFEST
+    whole = path.read_bytes()
+    for offset, byte in enumerate(whole):
+        for other in {byte ^ 0xFF, byte ^ 0x01, byte ^ 0x03, byte ^ 0x20}:
+            path.write_bytes(whole[:offset] + bytes([other]) + whole[offset + 1 :])
+            with pytest.raises(CheckpointError, match=r"manifest\.json"):
+                TensorReader(checkpoint)
+    for content in (whole[:-1], whole + b"\n", whole[: len(whole) // 2], b""):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"manifest\.json"):
+            TensorReader(checkpoint)
+
+
+def generate(path, output):
+    return ("generate", "--checkpoint", path, "--prompt", "a", "--max-new-tokens", 1, "--json")
+
+
+def export(path, output):
+    return ("convert", path, "--to", "hf", "--output", output, "--json")
+
+
+def to_int8(path, output):
+    return ("convert", path, "--to", "int8", "--output", output, "--json")
+
+
+def move(path, output):
+    return ("checkpoint", "move-exits", path, "--placement", "pre", "--output", output, "--json")
+
+
+def remove(path, output):
+    return ("checkpoint", "remove-exits", path, "--exits", 2, "--output", output, "--json")
+
+
+def info(path, output):
+    return ("checkpoint", "info", path, "--verify", "--json")
+
+
+def is_of_model(name):
+    return not name.startswith("optimizer.")
+
+
+def is_any(name):
+    return True
+
+
+@pytest.mark.parametrize(
+    ("kind", "command", "reads"),
+    [
+        ("converted", generate, is_of_model),
+        ("converted", export, is_of_model),
+        ("converted", to_int8, is_of_model),
+        ("rewritten", generate, is_of_model),
+        ("rewritten", move, is_any),
+        ("rewritten", remove, is_any),
+        ("rewritten", info, is_any),
+    ],
+)
+def test_commands_name_the_file_with_a_flipped_byte(kind, command, reads, request, capsys):
+    """Only the optimizer's blocks and the generators may be damaged for those that read neither."""
+    checkpoint = request.getfixturevalue(kind)
+    output = checkpoint.parent / "output"
+    for name in files_of(checkpoint):
+        if name.startswith("rng/") and reads is is_of_model:
+            continue
+        for offset in offsets_of(checkpoint, name)[1::3]:
+            if is_unread(checkpoint, name, offset, reads):
+                continue
+            with flipped(checkpoint / name, offset):
+                message = error_of(capsys, *command(checkpoint, output))
+            assert str(checkpoint / name) in message, (name, offset, message)
+            assert not (output / directory.CHECKPOINTS / directory.LATEST).exists()
+    assert error_of(capsys, *command(checkpoint, output)) == ""
+    shutil.rmtree(output, ignore_errors=True)
+
+
+@pytest.mark.parametrize("change", ["shortened", "lengthened", "emptied", "removed", "a directory"])
+def test_files_of_another_size_are_named(rewritten, tmp_path, change):
+    checkpoint = shutil.copytree(rewritten, tmp_path / rewritten.name)
+    for name in files_of(checkpoint):
+        path = checkpoint / name
+        whole = path.read_bytes()
+        if change in ("removed", "a directory"):
+            path.unlink()
+            if change == "a directory":
+                path.mkdir()
+        else:
+            other = {"shortened": whole[:-1], "lengthened": whole + b"\0", "emptied": b""}
+            path.write_bytes(other[change])
+        with pytest.raises(CheckpointError, match=name):
+            TensorReader(checkpoint)
+        if name != MANIFEST:
+            assert [str(path) in problem for problem in verify(checkpoint).problems] == [True]
+        if path.is_dir():
+            path.rmdir()
+        path.write_bytes(whole)
+    assert verify(checkpoint).problems == []
+
+
+def test_swapped_files_are_named(tmp_path):
+    """Two files of one size, each whole in itself: another run's, or two ranks' of one run."""
+    one, other = (save(tmp_path / str(seed), seed=seed).path for seed in (1, 2))
+    assert verify(one).problems == verify(other).problems == []
+    for name in ("tensors/__0_0.distcp", "config.toml"):
+        kept = (one / name).read_bytes()
+        assert len(kept) == (other / name).stat().st_size
+        shutil.copyfile(other / name, one / name)
+        with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+            TensorReader(one).tensor("layers.1.mlp.linear_fc1.weight")
+        (one / name).write_bytes(kept)
+    assert verify(one).problems == []
+
+
+def test_blocks_that_changed_places_are_named(tmp_path):
+    """Each block is whole, but not where the index has it."""
+    checkpoint = write_checkpoint(tmp_path, tensors={"a": torch.zeros(4), "b": torch.ones(4)})
+    [(file, [first, second])] = blocks_of(checkpoint).items()
+    path = checkpoint / directory.TENSORS / file
+    content = path.read_bytes()
+    assert first[1] == second[1]
+    path.write_bytes(content[second[0] :] + content[: second[0]])
+    reader = TensorReader(checkpoint)
+    for name in "ab":
+        with pytest.raises(CheckpointError, match=r"distcp is damaged: the checksum of its bytes"):
+            reader.tensor(name)
+
+
+def test_extra_files_are_told_and_never_read(rewritten, tmp_path):
+    checkpoint = shutil.copytree(rewritten, tmp_path / rewritten.name)
+    for name in (".DS_Store", "tensors/__9_0.distcp", "huggingface/notes.txt"):
+        (checkpoint / name).write_bytes(b"x")
+    report = verify(checkpoint)
+    assert report.problems == []
+    assert report.extra == [".DS_Store", "huggingface/notes.txt", "tensors/__9_0.distcp"]
+    (checkpoint / "huggingface" / "generation_config.json").write_text('{"eos_token_id": 0}')
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is not a file of this"):
+        TensorReader(checkpoint)
+    [problem] = verify(checkpoint).problems
+    assert "generation_config.json" in problem
+
+
+def test_only_blocks_that_are_read_are_verified(rewritten, tmp_path):
+    """A rank verifies what it reads: damage elsewhere does not stop it, nor does it read all."""
+    checkpoint = shutil.copytree(rewritten, tmp_path / rewritten.name)
+    blocks = blocks_of(checkpoint, lambda name: name == "output.weight")["__3_0.distcp"]
+    flip(checkpoint / "tensors" / "__3_0.distcp", blocks[0][0] + 300)
+    reader = TensorReader(checkpoint)
+    for name in (*reader.names(), *reader.names(optimizer=True)):
+        if name != "output.weight":
+            assert reader.tensor(name).shape == reader.shape(name)
+    with pytest.raises(CheckpointError, match=r"__3_0\.distcp is damaged"):
+        reader.tensor("output.weight")
+
+
+def test_a_model_with_one_other_number_is_another(tmp_path):
+    """A sample of each file would pass a small head that was tuned once more."""
+    reader = save(tmp_path, optimizer=False)
+    kept = reader.fingerprint()
+    for forget in (False, True):
+        if forget:
+            forget_checksums(reader.path)
+            kept = TensorReader(reader.path).fingerprint()
+        for file, blocks in blocks_of(reader.path).items():
+            for position, length in blocks[::3]:
+                with flipped(reader.path / "tensors" / file, position + length // 2):
+                    if not forget:
+                        reseal(reader.path)
+                    assert TensorReader(reader.path).fingerprint() != kept
+                if not forget:
+                    reseal(reader.path)
+        assert TensorReader(reader.path).fingerprint() == kept
+
+
+def test_a_checkpoint_without_checksums_is_verified_as_far_as_it_goes(tmp_path):
+    """Version 1 has none, but each tensor's archive has: in all parts but padding and headers."""
+    checkpoint = write_checkpoint(tmp_path)
+    forget_checksums(checkpoint)
+    assert (TensorReader(checkpoint).tensor("layers.1.norm.weight") == 1).all()
+    report = verify(checkpoint)
+    assert (report.problems, report.has_checksums) == ([], False)
+    [file] = blocks_of(checkpoint)
+    path = checkpoint / "tensors" / file
+    content = path.read_bytes()
+    at = content.index(torch.arange(12.0).numpy().tobytes())
+    with flipped(path, at + 5):
+        with pytest.raises(CheckpointError, match=rf"{file}.*damaged: its part archive/data/0"):
+            TensorReader(checkpoint).tensor("embedding.word.weight")
+        [problem] = verify(checkpoint).problems
+        assert file in problem
+    state = checkpoint / "state.json"
+    state.write_text(state.read_text().replace('"step": 7', '"step": 5'))
+    with pytest.raises(CheckpointError, match=r"state\.json: step is 5, but 7 in manifest\.json"):
+        TensorReader(checkpoint).state()
+    assert len(verify(checkpoint).problems) == 1
+
+
+def test_info_tells_what_it_verified(rewritten, tmp_path, capsys):
+    arguments = ["checkpoint", "info", str(rewritten), "--verify"]
+    assert main(arguments) == 0
+    assert "every byte is what was written" in " ".join(capsys.readouterr().out.split())
+    assert main([*arguments, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["verification"]["ok"] is True
+    assert facts["verification"]["files"] == len(files_of(rewritten)) - 1
+    checkpoint = shutil.copytree(rewritten, tmp_path / rewritten.name)
+    for name in ("tensors/__1_0.distcp", "rng/rank-00000.safetensors", "config.toml"):
+        flip(checkpoint / name, 5)
+    (checkpoint / "state.json").unlink()
+    assert main(["checkpoint", "info", str(checkpoint), "--verify", "--json"]) == 2
+    printed = capsys.readouterr()
+    verification = json.loads(printed.out)["verification"]
+    assert (verification["ok"], len(verification["problems"])) == (False, 4)
+    for name in ("__1_0.distcp", "rank-00000.safetensors", "config.toml", "state.json"):
+        assert sum(name in problem for problem in verification["problems"]) == 1
+        assert name in printed.err
