@@ -91,17 +91,24 @@ def find_latest(output: str | Path) -> Path | None:
         return steps[-1] if steps else None
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not _STEP.fullmatch(name):
-        raise CheckpointError(f"{pointer}: expected a name such as step-00000100, found {name!r}")
+        raise CheckpointError(
+            f"{pointer}: expected a name such as step-00000100, found {name[:40]!r}; go on from a "
+            f"checkpoint of your choice with --checkpoint.resume, complete here: "
+            f"{_names(checkpoints)}"
+        )
     path = checkpoints / name
     if not path.exists() and _is_sealed(_replaced(path)):
         return _replaced(path)  # a run died while it replaced this one; the next save renames it
     if not _is_complete(path):
-        there = ", ".join(step.name for step in complete_steps(checkpoints)) or "none"
         raise CheckpointError(
             f"{pointer} names {name}, which is not a complete checkpoint; go on from another with "
-            f"--checkpoint.resume, complete here: {there}"
+            f"--checkpoint.resume, complete here: {_names(checkpoints)}"
         )
     return path
+
+
+def _names(checkpoints: Path) -> str:
+    return ", ".join(step.name for step in complete_steps(checkpoints)) or "none"
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

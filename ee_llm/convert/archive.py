@@ -7,7 +7,8 @@ is refused unless it is on a list, and what is on the list becomes a stand-in (`
 import math
 import pickle
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from ee_llm.checkpoint.inert import Inert, InertUnpickler
 from ee_llm.checkpoint.safe import CheckpointError
 
+_PIECE_BYTES = 16 * 2**20
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -83,12 +85,21 @@ class _Unpickler(InertUnpickler):
         return pid
 
 
+class Record(NamedTuple):
+    """The bytes of a storage, or of the pickle: where they are in the archive, and their CRC-32."""
+
+    begin: int
+    size: int
+    crc32: int
+
+
 class Archive:
     """An archive of torch.save: `content` is plain values and stand-ins, tensors are read later."""
 
     def __init__(self, path: Path) -> None:
         """Open an archive; raises CheckpointError if it is missing, damaged, or names a class."""
         self.path = path
+        self._verified: set[str] = set()
         try:
             with open(path, "rb") as file:
                 self._records = _records(file)
@@ -118,7 +129,7 @@ class Archive:
             return None
         if found.record not in self._records:
             raise CheckpointError(f"{self.path}: the bytes of {key} are missing in the archive")
-        size = self._records[found.record][1]
+        size = self._records[found.record].size
         span = _span(found)
         if math.prod(found.shape) > span:
             raise CheckpointError(f"{self.path}: elements of {key} share bytes; expected none to")
@@ -130,24 +141,39 @@ class Archive:
         return found
 
     def tensor(self, stored: Stored) -> Tensor:
-        """Return a tensor, read from the file now."""
-        begin, _ = self._records[stored.record]
-        span = _span(stored)
-        data = bytearray(span * stored.dtype.itemsize)
+        """Return a tensor, read from the file now; raises CheckpointError if it is damaged."""
+        record = self._records[stored.record]
+        data = bytearray(_span(stored) * stored.dtype.itemsize)
         with open(self.path, "rb") as file:
-            file.seek(begin + stored.offset * stored.dtype.itemsize)
+            if len(data) < record.size and stored.record not in self._verified:
+                # The checksum is that of the whole record, which several tensors may be parts of.
+                self._verify(stored.record, _pieces(file, record))
+            file.seek(record.begin + stored.offset * stored.dtype.itemsize)
             if file.readinto(data) != len(data):
                 raise CheckpointError(f"{self.path} is truncated")
+        if len(data) == record.size:
+            self._verify(stored.record, [data])
         if not data:
             return torch.empty(stored.shape, dtype=stored.dtype)
         flat = torch.frombuffer(data, dtype=stored.dtype)
         return flat.as_strided(stored.shape, stored.stride)
 
+    def _verify(self, name: str, pieces: Iterable[bytes | bytearray]) -> None:
+        crc32 = 0
+        for piece in pieces:
+            crc32 = zlib.crc32(piece, crc32)
+        if crc32 != self._records[name].crc32:
+            raise CheckpointError(
+                f"{self.path} is damaged: its part {name} has the checksum {crc32:08x}, expected "
+                f"{self._records[name].crc32:08x}; copy or download it once more"
+            )
+        self._verified.add(name)
+
     def _unpickle(self, file: BinaryIO) -> Any:
         if "byteorder" in self._records:
-            begin, size = self._records["byteorder"]
-            file.seek(begin)
-            if file.read(size) != b"little":
+            record = self._records["byteorder"]
+            file.seek(record.begin)
+            if file.read(record.size) != b"little":
                 raise CheckpointError(f"{self.path} was written by a big-endian machine")
         if "data.pkl" not in self._records:
             raise CheckpointError(f"{self.path} has no data.pkl: expected an archive of torch.save")
@@ -183,8 +209,14 @@ def _flat(value: Any) -> Any:
     return value if is_flat else f"<{type(value).__name__}>"
 
 
-def _records(file: BinaryIO) -> dict[str, tuple[int, int]]:
-    """Return where the bytes of each record begin, and how many there are."""
+def _pieces(file: BinaryIO, record: Record) -> Iterator[bytes]:
+    file.seek(record.begin)
+    for at in range(0, record.size, _PIECE_BYTES):
+        yield file.read(min(_PIECE_BYTES, record.size - at))
+
+
+def _records(file: BinaryIO) -> dict[str, Record]:
+    """Return the records of an archive by name."""
     if file.read(4) != b"PK\x03\x04":
         raise CheckpointError(
             f"{file.name} is no zip archive as torch.save writes it since torch 1.6; load it with "
@@ -203,7 +235,7 @@ def _records(file: BinaryIO) -> dict[str, tuple[int, int]]:
             begin = part.header_offset + 30 + name_size + extra_size
             if begin + part.file_size > size:
                 raise CheckpointError(f"{file.name} is truncated in {part.filename}")
-            found[part.filename.partition("/")[2]] = (begin, part.file_size)
+            found[part.filename.partition("/")[2]] = Record(begin, part.file_size, part.CRC)
     return found
 
 

@@ -25,6 +25,9 @@ def open_all(sources: Sequence[Path], last: int | None = None) -> list[TensorRea
             raise ValueError(f"--last {last}: give one run directory, and a number of 2 or more")
         [run] = sources
         there = directory.complete_steps(run / directory.CHECKPOINTS)
+        newest = directory.find_latest(run)
+        # A run that went back to an older step has left what is above its newest one.
+        there = there[: there.index(newest) + 1] if newest in there else there
         if len(there) < last:
             found = ", ".join(path.name for path in there) or "none"
             raise ValueError(f"--last {last}: {run} has fewer checkpoints: {found}")

@@ -66,6 +66,19 @@ def test_the_newest_of_a_run(tmp_path):
         assert torch.equal(one.tensor(name), other.tensor(name))
 
 
+def test_the_last_of_a_run_that_went_back(tmp_path):
+    """Steps above the newest are of a branch that the run left."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for step in (1, 2, 5):
+        made = save(tmp_path / str(step), seed=step, state=TrainState(step=step))
+        made.path.rename(checkpoints / made.path.name)
+    (checkpoints / "latest").write_text("step-00000002\n")
+    run("average", tmp_path / "run", "--last", 2, "--output", tmp_path / "mean")
+    mean = TensorReader(tmp_path / "mean").manifest["mean_of"]
+    assert sorted(one["step"] for one in mean) == [1, 2]
+
+
 OTHERS = {
     "model": (tiny(norm_eps=1e-3), "model.norm_eps is 1e-05 in the first and 0.001"),
     "depth": (tiny(num_layers=5), "model.num_layers is 4 in the first and 5 in the second"),
