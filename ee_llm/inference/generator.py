@@ -21,10 +21,10 @@ from ee_llm.inference.sampling import Sampling, sample
 class Generation:
     """A finished sequence and all that its tokens are a function of, but for the weights.
 
-    prompt, tokens: token ids; a final end-of-document or stop token is among `tokens`.
+    prompt, tokens: token ids; a final end or stop token is among `tokens`.
     exits: the boundary each token left at. confidences: what the policy measured there.
     logprobs: each token's log probability in its exit's own distribution, before sampling settings.
-    finish_reason: "eod" end of document, "stop" a stop token, "length" as many tokens as asked for,
+    finish_reason: "eod" an end token, "stop" a stop token, "length" as many tokens as asked for,
     "context" the sequence is longer than the model's max_seq_length and no row can follow, "abort"
     it was given up, "error" it could not go on, for the reason in `error`; it may have no token.
     policy: the one in force; the strategies "full" and "verify" have every exit off.
