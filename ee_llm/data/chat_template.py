@@ -21,7 +21,7 @@ class ChatTemplate:
     """A chat template, ready to render conversations.
 
     The template is a program from whoever made the model. It runs in jinja2's sandbox: it reaches
-    no file and changes nothing, but it can take time.
+    no file and changes nothing, but it can take time and memory.
     """
 
     def __init__(self, source: str, where: str, variables: Mapping[str, str] | None = None) -> None:
