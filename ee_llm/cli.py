@@ -256,17 +256,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         report(str(error))
         status = 1 if isinstance(error, RuntimeError) else 2
-        if is_launched():
-            with contextlib.suppress(OSError):  # nobody may read any more
-                sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)  # threads that wait for other ranks would turn it into an abort
-        return status
+        return _ended(status)
     except KeyboardInterrupt:
         if not is_launched():
             complain("interrupted")
-        return 128 + signal.SIGINT
+        return _ended(128 + signal.SIGINT)
     return 0
+
+
+def _ended(status: int) -> int:
+    """Return the status of a command that failed; end the process with it if it is a rank.
+
+    Python's own end would wait for threads that wait for other ranks, and abort.
+    """
+    if is_launched():
+        with contextlib.suppress(OSError):  # nobody may read any more
+            sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _leave_out_working_directory() -> None:

@@ -2,8 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -196,13 +195,14 @@ class Decoder(ABC):
         return UpdateStream(self, self._sequences[request.id], updates)
 
     def generate(
-        self, requests: Items[Request], on_update: Callable[[Update], None] | None = None
+        self, requests: Iterable[Request], on_update: Callable[[Update], None] | None = None
     ) -> list[Generation]:
         """Return the generation of each request, in their order; raises ValueError as `add` does.
 
         If one of them cannot be added, none is, and none goes on after an exception. Raises
         ValueError, too, if one was aborted meanwhile, once all others have ended.
         """
+        requests = list(requests)
         added: list[Sequence] = []
         inbox: deque[Update] = deque()
         finished: dict[str, Generation] = {}

@@ -1,5 +1,6 @@
 """Files of one JSON object per line, with limits on what comes from outside."""
 
+import codecs
 import json
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,8 @@ def read_objects(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each line's place, for errors, and the JSON object on it; raises ValueError."""
     for number, line in enumerate(read_lines(file, source, max_size), start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)  # editors on Windows write it
         where = f"{source}, line {number}"
         if line.strip():
             yield where, parse_object(line, where)

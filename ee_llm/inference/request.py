@@ -86,6 +86,10 @@ class Request:
                 f"strategy {self.strategy!r} with draft {self.draft}: verify needs a draft, and no"
                 " other strategy has one"
             )
+        if isinstance(self.stop_strings, str):
+            raise ValueError(
+                f"stop_strings is the string {self.stop_strings!r}; give a tuple of strings"
+            )
         if "" in self.stop_strings:
             raise ValueError("a stop string is empty; leave it out")
 

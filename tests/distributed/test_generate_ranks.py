@@ -274,6 +274,27 @@ def test_a_rank_that_hangs_ends_all(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["one process", "pipeline 2"])
+def test_ctrl_c_ends_a_batch_with_one_line(place: Path, tmp_path: Path, layout: str) -> None:
+    """Ranks that were interrupted aborted: threads that wait for others outlived the main one."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job may ignore it
+    try:
+        arguments = (*_long_batch(place, tmp_path), *LAYOUTS.get(layout, ()))
+        with started(place, "generate", *arguments) as process:
+            _wait_for(tmp_path / "out.jsonl", 3, process)
+            ranks = _ranks(process, 2) if layout in LAYOUTS else []
+            for pid in (process.pid, *ranks):  # a terminal sends it to all of them
+                os.kill(pid, signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert process.returncode == 128 + signal.SIGINT
+    said = "stopped by SIGINT" if layout in LAYOUTS else "interrupted"
+    assert err.splitlines()[-1] == f"ee-llm: {said}"
+    assert not re.search("Traceback|terminate|SIGABRT", err)
+    assert len(records(tmp_path / "out.jsonl")) == 3
+
+
+@pytest.mark.parametrize("layout", ["one process", "pipeline 2"])
 def test_a_batch_that_was_killed_goes_on(place: Path, tmp_path: Path, layout: str) -> None:
     """Killed, not asked to end; the rest is done in another layout, with the same records."""
     arguments = _long_batch(place, tmp_path)

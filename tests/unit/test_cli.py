@@ -185,7 +185,10 @@ def test_an_interrupt_is_no_traceback(
     assert capsys.readouterr().err == "ee-llm: interrupted\n"
     # Every rank is interrupted with its launcher, which says so for all.
     monkeypatch.setenv(rank._LAUNCHED, "1")
-    assert cli.main(["fail"]) == 130
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fail"])
+    assert ended.value.code == 130
     assert capsys.readouterr().err == ""
 
 

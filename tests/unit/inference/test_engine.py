@@ -83,6 +83,10 @@ BAD: dict[str, tuple[Callable[[], Request], str]] = {
         lambda: make_request("bad", stop_strings=("x", "")),
         "a stop string is empty",
     ),
+    "a stop string without a tuple around it": (
+        lambda: make_request("bad", stop_strings="END"),
+        "stop_strings is the string 'END'; give a tuple of strings",
+    ),
     "an unknown strategy": (
         lambda: make_request("bad", strategy="exakt"),
         "strategy 'exakt' is unknown; choose of exact, full, verify, propagate",
@@ -330,6 +334,8 @@ def test_results_come_in_the_order_of_the_requests() -> None:
     assert sum(len(update.decisions) for update in updates) == sum(lengths)
     assert_idle(engine)
     assert engine.generate([]) == []
+    (from_iterator,) = engine.generate(iter(requests[:1]))
+    assert from_iterator.tokens == made[0].tokens
 
 
 def test_one_bad_request_keeps_all_of_a_batch_out() -> None:

@@ -17,6 +17,16 @@ def _objects(data: bytes, **limits: float) -> list[tuple[str, dict[str, object]]
     return list(read_objects(io.BytesIO(data), "file", **limits))
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line() -> None:
+    """Editors on Windows write one; within a file it is refused as any other text would be."""
+    assert _objects(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}') == [
+        ("file, line 1", {"a": 1}),
+        ("file, line 2", {"a": 2}),
+    ]
+    with pytest.raises(ValueError, match="file, line 2 is no JSON"):
+        _objects(b'{"a": 1}\n\xef\xbb\xbf{"a": 2}')
+
+
 def test_each_object_comes_with_its_line() -> None:
     data = '{"a": 1}\n\n \t\r\n{"b": "é"}\r\n{}'.encode()
     assert _objects(data) == [

@@ -1,0 +1,143 @@
+"""Any mixture of calls and failures: each request's updates arrive once, at whoever made it."""
+
+import random
+from collections import defaultdict
+from contextlib import suppress
+
+import pytest
+import torch
+
+from ee_llm.inference.decoder import Update, UpdateStream
+from ee_llm.inference.generator import Generation
+from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.request import Request
+from ee_llm.inference.scheduler import Plan
+from tests.unit.inference.engines import assert_idle, make_engine
+from tests.unit.inference.fuzz import expected, random_policy, random_request
+from tests.unit.inference.models import random_tensors, tiny_config
+
+
+class OutOfMemory(RuntimeError):
+    """Planted amid a pass."""
+
+
+class User:
+    """Calls an engine at random, and keeps what it got for each request."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.config = tiny_config()
+        self.tensors = random_tensors(self.config, seed)
+        self.engine = make_engine(self.config, tensors=self.tensors, num_blocks=14)
+        self.policies = [random_policy(self.rng, self.config) for _ in range(2)]
+        self.requests: dict[str, Request] = {}
+        self.added: set[str] = set()
+        self.streams: dict[str, UpdateStream] = {}
+        self.got: dict[str, list[Update]] = defaultdict(list)
+        self.num_failures = 0
+        run = self.engine.runner.run
+
+        def fails_at_times(plan: Plan) -> torch.Tensor:
+            self._fail_at_times()
+            logits = run(plan)
+            self._fail_at_times()
+            return logits
+
+        self.engine.runner.run = fails_at_times
+
+    def _fail_at_times(self) -> None:
+        if self.rng.random() < 0.03:
+            self.num_failures += 1
+            raise self.rng.choice([OutOfMemory, KeyboardInterrupt])
+
+    def request(self) -> Request:
+        id = f"r{len(self.requests)}"
+        self.requests[id] = random_request(self.rng, id, self.config, self.policies)
+        return self.requests[id]
+
+    def act(self) -> None:
+        """Do one thing; a failure ends the request of its caller, if it has one, and no other."""
+        actions = [self.add, self.open_stream, self.read_stream, self.drop_stream, self.abort]
+        with suppress(OutOfMemory, KeyboardInterrupt):
+            self.rng.choice([*actions, *[self.step] * 8, *[self.read_stream] * 3, self.generate])()
+        self.engine.scheduler.check_integrity()
+
+    def add(self) -> None:
+        request = self.request()
+        self.engine.add(request)
+        self.added.add(request.id)
+
+    def step(self) -> None:
+        for update in self.engine.step():
+            assert update.id in self.added, "somebody else's update"
+            self.got[update.id].append(update)
+
+    def open_stream(self) -> None:
+        request = self.request()
+        self.streams[request.id] = self.engine.stream(request)
+
+    def read_stream(self) -> None:
+        if not self.streams:
+            return
+        id = self.rng.choice(sorted(self.streams))
+        try:
+            update = next(self.streams[id], None)
+        except BaseException:
+            del self.streams[id]
+            raise
+        if update is None:
+            del self.streams[id]
+        else:
+            assert update.id == id
+            self.got[id].append(update)
+
+    def drop_stream(self) -> None:
+        if self.streams and self.rng.random() < 0.5:
+            self.streams.pop(self.rng.choice(sorted(self.streams)))
+
+    def abort(self) -> None:
+        running = sorted(self.added & self.engine._sequences.keys())
+        if running and self.rng.random() < 0.3:
+            id = self.rng.choice(running)
+            self.added.remove(id)
+            count = sum(len(update.decisions) for update in self.got[id])
+            partial = self.engine.abort(id)
+            assert len(partial.tokens if partial else ()) >= count
+
+    def generate(self) -> None:
+        requests = [self.request() for _ in range(self.rng.randint(1, 3))]
+        self.engine.generate(requests, lambda update: self.got[update.id].append(update))
+
+    def finish(self) -> None:
+        while self.engine.has_work or self.streams:
+            with suppress(OutOfMemory, KeyboardInterrupt):
+                self.step()
+                self.read_stream()
+
+
+def _check(updates: list[Update], wanted: Generation, must_end: bool) -> None:
+    tokens = [decision.token for update in updates for decision in update.decisions]
+    exits = [decision.exit for update in updates for decision in update.decisions]
+    assert tuple(tokens) == wanted.tokens[: len(tokens)]
+    assert tuple(exits) == wanted.exits[: len(exits)]
+    ends = [update.generation for update in updates if update.generation]
+    assert len(ends) <= 1
+    assert not must_end or ends
+    if ends:
+        assert updates[-1].generation is ends[0]
+        assert ends[0].tokens == wanted.tokens == tuple(tokens)
+        assert ends[0].finish_reason == wanted.finish_reason
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_request_gets_its_own_updates_whatever_happens_beside_it(seed: int) -> None:
+    """Streams opened, read, dropped; aborts; out of memory and Ctrl-C amid a pass; few blocks."""
+    user = User(seed)
+    for _ in range(200):
+        user.act()
+    user.finish()
+    assert_idle(user.engine)
+    assert user.num_failures > 0
+    model = ReferenceModel(user.config, user.tensors, torch.float64)
+    for id, request in user.requests.items():
+        _check(user.got[id], expected(model, request), must_end=id in user.added)
