@@ -15,13 +15,13 @@ from ee_llm.config import checks, toml
 from ee_llm.config.base import PathText, Section, default_text, option
 from ee_llm.config.deepspeed import DeepSpeedConfig
 from ee_llm.config.errors import ConfigError, render
+from ee_llm.config.model import ModelConfig
 from ee_llm.config.sections import (
     CheckpointConfig,
     DataConfig,
     ExitsConfig,
     HeadPart,
     LoggingConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     TrainingConfig,

@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ee_llm.config.deepspeed import deepspeed_problems
+from ee_llm.config.limits import MAX_BATCH_SIZE, MAX_FACTOR
 from ee_llm.config.tuning import tuning_problems
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ def _schedule(config: "Config") -> Iterator[str]:
         )
     for name in ("fill_warmup", "fill_cooldown"):
         fills = getattr(parallel, name)
-        if fills != "auto" and fills < 0:
-            yield f"parallel.{name} = {fills} must not be below 0; 0 fills nothing"
+        if fills != "auto" and not 0 <= fills <= MAX_BATCH_SIZE:
+            yield f"parallel.{name} = {fills} must be from 0 to {MAX_BATCH_SIZE}; 0 fills nothing"
         if fills and (parallel.virtual > 1 or parallel.schedule != "1f1b"):
             yield (
                 f"parallel.{name} = {fills} fills the bubbles of plain 1F1B; set it to 0, or "
@@ -193,10 +194,10 @@ def _per_exit_values(config: "Config") -> Iterator[str]:
                 f"(exits.boundaries = {list(exits.boundaries)}); give one for each, the final exit "
                 "not counted"
             )
-        if name == "temperatures" and any(value <= 0 for value in values):
-            yield f"exits.temperatures = {list(values)} must be greater than 0; 1 is neutral"
-        if name != "temperatures" and any(value < 0 for value in values):
-            yield f"exits.{name} = {list(values)} must not be negative; 0 switches a loss off"
+        least = 1 / MAX_FACTOR if name == "temperatures" else 0
+        if any(not least <= value <= MAX_FACTOR for value in values):
+            mend = "1 is neutral" if name == "temperatures" else "0 switches a loss off"
+            yield f"exits.{name} = {list(values)} must be from {least:g} to {MAX_FACTOR:g}; {mend}"
     if exits.weight_schedule == "constant" and any(exits.initial_weights):
         yield (
             f"exits.initial_weights = {list(exits.initial_weights)} has no effect with "

@@ -96,7 +96,10 @@ def _expectation(kind: str, problem: Mapping[str, Any]) -> str:
     }
     if kind in bounds:
         key, words = bounds[kind]
-        return f"must be {words} {context[key]:g}"
+        bound = context[key]
+        return (
+            f"must be {words} {bound:,}" if isinstance(bound, int) else f"must be {words} {bound:g}"
+        )
     if kind == "finite_number":
         return "must be a finite number"
     return str(problem["msg"][0].lower() + problem["msg"][1:])

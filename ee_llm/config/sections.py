@@ -1,4 +1,4 @@
-"""The sections of the configuration: one model each, one documented field per option."""
+"""The sections of the configuration but for the model's, one documented field per option."""
 
 from typing import Annotated, Any, Literal
 
@@ -15,129 +15,19 @@ from ee_llm.config.base import (
     option,
 )
 from ee_llm.config.errors import ConfigError
-from ee_llm.config.shapes import SHAPES, ffn_size, shape_fields
+from ee_llm.config.limits import (
+    MAX_BATCH_SIZE,
+    MAX_FACTOR,
+    MAX_FLOAT,
+    MAX_RANKS,
+    MAX_RATE,
+    MAX_SEED,
+    MAX_STEPS,
+    MAX_TIMEOUT_S,
+    MIN_TIMEOUT_S,
+)
 
 HeadPart = Literal["block", "mlp", "norm"]
-
-
-class ModelConfig(Section):
-    """The transformer: its family, its sizes, its initialization."""
-
-    shape: str | None = option(
-        None,
-        "Ready-made sizes by name: " + ", ".join(SHAPES) + ". Options given beside it override it.",
-        shown="none",
-    )
-    family: Literal["llama", "gpt"] = option(
-        "llama",
-        "llama: RMSNorm, SwiGLU, no biases but those of qkv_bias. gpt: LayerNorm, GELU, biases.",
-    )
-    num_layers: int = option(0, "Number of transformer layers.", shown="from shape", gt=0)
-    hidden_size: int = option(0, "Width of the residual stream.", shown="from shape", gt=0)
-    num_heads: int = option(0, "Number of attention heads (of queries).", shown="from shape", gt=0)
-    num_kv_heads: int = option(
-        0,
-        "Number of key and value heads; fewer than num_heads is grouped-query attention.",
-        shown="num_heads",
-        gt=0,
-    )
-    head_dim: int = option(0, "Width of one attention head.", shown="hidden_size / num_heads", gt=0)
-    ffn_hidden_size: int = option(
-        0,
-        "Width of the MLP.",
-        shown="llama: 8/3 hidden_size rounded up to a multiple of 256; gpt: 4 hidden_size",
-        gt=0,
-    )
-    vocab_size: int = option(
-        0,
-        "Rows of the embedding, in tokens: at least the tokenizer's vocabulary, and a multiple of "
-        "parallel.tensor.",
-        shown="from shape",
-        gt=0,
-    )
-    max_seq_length: int = option(
-        2048, "Longest sequence, in tokens.", shown="from shape, else 2048", gt=0
-    )
-    position: Literal["rope", "learned"] = option(
-        "rope", "Rotary or learned position embedding.", shown="llama: rope; gpt: learned"
-    )
-    rope_theta: float = option(10000.0, "Base of the rotary frequencies.", gt=0)
-    rope_scaling: Literal["none", "linear", "llama3"] = option(
-        "none",
-        "How the rotary frequencies reach beyond the length of pre-training. linear: all are "
-        "divided by rope_factor; llama3: the slow ones are, as in Llama 3.1.",
-    )
-    rope_factor: float = option(1.0, "Divisor of frequencies that rope_scaling slows down.", gt=0)
-    rope_low_freq_factor: float = option(
-        1.0,
-        "For llama3: frequencies with fewer turns than this over rope_original_length are divided "
-        "by the whole rope_factor.",
-        gt=0,
-    )
-    rope_high_freq_factor: float = option(
-        4.0, "For llama3: frequencies with more turns than this stay as they are.", gt=0
-    )
-    rope_original_length: int = option(8192, "For llama3: length of pre-training, in tokens.", gt=0)
-    qkv_bias: bool = option(
-        False,
-        "Whether queries, keys and values have biases; gpt's always do.",
-        shown="llama: false; gpt: true",
-    )
-    qk_norm: bool = option(
-        False,
-        "Whether each head's queries and keys are normed (RMSNorm over head_dim) before they are "
-        "rotated.",
-    )
-    gelu: Literal["erf", "tanh"] = option(
-        "erf", "gpt's GELU: exact, or the approximation by tanh that GPT-2 was trained with."
-    )
-    norm_eps: float = option(1e-5, "Added to the variance in norms.", gt=0)
-    tie_embeddings: bool = option(
-        False, "Whether the final exit's output weight is the word embedding."
-    )
-    dropout: float = option(
-        0.0, "Dropout probability of hidden states and attention weights.", ge=0, lt=1
-    )
-    init_std: float = option(0.02, "Standard deviation of initial weights.", gt=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _resolve(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        name = given.get("shape")
-        if isinstance(name, str):
-            if name not in SHAPES:
-                raise ValueError(
-                    f"model.shape = {name!r} does not exist; choose among {', '.join(SHAPES)}"
-                )
-            given = fill(given, shape_fields(name).items())
-        needed = ("num_layers", "hidden_size", "num_heads", "vocab_size")
-        missing = [f"model.{name}" for name in needed if given.get(name) is None]
-        if missing:
-            raise ValueError(
-                f"{', '.join(missing)}: not given; give a number, or sizes by name with "
-                f"model.shape ({', '.join(SHAPES)})"
-            )
-        family = given.get("family", "llama")
-        hidden_size, num_heads = given.get("hidden_size"), given.get("num_heads")
-        sizes_known = all(type(n) is int and n > 0 for n in (hidden_size, num_heads))
-        if sizes_known and given.get("head_dim") is None and hidden_size % num_heads:
-            raise ValueError(
-                f"model.hidden_size = {hidden_size} is not divisible by model.num_heads = "
-                f"{num_heads}; change one of them or give model.head_dim"
-            )
-        # Where a size is wrong, that is the one problem to report: the 1s keep others from
-        # following.
-        derived = {
-            "position": "learned" if family == "gpt" else "rope",
-            "qkv_bias": family == "gpt",
-            "num_kv_heads": num_heads if sizes_known else 1,
-            "head_dim": hidden_size // num_heads if sizes_known else 1,
-            "ffn_hidden_size": ffn_size(family, hidden_size) if sizes_known else 1,
-        }
-        given = fill(given, derived.items())
-        return given
 
 
 class ExitsConfig(Section):
@@ -177,7 +67,9 @@ class ExitsConfig(Section):
     initial_weights: Floats = option(
         (), "Weight of each exit's loss at step 0, unless the schedule is constant.", shown="0 each"
     )
-    schedule_steps: int = option(1000, "Length of the weight schedule, in steps.", gt=0)
+    schedule_steps: int = option(
+        1000, "Length of the weight schedule, in steps.", gt=0, le=MAX_STEPS
+    )
     temperatures: Floats = option(
         (), "Each exit's logits are divided by its temperature.", shown="1 each"
     )
@@ -210,12 +102,13 @@ Engine = Literal["megatron", "deepspeed"]
 class ParallelConfig(Section):
     """How the model is spread over processes; what is left over is data parallel."""
 
-    tensor: int = option(1, "Tensor-parallel size, in processes.", gt=0)
-    pipeline: int = option(1, "Pipeline-parallel size, in processes.", gt=0)
+    tensor: int = option(1, "Tensor-parallel size, in processes.", gt=0, le=MAX_RANKS)
+    pipeline: int = option(1, "Pipeline-parallel size, in processes.", gt=0, le=MAX_RANKS)
     virtual: int = option(
         1,
         "Stages of each pipeline process; more than 1 interleaves them, for a smaller bubble.",
         gt=0,
+        le=MAX_RANKS,
     )
     schedule: Schedule = option(
         "1f1b",
@@ -239,7 +132,8 @@ class ParallelConfig(Section):
         0.5,
         "Forward time of a stage over its backward time, which decides how many fit; `ee-llm plan "
         "--profile` measures it.",
-        gt=0,
+        ge=1 / MAX_FACTOR,
+        le=MAX_FACTOR,
     )
     layer_split: Integers = option(
         (),
@@ -252,7 +146,12 @@ class ParallelConfig(Section):
         "What sums gradients over data-parallel processes and updates parameters: megatron-core, "
         "or DeepSpeed's ZeRO (see deepspeed), which needs parallel.tensor = parallel.pipeline = 1.",
     )
-    timeout_s: float = option(600.0, "Time-out of any wait for another process, in seconds.", gt=0)
+    timeout_s: float = option(
+        600.0,
+        "Time-out of any wait for another process, in seconds.",
+        ge=MIN_TIMEOUT_S,
+        le=MAX_TIMEOUT_S,
+    )
 
     @property
     def num_stages(self) -> int:
@@ -310,40 +209,47 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """AdamW, its learning rate over time, and clipping."""
 
-    lr: float = option(3e-4, "Highest learning rate.", gt=0)
+    lr: float = option(3e-4, "Highest learning rate.", gt=0, le=MAX_RATE)
     min_lr: float = option(
-        0.0, "Learning rate that the schedule ends in, unless it is constant.", ge=0
+        0.0, "Learning rate that the schedule ends in, unless it is constant.", ge=0, le=MAX_RATE
     )
     schedule: Literal["cosine", "linear", "constant", "wsd"] = option(
         "cosine",
         "Course of the learning rate after warm-up; wsd is constant, then decays at the end.",
     )
-    warmup_steps: int = option(0, "Linear warm-up from 0, in steps.", ge=0)
+    warmup_steps: int = option(0, "Linear warm-up from 0, in steps.", ge=0, le=MAX_STEPS)
     decay_steps: int | None = option(
         None,
         "Step at which min_lr is reached, unless the schedule is constant.",
         shown="training.steps",
         gt=0,
+        le=MAX_STEPS,
     )
     wsd_decay_steps: int = option(
-        0, "Length of the decay at the end of a wsd schedule, in steps.", ge=0
+        0, "Length of the decay at the end of a wsd schedule, in steps.", ge=0, le=MAX_STEPS
     )
-    weight_decay: float = option(0.1, "Decoupled weight decay; norms and biases have none.", ge=0)
+    weight_decay: float = option(
+        0.1, "Decoupled weight decay; norms and biases have none.", ge=0, le=MAX_RATE
+    )
     beta1: float = option(0.9, "Adam's decay of the gradient's mean, per step.", ge=0, lt=1)
     beta2: float = option(0.95, "Adam's decay of the gradient's square, per step.", ge=0, lt=1)
-    eps: float = option(1e-8, "Adam's term against division by zero.", gt=0)
-    clip_grad: float = option(1.0, "Largest global gradient norm; 0 is no clipping.", ge=0)
+    eps: float = option(1e-8, "Adam's term against division by zero.", gt=0, le=1)
+    clip_grad: float = option(
+        1.0, "Largest global gradient norm; 0 is no clipping.", ge=0, le=MAX_FLOAT
+    )
 
 
 class TrainingConfig(Section):
     """How long, in what portions and in what precision to train."""
 
-    steps: int = option(1000, "Number of optimizer steps.", gt=0)
+    steps: int = option(1000, "Number of optimizer steps.", gt=0, le=MAX_STEPS)
     micro_batch_size: int = option(
-        1, "Sequences in one forward pass of one data-parallel rank.", gt=0
+        1, "Sequences in one forward pass of one data-parallel rank.", gt=0, le=MAX_BATCH_SIZE
     )
-    global_batch_size: int = option(8, "Sequences in one optimizer step, over all ranks.", gt=0)
-    seed: int = option(1234, "Seed of initialization, data order and dropout.", ge=0)
+    global_batch_size: int = option(
+        8, "Sequences in one optimizer step, over all ranks.", gt=0, le=MAX_BATCH_SIZE
+    )
+    seed: int = option(1234, "Seed of initialization, data order and dropout.", ge=0, le=MAX_SEED)
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
         "auto",
         "Precision of forward and backward passes; auto is bfloat16 on a GPU, on a CPU the faster "
@@ -355,19 +261,27 @@ class TrainingConfig(Section):
         "attention (and of llama's MLPs), or whole layers.",
     )
     eval_interval: int = option(
-        100, "Steps between validations; 0 is none, and needs no share of data.split.", ge=0
+        100,
+        "Steps between validations; 0 is none, and needs no share of data.split.",
+        ge=0,
+        le=MAX_STEPS,
     )
-    eval_steps: int = option(10, "Global batches in one validation.", gt=0)
+    eval_steps: int = option(10, "Global batches in one validation.", gt=0, le=MAX_STEPS)
     max_bad_steps: int = option(
-        10, "Steps in a row with a NaN or infinite loss or gradient after which to stop.", gt=0
+        10,
+        "Steps in a row with a NaN or infinite loss or gradient after which to stop.",
+        gt=0,
+        le=MAX_STEPS,
     )
 
 
 class CheckpointConfig(Section):
     """When to save, what to keep, what to start from."""
 
-    interval: int = option(1000, "Steps between saves; 0 saves at the end only.", ge=0)
-    keep_last: int = option(3, "Number of checkpoints to keep; 0 keeps all.", ge=0)
+    interval: int = option(
+        1000, "Steps between saves; 0 saves at the end only.", ge=0, le=MAX_STEPS
+    )
+    keep_last: int = option(3, "Number of checkpoints to keep; 0 keeps all.", ge=0, le=MAX_STEPS)
     resume: PathText = option(
         "auto",
         "auto goes on from the newest checkpoint in output if there is one, never starts afresh, "
@@ -386,7 +300,7 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     """What is reported where; the console and log.jsonl always are."""
 
-    interval: int = option(10, "Steps between reports.", gt=0)
+    interval: int = option(10, "Steps between reports.", gt=0, le=MAX_STEPS)
     trace_steps: Integers = option(
         (),
         "Steps (from 1) whose pipeline actions are written with their times to "

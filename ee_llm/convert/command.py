@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -46,6 +45,7 @@ from ee_llm.convert.source import NewExits, open_source
 
 OnTensor = Callable[[str, int], None]
 
+_MAX_SHARD_GB = 1_000_000  # a petabyte, in bytes still far from the end of 64 bits
 _OF_CHECKPOINTS = ("dense", "truncate_at", "max_shard_gb")
 _UNUSED = {
     HUGGING_FACE: (*_OF_CHECKPOINTS, "dtype", "revision"),
@@ -108,9 +108,9 @@ def _check(options: ConvertOptions, kind: str) -> None:
         )
     if options.dense and options.truncate_at is not None:
         raise ValueError("--dense and --truncate-at are two models; choose one of them")
-    if not 0 < options.max_shard_gb < math.inf:
+    if not 0 < options.max_shard_gb <= _MAX_SHARD_GB:
         raise ValueError(
-            f"--max-shard-gb {options.max_shard_gb}: give a finite size greater than 0"
+            f"--max-shard-gb {options.max_shard_gb}: give a size above 0, up to {_MAX_SHARD_GB:,}"
         )
     if options.max_shard_gb != default.max_shard_gb and options.to != "hf":
         raise ValueError(f"--max-shard-gb has no effect with --to {options.to}; leave it out")

@@ -39,6 +39,7 @@ from ee_llm.data.indexed import IndexedTokens, IndexedWriter, Tokens, token_dtyp
 from ee_llm.data.tokenizer import Tokenizer, load_tokenizer
 
 _CHUNK_BYTES = 1 << 20  # of text, the unit of work that is handed to a worker
+_MAX_WORKERS = 1024  # each takes memory for the tokenizer and for documents under way
 _POOL_BYTES = 8 << 20  # below this much text the start of worker processes is not worth it
 
 _Item = TypeVar("_Item")
@@ -121,8 +122,10 @@ def prepare(options: PrepareOptions) -> PrepareReport:
     ValueError for what is wrong with the inputs (file and line or byte), the tokenizer or the
     output.
     """
-    if options.workers < 0:
-        raise ValueError(f"workers = {options.workers}: give a number of processes, or 0")
+    if not 0 <= options.workers <= _MAX_WORKERS:
+        raise ValueError(
+            f"--workers {options.workers}: give a number of processes up to {_MAX_WORKERS:,}, or 0"
+        )
     tokenizer = load_tokenizer(options.tokenizer, options.eos_token)
     _ = tokenizer.eod  # before any work: a tokenizer may have no such token
     sources, skipped = find_sources(

@@ -15,6 +15,7 @@ from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import CheckpointError, TensorReader
 from ee_llm.checkpoint.verify import Report, size_of, verify
 from ee_llm.config import Config
+from ee_llm.config.limits import MAX_TIMEOUT_S, MIN_TIMEOUT_S
 from ee_llm.data.tokenizer import load_tokenizer
 from ee_llm.edit.average import averaged, open_all
 from ee_llm.edit.class_aware import ClassMeans, Windows, class_means
@@ -133,6 +134,11 @@ def check_add_exits(options: AddExitsOptions) -> Config:
     if output is None and not reader.config().exits.boundaries:
         output = "own" if is_class_aware else "shared"
     config = config_with(reader, options.exits, options.head, output)
+    if not MIN_TIMEOUT_S <= options.timeout_s <= MAX_TIMEOUT_S:
+        raise ValueError(
+            f"--timeout-s {options.timeout_s}: give a number from {MIN_TIMEOUT_S} to "
+            f"{MAX_TIMEOUT_S:,.0f}"
+        )
     if not is_class_aware:
         for name, unset in (
             ("data", ()),
@@ -155,6 +161,13 @@ def check_add_exits(options: AddExitsOptions) -> Config:
         raise ValueError(
             "--initialization class-aware looks at data; give --data with the prefixes of what "
             "'ee-llm data prepare' made"
+        )
+    num_kv_heads = config.model.num_kv_heads
+    if options.tensor < 1 or num_kv_heads % options.tensor:
+        divisors = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
+        raise ValueError(
+            f"--tensor {options.tensor} does not divide num_kv_heads = {num_kv_heads}; give one of "
+            f"{divisors}"
         )
     longest = config.model.max_seq_length
     if options.seq_length is not None and not 1 <= options.seq_length <= longest:

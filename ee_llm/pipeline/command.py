@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ee_llm.config import Config, ConfigError, load_config
+from ee_llm.config.limits import MAX_BATCH_SIZE, MAX_FACTOR, MAX_LAYERS, MAX_RANKS
 from ee_llm.pipeline import describe
 from ee_llm.pipeline.advise import Advice, advise, config_lines, within_limit
 from ee_llm.pipeline.chosen import FILLS, chosen_fills
@@ -59,12 +60,22 @@ def _ratio(pieces: Pieces) -> float:
     return max(0.001, round(pieces.layer.forward / pieces.layer.backward, 3))
 
 
+_MOST = {
+    "stages": MAX_RANKS,
+    "microbatches": MAX_BATCH_SIZE,
+    "nproc": MAX_RANKS,
+    "layers": MAX_LAYERS,
+    "virtual": MAX_RANKS,
+    "width": 100_000,  # characters, more than any terminal or file has in a line
+}
+
+
 def _check(options: PlanOptions) -> None:
     """Raise ValueError for options that do not go together."""
-    for name in ("stages", "microbatches", "nproc", "layers", "virtual", "width"):
+    for name, most in _MOST.items():
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: give 1 or more")
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"--{name} {value}: give a number from 1 to {most:,}")
     if options.profile and options.config is None:
         raise ValueError("--profile measures a model: name its configuration with --config FILE")
     if options.profile and options.costs is not None:
@@ -75,8 +86,10 @@ def _check(options: PlanOptions) -> None:
         raise ValueError(f"--memory-limit {options.memory_limit:g} bounds what --advise looks for")
     if options.memory_limit is not None and not options.memory_limit > 0:
         raise ValueError(f"--memory-limit {options.memory_limit:g}: give a number above 0")
-    if not 0 <= options.logits_size < math.inf:
-        raise ValueError(f"--logits-size {options.logits_size}: give a number from 0")
+    if not 0 <= options.logits_size <= MAX_FACTOR:
+        raise ValueError(
+            f"--logits-size {options.logits_size}: give a number from 0 to {MAX_FACTOR:,.0f}"
+        )
     if options.nproc is not None and options.config is None:
         raise ValueError(
             f"--nproc {options.nproc} is of the run in a --config FILE: name that, or leave it out"

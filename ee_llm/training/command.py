@@ -17,6 +17,7 @@ from ee_llm.config import (
     read_options,
     section_types,
 )
+from ee_llm.config.limits import MAX_RANKS
 from ee_llm.config.tuning import DEFAULT_SEQ_LENGTH
 from ee_llm.launch import launch
 from ee_llm.streams import ignore_output_trouble
@@ -51,37 +52,34 @@ def train_options() -> Any:
     return _options(section_types(), {}, set())
 
 
-def tune_options() -> Any:
+def tune_options(*, is_for_help: bool = False) -> Any:
     """Return the type of `ee-llm tune`'s options: as `train_options`, with help for tuning.
 
-    Options that tuning refuses, and the model's, which are the checkpoint's, can be given but are
-    not in the help.
+    For help, it lacks options that tuning refuses and the model's, which are the checkpoint's.
     """
     sections = section_types()
     ordered = {name: sections[name] for name in (*_TUNE_SECTIONS, *sections)}
-    hidden = {f"model.{name}" for name in sections["model"].model_fields} | _NOT_FOR_TUNING
-    return _options(ordered, _TUNE_DEFAULTS, hidden)
+    if not is_for_help:
+        return _options(ordered, _TUNE_DEFAULTS, set())
+    del ordered["model"]
+    return _options(ordered, _TUNE_DEFAULTS, _NOT_FOR_TUNING)
 
 
 def _options(
-    sections: Mapping[str, type[Section]], defaults: Mapping[str, str], hidden: Collection[str]
+    sections: Mapping[str, type[Section]], defaults: Mapping[str, str], left_out: Collection[str]
 ) -> Any:
-    """Return a TypedDict of `sections`; `defaults` and `hidden` are by dotted name."""
+    """Return a TypedDict of `sections`; `defaults` and `left_out` are by dotted name."""
     typed_dict: Any = TypedDict  # type checkers know the literal form only
-    suppress: Any = tyro.conf.Suppress
 
     def options(model: Any, prefix: str) -> dict[str, Any]:
         fields = {}
         for name, field in model.model_fields.items():
-            if name in section_types() and model is Config:
+            if (name in section_types() and model is Config) or prefix + name in left_out:
                 continue
-            default = defaults.get(prefix + name, f"default: {default_text(field)}")
-            if prefix + name in defaults and default != "required":
-                default = f"default: {default}"
-            argument = tyro.conf.arg(help=field.description, help_behavior_hint=f"({default})")
+            default = defaults.get(prefix + name, default_text(field))
+            hint = "(required)" if default == "required" else f"(default: {default})"
+            argument = tyro.conf.arg(help=field.description, help_behavior_hint=hint)
             fields[name] = Annotated[field.annotation, argument]
-            if prefix + name in hidden:
-                fields[name] = suppress[fields[name]]
         return fields
 
     parts = {}
@@ -145,7 +143,8 @@ def train(arguments: list[str]) -> None:
 def tune(arguments: list[str]) -> None:
     """Run `ee-llm tune`; raises ConfigError."""
     summary = "Tune exits of an existing model as a TOML file describes, all else frozen"
-    path, nproc, overrides = _parse_run("tune", summary, arguments, tune_options())
+    options = tune_options(is_for_help=not {"-h", "--help"}.isdisjoint(arguments))
+    path, nproc, overrides = _parse_run("tune", summary, arguments, options)
     given = read_options(path, overrides)
     section = given.get("tuning")
     source = section.get("checkpoint") if isinstance(section, dict) else None
@@ -197,8 +196,8 @@ def _check_start(config: Config, nproc: int | None) -> None:
             f"{os.environ['WORLD_SIZE']} processes; leave --nproc out"
         )
     world_size = platform.launched_world_size()
-    if nproc is not None and nproc < 1:
-        raise ConfigError(f"--nproc = {nproc}: give 1 or more")
+    if nproc is not None and not 1 <= nproc <= MAX_RANKS:
+        raise ConfigError(f"--nproc = {nproc}: give a number from 1 to {MAX_RANKS:,}")
     if not config.data.prefixes:
         raise ConfigError(
             "data.prefixes = [] names nothing to train on; make data with 'ee-llm data prepare' "

@@ -130,7 +130,7 @@ MISTAKES = {
         ["--tuning.checkpoint", "runs/a", "--exits.boundaries", "2"],
         "tuning.checkpoint = runs/a is for 'ee-llm tune', .*give checkpoint.initial",
     ),
-    "no processes": (["--nproc", "0"], "--nproc = 0: give 1 or more"),
+    "no processes": (["--nproc", "0"], "--nproc = 0: give a number from 1 to 65,536"),
 }
 
 

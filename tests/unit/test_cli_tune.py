@@ -63,6 +63,16 @@ def test_data_are_prepared_with_the_tokenizer_of_a_run(
     assert "1 documents, 5 tokens" in capsys.readouterr().out
 
 
+def test_options_that_help_leaves_out_can_be_given(
+    source: Path, tuned: list[Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--tuning.checkpoint", str(source), "--data.prefixes", "corpus"]
+    assert cli.main(["tune", *arguments, "--model.dropout", "0.5"]) == 0
+    assert tuned[0].model.dropout == 0.5
+    assert cli.main(["tune", *arguments, "--parallel.schedule", "zero-bubble"]) == 2
+    assert "parallel.schedule = zero-bubble is about" in capsys.readouterr().err
+
+
 def test_help_shows_what_tuning_uses_and_what_it_requires_first(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ CROSS_FIELD = {
     ),
     "a negative number of fills": (
         {"parallel.fill_warmup": -1},
-        "parallel.fill_warmup = -1 must not be below 0; 0 fills nothing",
+        "parallel.fill_warmup = -1 must be from 0 to 65536; 0 fills nothing",
     ),
     "steps to trace that never come": (
         {"logging.trace_steps": (0, 5), "training.steps": 9},
@@ -131,11 +131,11 @@ CROSS_FIELD = {
     ),
     "negative weight": (
         {"exits.boundaries": (2,), "exits.weights": (-0.1,)},
-        "exits.weights = [-0.1] must not be negative; 0 switches a loss off",
+        "exits.weights = [-0.1] must be from 0 to 1e+06; 0 switches a loss off",
     ),
     "temperature of zero": (
         {"exits.boundaries": (2,), "exits.temperatures": (0.0,)},
-        "exits.temperatures = [0.0] must be greater than 0; 1 is neutral",
+        "exits.temperatures = [0.0] must be from 1e-06 to 1e+06; 1 is neutral",
     ),
     "initial weights without a schedule": (
         {"exits.boundaries": (2,), "exits.initial_weights": (0.5,)},

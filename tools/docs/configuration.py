@@ -82,9 +82,27 @@ def type_text(annotation: Any) -> str:
     return words[annotation]
 
 
+def range_text(field: FieldInfo) -> str:
+    """Return the bounds of a number, such as ", at least 0, below 1"; "" for none."""
+    limits = {
+        name: getattr(limit, name)
+        for limit in field.metadata
+        for name in _LIMITS
+        if hasattr(limit, name)
+    }
+    return "".join(f", {_LIMITS[name]} {_shown(value)}" for name, value in limits.items())
+
+
+def _shown(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+
+
+_LIMITS = {"gt": "above", "ge": "at least", "le": "at most", "lt": "below"}
+
+
 def option_row(name: str, field: FieldInfo) -> str:
     """Return an option's row in its section's table."""
-    kind = type_text(field.annotation).replace("|", "\\|")
+    kind = type_text(field.annotation).replace("|", "\\|") + range_text(field)
     return f"| `{name}` | {field.description} | {kind} | {default_text(field)} |"
 
 

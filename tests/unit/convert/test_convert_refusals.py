@@ -351,7 +351,7 @@ def test_shards_have_a_size(tmp_path, capsys, size):
     source = ours(tmp_path / "ours").path
     output = ("--output", tmp_path / "x")
     found = refusal(capsys, source, "--to", "hf", "--max-shard-gb", size, *output)
-    assert "give a finite size greater than 0" in found
+    assert "give a size above 0, up to 1,000,000" in found
     found = refusal(capsys, source, "--dense", "--max-shard-gb", 2, *output)
     assert "--max-shard-gb has no effect with --to ee-llm" in found
 

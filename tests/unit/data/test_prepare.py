@@ -264,9 +264,10 @@ def test_output_directory_without_permission(tmp_path: Path):
         prepare(options(path, locked / "out"))
 
 
-def test_negative_workers(tmp_path: Path):
-    with pytest.raises(ValueError, match="workers = -1"):
-        prepare(options(tmp_path, tmp_path / "out", workers=-1))
+@pytest.mark.parametrize("workers", [-1, 1025, 2**64])
+def test_numbers_of_workers(tmp_path: Path, workers: int):
+    with pytest.raises(ValueError, match=f"--workers {workers}: give a number of processes up to"):
+        prepare(options(tmp_path, tmp_path / "out", workers=workers))
 
 
 def test_data_of_another_tokenizer(tmp_path: Path, sentencepiece_model: Path):

@@ -238,7 +238,10 @@ EIGHT = ("--stages", "4", "--microbatches", "8")
     [
         (("--microbatches", "8"), "--stages: not given; give a number, or a run's --config FILE"),
         (("--stages", "4"), "--microbatches: not given"),
-        (("--stages", "4", "--microbatches", "0"), "--microbatches 0: give 1 or more"),
+        (
+            ("--stages", "4", "--microbatches", "0"),
+            "--microbatches 0: give a number",
+        ),
         (
             ("--stages", "4", "--microbatches", "6", "--virtual", "2"),
             "--microbatches 6 with 2 stages per rank (--virtual, --layer-split): they are passed "
@@ -297,7 +300,7 @@ EIGHT = ("--stages", "4", "--microbatches", "8")
             "--layers = 24 is below 40 stages (--stages = 40), each of which needs a layer; lower "
             "--stages or --virtual",
         ),
-        (("--config", "run.toml", "--nproc", "0"), "--nproc 0: give 1 or more"),
+        (("--config", "run.toml", "--nproc", "0"), "--nproc 0: give a number from 1 to 65,536"),
         ((*EIGHT, "--nproc", "8"), "--nproc 8 is of the run in a --config FILE"),
         (
             (*EIGHT, "--nproc", "8", "--config", "run.toml"),

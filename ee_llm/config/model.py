@@ -1,0 +1,155 @@
+"""The model's section of the configuration."""
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from ee_llm.config.base import Section, fill, option
+from ee_llm.config.limits import (
+    MAX_FACTOR,
+    MAX_FLOAT,
+    MAX_LAYERS,
+    MAX_SEQ_LENGTH,
+    MAX_VOCAB_SIZE,
+    MAX_WIDTH,
+)
+from ee_llm.config.shapes import SHAPES, ffn_size, shape_fields
+
+
+class ModelConfig(Section):
+    """The transformer: its family, its sizes, its initialization."""
+
+    shape: str | None = option(
+        None,
+        "Ready-made sizes by name: " + ", ".join(SHAPES) + ". Options given beside it override it.",
+        shown="none",
+    )
+    family: Literal["llama", "gpt"] = option(
+        "llama",
+        "llama: RMSNorm, SwiGLU, no biases but those of qkv_bias. gpt: LayerNorm, GELU, biases.",
+    )
+    num_layers: int = option(
+        0, "Number of transformer layers.", shown="from shape", gt=0, le=MAX_LAYERS
+    )
+    hidden_size: int = option(
+        0, "Width of the residual stream.", shown="from shape", gt=0, le=MAX_WIDTH
+    )
+    num_heads: int = option(
+        0, "Number of attention heads (of queries).", shown="from shape", gt=0, le=MAX_WIDTH
+    )
+    num_kv_heads: int = option(
+        0,
+        "Number of key and value heads; fewer than num_heads is grouped-query attention.",
+        shown="num_heads",
+        gt=0,
+        le=MAX_WIDTH,
+    )
+    head_dim: int = option(
+        0, "Width of one attention head.", shown="hidden_size / num_heads", gt=0, le=MAX_WIDTH
+    )
+    ffn_hidden_size: int = option(
+        0,
+        "Width of the MLP.",
+        shown="llama: 8/3 hidden_size rounded up to a multiple of 256; gpt: 4 hidden_size",
+        gt=0,
+        le=MAX_WIDTH,
+    )
+    vocab_size: int = option(
+        0,
+        "Rows of the embedding, in tokens: at least the tokenizer's vocabulary, and a multiple of "
+        "parallel.tensor.",
+        shown="from shape",
+        gt=0,
+        le=MAX_VOCAB_SIZE,
+    )
+    max_seq_length: int = option(
+        2048, "Longest sequence, in tokens.", shown="from shape, else 2048", gt=0, le=MAX_SEQ_LENGTH
+    )
+    position: Literal["rope", "learned"] = option(
+        "rope", "Rotary or learned position embedding.", shown="llama: rope; gpt: learned"
+    )
+    rope_theta: float = option(10000.0, "Base of the rotary frequencies.", gt=0, le=MAX_FLOAT)
+    rope_scaling: Literal["none", "linear", "llama3"] = option(
+        "none",
+        "How the rotary frequencies reach beyond the length of pre-training. linear: all are "
+        "divided by rope_factor; llama3: the slow ones are, as in Llama 3.1.",
+    )
+    rope_factor: float = option(
+        1.0, "Divisor of frequencies that rope_scaling slows down.", gt=0, le=MAX_FACTOR
+    )
+    rope_low_freq_factor: float = option(
+        1.0,
+        "For llama3: frequencies with fewer turns than this over rope_original_length are divided "
+        "by the whole rope_factor.",
+        gt=0,
+        le=MAX_FACTOR,
+    )
+    rope_high_freq_factor: float = option(
+        4.0,
+        "For llama3: frequencies with more turns than this stay as they are.",
+        gt=0,
+        le=MAX_FACTOR,
+    )
+    rope_original_length: int = option(
+        8192, "For llama3: length of pre-training, in tokens.", gt=0, le=MAX_SEQ_LENGTH
+    )
+    qkv_bias: bool = option(
+        False,
+        "Whether queries, keys and values have biases; gpt's always do.",
+        shown="llama: false; gpt: true",
+    )
+    qk_norm: bool = option(
+        False,
+        "Whether each head's queries and keys are normed (RMSNorm over head_dim) before they are "
+        "rotated.",
+    )
+    gelu: Literal["erf", "tanh"] = option(
+        "erf", "gpt's GELU: exact, or the approximation by tanh that GPT-2 was trained with."
+    )
+    norm_eps: float = option(1e-5, "Added to the variance in norms.", gt=0, le=1)
+    tie_embeddings: bool = option(
+        False, "Whether the final exit's output weight is the word embedding."
+    )
+    dropout: float = option(
+        0.0, "Dropout probability of hidden states and attention weights.", ge=0, lt=1
+    )
+    init_std: float = option(0.02, "Standard deviation of initial weights.", gt=0, le=MAX_FACTOR)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        name = given.get("shape")
+        if isinstance(name, str):
+            if name not in SHAPES:
+                raise ValueError(
+                    f"model.shape = {name!r} does not exist; choose among {', '.join(SHAPES)}"
+                )
+            given = fill(given, shape_fields(name).items())
+        needed = ("num_layers", "hidden_size", "num_heads", "vocab_size")
+        missing = [f"model.{name}" for name in needed if given.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing)}: not given; give a number, or sizes by name with "
+                f"model.shape ({', '.join(SHAPES)})"
+            )
+        family = given.get("family", "llama")
+        hidden_size, num_heads = given.get("hidden_size"), given.get("num_heads")
+        sizes_known = all(type(n) is int and n > 0 for n in (hidden_size, num_heads))
+        if sizes_known and given.get("head_dim") is None and hidden_size % num_heads:
+            raise ValueError(
+                f"model.hidden_size = {hidden_size} is not divisible by model.num_heads = "
+                f"{num_heads}; change one of them or give model.head_dim"
+            )
+        # Where a size is wrong, that is the one problem to report: the 1s keep others from
+        # following.
+        derived = {
+            "position": "learned" if family == "gpt" else "rope",
+            "qkv_bias": family == "gpt",
+            "num_kv_heads": num_heads if sizes_known else 1,
+            "head_dim": hidden_size // num_heads if sizes_known else 1,
+            "ffn_hidden_size": ffn_size(family, hidden_size) if sizes_known else 1,
+        }
+        given = fill(given, derived.items())
+        return given
