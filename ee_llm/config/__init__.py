@@ -118,7 +118,11 @@ class Config(Section):
     @property
     def depth(self) -> int:
         """Number of layers that are built: all, or those up to the last exit tuned."""
-        return max(self.built_exits, default=self.model.num_layers)
+        num_layers = self.model.num_layers
+        if not self.is_tuning:
+            return num_layers
+        # An exit behind the last layer is a mistake, told by the checks of exits.
+        return min(max(self.tuning.exits, default=num_layers), num_layers)
 
     def to_toml(self) -> str:
         """This configuration as a TOML file that `load_config` reads back as an equal one."""

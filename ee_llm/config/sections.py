@@ -211,7 +211,10 @@ class OptimizerConfig(Section):
 
     lr: float = option(3e-4, "Highest learning rate.", gt=0, le=MAX_RATE)
     min_lr: float = option(
-        0.0, "Learning rate that the schedule ends in, unless it is constant.", ge=0, le=MAX_RATE
+        0.0,
+        "Learning rate after the last step of the schedule, unless it is constant.",
+        ge=0,
+        le=MAX_RATE,
     )
     schedule: Literal["cosine", "linear", "constant", "wsd"] = option(
         "cosine",
@@ -220,7 +223,7 @@ class OptimizerConfig(Section):
     warmup_steps: int = option(0, "Linear warm-up from 0, in steps.", ge=0, le=MAX_STEPS)
     decay_steps: int | None = option(
         None,
-        "Step at which min_lr is reached, unless the schedule is constant.",
+        "Step after which the rate is min_lr, unless the schedule is constant.",
         shown="training.steps",
         gt=0,
         le=MAX_STEPS,

@@ -1,5 +1,6 @@
 """Read prompts: from an option, a file, standard input, or a batch file of JSON objects."""
 
+import difflib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -131,8 +132,10 @@ def _from_line(options: GenerateOptions, record: dict[str, Any], where: str, id:
         if name in _KINDS:
             continue
         if name not in _OWN:
-            names = ", ".join([*_KINDS, "id", *sorted(_OWN)])
-            raise ValueError(f"{where}: {short(name)} is unknown; choose from {names}")
+            known = [*_KINDS, "id", *sorted(_OWN)]
+            near = difflib.get_close_matches(name, known, n=1)
+            mend = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+            raise ValueError(f"{where}: {short(name)} is unknown; {mend}")
         try:
             own[name] = _OWN[name](value)
         except (TypeError, OverflowError):

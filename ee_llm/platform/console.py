@@ -14,9 +14,12 @@ def is_rank_zero() -> bool:
 
 
 def log(message: str) -> None:
-    """Print a line to standard error from rank 0; rich markup is understood."""
+    """Print a line to standard error from rank 0; rich markup is understood.
+
+    Only terminals wrap it: in a file it stays one line, to be searched and parsed.
+    """
     if is_rank_zero():
-        console.print(message)
+        console.print(message, soft_wrap=True)
 
 
 def progress_bar(

@@ -66,6 +66,9 @@ class RunLog:
         self._file: _JsonLines | None = None
         self._progress: Progress | None = None
         self._is_trouble_noted = False
+        # The first step is slower than others, and the second may have a report of its own.
+        second, interval = start_step + 2, config.logging.interval
+        self._estimate_step = second if second % interval and second < self._steps else None
         self._step = start_step
         self._reported = start_step
         self._tokens = 0
@@ -86,6 +89,18 @@ class RunLog:
         self._tokens += tokens
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step)
+            if step == self._estimate_step:
+                self._print_estimate()
+
+    def _print_estimate(self) -> None:
+        """Print how long the run will take, early: the first report may be hours away."""
+        assert self._progress is not None
+        seconds = (time.perf_counter() - self._since) / (self._step - self._reported)
+        left = datetime.timedelta(seconds=round((self._steps - self._step) * seconds))
+        self._progress.console.print(
+            f"step {self._step}/{self._steps} · {seconds:.3g} s per step · ETA {left}",
+            soft_wrap=True,
+        )
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write training metrics of `step`, with the speed since the last report added."""

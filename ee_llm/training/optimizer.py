@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 
 from ee_llm import platform
 from ee_llm.training import adam
@@ -160,7 +161,7 @@ def take_step(optimizer: MegatronOptimizer, *, clip_grad: float) -> StepResult:
     """
     if optimizer.prepare_grads():
         return StepResult(False, math.inf)  # a gradient scaler found an overflow
-    grad_norm = float(optimizer.get_grad_norm())
+    grad_norm = _grad_norm(optimizer)
     if not math.isfinite(grad_norm):
         return StepResult(False, grad_norm)
     if clip_grad > 0 and grad_norm > clip_grad:
@@ -169,6 +170,23 @@ def take_step(optimizer: MegatronOptimizer, *, clip_grad: float) -> StepResult:
             # The small constant is megatron-core's and torch's: it guards a norm of zero.
             torch._foreach_mul_(gradients, clip_grad / (grad_norm + 1e-6))
     return StepResult(bool(optimizer.step_with_ready_grads()), grad_norm)
+
+
+def _grad_norm(optimizer: MegatronOptimizer) -> float:
+    """Return the global norm of the gradients, in the precision that they are in.
+
+    megatron-core computes in float32, and so would limit float64 runs, which compare layouts, to
+    seven digits wherever gradients are clipped. Collective over all ranks.
+    """
+    if optimizer.config.params_dtype != torch.float64:
+        return float(optimizer.get_grad_norm())
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    gradients = [grad for part in parts for grad in part.get_main_grads_for_grad_norm()]
+    total = torch.zeros((), dtype=torch.float64, device=platform.device())
+    for grad in gradients:
+        total += grad.square().sum()
+    dist.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())
+    return math.sqrt(float(total))
 
 
 def _gradients(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:

@@ -26,14 +26,15 @@ class ScheduleOptions(Protocol):
 def learning_rate(step: int, options: ScheduleOptions, total_steps: int) -> float:
     """Return the learning rate of step 1, 2, ... of a run of `total_steps` steps.
 
-    Warm-up is lr * step / warmup_steps. After it, with u = (step - warmup_steps) / (end -
-    warmup_steps) and end = `decay_steps` (default `total_steps`), so that step warmup_steps has
-    the full rate and step `end` the lowest:
+    Warm-up is lr * step / warmup_steps. After it, with u = (step - 1 - warmup_steps) / (end -
+    warmup_steps) and end = `decay_steps` (default `total_steps`). So the lowest rate is reached
+    when step `end` is done, as in Megatron-LM and torchtitan: the last step trains, even if the
+    lowest rate is 0, and so does a run of one step.
 
     - cosine: min_lr + (lr - min_lr) * (1 + cos(pi u)) / 2 (Loshchilov and Hutter, 1608.03983)
     - linear: lr - (lr - min_lr) * u
     - constant: lr
-    - wsd: lr until `wsd_decay_steps` before the end, then linear (MiniCPM, 2404.06395)
+    - wsd: lr up to `wsd_decay_steps` before the end, then linear (MiniCPM, 2404.06395)
 
     After `end` every decaying schedule stays at `min_lr`.
 
@@ -53,11 +54,23 @@ def learning_rate(step: int, options: ScheduleOptions, total_steps: int) -> floa
     start = options.warmup_steps
     if options.schedule == "wsd":
         start = max(start, end - options.wsd_decay_steps)
-    if step >= end:
+    if step > end:
         return options.min_lr
-    if step <= start:
+    if step - 1 <= start:
         return options.lr
-    behind = (step - start) / (end - start)
+    behind = (step - 1 - start) / (end - start)
     if options.schedule == "cosine":
         return options.min_lr + (options.lr - options.min_lr) * (1 + math.cos(math.pi * behind)) / 2
     return options.lr - (options.lr - options.min_lr) * behind
+
+
+def wasted_steps(options: ScheduleOptions, total_steps: int) -> str:
+    """Return a warning if the last steps of a run have a learning rate of 0, "" if they train."""
+    end = options.decay_steps
+    if end is None or end >= total_steps or learning_rate(total_steps, options, total_steps) > 0:
+        return ""
+    return (
+        f"steps {end + 1} to {total_steps} train nothing: their learning rate is optimizer.min_lr "
+        f"= 0, as optimizer.decay_steps = {end}; give optimizer.min_lr, or leave "
+        "optimizer.decay_steps out"
+    )

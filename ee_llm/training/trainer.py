@@ -34,7 +34,7 @@ from ee_llm.training.logging import (
 )
 from ee_llm.training.optimizer import set_learning_rate
 from ee_llm.training.precision import choose_dtype
-from ee_llm.training.schedule import learning_rate
+from ee_llm.training.schedule import learning_rate, wasted_steps
 from ee_llm.training.signals import StopSignals
 from ee_llm.training.together import (
     during,
@@ -158,6 +158,8 @@ class _Trainer:
             where = f" with {escape(str(self.initial))}"
         if config.is_tuning:
             platform.log(escape(tuned_part(config)))
+        if warning := wasted_steps(config.optimizer, config.training.steps):
+            platform.log(f"[yellow]{escape(warning)}[/yellow]")
         platform.log(
             f"{what}{where}: {config.training.dtype}, tensor {grid.tensor_size} x pipeline "
             f"{grid.pipeline_size} x data {grid.data_size}, log in "

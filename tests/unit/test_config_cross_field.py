@@ -256,6 +256,14 @@ CROSS_FIELD = {
 }
 
 
+def test_a_boundary_behind_the_model_does_not_change_its_number_of_layers() -> None:
+    """Exits 2 and 9 of 8 layers were said to make model.num_layers = 9, no multiple of 2."""
+    for tuning in ({}, {"tuning.checkpoint": "runs/a"}):
+        found = message({"exits.boundaries": (2, 9), "parallel.pipeline": 2} | tuning)
+        assert found.startswith("exits.boundaries = [2, 9]: boundary 9 is outside 1..7")
+        assert "\n" not in found
+
+
 @pytest.mark.parametrize("case", CROSS_FIELD)
 def test_cross_field_checks_name_options_values_and_mend(case: str) -> None:
     overrides, expected = CROSS_FIELD[case]

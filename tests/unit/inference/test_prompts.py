@@ -154,11 +154,15 @@ def test_a_line_that_is_no_object_or_has_no_id_of_its_own_ends_the_batch(
         ({"prompt": ""}, "\"prompt\" is ''; it must be a text, and not empty"),
         ({"prompt": ["a"]}, r"\"prompt\" is \['a'\]; it must be a text"),
         ({"prompt": "\ud800"}, r"\"prompt\" is '\\ud800'; it must be a text"),
+        ({"promt": "a"}, r"'promt' is unknown; did you mean 'prompt'\?"),
         (
-            {"promt": "a"},
-            "'promt' is unknown; choose from prompt, messages, prompt_token_ids, id, bos",
+            {"prompt": "a", "temprature": 1},
+            r"'temprature' is unknown; did you mean 'temperature'\?",
         ),
-        ({"prompt": "a", "temprature": 1}, "'temprature' is unknown; choose from .*temperature"),
+        (
+            {"prompt": "a", "xyz": 1},
+            "'xyz' is unknown; choose from prompt, messages, .*temperature",
+        ),
         ({"prompt": "a", "output": "/etc/passwd"}, "'output' is unknown"),
         ({"prompt": "a", "checkpoint": "x"}, "'checkpoint' is unknown"),
         ({"prompt": "a", "seed": "1"}, "'seed' can not be '1'"),

@@ -79,9 +79,38 @@ def test_every_report_is_a_line_with_the_speed(tmp_path, console, monkeypatch):
     assert validation["lm loss validation"] == 1.0
     assert event == {"step": 2, "event": "saved", "path": "step-00000002", "note": "é"}
     assert second["tokens-per-second"] == 1000.0
-    shown = console.getvalue().splitlines()
+    _, *shown = console.getvalue().splitlines()  # the first line is the second step's estimate
     assert shown[0].startswith("step 2/100 · lm loss 5.5 · grad-norm inf · learning-rate 0.001")
     assert shown[0].endswith("500 tokens/s · ETA 0:03:16")
+
+
+@pytest.mark.parametrize(("start", "interval", "expected"), [(0, 10, 2), (6, 10, 8), (0, 2, None)])
+def test_the_second_step_tells_how_long_the_run_takes(
+    tmp_path, console, monkeypatch, start, interval, expected
+):
+    """With slow steps and an interval of 10, nothing was printed for a long time."""
+    now = [100.0]
+    monkeypatch.setattr(logging.time, "perf_counter", lambda: now[0])
+    config = make_config(tmp_path, logging__interval=interval)
+    with RunLog(config, start_step=start) as log:
+        for step in range(start + 1, start + 5):
+            now[0] += 60.0
+            log.advance(step, tokens=1000)
+            if step == start + 1:
+                log.restart_clock()  # as training does
+    shown = console.getvalue()
+    if expected is None:
+        assert shown == ""
+    else:
+        left = (100 - expected) // 60, (100 - expected) % 60
+        assert shown == f"step {expected}/100 · 60 s per step · ETA {left[0]}:{left[1]:02}:00\n"
+    assert lines(tmp_path) == []  # no record: a resumed run's log equals an unstopped one's
+
+
+def test_lines_are_as_long_as_they_are_where_no_terminal_wraps_them(console):
+    message = "a long line " * 30
+    platform.log(message)
+    assert console.getvalue() == message + "\n"
 
 
 def test_lines_of_steps_that_are_taken_again_move_aside(tmp_path, console):

@@ -3,7 +3,7 @@
 import pytest
 
 from ee_llm.config import OptimizerConfig
-from ee_llm.training.schedule import SCHEDULES, learning_rate
+from ee_llm.training.schedule import SCHEDULES, learning_rate, wasted_steps
 
 
 def rates(steps, total=100, **options):
@@ -20,7 +20,7 @@ def test_warmup_is_linear_and_reaches_the_full_rate(schedule):
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        # warm-up ends at 20, decay at 100: u = 0, 1/4, 1/2, 3/4, 1, and beyond
+        # after warm-up (20) and before the step after decay (100): u = 0, 1/4, 1/2, 3/4, 1, beyond
         ("cosine", [1.0, 0.2 + 0.4 * (1 + 0.5**0.5), 0.6, 0.2 + 0.4 * (1 - 0.5**0.5), 0.2, 0.2]),
         ("linear", [1.0, 0.8, 0.6, 0.4, 0.2, 0.2]),
         ("constant", [1.0] * 6),
@@ -29,30 +29,47 @@ def test_warmup_is_linear_and_reaches_the_full_rate(schedule):
     ],
 )
 def test_decay(schedule, expected):
-    steps = [20, 40, 60, 80, 100, 120]
+    steps = [21, 41, 61, 81, 101, 121]
     found = rates(steps, schedule=schedule, warmup_steps=20, wsd_decay_steps=40)
     assert found == pytest.approx(expected)
 
 
 def test_decay_steps_end_the_decay_before_the_run():
-    assert rates([25, 50, 75], schedule="linear", decay_steps=50, min_lr=0.0) == [0.5, 0.0, 0.0]
+    assert rates([26, 51, 75], schedule="linear", decay_steps=50, min_lr=0.0) == [0.5, 0.0, 0.0]
 
 
-def test_without_warmup_the_first_step_is_nearly_full():
-    assert rates([1], schedule="linear", min_lr=0.0) == pytest.approx([0.99])
+def test_without_warmup_the_first_step_is_full():
+    assert rates([1, 2], schedule="linear", min_lr=0.0) == pytest.approx([1.0, 0.99])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("total", [1, 2, 100])
+def test_the_last_step_trains(schedule, total):
+    """With a lowest rate of 0 it had the rate 0, and a run of one step trained nothing."""
+    options = {"schedule": schedule, "min_lr": 0.0, "wsd_decay_steps": 1}
+    assert all(rate > 0 for rate in rates(range(1, total + 1), total, **options))
 
 
 def test_wsd_decay_longer_than_the_run_begins_after_warmup():
-    found = rates([10, 55, 100], schedule="wsd", warmup_steps=10, wsd_decay_steps=1000)
+    found = rates([11, 56, 101], schedule="wsd", warmup_steps=10, wsd_decay_steps=1000)
     assert found == pytest.approx([1.0, 0.6, 0.2])
 
 
-def test_wsd_without_decay_steps_stays_until_the_last():
-    assert rates([99, 100], schedule="wsd") == [1.0, 0.2]
+def test_wsd_without_decay_steps_stays_to_the_last():
+    assert rates([99, 100, 101], schedule="wsd") == [1.0, 1.0, 0.2]
 
 
 def test_warmup_longer_than_the_run():
     assert rates([50], total=10, warmup_steps=100) == [0.5]
+
+
+def test_steps_that_train_nothing_are_said():
+    wasteful = OptimizerConfig(schedule="linear", decay_steps=50)
+    assert wasted_steps(wasteful, 100).startswith("steps 51 to 100 train nothing: ")
+    for options in ({}, {"decay_steps": 100}, {"decay_steps": 50, "min_lr": 1e-9}):
+        assert wasted_steps(OptimizerConfig(**options), 100) == ""
+    for schedule in ("constant", "cosine"):
+        assert wasted_steps(OptimizerConfig(schedule=schedule, warmup_steps=10), 5) == ""
 
 
 def test_errors():
