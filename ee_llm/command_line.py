@@ -31,15 +31,38 @@ def parse(
 ) -> Any:
     """Return the options in `arguments` as an instance of `kind`; exits with status 2 for bad ones.
 
+    Raises ValueError for an empty path.
+
     Args:
         kind: a dataclass, or a function whose parameters are the options.
         prog: the command as users type it, for help and errors.
         options: the dataclass or TypedDict that has the options where `kind` is a function.
         settings: passed on to `tyro.cli`.
     """
+    _refuse_empty_paths(arguments, options or kind)
     lists = {f"--{_spelled(name)}": found for name, found in _lists(options or kind)}
     found = tyro.cli(kind, prog=prog, args=gather_lists(arguments, lists), **settings)
     return _with_home(found) if dataclasses.is_dataclass(found) else found
+
+
+def _refuse_empty_paths(arguments: Sequence[str], kind: Any) -> None:
+    """Raise ValueError for an option with an empty path, which would be the working directory."""
+    paths = {
+        f"--{_spelled(name)}"
+        for name, annotation in typing.get_type_hints(kind).items()
+        if Path in (*_members(annotation), *typing.get_args(annotation))
+    }
+    name = ""
+    for argument in arguments:
+        value = argument
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            value = value if equals else name
+        if not value and _spelled(name) in paths:
+            raise ValueError(
+                f"{name} is given an empty path; name a file or folder, and check that a shell "
+                "variable in the command is set"
+            )
 
 
 def gather_lists(arguments: Sequence[str], lists: Mapping[str, _List]) -> list[str]:

@@ -161,7 +161,7 @@ def stated_bos(checkpoint: Path) -> bool | None:
     if not _is_own(path):
         return None
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_bytes())
         stated = settings.get("add_bos_token")
         kind = settings.get("tokenizer_class")
     except (ValueError, AttributeError) as error:

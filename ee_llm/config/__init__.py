@@ -205,7 +205,7 @@ def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise ConfigError(f"{path}: is a directory; give a TOML file in it")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         # The nearest existing file is the likeliest mend.
         others = [str(other) for other in path.parent.glob("*.toml")]

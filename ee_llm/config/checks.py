@@ -221,6 +221,8 @@ def _exit_head(config: "Config") -> Iterator[str]:
 
 def _data(config: "Config") -> Iterator[str]:
     data = config.data
+    if "" in data.prefixes:
+        yield f"data.prefixes = {list(data.prefixes)} has an empty path; leave it out"
     if data.weights and len(data.weights) != len(data.prefixes):
         yield (
             f"data.weights = {list(data.weights)} has {len(data.weights)} values for "

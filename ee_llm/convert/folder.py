@@ -146,7 +146,7 @@ class Folder:
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raises CheckpointError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: expected a JSON object in it") from None
     except (OSError, ValueError, RecursionError) as error:

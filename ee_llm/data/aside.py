@@ -18,6 +18,8 @@ class AsideFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        if path.is_dir():
+            raise ValueError(f"output {path}: is a folder; choose another output")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._aside.open("wb")

@@ -149,7 +149,7 @@ def _chat_template(
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{path} is larger than {_MAX_BYTES // 2**20} MiB. Shorten it.")
         try:
-            return path.read_text(encoding="utf-8"), path
+            return path.read_text(encoding="utf-8-sig"), path
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read: {error}. Fetch it again.") from None
     path, stated = folder / TOKENIZER_CONFIG, own.get("chat_template")

@@ -65,7 +65,7 @@ def read_pieces(path: Path) -> Pieces:
     Raises ValueError, naming file and key, for whatever is not as `KEYS` says.
     """
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; --costs-output writes one") from None
     except OSError as error:

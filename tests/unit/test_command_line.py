@@ -86,6 +86,16 @@ def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert options.paths == (Path("/home/me/a"), Path("b~"))
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--output", ""], ["--output="], ["--paths", "a", ""], ["--json", "--paths="]]
+)
+def test_an_empty_path_is_refused(arguments: list[str]) -> None:
+    """`--inputs "$TEXTS"` without the variable would read the working directory."""
+    with pytest.raises(ValueError, match=r"--(output|paths) is given an empty path; name a file"):
+        parsed(*arguments)
+    assert parsed("--stop", "", "--paths", "a").stop == ("",)
+
+
 def test_options_in_sections() -> None:
     def given(*arguments: str) -> dict[str, Any]:
         found = parse(train_options(), "test", arguments, use_underscores=True)

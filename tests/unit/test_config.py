@@ -207,7 +207,18 @@ def test_the_page_of_all_options_is_up_to_date() -> None:
         import configuration
     finally:
         sys.path.pop(0)
-    assert configuration.PAGE.read_text(encoding="utf-8") == configuration.page()
+    page = configuration.page()
+    assert configuration.PAGE.read_text(encoding="utf-8") == page
+    # Sections by the names of options, such as checkpoint, took these out of [tuning].
+    for section, model in section_types().items():
+        table = page.partition(f"## [{section}]")[2].partition("\n## ")[0]
+        assert [name for name in model.model_fields if f"| `{name}` |" not in table] == []
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tiny: Path) -> None:
+    plain = load_config(tiny)
+    tiny.write_bytes(b"\xef\xbb\xbf" + tiny.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_config(tiny) == plain
 
 
 def test_every_shipped_configuration_loads() -> None:

@@ -249,6 +249,10 @@ CROSS_FIELD = {
         {"model.gelu": "tanh"},
         "model.gelu = tanh has no effect with model.family = llama, whose MLP is SwiGLU; leave",
     ),
+    "an empty path": (
+        {"data.prefixes": ("a", "")},
+        "data.prefixes = ['a', ''] has an empty path; leave it out",
+    ),
     "decay of a schedule without one": (
         {"optimizer.wsd_decay_steps": 10},
         "optimizer.wsd_decay_steps = 10 has no effect with optimizer.schedule = cosine; set it",

@@ -107,9 +107,10 @@ def option_row(name: str, field: FieldInfo) -> str:
 
 
 def option_table(model: type[Section]) -> str:
-    """Return the table of the options of `model`, its sub-sections left out."""
+    """Return the table of the options of `model`, its sections left out."""
+    sections = section_types() if model is Config else {}
     fields = model.model_fields.items()
-    rows = [option_row(name, field) for name, field in fields if name not in section_types()]
+    rows = [option_row(name, field) for name, field in fields if name not in sections]
     return "\n".join(["| option | meaning | type | default |", "| --- | --- | --- | --- |", *rows])
 
 

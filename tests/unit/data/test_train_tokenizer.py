@@ -128,5 +128,8 @@ def test_bad_options(tmp_path: Path):
         options = TrainTokenizerOptions((path,), tmp_path / "a.model", max_megabytes=size)
         with pytest.raises(ValueError, match=f"--max-megabytes {size}: give a number above 0"):
             train_tokenizer(options)
+    (tmp_path / "b.model").mkdir()
+    with pytest.raises(ValueError, match=r"output .*b\.model: is a folder; choose another"):
+        train_tokenizer(TrainTokenizerOptions((path,), tmp_path / "b.model"))
     with pytest.raises(ValueError, match=r"a\.txt/b\.model: can not be written"):
         train_tokenizer(TrainTokenizerOptions((path,), path / "b.model"))

@@ -121,6 +121,13 @@ def test_the_configuration_of_a_run_is_shown_and_options_win(plan):
     assert "exits at boundary 1 on" in plan("--config", config, "--exits", "1,2,3")
 
 
+def test_costs_may_begin_with_a_byte_order_mark(plan, costs):
+    options = ("--stages", 4, "--microbatches", 8, "--costs", costs)
+    found = plan(*options)
+    costs.write_bytes(b"\xef\xbb\xbf" + costs.read_bytes())
+    assert plan(*options) == found
+
+
 def test_auto_fills_as_much_as_is_useful(plan, costs):
     dense = ("--stages", 4, "--microbatches", 8, "--json", "-")
     options = (*dense, "--exits", 6)
