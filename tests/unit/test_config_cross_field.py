@@ -262,7 +262,7 @@ CROSS_FIELD = {
 
 def test_a_boundary_behind_the_model_does_not_change_its_number_of_layers() -> None:
     """Exits 2 and 9 of 8 layers were said to make model.num_layers = 9, no multiple of 2."""
-    for tuning in ({}, {"tuning.checkpoint": "runs/a"}):
+    for tuning in ({}, {"tuning.checkpoint": "runs/a", "parallel.layer_split": (4, 4)}):
         found = message({"exits.boundaries": (2, 9), "parallel.pipeline": 2} | tuning)
         assert found.startswith("exits.boundaries = [2, 9]: boundary 9 is outside 1..7")
         assert "\n" not in found
