@@ -83,7 +83,9 @@ class Source:
 
     def _read(self, key: str) -> Tensor:
         tensor = self.folder.tensor(key)
-        if count := tensor.numel() - int(torch.isfinite(tensor).sum()):
+        # The extremes need no memory, and are NaN where any weight is.
+        if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+            count = tensor.numel() - int(tensor.isfinite().sum())
             self.non_finite[key] = f"{count} of {tensor.numel()}"
         return tensor
 

@@ -294,7 +294,7 @@ def requirements(*extras: str) -> dict[str, Requirement]:
 def test_the_core_stays_small() -> None:
     assert set(requirements()) == {
         "torch", "megatron-core", "numpy", "pydantic", "tyro", "sentencepiece", "tokenizers",
-        "safetensors", "rich", "matplotlib",
+        "safetensors", "rich", "matplotlib", "jinja2",
         # What megatron-core needs and does not declare.
         "psutil", "einops", "packaging",
     }  # fmt: skip
