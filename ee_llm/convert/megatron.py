@@ -73,7 +73,7 @@ def open_megatron(
     if new_exits is not None:
         rows = copied_exits(rows, config)
     origin = Origin(config.model.family, where, "the vocabulary", _TIE)
-    name = _tokenizer(opened.arguments, origin, config, tokenizer)
+    name = _tokenizer(opened.arguments, origin, config, tokenizer, notes)
     notes.append(
         f"iteration {opened.iteration}: the weights alone were converted, not the states of the "
         "optimizer and of random generators"
@@ -158,7 +158,11 @@ def _cut(rows: dict[str, Row], config: Config, padded: int) -> dict[str, Row]:
 
 
 def _tokenizer(
-    arguments: Mapping[str, Any], origin: Origin, config: Config, given: str | None
+    arguments: Mapping[str, Any],
+    origin: Origin,
+    config: Config,
+    given: str | None,
+    notes: list[str],
 ) -> str:
     if given is None:
         names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
@@ -167,4 +171,4 @@ def _tokenizer(
             f"{origin.settings} name a tokenizer, which is no part of the checkpoint"
             f"{f' ({said})' if said else ''}; give its path with --tokenizer, or 'bytes'"
         )
-    return fitting_tokenizer(given, config, origin)
+    return fitting_tokenizer(given, config, origin, notes)

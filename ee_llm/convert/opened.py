@@ -1,6 +1,6 @@
 """A model from elsewhere that is ready to be read, and the proof that it is what it says."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -113,13 +113,23 @@ def training_options(tensors: Tensors, table: Table) -> dict[str, str]:
     return {"dtype": dtypes.pop()}
 
 
-def fitting_tokenizer(name: str, config: Config, origin: Origin) -> str:
-    """Return the tokenizer's name, after proving that the model fits it."""
-    vocabulary = load_tokenizer(name).vocab_size
+def fitting_tokenizer(name: str, config: Config, origin: Origin, notes: list[str]) -> str:
+    """Return the tokenizer's name, after proving that the model fits it; add what to know to notes.
+
+    Raises CheckpointError if the tokenizer has more tokens than the model.
+    """
+    tokenizer = load_tokenizer(name)
+    vocabulary = tokenizer.vocab_size
     if vocabulary > config.model.vocab_size:
         raise CheckpointError(
             f"{name} has {vocabulary} tokens, but {origin.vocabulary} = {config.model.vocab_size} "
             f"in {origin.settings}; expected the tokenizer that the model was trained with"
+        )
+    if unused := tokenizer.tokens_without_row:
+        notes.append(
+            f"{name} adds tokens that the embedding has no row for ({origin.vocabulary} = "
+            f"{config.model.vocab_size}); they are left out: {', '.join(unused[:_MOST_NAMED])}"
+            f"{_others(unused[_MOST_NAMED - 1 :])}"
         )
     return name
 
@@ -205,5 +215,5 @@ def _place(folder: Tensors) -> Path:
     return files.pop() if len(files) == 1 else folder.path
 
 
-def _others(keys: list[str]) -> str:
+def _others(keys: Sequence[str]) -> str:
     return f" (and {len(keys) - 1} more)" if keys[1:] else ""

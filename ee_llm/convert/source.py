@@ -72,7 +72,7 @@ def open_source(
     rows = _without_prefix(rows, family.table, folder)
     tie = ("tie_word_embeddings", "true", "false")
     origin = Origin(folder.settings["model_type"], str(where), "vocab_size", tie)
-    name = _tokenizer(folder, config, origin, tokenizer)
+    name = _tokenizer(folder, config, origin, tokenizer, notes)
     names = _kept(folder, tokenizer)
     files = {f"{ORIGIN}/{name}": (folder.path / name).read_bytes() for name in names}
     source = prove(Source(folder, origin, config, rows, {}, name, notes, files), family.table)
@@ -127,7 +127,9 @@ def _kept(folder: Folder, given: str | None) -> list[str]:
     return [name for name in there if is_kept or name not in _OF_TOKENIZERS]
 
 
-def _tokenizer(folder: Folder, config: Config, origin: Origin, given: str | None) -> str:
+def _tokenizer(
+    folder: Folder, config: Config, origin: Origin, given: str | None, notes: list[str]
+) -> str:
     """Return the tokenizer as `data.tokenizer` names one, after proving that the model fits it."""
     found = [str(folder.path / name) for name in TOKENIZERS if (folder.path / name).is_file()]
     if given is None and not found:
@@ -135,4 +137,4 @@ def _tokenizer(folder: Folder, config: Config, origin: Origin, given: str | None
             f"{folder.path / TOKENIZERS[0]} is missing: expected the model's tokenizer; give "
             "another place with --tokenizer, or 'bytes'"
         )
-    return fitting_tokenizer(given or found[0], config, origin)
+    return fitting_tokenizer(given or found[0], config, origin, notes)

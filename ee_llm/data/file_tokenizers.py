@@ -1,5 +1,6 @@
 """Tokenizers that live in a file: SentencePiece models and the tokenizers library's JSON."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -34,6 +35,7 @@ class FileTokenizer:
     bos: int | None
     adds_bos = False
     special_tokens: Mapping[str, int]
+    tokens_without_row: Sequence[str] = ()
 
     def __init__(self, path: Path, eos_token: str | None) -> None:
         self.path = path
@@ -75,6 +77,13 @@ class FileTokenizer:
             return (self.eod,)
         except ValueError:
             return ()
+
+    def _has_row(self, token: int) -> bool:
+        """Return whether the model's embedding has a row for an added token.
+
+        Many models have a padding token beside their vocabulary that they were never trained with.
+        """
+        return self.settings.num_rows is None or token < self.settings.num_rows
 
     @property
     def _own_eos(self) -> int | None:
@@ -125,8 +134,10 @@ class SentencePieceTokenizer(FileTokenizer):
             for i in range(self._num_pieces)
             if self._model.is_control(i) or self._model.is_unknown(i)
         }
-        added = {t: a for t, a in self.settings.added.items() if a.id >= self._num_pieces}
-        special = {t: a.id for t, a in self.settings.added.items() if a.is_special}
+        self._added = {t: a for t, a in self.settings.added.items() if self._has_row(a.id)}
+        self.tokens_without_row = [t for t in self.settings.added if t not in self._added]
+        added = {t: a for t, a in self._added.items() if a.id >= self._num_pieces}
+        special = {t: a.id for t, a in self._added.items() if a.is_special}
         self.special_tokens = {**control, **special}
         self._added_texts = {a.id: "" if a.is_special else t for t, a in added.items()}
         self.vocab_size = max([self._num_pieces, *(i + 1 for i in self._added_texts)])
@@ -169,7 +180,7 @@ class SentencePieceTokenizer(FileTokenizer):
 
     def _parse(self, text: str) -> Iterator[int]:
         """Yield the ids of a text between special tokens and of these."""
-        names = {**{t: a.id for t, a in self.settings.added.items()}, **self.special_tokens}
+        names = {**{t: a.id for t, a in self._added.items()}, **self.special_tokens}
         pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
         parts = re.split(f"({pattern})", text) if names else [text]
         for index, part in enumerate(parts):
@@ -203,8 +214,8 @@ class SentencePieceTokenizer(FileTokenizer):
         return eos if (eos := self._model.eos_id()) >= 0 else None
 
     def _find(self, token: str) -> int | None:
-        if token in self.settings.added:
-            return self.settings.added[token].id
+        if token in self._added:
+            return self._added[token].id
         found: int = self._model.piece_to_id(token)
         return found if self._model.id_to_piece(found) == token else None
 
@@ -217,6 +228,10 @@ class HuggingFaceTokenizer(FileTokenizer):
     def __init__(self, path: Path, eos_token: str | None = None) -> None:
         super().__init__(path, eos_token)
         self._model = self._load()
+        decoder = self._model.get_added_tokens_decoder()
+        self.tokens_without_row = [t.content for i, t in decoder.items() if not self._has_row(i)]
+        if self.tokens_without_row:
+            self._model = self._load()
         self._model.encode_special_tokens = True  # as text, letter by letter
         self._is_byte_pair = type(self._model.model).__name__ == "BPE"
         self._vocabulary: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
@@ -252,6 +267,8 @@ class HuggingFaceTokenizer(FileTokenizer):
 
         try:
             model = tokenizers.Tokenizer.from_str(self._content.decode())
+            if self.tokens_without_row:
+                model = tokenizers.Tokenizer.from_str(self._content_with_rows())
         except Exception as error:  # the library raises plain Exception
             raise ValueError(
                 f"{self.path}: not a tokenizer.json of the tokenizers library: {error}"
@@ -270,6 +287,12 @@ class HuggingFaceTokenizer(FileTokenizer):
                     token.special = True
                 model.add_special_tokens([token])
         return model
+
+    def _content_with_rows(self) -> str:
+        """Return the file's content without `tokens_without_row`: the library cannot remove one."""
+        content = json.loads(self._content)
+        content["added_tokens"] = [t for t in content["added_tokens"] if self._has_row(t["id"])]
+        return json.dumps(content, ensure_ascii=False)
 
     def _find(self, token: str) -> int | None:
         return self._vocabulary.get(token)

@@ -37,8 +37,9 @@ class TokenSettings:
     eos_ids, bos_id: from generation_config.json, else from config.json. texts: the special tokens
     by role ("bos_token", "eos_token", ...), from tokenizer_config.json, else from
     special_tokens_map.json. has_no_bos: tokenizer_config.json says that there is no such token.
-    added: tokens by their text. chat_template: None, one template, or several by name.
-    template_path: the file that holds them.
+    num_rows: the number of rows of the model's embedding, from config.json. added: tokens by their
+    text. chat_template: None, one template, or several by name. template_path: the file that holds
+    them.
     """
 
     eos_ids: tuple[int, ...] = ()
@@ -46,6 +47,7 @@ class TokenSettings:
     texts: Mapping[str, str] = field(default_factory=dict)
     has_no_bos: bool = False
     is_legacy: bool = True
+    num_rows: int | None = None
     added: Mapping[str, AddedToken] = field(default_factory=dict)
     chat_template: str | Mapping[str, str] | None = None
     template_path: Path | None = None
@@ -71,6 +73,7 @@ def read_token_settings(folder: Path) -> TokenSettings:
         if (text := _text(stated)) is not None:
             texts[role] = text
     by_id = [_read(folder / name) for name in _ID_FILES]
+    num_rows = by_id[-1].get("vocab_size")
     template, path = _chat_template(folder, own)
     return TokenSettings(
         eos_ids=next((ids for one in by_id if (ids := _ids(one.get("eos_token_id")))), ()),
@@ -78,6 +81,7 @@ def read_token_settings(folder: Path) -> TokenSettings:
         texts=texts,
         has_no_bos="bos_token" in own and "bos_token" not in texts,
         is_legacy=own.get("legacy") is not False,
+        num_rows=num_rows if type(num_rows) is int and num_rows > 0 else None,
         added=_added(own, _read(folder / _ADDED_TOKENS), texts),
         chat_template=template,
         template_path=path,

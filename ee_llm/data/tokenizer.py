@@ -47,6 +47,13 @@ class Tokenizer(Protocol):
         """Ids of the special tokens by their text."""
 
     @property
+    def tokens_without_row(self) -> Sequence[str]:
+        """Added tokens of the tokenizer's files that the model's embedding has no row for.
+
+        They are no tokens here: a text that spells one out is encoded as any other text.
+        """
+
+    @property
     def settings(self) -> TokenSettings:
         """What the files beside the tokenizer say."""
 
@@ -79,6 +86,7 @@ class BytesTokenizer:
     bos = None
     adds_bos = False
     special_tokens: Mapping[str, int] = {}
+    tokens_without_row: Sequence[str] = ()
     settings = TokenSettings()
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:

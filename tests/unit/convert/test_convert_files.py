@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from ee_llm.checkpoint.read import TensorReader
@@ -14,6 +15,7 @@ from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.cli import main
 from ee_llm.config import Config
 from ee_llm.convert import export
+from ee_llm.data.tokenizer import load_tokenizer
 from tests.unit.checkpoint.checkpoints import reseal
 from tests.unit.convert.folders import edit_tensors, make_folder, make_tokenizer, tensors_of
 from tests.unit.convert.test_convert_exits import ours, refusal, save_ours
@@ -231,3 +233,15 @@ def test_weights_that_are_not_finite_are_said(tmp_path, capsys):
         "2 tensors have weights that are infinite or NaN: model.layers.1.self_attn.k_proj.weight "
         "(3 of 576), model.norm.weight (1 of 36). The model's outputs will not be finite"
     )
+
+
+def test_a_padding_token_without_a_row_does_not_stop_a_conversion(tmp_path, capsys):
+    make_folder(tmp_path / "in")
+    path = tmp_path / "in" / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save(str(path))
+    assert main(["convert", str(tmp_path / "in"), "--output", str(tmp_path / "ours")]) == 0
+    assert "no row for (vocab_size = 300); they are left out: <pad>" in capsys.readouterr().out
+    assert load_tokenizer(TensorReader(tmp_path / "ours").tokenizer()).vocab_size == size

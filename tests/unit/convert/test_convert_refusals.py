@@ -65,6 +65,13 @@ def _tensors(**changes: torch.Tensor | None):
     return edit
 
 
+def _larger_vocabulary(folder):
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["zz"] = 300
+    path.write_text(json.dumps(tokenizer))
+
+
 def _settings(**changes):
     return lambda folder: edit_settings(folder, **changes)
 
@@ -164,8 +171,8 @@ CASES = {
         r"= 5",
     ),
     "vocabulary that is not the tokenizer's": (
-        {"vocabulary": 301},
-        lambda folder: None,
+        {},
+        _larger_vocabulary,
         (),
         r"tokenizer.json has 301 tokens, but vocab_size = 300 in .*config.json; expected the "
         r"tokenizer that the model was trained with",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from ee_llm.checkpoint.tokenizer import ORIGIN, settings_of
 from ee_llm.data.chat_template import load_chat_template
@@ -211,3 +212,52 @@ def test_a_checkpoint_carries_what_its_tokenizers_files_state(tmp_path: Path) ->
     assert load_tokenizer(kept).eod == load_tokenizer(folder / "tokenizer.json").eod
     assert settings_of(str(kept)) == settings_of(str(folder / "tokenizer.json"))
     assert settings_of("bytes") == {}
+
+
+def _with_padding(name: str, folder: Path) -> tuple[Path, int]:
+    """Write a family's files with a padding token that its embedding has no row for."""
+    write_family(name, folder)
+    model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    size = model.get_vocab_size()
+    model.add_special_tokens(["<pad>"])
+    model.save(str(folder / "tokenizer.json"))
+    (folder / "added_tokens.json").write_text(json.dumps({"<pad>": size}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["pad_token"] = "<pad>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder, size
+
+
+@pytest.mark.parametrize("name", ["llama-2", "qwen-2.5"])
+def test_an_added_token_without_a_row_in_the_embedding_is_left_out(
+    name: str, tmp_path: Path
+) -> None:
+    """As in copies of Llama 2: <pad> has id 32000, and so many rows the embedding has."""
+    folder, size = _with_padding(name, tmp_path)
+    whole = load_tokenizer(folder / "tokenizer.json")
+    assert (whole.vocab_size, whole.encode("<pad>", parse_special=True)) == (size + 1, [size])
+    (folder / "config.json").write_text(json.dumps({"vocab_size": size}))
+    fitting = load_tokenizer(folder / "tokenizer.json")
+    assert (fitting.vocab_size, fitting.tokens_without_row) == (size, ["<pad>"])
+    assert "<pad>" not in fitting.special_tokens
+    assert fitting.decode(ids := fitting.encode("a<pad>b", parse_special=True)) == "a<pad>b"
+    assert max(ids) < size
+    for text in (FAMILIES[name].special, *TEXTS[:4]):
+        assert fitting.encode(text, parse_special=True) == whole.encode(text, parse_special=True)
+    # A vocabulary that is too large itself is another model's, and stays as it is.
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 9}))
+    assert load_tokenizer(folder / "tokenizer.json").vocab_size > 9
+
+
+def test_a_sentencepiece_model_too_leaves_out_tokens_without_a_row(
+    sentencepiece_model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(sentencepiece_model.read_bytes())
+    size = load_tokenizer(path).vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": size}))
+    assert load_tokenizer(path).vocab_size == size + 1
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}))
+    fitting = load_tokenizer(path)
+    assert (fitting.vocab_size, fitting.tokens_without_row) == (size, ["<pad>"])
+    assert fitting.decode(fitting.encode("a<pad>b", parse_special=True)) == "a<pad>b"
