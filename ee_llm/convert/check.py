@@ -76,7 +76,9 @@ def _logits(folder: Path, tokens: Tensor, boundaries: Sequence[int]) -> dict[int
         raise ValueError("--check needs transformers: pip install 'ee-llm[convert]'") from None
     logging.set_verbosity_error()  # it warns of the tensors of exits
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     outputs = model(tokens[None], output_hidden_states=True)
     last = len(outputs.hidden_states) - 1
     opened = Folder(folder)

@@ -52,7 +52,8 @@ def dequantized(path: Path, scratch: Path, dtype: str | None = None) -> Iterator
     transformers = _transformers()
     reader = _open(path)
     scaling = _rope_scaling(path, reader)
-    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+    with _alone(path) as link:
+        config = transformers.AutoConfig.from_pretrained(link, gguf_file=path.name).to_dict()
     try:
         read_settings(_with_scaling(config, scaling))
     except SettingsError as error:
@@ -63,10 +64,22 @@ def dequantized(path: Path, scratch: Path, dtype: str | None = None) -> Iterator
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=scratch) as made:
         folder = Path(made)
-        _save(transformers, path, names, dtype, folder)
+        with _alone(path) as link:
+            _save(transformers, path, link, names, dtype, folder)
         settings = _with_scaling(read_object(folder / SETTINGS), scaling)
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         yield folder
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """Yield a folder with a link to a file and nothing else.
+
+    transformers also reads what lies beside a GGUF file, and offers to run code from there.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        (Path(made) / path.name).symlink_to(path.resolve())
+        yield Path(made)
 
 
 def _transformers() -> Any:
@@ -170,15 +183,18 @@ def _with_scaling(settings: Mapping[str, Any], scaling: dict[str, Any] | None) -
     return {**settings, "rope_parameters": {**rope, **scaling}}
 
 
-def _save(transformers: Any, path: Path, names: set[str], dtype: str, folder: Path) -> None:
-    """Write what transformers reads of a file; raises CheckpointError unless that is all of it."""
+def _save(
+    transformers: Any, path: Path, alone: Path, names: set[str], dtype: str, folder: Path
+) -> None:
+    """Write what transformers reads of a file; raises CheckpointError unless that is all of it.
+
+    alone: the folder with a link to the file.
+    """
     given: dict[str, Any] = {"gguf_file": path.name}
     loading: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     if hasattr(transformers, "GgufConfig"):  # older versions dequantise anyway
         loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, **given, **loading
-    )
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(alone, **given, **loading)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     read = model.state_dict().keys() - tied
     if found["missing_keys"] or found["unexpected_keys"] or len(read) != len(names):
@@ -189,7 +205,7 @@ def _save(transformers: Any, path: Path, names: set[str], dtype: str, folder: Pa
             "the model would not be the same. Convert the original model instead"
         )
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(path.parent, **given).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(alone, **given).save_pretrained(folder)
     _remove_made_up_tokens(folder / "tokenizer.json", model.config.vocab_size)
 
 

@@ -172,3 +172,19 @@ def test_options_of_other_sources_are_refused(tmp_path, capsys):
     assert found.endswith(
         f"--revision has no effect on {tmp_path}/model.gguf, which is a GGUF file"
     )
+
+
+def test_nothing_beside_the_file_is_read_or_run(tmp_path):
+    path = tmp_path / "in" / "model.gguf"
+    path.parent.mkdir()
+    make_gguf(path, "llama", "F32")
+    expected = load_tokenizer(converted(path, tmp_path / "alone").tokenizer())
+    code = {"AutoTokenizer": ["code.Made", None], "AutoConfig": "code.Made"}
+    settings = {"tokenizer_class": "Made", "auto_map": code, "chat_template": "another"}
+    (path.parent / "tokenizer_config.json").write_text(json.dumps(settings))
+    (path.parent / "config.json").write_text(json.dumps({"model_type": "made", "auto_map": code}))
+    (path.parent / "tokenizer.json").write_text("{")
+    (path.parent / "code.py").write_text("raise RuntimeError('this ran')")
+    found = load_tokenizer(converted(path, tmp_path / "beside").tokenizer())
+    assert found.fingerprint == expected.fingerprint
+    assert found.settings.chat_template == expected.settings.chat_template != "another"
