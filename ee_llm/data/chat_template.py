@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ee_llm.data.token_settings import is_encodable
 from ee_llm.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class ChatTemplate:
             )
         try:
             self._template = _compile(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             raise ValueError(
                 f"{where}: the chat template is not valid: {error}. Give another with"
                 " --chat-template FILE."
@@ -68,15 +69,21 @@ class ChatTemplate:
         except Exception as error:  # a template may raise anything: it is a program
             raise ValueError(
                 f"{self._where}: the chat template does not take this conversation:"
-                f" {str(error) or type(error).__name__}. Change the messages, or give another"
-                " template with --chat-template FILE."
+                f" {str(error).rstrip('.') or type(error).__name__}. Change the messages, or give"
+                " another template with --chat-template FILE."
             ) from None
         if length > _MAX_TEXT:
             raise ValueError(
                 f"{self._where}: the chat template makes more than {_MAX_TEXT // 2**20} million"
                 " characters of this conversation. Shorten it."
             )
-        return "".join(parts)
+        text = "".join(parts)
+        if not is_encodable(text):
+            raise ValueError(
+                f"{self._where}: the chat template makes text with an unpaired surrogate. Give"
+                " another template with --chat-template FILE."
+            )
+        return text
 
 
 def load_chat_template(tokenizer: Tokenizer, path: Path | None = None) -> ChatTemplate:

@@ -5,6 +5,7 @@ library: tokens are given as their text or their id, as the files state them.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ _TEMPLATE = "chat_template.jinja"
 _ID_FILES = ("generation_config.json", "config.json")
 _NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
+_ID = re.compile(r"[0-9]{1,18}")
 _MAX_BYTES = 32 * 2**20  # larger than any tokenizer_config.json
 
 
@@ -51,6 +53,15 @@ class TokenSettings:
     added: Mapping[str, AddedToken] = field(default_factory=dict)
     chat_template: str | Mapping[str, str] | None = None
     template_path: Path | None = None
+
+
+def is_encodable(text: str) -> bool:
+    """Return whether a text is UTF-8: JSON can spell half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def settings_folder(tokenizer: Path) -> Path:
@@ -116,7 +127,7 @@ def _text(stated: Any) -> str | None:
     """Return the text of a token, which is a string or an AddedToken's fields."""
     if isinstance(stated, dict):
         stated = stated.get("content")
-    return stated if isinstance(stated, str) and stated else None
+    return stated if isinstance(stated, str) and stated and is_encodable(stated) else None
 
 
 def _ids(stated: Any) -> tuple[int, ...]:
@@ -135,12 +146,12 @@ def _added(
     found = {
         text: AddedToken(id, text in special)
         for text, id in added_tokens.items()
-        if type(id) is int and id >= 0 and text
+        if type(id) is int and id >= 0 and _text(text)
     }
     decoder = own.get("added_tokens_decoder")
     for id, token in decoder.items() if isinstance(decoder, dict) else ():
         text = _text(token)
-        if text is not None and id.isdecimal() and isinstance(token, dict):
+        if text is not None and _ID.fullmatch(id) and isinstance(token, dict):
             found[text] = AddedToken(int(id), token.get("special") is True or text in special)
     return found
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ee_llm.data.chat_template import Message
-from ee_llm.inference.json_lines import is_encodable, parse, short
+from ee_llm.data.token_settings import is_encodable
+from ee_llm.inference.json_lines import parse, short
 
 
 def read_conversation(data: bytes, source: str) -> tuple[Message, ...]:

@@ -41,11 +41,15 @@ def check(options: GenerateOptions) -> None:
     if len(given) > 1:
         names = " and ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"{names} are both given; leave one out")
-    if options.system is not None and given and given[0] not in ("chat", "chat_file", "batch_file"):
-        name = given[0].replace("_", "-")
-        raise ValueError(
-            f"--system is for conversations, not for --{name}; use --chat, or leave it out"
-        )
+    for name in ("system", "chat_template"):
+        if getattr(options, name) is not None and not {"chat", "chat_file", "batch_file"} & {
+            *given
+        }:
+            kind = "--" + given[0].replace("_", "-") if given else "standard input"
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for conversations, not for {kind}; use --chat, or"
+                " leave it out"
+            )
     if (options.batch_file is None) != (options.output is None):
         raise ValueError("--batch-file and --output belong together: give both or neither")
     if options.batch_file is not None and (options.json or options.show_confidence):

@@ -82,15 +82,6 @@ def decode(data: bytes, where: str) -> str:
         raise ValueError(f"{where} is not UTF-8 at byte {error.start}; convert it first") from error
 
 
-def is_encodable(text: str) -> bool:
-    """Return whether a text is UTF-8: JSON can spell half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def short(value: Any) -> str:
     """Return the beginning of a value as an error shows it."""
     text = repr(value)

@@ -1,6 +1,7 @@
 """Read prompts: from an option, a file, standard input, or a batch file of JSON objects."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,8 +9,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ee_llm.data.chat_template import Message
+from ee_llm.data.token_settings import is_encodable
 from ee_llm.inference.chat import check_messages, read_conversation, user_message
-from ee_llm.inference.json_lines import MIB, decode, is_encodable, opened, read_objects, short
+from ee_llm.inference.json_lines import MIB, decode, opened, read_objects, short
 from ee_llm.inference.options import Bos, GenerateOptions
 from ee_llm.inference.policy import Measure
 from ee_llm.inference.request import STRATEGIES
@@ -61,7 +63,8 @@ def _read_prompt(options: GenerateOptions) -> Prompt:
     chat_file = options.chat_file
     if options.chat is not None:
         path = Path(options.chat)
-        if path.suffix != ".json" or not path.is_file():
+        # os.path's, unlike Path's, takes a message that is too long for a name.
+        if path.suffix != ".json" or not os.path.isfile(path):
             text = _text(options.chat.encode(errors="surrogateescape"), "--chat")
             return Prompt("", options, where="--chat", messages=user_message(text))
         chat_file = path

@@ -38,10 +38,12 @@ class Speed:
         """Return what to tell the user if drafting is slower than not drafting."""
         if self.against_full is None or self.against_full >= 1.0:
             return None
-        accepted = "" if self.acceptance is None else f" {self.acceptance:.0%} of the drafts were"
+        accepted = ""
+        if self.acceptance is not None:
+            accepted = f"; {self.acceptance:.0%} of the drafts were accepted"
         return (
             f"self-speculation is slower than full depth: {self.tokens_per_second:.1f} tokens/s"
-            f" against {self.full_tokens_per_second:.1f};{accepted} accepted. Use --strategy full,"
+            f" against {self.full_tokens_per_second:.1f}{accepted}. Use --strategy full,"
             " tune the exit that drafts, choose another with --draft-exit, or raise"
             " --draft-threshold."
         )

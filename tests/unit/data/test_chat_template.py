@@ -56,6 +56,8 @@ def test_a_template_is_rendered_as_by_transformers(name: str, tmp_path: Path) ->
         ("{{ messages[9].content }}", "here: .*no element 9"),
         ("{{ 1 / 0 }}", "here: .*division by zero"),
         ("{% include '/etc/passwd' %}", "here: .*no loader"),
+        ("{{ raise_exception('no.') }}", r"conversation: no\. Change"),
+        (r"{{ '\ud800' }}", "here: .*unpaired surrogate"),
     ],
 )
 def test_a_template_that_fails_is_an_error_of_one_line(source: str, message: str) -> None:
@@ -63,7 +65,10 @@ def test_a_template_that_fails_is_an_error_of_one_line(source: str, message: str
         ChatTemplate(source, "here").render(MESSAGES)
 
 
-@pytest.mark.parametrize("source", ["{% if %}", "{% for m in messages %}", "{{ x", "(" * 9 + "{{"])
+TEXTS = ("{% if %}", "{% for m in messages %}", "{{ x", "(" * 9 + "{{", "{% break %}")
+
+
+@pytest.mark.parametrize("source", TEXTS)
 def test_a_text_that_is_no_template_is_named(source: str) -> None:
     with pytest.raises(ValueError, match="here: the chat template is not valid"):
         ChatTemplate(source, "here")

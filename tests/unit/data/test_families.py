@@ -261,3 +261,20 @@ def test_a_sentencepiece_model_too_leaves_out_tokens_without_a_row(
     fitting = load_tokenizer(path)
     assert (fitting.vocab_size, fitting.tokens_without_row) == (size, ["<pad>"])
     assert fitting.decode(fitting.encode("a<pad>b", parse_special=True)) == "a<pad>b"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}},
+        {"added_tokens_decoder": {"5": {"content": "\ud800", "special": True}}},
+        {"pad_token": "\ud800"},
+    ],
+    ids=["an id of 5000 digits", "a token that is no text", "a pad_token that is no text"],
+)
+def test_tokens_that_cannot_be_are_passed_over(tmp_path: Path, settings: dict[str, Any]) -> None:
+    folder = write_family("qwen-2.5", tmp_path)
+    expected = load_tokenizer(folder / "tokenizer.json").special_tokens
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    assert load_tokenizer(folder / "tokenizer.json").special_tokens == expected

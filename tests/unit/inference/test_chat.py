@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,12 @@ def test_a_batch_has_conversations_and_token_ids(
         (["--chat", "a", "--prompt", "b"], "--prompt and --chat are both given"),
         (["--chat", "a", "--prompt-ids", "1"], "--prompt-ids and --chat are both given"),
         (["--prompt", "a", "--system", "b"], "--system is for conversations, not for --prompt"),
+        (["--system", "b"], "--system is for conversations, not for standard input"),
+        (
+            ["--prompt-ids", "1", "--chat-template", "b"],
+            "--chat-template is for conversations, not",
+        ),
+        (["--prompt", "a", "--stop-token-ids", "640"],),
         (["--prompt-ids", "-1"], "token id -1 does not fit model.vocab_size = 640"),
         (["--prompt-ids", "640"], "token id 640 does not fit model.vocab_size = 640"),
         (["--chat", "a", "--chat-template", "/no/such"], "/no/such cannot be read: No such file"),
@@ -274,3 +281,19 @@ def test_logits_that_are_not_finite_end_one_prompt_with_an_error(
     assert (good["id"], len(good["tokens"])) == ("2", 4)
     assert bad["id"] == "1"
     assert "line 1: " in bad["error"]["message"]
+
+
+def test_a_message_too_long_for_the_name_of_a_file_is_a_message(
+    qwen: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = f"{' capital' * 40}.json"
+    found = _generate(capsys, qwen, "--chat", message, "--max-new-tokens", "1")
+    assert message in found["prompt"]
+
+
+def test_a_warning_without_drafts_names_no_share_of_them() -> None:
+    speed = Speed(tokens_per_second=1.0, full_tokens_per_second=2.0)
+    assert "1.0 tokens/s against 2.0. Use --strategy full" in str(speed.warning())
+    assert "2.0; 25% of the drafts were accepted. Use" in str(
+        replace(speed, acceptance=0.25).warning()
+    )
