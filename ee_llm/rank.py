@@ -50,7 +50,9 @@ def die_with_launcher() -> None:
 
 def report(message: str) -> None:
     """Say what went wrong: to the launcher, if there is one that prints it, else to the user."""
-    if not _send(Report(message=message.encode()[:_MAX_BYTES].decode(errors="ignore"))):
+    # The name of a file may hold bytes that are no text.
+    data = message.encode(errors="backslashreplace")[:_MAX_BYTES]
+    if not _send(Report(message=data.decode(errors="ignore"))):
         complain(message)
 
 

@@ -130,21 +130,21 @@ class Decoder(ABC):
         self._is_advancing = True
         try:
             changed = {sequence.request.id: sequence for sequence in self._advance()}
+            for id, sequence in changed.items():
+                if not self.is_running(sequence):
+                    continue
+                inbox = self._inboxes.get(id, self._inbox)
+                if update := self._update(sequence):
+                    inbox.append(update)
         finally:
             self._is_advancing = False
             while self._abandoned:
                 self.abandon(self._abandoned.pop())
-        for id, sequence in changed.items():
-            if not self.is_running(sequence):
-                continue
-            inbox = self._inboxes.get(id, self._inbox)
-            if update := self._update(sequence):
-                inbox.append(update)
 
     def abandon(self, sequence: Sequence) -> None:
-        """Abort a sequence unless it is finished, once the pass under way has ended.
+        """Abort a sequence unless it is finished, once the step under way has ended.
 
-        Garbage collection calls this, which may happen within a pass.
+        Garbage collection calls this, which may happen at any moment of a step.
         """
         if self._is_advancing:
             self._abandoned.append(sequence)

@@ -41,6 +41,13 @@ def test_a_mistake_found_in_every_rank_is_told_once() -> None:
     assert "/nowhere/corpus" in done.stderr
 
 
+def test_a_mistake_with_a_name_that_is_not_utf8_is_told() -> None:
+    done = run_ranks("data", "stats", "--prefix", os.fsdecode(b"/nowhere/\xff"))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "/nowhere/\\udcff" in done.stderr
+
+
 def test_a_rank_that_told_nothing_is_named_with_its_status() -> None:
     """A traceback goes to standard error, not to the launcher, whose library then says <NONE>."""
     done = run_ranks("data", "stats", "--prefix", "/nowhere/corpus", EE_LLM_DEBUG="1")

@@ -311,6 +311,25 @@ def test_a_stream_that_is_dropped_within_a_pass_is_aborted_after_it(monkeypatch)
     assert_idle(engine)
 
 
+def test_a_stream_that_is_dropped_while_updates_are_handed_out_is_aborted(monkeypatch) -> None:
+    engine = make_engine()
+    streams = [engine.stream(make_request("a"))]
+    update = engine._update
+
+    def collects(sequence):
+        streams.clear()
+        return update(sequence)
+
+    monkeypatch.setattr(engine, "_update", collects)
+    engine.add(make_request("b", 6))
+    found = []
+    while engine.has_work:
+        found += engine.step()
+        engine.scheduler.check_integrity()
+    assert {update.id for update in found} == {"b"}
+    assert_idle(engine)
+
+
 def test_generate_does_not_take_what_others_wait_for() -> None:
     engine = make_engine()
     engine.add(make_request("a", 4, max_new_tokens=2))
