@@ -165,7 +165,6 @@ def test_a_batch_has_conversations_and_token_ids(
             ["--prompt-ids", "1", "--chat-template", "b"],
             "--chat-template is for conversations, not",
         ),
-        (["--prompt", "a", "--stop-token-ids", "640"],),
         (["--prompt-ids", "-1"], "token id -1 does not fit model.vocab_size = 640"),
         (["--prompt-ids", "640"], "token id 640 does not fit model.vocab_size = 640"),
         (["--chat", "a", "--chat-template", "/no/such"], "/no/such cannot be read: No such file"),
