@@ -7,7 +7,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
@@ -26,6 +26,7 @@ SUFFIXES = (".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd")
 # Text shrinks to a third or a tenth, logs to a hundredth. Much more is a decompression bomb, a
 # small file that fills the disk.
 MAX_RATIO = 200
+_PIECE_BYTES = 4 << 20
 FREE_BYTES = 64 << 20  # Below this size, what comes out does no harm whatever the ratio.
 
 
@@ -70,19 +71,29 @@ class Input:
 
     def read(self, size: int) -> bytes:
         """Return the next `size` bytes, fewer at the end."""
-        with self._named():
-            return self._counted(self._stream.read(size))
+        return b"".join(self._pieces(self._stream.read, size))
 
     def readline(self, size: int) -> bytes:
         """Return the next line with its end, but at most `size` bytes; nothing at the end."""
-        with self._named():
-            return self._counted(self._stream.readline(size))
+        return b"".join(self._pieces(self._stream.readline, size, end=b"\n"))
 
-    def _counted(self, data: bytes) -> bytes:
-        if self.compression != "none":
-            self._num_bytes += len(data)
-            check_ratio(self.path, self._num_bytes, self.num_read)
-        return data
+    def _pieces(
+        self, read: Callable[[int], bytes], size: int, end: bytes | None = None
+    ) -> Iterator[bytes]:
+        """Yield up to `size` bytes; small pieces of what may be a bomb, each checked at once."""
+        is_compressed = self.compression != "none"
+        while size > 0:
+            with self._named():
+                data = read(min(size, _PIECE_BYTES) if is_compressed else size)
+            if not data:
+                return
+            if is_compressed:
+                self._num_bytes += len(data)
+                check_ratio(self.path, self._num_bytes, self.num_read)
+            yield data
+            if not is_compressed or (end is not None and data.endswith(end)):
+                return
+            size -= len(data)
 
     def _decompressed(self) -> IO[bytes]:
         opened: Any = self._file

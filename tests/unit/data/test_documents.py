@@ -7,6 +7,7 @@ import lzma
 import os
 import re
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -241,6 +242,24 @@ def test_damaged_compressed_files(tmp_path: Path, suffix: str):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=re.escape(str(path))):
             texts(path)
+
+
+@pytest.mark.parametrize("suffix", [".txt.gz", ".jsonl.gz"])
+def test_a_bomb_is_found_before_it_is_in_memory(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(compression, "FREE_BYTES", 1 << 20)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(b" " * (128 << 20)))
+    (source,) = find_sources([path]).files
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"decompresses to more than 200 times its size"):
+            list(raw_documents([source]))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 32 << 20
 
 
 @pytest.mark.parametrize("suffix", [*COMPRESS, "parquet"])
