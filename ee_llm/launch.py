@@ -27,9 +27,12 @@ _END_S = 300.0
 _START = """
 import sys
 sys.path[:] = {path!r}
-from ee_llm.rank import die_with_launcher
-die_with_launcher()
-from ee_llm.cli import main
+try:
+    from ee_llm.rank import die_with_launcher
+    die_with_launcher()
+    from ee_llm.cli import main
+except KeyboardInterrupt:
+    sys.exit(130)  # 128 + SIGINT, as `main` does
 sys.exit(main())
 """
 

@@ -172,6 +172,9 @@ class ServingGrid:
                     return
         except RankLostError as error:
             self._answers.put(error)
+        except ValueError:  # torch no longer knows the group
+            if not self._has_left:
+                raise
 
     def _send(self, tensor: Tensor, peer: int, group: dist.ProcessGroup) -> None:
         if not tensor.numel():

@@ -48,6 +48,20 @@ def test_a_mistake_with_a_name_that_is_not_utf8_is_told() -> None:
     assert "/nowhere/\\udcff" in done.stderr
 
 
+def test_a_rank_that_is_interrupted_while_it_imports_shows_no_traceback(tmp_path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'ee_llm.cli' and 'EE_LLM_LAUNCHED' in os.environ:\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder)\n"
+    )
+    done = run_ranks("--version", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 128 + signal.SIGINT
+    assert re.fullmatch(r"ee-llm: rank [01] was ended by SIGINT\n", done.stderr)
+
+
 def test_a_rank_that_told_nothing_is_named_with_its_status() -> None:
     """A traceback goes to standard error, not to the launcher, whose library then says <NONE>."""
     done = run_ranks("data", "stats", "--prefix", "/nowhere/corpus", EE_LLM_DEBUG="1")
