@@ -89,7 +89,14 @@ def gather_lists(arguments: Sequence[str], lists: Mapping[str, _List]) -> list[s
         values = by_name[_spelled(name)]
         if equals:
             values += _values(value, current)
-    return [argument for group in groups for argument in group]
+    return [argument for group in groups for argument in _joined(group)]
+
+
+def _joined(group: list[str]) -> list[str]:
+    """Return an option and its values, joined by = if a single value looks like an option."""
+    if len(group) == 2 and group[1].startswith("-"):
+        return [f"{group[0]}={group[1]}"]
+    return group
 
 
 def _values(text: str, option: _List) -> list[str]:

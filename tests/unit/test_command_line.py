@@ -55,6 +55,11 @@ def test_names_take_hyphens_and_underscores() -> None:
     assert parsed("--exit_head=mlp,norm") == expected
 
 
+@pytest.mark.parametrize("text", ["--x", "---", "-x", "--json", "-"])
+def test_a_text_may_look_like_an_option(text: str) -> None:
+    assert parsed(f"--stop={text}", "--exits", "2").stop == (text,)
+
+
 def test_texts_and_paths_may_contain_commas() -> None:
     options = parsed("--stop", "a,b", "--stop", "c", "--paths", "one, two/x")
     assert options.stop == ("a,b", "c")
