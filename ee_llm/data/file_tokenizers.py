@@ -24,6 +24,7 @@ BOS_NAMES = (
 )
 """Common names of the beginning-of-sequence token, tried in order where no file states it."""
 
+_BEFORE = ("\n", "<unk>", "\0")  # what to encode an inner part of a text behind
 _SPACE_MARK = "\u2581"  # SentencePiece's stand-in for a space
 
 
@@ -195,9 +196,14 @@ class SentencePieceTokenizer(FileTokenizer):
     def _encode_inner(self, text: str) -> list[int]:
         """Return the ids of a text without the space that the model puts before a text.
 
-        A newline takes that space and is cut off again: it is no part of any longer piece.
+        Something before it takes that space and is cut off again. It must not be a part of a longer
+        piece, as a newline before another one is with some models.
         """
-        return list(self._model.encode(f"\n{text}"))[len(self._model.encode("\n")) :]
+        for before in _BEFORE:
+            start, ids = self._model.encode(before), list(self._model.encode(before + text))
+            if ids[: len(start)] == start:
+                return ids[len(start) :]
+        return list(self._model.encode(text))
 
     def _load(self) -> Any:
         import sentencepiece

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import tokenizers
 
 from ee_llm.checkpoint.tokenizer import ORIGIN, settings_of
@@ -278,3 +279,22 @@ def test_tokens_that_cannot_be_are_passed_over(tmp_path: Path, settings: dict[st
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     assert load_tokenizer(folder / "tokenizer.json").special_tokens == expected
+
+
+def test_newlines_after_a_special_token_are_kept(tmp_path: Path) -> None:
+    """Some SentencePiece models have a piece of two newlines."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 9),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["\n\n"],
+    )
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}')
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
+    for text in ("\n", "\n\n", "\n\nThe capital", "\n\n\nThe", "The capital", " The", "é"):
+        ids = tokenizer.encode(f"</s>x</s>{text}", parse_special=True)
+        assert tokenizer.decode(ids).removeprefix("x") == text
