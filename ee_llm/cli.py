@@ -169,7 +169,8 @@ A first run, from text to text:
   ee-llm data train-tokenizer --inputs texts/ --output data/tokenizer.model --vocab-size 4096
   ee-llm data prepare --inputs texts/ --output data/corpus --tokenizer data/tokenizer.model
   ee-llm train --nproc 2 --model.shape llama-tiny --exits.boundaries 2 4 --parallel.pipeline 2 \\
-      --data.tokenizer data/tokenizer.model --data.prefixes data/corpus --output runs/first
+      --data.tokenizer data/tokenizer.model --data.prefixes data/corpus --output runs/first \\
+      --training.steps 200
   ee-llm generate --checkpoint runs/first --prompt "Once upon"
 """
 
@@ -257,6 +258,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report(str(error))
         status = 1 if isinstance(error, RuntimeError) else 2
         return _ended(status)
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich ends the process by itself
+            return 128 + signal.SIGPIPE
+        raise
     except KeyboardInterrupt:
         if not is_launched():
             complain("interrupted")

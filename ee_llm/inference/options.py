@@ -22,7 +22,7 @@ class GenerateOptions:
     """Checkpoint directory, or the run directory that holds it (then its newest one)."""
 
     prompt: str | None = None
-    """The text to continue. If no prompt of any kind is given, standard input is read."""
+    """The text to continue. Without any prompt, standard input is read, unless it is a terminal."""
 
     prompt_file: Path | None = None
     """File whose text is continued, to its last character. '-' is standard input."""

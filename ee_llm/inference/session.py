@@ -50,7 +50,11 @@ class Session:
         draft = None
         if options.strategy == "verify":
             if not exits:
-                raise ValueError("strategy 'verify' drafts at an exit, but the model has none")
+                raise ValueError(
+                    "strategy 'verify' drafts at an exit, but the model has none. Add exits with"
+                    " 'ee-llm checkpoint add-exits' or with --exits of 'ee-llm convert', then tune"
+                    " them with 'ee-llm tune'."
+                )
             boundary = exits[0] if options.draft_exit is None else options.draft_exit
             draft = Draft(boundary, options.draft_length, options.draft_threshold)
         thresholds = [None if value == "off" else value for value in options.thresholds]

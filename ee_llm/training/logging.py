@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from rich.markup import escape
 from rich.progress import Progress, TextColumn
 
 from ee_llm import platform
@@ -189,25 +190,48 @@ def _progress_bar(steps: int, start_step: int) -> Progress:
 
 
 class _JsonLines:
-    """One JSON object per line, flushed at once; numbers that are not finite become null."""
+    """One JSON object per line, written at once; numbers that are not finite become null.
+
+    A full disk does not end the run: lines wait in memory until there is room for them.
+    """
 
     def __init__(self, output: Path, start_step: int) -> None:
         output.mkdir(parents=True, exist_ok=True)
         path = output / LOG
         if path.exists():
             _supersede(path, output / SUPERSEDED, start_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._waiting = b""
+        self._is_told = False
 
     def write(self, record: Mapping[str, Any]) -> None:
         plain = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
-        self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
+        self._waiting += line.encode(errors="replace")
+        self._flush()
 
     def close(self) -> None:
-        self._file.close()
+        self._flush()
+        if self._waiting:
+            num_lines = self._waiting.count(b"\n")
+            platform.log(f"[red]{escape(str(self._path))} lacks the last {num_lines} lines[/]")
+        os.close(self._file)
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:  # a disk that is nearly full takes a part of a line
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+        except OSError as error:
+            if not self._is_told:
+                self._is_told = True
+                platform.log(
+                    f"[red]{escape(str(self._path))} cannot be written ({error.strerror}); its "
+                    "lines wait in memory until it can. Make room on the disk[/]"
+                )
 
 
 def _supersede(path: Path, superseded: Path, start_step: int) -> None:

@@ -236,3 +236,16 @@ def test_the_command_runs_as_a_process() -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_a_reader_that_stops_ends_the_command_as_it_ends_others(monkeypatch):
+    """rich ends the process with status 1 where its output is closed; a shell expects SIGPIPE's."""
+
+    def closed(arguments):
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904  (as rich does)
+
+    monkeypatch.setattr(cli, "_dispatch", closed)
+    assert cli.main([]) == 128 + signal.SIGPIPE

@@ -5,6 +5,7 @@ positions, experts. So this module reads the metadata as well, and refuses what 
 """
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -190,6 +191,8 @@ def _save(
 
     alone: the folder with a link to the file.
     """
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     given: dict[str, Any] = {"gguf_file": path.name}
     loading: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     if hasattr(transformers, "GgufConfig"):  # older versions dequantise anyway

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from ee_llm.data.tokenizer import Tokenizer, load_tokenizer
 from ee_llm.inference import command
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.speed import Speed
+from tests.unit.checkpoint.checkpoints import reseal
 from tests.unit.data.families import FAMILIES
 from tests.unit.inference.chats import save_family
 from tests.unit.inference.models import random_tensors, tiny_config
@@ -123,6 +125,27 @@ def test_tokens_and_special_texts_stop(qwen: Path, capsys: pytest.CaptureFixture
         assert stopped["finish_reason"] == "stop"
         assert whole["text"].startswith(stopped["text"])
     assert stopped["stop"] == ["never", text]
+
+
+def test_a_model_whose_end_token_is_unknown_is_warned_of(
+    qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files state a token that the tokenizer does not have: nothing would end by itself."""
+    run = tmp_path / "run"
+    shutil.copytree(qwen, run, symlinks=True)
+    checkpoint = TensorReader(run).path
+    for name in ("generation_config.json", "config.json"):
+        path = checkpoint / "huggingface" / name
+        if path.exists():
+            settings = json.loads(path.read_text())
+            path.write_text(json.dumps(settings | {"eos_token_id": None}))
+    path = checkpoint / "huggingface" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|gone|>"}))
+    reseal(checkpoint)
+    for where, is_warned in ((qwen, False), (run, True)):
+        arguments = ["generate", "--checkpoint", str(where), "--prompt", "Hi", "--dtype", "float32"]
+        assert main([*arguments, "--max-new-tokens", "2"]) == 0
+        assert ("no end token is known" in capsys.readouterr().err) == is_warned
 
 
 def test_a_batch_has_conversations_and_token_ids(

@@ -1,9 +1,11 @@
 """What is logged, under which name, and what a resumed run does to the log."""
 
+import errno
 import importlib.util
 import io
 import json
 import math
+import os
 import sys
 
 import pytest
@@ -130,6 +132,30 @@ def test_lines_of_steps_that_are_taken_again_move_aside(tmp_path, console):
     moved = (tmp_path / logging.SUPERSEDED).read_text().splitlines()
     assert json.loads(moved[0])["lm loss"] == 30.0
     assert moved[1] == '{"step": 40, "lm lo'
+
+
+def test_a_full_disk_ends_no_run_and_loses_no_line(tmp_path, console, monkeypatch):
+    """A line that fits in part is completed when there is room again."""
+    write, room = os.write, 0
+
+    def limited(file, data):
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        number = write(file, data[:room])
+        room -= number
+        return number
+
+    config = make_config(tmp_path)
+    with RunLog(config) as log:
+        monkeypatch.setattr(logging.os, "write", limited)
+        log.event(1, "first")
+        room = 7
+        log.event(2, "second")
+        monkeypatch.undo()
+        log.event(3, "third")
+    assert [line["event"] for line in lines(tmp_path)] == ["first", "second", "third"]
+    assert console.getvalue().count("cannot be written") == 1
 
 
 def test_a_log_that_needs_no_change_is_only_appended_to(tmp_path, console):
