@@ -16,8 +16,12 @@ _MAX_BYTES = 10_000  # of a message: escaped, it must fit into a pipe that nobod
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Requests to stop: from SLURM and Kubernetes, from Ctrl-C, and from a lost terminal."""
 
-REPEAT_S = 1.0
-"""Signals within this time are one request: a launcher may pass on what the ranks got as well."""
+REPEAT_S: dict[int, float] = {signal.SIGINT: 1.0, signal.SIGTERM: 10.0, signal.SIGHUP: 10.0}
+"""Seconds after the first signal from which another one of this kind is a request to end at once.
+
+SLURM signals every process of a job, and launchers pass on what they get, perhaps late on a busy
+node: that is one request. People press Ctrl-C twice within a few seconds.
+"""
 
 
 class Report(NamedTuple):

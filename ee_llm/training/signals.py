@@ -15,7 +15,7 @@ from ee_llm.rank import REPEAT_S, STOP_SIGNALS
 class StopSignals:
     """Within `with`, notes the first of STOP_SIGNALS instead of dying of it.
 
-    Another one, a second later or more, has its usual effect: it ends the run at once. SIGHUP stays
+    Another one, later than `REPEAT_S`, has its usual effect: it ends the run at once. SIGHUP stays
     ignored where it is (nohup). Outside of the main thread, where Python allows no handlers,
     nothing is noted.
     """
@@ -55,6 +55,6 @@ class StopSignals:
                 # Not through the console: a handler may interrupt the console itself.
                 with contextlib.suppress(OSError):  # the terminal may be what was lost
                     os.write(2, text.encode())
-        elif time.monotonic() - self._since > REPEAT_S:
+        elif time.monotonic() - self._since > REPEAT_S[number]:
             self.__exit__(None, None, None)
             signal.raise_signal(number)

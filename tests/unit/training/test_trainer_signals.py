@@ -37,7 +37,7 @@ def test_only_the_first_rank_speaks(capfd, monkeypatch):
 
 def test_one_more_ends_at_once(monkeypatch):
     """Who presses Ctrl-C twice does not want to wait for a checkpoint of many gigabytes."""
-    monkeypatch.setattr(signals, "REPEAT_S", 0.0)
+    monkeypatch.setitem(signals.REPEAT_S, signal.SIGINT, 0.0)
     # A shell's background job, as tests may be, has been told to ignore it.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -50,10 +50,20 @@ def test_one_more_ends_at_once(monkeypatch):
         signal.signal(signal.SIGINT, inherited)
 
 
+def test_a_sigterm_that_is_passed_on_late_is_the_same_request(monkeypatch):
+    """SLURM signals all processes, and torchrun passes its own on: seconds later on a busy node."""
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        late = time.monotonic() + 8.0
+        monkeypatch.setattr(signals.time, "monotonic", lambda: late)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+
+
 def test_one_more_sigterm_kills(tmp_path):
     code = (
         "import os, signal, time; from ee_llm.training import signals\n"
-        "signals.REPEAT_S = 0.0\n"
+        "signals.REPEAT_S[signal.SIGTERM] = 0.0\n"
         "with signals.StopSignals():\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.01)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
