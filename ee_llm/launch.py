@@ -41,8 +41,8 @@ def launch(num_processes: int, arguments: list[str]) -> None:
     """Run `ee-llm ARGUMENTS` in `num_processes` ranks and return when all of them have succeeded.
 
     SIGTERM, SIGINT and SIGHUP are passed on to the ranks, which may take as long as they need to
-    finish their step and save; a second signal, later than `REPEAT_S`, kills them. When one rank fails, the others are
-    ended. Ranks are killed when this process dies.
+    finish their step and save; a second signal, later than `REPEAT_S`, kills them. When one rank
+    fails, the others are ended. Ranks are killed when this process dies.
 
     Raises SystemExit, after one line on standard error, with the status of the first rank that
     failed, or 128 + the number of the signal that stopped the run.
