@@ -14,7 +14,10 @@ from ee_llm.training.signals import StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_the_first_is_noted(number, capfd):
+def test_the_first_is_noted(number, capfd, request):
+    # `nohup`, and a shell's background job, make the tests ignore signals.
+    inherited = signal.signal(number, signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(number, inherited))
     before = signal.getsignal(number)
     with StopSignals() as stop:
         assert stop.received == 0
