@@ -2,6 +2,7 @@
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +29,7 @@ _BEFORE = ("\n", "<unk>", "\0")  # what to encode an inner part of a text behind
 _SPACE_MARK = "\u2581"  # SentencePiece's stand-in for a space
 
 
-class FileTokenizer:
+class FileTokenizer(ABC):
     """A tokenizer that lives in one file, with settings in the files beside it."""
 
     kind: str
@@ -91,9 +92,9 @@ class FileTokenizer:
         """Id that the tokenizer's file itself calls the end of a sequence."""
         return None
 
+    @abstractmethod
     def _find(self, token: str) -> int | None:
         """Return the id of a token of the vocabulary, None if there is none of that name."""
-        raise NotImplementedError
 
     def _id_of(self, token: str, what: str) -> int:
         found = self._find(token)
@@ -316,6 +317,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"tokenizer {path}: can not be read ({error.strerror}); give 'bytes', or the path of a "
+            f"tokenizer {path}: cannot be read ({error.strerror}); give 'bytes', or the path of a "
             "SentencePiece .model or a tokenizer.json"
         ) from error

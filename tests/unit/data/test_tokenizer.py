@@ -114,8 +114,8 @@ def test_fingerprints_tell_tokenizers_apart(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("absent.model", None, r"absent\.model: can not be read \(No such file"),
-        ("absent.json", None, r"absent\.json: can not be read \(No such file"),
+        ("absent.model", None, r"absent\.model: cannot be read \(No such file"),
+        ("absent.json", None, r"absent\.json: cannot be read \(No such file"),
         ("empty.model", b"", r"empty\.model: not a SentencePiece model"),
         ("text.model", b"hello, this is text", r"text\.model: not a SentencePiece model"),
         ("empty.json", b"", r"empty\.json: not a tokenizer\.json"),
