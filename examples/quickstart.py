@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ee_llm.cli import main as ee_llm
-from ee_llm.command_line import parse
+from ee_llm.cli.main import main as ee_llm
+from ee_llm.cli.parsing import parse
+from ee_llm.cli.train import train_options
 from ee_llm.config import Config, load_config
 from ee_llm.data.statistics import StatisticsOptions, statistics
-from ee_llm.training.command import train_options
-from ee_llm.training.curves import plot_losses, read_losses
+from ee_llm.training.reporting.curves import plot_losses, read_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "examples/quickstart.toml"
@@ -38,7 +38,7 @@ def run(*arguments: str) -> None:
     """Print an ee-llm command and give it; exits with its status if it fails."""
     console.print(f"\n[bold]$ ee-llm {escape(shlex.join(arguments))}[/]", soft_wrap=True)
     if arguments[0] == "train":  # ends its process in the ranks' name
-        status = subprocess.run([sys.executable, "-m", "ee_llm.cli", *arguments]).returncode
+        status = subprocess.run([sys.executable, "-m", "ee_llm.cli.main", *arguments]).returncode
     else:
         status = ee_llm(arguments)
     if status:

@@ -5,6 +5,6 @@ from pathlib import Path
 
 if __name__ == "__main__":  # worker processes import this file and must not start over
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from ee_llm.cli import main
+    from ee_llm.cli.main import main
 
     sys.exit(main(["data", "prepare", *sys.argv[1:]]))

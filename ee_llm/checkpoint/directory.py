@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ee_llm.checkpoint.checksums import checksums_of, parse_range, sealed
-from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.checkpoint.format.checksums import checksums_of, parse_range, sealed
+from ee_llm.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -36,7 +36,7 @@ def step_name(step: int) -> str:
 
 
 def check_output(output: str | Path) -> None:
-    """Raise ValueError unless the run directory `output` can be created and written to."""
+    """Raise CheckpointError unless the run directory `output` can be created and written to."""
     path = Path(output)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def check_output(output: str | Path) -> None:
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(b"x")
     except OSError as error:
-        raise ValueError(
+        raise CheckpointError(
             f"output: the directory {str(path)!r} can not be written to ({error.strerror}); choose "
             "another with --output, or mend its permissions"
         ) from error
@@ -300,7 +300,7 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
 
 def _int64(digits: str) -> int:
     if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
-        raise ValueError(f"an integer of {len(digits)} digits is more than 64 bits can hold")
+        raise CheckpointError(f"an integer of {len(digits)} digits is more than 64 bits can hold")
     return int(digits)
 
 

@@ -8,7 +8,8 @@ from typing import TextIO
 
 from rich.markup import escape
 
-from ee_llm import platform
+from ee_llm import distributed
+from ee_llm.errors import CheckpointError
 
 LOCK = "run.lock"
 
@@ -21,7 +22,7 @@ class OutputLock:
         self._file: TextIO | None = None
 
     def take(self) -> None:
-        """Take the lock; raises ValueError, naming the holder, if another run has it.
+        """Take the lock; raises CheckpointError, naming the holder, if another run has it.
 
         On a file system without locks there is nothing to take, which is said.
         """
@@ -31,14 +32,14 @@ class OutputLock:
         except (BlockingIOError, PermissionError):
             with file:
                 file.seek(0)
-                raise ValueError(
+                raise CheckpointError(
                     f"output: another run ({file.read().strip() or 'unknown'}) writes to "
                     f"{str(self._path.parent)!r}; wait for it, end it, or choose another directory "
                     "with --output"
                 ) from None
         except OSError as error:
             file.close()
-            platform.log(
+            distributed.log(
                 escape(f"{self._path} can not be locked ({error.strerror}): let no other run in")
             )
             return

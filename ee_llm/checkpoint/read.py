@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from ee_llm import platform
-from ee_llm.checkpoint import directory, safe, tokenizer
-from ee_llm.checkpoint.blocks import Chunk
-from ee_llm.checkpoint.checksums import Checksums
+from ee_llm import distributed
+from ee_llm.checkpoint import directory, tokenizer
 from ee_llm.checkpoint.directory import resolve_checkpoint
-from ee_llm.checkpoint.manifest import read_manifest
-from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.checkpoint.format import safe
+from ee_llm.checkpoint.format.blocks import Chunk
+from ee_llm.checkpoint.format.checksums import Checksums
+from ee_llm.checkpoint.format.manifest import read_manifest
 from ee_llm.checkpoint.state import STATE, TrainState
 from ee_llm.config import Config, load_config
+from ee_llm.errors import CheckpointError
 
 CONFIG = "config.toml"
 RNG = "rng"
@@ -69,7 +70,7 @@ class TensorReader:
         for name in self.manifest["files"]:
             folder = name.partition("/")[0]
             is_own = folder == RNG or name.endswith(_TENSOR_FILE)
-            if not is_own and (platform.is_rank_zero() or folder not in large):
+            if not is_own and (distributed.is_rank_zero() or folder not in large):
                 self.checksums.check_file(name)
         for name in tokenizer.present(self.path):
             if name not in self.manifest["files"]:

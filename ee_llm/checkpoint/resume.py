@@ -4,11 +4,11 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.config import Config
+from ee_llm.errors import CheckpointError
 
 
 def is_path(resume: str) -> bool:
@@ -36,11 +36,11 @@ def resume_path(config: Config) -> Path | None:
             raise CheckpointError(
                 f"{error}; to begin at {resume} once more, give another --output"
             ) from error
-        platform.log(escape(f"{error}; taking {resume}, as asked"))
+        distributed.log(escape(f"{error}; taking {resume}, as asked"))
         own = None
     if own is None:
         return directory.resolve_checkpoint(resume)
-    platform.log(escape(f"this run began at {resume} and saved since: taking {own} instead"))
+    distributed.log(escape(f"this run began at {resume} and saved since: taking {own} instead"))
     return own
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.errors import CheckpointError
 
 STATE = "state.json"
 _LATER = {"data", "origin"}  # fields that older checkpoints lack

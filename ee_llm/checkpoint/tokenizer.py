@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.config.tokenizer import BYTES, DIRECTORY, ORIGIN, file_mark
+from ee_llm.errors import CheckpointError
 
 COMPANIONS = (
     "config.json",
@@ -40,7 +40,7 @@ def fingerprint(tokenizer: str) -> str:
     """Return what two equal tokenizers share: "bytes", or the SHA-256 of the tokenizer's file.
 
     `tokenizer` is as in the configuration: "bytes" or the path of a file. A file that is kept
-    counts as it was then, see `keep`. Raises ValueError if there is no such file.
+    counts as it was then, see `keep`. Raises CheckpointError if there is no such file.
     """
     if tokenizer == BYTES:
         return BYTES
@@ -117,7 +117,7 @@ def _read(tokenizer: str) -> bytes:
     try:
         return Path(tokenizer).read_bytes()
     except OSError as error:
-        raise ValueError(
+        raise CheckpointError(
             f"data.tokenizer: can not read {tokenizer!r} ({error.strerror}); give 'bytes' or the "
             "path of a SentencePiece .model or a tokenizer.json"
         ) from error

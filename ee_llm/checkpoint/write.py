@@ -18,13 +18,14 @@ from torch.distributed.checkpoint import metadata as index
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from ee_llm import __version__
-from ee_llm.checkpoint import directory, safe, tokenizer
-from ee_llm.checkpoint.checksums import checksum
+from ee_llm.checkpoint import directory, tokenizer
+from ee_llm.checkpoint.format import safe
+from ee_llm.checkpoint.format.checksums import checksum
 from ee_llm.checkpoint.lock import OutputLock
 from ee_llm.checkpoint.read import CONFIG
-from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.checkpoint.state import STATE, TrainState
 from ee_llm.config import Config
+from ee_llm.errors import CheckpointError
 
 FILE = "__0_0.distcp"
 BLOCK_BYTES = 32 * 2**20

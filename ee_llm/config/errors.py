@@ -7,10 +7,6 @@ from typing import Any
 from ee_llm.config import toml
 
 
-class ConfigError(ValueError):
-    """A mistake in the configuration: names the option, shows the value, suggests the mend."""
-
-
 def unknown_key(path: str, known: Iterable[str]) -> str:
     """The line for an option that does not exist, with the nearest valid ones."""
     names = sorted(known)

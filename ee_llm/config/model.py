@@ -14,6 +14,7 @@ from ee_llm.config.limits import (
     MAX_WIDTH,
 )
 from ee_llm.config.shapes import SHAPES, ffn_size, shape_fields
+from ee_llm.errors import ConfigError
 
 
 class ModelConfig(Section):
@@ -123,14 +124,14 @@ class ModelConfig(Section):
         name = given.get("shape")
         if isinstance(name, str):
             if name not in SHAPES:
-                raise ValueError(
+                raise ConfigError(
                     f"model.shape = {name!r} does not exist; choose among {', '.join(SHAPES)}"
                 )
             given = fill(given, shape_fields(name).items())
         needed = ("num_layers", "hidden_size", "num_heads", "vocab_size")
         missing = [f"model.{name}" for name in needed if given.get(name) is None]
         if missing:
-            raise ValueError(
+            raise ConfigError(
                 f"{', '.join(missing)}: not given; give a number, or sizes by name with "
                 f"model.shape ({', '.join(SHAPES)})"
             )
@@ -138,7 +139,7 @@ class ModelConfig(Section):
         hidden_size, num_heads = given.get("hidden_size"), given.get("num_heads")
         sizes_known = all(type(n) is int and n > 0 for n in (hidden_size, num_heads))
         if sizes_known and given.get("head_dim") is None and hidden_size % num_heads:
-            raise ValueError(
+            raise ConfigError(
                 f"model.hidden_size = {hidden_size} is not divisible by model.num_heads = "
                 f"{num_heads}; change one of them or give model.head_dim"
             )

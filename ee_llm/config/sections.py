@@ -14,7 +14,6 @@ from ee_llm.config.base import (
     list_to_tuple,
     option,
 )
-from ee_llm.config.errors import ConfigError
 from ee_llm.config.limits import (
     MAX_BATCH_SIZE,
     MAX_FACTOR,
@@ -26,6 +25,7 @@ from ee_llm.config.limits import (
     MAX_TIMEOUT_S,
     MIN_TIMEOUT_S,
 )
+from ee_llm.errors import ConfigError
 
 HeadPart = Literal["block", "mlp", "norm"]
 
@@ -196,7 +196,7 @@ class DataConfig(Section):
     seq_length: int = option(
         0, "Length of a training sequence, in tokens.", shown="model.max_seq_length"
     )
-    mask_after_eod: bool = option(
+    mask_after_eos: bool = option(
         False,
         "Whether there is no loss where the input is an end-of-document token, which would have to "
         "predict the beginning of an unrelated document.",

@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.progress import DownloadColumn
 from torch import Tensor
 
-from ee_llm import platform
-from ee_llm.checkpoint.quantized import (
+from ee_llm import distributed
+from ee_llm.checkpoint.format.quantized import (
     FACT,
     SCALE,
     is_quantizable,
@@ -23,13 +23,12 @@ from ee_llm.checkpoint.quantized import (
     refuse_quantized,
 )
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.checkpoint.safe import CheckpointError
 from ee_llm.checkpoint.tokenizer import companions
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.config import Config
 from ee_llm.config.tokenizer import BYTES
-from ee_llm.convert.check import TEXT, TOLERANCE, Difference, compare
-from ee_llm.convert.export import Cut, dense, export_folder, truncated, whole
+from ee_llm.convert.huggingface.check import TEXT, TOLERANCE, Difference, compare
+from ee_llm.convert.huggingface.export import Cut, dense, export_folder, truncated, whole
 from ee_llm.convert.locate import (
     GGUF,
     HUB,
@@ -39,9 +38,10 @@ from ee_llm.convert.locate import (
     find_kind,
     local_folder,
 )
-from ee_llm.convert.opened import Source
+from ee_llm.convert.open_source import NewExits, open_source
 from ee_llm.convert.options import ConvertOptions
-from ee_llm.convert.source import NewExits, open_source
+from ee_llm.convert.source import Source
+from ee_llm.errors import CheckpointError, ConversionError
 
 OnTensor = Callable[[str, int], None]
 
@@ -60,7 +60,7 @@ _WITH_TRANSFORMERS = (HUGGING_FACE, HUB, GGUF)
 def convert(options: ConvertOptions) -> None:
     """Convert as the options say, and print where the result is.
 
-    Raises ValueError for a source that holds no model, or options that do not go together.
+    Raises ConversionError for a source that holds no model, or options that do not go together.
     """
     kind = find_kind(options.source)
     _check(options, kind)
@@ -89,38 +89,38 @@ def _run(options: ConvertOptions, kind: str) -> dict[str, Any]:
 
 
 def _check(options: ConvertOptions, kind: str) -> None:
-    """Raise ValueError for options that say nothing of this conversion."""
+    """Raise ConversionError for options that say nothing of this conversion."""
     default = ConvertOptions(options.source, options.output)
     for name in _UNUSED[kind]:
         if getattr(options, name) != getattr(default, name):
-            raise ValueError(
+            raise ConversionError(
                 f"--{name.replace('_', '-')} has no effect on {options.source}, which is {kind}"
             )
     if kind != OURS and options.to == "hf":
         already = " already" if kind in _WITH_TRANSFORMERS else ""
-        raise ValueError(
+        raise ConversionError(
             f"--to hf: {options.source} is {kind}{already}; convert it to an ee-llm "
             "checkpoint first"
         )
     if kind != OURS and options.to == "int8":
-        raise ValueError(
+        raise ConversionError(
             f"--to int8: {options.source} is {kind}; convert it to an ee-llm checkpoint first"
         )
     if options.dense and options.truncate_at is not None:
-        raise ValueError("--dense and --truncate-at are two models; choose one of them")
+        raise ConversionError("--dense and --truncate-at are two models; choose one of them")
     if not 0 < options.max_shard_gb <= _MAX_SHARD_GB:
-        raise ValueError(
+        raise ConversionError(
             f"--max-shard-gb {options.max_shard_gb}: give a size above 0, up to {_MAX_SHARD_GB:,}"
         )
     if options.max_shard_gb != default.max_shard_gb and options.to != "hf":
-        raise ValueError(f"--max-shard-gb has no effect with --to {options.to}; leave it out")
+        raise ConversionError(f"--max-shard-gb has no effect with --to {options.to}; leave it out")
     if options.text is not None and not options.check:
-        raise ValueError("--text has no effect without --check; give both, or neither")
+        raise ConversionError("--text has no effect without --check; give both, or neither")
     if options.check and kind not in _WITH_TRANSFORMERS and options.to != "hf":
-        raise ValueError("--check compares with transformers, which neither side is here")
+        raise ConversionError("--check compares with transformers, which neither side is here")
     for name in ("head", "exit_output"):
         if not options.exits and getattr(options, name) != getattr(default, name):
-            raise ValueError(f"--{name.replace('_', '-')} needs --exits")
+            raise ConversionError(f"--{name.replace('_', '-')} needs --exits")
 
 
 def _import(options: ConvertOptions, folder: Path, notes: list[str]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _rewrite(options: ConvertOptions) -> dict[str, Any]:
     reader = TensorReader(options.source)
     is_int8 = options.to == "int8"
     if not options.dense and options.truncate_at is None and not is_int8:
-        raise ValueError(
+        raise ConversionError(
             f"{options.source} is an ee-llm checkpoint already; give --to hf, --to int8, "
             "--dense or --truncate-at"
         )
@@ -220,7 +220,7 @@ def _in_8_bits(
     def pair(name: str) -> tuple[Tensor, Tensor]:
         values, scale = quantize(get(name))
         if not bool(torch.isfinite(scale).all()):
-            raise ValueError(f"{name} has a weight that is not finite: no scale fits it")
+            raise ConversionError(f"{name} has a weight that is not finite: no scale fits it")
         return values, scale
 
     def quantized(name: str) -> Tensor:
@@ -293,5 +293,5 @@ def _compare(
 @contextmanager
 def _progress(num_bytes: int, is_quiet: bool) -> Iterator[OnTensor]:
     size = DownloadColumn(binary_units=True)
-    with platform.progress_bar("converting", num_bytes, size, is_quiet=is_quiet) as bar:
+    with distributed.progress_bar("converting", num_bytes, size, is_quiet=is_quiet) as bar:
         yield lambda _, amount: bar.advance(bar.task_ids[0], amount)

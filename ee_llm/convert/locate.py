@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ee_llm.checkpoint import directory
-from ee_llm.checkpoint.safe import CheckpointError
-from ee_llm.convert.folder import INDEX, PICKLES, SETTINGS, SINGLE
+from ee_llm.convert.huggingface.folder import INDEX, PICKLES, SETTINGS, SINGLE
 from ee_llm.convert.huggingface.gguf import dequantized, is_gguf
 from ee_llm.convert.huggingface.hub import download, is_hub_id
-from ee_llm.convert.megatron import TRACKER, find_checkpoints, is_megatron
+from ee_llm.convert.megatron.checkpoint import TRACKER, find_checkpoints, is_megatron
 from ee_llm.convert.options import ConvertOptions
+from ee_llm.errors import CheckpointError
 
 HUGGING_FACE = "a Hugging Face model"
 GGUF = "a GGUF file"

@@ -4,12 +4,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from ee_llm.errors import ConversionError
+
 Settings = Mapping[str, Any]
 
 LARGEST = 2**28  # far beyond any model; a tensor of two such sizes has less than 2**63 bytes
 
 
-class SettingsError(ValueError):
+class SettingsError(ConversionError):
     """A setting or an argument that is missing, or that no option of ours can say."""
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ee_llm.data.dataset import Blend, Location
+from ee_llm.errors import DataError
 
 
 class Microbatch(NamedTuple):
@@ -40,14 +41,14 @@ class BatchShape:
     def __post_init__(self) -> None:
         per_pass = self.micro_batch_size * self.data_size
         if self.micro_batch_size < 1 or self.global_batch_size < 1:
-            raise ValueError(
+            raise DataError(
                 f"training.micro_batch_size = {self.micro_batch_size}, "
                 f"training.global_batch_size = {self.global_batch_size}: both must be at least 1"
             )
         if not 0 <= self.data_rank < self.data_size:
-            raise ValueError(f"data-parallel rank {self.data_rank} of {self.data_size}")
+            raise DataError(f"data-parallel rank {self.data_rank} of {self.data_size}")
         if self.global_batch_size % per_pass:
-            raise ValueError(
+            raise DataError(
                 f"training.global_batch_size = {self.global_batch_size} is not a multiple of "
                 f"training.micro_batch_size x data-parallel size = {self.micro_batch_size} x "
                 f"{self.data_size}; the next above is "
@@ -77,7 +78,7 @@ class TrainingBatches:
 
     def __init__(self, blend: Blend, shape: BatchShape, consumed_samples: int = 0) -> None:
         if consumed_samples < 0:
-            raise ValueError(f"consumed_samples = {consumed_samples}: must be at least 0")
+            raise DataError(f"consumed_samples = {consumed_samples}: must be at least 0")
         self.blend = blend
         self.shape = shape
         self.consumed_samples = consumed_samples
@@ -105,7 +106,7 @@ class EvaluationBatches:
 
     def __init__(self, blend: Blend, shape: BatchShape, num_steps: int) -> None:
         if num_steps < 1:
-            raise ValueError(f"training.eval_steps = {num_steps}: must be at least 1")
+            raise DataError(f"training.eval_steps = {num_steps}: must be at least 1")
         self.blend = blend
         self.shape = shape
         self._locations = blend.once(num_steps * shape.global_batch_size)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ee_llm.data.indexed import IndexedTokens, Tokens
 from ee_llm.data.order import BlendPattern, shuffled, whole_weights
+from ee_llm.errors import DataError
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
@@ -30,21 +31,21 @@ class Row(NamedTuple):
 class RowOptions:
     """How a window of tokens becomes a row."""
 
-    eod: int
+    eos_token_id: int
     """Id of the end-of-document token; also what padding consists of."""
     vocab_size: int
     """Number of ids that the model has."""
-    mask_after_eod: bool = False
+    mask_after_eos: bool = False
     """Whether there is no loss where the input is an end-of-document token, that is, for
     predicting the first token of an unrelated document."""
     reset_positions: bool = False
     """Whether positions start again at 0 after an end-of-document token."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eod < self.vocab_size:
-            raise ValueError(
+        if not 0 <= self.eos_token_id < self.vocab_size:
+            raise DataError(
                 f"model.vocab_size = {self.vocab_size}: the tokenizer's end-of-document token "
-                f"{self.eod} is beyond it; set it to {self.eod + 1} or more"
+                f"{self.eos_token_id} is beyond it; set it to {self.eos_token_id + 1} or more"
             )
 
 
@@ -58,15 +59,15 @@ class Location(NamedTuple):
 def split_documents(num_documents: int, fractions: Sequence[float]) -> list[range]:
     """Return the documents of each part: contiguous ranges in the proportion of `fractions`.
 
-    A part whose fraction is above 0 gets at least one document. Raises ValueError if there are
+    A part whose fraction is above 0 gets at least one document. Raises DataError if there are
     not enough documents for that, or for fractions below 0 or all 0.
     """
     total = sum(fractions)
     if not all(0 <= fraction < float("inf") for fraction in fractions) or total <= 0:
-        raise ValueError(f"data.split = {list(fractions)}: must be at least 0, and not all 0")
+        raise DataError(f"data.split = {list(fractions)}: must be at least 0, and not all 0")
     wanted = sum(fraction > 0 for fraction in fractions)
     if num_documents < wanted:
-        raise ValueError(
+        raise DataError(
             f"data.split = {list(fractions)}: {wanted} parts, but only {num_documents} document(s)"
             "; prepare more documents, or set the other fractions to 0"
         )
@@ -84,7 +85,7 @@ class Windows:
     """The samples of some documents of one data set: windows of s + 1 tokens of their stream.
 
     Neighbouring windows share one token, so that every token but the very first is predicted
-    exactly once. The last window may be shorter. Raises ValueError if there is nothing to predict.
+    exactly once. The last window may be shorter. Raises DataError if there is nothing to predict.
     """
 
     def __init__(self, data: IndexedTokens, documents: range, seq_length: int) -> None:
@@ -94,7 +95,7 @@ class Windows:
         self._tokens = data.tokens[start:end]
         self._num_windows = -(-(len(self._tokens) - 1) // seq_length)
         if self._num_windows < 1:
-            raise ValueError(
+            raise DataError(
                 f"data {data.prefix}: {len(self._tokens)} tokens in {len(documents)} of "
                 f"{data.num_documents} documents, at least 2 are needed; see data.split"
             )
@@ -125,7 +126,7 @@ class Blend:
         weights: Sequence[float] = (),
     ) -> None:
         if weights and len(weights) != len(sources):
-            raise ValueError(
+            raise DataError(
                 f"data.weights = {list(weights)}: give one weight for each of the {len(sources)} "
                 "data.prefixes, or none"
             )
@@ -165,7 +166,7 @@ class Blend:
     def row(self, location: Location | None) -> Row:
         """Return a sample as a row; None gives a row of padding, which has no loss.
 
-        Raises ValueError for a token id that the model does not have.
+        Raises DataError for a token id that the model does not have.
         """
         if location is None:
             return make_row(np.zeros(0, np.int64), self.seq_length, self.options)
@@ -173,7 +174,7 @@ class Blend:
         window = np.asarray(source[location.window], dtype=np.int64)
         for token in (int(window.max()), int(window.min())):
             if not 0 <= token < self.options.vocab_size:
-                raise ValueError(
+                raise DataError(
                     f"{source.prefix}.bin: token id {token} (in window {location.window}) is "
                     f"beyond the vocabulary, model.vocab_size = {self.options.vocab_size}; prepare "
                     "the data with the model's tokenizer, or raise model.vocab_size above the "
@@ -184,17 +185,17 @@ class Blend:
 
 def make_row(window: NDArray[np.int64], seq_length: int, options: RowOptions) -> Row:
     """Return the row of a window of at most s + 1 tokens; padded, the padding masked."""
-    padded = np.full(seq_length + 1, options.eod, dtype=np.int64)
+    padded = np.full(seq_length + 1, options.eos_token_id, dtype=np.int64)
     padded[: len(window)] = window
     tokens, labels = padded[:-1].copy(), padded[1:].copy()
     places = np.arange(seq_length)
     loss_mask = (places < len(window) - 1).astype(np.float32)
-    if options.mask_after_eod:
-        loss_mask[tokens == options.eod] = 0.0
+    if options.mask_after_eos:
+        loss_mask[tokens == options.eos_token_id] = 0.0
     positions = places
     if options.reset_positions:
         begins = np.zeros(seq_length, dtype=np.int64)  # where the document of each token begins
-        begins[1:] = np.where(tokens[:-1] == options.eod, places[1:], 0)
+        begins[1:] = np.where(tokens[:-1] == options.eos_token_id, places[1:], 0)
         positions = places - np.maximum.accumulate(begins)
     return Row(tokens, labels, loss_mask, positions)
 
@@ -213,20 +214,20 @@ def open_blend(
 
     `split` has the fraction of the documents of each prefix in each part. `seed` orders the
     training part; the order of the others never changes, so that runs with different seeds are
-    compared on the same samples. Raises ValueError, naming the option or file, for what is wrong.
+    compared on the same samples. Raises DataError, naming the option or file, for what is wrong.
     """
     if not prefixes:
-        raise ValueError("data.prefixes is empty; make data with 'ee-llm data prepare'")
+        raise DataError("data.prefixes is empty; make data with 'ee-llm data prepare'")
     if len(split) != len(PARTS) or split[PARTS.index(part)] <= 0:
-        raise ValueError(f"data.split = {list(split)}: has no {part} part")
+        raise DataError(f"data.split = {list(split)}: has no {part} part")
     if seq_length < 1:
-        raise ValueError(f"data.seq_length = {seq_length}: must be at least 1")
+        raise DataError(f"data.seq_length = {seq_length}: must be at least 1")
     sources = []
     for prefix in prefixes:
         data = IndexedTokens(prefix)
         try:
             documents = split_documents(data.num_documents, split)[PARTS.index(part)]
         except ValueError as error:
-            raise ValueError(f"data {prefix}: {error}") from error
+            raise DataError(f"data {prefix}: {error}") from error
         sources.append(Windows(data, documents, seq_length))
     return Blend(sources, options, seed if part == "train" else 0, weights)

@@ -16,7 +16,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ee_llm.data.aside import AsideFile
+from ee_llm.atomic_file import AtomicFile
+from ee_llm.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -42,11 +43,11 @@ class IndexedWriter:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         codes = [code for code, known in _DTYPES.items() if known == self.dtype]
         if not codes:
-            raise ValueError(
+            raise DataError(
                 f"tokens can not be stored as {np.dtype(dtype)}; use one of {_type_names()}"
             )
         self._code = codes[0]
-        self._bin = AsideFile(_with_suffix(prefix, ".bin"))
+        self._bin = AtomicFile(_with_suffix(prefix, ".bin"))
         self._idx_path = _with_suffix(prefix, ".idx")
         self._lengths: list[NDArray[np.int32]] = []
         self.num_documents = 0
@@ -55,7 +56,7 @@ class IndexedWriter:
     def add(self, tokens: Tokens | Sequence[int], lengths: Sequence[int] | None = None) -> None:
         """Append documents: `tokens` [t] of all of them one after the other, `lengths` of each.
 
-        Without `lengths` the tokens are one document. Raises ValueError for a token that the
+        Without `lengths` the tokens are one document. Raises DataError for a token that the
         file's type can not hold.
         """
         array = np.asarray(tokens)
@@ -65,7 +66,7 @@ class IndexedWriter:
             limits = np.iinfo(self.dtype)
             low, high = int(array.min()), int(array.max())
             if low < limits.min or high > limits.max:
-                raise ValueError(
+                raise DataError(
                     f"token ids {low} to {high} do not fit {self.dtype.name} in {self._bin.path}"
                 )
         self._bin.write(np.ascontiguousarray(array, dtype=self.dtype).tobytes())
@@ -73,7 +74,7 @@ class IndexedWriter:
         self.num_documents += sizes.size
         self.num_tokens += array.size
 
-    def commit(self, *about: AsideFile) -> None:
+    def commit(self, *about: AtomicFile) -> None:
         """Put both files in place, the index last: without it there is no data set.
 
         `about` are files that describe these tokens; they are replaced together with them. Nothing
@@ -81,7 +82,7 @@ class IndexedWriter:
         """
         lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
         offsets = np.cumsum(lengths, dtype=np.int64) - lengths
-        with AsideFile(self._idx_path) as index:
+        with AtomicFile(self._idx_path) as index:
             bounds = self.num_documents + 1
             index.write(_HEADER.pack(MAGIC, 1, self._code, self.num_documents, bounds))
             index.write(lengths.astype("<i4").tobytes())
@@ -120,17 +121,17 @@ class IndexedTokens:
         idx, bin_ = _with_suffix(prefix, ".idx"), _with_suffix(prefix, ".bin")
         for path in (idx, bin_):
             if not path.is_file():
-                raise ValueError(f"data {prefix}: {path} does not exist; {_missing(prefix)}")
+                raise DataError(f"data {prefix}: {path} does not exist; {_missing(prefix)}")
         self.dtype, self.sequence_lengths, offsets, documents = _read_index(idx)
         num_tokens = int(self.sequence_lengths.sum(dtype=np.int64))
         expected = num_tokens * self.dtype.itemsize
         if bin_.stat().st_size != expected:
-            raise ValueError(
+            raise DataError(
                 f"{bin_}: expected {expected} bytes as its index says ({num_tokens} tokens of "
                 f"{self.dtype.name}), found {bin_.stat().st_size}; prepare the data again"
             )
         if num_tokens == 0:
-            raise ValueError(f"{bin_}: holds no tokens; prepare the data again")
+            raise DataError(f"{bin_}: holds no tokens; prepare the data again")
         self.tokens: Tokens = np.memmap(bin_, dtype=self.dtype, mode="r")
         ends = np.append(offsets // self.dtype.itemsize, num_tokens)
         self.bounds: NDArray[np.int64] = ends[documents]
@@ -155,23 +156,23 @@ def _read_index(path: Path) -> _Index:
     with path.open("rb") as file:
         head = file.read(_HEADER.size)
         if head[: len(MAGIC)] != MAGIC[: len(head)] or not head:
-            raise ValueError(
+            raise DataError(
                 f"{path}: not a Megatron index, expected it to begin with {MAGIC!r}, "
                 f"found {head[: len(MAGIC)]!r}"
             )
         if len(head) < _HEADER.size:
-            raise ValueError(f"{path}: truncated, expected at least {_HEADER.size} bytes")
+            raise DataError(f"{path}: truncated, expected at least {_HEADER.size} bytes")
         _, version, code, n, d = _HEADER.unpack(head)
         if version != 1:
-            raise ValueError(f"{path}: expected version 1 of the format, found {version}")
+            raise DataError(f"{path}: expected version 1 of the format, found {version}")
         if code not in _DTYPES:
-            raise ValueError(
+            raise DataError(
                 f"{path}: expected tokens of type {_type_names()}, found type code {code}"
             )
         expected = _HEADER.size + 12 * n + 8 * d
         if size != expected:
             modes = "; sequence modes of multimodal data are not supported"
-            raise ValueError(
+            raise DataError(
                 f"{path}: expected {expected} bytes for {n} sequences and {d} document bounds, "
                 f"found {size}{modes if size == expected + n else '; it may be truncated'}"
             )
@@ -181,9 +182,9 @@ def _read_index(path: Path) -> _Index:
     dtype = _DTYPES[code]
     starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
     if (lengths < 0).any() or not np.array_equal(offsets, starts):
-        raise ValueError(f"{path}: damaged, sequences do not follow each other without gaps")
+        raise DataError(f"{path}: damaged, sequences do not follow each other without gaps")
     if d == 0 or documents[0] != 0 or documents[-1] != n or (np.diff(documents) < 0).any():
-        raise ValueError(f"{path}: damaged or unfinished, expected document bounds from 0 to {n}")
+        raise DataError(f"{path}: damaged or unfinished, expected document bounds from 0 to {n}")
     return dtype, lengths, offsets, documents
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ee_llm.errors import DataError
+
 _NUM_ROUNDS = 8
 _MASK64 = (1 << 64) - 1
 MAX_PERIOD = 1 << 18
@@ -66,11 +68,11 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     """Return the smallest whole numbers in the proportion of `weights`.
 
     0.3 means three tenths, not the nearest binary fraction. If the sum exceeds MAX_PERIOD, the
-    numbers are rounded, none to 0, so that it is MAX_PERIOD. Raises ValueError for a weight that
+    numbers are rounded, none to 0, so that it is MAX_PERIOD. Raises DataError for a weight that
     is not above 0.
     """
     if any(not math.isfinite(weight) or weight <= 0 for weight in weights):
-        raise ValueError(
+        raise DataError(
             f"data.weights = {list(weights)}: every weight must be a number above 0; leave out the "
             "prefixes that are not wanted"
         )

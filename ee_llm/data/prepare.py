@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ee_llm.data.aside import AsideFile
+from ee_llm.atomic_file import AtomicFile
 from ee_llm.data.documents import (
     DEFAULT_EXCLUDE,
     Format,
@@ -36,7 +36,8 @@ from ee_llm.data.documents import (
     raw_documents,
 )
 from ee_llm.data.indexed import IndexedTokens, IndexedWriter, Tokens, token_dtype
-from ee_llm.data.tokenizer import Tokenizer, load_tokenizer
+from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
+from ee_llm.errors import DataError, RunError
 
 _CHUNK_BYTES = 1 << 20  # of text, the unit of work that is handed to a worker
 _MAX_WORKERS = 1024  # each takes memory for the tokenizer and for documents under way
@@ -77,7 +78,7 @@ class PrepareOptions:
     format: Format = "auto"
     """What the inputs are; auto goes by the name and, for .json and Parquet, by the content."""
 
-    append_eod: bool = True
+    append_eos: bool = True
     """Whether an end-of-document token follows each document."""
 
     workers: int = 0
@@ -123,16 +124,16 @@ def prepare(options: PrepareOptions) -> PrepareReport:
     output.
     """
     if not 0 <= options.workers <= _MAX_WORKERS:
-        raise ValueError(
+        raise DataError(
             f"--workers {options.workers}: give a number of processes up to {_MAX_WORKERS:,}, or 0"
         )
     tokenizer = load_tokenizer(options.tokenizer, options.eos_token)
-    _ = tokenizer.eod  # before any work: a tokenizer may have no such token
+    _ = tokenizer.eos_token_id  # before any work: a tokenizer may have no such token
     sources, skipped = find_sources(
         options.inputs, options.suffixes, options.exclude, options.format
     )
     total = sum(source.num_bytes for source in sources)
-    encode = partial(_encode, options.tokenizer, options.eos_token, options.key, options.append_eod)
+    encode = partial(_encode, options.tokenizer, options.eos_token, options.key, options.append_eos)
     chunks = _chunks(raw_documents(sources, options.key))
     num_bytes = num_empty = 0
     with (
@@ -148,9 +149,9 @@ def prepare(options: PrepareOptions) -> PrepareReport:
             progress.update(task, advance=encoded.num_read)
         if writer.num_documents == 0:
             names = ", ".join(str(path) for path in options.inputs)
-            raise ValueError(f"inputs {names}: no document with any text in them")
+            raise DataError(f"inputs {names}: no document with any text in them")
         description = describe(tokenizer, writer.num_documents, writer.num_tokens)
-        with AsideFile(Path(f"{options.output}.meta.json")) as aside:
+        with AtomicFile(Path(f"{options.output}.meta.json")) as aside:
             aside.write(json.dumps(description, indent=1).encode() + b"\n")
             writer.commit(aside)
     return PrepareReport(
@@ -168,14 +169,14 @@ def describe(tokenizer: Tokenizer, num_documents: int, num_tokens: int) -> dict[
     return {
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
-        "eod": tokenizer.eod,
+        "eos_token_id": tokenizer.eos_token_id,
         "num_documents": num_documents,
         "num_tokens": num_tokens,
     }
 
 
 def check_tokenizer(prefix: Path | str, tokenizer: Tokenizer) -> None:
-    """Raise ValueError if the data at `prefix` was prepared with another tokenizer.
+    """Raise DataError if the data at `prefix` was prepared with another tokenizer.
 
     Data without a PREFIX.meta.json (made by other tools) pass: there is nothing to check.
     """
@@ -184,23 +185,24 @@ def check_tokenizer(prefix: Path | str, tokenizer: Tokenizer) -> None:
         return
     try:
         found = json.loads(path.read_bytes())
-        fingerprint, eod, num_tokens = (found[key] for key in ("tokenizer", "eod", "num_tokens"))
+        fingerprint, num_tokens = found["tokenizer"], found["num_tokens"]
+        eos_token_id = found["eos_token_id"] if "eos_token_id" in found else found["eod"]  # 0.1.0
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise DataError(
             f"{path}: expected the description that 'ee-llm data prepare' writes; prepare the data "
             "again, or remove the file if the data are of another tool"
         ) from error
     if num_tokens != IndexedTokens(prefix).num_tokens:
-        raise ValueError(
+        raise DataError(
             f"{path}: describes other data than {prefix}.bin; prepare the data again, or remove "
             "the file if the data are of another tool"
         )
     for what, here, there in (
         ("tokenizer", tokenizer.fingerprint, fingerprint),
-        ("end-of-document token", tokenizer.eod, eod),
+        ("end-of-document token", tokenizer.eos_token_id, eos_token_id),
     ):
         if here != there:
-            raise ValueError(
+            raise DataError(
                 f"data {prefix}: prepared with {what} {there}, but data.tokenizer "
                 f"({tokenizer.name}) has {here}; name the same tokenizer (and data.eos_token), or "
                 "prepare the data again"
@@ -243,7 +245,7 @@ def _worker_tokenizer(spec: str, eos_token: str | None) -> Tokenizer:
 
 
 def _encode(
-    spec: str, eos_token: str | None, key: str, append_eod: bool, chunk: _Chunk
+    spec: str, eos_token: str | None, key: str, append_eos: bool, chunk: _Chunk
 ) -> _Encoded:
     tokenizer = _worker_tokenizer(spec, eos_token)
     parts = []
@@ -255,8 +257,8 @@ def _encode(
             continue
         num_bytes += len(text.encode())
         ids = tokenizer.encode(text)
-        if append_eod:
-            ids.append(tokenizer.eod)
+        if append_eos:
+            ids.append(tokenizer.eos_token_id)
         parts.append(np.array(ids, dtype=token_dtype(tokenizer.vocab_size)))
     tokens = np.concatenate([np.zeros(0, token_dtype(tokenizer.vocab_size)), *parts])
     num_read = sum(document.num_read for document in chunk)
@@ -273,7 +275,7 @@ def ordered_map(
     A ValueError of `function` comes through as it is; where it was raised is its cause. Workers
     are killed when the caller stops early, and end when this process dies.
 
-    Raises RuntimeError if a worker was killed.
+    Raises RunError if a worker was killed.
     """
     if workers == 1:
         yield from map(function, items)
@@ -292,7 +294,7 @@ def ordered_map(
         while under_way:
             yield _result(under_way.popleft())
     except BrokenProcessPool as error:
-        raise RuntimeError(
+        raise RunError(
             f"a worker process of {workers} was killed, most likely because the machine ran out of "
             "memory. Use fewer --workers, or split documents of many megabytes."
         ) from error
@@ -341,9 +343,9 @@ def _num_workers(wanted: int, total_bytes: int) -> int:
         return wanted
     if total_bytes < _POOL_BYTES:
         return 1
-    from ee_llm import platform  # here: torch, which it imports, is of no use to the workers
+    from ee_llm import distributed
 
-    return platform.num_cores()
+    return distributed.num_cores()
 
 
 def _progress(is_shown: bool) -> Progress:

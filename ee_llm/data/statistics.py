@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ee_llm.data.indexed import IndexedTokens, Tokens
+from ee_llm.errors import DataError
 
 _CHUNK = 1 << 22  # tokens
 _MAX_IDS = 1 << 31  # more than any vocabulary has; each id is a counter in memory
@@ -63,14 +64,14 @@ def statistics(options: StatisticsOptions) -> Statistics:
 def token_counts(tokens: Tokens, path: str) -> NDArray[np.int64]:
     """Return how often each id from 0 to the largest occurs in `tokens` [t], read in chunks.
 
-    Raises ValueError, naming the file `path` that they are of, for what can be no token id.
+    Raises DataError, naming the file `path` that they are of, for what can be no token id.
     """
     counts = np.zeros(0, dtype=np.int64)
     for start in range(0, len(tokens), _CHUNK):
         ids = tokens[start : start + _CHUNK]
         for extreme in (int(ids.min()), int(ids.max())):
             if not 0 <= extreme < _MAX_IDS:
-                raise ValueError(
+                raise DataError(
                     f"{path}: holds {extreme}, which is no token id: these are 0 to {_MAX_IDS - 1}"
                 )
         chunk = np.bincount(ids, minlength=len(counts))

@@ -6,21 +6,25 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ee_llm import platform
+from ee_llm import distributed
+from ee_llm.architecture.tensors import take_tensors
 from ee_llm.config import Config
-from ee_llm.inference.blocks import BlockManager
-from ee_llm.inference.decoder import Decode, Decoder
-from ee_llm.inference.execution import Execution
-from ee_llm.inference.pipeline_runner import PipelineRunner
-from ee_llm.inference.pipeline_scheduler import PipelinePlan, PipelineScheduler
+from ee_llm.errors import RunError
+from ee_llm.inference.engine_base import Detokenize, EngineBase
+from ee_llm.inference.execution.executor import ExecutionConfig
+from ee_llm.inference.execution.pipeline_runner import PipelineRunner
+from ee_llm.inference.execution.stage import ModelStage, make_shard, partition_layers
+from ee_llm.inference.execution.wire import decode_results
 from ee_llm.inference.request import Sequence
-from ee_llm.inference.scheduler import Limits
-from ee_llm.inference.stage import Stage, cut, shard_of
-from ee_llm.inference.weights import take_tensors
-from ee_llm.inference.wire import decode_answers
+from ee_llm.inference.scheduling.block_manager import BlockManager
+from ee_llm.inference.scheduling.pipeline_scheduler import (
+    PipelineScheduler,
+    PipelineSchedulerOutput,
+)
+from ee_llm.inference.scheduling.scheduler import SchedulerConfig
 
 
-class PipelineEngine(Decoder):
+class PipelineEngine(EngineBase):
     """Decodes requests over pipeline stages, each of one or several tensor-parallel ranks.
 
     Every rank makes one; all but the leader call `follow`.
@@ -30,32 +34,34 @@ class PipelineEngine(Decoder):
         self,
         config: Config,
         tensors: Mapping[str, Tensor],
-        ranks: platform.ServingGrid,
+        ranks: distributed.InferenceGrid,
         dtype: torch.dtype = torch.float32,
-        limits: Limits | None = None,
-        decode: Decode | None = None,
+        scheduler_config: SchedulerConfig | None = None,
+        decode: Detokenize | None = None,
         device: torch.device | str = "cpu",
-        execution: Execution | None = None,
+        execution: ExecutionConfig | None = None,
     ) -> None:
         """Take this rank's part of the weights out of `tensors`; decode: for stop strings.
 
-        Raises ValueError if the tensors do not fit the configuration, or the ranks, or the
+        Raises RequestError if the tensors do not fit the configuration, or the ranks, or the
         execution the device.
         """
-        limits = limits or Limits()
-        blocks = BlockManager(limits.num_blocks, limits.block_size)
-        self.scheduler = PipelineScheduler(limits, blocks, ranks.num_stages)
+        scheduler_config = scheduler_config or SchedulerConfig()
+        blocks = BlockManager(scheduler_config.num_blocks, scheduler_config.block_size)
+        self.scheduler = PipelineScheduler(scheduler_config, blocks, ranks.num_stages)
         super().__init__(config, self.scheduler, decode)
         self._ranks = ranks
-        stage = Stage(
+        stage = ModelStage(
             config,
             take_tensors(config, tensors, dtype, device),
-            limits.num_blocks * limits.block_size,
-            cut(config, ranks.num_stages)[ranks.stage],
-            shard_of(config, ranks, (execution or Execution()).linear),
+            scheduler_config.num_blocks * scheduler_config.block_size,
+            partition_layers(config, ranks.num_stages)[ranks.stage],
+            make_shard(config, ranks, (execution or ExecutionConfig()).linear),
         )
         max_length = config.model.max_seq_length
-        self._runner = PipelineRunner(stage, self.boundaries, limits, max_length, ranks, execution)
+        self._runner = PipelineRunner(
+            stage, self.boundaries, scheduler_config, max_length, ranks, execution
+        )
         self._last_sent = time.monotonic()
         self._is_open = True
         if ranks.is_leader:
@@ -67,15 +73,17 @@ class PipelineEngine(Decoder):
         An exception amid a pass leaves the ranks out of step, so it ends the engine on all of them.
         """
         if not self._is_open:
-            raise RuntimeError("the engine was closed, or ended by an exception; make a new one")
+            raise RunError("the engine was closed, or ended by an exception; make a new one")
         concerned: list[Sequence] = []
         try:
-            plan = self.scheduler.schedule()
-            if plan is not None:
-                concerned += self._send(plan)
+            scheduler_output = self.scheduler.schedule()
+            if scheduler_output is not None:
+                concerned += self._send(scheduler_output)
             elif time.monotonic() - self._last_sent > self._ranks.timeout_s / 3:
                 self._send(self.scheduler.heartbeat())
-            concerned += self._receive(wait=plan is None and self.scheduler.num_sent > 0)
+            concerned += self._receive(
+                wait=scheduler_output is None and self.scheduler.num_sent > 0
+            )
         except BaseException:
             self._is_open = False
             self._ranks.leave()
@@ -103,10 +111,10 @@ class PipelineEngine(Decoder):
         concerned: list[Sequence] = []
         while answer := self._ranks.next_answer(wait=wait):
             _, message = answer
-            concerned += self.scheduler.answer(*decode_answers(message))
+            concerned += self.scheduler.answer(*decode_results(message))
             wait = False
         return concerned
 
-    def _send(self, plan: PipelinePlan) -> list[Sequence]:
+    def _send(self, scheduler_output: PipelineSchedulerOutput) -> list[Sequence]:
         self._last_sent = time.monotonic()
-        return self.scheduler.answer(plan.id, self._runner.lead(plan))
+        return self.scheduler.answer(scheduler_output.id, self._runner.lead(scheduler_output))

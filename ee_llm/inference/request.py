@@ -6,18 +6,18 @@ newest row is the *frontier*. Segment s ends at exit s, the last segment at the 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
-from ee_llm.inference.text import GeneratedText
+from ee_llm.errors import RequestError
+from ee_llm.inference.strategies import STRATEGIES, SelfSpeculation, Strategy
+from ee_llm.inference.text.detokenizer import GeneratedText
 
 if TYPE_CHECKING:
-    from ee_llm.inference.policy import Policy
-    from ee_llm.inference.sampling import Sampling
+    from ee_llm.inference.exits.policy import ExitPolicy
+    from ee_llm.inference.sampling.sampler import SamplingParams
 
-Strategy = Literal["exact", "full", "verify", "propagate"]
 # error: the tokenizer cannot decode the tokens, or an exit's logits are not finite.
-FinishReason = Literal["eod", "stop", "length", "context", "abort", "error"]
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+FinishReason = Literal["eos", "stop", "length", "context", "abort", "error"]
 NON_FINITE = (
     "an exit gave logits that are not finite; the weights are damaged, or the dtype is too narrow"
     " for them (try float32)"
@@ -25,41 +25,22 @@ NON_FINITE = (
 
 
 @dataclass(frozen=True)
-class Draft:
-    """How the strategy `verify` drafts tokens (LayerSkip, arXiv 2404.16710).
-
-    boundary: of the exit that drafts. length: at most so many tokens between two deep passes.
-    threshold: drafting goes on while the exit's confidence reaches it; None: always.
-    """
-
-    boundary: int
-    length: int = 4
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        if type(self.length) is not int or self.length < 1:
-            raise ValueError(f"draft length {self.length!r} must be a whole number of at least 1")
-        if self.threshold is not None and not 0.0 < self.threshold <= 1.0:  # NaN fails too
-            raise ValueError(f"draft threshold {self.threshold} is not in (0, 1]")
-
-
-@dataclass(frozen=True)
 class Request:
     """A prompt and everything that its continuation is a function of, but for the weights.
 
     id: unique among the requests under way. prompt: token ids. policy: which exits, how confident;
-    `full` and `verify` have them all off. draft: for `verify` alone. eos_token_ids, stop_tokens:
-    ids that end the sequence, as does a text that holds one of stop_strings. special_texts: ids and
-    texts of the special tokens that stop_strings are to find, as texts have none of them. tenant:
-    prompts share cached blocks within one tenant only.
+    `full` and `self-speculative` have them all off. draft: for `self-speculative` alone.
+    eos_token_ids, stop_tokens: ids that end the sequence, as does a text that holds one of
+    stop_strings. special_texts: ids and texts of the special tokens that stop_strings are to find,
+    as texts have none of them. tenant: prompts share cached blocks within one tenant only.
     """
 
     id: str
     prompt: tuple[int, ...]
-    policy: "Policy"
-    sampling: "Sampling"
+    policy: "ExitPolicy"
+    sampling: "SamplingParams"
     strategy: Strategy = "exact"
-    draft: Draft | None = None
+    draft: SelfSpeculation | None = None
     max_new_tokens: int = 64
     eos_token_ids: tuple[int, ...] = ()
     stop_tokens: tuple[int, ...] = ()
@@ -69,33 +50,33 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
-            raise ValueError(
+            raise RequestError(
                 f"strategy {self.strategy!r} is unknown; choose of {', '.join(STRATEGIES)}"
             )
         if len(self.prompt) == 0:
-            raise ValueError("the prompt is empty; give at least one token")
+            raise RequestError("the prompt is empty; give at least one token")
         for token in self.prompt:
             if type(token) is not int:
-                raise ValueError(f"token id {token!r} in the prompt is no whole number")
+                raise RequestError(f"token id {token!r} in the prompt is no whole number")
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
-            raise ValueError(
+            raise RequestError(
                 f"max_new_tokens {self.max_new_tokens!r} must be a whole number of at least 1"
             )
-        if (self.draft is None) == (self.strategy == "verify"):
-            raise ValueError(
+        if (self.draft is None) == (self.strategy == "self-speculative"):
+            raise RequestError(
                 f"strategy {self.strategy!r} with draft {self.draft}: verify needs a draft, and no"
                 " other strategy has one"
             )
         if isinstance(self.stop_strings, str):
-            raise ValueError(
+            raise RequestError(
                 f"stop_strings is the string {self.stop_strings!r}; give a tuple of strings"
             )
         if "" in self.stop_strings:
-            raise ValueError("a stop string is empty; leave it out")
+            raise RequestError("a stop string is empty; leave it out")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ExitResult:
     """What an exit says about one row.
 
     left: whether its token leaves here (always true at the final exit). token: the one that this
@@ -105,7 +86,7 @@ class Verdict:
 
     slot: int
     position: int
-    left: bool
+    exited: bool
     token: int
     confidence: float
     logprob: float
@@ -254,35 +235,35 @@ class Sequence:
             return False
         return segment > 0 and self.exits[index] <= self.boundaries[segment - 1]
 
-    def settle(self, segment: int, verdict: Verdict) -> bool:
+    def settle(self, segment: int, result: ExitResult) -> bool:
         """Take an exit's verdict on a row; return whether later rows' verdicts still count."""
-        if not verdict.is_finite:
+        if not result.is_finite:
             self.finish_reason, self.error, self.is_tainted = "error", NON_FINITE, True
             return False
-        if not verdict.left:
+        if not result.exited:
             self.declined = segment
             return True
         self.declined = -1
         is_final = segment == self.last_segment
         if self.request.draft is not None and not is_final:
-            assert verdict.position + 1 == len(self.tokens), "a draft goes after the newest row"
-            self.tokens.append(verdict.token)
+            assert result.position + 1 == len(self.tokens), "a draft goes after the newest row"
+            self.tokens.append(result.token)
             self.num_drafted += 1
             return True
-        follows = verdict.position + 1
-        is_confirmed = follows < len(self.tokens) and self.tokens[follows] == verdict.token
+        follows = result.position + 1
+        is_confirmed = follows < len(self.tokens) and self.tokens[follows] == result.token
         if not is_confirmed:
             self.num_rejections += follows < len(self.tokens)
             self._count(min(self._num_counted, follows))
             del self.tokens[follows:]
-            self.tokens.append(verdict.token)
+            self.tokens.append(result.token)
             self.watermarks = [min(mark, follows) for mark in self.watermarks]
         self.num_accepted += is_confirmed
         self.num_confirmed = follows + 1
         self.exits.append(self.boundaries[segment])
-        self.confidences.append(verdict.confidence)
-        self.logprobs.append(verdict.logprob)
-        self.finish_reason = self._finish_reason(verdict.token)
+        self.confidences.append(result.confidence)
+        self.logprobs.append(result.logprob)
+        self.finish_reason = self._finish_reason(result.token)
         return is_confirmed and self.finish_reason is None
 
     def restart(self) -> None:
@@ -306,7 +287,7 @@ class Sequence:
 
     def _finish_reason(self, token: int) -> FinishReason | None:
         if token in self.request.eos_token_ids:
-            return "eod"
+            return "eos"
         if token in self.request.stop_tokens:
             return "stop"
         try:

@@ -4,9 +4,9 @@ import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
-from ee_llm.inference.decoder import Decoder
-from ee_llm.inference.generator import Generation
+from ee_llm.inference.engine_base import EngineBase
 from ee_llm.inference.request import Request
+from ee_llm.inference.verification.reference_decoding import RequestOutput
 
 _NUM_REPEATED = 17  # tokens of a generation that are decoded again; the first is not timed
 
@@ -82,8 +82,8 @@ class Stopwatch:
 
 def against_full(
     speed: Speed,
-    decoder: Decoder,
-    drafted: Items[tuple[Request, Generation]],
+    decoder: EngineBase,
+    drafted: Items[tuple[Request, RequestOutput]],
     batch_size: int = 1,
 ) -> Speed:
     """Return the speed of self-speculating requests beside that at full depth.
@@ -118,7 +118,7 @@ def against_full(
     return replace(speed, full_tokens_per_second=_decoding_speed(decoder, full))
 
 
-def _decoding_speed(decoder: Decoder, requests: Items[Request]) -> float | None:
+def _decoding_speed(decoder: EngineBase, requests: Items[Request]) -> float | None:
     """Return the tokens per second of requests that run together, from when all have a token."""
     for request in requests:
         decoder.add(request)
@@ -126,15 +126,15 @@ def _decoding_speed(decoder: Decoder, requests: Items[Request]) -> float | None:
     start = end = 0.0
     num_tokens = 0
     while decoder.has_work:
-        updates = decoder.step()
+        outputs = decoder.step()
         now = time.perf_counter()
         if not waiting:
-            num_tokens += sum(len(update.decisions) for update in updates)
+            num_tokens += sum(len(output.token_outputs) for output in outputs)
             end = now
-            if any(update.generation for update in updates):
+            if any(output.generation for output in outputs):
                 break  # fewer run from here on
             continue
-        waiting -= {update.id for update in updates}
+        waiting -= {output.id for output in outputs}
         start = now
     while decoder.has_work:
         decoder.step()

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ee_llm.model.dropout import head_region

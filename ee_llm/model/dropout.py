@@ -2,9 +2,9 @@
 
 from contextlib import AbstractContextManager, nullcontext
 
-from ee_llm import platform
+from ee_llm import distributed
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 

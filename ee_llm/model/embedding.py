@@ -5,11 +5,11 @@ Shapes: s sequence, b microbatch, h hidden, t tensor-parallel ranks.
 
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import ModelConfig
 from ee_llm.model.dropout import hidden_region
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -32,7 +32,7 @@ class Embedding(MegatronModule):
             self.position = torch.nn.Embedding(
                 config.max_seq_length,
                 config.hidden_size,
-                device=platform.device(),
+                device=distributed.device(),
                 dtype=parts.params_dtype,
             )
 

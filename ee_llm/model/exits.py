@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from ee_llm import platform
-from ee_llm.config import Config, output_weight_name
+from ee_llm import distributed
+from ee_llm.architecture.parameter_names import output_weight_name
+from ee_llm.config import Config
 from ee_llm.model.dropout import hidden_region
 from ee_llm.model.linear import ColumnLinear
 from ee_llm.model.specs import Norm, layer_spec, mlp_spec
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module

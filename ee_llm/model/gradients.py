@@ -3,11 +3,11 @@
 import torch
 import torch.distributed as dist
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import Config
 from ee_llm.model.stage import holders
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core.distributed import DistributedDataParallel
 
 
@@ -21,7 +21,7 @@ class GradientSums:
     3. Everything: over data-parallel ranks, by megatron-core, as sums (losses come normalised).
     """
 
-    def __init__(self, config: Config, grid: platform.Grid) -> None:
+    def __init__(self, config: Config, grid: distributed.Grid) -> None:
         """Make the groups of shared weights; every rank must do so, in the same order."""
         self.grid = grid
         self.groups: dict[str, dist.ProcessGroup | None] = {}

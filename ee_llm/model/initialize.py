@@ -6,8 +6,8 @@ any tensor, pipeline or data parallel layout starts from the same model, bit for
 
 import torch
 
+from ee_llm.architecture.initial_values import initial_value
 from ee_llm.config import Config
-from ee_llm.initial import whole_parameter
 from ee_llm.model.specs import FUSED_NORM_NAMES
 
 
@@ -39,10 +39,10 @@ def initialize(module: torch.nn.Module, config: Config, tensor_rank: int, tensor
     for local_name, parameter in module.named_parameters():
         name = canonical_name(local_name)
         if not getattr(parameter, "tensor_model_parallel", False):
-            parameter.copy_(whole_parameter(name, parameter.shape, config))
+            parameter.copy_(initial_value(name, parameter.shape, config))
             continue
         axis = parameter.partition_dim  # type: ignore[attr-defined]
         shape = list(parameter.shape)
         shape[axis] *= tensor_size
-        whole = whole_parameter(name, torch.Size(shape), config)
+        whole = initial_value(name, torch.Size(shape), config)
         parameter.copy_(split_over_tensor_ranks(whole, name, axis, tensor_rank, tensor_size, gated))

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ee_llm import platform
-from ee_llm.model.later import WeightGradients
+from ee_llm import distributed
+from ee_llm.model.deferred_gradients import WeightGradients
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,

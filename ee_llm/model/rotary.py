@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
+from ee_llm.architecture.rotary import inverse_frequencies
 from ee_llm.config import ModelConfig
-from ee_llm.rotary import inverse_frequencies
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core.transformer.attention import SelfAttention
 
 
@@ -23,7 +23,7 @@ class RotaryAngles(torch.nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
-        frequencies = inverse_frequencies(config).to(platform.device())
+        frequencies = inverse_frequencies(config).to(distributed.device())
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:

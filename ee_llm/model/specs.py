@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import Config, ModelConfig
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -36,8 +36,8 @@ FUSED_NORM_NAMES = {
 
 @functools.cache
 def _has_transformer_engine() -> bool:
-    if not platform.has_cuda():
-        return False  # its CPU meta package raises RuntimeError on import
+    if not distributed.has_cuda():
+        return False  # its CPU meta package raises RunError on import
     try:
         import transformer_engine.pytorch  # noqa: F401
     except (ImportError, RuntimeError):
@@ -61,7 +61,7 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
     """
     model, parallel = config.model, config.parallel
     llama = model.family == "llama"
-    fused = platform.has_cuda() and dtype == torch.bfloat16
+    fused = distributed.has_cuda() and dtype == torch.bfloat16
     recompute: dict[str, Any] = {}
     if config.training.recompute == "selective":
         # Not an MLP with a bias: it returns the bias parameter, which megatron-core's checkpoint
@@ -88,7 +88,7 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=not platform.has_cuda(),
+        use_cpu_initialization=not distributed.has_cuda(),
         init_method=_keep,  # ee_llm.model.initialize fills every parameter by its name
         output_layer_init_method=_keep,
         calculate_per_token_loss=True,  # gradients are summed over ranks: losses come normalised
@@ -114,7 +114,7 @@ class Norm:
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
     ) -> torch.nn.Module:
         kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-        norm = kind(hidden_size, eps=eps, device=platform.device(), dtype=config.params_dtype)
+        norm = kind(hidden_size, eps=eps, device=distributed.device(), dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

@@ -8,19 +8,22 @@ from typing import Any
 
 import torch
 
-from ee_llm import platform
-from ee_llm.config import Config, exit_stage, output_weight_name, stage_layers
-from ee_llm.losses import ExitLoss, exit_loss
+from ee_llm import distributed
+from ee_llm.architecture.parameter_names import output_weight_name
+from ee_llm.architecture.partition import exit_stage, stage_layers
+from ee_llm.config import Config
+from ee_llm.errors import UserError
+from ee_llm.losses.exit_losses import ExitLoss, exit_loss
+from ee_llm.model.deferred_gradients import WeightGradients
 from ee_llm.model.dropout import hidden_region
 from ee_llm.model.embedding import Embedding
 from ee_llm.model.exits import Exit
 from ee_llm.model.initialize import initialize
-from ee_llm.model.later import WeightGradients
 from ee_llm.model.linear import ColumnLinear, RowLinear
 from ee_llm.model.rotary import RotaryAngles
 from ee_llm.model.specs import layer_spec, transformer_config, uses_transformer_engine
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, checkpoint
 from megatron.core.transformer.module import MegatronModule
@@ -133,7 +136,7 @@ class Stage(MegatronModule):
         An exit's keep the gradient of its logits alive until then.
         """
         if uses_transformer_engine(parts):
-            raise ValueError(
+            raise UserError(
                 f"parallel.schedule = {schedule} needs layers whose backward pass can be split: "
                 "here those for training.dtype = bfloat16 are Transformer Engine's; set the first "
                 "to 1f1b or the second to float32"

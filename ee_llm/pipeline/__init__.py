@@ -3,8 +3,9 @@
 Importing this package does not import torch; `ee_llm.pipeline.runtime` does.
 """
 
+from ee_llm.errors import PlanError
 from ee_llm.pipeline.lower import LoweredPlan, lower, verify
-from ee_llm.pipeline.plan import Action, Op, Plan, PlanError, Visit, forward_only, one_f_one_b
+from ee_llm.pipeline.plan import Action, Op, Plan, Visit, forward_only, one_f_one_b
 from ee_llm.pipeline.simulate import Costs, PieceCost, Simulation, StageCost, grid, simulate
 
 __all__ = [

@@ -9,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ee_llm.pipeline.plan import Action, Op, Plan, PlanError, step_grid
+from ee_llm.errors import PlanError
+from ee_llm.pipeline.plan import Action, Op, Plan, step_grid
 from ee_llm.pipeline.simulate import Duration, nominal, timeline
 
 _SEND = {Op.FORWARD: Op.SEND_FORWARD, Op.BACKWARD: Op.SEND_BACKWARD}

@@ -11,9 +11,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
-
-class PlanError(ValueError):
-    """A plan that cannot be carried out; the message shows where."""
+from ee_llm.errors import PlanError
 
 
 class Op(StrEnum):
@@ -61,7 +59,7 @@ class Action(NamedTuple):
         """Return the action that prints as `text`; ValueError if there is none."""
         match = _ACTION.fullmatch(text)
         if match is None:
-            raise ValueError(
+            raise PlanError(
                 f"{text!r} is no action: expected stage, operation ({', '.join(Op)}) and "
                 f"microbatch, as in 2F0"
             )
@@ -229,7 +227,7 @@ def forward_only(num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> 
 def _check_counts(num_stages: int, num_microbatches: int) -> None:
     for name, value in (("num_stages", num_stages), ("num_microbatches", num_microbatches)):
         if value < 1:
-            raise ValueError(f"{name} is {value}: a plan needs at least 1")
+            raise PlanError(f"{name} is {value}: a plan needs at least 1")
 
 
 def step_grid(

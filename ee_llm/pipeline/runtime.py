@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ee_llm.distributed import synchronize_stream
+from ee_llm.distributed.point_to_point import Channel, Transport
+from ee_llm.errors import PlanError
 from ee_llm.pipeline.lower import LoweredPlan, counterpart
-from ee_llm.pipeline.plan import Action, Op, PlanError, step_grid
+from ee_llm.pipeline.plan import Action, Op, step_grid
 from ee_llm.pipeline.simulate import Span
-from ee_llm.platform import synchronize_stream
-from ee_llm.platform.transport import Channel, Transport
 
 
 class PipelineError(RuntimeError):
     """An action that failed; the message shows it in the plan, the cause is chained."""
 
 
-class TensorSpec(NamedTuple):
+class MessageSpec(NamedTuple):
     """Shape, type and device of the hidden state that stages hand on."""
 
     shape: tuple[int, ...]
@@ -34,7 +35,7 @@ class TensorSpec(NamedTuple):
     device: torch.device
 
 
-class Stage(Protocol):
+class PipelineStage(Protocol):
     """What the runtime asks of a stage."""
 
     def forward(
@@ -49,7 +50,7 @@ class Stage(Protocol):
     def exit_loss(self, microbatch: int, index: int, tap: Tensor) -> Tensor:
         """Return the scalar loss of exit `index`, weighted and normalised, ready to be added."""
 
-    def put_off_weights(self) -> AbstractContextManager[Callable[[], None]]:
+    def defer_weight_gradients(self) -> AbstractContextManager[Callable[[], None]]:
         """Keep weights out of the backward passes within; the function given adds them later.
 
         Asked for by plans that split the backward pass alone. Weights of exits among them, if and
@@ -90,9 +91,9 @@ class Runtime:
         self,
         plan: LoweredPlan,
         rank: int,
-        stages: Mapping[int, Stage],
+        stages: Mapping[int, PipelineStage],
         transport: Transport | None,
-        hidden: TensorSpec,
+        hidden: MessageSpec,
         deferred: bool = True,
     ) -> None:
         """Take what `lower` returned, this pipeline rank and its stages by their number.
@@ -111,7 +112,7 @@ class Runtime:
             raise PlanError("the plan has not been proved sound: pass what `lower(plan)` returns")
         expected = {stage for stage, owner in enumerate(plan.stage_ranks) if owner == rank}
         if set(stages) != expected:
-            raise ValueError(f"rank {rank} holds stages {sorted(expected)}, got {sorted(stages)}")
+            raise PlanError(f"rank {rank} holds stages {sorted(expected)}, got {sorted(stages)}")
         self._plan, self._rank, self._stages = plan, rank, stages
         self._transport, self._hidden, self._deferred = transport, hidden, deferred
         self._visits: dict[Key, _Visit] = {}
@@ -216,7 +217,7 @@ class Runtime:
         if not self._plan.splits_backward:
             yield
             return
-        with self._stages[action.stage].put_off_weights() as add_weights:
+        with self._stages[action.stage].defer_weight_gradients() as add_weights:
             yield
         self._weights[action.stage, action.microbatch] = add_weights
 
@@ -308,7 +309,7 @@ class Runtime:
         shape, dtype, _ = self._hidden
         if output is None or tuple(output.shape) != tuple(shape) or output.dtype != dtype:
             got = "nothing" if output is None else f"{tuple(output.shape)} {output.dtype}"
-            raise ValueError(f"the stage's output is {got}, its successor expects {shape} {dtype}")
+            raise PlanError(f"the stage's output is {got}, its successor expects {shape} {dtype}")
         return output
 
     def _failure(self, step: int, error: Exception) -> PipelineError:

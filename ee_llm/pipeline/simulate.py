@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ee_llm.pipeline.plan import Action, Op, Plan, PlanError, step_grid
+from ee_llm.errors import PlanError
+from ee_llm.pipeline.plan import Action, Op, Plan, step_grid
 
 
 class PieceCost(NamedTuple):
@@ -47,14 +48,14 @@ class Costs:
     communication: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a negative or infinite cost, or a part above its whole."""
+        """Raise PlanError for a negative or infinite cost, or a part above its whole."""
         for index, stage in enumerate(self.stages):
             layers = PieceCost(stage.forward, stage.backward, stage.weight)
             for cost in (layers, *stage.exits):
                 for value in cost:
                     _check_cost(f"a cost of stage {index}", value)
                 if cost.weight > cost.backward:
-                    raise ValueError(
+                    raise PlanError(
                         f"stage {index}: weight {cost.weight} is a part of backward "
                         f"{cost.backward} and cannot be above it"
                     )
@@ -198,11 +199,11 @@ def simulate(plan: Plan, costs: Costs, *, deferred: bool = True) -> Simulation:
     """Return time, bubbles and peak memory of a plan (lowered or not) for given costs.
 
     deferred: exits run inside their microbatch's backward, one at a time; otherwise inside its
-    forward, their logits alive until its backward. Raises ValueError if costs and plan differ in
+    forward, their logits alive until its backward. Raises PlanError if costs and plan differ in
     their number of stages, PlanError if the plan deadlocks.
     """
     if len(costs.stages) != plan.num_stages:
-        raise ValueError(f"costs of {len(costs.stages)} stages, but {plan.num_stages} in the plan")
+        raise PlanError(f"costs of {len(costs.stages)} stages, but {plan.num_stages} in the plan")
     line = timeline(plan, lambda a: _duration(plan, costs, a, deferred), costs.communication)
     makespan = line.makespan
     idle = tuple(
@@ -292,4 +293,4 @@ def _peaks(
 
 def _check_cost(name: str, value: float) -> None:
     if not 0.0 <= value < math.inf:
-        raise ValueError(f"{name} is {value}: expected seconds, finite and not negative")
+        raise PlanError(f"{name} is {value}: expected seconds, finite and not negative")

@@ -12,7 +12,8 @@ import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from ee_llm import platform
+from ee_llm import distributed
+from ee_llm.errors import UserError
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -33,9 +34,9 @@ class FusedAdam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         weight_decay: float = 0.0,
     ) -> None:
-        """Raise ValueError without bias correction: torch's kernels always apply it."""
+        """Raise UserError without bias correction: torch's kernels always apply it."""
         if not bias_correction:
-            raise ValueError("bias_correction=False is not supported: torch's kernels apply it")
+            raise UserError("bias_correction=False is not supported: torch's kernels apply it")
         self.adam_w_mode = adam_w_mode
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -95,7 +96,7 @@ def install() -> bool:
 
     It then takes the same branches as with Transformer Engine. Calling it again changes nothing.
     """
-    platform.enable_megatron()
+    distributed.enable_megatron()
     import megatron.core.optimizer as optimizers
     from megatron.core.optimizer import distrib_optimizer
 

@@ -1,26 +1,27 @@
 """What a run reads: its configuration's data, as the microbatches of one rank."""
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.checkpoint.tokenizer import keep
 from ee_llm.config import Config
 from ee_llm.data.batches import BatchShape, EvaluationBatches, TrainingBatches
 from ee_llm.data.dataset import Blend, Part, RowOptions, open_blend
 from ee_llm.data.prepare import check_tokenizer
-from ee_llm.data.tokenizer import load_tokenizer
-from ee_llm.pipeline.chosen import chosen_fills
+from ee_llm.data.tokenization.tokenizer import load_tokenizer
+from ee_llm.errors import UserError
+from ee_llm.pipeline.selection import select_fills
 
 
 def open_data(
-    config: Config, grid: platform.Grid
+    config: Config, grid: distributed.Grid
 ) -> tuple[TrainingBatches, EvaluationBatches | None]:
     """Return this rank's training data, and its validation data where there are any to be read.
 
-    Raises ValueError, naming the option or file, for what is wrong with them.
+    Raises UserError, naming the option or file, for what is wrong with them.
     """
     keep(config.data.tokenizer)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_token)
     if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of "
             f"data.tokenizer {config.data.tokenizer!r}, {tokenizer.vocab_size} tokens; set it to "
             f"{tokenizer.vocab_size} or more"
@@ -28,13 +29,13 @@ def open_data(
     for prefix in config.data.prefixes:
         check_tokenizer(prefix, tokenizer)
     options = RowOptions(
-        eod=tokenizer.eod,
+        eos_token_id=tokenizer.eos_token_id,
         vocab_size=config.model.vocab_size,
-        mask_after_eod=config.data.mask_after_eod,
+        mask_after_eos=config.data.mask_after_eos,
         reset_positions=config.data.reset_positions,
     )
     micro_batch_size = config.training.micro_batch_size
-    filling = sum(chosen_fills(config)) * micro_batch_size * grid.data_size
+    filling = sum(select_fills(config)) * micro_batch_size * grid.data_size
 
     def shape(global_batch_size: int) -> BatchShape:
         return BatchShape(micro_batch_size, global_batch_size, grid.data_rank, grid.data_size)

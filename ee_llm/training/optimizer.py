@@ -10,10 +10,11 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 
-from ee_llm import platform
+from ee_llm import distributed
+from ee_llm.errors import UserError
 from ee_llm.training import adam
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -74,7 +75,7 @@ def wrap_stages(
     nothing may divide them by the number of ranks (`config.calculate_per_token_loss`).
     """
     if not config.calculate_per_token_loss:
-        raise ValueError(
+        raise UserError(
             "TransformerConfig.calculate_per_token_loss must be True: without it megatron-core "
             "divides gradients by the data-parallel size, and ours are normalised already"
         )
@@ -182,7 +183,7 @@ def _grad_norm(optimizer: MegatronOptimizer) -> float:
         return float(optimizer.get_grad_norm())
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     gradients = [grad for part in parts for grad in part.get_main_grads_for_grad_norm()]
-    total = torch.zeros((), dtype=torch.float64, device=platform.device())
+    total = torch.zeros((), dtype=torch.float64, device=distributed.device())
     for grad in gradients:
         total += grad.square().sum()
     dist.all_reduce(total, group=optimizer.get_grad_stats_parallel_group())

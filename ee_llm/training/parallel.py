@@ -10,22 +10,22 @@ from contextlib import AbstractContextManager
 import torch
 import torch.distributed as dist
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import Config
 from ee_llm.data import Microbatch
-from ee_llm.losses import scheduled_weight
+from ee_llm.distributed.point_to_point import connect
+from ee_llm.losses.exit_losses import scheduled_weight
 from ee_llm.model.gradients import GradientSums
 from ee_llm.model.stage import Stage, stages_of_exits
-from ee_llm.pipeline.chosen import chosen_plan
 from ee_llm.pipeline.lower import lower
 from ee_llm.pipeline.plan import Plan, forward_only
-from ee_llm.pipeline.runtime import Runtime, TensorSpec
-from ee_llm.pipeline.scaling import unbiased_scaling
+from ee_llm.pipeline.runtime import MessageSpec, Runtime
+from ee_llm.pipeline.schedules.scaling import unbiased_scaling
+from ee_llm.pipeline.selection import select_plan
 from ee_llm.pipeline.simulate import Span
-from ee_llm.platform.transport import connect
 from ee_llm.training.optimizer import clear_gradients, wrap_stages
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core.distributed import DistributedDataParallel
 
 
@@ -77,9 +77,9 @@ class StageOnData:
         self.scaling = [1.0] * len(microbatches) if scaling is None else scaling
         self.sums = {}
 
-    def put_off_weights(self) -> AbstractContextManager[Callable[[], None]]:
+    def defer_weight_gradients(self) -> AbstractContextManager[Callable[[], None]]:
         """Keep the weights that the schedule puts off out of the backward passes within."""
-        return self.stage.weight_gradients.put_off()
+        return self.stage.weight_gradients.defer()
 
     def forward(
         self, microbatch: int, hidden: torch.Tensor | None
@@ -119,7 +119,7 @@ class ParallelModel:
     `chunks` are the stages in megatron-core's DDP, which holds their gradients (`main_grad`).
     """
 
-    def __init__(self, config: Config, grid: platform.Grid, dtype: torch.dtype) -> None:
+    def __init__(self, config: Config, grid: distributed.Grid, dtype: torch.dtype) -> None:
         """Build, initialise and connect the stages; collective over all ranks."""
         self.config = config
         self.grid = grid
@@ -150,21 +150,21 @@ class ParallelModel:
                 deferred=config.exits.deferred,
             )
 
-        plan = chosen_plan(config, self.num_microbatches)
+        plan = select_plan(config, self.num_microbatches)
         self._train = runtime(plan)
         self._scaling = unbiased_scaling(plan)
         self._evaluate = runtime(
             forward_only(grid.pipeline_size, self.num_microbatches, config.parallel.virtual)
         )
 
-    def hidden_spec(self) -> TensorSpec:
+    def hidden_spec(self) -> MessageSpec:
         """Return shape, type and device of the hidden states that stages hand on."""
         config = self.config
         length = config.data.seq_length
         if config.parallel.sequence:
             length //= config.parallel.tensor
         shape = (length, config.training.micro_batch_size, config.model.hidden_size)
-        return TensorSpec(shape, self.dtype, platform.device())
+        return MessageSpec(shape, self.dtype, distributed.device())
 
     def forward_backward(
         self, microbatches: Sequence[Microbatch], step: int, spans: list[Span] | None = None
@@ -223,20 +223,20 @@ class ParallelModel:
 
 
 def on_device(
-    microbatches: Sequence[Microbatch], grid: platform.Grid
+    microbatches: Sequence[Microbatch], grid: distributed.Grid
 ) -> tuple[list[Microbatch], float]:
     """Return the data on this rank's device, and the valid tokens of all data ranks, 1 if none."""
-    here = [Microbatch(*(x.to(platform.device()) for x in batch)) for batch in microbatches]
+    here = [Microbatch(*(x.to(distributed.device()) for x in batch)) for batch in microbatches]
     count = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in here]).sum()
     dist.all_reduce(count, group=grid.data_group)
     return here, max(count.item(), 1.0)
 
 
 def summed_losses(
-    stages: Iterable[StageOnData], boundaries: Sequence[int], grid: platform.Grid
+    stages: Iterable[StageOnData], boundaries: Sequence[int], grid: distributed.Grid
 ) -> dict[int, list[float]]:
     """Return by exit its loss sum and valid tokens, over microbatches and all ranks."""
-    sums = torch.zeros((len(boundaries), 2), dtype=torch.float64, device=platform.device())
+    sums = torch.zeros((len(boundaries), 2), dtype=torch.float64, device=distributed.device())
     if grid.tensor_rank == 0:  # its peers have the same sums
         for stage in stages:
             for boundary, total in stage.sums.items():

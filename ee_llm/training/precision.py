@@ -5,7 +5,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import Config
 
 _PATIENCE_S = 2.0  # after which one measurement is enough
@@ -19,14 +19,17 @@ def choose_dtype(config: Config) -> str:
     """
     if config.training.dtype != "auto":
         return config.training.dtype
-    if platform.has_cuda():
+    if distributed.has_cuda():
         return "bfloat16"
     rows = min(_MAX_ROWS, config.training.micro_batch_size * config.data.seq_length)
     chosen: list[str | None] = [None]
     if dist.get_rank() == 0:
         seconds = {
             name: _seconds(
-                platform.DTYPES[name], rows, config.model.hidden_size, config.model.ffn_hidden_size
+                distributed.DTYPES[name],
+                rows,
+                config.model.hidden_size,
+                config.model.ffn_hidden_size,
             )
             for name in ("float32", "bfloat16")
         }

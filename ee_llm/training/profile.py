@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ee_llm import platform
-from ee_llm.config import Config, ConfigError, load_config
+from ee_llm import distributed
+from ee_llm.config import Config, load_config
 from ee_llm.data import Microbatch
+from ee_llm.errors import ConfigError
 from ee_llm.model.specs import uses_transformer_engine
 from ee_llm.model.stage import Stage
-from ee_llm.pipeline.costs import Pieces
+from ee_llm.pipeline.planner.costs import Pieces
 from ee_llm.pipeline.simulate import PieceCost
 from ee_llm.training.optimizer import wrap_stages
 from ee_llm.training.parallel import StageOnData
@@ -72,9 +73,9 @@ def measure_pieces(config: Config, batch: Microbatch, num_rounds: int) -> list[P
             f"--costs-output costs.json), divide the costs by what {tensor} processes gain, and "
             "give them to this one with --costs costs.json"
         )
-    platform.initialize(seed=config.training.seed)
+    distributed.initialize(seed=config.training.seed)
     try:
-        dtype = platform.DTYPES[choose_dtype(config)]
+        dtype = distributed.DTYPES[choose_dtype(config)]
         timers = _timers(config, batch, dtype)
         rounds = []
         for index in range(num_rounds + 1):
@@ -84,7 +85,7 @@ def measure_pieces(config: Config, batch: Microbatch, num_rounds: int) -> list[P
                 rounds.clear()  # the first round allocates
         return rounds
     finally:
-        platform.shutdown()
+        distributed.shutdown()
 
 
 def _probe(config: Config, *, splits_backward: bool) -> Config:
@@ -121,13 +122,13 @@ def _timers(
         stages += [Stage(split, index, dtype) for index in (1, 2)]
     chunks = wrap_stages(stages, stages[0].config, data_size=1, dtype=dtype)
     on_data = [StageOnData(chunk, plain) for chunk in chunks]
-    here = Microbatch(*(x.to(platform.device()) for x in batch))
+    here = Microbatch(*(x.to(distributed.device()) for x in batch))
     for stage in on_data:
         stage.begin([here], dict.fromkeys(range(MIDDLE_LAYERS + 3), 1.0 / here.tokens.numel()))
     first, middle, last = on_data[:3]
     split_middle, split_last = on_data[3:] if can_split else (None, None)
     length, width = here.tokens.shape[1], config.model.hidden_size
-    hidden = torch.randn(length, len(here.tokens), width, dtype=dtype, device=platform.device())
+    hidden = torch.randn(length, len(here.tokens), width, dtype=dtype, device=distributed.device())
 
     def leaf() -> torch.Tensor:
         return hidden.detach().requires_grad_()
@@ -162,21 +163,21 @@ def _time(
 
     `split_stage` puts the weights' gradients off; without one their part is 0.
     """
-    platform.synchronize()
+    distributed.synchronize()
     start = time.perf_counter()
     output = compute(stage)
-    platform.synchronize()
+    distributed.synchronize()
     between = time.perf_counter()
     output.backward(gradient)
-    platform.synchronize()
+    distributed.synchronize()
     forward, backward = between - start, time.perf_counter() - between
     if split_stage is None:
         return PieceCost(forward, backward)
-    with split_stage.put_off_weights() as add_weights:
+    with split_stage.defer_weight_gradients() as add_weights:
         compute(split_stage).backward(gradient)
-    platform.synchronize()
+    distributed.synchronize()
     start = time.perf_counter()
     add_weights()
-    platform.synchronize()
+    distributed.synchronize()
     # A part is never above its whole, whatever the clock says.
     return PieceCost(forward, backward, min(time.perf_counter() - start, backward))

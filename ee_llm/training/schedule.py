@@ -3,6 +3,8 @@
 import math
 from typing import Protocol
 
+from ee_llm.errors import UserError
+
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
@@ -38,12 +40,12 @@ def learning_rate(step: int, options: ScheduleOptions, total_steps: int) -> floa
 
     After `end` every decaying schedule stays at `min_lr`.
 
-    Raises ValueError for an unknown schedule and for a step below 1.
+    Raises UserError for an unknown schedule and for a step below 1.
     """
     if step < 1:
-        raise ValueError(f"steps are counted from 1, got {step}")
+        raise UserError(f"steps are counted from 1, got {step}")
     if options.schedule not in SCHEDULES:
-        raise ValueError(
+        raise UserError(
             f"optimizer.schedule: {options.schedule!r} is not one of {', '.join(SCHEDULES)}"
         )
     if step < options.warmup_steps:

@@ -8,8 +8,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from ee_llm import platform
-from ee_llm.rank import REPEAT_S, STOP_SIGNALS
+from ee_llm import distributed
+from ee_llm.launch.rank import REPEAT_S, STOP_SIGNALS
 
 
 class StopSignals:
@@ -49,7 +49,7 @@ class StopSignals:
         if not self.received:
             self.received = number
             self._since = time.monotonic()
-            if platform.is_rank_zero():
+            if distributed.is_rank_zero():
                 name = signal.Signals(number).name
                 text = f"{name}: finishing the step, then saving; again to end now\n"
                 # Not through the console: a handler may interrupt the console itself.

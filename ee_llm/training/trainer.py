@@ -9,20 +9,31 @@ from typing import TypeVar
 
 from rich.markup import escape
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.checkpoint import directory
-from ee_llm.checkpoint.begin import begin
 from ee_llm.checkpoint.lock import OutputLock
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.resume import initial_path, resume_path
-from ee_llm.checkpoint.save import save
+from ee_llm.checkpoint.sharded.save import save
 from ee_llm.checkpoint.tokenizer import companions, settings_of
+from ee_llm.checkpoint.warm_start import warm_start
 from ee_llm.config import Config, load_config
 from ee_llm.data import Microbatch
-from ee_llm.rank import report_stopped
-from ee_llm.training.engines import ENGINES
+from ee_llm.errors import RunError
+from ee_llm.launch.rank import report_stopped
+from ee_llm.training.backends import BACKENDS
+from ee_llm.training.consensus import (
+    during,
+    fail_together,
+    from_first,
+    is_lost_contact,
+    largest,
+    lost_contact,
+)
 from ee_llm.training.inputs import open_data
-from ee_llm.training.logging import (
+from ee_llm.training.optimizer import set_learning_rate
+from ee_llm.training.precision import choose_dtype
+from ee_llm.training.reporting.run_log import (
     GRAD_NORM,
     LEARNING_RATE,
     LOG,
@@ -32,19 +43,9 @@ from ee_llm.training.logging import (
     loss_name,
     validation_metrics,
 )
-from ee_llm.training.optimizer import set_learning_rate
-from ee_llm.training.precision import choose_dtype
+from ee_llm.training.reporting.tracing import traced_step
 from ee_llm.training.schedule import learning_rate, wasted_steps
 from ee_llm.training.signals import StopSignals
-from ee_llm.training.together import (
-    during,
-    fail_together,
-    from_first,
-    is_lost_contact,
-    largest,
-    lost_contact,
-)
-from ee_llm.training.tracing import traced_step
 from ee_llm.training.tuning import INITIALIZATIONS, tuned_part
 
 SKIPPED = "skipped iterations"
@@ -53,7 +54,7 @@ Result = TypeVar("Result")
 _PATIENCE_S = 2.0
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(RunError):
     """Training gave up, with its state saved; the message says why and where."""
 
 
@@ -75,10 +76,10 @@ def train(config: Config) -> Path:
     newest checkpoint in `config.output` unless `checkpoint.resume` says otherwise. SIGTERM, SIGINT
     or SIGHUP on any rank ends it after the current step, saved, with TrainingInterrupted.
 
-    Raises ValueError for what a user can mend, TrainingStopped after too many bad steps in a row,
+    Raises UserError for what a user can mend, TrainingStopped after too many bad steps in a row,
     LostContactError when another rank died.
     """
-    grid = platform.initialize(
+    grid = distributed.initialize(
         tensor=config.parallel.tensor,
         pipeline=config.parallel.pipeline,
         timeout_s=config.parallel.timeout_s,
@@ -97,23 +98,23 @@ def train(config: Config) -> Path:
             raise
         raise lost_contact(error, grid, _PATIENCE_S) from error
     finally:
-        platform.shutdown()
+        distributed.shutdown()
         lock.release()
 
 
 class _Trainer:
-    def __init__(self, config: Config, grid: platform.Grid) -> None:
+    def __init__(self, config: Config, grid: distributed.Grid) -> None:
         resume = from_first(lambda: resume_path(config))
         initial = None if resume else from_first(lambda: initial_path(config))
         self.grid = grid
         self.config = config = _with_dtype(config, resume or initial)
-        dtype = platform.DTYPES[config.training.dtype]
+        dtype = distributed.DTYPES[config.training.dtype]
         self.train_data, self.validation_data = fail_together(lambda: open_data(config, grid))
-        self.engine = ENGINES[config.parallel.engine]
+        self.engine = BACKENDS[config.parallel.engine]
         self.model = self.engine.build_model(config, grid, dtype)
         self.initial = initial
         if initial is not None:
-            beginning = begin(initial, self.model.stages, config)
+            beginning = warm_start(initial, self.model.stages, config)
             INITIALIZATIONS[config.exits.initialization](beginning, self.model)
         # What is frozen is saved as it is in the newest checkpoint.
         self.frozen = (resume or initial) if config.is_tuning else None
@@ -144,7 +145,7 @@ class _Trainer:
                 self.interrupted(stop.signal.name)
                 raise
         assert self.saved is not None
-        platform.log(f"step {self.state.step} is saved in {escape(str(self.saved[1]))}")
+        distributed.log(f"step {self.state.step} is saved in {escape(str(self.saved[1]))}")
         return self.saved[1]
 
     def announce(self) -> None:
@@ -157,10 +158,10 @@ class _Trainer:
         if self.initial is not None:
             where = f" with {escape(str(self.initial))}"
         if config.is_tuning:
-            platform.log(escape(tuned_part(config)))
+            distributed.log(escape(tuned_part(config)))
         if warning := wasted_steps(config.optimizer, config.training.steps):
-            platform.log(f"[yellow]{escape(warning)}[/yellow]")
-        platform.log(
+            distributed.log(f"[yellow]{escape(warning)}[/yellow]")
+        distributed.log(
             f"{what}{where}: {config.training.dtype}, tensor {grid.tensor_size} x pipeline "
             f"{grid.pipeline_size} x data {grid.data_size}, log in "
             f"{escape(str(Path(config.output) / LOG))}"
@@ -232,7 +233,7 @@ class _Trainer:
             state.skipped_steps += 1
             self.log.event(state.step, "skipped", **metrics)
         if _is_due(state.step, config.logging.interval) or state.step == config.training.steps:
-            [peak_bytes] = largest(platform.peak_memory_bytes())
+            [peak_bytes] = largest(distributed.peak_memory_bytes())
             so_far = {SKIPPED: state.skipped_steps, PEAK_MEMORY: peak_bytes / 2**30}
             self.log.report(state.step, metrics | so_far)
         if self.bad_steps >= config.training.max_bad_steps:
@@ -264,7 +265,7 @@ class _Trainer:
             self.save()
         self.log.event(step, "interrupted", signal=name)
         where = "nothing to save" if self.saved is None else f"saved in {self.saved[1]}"
-        platform.log(f"stopped by {name} after step {step}: {escape(where)}")
+        distributed.log(f"stopped by {name} after step {step}: {escape(where)}")
         largest(0)  # a launcher may end the ranks that are left as soon as one of them ends
 
     def validate(self) -> None:
@@ -331,7 +332,7 @@ def _with_dtype(config: Config, source: Path | None) -> Config:
     return load_config(None, values)  # checked once more: some options depend on the precision
 
 
-def _open_log(config: Config, start_step: int, grid: platform.Grid) -> RunLog:
+def _open_log(config: Config, start_step: int, grid: distributed.Grid) -> RunLog:
     if grid.rank == 0:
         directory.write_file(Path(config.output) / "config.toml", config.to_toml())
     return RunLog(config, start_step=start_step, is_logging=grid.rank == 0)

@@ -2,25 +2,25 @@
 
 from collections.abc import Callable
 
-from ee_llm.checkpoint.begin import Beginning
-from ee_llm.checkpoint.shards import read_under
+from ee_llm.architecture.initial_values import copy_source
+from ee_llm.checkpoint.sharded.shard_reader import read_under
+from ee_llm.checkpoint.warm_start import WarmStart
 from ee_llm.config import Config
-from ee_llm.initial import copied_name
 from ee_llm.training.parallel import ParallelModel
 
 # Changes the values of the exits that the checkpoint lacks, which are those that a new model is
 # drawn with; called on all ranks.
-Initialization = Callable[[Beginning, ParallelModel], None]
+Initialization = Callable[[WarmStart, ParallelModel], None]
 
 
-def copy_from_model(beginning: Beginning, model: ParallelModel) -> None:
+def copy_from_model(beginning: WarmStart, model: ParallelModel) -> None:
     """Give exits the values of the model's parts that they resemble (EE-Tuning, 2402.00518)."""
     for shard in beginning.lacking.values():
-        if source := copied_name(shard.key, model.config):
+        if source := copy_source(shard.key, model.config):
             read_under(beginning.reader, shard, source)
 
 
-def leave_random(beginning: Beginning, model: ParallelModel) -> None:
+def leave_random(beginning: WarmStart, model: ParallelModel) -> None:
     """Leave exits as they were drawn."""
 
 

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from multiprocessing import active_children, connection, get_context
 from typing import IO, Any, NamedTuple
 
-from ee_llm import platform
+from ee_llm import distributed
 
-platform.enable_megatron()
+distributed.enable_megatron()
 import megatron.core.parallel_state
 import megatron.core.tensor_parallel  # noqa: F401  (imported here, once, and not in each rank)
 
@@ -116,7 +116,7 @@ def _rank_main(writer, place, rank, world_size, port, function, args) -> None:
         writer.send_bytes(pickle.dumps(message))
         writer.close()
     if message[0]:
-        platform.shutdown()
+        distributed.shutdown()
     os._exit(0)  # no atexit handlers of the parent's (pytest, coverage) run twice
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.config import Config, load_config
 from ee_llm.data.indexed import IndexedWriter
-from ee_llm.inference.weights import tensor_shapes
 from ee_llm.training.parallel import ParallelModel
 from ee_llm.training.trainer import TrainingInterrupted, TrainingStopped, train
 from tests.distributed.harness import run_ranks

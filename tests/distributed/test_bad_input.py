@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.lock import OutputLock
-from ee_llm.data.train_tokenizer import train_sentencepiece
+from ee_llm.data.tokenization.train_tokenizer import train_sentencepiece
 from ee_llm.training.trainer import train
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import (
@@ -61,7 +61,7 @@ def test_world_size_that_does_not_fit_under_a_launcher(tmp_path, corpus):
     path.write_text(make_config(tmp_path, corpus, **layout(1, 2)).to_toml())
     environment = {**os.environ, "WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     done = subprocess.run(
-        [sys.executable, "-m", "ee_llm.cli", "train", "--config", str(path)],
+        [sys.executable, "-m", "ee_llm.cli.main", "train", "--config", str(path)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -161,8 +161,8 @@ def test_a_run_that_went_on_by_itself_does_not_begin_again(tmp_path, corpus):
 
 def _end_in_order(config):
     order = []
-    shutdown, release = platform.shutdown, OutputLock.release
-    platform.shutdown = lambda: (order.append("shutdown"), shutdown())
+    shutdown, release = distributed.shutdown, OutputLock.release
+    distributed.shutdown = lambda: (order.append("shutdown"), shutdown())
     OutputLock.release = lambda lock: (order.append("release"), release(lock))
     train_here(config)
     return order

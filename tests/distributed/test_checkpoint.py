@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.state import TrainState
 from tests.distributed.harness import run_ranks
 from tests.distributed.toy_run import FFN, HIDDEN, Run, save_run, union, whole_tensor
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -156,7 +156,7 @@ def _save_twice(output, layout):
 
 
 def _read_by_megatron(output):
-    platform.initialize()
+    distributed.initialize()
     path = directory.find_latest(output) / directory.TENSORS
     return dist_checkpointing.load_plain_tensors(str(path))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.cli import main
+from ee_llm.cli.main import main
 from tests.distributed.runs import (
     assert_equal_bits,
     layout,
@@ -81,7 +81,15 @@ def test_class_aware_on_two_ranks_is_as_on_one(tmp_path, corpus, source):
     dense = tmp_path / "dense"
     command("remove-exits", source, "--exits", 1, 2, "--output", dense)
     options = ["--exits", "2", "--initialization", "class-aware", "--data", corpus, "--json"]
-    start = [sys.executable, "-m", "ee_llm.cli", "checkpoint", "add-exits", str(dense), *options]
+    start = [
+        sys.executable,
+        "-m",
+        "ee_llm.cli.main",
+        "checkpoint",
+        "add-exits",
+        str(dense),
+        *options,
+    ]
     for number in ("1", "2"):
         done = subprocess.run(
             [*start, "--tensor", number, "--output", str(tmp_path / number)],

@@ -12,13 +12,13 @@ import time
 import pytest
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import CheckpointError
 from tests.distributed.harness import run_ranks
 from tests.distributed.toy_run import Run
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
@@ -47,7 +47,7 @@ def _expect_failure(run, step, match):
         run.save(step)
     assert time.monotonic() - start < 10, "the ranks waited for each other"
     checkpoints = run.config.output + "/checkpoints"
-    platform.synchronize()
+    distributed.synchronize()
     torch.distributed.barrier()  # rank 0 clears up after it has told the others
     assert sorted(os.listdir(checkpoints)) == ["latest", "step-00000001"]
     assert directory.find_latest(run.config.output).name == "step-00000001"

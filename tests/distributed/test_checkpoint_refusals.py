@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ee_llm.checkpoint import directory
-from ee_llm.checkpoint.load import load
 from ee_llm.checkpoint.read import CheckpointError
+from ee_llm.checkpoint.sharded.load import load
 from tests.distributed.harness import run_ranks
 from tests.distributed.toy_run import HIDDEN, Layer, Run
 from tests.unit.checkpoint.checkpoints import Payload, forget_checksums, reseal

@@ -9,20 +9,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.checkpoint import directory
-from ee_llm.checkpoint.begin import begin
+from ee_llm.checkpoint.integrity import verify
 from ee_llm.checkpoint.read import CheckpointError, TensorReader
-from ee_llm.checkpoint.verify import verify
+from ee_llm.checkpoint.warm_start import warm_start
 from ee_llm.config import Config
-from ee_llm.training.engines import ENGINES
+from ee_llm.training.backends import BACKENDS
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import layout, make_config, train_ranks
 from tests.distributed.tuning_runs import dense_config, tune, tuning_config
-from tests.distributed.zero_runs import ENGINES as ZERO
+from tests.distributed.zero_runs import BACKENDS as ZERO
 from tests.distributed.zero_runs import needs_deepspeed
 from tests.unit.checkpoint.damage import blocks_of, files_of, flip, offsets_of
-from tests.unit.convert.folders import make_tokenizer
+from tests.unit.convert.huggingface.folders import make_tokenizer
 
 ONE_STEP = {"training.steps": 1, "training.dtype": "float32"}
 NONE = "nothing was found"
@@ -54,20 +54,20 @@ def tuned(tmp_path_factory, corpus, tokenizer, trained):
 
 
 def _resume(config: Config, checkpoint: Path, model) -> None:
-    ENGINES[config.parallel.engine].build_optimizer(model, checkpoint)
+    BACKENDS[config.parallel.engine].build_optimizer(model, checkpoint)
 
 
 def _begin(config: Config, checkpoint: Path, model) -> None:
-    begin(checkpoint, model.stages, config)
+    warm_start(checkpoint, model.stages, config)
 
 
 def _flip_all(config, checkpoint, door, flips):
     """Return what this rank ended with, for one flipped byte after the other, and for none."""
     parallel = config.parallel
-    grid = platform.initialize(
+    grid = distributed.initialize(
         tensor=parallel.tensor, pipeline=parallel.pipeline, timeout_s=30, seed=1
     )
-    engine, found = ENGINES[parallel.engine], []
+    engine, found = BACKENDS[parallel.engine], []
     for place in (*flips, None):
         model = engine.build_model(config, grid, torch.float32)
         if place and grid.rank == 0:

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ee_llm import platform
+from ee_llm import distributed
+from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.inference.reference import ReferenceModel
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import (
     assert_equal_bits,
@@ -22,7 +22,7 @@ from tests.distributed.runs import (
 )
 from tests.distributed.tuning_runs import dense_config, tune, tuning_config
 from tests.distributed.zero_runs import (
-    ENGINES,
+    BACKENDS,
     MODEL,
     all_numbers,
     assert_same_course,
@@ -33,12 +33,12 @@ from tests.distributed.zero_runs import (
     trained,
 )
 
-platform.enable_megatron()
-from ee_llm.training import zero
+distributed.enable_megatron()
 from ee_llm.training.parallel import ParallelModel
+from ee_llm.training.zero import model
 
 pytestmark = needs_deepspeed
-ZERO_2, ZERO_3 = ENGINES["zero-2"], ENGINES["zero-3"]
+ZERO_2, ZERO_3 = BACKENDS["zero-2"], BACKENDS["zero-3"]
 slow = pytest.mark.slow
 FLOAT32 = 1e-4  # steps later; one process and two differ by 1e-5 under megatron-core as well
 
@@ -50,11 +50,11 @@ def megatron(tmp_path_factory, corpus):
 
 
 @pytest.mark.parametrize(
-    ("engine", "world_size"), [*((name, 2) for name in ENGINES), ("zero-2", 1), ("zero-3", 1)]
+    ("engine", "world_size"), [*((name, 2) for name in BACKENDS), ("zero-2", 1), ("zero-3", 1)]
 )
 def test_a_run_is_that_of_megatron(tmp_path, corpus, megatron, engine, world_size):
     """Losses, gradient norms, validation, parameters and moments, with clipping in some steps."""
-    run(tmp_path, corpus, world_size, **ENGINES[engine])
+    run(tmp_path, corpus, world_size, **BACKENDS[engine])
     assert_same_course(tmp_path, megatron, 1e-5)
     assert_same_end(tmp_path, megatron, FLOAT32)
     norms = [value for (_, name), value in losses_of(tmp_path).items() if name == "grad-norm"]
@@ -84,7 +84,7 @@ VARIANTS = {
         "exits.weight_schedule": "linear",
         "exits.schedule_steps": 2,
         "optimizer.clip_grad": 0.0,
-        "data.mask_after_eod": True,
+        "data.mask_after_eos": True,
     },
 }
 
@@ -98,7 +98,7 @@ def test_other_models_too(tmp_path, corpus, variant, engine):
     """An exit of weight 0 has gradients of 0, and not those that it had last (ZeRO-3)."""
     options = VARIANTS[variant]
     run(tmp_path / "megatron", corpus, **options)
-    run(tmp_path / "zero", corpus, **options | ENGINES[engine])
+    run(tmp_path / "zero", corpus, **options | BACKENDS[engine])
     assert_same_course(tmp_path / "zero", tmp_path / "megatron", 1e-5)
     assert_same_end(tmp_path / "zero", tmp_path / "megatron", FLOAT32)
 
@@ -106,7 +106,7 @@ def test_other_models_too(tmp_path, corpus, variant, engine):
 def _held(config):
     groups = len(dist.distributed_c10d._world.pg_map)
     held = {}
-    start = zero.ZeroModel.start
+    start = model.ZeroModel.start
 
     def observed(self):
         nonlocal groups
@@ -114,25 +114,25 @@ def _held(config):
         start(self)
         groups = len(dist.distributed_c10d._world.pg_map) - groups
 
-    step = zero.ZeroModel.take_step
+    step = model.ZeroModel.take_step
 
     def counted(self):
         result = step(self)
         held.update(parts_held(self))
         return result
 
-    zero.ZeroModel.start, zero.ZeroModel.take_step = observed, counted
+    model.ZeroModel.start, model.ZeroModel.take_step = observed, counted
     train_here(config)
     return held, groups
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", BACKENDS)
 def test_each_process_holds_its_part(tmp_path, corpus, engine):
     """Of moments under all stages, of parameters under stage 3, where norms alone stay whole.
 
     DeepSpeed makes no process group of its own: none whose waits the time-out does not bound.
     """
-    config = make_config(tmp_path, corpus, **MODEL | ENGINES[engine])
+    config = make_config(tmp_path, corpus, **MODEL | BACKENDS[engine])
     ranks = run_ranks(2, _held, config, timeout_s=120)
     total = all_numbers(tmp_path)
     for held, new_groups in ranks:
@@ -149,7 +149,7 @@ BFLOAT16 = {"training.dtype": "bfloat16"}
 def test_bfloat16_has_float32_masters(tmp_path, corpus, engine):
     """Roundings differ, where a weight is used twice; the course does not."""
     run(tmp_path / "megatron", corpus, **BFLOAT16)
-    run(tmp_path / "zero", corpus, **BFLOAT16 | ENGINES[engine])
+    run(tmp_path / "zero", corpus, **BFLOAT16 | BACKENDS[engine])
     assert_same_course(tmp_path / "zero", tmp_path / "megatron", 0.02)
     found, expected = (TensorReader(tmp_path / name) for name in ("zero", "megatron"))
     assert found.names(optimizer=True) == expected.names(optimizer=True)
@@ -161,8 +161,8 @@ def test_bfloat16_has_float32_masters(tmp_path, corpus, engine):
 
 
 GOING_ON = {
-    "zero-1": ENGINES["zero-1"],
-    "zero-2-offload-bf16": ENGINES["zero-2-offload"] | BFLOAT16,
+    "zero-1": BACKENDS["zero-1"],
+    "zero-2-offload-bf16": BACKENDS["zero-2-offload"] | BFLOAT16,
     "zero-3": ZERO_3,
     "zero-3-bf16": ZERO_3 | BFLOAT16,
 }
@@ -189,7 +189,7 @@ def test_a_run_goes_on_under_the_other_engine(tmp_path, corpus, engine, first):
     """With its moments and their number of steps, under another number of processes too."""
     steps = {"training.eval_interval": 0}
     run(tmp_path / "a", corpus, **steps, **{"training.steps": 6})
-    halves = [{}, ENGINES[engine]]
+    halves = [{}, BACKENDS[engine]]
     if first == "deepspeed":
         halves.reverse()
     run(tmp_path / "b", corpus, 2, **steps | halves[0], **{"training.steps": 3})
@@ -221,13 +221,13 @@ BAD = 3  # the step that goes wrong
 def _bad_step(config, what):
     """Gradients that are not finite on one rank, with losses that are, or a loss that is not."""
     seen = {"step": 0}
-    whole = zero.ZeroModel.forward_backward
+    whole = model.ZeroModel.forward_backward
 
     def forward_backward(self, microbatches, step, spans=None):
         seen["step"] = step + 1
         return whole(self, microbatches, step, spans)
 
-    forward, means = zero.Losses.forward, zero.mean_losses
+    forward, means = model.Losses.forward, model.mean_losses
 
     def losses(self, microbatch):
         loss = forward(self, microbatch)
@@ -239,8 +239,8 @@ def _bad_step(config, what):
         bad = what == "loss" and seen["step"] == BAD
         return {boundary: math.inf if bad else loss for boundary, loss in found.items()}
 
-    zero.ZeroModel.forward_backward = forward_backward
-    zero.Losses.forward, zero.mean_losses = losses, mean_losses
+    model.ZeroModel.forward_backward = forward_backward
+    model.Losses.forward, model.mean_losses = losses, mean_losses
     return train_here(config)
 
 
@@ -273,7 +273,7 @@ def _bad_megatron_step(config):
 def test_a_bad_step_changes_nothing(tmp_path, corpus, engine, what):
     """Neither parameters nor moments nor their number of steps, nor the gradients of the next."""
     options = MODEL | {"training.eval_interval": 0}
-    options |= ENGINES.get(engine) or ENGINES["zero-2"] | BFLOAT16
+    options |= BACKENDS.get(engine) or BACKENDS["zero-2"] | BFLOAT16
     ends = run_ranks(2, _bad_step, make_config(tmp_path / "zero", corpus, **options), what)
     assert len(events(tmp_path / "zero", "skipped")) == 1, ends
     plain = options | {"parallel.engine": "megatron"}
@@ -303,7 +303,7 @@ def test_tuning(tmp_path, corpus, dense, engine):
     options = {"training.eval_interval": 5, "training.eval_steps": 2}
     options |= {"exits.head": ("mlp", "norm"), "tuning.exits": (2, 5)}
     tune(2, tuning_config(tmp_path / "megatron", corpus, dense, **options))
-    options |= ENGINES[engine]
+    options |= BACKENDS[engine]
     tune(2, tuning_config(tmp_path / "zero", corpus, dense, **options))
     assert_same_course(tmp_path / "zero", tmp_path / "megatron", 1e-5)
     assert_same_end(tmp_path / "zero", tmp_path / "megatron", FLOAT32)

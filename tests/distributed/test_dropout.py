@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import Config, load_config
 from ee_llm.data import Microbatch
 from tests.distributed.harness import run_ranks
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from ee_llm.model.attention import CausalAttention
 from ee_llm.model.stage import Stage
 from ee_llm.training.parallel import ParallelModel
@@ -46,7 +46,7 @@ def make_batch(seed: int = 0) -> Microbatch:
 
 def _calls(dropout: float) -> list[torch.Tensor]:
     """Logits of the exit: of two calls in training, two in evaluation."""
-    platform.initialize(timeout_s=20)
+    distributed.initialize(timeout_s=20)
     stage = Stage(make_config(model__dropout=dropout), 0, torch.float64)
     batch = make_batch()
     results = []
@@ -68,7 +68,7 @@ def test_only_training_drops():
 
 def _what_was_dropped(tensor: int, sequence: bool) -> dict[str, torch.Tensor]:
     """Where numbers were dropped, by place, and what tensor ranks hold together."""
-    platform.initialize(tensor=tensor, timeout_s=20, seed=4)
+    distributed.initialize(tensor=tensor, timeout_s=20, seed=4)
     stage = Stage(make_config(tensor, sequence), 0, torch.float64)
     batch = make_batch()
     seen: dict[str, torch.Tensor] = {}
@@ -125,7 +125,7 @@ def test_data_parallel_ranks_drop_apart():
 
 def _attention(sequence: bool):
     """Attention of tensor ranks over equal heads, under the regions that surround it in a layer."""
-    platform.initialize(tensor=2, timeout_s=20)
+    distributed.initialize(tensor=2, timeout_s=20)
     stage = Stage(make_config(2, sequence), 0, torch.float64)
     layer = stage.layers["1"]
     found = []
@@ -155,7 +155,7 @@ def test_tensor_ranks_drop_the_scores_of_their_heads_apart(sequence):
 
 def _gradients(tensor: int, sequence: bool, recompute: str) -> dict[str, torch.Tensor]:
     config = make_config(tensor, sequence, training__recompute=recompute)
-    grid = platform.initialize(tensor=tensor, timeout_s=20, seed=2)
+    grid = distributed.initialize(tensor=tensor, timeout_s=20, seed=2)
     model = ParallelModel(config, grid, torch.float64)
     model.forward_backward([make_batch(1), make_batch(2)], step=0)
     return {name: p.main_grad.clone() for name, p in model.stages[0].named_parameters()}

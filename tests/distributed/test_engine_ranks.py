@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
+from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
-from ee_llm.inference.decoder import Decoder
 from ee_llm.inference.engine import Engine
-from ee_llm.inference.generator import Generation
+from ee_llm.inference.engine_base import EngineBase
+from ee_llm.inference.execution.stage import ModelStage
+from ee_llm.inference.exits.policy import make_exit_policy
 from ee_llm.inference.pipeline_engine import PipelineEngine
-from ee_llm.inference.policy import make_policy
-from ee_llm.inference.reference import ReferenceModel
 from ee_llm.inference.request import Request
-from ee_llm.inference.sampling import Sampling
-from ee_llm.inference.scheduler import Limits
-from ee_llm.inference.stage import Stage
+from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.scheduling.scheduler import SchedulerConfig
+from ee_llm.inference.verification.reference_decoding import RequestOutput
 from tests.distributed.harness import run_ranks
 from tests.unit.inference.engines import make_request
 from tests.unit.inference.fuzz import Traffic, assert_expected, expected, random_traffic, serve
@@ -40,27 +40,31 @@ def _setting(seed: int):
     return rng, config, random_tensors(config, seed)
 
 
-def _limits(rng: random.Random) -> Limits:
-    return Limits(
-        max_sequences=rng.randint(1, 8),
+def _limits(rng: random.Random) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_num_seqs=rng.randint(1, 8),
         num_blocks=rng.choice([10, 40]),
         block_size=4,
         max_pending=rng.choice([6, 32]),
-        max_rows=rng.choice([6, 40]),
+        max_num_batched_tokens=rng.choice([6, 40]),
     )
 
 
-def make_decoder(config, tensors, limits, ranks: platform.ServingGrid, **options) -> Decoder:
+def make_decoder(
+    config, tensors, scheduler_config, ranks: distributed.InferenceGrid, **options
+) -> EngineBase:
     if ranks.num_stages > 1:
-        return PipelineEngine(config, tensors, ranks, torch.float64, limits, **options)
-    return Engine(config, tensors, torch.float64, limits, hold="off", ranks=ranks, **options)
+        return PipelineEngine(config, tensors, ranks, torch.float64, scheduler_config, **options)
+    return Engine(
+        config, tensors, torch.float64, scheduler_config, deferral="off", ranks=ranks, **options
+    )
 
 
-def _serve(seed: int, tensor: int, pipeline: int) -> dict[str, Generation] | None:
+def _serve(seed: int, tensor: int, pipeline: int) -> dict[str, RequestOutput] | None:
     torch.set_num_threads(1)
     rng, config, tensors = _setting(seed)
     traffic = random_traffic(rng, config)
-    ranks = platform.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=30)
+    ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=30)
     engine = make_decoder(config, tensors, _limits(rng), ranks)
     if not ranks.is_leader:
         engine.follow()
@@ -86,12 +90,14 @@ def test_tokens_and_exits_are_the_references(tensor: int, pipeline: int, seed: i
     assert_expected(model, traffic, made)
 
 
-def _serve_poisoned(seed: int, tensor: int, pipeline: int) -> list[Generation]:
+def _serve_poisoned(seed: int, tensor: int, pipeline: int) -> list[RequestOutput]:
     torch.set_num_threads(1)
     traffic = poisoned_traffic(seed)
-    ranks = platform.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=30)
-    limits = Limits(max_sequences=4, num_blocks=33, block_size=4, max_pending=16, max_rows=64)
-    engine = make_decoder(traffic.config, traffic.tensors, limits, ranks)
+    ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=30)
+    scheduler_config = SchedulerConfig(
+        max_num_seqs=4, num_blocks=33, block_size=4, max_pending=16, max_num_batched_tokens=64
+    )
+    engine = make_decoder(traffic.config, traffic.tensors, scheduler_config, ranks)
     if not ranks.is_leader:
         engine.follow()
         return []
@@ -116,16 +122,16 @@ def test_requests_that_meet_nan_end_where_they_meet_it(
 
 def _fail_amid_a_pass(noticed: Path) -> str:
     _, config, tensors = _setting(0)
-    ranks = platform.connect_serving(pipeline=2, timeout_s=100)
-    engine = make_decoder(config, tensors, Limits(), ranks)
+    ranks = distributed.connect_serving(pipeline=2, timeout_s=100)
+    engine = make_decoder(config, tensors, SchedulerConfig(), ranks)
     if not ranks.is_leader:
-        with pytest.raises(platform.RankLostError):
+        with pytest.raises(distributed.RankLostError):
             engine.follow()
         noticed.touch()
         return "lost"
-    run, passes = Stage.run, itertools.count()
+    run, passes = ModelStage.run, itertools.count()
 
-    def fail_at_third(self: Stage, *arguments: object) -> object:
+    def fail_at_third(self: ModelStage, *arguments: object) -> object:
         if next(passes) == 3:
             raise RuntimeError("out of memory")
         return run(self, *arguments)
@@ -150,8 +156,8 @@ def test_an_exception_amid_a_pass_ends_all_ranks_before_the_time_out(tmp_path: P
 def _events(strategy: str) -> list[str]:
     """Return, on the first of two stages, in which order it hands a row on and asks its exit."""
     config = tiny_config(boundaries=(2,))
-    ranks = platform.connect_serving(pipeline=2, timeout_s=30)
-    engine = make_decoder(config, random_tensors(config), Limits(), ranks)
+    ranks = distributed.connect_serving(pipeline=2, timeout_s=30)
+    engine = make_decoder(config, random_tensors(config), SchedulerConfig(), ranks)
     if not ranks.is_leader:
         engine.follow()
         return []
@@ -166,8 +172,8 @@ def _events(strategy: str) -> list[str]:
 
         setattr(kind, name, call)
 
-    noted(platform.ServingGrid, "pass_on")
-    noted(Stage, "logits")
+    noted(distributed.InferenceGrid, "pass_on")
+    noted(ModelStage, "logits")
     engine.generate([dataclasses.replace(_request(config), strategy=strategy)])
     engine.close()
     return events
@@ -183,24 +189,24 @@ def test_the_next_stage_does_not_wait_for_an_exit(strategy: str, order: list[str
     assert events[:2] == order
 
 
-_STRATEGIES = ("exact", "full", "verify", "propagate")
+_STRATEGIES = ("exact", "full", "self-speculative", "propagate")
 _POISON = 28
 
 
-def _serve_poison(tensor: int, pipeline: int) -> dict[str, Generation]:
+def _serve_poison(tensor: int, pipeline: int) -> dict[str, RequestOutput]:
     """Serve requests of all strategies, half of them with a token whose embedding is NaN."""
     torch.set_num_threads(1)
     config = tiny_config(boundaries=(1, 2))
     tensors = random_tensors(config)
     tensors["embedding.word.weight"][_POISON] = math.nan
-    ranks = platform.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=30)
+    ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=30)
     # So few blocks that those of spoiled requests serve others.
-    limits = Limits(max_sequences=3, num_blocks=17, block_size=4)
-    engine = make_decoder(config, tensors, limits, ranks)
+    scheduler_config = SchedulerConfig(max_num_seqs=3, num_blocks=17, block_size=4)
+    engine = make_decoder(config, tensors, scheduler_config, ranks)
     if not ranks.is_leader:
         engine.follow()
         return {}
-    made: dict[str, Generation] = {}
+    made: dict[str, RequestOutput] = {}
     for request in _poisoned_requests():
         engine.add(request)
     while engine.has_work:
@@ -243,8 +249,8 @@ def test_requests_with_nan_end_alone(tensor: int, pipeline: int) -> None:
 
 def _idle(tensor: int, pipeline: int) -> tuple[int, ...]:
     _, config, tensors = _setting(0)
-    ranks = platform.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=3)
-    engine = make_decoder(config, tensors, Limits(), ranks)
+    ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=3)
+    engine = make_decoder(config, tensors, SchedulerConfig(), ranks)
     if not ranks.is_leader:
         engine.follow()
         return ()
@@ -266,18 +272,18 @@ def test_ranks_without_work_stay(tensor: int, pipeline: int) -> None:
 
 def _lose(tensor: int, pipeline: int, lost: int, hangs_s: float) -> float:
     _, config, tensors = _setting(0)
-    ranks = platform.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=4)
-    engine = make_decoder(config, tensors, Limits(), ranks)
+    ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=4)
+    engine = make_decoder(config, tensors, SchedulerConfig(), ranks)
     if ranks.stage * tensor + ranks.tensor_rank == lost:
         time.sleep(hangs_s)
         return 0.0
     start = time.monotonic()
-    with pytest.raises(platform.RankLostError, match="lost another rank|no stage answered"):
+    with pytest.raises(distributed.RankLostError, match="lost another rank|no stage answered"):
         _serve_for_ever(engine, config) if ranks.is_leader else engine.follow()
     return time.monotonic() - start
 
 
-def _serve_for_ever(engine: Decoder, config: Config) -> None:
+def _serve_for_ever(engine: EngineBase, config: Config) -> None:
     for number in itertools.count():
         engine.generate([dataclasses.replace(_request(config), id=f"{number}")])
 
@@ -304,5 +310,5 @@ def test_all_ranks_end_when_one_is_lost(
 
 
 def _request(config: Config) -> Request:
-    policy = make_policy(config.exits.boundaries, [0.3])
-    return Request("one", (1, 2, 3), policy, Sampling(), max_new_tokens=20)
+    policy = make_exit_policy(config.exits.boundaries, [0.3])
+    return Request("one", (1, 2, 3), policy, SamplingParams(), max_new_tokens=20)

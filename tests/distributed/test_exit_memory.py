@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import load_config
 from ee_llm.data import Microbatch
-from ee_llm.pipeline.costs import NOMINAL
-from ee_llm.pipeline.predict import predict
+from ee_llm.pipeline.planner.costs import NOMINAL
+from ee_llm.pipeline.planner.predict import predict
 from tests.distributed.harness import run_ranks
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from ee_llm.training.parallel import ParallelModel, StageOnData
 
 NUM_MICROBATCHES, BATCH, LENGTH, VOCAB = 6, 2, 10, 56  # b * s is not the hidden size
@@ -78,7 +78,7 @@ def _most_alive(deferred: bool, recompute: str, training: bool, schedule: str = 
         "training.global_batch_size": NUM_MICROBATCHES * BATCH,
     }
     config = load_config(None, options)
-    grid = platform.initialize(pipeline=2, timeout_s=20)
+    grid = distributed.initialize(pipeline=2, timeout_s=20)
     model = ParallelModel(config, grid, torch.float32)
     tokens = torch.randint(0, VOCAB, (BATCH, LENGTH))
     positions = torch.arange(LENGTH).repeat(BATCH, 1)

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_parallel_parity import make_config, relative_error
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from ee_llm.data import Microbatch
 from ee_llm.training.parallel import ParallelModel
 
@@ -49,7 +49,7 @@ def _gradients(model, batches):
 
 def _worst_bias(fills, mutate):
     """The worst relative error over parameters of the mean gradient over all assignments."""
-    grid = platform.initialize(pipeline=RANKS, timeout_s=30)
+    grid = distributed.initialize(pipeline=RANKS, timeout_s=30)
     count = ORDINARY + sum(fills.values())
     batches = microbatches(count)
     _, plain = _gradients(_model(grid, count), batches)
@@ -84,7 +84,7 @@ def test_the_mean_gradient_is_the_plain_one(fills):
 
 
 def _losses():
-    grid = platform.initialize(pipeline=RANKS, timeout_s=30)
+    grid = distributed.initialize(pipeline=RANKS, timeout_s=30)
     batches = microbatches(4)
     filled = _model(grid, ORDINARY, fill_warmup=1, fill_cooldown=1)
     losses, _ = _gradients(filled, batches)
@@ -119,4 +119,4 @@ def test_more_than_fit_are_refused(options, message):
 
 
 def _refused(options):
-    _model(platform.initialize(pipeline=RANKS, timeout_s=30), ORDINARY, **options)
+    _model(distributed.initialize(pipeline=RANKS, timeout_s=30), ORDINARY, **options)

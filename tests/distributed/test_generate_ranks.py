@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from ee_llm import cli, platform
-from ee_llm.inference.command import generate
-from ee_llm.inference.options import GenerateOptions
+from ee_llm import distributed
+from ee_llm.cli import main
+from ee_llm.cli.generation.command import generate
+from ee_llm.cli.generation.options import GenerateOptions
 from tests.unit.inference.models import random_tensors, save_model, tiny_config
 
 CONFIG = tiny_config("llama", vocab_size=264, max_seq_length=48)
@@ -29,7 +30,7 @@ LAYOUTS = {
 }
 LINES = [
     {"prompt": f"prompt {number}", "strategy": strategy, "id": f"{number}{strategy}"}
-    for number, strategy in enumerate(("exact", "full", "verify", "propagate") * 2)
+    for number, strategy in enumerate(("exact", "full", "self-speculative", "propagate") * 2)
 ]
 LINES[4] |= {"temperature": 0.8, "repetition_penalty": 1.2, "seed": 5, "max_new_tokens": 35}
 LINES[6] |= {"temperature": 0.8, "top_k": 9, "draft_exit": 2, "stop": ["e", "t"]}
@@ -62,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(place: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Start a command; whatever the test finds, nothing of it is left behind."""
     with subprocess.Popen(
-        [sys.executable, "-m", "ee_llm.cli", *arguments],
+        [sys.executable, "-m", "ee_llm.cli.main", *arguments],
         cwd=place,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -209,13 +210,13 @@ def test_a_layout_that_does_not_fit_starts_no_rank(
 ) -> None:
     other = tiny_config(num_heads=6, num_kv_heads=3, hidden_size=48, vocab_size=264)
     save_model(place / "odd", other, random_tensors(other, dtype=torch.float32))
-    monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr(main, "launch", lambda *_: pytest.fail("ranks were started"))
     arguments = ["generate", "--checkpoint", str(place / "odd"), "--prompt", "a", "--tensor"]
-    assert cli.main([*arguments, "2"]) == 2
+    assert main.main([*arguments, "2"]) == 2
     said = "--tensor 2 does not divide num_kv_heads = 3. Use --tensor 1 or --tensor 3."
     assert capsys.readouterr().err == f"ee-llm: {said}\n"
-    monkeypatch.setattr(platform, "num_gpus", lambda: 2)
-    assert cli.main([*arguments, "3"]) == 2
+    monkeypatch.setattr(distributed, "num_gpus", lambda: 2)
+    assert main.main([*arguments, "3"]) == 2
     assert "--tensor 3 x --pipeline 1 takes 3 GPUs, and this machine has 2." in (
         capsys.readouterr().err
     )
@@ -323,7 +324,7 @@ def test_a_batch_that_was_killed_goes_on(place: Path, tmp_path: Path, layout: st
 def test_ranks_of_another_launcher(place: Path) -> None:
     """torchrun starts them, as on several machines; a mistake does not abort there either."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command = [*torchrun, "2", "--module", "ee_llm.cli", "generate", *OPTIONS, "--prompt"]
+    command = [*torchrun, "2", "--module", "ee_llm.cli.main", "generate", *OPTIONS, "--prompt"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     results = [
         subprocess.run(

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ee_llm import platform
-from ee_llm.losses import exit_loss, vocab_parallel_cross_entropy
+from ee_llm import distributed
+from ee_llm.losses.exit_losses import exit_loss, vocab_parallel_cross_entropy
 from tests.distributed.harness import run_ranks
 
 LENGTH, BATCH, VOCAB = 4, 3, 10
@@ -24,7 +24,7 @@ def whole_logits(dtype):
 
 
 def _split(dtype):
-    grid = platform.initialize(tensor=2, timeout_s=20)
+    grid = distributed.initialize(tensor=2, timeout_s=20)
     whole, labels = whole_logits(dtype)
     local = whole.chunk(2, dim=-1)[grid.tensor_rank].clone().requires_grad_()
     loss, top = vocab_parallel_cross_entropy(local, labels, grid.tensor_group)

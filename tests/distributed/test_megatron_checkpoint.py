@@ -6,12 +6,12 @@ import multiprocessing
 import pytest
 import torch
 
-from ee_llm import platform
-from ee_llm.convert.source import open_source
-from ee_llm.inference.reference import ReferenceModel
+from ee_llm import distributed
+from ee_llm.architecture.reference import ReferenceModel
+from ee_llm.convert.open_source import open_source
 from tests.distributed.harness import run_ranks
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -51,7 +51,7 @@ def arguments_of(kind, tied):
 
 
 def build(kind, tied, tensor, pipeline, is_stacked):
-    platform.initialize(tensor=tensor, pipeline=pipeline, timeout_s=60, seed=3)
+    distributed.initialize(tensor=tensor, pipeline=pipeline, timeout_s=60, seed=3)
     gated = {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
     config = TransformerConfig(
         **(LLAMA | gated if kind == "llama" else GPT | {"bias_activation_fusion": True}),

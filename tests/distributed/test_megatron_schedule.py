@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import Config, load_config
 from ee_llm.data import Microbatch
 from tests.distributed.harness import run_ranks
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
@@ -125,7 +125,7 @@ def make_batches() -> list[Microbatch]:
     return batches
 
 
-def by_megatron(config: Config, grid: platform.Grid, batches, dtype) -> dict[str, torch.Tensor]:
+def by_megatron(config: Config, grid: distributed.Grid, batches, dtype) -> dict[str, torch.Tensor]:
     """Gradients by name of this rank's stage, by megatron-core's schedule."""
     num_tokens = sum(batch.loss_mask.sum().item() for batch in batches)
     model = WithLosses(config, grid.pipeline_rank, dtype, num_tokens)
@@ -157,7 +157,7 @@ def by_megatron(config: Config, grid: platform.Grid, batches, dtype) -> dict[str
 
 def worst_difference(variant: dict, tensor: int, sequence: bool, dtype: torch.dtype):
     config = make_config(variant, tensor, sequence)
-    grid = platform.initialize(tensor=tensor, pipeline=2, timeout_s=20)
+    grid = distributed.initialize(tensor=tensor, pipeline=2, timeout_s=20)
     batches = make_batches()
     expected = by_megatron(config, grid, batches, dtype)
     model = ParallelModel(config, grid, dtype)

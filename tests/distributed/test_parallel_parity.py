@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import Config, load_config
 from ee_llm.data import Microbatch
 from tests.distributed.harness import run_ranks
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from ee_llm.training.parallel import ParallelModel
 
 NUM_SEQUENCES = 8
@@ -105,7 +105,7 @@ def make_config(variant: dict, layout=(1, 1, 1, False), micro_batch_size: int = 
     return load_config(None, options | variant)
 
 
-def make_batches(config: Config, grid: platform.Grid) -> list[Microbatch]:
+def make_batches(config: Config, grid: distributed.Grid) -> list[Microbatch]:
     """This rank's microbatches of one global batch with uneven masks and positions that restart."""
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, VOCAB, (NUM_SEQUENCES, LENGTH + 1), generator=generator)
@@ -159,7 +159,7 @@ def whole_gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
 def losses_and_gradients(variant: dict, layout, micro_batch_size, dtype=torch.float64):
     config = make_config(variant, layout, micro_batch_size)
     tensor, pipeline, _, _ = layout
-    grid = platform.initialize(tensor=tensor, pipeline=pipeline, timeout_s=30)
+    grid = distributed.initialize(tensor=tensor, pipeline=pipeline, timeout_s=30)
     model = ParallelModel(config, grid, dtype)
     losses = model.forward_backward(make_batches(config, grid), step=0)
     return losses, {name: g.numpy() for name, g in whole_gradients(model).items()}
@@ -178,7 +178,7 @@ def _with_weights(weights, schedule, head, recompute, deferred):
         },
         (1, 2, 1, False),
     )
-    grid = platform.initialize(pipeline=2, timeout_s=30)
+    grid = distributed.initialize(pipeline=2, timeout_s=30)
     model = ParallelModel(config, grid, torch.float64)
     graphs = {}
     for stage in model.stages:

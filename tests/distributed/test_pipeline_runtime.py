@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ee_llm import platform
+from ee_llm import distributed
+from ee_llm.distributed.point_to_point import Transport, connect
 from ee_llm.pipeline import Action, Plan, Visit, forward_only, lower, one_f_one_b
-from ee_llm.pipeline.filled import cooldown_visits, filled_1f1b, warmup_visits
-from ee_llm.pipeline.interleaved import interleaved
 from ee_llm.pipeline.runtime import Runtime
-from ee_llm.pipeline.zero_bubble import zero_bubble_h1
-from ee_llm.platform.transport import Transport, connect
+from ee_llm.pipeline.schedules.bubble_filling import cooldown_visits, filled_1f1b, warmup_visits
+from ee_llm.pipeline.schedules.interleaved import interleaved
+from ee_llm.pipeline.schedules.zero_bubble import zero_bubble_h1
 from tests.distributed.harness import run_ranks
 from tests.unit.pipeline.toy import SPEC, Shape, assert_same_gradients, reference, stages_of
 
@@ -36,7 +36,7 @@ SHAPES = {
 
 
 def _join(stages, timeout_s=30.0):
-    grid = platform.initialize(tensor=1, pipeline=stages, timeout_s=timeout_s)
+    grid = distributed.initialize(tensor=1, pipeline=stages, timeout_s=timeout_s)
     return grid, connect(grid)
 
 
@@ -181,7 +181,7 @@ def test_columns_do_not_mix():
 
 def _lost(silent, patience):
     """Rank `silent` never takes part; the others report what they saw."""
-    grid = platform.initialize(tensor=1, pipeline=2, timeout_s=30.0)
+    grid = distributed.initialize(tensor=1, pipeline=2, timeout_s=30.0)
     transport = Transport((0, 1), dist.group.WORLD, dist.new_group(), timeout_s=1.0)
     if grid.rank == silent:
         time.sleep(patience)

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ee_llm import platform
+from ee_llm import distributed
 from tests.distributed.harness import RankFailed, run_ranks
 
 
 def _grid(tensor, pipeline):
-    grid = platform.initialize(tensor=tensor, pipeline=pipeline, timeout_s=20)
+    grid = distributed.initialize(tensor=tensor, pipeline=pipeline, timeout_s=20)
     total = torch.tensor([float(grid.rank)])
     dist.all_reduce(total, group=grid.pipeline_group)
     return grid.tensor_rank, grid.pipeline_rank, grid.data_rank, grid.pipeline_ranks, total.item()
@@ -40,7 +40,7 @@ def test_world_size_that_does_not_match_the_layout():
 
 
 def _lost_peer():
-    grid = platform.initialize(tensor=1, pipeline=2, timeout_s=1)
+    grid = distributed.initialize(tensor=1, pipeline=2, timeout_s=1)
     if grid.rank == 0:
         time.sleep(4)
         return "slept"
@@ -52,7 +52,7 @@ def _lost_peer():
 
 
 def _lost_in_column():
-    grid = platform.initialize(tensor=1, pipeline=2, timeout_s=1)
+    grid = distributed.initialize(tensor=1, pipeline=2, timeout_s=1)
     group = grid.column_group((0, 1))
     if grid.rank == 0:
         time.sleep(3)

@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from ee_llm.config import exit_stage
+from ee_llm.architecture.partition import exit_stage
 from ee_llm.pipeline import Op
-from ee_llm.pipeline.chosen import chosen_plan
+from ee_llm.pipeline.selection import select_plan
 from tests.distributed.runs import layout, losses_of, make_config, train_ranks
 
 SCHEDULES = {
@@ -35,7 +35,7 @@ def test_the_steps_asked_for_are_traced(tmp_path, corpus, schedule):
         "trace-00000003.json",
     ]
     num_ordinary = config.num_microbatches(size)
-    plan = chosen_plan(config, num_ordinary)
+    plan = select_plan(config, num_ordinary)
     trace = json.loads((tmp_path / "traced" / "trace-00000002.json").read_text())
     slices = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     events = [event for event in slices if event["cat"] != "exit"]

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
+from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
 from ee_llm.data.batches import BatchShape, TrainingBatches
 from ee_llm.data.dataset import RowOptions, open_blend
-from ee_llm.inference.reference import ReferenceModel
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import (
     EOD,
@@ -43,7 +43,7 @@ def plain_training(config: Config, initial: dict[str, torch.Tensor]) -> list[dic
         config.data.prefixes,
         "train",
         seq_length=config.data.seq_length,
-        options=RowOptions(eod=EOD, vocab_size=config.model.vocab_size),
+        options=RowOptions(eos_token_id=EOD, vocab_size=config.model.vocab_size),
         seed=config.training.seed,
         split=config.data.split,
     )
@@ -74,10 +74,10 @@ def plain_training(config: Config, initial: dict[str, torch.Tensor]) -> list[dic
 
 
 def _initial_weights(config):
-    from ee_llm import platform
+    from ee_llm import distributed
     from ee_llm.training.parallel import ParallelModel
 
-    grid = platform.initialize()
+    grid = distributed.initialize()
     model = ParallelModel(config, grid, torch.float64)
     return {name: p.detach().numpy() for name, p in model.stages[0].named_parameters()}
 

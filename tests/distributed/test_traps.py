@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import Config, load_config
 from ee_llm.data import Microbatch
 from tests.distributed.harness import run_ranks
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from ee_llm.model.attention import CausalAttention
 from ee_llm.model.stage import Stage
 from ee_llm.training.parallel import ParallelModel, StageOnData
@@ -71,7 +71,7 @@ class LabelsOfTheLatestForward(StageOnData):
 
 def _losses(pipeline: int, recompute: str, kind: type[StageOnData]):
     config = make_config(pipeline=pipeline, training__recompute=recompute)
-    grid = platform.initialize(pipeline=pipeline, timeout_s=20)
+    grid = distributed.initialize(pipeline=pipeline, timeout_s=20)
     model = ParallelModel(config, grid, torch.float64)
     for stage in model._on_data.values():
         stage.__class__ = kind
@@ -97,7 +97,7 @@ def _forwards(family: str, recompute: str) -> tuple[int, int]:
     limit = psutil.Process().memory_info().vms + 2**30
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     config = make_config(model__family=family, training__recompute=recompute)
-    platform.initialize(timeout_s=20)
+    distributed.initialize(timeout_s=20)
     stage = Stage(config, 0, torch.float32)
     counts = {"attention": 0, "mlp": 0}
 
@@ -137,7 +137,7 @@ def test_recomputation_runs_what_it_should_and_ends(family, recompute, expected)
 
 def _whole_parameters(tensor: int, pipeline: int, options: dict) -> dict[str, torch.Tensor]:
     config = make_config(tensor, pipeline, **options)
-    grid = platform.initialize(tensor=tensor, pipeline=pipeline, timeout_s=20, seed=3)
+    grid = distributed.initialize(tensor=tensor, pipeline=pipeline, timeout_s=20, seed=3)
     torch.manual_seed(grid.rank)  # no global generator may have a say
     stage = Stage(config, grid.pipeline_rank, torch.float32)
     whole = {}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
+from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.inference.reference import ReferenceModel
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import (
     assert_equal_bits,
@@ -34,7 +34,7 @@ from tests.distributed.tuning_runs import (
     tuning_config,
 )
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from ee_llm.training.parallel import ParallelModel
 
 # (tensor, pipeline, data, sequence parallel); of four stages the second and third have no exit
@@ -72,7 +72,7 @@ def _gradients(variant, shape, micro_batch_size):
     """Losses and gradients by name, of this rank."""
     tensor, pipeline, _, _ = shape
     config = make_parity_config(TWO_EXITS | variant, shape, micro_batch_size)
-    grid = platform.initialize(tensor=tensor, pipeline=pipeline, timeout_s=30)
+    grid = distributed.initialize(tensor=tensor, pipeline=pipeline, timeout_s=30)
     model = ParallelModel(config, grid, torch.float64)
     losses = model.forward_backward(make_batches(config, grid), step=0)
     assert not any(
@@ -114,7 +114,7 @@ def test_gradients_are_those_of_training_the_whole_model_at_any_layout(variant, 
 def _built(config, world_size):
     shape = (1, world_size, 1, False)
     config = make_parity_config(config, shape, 1)
-    grid = platform.initialize(pipeline=world_size, timeout_s=30)
+    grid = distributed.initialize(pipeline=world_size, timeout_s=30)
     [stage] = ParallelModel(config, grid, torch.float32).stages
     parameters = dict(stage.named_parameters())
     trained = sum(p.numel() for p in parameters.values() if p.requires_grad)

@@ -143,7 +143,7 @@ def test_a_checkpoint_that_goes_before_the_first_save(tmp_path, corpus, dense):
 
 def test_a_save_that_fails_while_it_copies(tmp_path, corpus, tuned, monkeypatch):
     """A checkpoint that can not be read to its end: the one before stays, whole."""
-    from ee_llm.checkpoint.save import Kept
+    from ee_llm.checkpoint.sharded.save import Kept
 
     whole = Kept.tensor
 

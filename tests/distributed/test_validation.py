@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.inference.reference import load_reference
+from ee_llm.checkpoint.tensors import load_reference
 from ee_llm.training.inputs import open_data
 from tests.distributed.runs import (
     layout,

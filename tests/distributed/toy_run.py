@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import torch
 
-from ee_llm import platform
-from ee_llm.checkpoint.load import load
-from ee_llm.checkpoint.save import save
-from ee_llm.checkpoint.sharded import leaves, model_state
+from ee_llm import distributed
+from ee_llm.checkpoint.sharded.load import load
+from ee_llm.checkpoint.sharded.save import save
+from ee_llm.checkpoint.sharded.state_dict import leaves, model_state
 from ee_llm.checkpoint.state import TrainState
 from ee_llm.config import Config, load_config
 from ee_llm.training.optimizer import (
@@ -18,7 +18,7 @@ from ee_llm.training.optimizer import (
     wrap_stages,
 )
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -111,7 +111,7 @@ class Run:
 
     def __init__(self, output, layout, dtype=torch.float32, **overrides):
         tensor, pipeline = layout
-        self.grid = platform.initialize(tensor=tensor, pipeline=pipeline, timeout_s=20, seed=5)
+        self.grid = distributed.initialize(tensor=tensor, pipeline=pipeline, timeout_s=20, seed=5)
         self.config = make_config(output, **overrides)
         self.dtype = dtype
         transformer = TransformerConfig(

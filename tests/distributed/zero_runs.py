@@ -13,7 +13,7 @@ needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
     reason='deepspeed is not installed: pip install "ee-llm[deepspeed]"',
 )
-ENGINES = {
+BACKENDS = {
     f"zero-{stage}{'-offload' * offload}": {
         "parallel.engine": "deepspeed",
         "deepspeed.zero_stage": stage,

@@ -3,45 +3,49 @@
 import pytest
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
+from ee_llm.architecture.reference import ReferenceModel
+from ee_llm.cli.generation.verify import verify_trace
 from ee_llm.inference.engine import Engine
-from ee_llm.inference.execution import Execution
-from ee_llm.inference.paged import choose, plain
-from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.execution.executor import ExecutionConfig
+from ee_llm.inference.execution.paged_attention import choose, plain
 from ee_llm.inference.request import Request
-from ee_llm.inference.scheduler import Limits
-from ee_llm.inference.verify import verify_trace
+from ee_llm.inference.scheduling.scheduler import SchedulerConfig
 from tests.unit.inference.engines import one_of_each, reference
+from tests.unit.inference.execution.test_attention import HEADS, PATHS, Cache, Path
+from tests.unit.inference.execution.test_paged_attention import over_pages
 from tests.unit.inference.models import random_tensors, tiny_config
-from tests.unit.inference.test_attention import HEADS, PATHS, Cache, Path
-from tests.unit.inference.test_paged import over_pages
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not platform.has_cuda(), reason="there is no GPU"),
+    pytest.mark.skipif(not distributed.has_cuda(), reason="there is no GPU"),
 ]
 KERNELS = ("varlen", "flash")
-LIMITS = Limits(max_sequences=8, num_blocks=33, block_size=256, max_pending=16, max_rows=64)
+LIMITS = SchedulerConfig(
+    max_num_seqs=8, num_blocks=33, block_size=256, max_pending=16, max_num_batched_tokens=64
+)
 
 
 def _has(name: str) -> bool:
     try:
-        choose(name, platform.device(), torch.bfloat16, LIMITS.block_size)
+        choose(name, distributed.device(), torch.bfloat16, LIMITS.block_size)
     except ValueError:
         return False
     return True
 
 
-def _engine(dtype: torch.dtype, execution: Execution) -> Engine:
+def _engine(dtype: torch.dtype, execution: ExecutionConfig) -> Engine:
     config = tiny_config(head_dim=32)
-    device = platform.device()
+    device = distributed.device()
     tensors = random_tensors(config)
-    return Engine(config, tensors, dtype, LIMITS, hold="off", device=device, execution=execution)
+    return Engine(
+        config, tensors, dtype, LIMITS, deferral="off", device=device, execution=execution
+    )
 
 
 @pytest.mark.parametrize("attention", ["gather", "plain"])
 def test_float64_gives_the_tokens_of_the_reference(attention: str) -> None:
-    engine = _engine(torch.float64, Execution(attention))
+    engine = _engine(torch.float64, ExecutionConfig(attention))
     config = tiny_config(head_dim=32)
     for request, made in zip(one_of_each(), engine.generate(one_of_each()), strict=True):
         assert made.tokens == reference(request, config, random_tensors(config)).tokens
@@ -56,7 +60,7 @@ def test_kernels_give_what_their_plain_twin_does(
 ) -> None:
     if not _has(name):
         pytest.skip(f"attention {name} is not to be had here")
-    device = platform.device()
+    device = distributed.device()
     cache = over_pages(Cache(path.rows, num_kv, per_kv), plain)
     cache.batch()
     paged = cache.table.batch(cache.runs, None, cache.dtype, by_row).paged
@@ -64,7 +68,7 @@ def test_kernels_give_what_their_plain_twin_does(
     keys, values = pages.unbind(2)
     expected = plain(cache.queries.flatten(1, 2), keys, values, paged)
     kernel = choose(name, device, torch.bfloat16, LIMITS.block_size)
-    moved = [t.to(device) for t in (paged.starts, paged.lengths, paged.tables)]
+    moved = [t.to(device) for t in (paged.starts, paged.lengths, paged.new_blocks)]
     there = type(paged)(*moved, paged.longest, paged.furthest, paged.block_size, kernel)
     inputs = [t.to(device, torch.bfloat16) for t in (cache.queries.flatten(1, 2), keys, values)]
     found = kernel(*inputs, there).double().cpu()
@@ -74,20 +78,20 @@ def test_kernels_give_what_their_plain_twin_does(
 @pytest.mark.parametrize(
     "execution",
     [
-        Execution("gather"),
-        Execution("plain"),
-        Execution("plain", graphs=True),
-        Execution("varlen"),
-        Execution("varlen", graphs=True),
-        Execution("flash"),
-        Execution("flash", graphs=True),
-        Execution("gather", compile=True),
-        Execution("plain", graphs=True, compile=True),
+        ExecutionConfig("gather"),
+        ExecutionConfig("plain"),
+        ExecutionConfig("plain", graphs=True),
+        ExecutionConfig("varlen"),
+        ExecutionConfig("varlen", graphs=True),
+        ExecutionConfig("flash"),
+        ExecutionConfig("flash", graphs=True),
+        ExecutionConfig("gather", compile=True),
+        ExecutionConfig("plain", graphs=True, compile=True),
     ],
     ids=lambda one: f"{one.attention} {'graphs ' * one.graphs}{'compiled' * one.compile}",
 )
-def test_every_divergence_is_within_the_rounding_of_bfloat16(execution: Execution) -> None:
-    from ee_llm.inference.certificate import tolerance
+def test_every_divergence_is_within_the_rounding_of_bfloat16(execution: ExecutionConfig) -> None:
+    from ee_llm.inference.verification.certificate import tolerance
 
     if not (execution.attention in ("gather", "plain") or _has(execution.attention)):
         pytest.skip(f"attention {execution.attention} is not to be had here")
@@ -101,7 +105,7 @@ def test_every_divergence_is_within_the_rounding_of_bfloat16(execution: Executio
 
 
 def test_graphs_give_what_passes_kernel_by_kernel_do() -> None:
-    eager = _engine(torch.float32, Execution("plain")).generate(one_of_each())
-    replayed = _engine(torch.float32, Execution("plain", graphs=True)).generate(one_of_each())
+    eager = _engine(torch.float32, ExecutionConfig("plain")).generate(one_of_each())
+    replayed = _engine(torch.float32, ExecutionConfig("plain", graphs=True)).generate(one_of_each())
     for one, other in zip(eager, replayed, strict=True):
         assert (one.tokens, one.exits) == (other.tokens, other.exits)

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from ee_llm.config import ConfigError, load_config
+from ee_llm.config import load_config
+from ee_llm.errors import ConfigError
 
 
 def message(overrides: dict[str, Any], path: Path | None = None) -> str:

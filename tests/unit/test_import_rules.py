@@ -1,8 +1,9 @@
-"""The import rules between the rooms, as one table, enforced on the syntax trees of ee_llm/."""
+"""The import rules between the packages of ee_llm, enforced on their syntax trees."""
 
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -24,52 +25,99 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule("config", ours=(), never=("torch", "megatron"), through=True),
-    Rule("platform", ours=()),
-    Rule("losses", ours=()),
-    Rule("rank", ours=(), never=("torch",), through=True),
-    Rule("streams", ours=(), never=("torch",), through=True),
-    Rule("launch", ours=("platform", "rank")),
-    Rule("rotary", ours=("config",)),
-    Rule("initial", ours=("config",)),
-    Rule("data", ours=("config", "platform")),
-    Rule("checkpoint", ours=("config", "platform", "__version__")),
-    Rule("inference", ours=("config", "platform", "data", "checkpoint", "rotary")),
-    Rule("model", ours=("config", "platform", "losses", "rotary", "initial")),
-    Rule("pipeline.plan", ours=(), standard_only=True, never=("torch",), through=True),
-    Rule("pipeline.lower", ours=(), standard_only=True, never=("torch",), through=True),
-    Rule("pipeline.simulate", ours=(), standard_only=True, never=("torch",), through=True),
-    Rule("pipeline.runtime", never=("ee_llm.model",), through=True),
-    Rule("training", never=("ee_llm.inference", "ee_llm.evaluation", "ee_llm.serving")),
+    Rule("errors", ours=(), standard_only=True),
+    Rule("atomic_file", ours=("errors",), standard_only=True),
+    Rule("config", ours=("errors",), never=("torch", "megatron"), through=True),
+    Rule("distributed", ours=("errors",)),
+    Rule("architecture", ours=("config", "errors")),
+    Rule("losses", ours=("errors",)),
+    Rule("launch.rank", ours=("errors",), never=("torch",), through=True),
+    Rule("launch", ours=("distributed", "errors")),
+    Rule("data", ours=("config", "distributed", "atomic_file", "errors")),
+    Rule(
+        "checkpoint",
+        ours=(
+            "config",
+            "distributed",
+            "architecture",
+            "data",
+            "atomic_file",
+            "errors",
+            "__version__",
+        ),
+    ),
     Rule("checkpoint.read", never=("megatron",), through=True),
     Rule("checkpoint.write", never=("megatron",), through=True),
+    Rule("checkpoint.surgery", never=("megatron",), through=True),
+    Rule("model", ours=("config", "distributed", "architecture", "losses", "errors")),
+    Rule("pipeline.plan", ours=("errors",), standard_only=True),
+    Rule("pipeline.lower", ours=("errors",), standard_only=True),
+    Rule("pipeline.simulate", ours=("errors",), standard_only=True),
+    Rule("pipeline.schedules", ours=("errors",), standard_only=True),
+    Rule("pipeline", ours=("config", "architecture", "distributed", "atomic_file", "errors")),
+    Rule(
+        "training",
+        ours=(
+            "config",
+            "distributed",
+            "architecture",
+            "losses",
+            "data",
+            "checkpoint",
+            "model",
+            "pipeline",
+            "launch",
+            "atomic_file",
+            "errors",
+        ),
+    ),
     Rule(
         "convert",
-        ours=("config", "platform", "data", "checkpoint", "inference", "rotary", "initial"),
+        ours=(
+            "config",
+            "distributed",
+            "architecture",
+            "data",
+            "checkpoint",
+            "atomic_file",
+            "errors",
+        ),
     ),
     Rule("convert", never=("megatron",), through=True),
     Rule(
-        "edit",
-        ours=("config", "platform", "data", "checkpoint", "inference", "rotary", "initial"),
+        "inference",
+        ours=(
+            "config",
+            "distributed",
+            "architecture",
+            "data",
+            "checkpoint",
+            "atomic_file",
+            "errors",
+        ),
     ),
-    Rule("edit", never=("megatron",), through=True),
-    Rule("inference", never=("ee_llm.training", "ee_llm.pipeline", "megatron"), through=True),
+    Rule("inference", never=("megatron",), through=True),
     Rule("inference.request", never=("torch",), through=True),
-    Rule("inference.blocks", never=("torch",), through=True),
-    Rule("inference.scheduler", never=("torch",), through=True),
-    Rule("inference.prefix", never=("torch",), through=True),
-    Rule("inference.pipeline_scheduler", never=("torch",), through=True),
-    Rule("inference.holding", never=("torch",), through=True),
-    Rule("evaluation", ours=("config", "data", "losses", "model", "inference")),
-    Rule("serving", ours=("config", "inference")),
-    Rule("", never=("ee_llm.cli",)),
-    Rule("", never=("megatron",), besides=("platform", "model", "checkpoint", "training", "data")),
-    Rule("", never=("deepspeed",), besides=("platform",)),
+    Rule("inference.scheduling", never=("torch",), through=True),
+    Rule(
+        "evaluation",
+        ours=("config", "distributed", "architecture", "data", "checkpoint", "inference", "errors"),
+    ),
+    Rule("serving", ours=("config", "distributed", "data", "inference", "errors")),
+    Rule("api", never=("ee_llm.cli",)),
+    Rule("", never=("ee_llm.cli",), besides=("cli", "launch")),
+    Rule(
+        "", never=("megatron",), besides=("distributed", "model", "checkpoint", "training", "data")
+    ),
+    Rule("", never=("deepspeed",), besides=("distributed",)),
 )
 
-# The only room that says on what hardware things run.
+# The only package that says on what hardware things run.
 DEVICE_WORDS = ("cuda", "nccl", "gloo")
-DEVICE_ROOM = "platform"
+DEVICE_ROOM = "distributed"
+
+MAX_FILES = 14  # Python files in one folder
+MAX_LINES = 400  # of one file
 
 
 class Import(NamedTuple):
@@ -169,6 +217,39 @@ def broken_imports(sources: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def circles(sources: Mapping[str, str]) -> list[str]:
+    """Return one line for each circle of imports between modules, those for types included."""
+    edges: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        found = edges.setdefault(module, set())
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.ImportFrom) or node.module is None:
+                continue
+            for alias in node.names:
+                names = (f"{node.module}.{alias.name}", node.module)
+                places = [place for name in names for place in (name, f"{name}.__init__")]
+                target = next((place for place in places if place in sources), module)
+                if target != module:
+                    found.add(target)
+    lines, done, path = [], set(), []
+
+    def visit(module: str) -> None:
+        if module in path:
+            lines.append(" -> ".join([*path[path.index(module) :], module]))
+            return
+        if module in done:
+            return
+        path.append(module)
+        for target in sorted(edges[module]):
+            visit(target)
+        path.pop()
+        done.add(module)
+
+    for module in sorted(edges):
+        visit(module)
+    return lines
+
+
 def device_words(sources: Mapping[str, str]) -> list[str]:
     """One line for each place outside the platform that names a device or its backend in code."""
     lines = []
@@ -198,6 +279,27 @@ def test_devices_are_named_in_the_platform_alone() -> None:
     assert device_words(package_sources()) == []
 
 
+def test_there_are_no_circles() -> None:
+    assert circles(package_sources()) == []
+
+
+def test_a_planted_circle_is_found() -> None:
+    sources = {
+        "ee_llm.a": "from ee_llm import b",
+        "ee_llm.b": "def f():\n    from ee_llm.c import g",
+        "ee_llm.c": "if TYPE_CHECKING:\n    from ee_llm.a import f",
+    }
+    assert circles(sources) == ["ee_llm.a -> ee_llm.b -> ee_llm.c -> ee_llm.a"]
+    assert circles(sources | {"ee_llm.b": "import os"}) == []
+
+
+def test_folders_and_files_stay_small() -> None:
+    folders = Counter(path.parent for path in PACKAGE.rglob("*.py"))
+    assert {str(folder): count for folder, count in folders.items() if count > MAX_FILES} == {}
+    sizes = {str(path): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {path: size for path, size in sizes.items() if size > MAX_LINES} == {}
+
+
 def test_there_is_no_utils() -> None:
     """A drawer for everything is where rooms lose their purpose."""
     assert not [name for name in package_sources() if {"utils", "util"} & set(name.split("."))]
@@ -208,29 +310,29 @@ def test_there_is_no_utils() -> None:
     [
         ("ee_llm.config.sections", "import torch"),
         ("ee_llm.config.sections", "from ee_llm import platform"),
-        ("ee_llm.platform.grid", "from ee_llm.config import Config"),
+        ("ee_llm.distributed.grid", "from ee_llm.config import Config"),
         ("ee_llm.model.stage", "def build():\n    from ee_llm.training import run"),
         ("ee_llm.model.stage", "from ..pipeline.runtime import Runtime"),
-        ("ee_llm.losses", "import megatron.core.tensor_parallel as tp"),
+        ("ee_llm.losses.exit_losses", "import megatron.core.tensor_parallel as tp"),
         ("ee_llm.pipeline.plan", "import numpy"),
         ("ee_llm.pipeline.lower", "from ee_llm.config import Config"),
         ("ee_llm.pipeline.simulate", "import rich.table"),
-        ("ee_llm.cli", "import megatron.core"),
+        ("ee_llm.cli.main", "import megatron.core"),
         ("ee_llm.some.new.room", "import megatron"),
         ("ee_llm.pipeline.runtime", "import ee_llm.model.stage"),
         ("ee_llm.inference.engine", "from ee_llm.training.run import train"),
         ("ee_llm.inference.engine", "import importlib\nimportlib.import_module('megatron.core')"),
-        ("ee_llm.inference.scheduler", "if True:\n    from torch import Tensor"),
+        ("ee_llm.inference.scheduling.scheduler", "if True:\n    from torch import Tensor"),
         ("ee_llm.inference.request", "import torch"),
-        ("ee_llm.inference.blocks", "import torch"),
-        ("ee_llm.inference.prefix", "from torch import Tensor"),
-        ("ee_llm.inference.holding", "import torch.nn"),
-        ("ee_llm.inference.pipeline_scheduler", "def plan():\n    import torch"),
+        ("ee_llm.inference.scheduling.block_manager", "import torch"),
+        ("ee_llm.inference.scheduling.prefix_cache", "from torch import Tensor"),
+        ("ee_llm.inference.scheduling.deferral", "import torch.nn"),
+        ("ee_llm.inference.scheduling.pipeline_scheduler", "def plan():\n    import torch"),
         ("ee_llm.training.run", "from ee_llm import inference"),
-        ("ee_llm.evaluation.sweep", "from ee_llm.checkpoint.read import tensors"),
+        ("ee_llm.evaluation.sweep", "from ee_llm.training.trainer import train"),
         ("ee_llm.serving.api", "from ee_llm.model import build"),
-        ("ee_llm.training.zero", "from deepspeed.runtime import engine"),
-        ("ee_llm.training.run", "from ee_llm.cli import main"),
+        ("ee_llm.training.zero.model", "from deepspeed.runtime import engine"),
+        ("ee_llm.training.run", "from ee_llm.cli.main import main"),
     ],
 )
 def test_a_planted_import_is_found(module: str, source: str) -> None:
@@ -241,14 +343,14 @@ def test_a_planted_import_is_found(module: str, source: str) -> None:
 def test_a_planted_import_is_found_through_others() -> None:
     """Importing the reader would import megatron-core if the package it lies in did."""
     sources = {
-        "ee_llm.checkpoint.__init__": "from ee_llm.checkpoint.save import save",
-        "ee_llm.checkpoint.save": "import megatron.core",
+        "ee_llm.checkpoint.__init__": "from ee_llm.checkpoint.sharded.save import save",
+        "ee_llm.checkpoint.sharded.save": "import megatron.core",
         "ee_llm.checkpoint.read": "import torch",
     }
     assert broken_imports(sources) == [
-        "ee_llm.checkpoint.read imports megatron.core through ee_llm.checkpoint.save"
+        "ee_llm.checkpoint.read imports megatron.core through ee_llm.checkpoint.sharded.save"
     ]
-    sources["ee_llm.checkpoint.save"] = "def save():\n    import megatron.core"
+    sources["ee_llm.checkpoint.sharded.save"] = "def save():\n    import megatron.core"
     assert broken_imports(sources) == []
 
 
@@ -256,15 +358,16 @@ def test_the_scheduling_of_requests_is_importable_without_torch() -> None:
     """That the rules above have not been outwitted: an import that fails ends the process."""
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from ee_llm.inference import request, blocks, prefix, holding\n"
-        "from ee_llm.inference import scheduler, pipeline_scheduler"
+        "from ee_llm.inference import request\n"
+        "from ee_llm.inference.scheduling import block_manager, prefix_cache, deferral\n"
+        "from ee_llm.inference.scheduling import scheduler, pipeline_scheduler"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_imports_for_type_checkers_are_free() -> None:
     source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"
-    assert broken_imports({"ee_llm.inference.scheduler": source}) == []
+    assert broken_imports({"ee_llm.inference.scheduling.scheduler": source}) == []
 
 
 @pytest.mark.parametrize(
@@ -272,4 +375,4 @@ def test_imports_for_type_checkers_are_free() -> None:
 )
 def test_a_planted_device_is_found(source: str) -> None:
     assert len(device_words({"ee_llm.model.stage": source})) == 1
-    assert device_words({"ee_llm.platform.devices": source}) == []
+    assert device_words({"ee_llm.distributed.devices": source}) == []

@@ -254,7 +254,8 @@ def test_torchrun_template(run: Run) -> None:
     done = run("scripts/torchrun.sh", "--config", "a b.toml", PYTHON="echo", NUM_NODES="2")
     assert done.stdout == (
         "-m torch.distributed.run --nnodes 2 --node-rank 0 --nproc-per-node gpu "
-        "--master-addr localhost --master-port 29500 --module ee_llm.cli train --config a b.toml\n"
+        "--master-addr localhost --master-port 29500 "
+        "--module ee_llm.cli.main train --config a b.toml\n"
     )
 
 

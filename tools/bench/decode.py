@@ -18,8 +18,8 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from ee_llm import platform
-from ee_llm.inference.certificate import tolerance
+from ee_llm import distributed
+from ee_llm.inference.verification.certificate import tolerance
 from tools.bench import report
 from tools.bench.decode_costs import measure_costs
 from tools.bench.decode_quality import Certificate, common_prefix
@@ -102,7 +102,7 @@ def show(bench: Bench, rows: Sequence[Row]) -> None:
     exits = ", ".join(f"exit {b} {'off' if t is None else f'{t:g}'}" for b, t in policy)
     dtype = str(bench.dtype).removeprefix("torch.")
     title = f"decoding {options.new_tokens} tokens after {options.prompt_tokens}, {dtype}"
-    if not platform.has_cuda():
+    if not distributed.has_cuda():
         title += f", {torch.get_num_threads()} threads"
     report.print_table(f"{title}; thresholds: {exits}", [speed_cells(row) for row in rows])
     title = f"latency and agreement; margins up to {limits.token:.2g} / {limits.exit:.2g} are legal"
@@ -114,7 +114,7 @@ def show(bench: Bench, rows: Sequence[Row]) -> None:
 def pipeline_figures(bench: Bench) -> dict[str, float]:
     """Return what decode_pipeline.py finds, in processes of its own, with the same thresholds."""
     options = bench.options
-    if not options.pipeline or options.shape is not None or platform.has_cuda():
+    if not options.pipeline or options.shape is not None or distributed.has_cuda():
         return {}
     given: dict[str, object] = {
         "--checkpoint": options.checkpoint,
@@ -139,7 +139,7 @@ def main(options: Options) -> None:
     """Measure, print the tables and write the figures."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    with platform.console.status("model, thresholds, controls"):
+    with distributed.console.status("model, thresholds, controls"):
         bench = prepare(options)
     num_sides = [len(sides(bench, batch)) for batch in options.batches]
     rows: list[Row] = []
@@ -148,9 +148,9 @@ def main(options: Options) -> None:
         TextColumn("{task.description}"),
         BarColumn(),
         TimeRemainingColumn(),
-        console=platform.console,
+        console=distributed.console,
         transient=True,
-        disable=not platform.console.is_terminal,
+        disable=not distributed.console.is_terminal,
     ) as progress:
         total = sum(2 + (options.rounds + 1) * count for count in num_sides)
         task = progress.add_task("", total=total)

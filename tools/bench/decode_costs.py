@@ -30,13 +30,13 @@ from itertools import product
 from math import comb, prod
 from typing import NamedTuple
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.inference.engine import Engine
-from ee_llm.inference.holding import Profile
-from ee_llm.inference.judge import Question, judge
-from ee_llm.inference.policy import Policy
-from ee_llm.inference.sampling import Sampling
-from ee_llm.inference.scheduler import Part, Plan, Span
+from ee_llm.inference.exits.decision import ExitQuery, decide_exits
+from ee_llm.inference.exits.policy import ExitPolicy
+from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.scheduling.deferral import LatencyProfile
+from ee_llm.inference.scheduling.scheduler import SchedulerOutput, SegmentStep, TokenRange
 
 # Runs of a level for each run of the next; beyond, tail latency is no more worth it.
 PASSES = (1, 2, 3, 4, 6, 8)
@@ -50,13 +50,13 @@ _Time = Callable[[_Level, int], float]
 class Costs:
     """Seconds by row count: of each level, of all up to it, of each head, of the full model."""
 
-    levels: Profile
-    depths: Profile
-    heads: Profile
-    full: Profile
+    levels: LatencyProfile
+    depths: LatencyProfile
+    heads: LatencyProfile
+    full: LatencyProfile
 
 
-def levels(policy: Policy) -> tuple[_Level, ...]:
+def levels(policy: ExitPolicy) -> tuple[_Level, ...]:
     """Return the segments of each level under a policy."""
     found: list[_Level] = []
     segments: _Level = ()
@@ -68,7 +68,7 @@ def levels(policy: Policy) -> tuple[_Level, ...]:
     return tuple(found)
 
 
-def shares(exits: Sequence[int], policy: Policy, num_layers: int) -> list[float]:
+def shares(exits: Sequence[int], policy: ExitPolicy, num_layers: int) -> list[float]:
     """Return the share of tokens that left at the end of each level."""
     used = [b for b in policy.boundaries if policy.threshold(b) is not None]
     return [exits.count(boundary) / len(exits) for boundary in (*used, num_layers)]
@@ -150,7 +150,7 @@ def regime(
 
 
 def measure_costs(
-    engine: Engine, policy: Policy, num_sequences: int, context: int, num_rounds: int
+    engine: Engine, policy: ExitPolicy, num_sequences: int, context: int, num_rounds: int
 ) -> Costs:
     """Return the median times of an idle engine's passes, at `context` tokens of each sequence.
 
@@ -158,7 +158,7 @@ def measure_costs(
     """
     own = levels(policy)
     depths = [sum(own[: index + 1], ()) for index in range(len(own))]
-    most = num_sequences * min(4, engine.limits.max_pending)
+    most = num_sequences * min(4, engine.scheduler_config.max_pending)
     powers = [2**power for power in range(most.bit_length())]
     rows = sorted({num_sequences, *(power for power in powers if power <= most)})
     alone = [count for count in rows if count <= num_sequences]  # one of each sequence
@@ -174,8 +174,8 @@ def measure_costs(
                 if number >= 0:  # the first round allocates
                     seconds.append(sample)
 
-    def profile(counts: Sequence[int], of: Sequence[_Level], time: _Time) -> Profile:
-        return Profile(tuple(counts), tuple(tuple(time(lv, n) for n in counts) for lv in of))
+    def profile(counts: Sequence[int], of: Sequence[_Level], time: _Time) -> LatencyProfile:
+        return LatencyProfile(tuple(counts), tuple(tuple(time(lv, n) for n in counts) for lv in of))
 
     def head(level: _Level, count: int) -> float:
         pairs = zip(samples[judged[level, count]], samples[bare[level, count]], strict=True)
@@ -201,25 +201,28 @@ def _room(
     tables = tuple(
         (slot, index, block) for slot, own in enumerate(blocks) for index, block in enumerate(own)
     )
-    spans = tuple(Span(slot, context - 1, context) for slot in range(num_sequences))
-    engine.runner.run(Plan((Part(0, spans),), (0,) * num_sequences, (), tables))
+    ranges = tuple(TokenRange(slot, context - 1, context) for slot in range(num_sequences))
+    engine.runner.run(SchedulerOutput((SegmentStep(0, ranges),), (0,) * num_sequences, (), tables))
 
     def timer(segments: _Level, num_rows: int, is_judged: bool) -> Timer:
         share, rest = divmod(num_rows, min(num_rows, num_sequences))
         lengths = [share + (slot < rest) for slot in range(min(num_rows, num_sequences))]
-        spans = tuple(Span(slot, context - n, context) for slot, n in enumerate(lengths))
+        ranges = tuple(TokenRange(slot, context - n, context) for slot, n in enumerate(lengths))
         tokens = (0,) * num_rows if segments[0] == 0 else ()
-        heads = spans if is_judged else ()
-        plan = Plan(tuple(Part(s, spans) for s in segments), tokens, heads, ())
-        questions = [
-            Question(span.slot, context - 1, 0.0, "max_probability", Sampling()) for span in heads
+        heads = ranges if is_judged else ()
+        scheduler_output = SchedulerOutput(
+            tuple(SegmentStep(s, ranges) for s in segments), tokens, heads, ()
+        )
+        queries = [
+            ExitQuery(token_range.slot, context - 1, 0.0, "max_probability", SamplingParams())
+            for token_range in heads
         ]
 
         def seconds() -> float:
-            platform.synchronize()
+            distributed.synchronize()
             start = time.perf_counter()
-            judge(engine.runner.run(plan), questions)
-            platform.synchronize()
+            decide_exits(engine.runner.run(scheduler_output), queries)
+            distributed.synchronize()
             return time.perf_counter() - start
 
         return seconds

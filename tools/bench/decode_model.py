@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ee_llm.architecture.parameter_names import output_weight_name
+from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.checkpoint.read import TensorReader, resolve_checkpoint
-from ee_llm.config import Config, output_weight_name
+from ee_llm.config import Config
 from ee_llm.data.dataset import PARTS, split_documents
 from ee_llm.data.indexed import IndexedTokens
-from ee_llm.inference.weights import tensor_shapes
 
 QUICKSTART = "train one with ./scripts/quickstart.sh"
 

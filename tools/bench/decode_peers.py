@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ee_llm import platform
-from ee_llm.config import output_weight_name
+from ee_llm import distributed
+from ee_llm.architecture.parameter_names import output_weight_name
 from tools.bench.decode_model import Model
 from tools.bench.llama import llama_config, llama_weights
 
@@ -28,7 +28,7 @@ class Peer:
         if model.config.model.family != "llama" or model.config.model.position != "rope":
             raise ValueError("only llama models can be held against transformers: give --no-peers")
         try:
-            self._model = llama(model).to(platform.device(), dtype).eval()
+            self._model = llama(model).to(distributed.device(), dtype).eval()
         except ImportError as error:
             raise ValueError(f"{error}: install ee_llm[dev], or give --no-peers") from error
         self._model.generation_config.eos_token_id = None  # as long as ours, whatever comes
@@ -36,8 +36,8 @@ class Peer:
     @torch.no_grad()
     def decode(self, prompts: Sequence[tuple[int, ...]], num_new: int, **options: Any) -> Decoded:
         """Return what `generate` makes of prompts of one length; `options` are passed on to it."""
-        tokens = torch.tensor(prompts, device=platform.device())
-        platform.synchronize()
+        tokens = torch.tensor(prompts, device=distributed.device())
+        distributed.synchronize()
         start = time.perf_counter()
         made = self._model.generate(
             tokens,
@@ -46,7 +46,7 @@ class Peer:
             max_new_tokens=num_new,
             **options,
         )
-        platform.synchronize()
+        distributed.synchronize()
         seconds = time.perf_counter() - start
         return Decoded(seconds, [tuple(row[len(prompts[0]) :].tolist()) for row in made])
 

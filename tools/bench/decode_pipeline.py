@@ -18,15 +18,15 @@ from typing import Literal
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import Config
-from ee_llm.inference.generator import Generation
+from ee_llm.inference.execution.stage import partition_layers
+from ee_llm.inference.exits.policy import make_exit_policy
 from ee_llm.inference.pipeline_engine import PipelineEngine
-from ee_llm.inference.policy import make_policy
 from ee_llm.inference.request import Request
-from ee_llm.inference.sampling import Sampling
-from ee_llm.inference.scheduler import Limits
-from ee_llm.inference.stage import cut as cut_stages
+from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.scheduling.scheduler import SchedulerConfig
+from ee_llm.inference.verification.reference_decoding import RequestOutput
 from tools.bench import report
 from tools.bench.decode_model import cut, open_model
 from tools.bench.ranks import run_ranks
@@ -76,9 +76,9 @@ class Result:
         return self.speed_up.value / (NUM_STAGES / self.mean_stages)
 
 
-def mean_stages(config: Config, generations: Sequence[Generation]) -> float:
+def mean_stages(config: Config, generations: Sequence[RequestOutput]) -> float:
     """Return how many stages the tokens waited for, on average."""
-    ends = [pieces[-1].last for pieces in cut_stages(config, NUM_STAGES)]
+    ends = [pieces[-1].last for pieces in partition_layers(config, NUM_STAGES)]
     exits = [exit for one in generations for exit in one.exits]
     return statistics.mean(1 + sum(exit > end for end in ends) for exit in exits)
 
@@ -88,20 +88,22 @@ def measure(options: Options) -> Result | None:
     torch.set_num_threads(1)
     model = open_model(options.checkpoint)
     config = model.config
-    dtype = platform.dtype_named(options.dtype)
-    ranks = platform.connect_serving(pipeline=NUM_STAGES, timeout_s=120)
-    limits = Limits(max_sequences=1, num_blocks=2 + config.model.max_seq_length // 16)
-    engine = PipelineEngine(config, model.tensors, ranks, dtype, limits)
+    dtype = distributed.dtype_named(options.dtype)
+    ranks = distributed.connect_serving(pipeline=NUM_STAGES, timeout_s=120)
+    scheduler_config = SchedulerConfig(
+        max_num_seqs=1, num_blocks=2 + config.model.max_seq_length // 16
+    )
+    engine = PipelineEngine(config, model.tensors, ranks, dtype, scheduler_config)
     if not ranks.is_leader:
         engine.follow()
         return None
     thresholds = [None if value == "off" else value for value in options.thresholds]
-    policy = make_policy(config.exits.boundaries, thresholds)
+    policy = make_exit_policy(config.exits.boundaries, thresholds)
     prompts = cut(model.text, options.rounds + 1, options.prompt_tokens)
     seconds: dict[str, list[float]] = {"full": [], "exact": []}
-    made: list[Generation] = []
+    made: list[RequestOutput] = []
     for number, prompt in enumerate(prompts):
-        exact = Request("one", prompt, policy, Sampling(), max_new_tokens=options.new_tokens)
+        exact = Request("one", prompt, policy, SamplingParams(), max_new_tokens=options.new_tokens)
         for strategy in ("full", "exact"):
             start = time.perf_counter()
             made += engine.generate([replace(exact, strategy=strategy)])

@@ -13,10 +13,10 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ee_llm.inference.certificate import Divergence, Tolerance, verify_trace
-from ee_llm.inference.generator import Generation
-from ee_llm.inference.policy import Policy, make_policy
-from ee_llm.inference.reference import ReferenceModel
+from ee_llm.architecture.reference import ReferenceModel
+from ee_llm.inference.exits.policy import ExitPolicy, make_exit_policy
+from ee_llm.inference.verification.certificate import Divergence, Tolerance, verify_trace
+from ee_llm.inference.verification.reference_decoding import RequestOutput
 from tools.bench.decode_model import Model, Weights, truncate
 
 # So many tokens must be the dense model's own choice, where thresholds are not given.
@@ -52,7 +52,7 @@ class Dense:
         choices = self._choices(prompt, tokens)
         return statistics.mean(a == b for a, b in zip(choices, tokens, strict=True))
 
-    def certify(self, generations: Sequence[Generation], tolerance: Tolerance) -> Certificate:
+    def certify(self, generations: Sequence[RequestOutput], tolerance: Tolerance) -> Certificate:
         """Return what `verify_trace` finds; after a divergence the rest is judged by itself."""
         found = [self._verify(generation) for generation in generations]
         margins: dict[str, list[float]] = {"token": [0.0], "exit": [0.0]}
@@ -74,7 +74,7 @@ class Dense:
         logits = self.reference.logits(boundary, hidden[len(prompt) - 1 :])
         return tuple(logits.argmax(-1).tolist())
 
-    def _verify(self, made: Generation) -> list[Divergence]:
+    def _verify(self, made: RequestOutput) -> list[Divergence]:
         # Batches of other sizes make the same generation again and again.
         key = (made.prompt, made.tokens, made.exits, made.policy, made.strategy == "propagate")
         if key not in self._divergences:
@@ -104,7 +104,7 @@ def choices(
     reference: ReferenceModel, sequences: Sequence[Sequence[int]], num_prompt: int
 ) -> Choices:
     """Return what all exits say on the rows of `sequences` that follow the prompt."""
-    policy = make_policy(reference.boundaries[:-1], [None])
+    policy = make_exit_policy(reference.boundaries[:-1], [None])
     tokens: dict[int, list[Tensor]] = {boundary: [] for boundary in reference.boundaries}
     confidences: dict[int, list[Tensor]] = {boundary: [] for boundary in reference.boundaries}
     for sequence in sequences:
@@ -118,7 +118,7 @@ def choices(
     )
 
 
-def exits_taken(said: Choices, policy: Policy) -> Tensor:
+def exits_taken(said: Choices, policy: ExitPolicy) -> Tensor:
     """Return the boundary [rows] that each row leaves at: the first that is confident."""
     *early, last = said.tokens
     at = torch.full_like(said.tokens[last], last)
@@ -135,19 +135,19 @@ def agreement(said: Choices, at: Tensor) -> float:
     return sum(float((own == dense)[at == b].sum()) for b, own in said.tokens.items()) / len(at)
 
 
-def calibrate(said: Choices, weights: Weights, least: float = LEAST_AGREEMENT) -> Policy:
+def calibrate(said: Choices, weights: Weights, least: float = LEAST_AGREEMENT) -> ExitPolicy:
     """Return the policy with the least cost whose choices are, for a share `least`, the dense ones.
 
     Of all with one threshold, in hundredths, for one exit or two; cost is counted in weights that a
     token is multiplied with. Without a policy that saves anything, every exit is off.
     """
     *early, last = said.tokens
-    off = make_policy(early, [None])
+    off = make_exit_policy(early, [None])
     best, least_cost = off, float(weights.layer * last + weights.heads[last])
     for used in [*combinations(early, 1), *combinations(early, 2)]:
         for hundredths in range(1, 100):
             chosen = [hundredths / 100 if boundary in used else None for boundary in early]
-            policy = make_policy(early, chosen)
+            policy = make_exit_policy(early, chosen)
             at = exits_taken(said, policy)
             cost = weights.layer * float(at.double().mean())
             for boundary in (*used, last):
@@ -167,7 +167,7 @@ class Control:
     agreement: float
 
 
-def controls(said: Choices, policy: Policy, text: str) -> list[Control]:
+def controls(said: Choices, policy: ExitPolicy, text: str) -> list[Control]:
     """Return exits by confidence, the same number of exits at random rows, and each exit alone.
 
     Random: the mean over all ways to deal the same exits out to the rows.
@@ -186,7 +186,7 @@ def controls(said: Choices, policy: Policy, text: str) -> list[Control]:
 def all_controls(
     model: Model,
     reference: ReferenceModel,
-    policy: Policy,
+    policy: ExitPolicy,
     texts: Mapping[str, Sequence[Sequence[int]]],
     num_prompt: int,
 ) -> list[Control]:

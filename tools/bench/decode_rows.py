@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ee_llm.inference.policy import Policy
+from ee_llm.inference.exits.policy import ExitPolicy
 from tools.bench import report
 from tools.bench.decode_costs import (
     Costs,
@@ -17,11 +17,11 @@ from tools.bench.decode_costs import (
     shares,
 )
 from tools.bench.decode_quality import Certificate, Control
-from tools.bench.decode_trace import Steady, Trace, fill_share, holds, steady
+from tools.bench.decode_trace import Steady, Trace, deferred, fill_share, steady
 from tools.bench.report import Ratio
 
 FULL, EXACT, HELD = "full", "exact, not held", "exact, held"
-VERIFY, PROPAGATE, TRUNCATED = "verify", "propagate", "truncated"
+VERIFY, PROPAGATE, TRUNCATED = "self-speculative", "propagate", "truncated"
 PEER, ASSISTED = "transformers", "transformers, drafting"
 
 
@@ -124,7 +124,7 @@ def _passes(traces: Sequence[Trace], side: str) -> dict[str, float | None]:
     made = [generation for trace in traces for generation in trace.generations]
     num_prompt = len(made[0].prompt)
     gaps = [gap for trace in traces for gap in trace.gaps]
-    held = [holds(trace.passes) for trace in traces]
+    held = [deferred(trace.passes) for trace in traces]
     steps = [n for one in held for n in one.steps]
     times = [n for one in held for n in one.seconds]
     num_drafted = sum(generation.num_drafted for generation in made)
@@ -158,7 +158,7 @@ class _Bounds(NamedTuple):
 
 def _ideals(
     batch: int,
-    policy: Policy,
+    policy: ExitPolicy,
     full: Sequence[Steady],
     own: Sequence[Steady],
     costs: Costs,

@@ -10,15 +10,16 @@ from typing import Literal
 
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.inference.engine import Engine
-from ee_llm.inference.execution import Execution
-from ee_llm.inference.holding import Holding
-from ee_llm.inference.paged import Attention
-from ee_llm.inference.policy import Policy, make_policy
-from ee_llm.inference.request import Draft, Request, Strategy
-from ee_llm.inference.sampling import Sampling
-from ee_llm.inference.scheduler import Limits
+from ee_llm.inference.execution.executor import ExecutionConfig
+from ee_llm.inference.execution.paged_attention import Attention
+from ee_llm.inference.exits.policy import ExitPolicy, make_exit_policy
+from ee_llm.inference.request import Request
+from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.scheduling.deferral import Deferral
+from ee_llm.inference.scheduling.scheduler import SchedulerConfig
+from ee_llm.inference.strategies import SelfSpeculation, Strategy
 from tools.bench.decode_model import (
     Model,
     count_weights,
@@ -53,7 +54,7 @@ STRATEGIES: dict[str, Strategy] = {
     FULL: "full",
     EXACT: "exact",
     HELD: "exact",
-    VERIFY: "verify",
+    VERIFY: "self-speculative",
     PROPAGATE: "propagate",
 }
 # Texts, at least, that thresholds are found on, and controls are compared on.
@@ -117,11 +118,11 @@ class Bench:
     truncated: Engine
     peers: dict[str, Peer]
     assistant: Peer | None
-    policy: Policy
+    policy: ExitPolicy
     prompts: list[tuple[int, ...]]
     dense: Dense
     controls: list[Control]
-    holdings: dict[str, Holding | None] = field(default_factory=dict)
+    holdings: dict[str, Deferral | None] = field(default_factory=dict)
 
 
 def prepare(options: Options) -> Bench:
@@ -132,15 +133,17 @@ def prepare(options: Options) -> Bench:
     config = model.config
     _check(options, config.model.max_seq_length)
     length = options.prompt_tokens + options.new_tokens
-    dtype = platform.dtype_named(options.dtype)
+    dtype = distributed.dtype_named(options.dtype)
     most = max(options.batches)
     num_texts = max(most, NUM_TEXTS)
-    num_blocks = 1 + 2 * num_texts * -(-length // Limits.block_size)
-    limits = Limits(max_sequences=most, num_blocks=num_blocks)
-    device = platform.device()
-    execution = Execution(options.attention, options.graphs, options.compile)
-    make = partial(Engine, dtype=dtype, limits=limits, device=device, execution=execution)
-    engine = make(config, model.tensors, hold="auto")
+    num_blocks = 1 + 2 * num_texts * -(-length // SchedulerConfig.block_size)
+    scheduler_config = SchedulerConfig(max_num_seqs=most, num_blocks=num_blocks)
+    device = distributed.device()
+    execution = ExecutionConfig(options.attention, options.graphs, options.compile)
+    make = partial(
+        Engine, dtype=dtype, scheduler_config=scheduler_config, device=device, execution=execution
+    )
+    engine = make(config, model.tensors, deferral="auto")
     half = len(model.text) // 2
     text, other = model.text[:half], model.text[half:]  # prompts, and what is seen before them
     dense = Dense(model)
@@ -154,7 +157,7 @@ def prepare(options: Options) -> Bench:
     shorter = truncate(model, depth_of(found[0]))
     truncated = make(shorter.config, shorter.tensors)
     peers, assistant = _peers(model, dtype) if options.peers else ({}, None)
-    holdings = {side: deepcopy(engine.holding) for side in STRATEGIES if side != EXACT}
+    holdings = {side: deepcopy(engine.deferral) for side in STRATEGIES if side != EXACT}
     return Bench(
         options,
         model,
@@ -188,11 +191,11 @@ def _check(options: Options, max_length: int) -> None:
 
 def _policy(
     options: Options, model: Model, engine: Engine, dense: Dense, text: list[int]
-) -> Policy:
+) -> ExitPolicy:
     """Return the policy that is given, or the one found on what the dense model writes."""
     if options.thresholds:
         given = [None if threshold == "off" else threshold for threshold in options.thresholds]
-        policy = make_policy(model.config.exits.boundaries, given)
+        policy = make_exit_policy(model.config.exits.boundaries, given)
     else:
         count = min(NUM_TEXTS, len(text) // options.prompt_tokens)
         texts = _continued(engine, cut(text, count, options.prompt_tokens), options.new_tokens)
@@ -207,7 +210,7 @@ def _policy(
 
 def _continued(engine: Engine, prompts: Sequence[tuple[int, ...]], num_new: int) -> list[list[int]]:
     """Return the prompts with what the dense model makes of them."""
-    policy = make_policy(engine.boundaries[:-1], [None])
+    policy = make_exit_policy(engine.boundaries[:-1], [None])
     made = run(engine, FULL, policy, None, prompts, num_new, "", None)
     return [[*p, *t] for p, t in zip(prompts, made.tokens, strict=True)]
 
@@ -215,7 +218,7 @@ def _continued(engine: Engine, prompts: Sequence[tuple[int, ...]], num_new: int)
 def _peers(model: Model, dtype: torch.dtype) -> tuple[dict[str, Peer], Peer | None]:
     """Return transformers in our dtype and in the other fast one, and with drafts at an exit."""
     other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
-    name = next(name for name, known in platform.DTYPES.items() if known == other)
+    name = next(name for name, known in distributed.DTYPES.items() if known == other)
     peers = {PEER: Peer(model, dtype), f"{PEER}, {name}": Peer(model, other)}
     if model.config.exits.head != ("norm",):
         return peers, None
@@ -227,44 +230,44 @@ def _peers(model: Model, dtype: torch.dtype) -> tuple[dict[str, Peer], Peer | No
 def run(
     engine: Engine,
     side: str,
-    policy: Policy,
-    draft: Draft | None,
+    policy: ExitPolicy,
+    draft: SelfSpeculation | None,
     prompts: Sequence[tuple[int, ...]],
     num_new: int,
     tenant: str,
-    learned: Holding | None,
+    learned: Deferral | None,
 ) -> Sample:
     """Return what a side makes of prompts that come at once.
 
     tenant: of its own, so that no prefix is found in the cache. learned: None is no holding.
     """
     strategy = STRATEGIES.get(side, "full")
-    draft = draft if strategy == "verify" else None
+    draft = draft if strategy == "self-speculative" else None
     requests = [
-        Request(str(n), prompt, policy, Sampling(), strategy, draft, num_new, tenant=tenant)
+        Request(str(n), prompt, policy, SamplingParams(), strategy, draft, num_new, tenant=tenant)
         for n, prompt in enumerate(prompts)
     ]
-    with holding(engine, learned):
+    with deferral(engine, learned):
         trace = decode(engine, requests)
     tokens = [generation.tokens for generation in trace.generations]
     return Sample(trace.seconds, list(prompts), tokens, trace)
 
 
 @contextmanager
-def holding(engine: Engine, learned: Holding | None) -> Iterator[None]:
+def deferral(engine: Engine, learned: Deferral | None) -> Iterator[None]:
     """Let the engine hold rows by what it has learned, and learn on, or not hold any."""
-    before, engine.holding = engine.holding, learned
-    engine.scheduler.holds = [1] * engine.scheduler.num_segments
+    before, engine.deferral = engine.deferral, learned
+    engine.scheduler.deferral_targets = [1] * engine.scheduler.num_segments
     try:
         yield
     finally:
-        engine.holding = before
+        engine.deferral = before
 
 
 def sides(bench: Bench, batch: int) -> dict[str, Callable[[int], Sample]]:
     """Return what each side does in a round, by name."""
     options, model = bench.options, bench.model
-    draft = Draft(model.config.exits.boundaries[0], options.draft_length)
+    draft = SelfSpeculation(model.config.exits.boundaries[0], options.draft_length)
 
     def prompts(number: int) -> list[tuple[int, ...]]:
         # Small batches take other prompts in every round.
@@ -274,7 +277,7 @@ def sides(bench: Bench, batch: int) -> dict[str, Callable[[int], Sample]]:
     def ours(side: str, number: int) -> Sample:
         engine, policy = bench.engine, bench.policy
         if side == TRUNCATED:
-            engine, policy = bench.truncated, make_policy((), (None,))
+            engine, policy = bench.truncated, make_exit_policy((), (None,))
         tenant, learned = f"{side} {batch} {number}", bench.holdings.get(side)
         num_new = options.new_tokens
         return run(engine, side, policy, draft, prompts(number), num_new, tenant, learned)

@@ -9,19 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ee_llm.inference.decoder import Update
 from ee_llm.inference.engine import Engine
-from ee_llm.inference.generator import Generation
-from ee_llm.inference.request import Request, Verdict
-from ee_llm.inference.scheduler import Plan
+from ee_llm.inference.engine_base import StepOutput
+from ee_llm.inference.request import ExitResult, Request
+from ee_llm.inference.scheduling.scheduler import SchedulerOutput
+from ee_llm.inference.verification.reference_decoding import RequestOutput
 
 
 @dataclass(frozen=True)
 class Pass:
     """One pass: its plan, what the exit said about the judged rows, when it began and ended."""
 
-    plan: Plan
-    verdicts: tuple[Verdict, ...]
+    scheduler_output: SchedulerOutput
+    results: tuple[ExitResult, ...]
     start: float
     end: float
 
@@ -40,7 +40,7 @@ class Arrival:
 class Trace:
     """One batch decoded from `start` to `end`, all requests there from the start."""
 
-    generations: list[Generation]
+    generations: list[RequestOutput]
     arrivals: list[Arrival]
     passes: list[Pass]
     start: float
@@ -59,7 +59,11 @@ class Trace:
     @property
     def heads_per_token(self) -> float:
         """Return how many rows the exits judged for each new token, the final exit's included."""
-        judged = sum(len(span) for one in self.passes for span in one.plan.heads)
+        judged = sum(
+            len(token_range)
+            for one in self.passes
+            for token_range in one.scheduler_output.logit_rows
+        )
         return judged / self.num_tokens
 
     @property
@@ -104,10 +108,10 @@ def decode(engine: Engine, requests: Sequence[Request]) -> Trace:
     """Return what the engine did with requests that all arrive at once."""
     arrivals: list[Arrival] = []
 
-    def note(update: Update) -> None:
-        exits = tuple(decision.exit for decision in update.decisions)
-        is_last = update.generation is not None
-        arrivals.append(Arrival(time.perf_counter(), update.id, exits, is_last))
+    def note(output: StepOutput) -> None:
+        exits = tuple(token_output.exit for token_output in output.token_outputs)
+        is_last = output.generation is not None
+        arrivals.append(Arrival(time.perf_counter(), output.id, exits, is_last))
 
     with watching(engine) as passes:
         start = time.perf_counter()
@@ -123,14 +127,14 @@ def watching(engine: Engine) -> Iterator[list[Pass]]:
     passes: list[Pass] = []
     start = 0.0
 
-    def noted_run(plan: Plan) -> Any:
+    def noted_run(scheduler_output: SchedulerOutput) -> Any:
         nonlocal start
         start = time.perf_counter()
-        return run(plan)
+        return run(scheduler_output)
 
-    def noted_apply(plan: Plan, verdicts: Sequence[Verdict]) -> Any:
-        passes.append(Pass(plan, tuple(verdicts), start, time.perf_counter()))
-        return apply(plan, verdicts)
+    def noted_apply(scheduler_output: SchedulerOutput, results: Sequence[ExitResult]) -> Any:
+        passes.append(Pass(scheduler_output, tuple(results), start, time.perf_counter()))
+        return apply(scheduler_output, results)
 
     engine.runner.run = noted_run  # type: ignore[method-assign]
     engine.scheduler.apply = noted_apply  # type: ignore[method-assign]
@@ -147,13 +151,13 @@ def steady(trace: Trace) -> Steady:
     its first token. Where no pass lies between, it is the whole trace.
     """
     num_prompt = len(trace.generations[0].prompt)
-    last = max(one.plan.last_segment for one in trace.passes)
+    last = max(one.scheduler_output.last_segment for one in trace.passes)
     ends: dict[int, int] = {}  # slot: number of the pass
     for number, one in enumerate(trace.passes):
-        for part in one.plan.parts:
-            for span in part.spans:
-                if part.segment == last and span.stop >= num_prompt:
-                    ends.setdefault(span.slot, number)
+        for step in one.scheduler_output.steps:
+            for token_range in step.ranges:
+                if step.segment == last and token_range.stop >= num_prompt:
+                    ends.setdefault(token_range.slot, number)
     starts = [one.start for one in trace.passes] + [trace.end]
     # Tokens of a pass come before the next one starts.
     finish = min(arrival.time for arrival in trace.arrivals if arrival.is_last)
@@ -174,22 +178,22 @@ class Holds:
     seconds: list[float]
 
 
-def holds(passes: Sequence[Pass]) -> Holds:
+def deferred(passes: Sequence[Pass]) -> Holds:
     """Return how long each row waited at an exit that it had declined, until it went deeper."""
-    waiting: dict[tuple[int, int], tuple[int, Verdict, float]] = {}  # (slot, segment)
+    waiting: dict[tuple[int, int], tuple[int, ExitResult, float]] = {}  # (slot, segment)
     found = Holds([], [])
     for number, one in enumerate(passes):
-        for part in one.plan.parts:
-            for span in part.spans:
-                since = waiting.get((span.slot, part.segment))
-                if since and span.start <= since[1].position < span.stop:
+        for step in one.scheduler_output.steps:
+            for token_range in step.ranges:
+                since = waiting.get((token_range.slot, step.segment))
+                if since and token_range.start <= since[1].position < token_range.stop:
                     found.steps.append(number - since[0] - 1)
                     found.seconds.append(one.start - since[2])
-                    del waiting[span.slot, part.segment]
-        for verdict in one.verdicts:
-            if not verdict.left:
-                next_segment = one.plan.last_segment + 1
-                waiting[verdict.slot, next_segment] = (number, verdict, one.end)
+                    del waiting[token_range.slot, step.segment]
+        for result in one.results:
+            if not result.exited:
+                next_segment = one.scheduler_output.last_segment + 1
+                waiting[result.slot, next_segment] = (number, result, one.end)
     return found
 
 
@@ -197,18 +201,20 @@ def fill_share(passes: Sequence[Pass], num_prompt: int) -> float:
     """Return the share of rows that ran through a segment after their token was decided.
 
     They run so that later rows find their keys and values there. A row counts once for each
-    segment; those of prompts that decide no token are left out. Not for `verify`, which judges
-    every row that it takes deeper.
+    segment; those of prompts that decide no token are left out. Not for `self-speculative`, which
+    judges every row that it takes deeper.
     """
     decided: dict[int, int] = {}  # slot: newest position whose token has been decided
     num_rows = num_fill = 0
     for one in passes:
-        for part in one.plan.parts:
-            for span in part.spans:
-                start = max(span.start, num_prompt - 1)
-                num_rows += max(0, span.stop - start)
-                num_fill += max(0, min(span.stop, decided.get(span.slot, -1) + 1) - start)
-        for verdict in one.verdicts:
-            if verdict.left:
-                decided[verdict.slot] = verdict.position
+        for step in one.scheduler_output.steps:
+            for token_range in step.ranges:
+                start = max(token_range.start, num_prompt - 1)
+                num_rows += max(0, token_range.stop - start)
+                num_fill += max(
+                    0, min(token_range.stop, decided.get(token_range.slot, -1) + 1) - start
+                )
+        for result in one.results:
+            if result.exited:
+                decided[result.slot] = result.position
     return num_fill / num_rows if num_rows else 0.0

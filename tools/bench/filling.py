@@ -20,9 +20,9 @@ import tyro
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from ee_llm.config import load_config
-from ee_llm.pipeline.costs import NOMINAL
-from ee_llm.pipeline.predict import predict
-from ee_llm.training.logging import loss_name
+from ee_llm.pipeline.planner.costs import NOMINAL
+from ee_llm.pipeline.planner.predict import predict
+from ee_llm.training.reporting.run_log import loss_name
 from tools.bench import report
 
 WAYS = {
@@ -70,7 +70,7 @@ def train(seed: int, steps: int, way: dict[str, str], output: Path) -> dict[str,
         "training.eval_interval": steps,
         "output": output,
     }
-    command = [sys.executable, "-m", "ee_llm.cli", "train"]
+    command = [sys.executable, "-m", "ee_llm.cli.main", "train"]
     command += ["--config", "examples/quickstart.toml", "--nproc", "4"]
     for name, value in options.items():
         command += [f"--{name}", str(value)]

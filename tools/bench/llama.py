@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ee_llm.config import Config, output_weight_name
+from ee_llm.architecture.parameter_names import output_weight_name
+from ee_llm.config import Config
 
 
 def llama_config(config: Config, **options: Any) -> Any:

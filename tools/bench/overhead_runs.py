@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import Config, load_config
 from ee_llm.training.optimizer import build_optimizer, take_step
 from ee_llm.training.parallel import ParallelModel, StageOnData
@@ -102,7 +102,7 @@ def make_config(
 class Run:
     """One variant in training on this rank."""
 
-    def __init__(self, config: Config, grid: platform.Grid) -> None:
+    def __init__(self, config: Config, grid: distributed.Grid) -> None:
         self.config = config
         self.model = ParallelModel(config, grid, torch.float32)
         self.optimizer = build_optimizer(
@@ -158,7 +158,7 @@ def run_variants(
     sizes: Sizes, wanted: Sequence[Variant], num_stages: int, num_rounds: int
 ) -> RankResult:
     """Train all variants in turn on this rank, then count the bytes of one more step of each."""
-    grid = platform.initialize(pipeline=num_stages, timeout_s=TIMEOUT_S)
+    grid = distributed.initialize(pipeline=num_stages, timeout_s=TIMEOUT_S)
     try:
         runs = {v.name: Run(make_config(sizes, v, num_stages), grid) for v in wanted}
         passes: dict[str, list[float]] = {name: [] for name in runs}
@@ -180,7 +180,7 @@ def run_variants(
             _hop_seconds(next(iter(runs.values())).model),
         )
     finally:
-        platform.shutdown()
+        distributed.shutdown()
 
 
 def _hop_seconds(model: ParallelModel, num_rounds: int = 20) -> float:

@@ -24,20 +24,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 
-from ee_llm.model.later import WeightGradients
+from ee_llm.distributed.point_to_point import Transport
+from ee_llm.model.deferred_gradients import WeightGradients
 from ee_llm.pipeline import Costs, PieceCost, Plan, Simulation, StageCost, lower, one_f_one_b
 from ee_llm.pipeline import simulate as simulate_plan
-from ee_llm.pipeline.filled import cooldown_visits, filled_1f1b, most_fills, warmup_visits
-from ee_llm.pipeline.interleaved import interleaved
-from ee_llm.pipeline.runtime import Runtime, TensorSpec
-from ee_llm.pipeline.zero_bubble import zero_bubble_h1
-from ee_llm.platform.transport import Transport
+from ee_llm.pipeline.runtime import MessageSpec, Runtime
+from ee_llm.pipeline.schedules.bubble_filling import (
+    cooldown_visits,
+    filled_1f1b,
+    most_fills,
+    warmup_visits,
+)
+from ee_llm.pipeline.schedules.interleaved import interleaved
+from ee_llm.pipeline.schedules.zero_bubble import zero_bubble_h1
 from tools.bench import report
 from tools.bench.ranks import run_ranks
 
 TIMEOUT_S = 60.0
 NUM_CHUNKS = 2
-HIDDEN = TensorSpec((1, 4), torch.float32, torch.device("cpu"))
+HIDDEN = MessageSpec((1, 4), torch.float32, torch.device("cpu"))
 QUICK = {"rounds": 1, "forward_ms": 12.0}
 
 BASE, FINAL, TWO_EXITS = "1F1B", "1F1B, final exit", "1F1B, two exits before it"
@@ -166,7 +171,7 @@ class SleepingStage:
         return loss
 
     @contextmanager
-    def put_off_weights(self) -> Iterator[Callable[[], None]]:
+    def defer_weight_gradients(self) -> Iterator[Callable[[], None]]:
         """Keep weights out of the backward passes within; the function given adds them later."""
 
         def add_weights() -> None:
@@ -176,7 +181,7 @@ class SleepingStage:
 
         self.puts_off = True
         try:
-            with self.later.put_off() as add:
+            with self.later.defer() as add:
                 yield add_weights
         finally:
             self.puts_off = False

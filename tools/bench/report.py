@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ee_llm import platform
+from ee_llm import distributed
 
 Options = TypeVar("Options")
 
@@ -61,7 +61,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
     }
-    if platform.has_cuda():
+    if distributed.has_cuda():
         return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     return facts
 

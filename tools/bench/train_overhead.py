@@ -19,9 +19,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core per rank
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from ee_llm.config import Config, ConfigError
+from ee_llm.config import Config
+from ee_llm.errors import ConfigError
 from ee_llm.pipeline import one_f_one_b, simulate
-from ee_llm.pipeline.costs import Pieces
+from ee_llm.pipeline.planner.costs import Pieces
 from ee_llm.training.profile import measure_pieces, median_pieces, random_batch
 from tools.bench import report
 from tools.bench.overhead_runs import (

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import Config, load_config
 from ee_llm.data import Microbatch
 from ee_llm.training.optimizer import build_optimizer, take_step
@@ -73,17 +73,17 @@ def make_config(options: Options) -> Config:
 
 def our_step(config: Config, tokens: list[torch.Tensor]) -> Callable[[], Any]:
     """Return a function that takes one training step as `ee-llm train` does."""
-    dtype = platform.DTYPES[config.training.dtype]
-    grid = platform.initialize(seed=config.training.seed)
+    dtype = distributed.DTYPES[config.training.dtype]
+    grid = distributed.initialize(seed=config.training.seed)
     model = ParallelModel(config, grid, dtype)
     optimizer = build_optimizer(model.chunks, config.optimizer, data_size=1, dtype=dtype)
     length = config.data.seq_length
-    positions = torch.arange(length, device=platform.device())
+    positions = torch.arange(length, device=distributed.device())
     batches = [
         Microbatch(
             tokens=batch[:, :-1],
             labels=batch[:, 1:],
-            loss_mask=torch.ones(len(batch), length, device=platform.device()),
+            loss_mask=torch.ones(len(batch), length, device=distributed.device()),
             positions=positions.expand(len(batch), length),
         )
         for batch in tokens
@@ -103,7 +103,7 @@ def plain_step(config: Config, tokens: list[torch.Tensor]) -> Callable[[], Any]:
     options = config.optimizer
     llama = llama_config(config, use_cache=False, attn_implementation="sdpa")
     model = LlamaForCausalLM(llama)
-    model = model.to(platform.device(), platform.DTYPES[config.training.dtype]).train()
+    model = model.to(distributed.device(), distributed.DTYPES[config.training.dtype]).train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=options.lr,
@@ -144,20 +144,20 @@ def measure(options: Options, config: Config) -> dict[str, list[float]]:
     generator = torch.Generator().manual_seed(1)
     shape = (options.micro_batch_size, config.data.seq_length + 1)
     tokens = [
-        torch.randint(config.model.vocab_size, shape, generator=generator).to(platform.device())
+        torch.randint(config.model.vocab_size, shape, generator=generator).to(distributed.device())
         for _ in range(options.num_microbatches)
     ]
     sides = {"ee_llm": our_step(config, tokens), "transformers": plain_step(config, tokens)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for index in range(-2, options.rounds):
         for name in sorted(sides, reverse=index % 2 == 1):
-            platform.synchronize()
+            distributed.synchronize()
             start = time.perf_counter()
             sides[name]()
-            platform.synchronize()
+            distributed.synchronize()
             if index >= 0:  # the first rounds allocate and choose kernels
                 seconds[name].append(time.perf_counter() - start)
-    platform.shutdown()
+    distributed.shutdown()
     return seconds
 
 
@@ -168,7 +168,7 @@ def main(options: Options) -> None:
     config = make_config(options)
     seconds = measure(options, config)
     tokens = options.micro_batch_size * options.num_microbatches * config.data.seq_length
-    peak = platform.peak_flops(platform.DTYPES[config.training.dtype])
+    peak = distributed.peak_flops(distributed.DTYPES[config.training.dtype])
     rows: list[dict[str, Any]] = []
     for name, samples in seconds.items():
         speed = tokens / statistics.median(samples)
@@ -189,7 +189,7 @@ def main(options: Options) -> None:
         f"training, {options.shape}, {config.model.num_layers} layers, {options.dtype}, "
         f"{options.num_microbatches} x {options.micro_batch_size} x {config.data.seq_length} tokens"
     )
-    if not platform.has_cuda():
+    if not distributed.has_cuda():
         title += f", {torch.get_num_threads()} threads"
     report.print_table(title, [_cells(row) for row in rows])
     print(f"ee_llm over transformers: {ratio}")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import Config, load_config
 from ee_llm.training.optimizer import build_optimizer, take_step
 from ee_llm.training.parallel import ParallelModel
@@ -111,8 +111,8 @@ def flops(config: Config) -> float:
 class Side:
     """One of both ways to train, ready to take steps."""
 
-    def __init__(self, config: Config, grid: platform.Grid, num_microbatches: int) -> None:
-        dtype = platform.DTYPES[config.training.dtype]
+    def __init__(self, config: Config, grid: distributed.Grid, num_microbatches: int) -> None:
+        dtype = distributed.DTYPES[config.training.dtype]
         self.model = ParallelModel(config, grid, dtype)
         self.optimizer = build_optimizer(
             self.model.chunks, config.optimizer, data_size=1, dtype=dtype
@@ -150,17 +150,17 @@ def passing_bytes(step: Callable[[], Any]) -> int:
     return counter.peak
 
 
-def measure(options: Options, case: Case, grid: platform.Grid) -> dict[str, Any]:
+def measure(options: Options, case: Case, grid: distributed.Grid) -> dict[str, Any]:
     """Return a case's row: seconds and bytes of both sides, and what counting predicts."""
     configs = {name: make_config(options, case, name == "tuned") for name in ("full", "tuned")}
     sides = {name: Side(c, grid, options.num_microbatches) for name, c in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for index in range(-2, options.rounds):
         for name in sorted(sides, reverse=index % 2 == 1):
-            platform.synchronize()
+            distributed.synchronize()
             start = time.perf_counter()
             sides[name].step()
-            platform.synchronize()
+            distributed.synchronize()
             if index >= 0:  # the first rounds allocate and choose kernels
                 seconds[name].append(time.perf_counter() - start)
     kept = {name: side.kept_bytes() for name, side in sides.items()}
@@ -186,9 +186,9 @@ def main(options: Options) -> None:
     """Measure, print the table and write the figures."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    grid = platform.initialize()
+    grid = distributed.initialize()
     rows = [measure(options, case, grid) for case in CASES]
-    platform.shutdown()
+    distributed.shutdown()
     title = (
         f"tuning two exits over training all of llama-tiny, {options.dtype}, "
         f"{options.num_microbatches} x {options.micro_batch_size} x {options.seq_length} tokens"

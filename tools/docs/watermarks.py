@@ -18,11 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from ee_llm.inference.blocks import BlockManager
-from ee_llm.inference.policy import make_policy
-from ee_llm.inference.request import Request, Sequence, Verdict
-from ee_llm.inference.sampling import Sampling
-from ee_llm.inference.scheduler import Limits, Plan, Scheduler
+from ee_llm.inference.exits.policy import make_exit_policy
+from ee_llm.inference.request import ExitResult, Request, Sequence
+from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.scheduling.block_manager import BlockManager
+from ee_llm.inference.scheduling.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "watermarks.png"
 
@@ -48,46 +48,53 @@ class Strip:
 def play(seed: int, num_passes: int) -> list[Strip]:
     """Return the sequences after some passes, with the rows of the one that follows."""
     rng = random.Random(seed)
-    limits = Limits(4, num_blocks=65, block_size=4, max_pending=MAX_PENDING, max_rows=10)
-    scheduler = Scheduler(len(BOUNDARIES), limits, BlockManager(65, 4), holds=[1, 2, 2])
-    policy = make_policy(BOUNDARIES[:-1], (0.5, 0.5))
+    scheduler_config = SchedulerConfig(
+        4, num_blocks=65, block_size=4, max_pending=MAX_PENDING, max_num_batched_tokens=10
+    )
+    scheduler = Scheduler(
+        len(BOUNDARIES), scheduler_config, BlockManager(65, 4), deferral_targets=[1, 2, 2]
+    )
+    policy = make_exit_policy(BOUNDARIES[:-1], (0.5, 0.5))
     sequences = {}
     for name, length in PROMPTS.items():
-        request = Request(name, (1,) * length, policy, Sampling(), max_new_tokens=40)
+        request = Request(name, (1,) * length, policy, SamplingParams(), max_new_tokens=40)
         sequences[name] = Sequence(request, BOUNDARIES, max_length=64)
     for name in ("A", "B", "C"):
         scheduler.add(sequences[name])
     for number in range(num_passes):
         if number == num_passes - 2:
             scheduler.add(sequences["D"])
-        plan = scheduler.schedule()
-        assert plan is not None, "there is work"
-        scheduler.apply(plan, [_verdict(head.slot, plan, rng) for head in plan.heads])
+        scheduler_output = scheduler.schedule()
+        assert scheduler_output is not None, "there is work"
+        scheduler.apply(
+            scheduler_output,
+            [_verdict(head.slot, scheduler_output, rng) for head in scheduler_output.logit_rows],
+        )
     before = {name: _state(sequence) for name, sequence in sequences.items()}
-    plan = scheduler.schedule()
-    assert plan is not None, "there is work"
+    scheduler_output = scheduler.schedule()
+    assert scheduler_output is not None, "there is work"
     return [
-        Strip(name, PROMPTS[name], *before[name], _rows(plan, sequence))
+        Strip(name, PROMPTS[name], *before[name], _rows(scheduler_output, sequence))
         for name, sequence in sequences.items()
     ]
 
 
-def _verdict(slot: int, plan: Plan, rng: random.Random) -> Verdict:
-    (span,) = (one for one in plan.heads if one.slot == slot)
-    is_final = plan.last_segment == len(BOUNDARIES) - 1
-    return Verdict(slot, span.start, is_final or rng.random() < 0.7, 1, 0.6, -0.5)
+def _verdict(slot: int, scheduler_output: SchedulerOutput, rng: random.Random) -> ExitResult:
+    (token_range,) = (one for one in scheduler_output.logit_rows if one.slot == slot)
+    is_final = scheduler_output.last_segment == len(BOUNDARIES) - 1
+    return ExitResult(slot, token_range.start, is_final or rng.random() < 0.7, 1, 0.6, -0.5)
 
 
 def _state(sequence: Sequence) -> tuple[int, tuple[int, ...]]:
     return len(sequence.tokens), tuple(sequence.watermarks)
 
 
-def _rows(plan: Plan, sequence: Sequence) -> tuple[tuple[int, int], ...]:
+def _rows(scheduler_output: SchedulerOutput, sequence: Sequence) -> tuple[tuple[int, int], ...]:
     rows = [(0, 0)] * len(BOUNDARIES)
-    for part in plan.parts:
-        for span in part.spans:
-            if span.slot == sequence.slot:
-                rows[part.segment] = (span.start, span.stop)
+    for step in scheduler_output.steps:
+        for token_range in step.ranges:
+            if token_range.slot == sequence.slot:
+                rows[step.segment] = (token_range.start, token_range.stop)
     return tuple(rows)
 
 
@@ -114,7 +121,7 @@ def draw(strips: list[Strip], path: Path) -> None:
         frameon=False,
         columnspacing=2.0,
     )
-    figure.subplots_adjust(left=0.1, right=0.76, top=0.975, bottom=0.165, hspace=0.36)
+    figure.subplots_adjust(exited=0.1, right=0.76, top=0.975, bottom=0.165, hspace=0.36)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(figure)
 

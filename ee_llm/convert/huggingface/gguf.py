@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.architecture.rotary import inverse_frequencies
 from ee_llm.config import ModelConfig
-from ee_llm.convert.folder import SETTINGS, read_object
-from ee_llm.convert.settings import read_settings
+from ee_llm.convert.huggingface.folder import SETTINGS, read_object
+from ee_llm.convert.huggingface.settings import read_settings
 from ee_llm.convert.values import SettingsError
-from ee_llm.rotary import inverse_frequencies
+from ee_llm.errors import CheckpointError, ConversionError
 
 _MAGIC = b"GGUF"
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -89,7 +89,7 @@ def _transformers() -> Any:
         import gguf  # noqa: F401
         import transformers
     except ImportError as error:
-        raise ValueError(
+        raise ConversionError(
             f"a GGUF file needs the package {error.name}: pip install 'ee-llm[gguf]'"
         ) from None
     return transformers

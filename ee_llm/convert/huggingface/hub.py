@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
-from ee_llm.checkpoint.safe import CheckpointError, is_plain_name
+from ee_llm.checkpoint.format.safe import is_plain_name
 from ee_llm.checkpoint.tokenizer import COMPANIONS
-from ee_llm.convert.folder import INDEX, SETTINGS, SINGLE, read_object
-from ee_llm.convert.settings import read_settings
+from ee_llm.convert.huggingface.folder import INDEX, SETTINGS, SINGLE, read_object
+from ee_llm.convert.huggingface.settings import read_settings
 from ee_llm.convert.values import SettingsError
+from ee_llm.errors import CheckpointError
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _ID = re.compile(rf"({_PART}/)?{_PART}")

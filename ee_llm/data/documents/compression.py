@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
 
+from ee_llm.errors import DataError
+
 Compression = Literal["none", "gzip", "bzip2", "xz", "zstd"]
 
 # By what a file begins with: names are often wrong or missing.
@@ -31,9 +33,9 @@ FREE_BYTES = 64 << 20  # Below this size, what comes out does no harm whatever t
 
 
 def check_ratio(path: Path, num_bytes: int, num_compressed: int) -> None:
-    """Raise ValueError if `num_bytes` of content from `num_compressed` is more than text gives."""
+    """Raise DataError if `num_bytes` of content from `num_compressed` is more than text gives."""
     if num_bytes > FREE_BYTES and num_bytes > MAX_RATIO * num_compressed:
-        raise ValueError(
+        raise DataError(
             f"input {path}: decompresses to more than {MAX_RATIO} times its size, which text does "
             "not; if the file is what you expect, decompress it and give the result"
         )
@@ -47,7 +49,7 @@ def compression_of(head: bytes) -> Compression:
 class Input:
     """The content of a file, decompressed.
 
-    A context manager. All methods raise ValueError, naming the file, for one that cannot be read,
+    A context manager. All methods raise DataError, naming the file, for one that cannot be read,
     is damaged, or decompresses to more than `MAX_RATIO` times its size.
     """
 
@@ -112,11 +114,11 @@ class Input:
         try:
             yield
         except (EOFError, zlib.error, lzma.LZMAError) as error:
-            raise ValueError(self._damaged(error)) from error
+            raise DataError(self._damaged(error)) from error
         except OSError as error:
             if error.strerror is None:  # not of the operating system, but of a decompressor
-                raise ValueError(self._damaged(error)) from error
-            raise ValueError(f"input {self.path}: cannot be read ({error.strerror})") from error
+                raise DataError(self._damaged(error)) from error
+            raise DataError(f"input {self.path}: cannot be read ({error.strerror})") from error
 
     def _damaged(self, error: Exception) -> str:
         return f"input {self.path}: damaged {self.compression} data ({error}); get the file again"
@@ -138,7 +140,7 @@ def _zstd(path: Path, file: IO[bytes]) -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise ValueError(
+        raise DataError(
             f"input {path}: zstd needs the package pyarrow; pip install 'ee-llm[data]', or "
             "decompress the file with zstd -d"
         ) from error

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 
 from ee_llm.data.documents.compression import Input
+from ee_llm.errors import DataError
 
 _CHUNK = 1 << 20  # bytes that are read at a time
 _BLANKS = " \t\n\r"
@@ -13,7 +14,7 @@ _BLANKS = " \t\n\r"
 def objects(file: Input, max_size: int) -> Iterator[bytes]:
     """Yield each object of the array that `file` holds, as UTF-8 text.
 
-    Raises ValueError, naming the file and the record, for what is no array of objects and for an
+    Raises DataError, naming the file and the record, for what is no array of objects and for an
     object of more than `max_size` bytes.
     """
     text = _Text(file, max_size)
@@ -30,7 +31,7 @@ def objects(file: Input, max_size: int) -> Iterator[bytes]:
         if after := text.take():
             raise _ArrayError(f"expected the end of the file after the array, found {after!r}")
     except _ArrayError as error:
-        raise ValueError(f"{file.path}, record {text.number}: {error}") from error.__cause__
+        raise DataError(f"{file.path}, record {text.number}: {error}") from error.__cause__
 
 
 class _ArrayError(Exception):
@@ -98,7 +99,7 @@ class _Text:
             self._text = kept + self._decoder.decode(data, final=self._is_read)
         except UnicodeDecodeError as error:
             wrong = f"byte 0x{error.object[error.start]:02x}"
-            raise ValueError(
+            raise DataError(
                 f"{self._file.path}: not UTF-8 text, {wrong}; convert the file or leave it out"
             ) from error
         self._at = 0

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ee_llm.data.documents.compression import check_ratio
+from ee_llm.errors import DataError
 
 MAGIC = b"PAR1"
 _NUM_ROWS = 64  # in memory at a time; each may be a long document
@@ -20,14 +21,14 @@ class Row(NamedTuple):
 def rows(path: Path, column: str) -> Iterator[Row]:
     """Yield the texts in `column`, in order.
 
-    Raises ValueError, naming the file, if it is damaged or decompresses to more than text does, if
+    Raises DataError, naming the file, if it is damaged or decompresses to more than text does, if
     it has no such column of strings, if a row has no text, or if pyarrow is not installed.
     """
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ValueError(
+        raise DataError(
             f"input {path}: Parquet needs the package pyarrow; pip install 'ee-llm[data]'"
         ) from error
     try:
@@ -35,10 +36,10 @@ def rows(path: Path, column: str) -> Iterator[Row]:
             _check_column(path, file, column)
             yield from _rows(path, file, column)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"input {path}: damaged Parquet data ({error}); get it again") from error
+        raise DataError(f"input {path}: damaged Parquet data ({error}); get it again") from error
     except OSError as error:
         reason = error.strerror or f"damaged Parquet data: {error}"
-        raise ValueError(f"input {path}: cannot be read ({reason})") from error
+        raise DataError(f"input {path}: cannot be read ({reason})") from error
 
 
 def _rows(path: Path, file: Any, column: str) -> Iterator[Row]:
@@ -54,7 +55,7 @@ def _rows(path: Path, file: Any, column: str) -> Iterator[Row]:
         for value in values.cast(pyarrow.large_binary()).to_pylist():
             done += 1
             if value is None:
-                raise ValueError(
+                raise DataError(
                     f"{path}, row {done}: the value of {column!r} is null, expected a string"
                 )
             num_out += len(value)
@@ -69,12 +70,12 @@ def _check_column(path: Path, file: Any, column: str) -> None:
     schema = file.schema_arrow
     if column not in schema.names:
         names = ", ".join(map(repr, schema.names)) or "none"
-        raise ValueError(f"{path}: no column {column!r} (columns: {names}); name one with --key")
+        raise DataError(f"{path}: no column {column!r} (columns: {names}); name one with --key")
     kind = schema.field(column).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise ValueError(f"{path}: column {column!r} holds {kind}, expected strings")
+        raise DataError(f"{path}: column {column!r} holds {kind}, expected strings")
     paths = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
     index = paths.index(column)
     for group in range(file.metadata.num_row_groups):

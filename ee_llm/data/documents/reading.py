@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from ee_llm.data.documents import json_array, parquet
 from ee_llm.data.documents.compression import Input
 from ee_llm.data.documents.sources import Source
+from ee_llm.errors import DataError
 
 # A token is a byte or more, and an index file has 32 bits for a document's number of tokens.
 MAX_DOCUMENT = 2_000_000_000  # bytes
@@ -35,7 +36,7 @@ class RawDocument(NamedTuple):
 def raw_documents(sources: Sequence[Source], key: str = "text") -> Iterator[RawDocument]:
     """Yield the documents of `sources` in order; `key` is the column of Parquet files.
 
-    Blank lines of a JSONL file are no documents. Raises ValueError, naming the file, for one that
+    Blank lines of a JSONL file are no documents. Raises DataError, naming the file, for one that
     cannot be read or is damaged, and for a document of more than `MAX_DOCUMENT` bytes.
     """
     for source in sources:
@@ -73,7 +74,7 @@ def _records(file: Input) -> Iterator[RawDocument]:
 
 def _check_size(where: str | Path, data: bytes) -> None:
     if len(data) > MAX_DOCUMENT:
-        raise ValueError(
+        raise DataError(
             f"{where}: a document of more than {MAX_DOCUMENT:,} bytes; divide it, for example into "
             "lines of JSON"
         )
@@ -82,7 +83,7 @@ def _check_size(where: str | Path, data: bytes) -> None:
 def decode_document(document: RawDocument, key: str = "text") -> str:
     """Return the text of a document: a whole file or cell, or what a JSON object has under `key`.
 
-    Raises ValueError, naming the file and the byte or line, for text that is not UTF-8, and for a
+    Raises DataError, naming the file and the byte or line, for text that is not UTF-8, and for a
     line that is not a JSON object with a string under `key`.
     """
     path, number, data, unit, _ = document
@@ -90,7 +91,7 @@ def decode_document(document: RawDocument, key: str = "text") -> str:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise DataError(
             f"{where}: not UTF-8 text, byte 0x{data[error.start]:02x} at offset {error.start}"
             f"{'' if unit == 'file' else f' of the {unit}'}; convert the file or leave it out"
         ) from error
@@ -105,24 +106,24 @@ def _text_of(line: str, key: str, where: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
+        raise DataError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
     if key not in record:
         keys = ", ".join(map(repr, record)) or "none"
-        raise ValueError(
+        raise DataError(
             f"{where}: no key {key!r} (keys: {keys}); name the right one with --key, or read the "
             "file as one text with --format text"
         )
     value = record[key]
     if not isinstance(value, str):
-        raise ValueError(
+        raise DataError(
             f"{where}: the value of {key!r} is {type(value).__name__}, expected a string"
         )
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise ValueError(
+        raise DataError(
             f"{where}: the value of {key!r} has an unpaired surrogate at character {error.start}"
         ) from error
     return value

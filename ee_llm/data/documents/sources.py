@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from ee_llm.data.documents import parquet
 from ee_llm.data.documents.compression import SUFFIXES, Compression, Input, compression_of
 from ee_llm.data.indexed import MAGIC as TOKENS
+from ee_llm.errors import DataError
 
 Kind = Literal["jsonl", "json", "parquet", "text"]
 Format = Literal["auto", "jsonl", "json", "parquet", "text"]
@@ -60,12 +61,12 @@ def find_sources(
 
     `suffixes` and `exclude` (names of folders that are not entered) apply to folders only, which
     are searched to any depth without following links to folders. In a folder, empty and binary
-    files, prepared data, broken links and the like are left out. Raises ValueError for an input
+    files, prepared data, broken links and the like are left out. Raises DataError for an input
     that is one of these, that does not exist or is given twice, for a file that cannot be read, and
     for a folder without a file that fits.
     """
     if not inputs:
-        raise ValueError("no inputs; give the path of a file or folder with texts")
+        raise DataError("no inputs; give the path of a file or folder with texts")
     files: list[Source] = []
     skipped: list[Skipped] = []
     origins: dict[str, Path] = {}
@@ -74,10 +75,10 @@ def find_sources(
         new = [source for source in found if isinstance(source, Source)]
         left_out = [source for source in found if isinstance(source, Skipped)]
         if not new:
-            raise ValueError(_nothing(path, suffixes, left_out))
+            raise DataError(_nothing(path, suffixes, left_out))
         for real in {os.path.realpath(source.path) for source in new}:
             if real in origins:
-                raise ValueError(
+                raise DataError(
                     f"input {path}: {real} is in input {origins[real]} too; give each file once "
                     "(data.weights repeats data in training)"
                 )
@@ -106,11 +107,11 @@ def _in_input(
     elif path.exists():
         source = _source(path, file_format)
         if isinstance(source, Skipped):
-            raise ValueError(f"input {path}: {source.reason}; expected a file or folder of texts")
+            raise DataError(f"input {path}: {source.reason}; expected a file or folder of texts")
         yield source
     else:
         kind = "broken link" if path.is_symlink() else "no such file or folder"
-        raise ValueError(f"input {path}: {kind}")
+        raise DataError(f"input {path}: {kind}")
 
 
 def _nothing(path: Path, suffixes: Sequence[str], skipped: Sequence[Skipped]) -> str:
@@ -131,7 +132,7 @@ def _walk(folder: Path, suffixes: Sequence[str], exclude: set[str]) -> list[Path
 
 
 def _cannot_list(error: OSError) -> None:
-    raise ValueError(f"input {error.filename}: cannot be listed ({error.strerror})") from error
+    raise DataError(f"input {error.filename}: cannot be listed ({error.strerror})") from error
 
 
 def _source(path: Path, file_format: Format) -> Source | Skipped:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch.distributed import checkpoint as dcp
 
-from ee_llm.checkpoint import directory, safe
-from ee_llm.checkpoint.checksums import checksums_of, sealed
+from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.format import safe
+from ee_llm.checkpoint.format.checksums import checksums_of, sealed
 from ee_llm.checkpoint.read import CONFIG
 from ee_llm.config import load_config
 

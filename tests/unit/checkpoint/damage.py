@@ -4,7 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ee_llm.checkpoint import directory, safe
+from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.format import safe
 
 
 def files_of(checkpoint: Path) -> list[str]:

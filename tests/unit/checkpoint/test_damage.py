@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.integrity import verify
 from ee_llm.checkpoint.read import CheckpointError, TensorReader
-from ee_llm.checkpoint.verify import verify
-from ee_llm.cli import main
+from ee_llm.cli.main import main
 from tests.unit.checkpoint.checkpoints import forget_checksums, reseal, write_checkpoint
 from tests.unit.checkpoint.damage import blocks_of, files_of, flip, flipped, offsets_of
-from tests.unit.convert.folders import make_folder
-from tests.unit.edit.sources import save, tiny
+from tests.unit.checkpoint.surgery.sources import save, tiny
+from tests.unit.convert.huggingface.folders import make_folder
 
 MANIFEST = directory.MANIFEST
 

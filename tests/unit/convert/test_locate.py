@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from ee_llm.cli import main
-from tests.unit.convert.folders import make_folder
-from tests.unit.convert.megatron_files import Writer
-from tests.unit.convert.test_convert_exits import refusal
-from tests.unit.convert.test_megatron_ranks import make
+from ee_llm.cli.main import main
+from tests.unit.convert.huggingface.folders import make_folder
+from tests.unit.convert.huggingface.test_convert_exits import refusal
+from tests.unit.convert.megatron.megatron_files import Writer
+from tests.unit.convert.megatron.test_megatron_ranks import make
 
 LOOKED_FOR = (
     "holds no model: looked for config.json and model.safetensors or model.safetensors.index.json "

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ee_llm.data.indexed import IndexedTokens, IndexedWriter
-from ee_llm.data.train_tokenizer import train_sentencepiece
+from ee_llm.data.tokenization.train_tokenizer import train_sentencepiece
 
 CODE = '''\
 def area(width, height):

@@ -27,7 +27,9 @@ def blend(write_data: WriteData) -> Blend:
         write_data("a", [list(range(1, 102))]),
         write_data("b", [list(range(1001, 1048))]),
     ]
-    options = RowOptions(eod=0, vocab_size=2_000, mask_after_eod=True, reset_positions=True)
+    options = RowOptions(
+        eos_token_id=0, vocab_size=2_000, mask_after_eos=True, reset_positions=True
+    )
     return open_blend(
         prefixes, "train", seq_length=SEQ_LENGTH, options=options, seed=3, weights=(0.6, 0.4),
         split=(1, 0, 0),
@@ -134,7 +136,7 @@ def test_microbatch(blend: Blend):
 
 def test_an_error_consumes_nothing(write_data: WriteData):
     prefix = write_data("bad", [[1, 500, 2]])
-    options = RowOptions(eod=0, vocab_size=100)
+    options = RowOptions(eos_token_id=0, vocab_size=100)
     bad = open_blend([prefix], "train", seq_length=2, options=options, seed=0, split=(1, 0, 0))
     batches = TrainingBatches(bad, BatchShape(1, 1))
     with pytest.raises(ValueError, match=r"bad\.bin: token id 500"):

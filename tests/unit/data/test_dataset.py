@@ -21,7 +21,7 @@ from ee_llm.data.indexed import IndexedTokens, IndexedWriter
 from tests.unit.data.conftest import WriteData
 
 EOD = 99
-OPTIONS = RowOptions(eod=EOD, vocab_size=100)
+OPTIONS = RowOptions(eos_token_id=EOD, vocab_size=100)
 
 
 @settings(deadline=None, max_examples=100)
@@ -68,7 +68,7 @@ def test_every_token_is_predicted_once(
         writer.add(stream, lengths)
         writer.commit()
     windows = Windows(IndexedTokens(prefix), range(len(lengths)), seq_length)
-    options = RowOptions(eod=0, vocab_size=1 << 20)
+    options = RowOptions(eos_token_id=0, vocab_size=1 << 20)
     predicted = []
     for i in range(len(windows)):
         row = make_row(np.asarray(windows[i], dtype=np.int64), seq_length, options)
@@ -93,7 +93,7 @@ def test_row():
 def test_row_with_mask_and_reset():
     """An end-of-document token is predicted and belongs to its document; what follows it is new."""
     window = np.array([5, EOD, 7, 8, EOD, EOD, 9])
-    options = RowOptions(EOD, 100, mask_after_eod=True, reset_positions=True)
+    options = RowOptions(EOD, 100, mask_after_eos=True, reset_positions=True)
     row = make_row(window, 6, options)
     assert row.loss_mask.tolist() == [1, 0, 1, 1, 0, 0]
     assert row.positions.tolist() == [0, 1, 0, 1, 2, 0]
@@ -195,7 +195,7 @@ def test_seed_orders_the_training_part_only(write_data: WriteData):
 @pytest.mark.parametrize("vocab_size", [99, 50])
 def test_token_beyond_the_vocabulary(write_data: WriteData, vocab_size: int):
     prefix = write_data("a", [[1, 2, 99, 3]])
-    options = RowOptions(eod=0, vocab_size=vocab_size)
+    options = RowOptions(eos_token_id=0, vocab_size=vocab_size)
     blend = open_blend([prefix], "train", seq_length=8, options=options, seed=0, split=(1, 0, 0))
     message = (
         rf"a\.bin: token id 99 .*beyond the vocabulary, model\.vocab_size = {vocab_size}; prep"
@@ -204,12 +204,12 @@ def test_token_beyond_the_vocabulary(write_data: WriteData, vocab_size: int):
         blend.row(blend.locate(0))
 
 
-def test_eod_beyond_the_vocabulary():
+def test_eos_beyond_the_vocabulary():
     """It is what rows are padded with."""
     with pytest.raises(
         ValueError, match=r"model\.vocab_size = 256: .* 256 is beyond it; set it to 257"
     ):
-        RowOptions(eod=256, vocab_size=256)
+        RowOptions(eos_token_id=256, vocab_size=256)
 
 
 def test_negative_token(tmp_path: Path):

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ee_llm import platform
-from ee_llm.data.aside import AsideFile
+from ee_llm import distributed
+from ee_llm.atomic_file import AtomicFile
 from ee_llm.data.indexed import IndexedTokens, IndexedWriter, token_dtype
 from tests.unit.data.conftest import read_documents
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core.datasets.indexed_dataset import (
     DType,
     IndexedDataset,
@@ -140,18 +140,18 @@ def test_interrupted_replacement_is_no_data(tmp_path: Path, monkeypatch: pytest.
     Here both have the same size, so that nothing else would tell.
     """
     write(tmp_path / "a", [[1, 2, 3]])
-    commit = AsideFile.commit
+    commit = AtomicFile.commit
 
     num_done = 0
 
-    def interrupted(self: AsideFile) -> None:
+    def interrupted(self: AtomicFile) -> None:
         nonlocal num_done
         if num_done == 1:
             raise KeyboardInterrupt
         commit(self)
         num_done += 1
 
-    monkeypatch.setattr(AsideFile, "commit", interrupted)
+    monkeypatch.setattr(AtomicFile, "commit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "a", [[7, 8, 9]])
     with pytest.raises(ValueError, match=r"a\.idx does not exist"):

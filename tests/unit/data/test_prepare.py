@@ -16,7 +16,7 @@ import pytest
 
 from ee_llm.data import prepare as module
 from ee_llm.data.prepare import PrepareOptions, check_tokenizer, ordered_map, prepare
-from ee_llm.data.tokenizer import BytesTokenizer, load_tokenizer
+from ee_llm.data.tokenization.tokenizer import BytesTokenizer, load_tokenizer
 from tests.ended import is_gone
 from tests.unit.data.conftest import read_documents
 
@@ -35,12 +35,12 @@ def test_documents_and_report(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": ""}\n{"text": "zwölf"}\n', encoding="utf-8")
     report = prepare(options(path, tmp_path / "out" / "deep" / "a"))
-    eod = BytesTokenizer.eod
-    assert read_documents(tmp_path / "out/deep/a") == [[*b"one", eod], [*"zwölf".encode(), eod]]
+    eos = BytesTokenizer.eos_token_id
+    assert read_documents(tmp_path / "out/deep/a") == [[*b"one", eos], [*"zwölf".encode(), eos]]
     assert report == (str(tmp_path / "out/deep/a"), 2, 11, 9, 1, ())
     assert "2 documents, 1 empty ones left out, 11 tokens, 0.82 bytes/token" in str(report)
     assert sorted(os.listdir(tmp_path / "out/deep")) == ["a.bin", "a.idx", "a.meta.json"]
-    prepare(options(path, tmp_path / "b", append_eod=False))
+    prepare(options(path, tmp_path / "b", append_eos=False))
     assert read_documents(tmp_path / "b") == [[*b"one"], [*"zwölf".encode()]]
 
 
@@ -108,7 +108,7 @@ def test_workers_do_not_matter(
         text = "a plain file\n" * 1000 if i == 0 else json.loads(lines[i - 1])["text"]
         *ids, last = documents[i]
         assert some.decode(ids) == text
-        assert last == some.eod
+        assert last == some.eos_token_id
 
 
 def test_error_in_a_worker_comes_through(tmp_path: Path):
@@ -216,10 +216,10 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_data_of_before(tmp_path: Path
     prepare(options(tmp_path / "old.txt", tmp_path / "out"))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     code = (
-        "import resource, sys; from ee_llm import cli\n"
+        "import resource, sys; from ee_llm.cli import main\n"
         "from ee_llm.data import prepare\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "sys.exit(cli.main(['data', 'prepare', *sys.argv[1:]]))"
+        "sys.exit(main.main(['data', 'prepare', *sys.argv[1:]]))"
     )
     command = [sys.executable, "-c", code, "--inputs", "new.txt", "--output", "out"]
     done = subprocess.run(
@@ -281,14 +281,14 @@ def test_data_of_another_tokenizer(tmp_path: Path, sentencepiece_model: Path):
     check_tokenizer(tmp_path / "out", BytesTokenizer())
 
 
-def test_data_with_another_eod(tmp_path: Path, huggingface_json: Path):
+def test_data_with_another_eos(tmp_path: Path, huggingface_json: Path):
     """Of a version that ended documents with another token of the same tokenizer."""
     path = tmp_path / "a.txt"
     path.write_text("some text")
     prepare(options(path, tmp_path / "out", tokenizer=str(huggingface_json)))
     check_tokenizer(tmp_path / "out", load_tokenizer(huggingface_json))
     description = json.loads((tmp_path / "out.meta.json").read_text())
-    (tmp_path / "out.meta.json").write_text(json.dumps({**description, "eod": 2}))
+    (tmp_path / "out.meta.json").write_text(json.dumps({**description, "eos_token_id": 2}))
     with pytest.raises(ValueError, match="prepared with end-of-document token 2.* has 1"):
         check_tokenizer(tmp_path / "out", load_tokenizer(huggingface_json))
 

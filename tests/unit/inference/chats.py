@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
-from tests.unit.data.families import write_family
+from tests.unit.data.tokenization.families import write_family
 from tests.unit.inference.models import random_tensors, tiny_config
 
 FILES = ("config.json", "generation_config.json", "tokenizer_config.json")

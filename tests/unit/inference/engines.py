@@ -5,21 +5,24 @@ from dataclasses import replace
 
 import torch
 
+from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
-from ee_llm.inference.decoder import Decode
 from ee_llm.inference.engine import Engine
-from ee_llm.inference.execution import Execution
-from ee_llm.inference.generator import Generation
-from ee_llm.inference.policy import make_policy
-from ee_llm.inference.reference import ReferenceModel
-from ee_llm.inference.request import Draft, Request, Sequence, Strategy
-from ee_llm.inference.sampling import Sampling
-from ee_llm.inference.scheduler import Limits
+from ee_llm.inference.engine_base import Detokenize
+from ee_llm.inference.execution.executor import ExecutionConfig
+from ee_llm.inference.exits.policy import make_exit_policy
+from ee_llm.inference.request import Request, Sequence
+from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.scheduling.scheduler import SchedulerConfig
+from ee_llm.inference.strategies import SelfSpeculation, Strategy
+from ee_llm.inference.verification.reference_decoding import RequestOutput
 from tests.unit.inference.fuzz import expected
 from tests.unit.inference.models import random_tensors, random_tokens, tiny_config
 
-LIMITS = Limits(max_sequences=8, num_blocks=65, block_size=4, max_pending=16, max_rows=64)
-DRAWN = Sampling(0.9, top_k=20, top_p=0.95, seed=4)
+LIMITS = SchedulerConfig(
+    max_num_seqs=8, num_blocks=65, block_size=4, max_pending=16, max_num_batched_tokens=64
+)
+DRAWN = SamplingParams(0.9, top_k=20, top_p=0.95, seed=4)
 # Reached by about half of the rows of a random model.
 THRESHOLDS = (0.35, 0.35)
 
@@ -27,16 +30,22 @@ THRESHOLDS = (0.35, 0.35)
 def make_engine(
     config: Config | None = None,
     dtype: torch.dtype = torch.float64,
-    decode: Decode | None = None,
-    hold: str = "off",
+    decode: Detokenize | None = None,
+    deferral: str = "off",
     tensors: dict | None = None,
-    execution: Execution | None = None,
-    **limits: int,
+    execution: ExecutionConfig | None = None,
+    **scheduler_config: int,
 ) -> Engine:
     config = config or tiny_config()
     tensors = tensors or random_tensors(config)
     return Engine(
-        config, tensors, dtype, replace(LIMITS, **limits), decode, hold=hold, execution=execution
+        config,
+        tensors,
+        dtype,
+        replace(LIMITS, **scheduler_config),
+        decode,
+        deferral=deferral,
+        execution=execution,
     )
 
 
@@ -46,24 +55,24 @@ def make_request(
     strategy: Strategy = "exact",
     thresholds: Items[float | None] = THRESHOLDS,
     boundaries: Items[int] = (1, 2),
-    draft: Draft | None = None,
+    draft: SelfSpeculation | None = None,
     prompt: Items[int] | None = None,
-    sampling: Sampling = Sampling(),  # noqa: B008
+    sampling: SamplingParams = SamplingParams(),  # noqa: B008
     **options: object,
 ) -> Request:
     """Return a request whose prompt depends on its id and length alone."""
     if prompt is None:
         prompt = random_tokens(num_prompt, seed=sum(id.encode())).tolist()
-    if strategy == "verify" and draft is None:
-        draft = Draft(boundaries[0], 3)
-    policy = make_policy(boundaries, thresholds)
+    if strategy == "self-speculative" and draft is None:
+        draft = SelfSpeculation(boundaries[0], 3)
+    policy = make_exit_policy(boundaries, thresholds)
     chosen = {"max_new_tokens": 12} | options
     return Request(id, tuple(prompt), policy, sampling, strategy, draft, **chosen)
 
 
 def one_of_each(**options: object) -> list[Request]:
     """Return four requests of the four strategies."""
-    strategies: tuple[Strategy, ...] = ("exact", "full", "verify", "propagate")
+    strategies: tuple[Strategy, ...] = ("exact", "full", "self-speculative", "propagate")
     return [
         make_request(strategy[0], 3 + 2 * index, strategy, **options)
         for index, strategy in enumerate(strategies)
@@ -72,29 +81,29 @@ def one_of_each(**options: object) -> list[Request]:
 
 def reference(
     request: Request, config: Config | None = None, tensors: dict | None = None
-) -> Generation:
+) -> RequestOutput:
     """Return what the one-at-a-time generator makes of a request, in float64."""
     config = config or tiny_config()
     model = ReferenceModel(config, tensors or random_tensors(config), torch.float64)
     return expected(model, request)
 
 
-def serve(engine: Engine, requests: Items[Request]) -> tuple[list[Generation], list[Sequence]]:
+def serve(engine: Engine, requests: Items[Request]) -> tuple[list[RequestOutput], list[Sequence]]:
     """Return what the engine made of the requests, and how; every step leaves it sound."""
     for request in requests:
         engine.add(request)
     sequences = [engine._sequences[request.id] for request in requests]
     made = {}
     while engine.has_work:
-        for update in engine.step():
-            if update.generation:
-                made[update.id] = update.generation
+        for output in engine.step():
+            if output.generation:
+                made[output.id] = output.generation
         engine.scheduler.check_integrity()
     assert_idle(engine)
     return [made[request.id] for request in requests], sequences
 
 
-def assert_same(found: Generation, expected: Generation) -> None:
+def assert_same(found: RequestOutput, expected: RequestOutput) -> None:
     """Assert equal tokens and exits, and the rest as near as float64 is."""
     assert found.tokens == expected.tokens
     assert found.exits == expected.exits

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
 from ee_llm.inference.engine import Engine
-from ee_llm.inference.execution import Execution
-from ee_llm.inference.generator import Generation, generate_reference
-from ee_llm.inference.policy import Policy, make_policy
-from ee_llm.inference.reference import ReferenceModel
-from ee_llm.inference.request import STRATEGIES, Draft, Request
-from ee_llm.inference.sampling import Sampling
-from ee_llm.inference.scheduler import Limits, Scheduler, Span
+from ee_llm.inference.execution.executor import ExecutionConfig
+from ee_llm.inference.exits.policy import ExitPolicy, make_exit_policy
+from ee_llm.inference.request import Request
+from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.scheduling.scheduler import Scheduler, SchedulerConfig, TokenRange
+from ee_llm.inference.strategies import STRATEGIES, SelfSpeculation
+from ee_llm.inference.verification.reference_decoding import RequestOutput, generate_reference
 from tests.unit.inference.models import VOCABULARY, random_tensors
 
 
@@ -29,33 +30,33 @@ class RandomScheduler(Scheduler):
             self._admit()
         return self.random.choice([s for s in range(self.num_segments) if self._runnable(s)])
 
-    def _runnable(self, segment: int) -> list[Span]:
+    def _runnable(self, segment: int) -> list[TokenRange]:
         """Return the longest span of every sequence that may run through `segment`."""
-        spans = []
+        ranges = []
         for sequence in self.running:
             start = sequence.watermarks[segment]
             if segment == 0:
-                room = self.limits.max_pending - sequence.num_pending
+                room = self.scheduler_config.max_pending - sequence.num_pending
                 stop = min(len(sequence.tokens), start + room)
             else:
                 stop = sequence.watermarks[segment - 1]
             if stop > start:
-                spans.append(Span(sequence.slot, start, stop))
-        return spans
+                ranges.append(TokenRange(sequence.slot, start, stop))
+        return ranges
 
     def _spans(self, segment, carried=()):
-        stops = {span.slot: span.stop for span in carried}
-        spans = []
+        stops = {token_range.slot: token_range.stop for token_range in carried}
+        ranges = []
         for sequence in self.running:
             if sequence.slot in stops:
                 start = sequence.watermarks[segment]
-                spans.append(Span(sequence.slot, start, stops[sequence.slot]))
-        for span in self._runnable(segment):
-            if span.slot not in stops and (self.random.random() < 0.7 or not spans):
-                stop = self.random.randint(span.start + 1, span.stop)
-                spans.append(Span(span.slot, span.start, stop))
-        self.random.shuffle(spans)
-        return spans
+                ranges.append(TokenRange(sequence.slot, start, stops[sequence.slot]))
+        for token_range in self._runnable(segment):
+            if token_range.slot not in stops and (self.random.random() < 0.7 or not ranges):
+                stop = self.random.randint(token_range.start + 1, token_range.stop)
+                ranges.append(TokenRange(token_range.slot, token_range.start, stop))
+        self.random.shuffle(ranges)
+        return ranges
 
 
 @dataclass(frozen=True)
@@ -67,23 +68,25 @@ class Traffic:
     aborts: dict[int, list[str]]
 
 
-def random_policy(rng: random.Random, config: Config) -> Policy:
+def random_policy(rng: random.Random, config: Config) -> ExitPolicy:
     exits = config.exits.boundaries
     thresholds = [rng.choice([None, rng.uniform(0.05, 0.9)]) for _ in exits]
-    return make_policy(exits, thresholds, rng.choice(["max_probability", "entropy", "margin"]))
+    return make_exit_policy(exits, thresholds, rng.choice(["max_probability", "entropy", "margin"]))
 
 
-def random_request(rng: random.Random, id: str, config: Config, policies: list[Policy]) -> Request:
+def random_request(
+    rng: random.Random, id: str, config: Config, policies: list[ExitPolicy]
+) -> Request:
     """Return a request with one of the policies: those of one share what is in the cache."""
     exits = config.exits.boundaries
     strategy = rng.choice(STRATEGIES)
     draft = None
-    if strategy == "verify":
+    if strategy == "self-speculative":
         threshold = rng.choice([None, rng.uniform(0.05, 0.9)])
-        draft = Draft(rng.choice(exits), rng.randint(1, 5), threshold)
-    sampling = Sampling()
+        draft = SelfSpeculation(rng.choice(exits), rng.randint(1, 5), threshold)
+    sampling = SamplingParams()
     if rng.random() < 0.5:
-        sampling = Sampling(
+        sampling = SamplingParams(
             rng.uniform(0.3, 1.5),
             rng.choice([0, 5]),
             rng.choice([1.0, 0.8]),
@@ -120,7 +123,7 @@ def random_traffic(rng: random.Random, config: Config) -> Traffic:
     return Traffic(requests, arrivals, aborts)
 
 
-def expected(model: ReferenceModel, request: Request) -> Generation:
+def expected(model: ReferenceModel, request: Request) -> RequestOutput:
     """Return what the one-at-a-time generator makes of a request."""
     return generate_reference(
         model,
@@ -134,7 +137,7 @@ def expected(model: ReferenceModel, request: Request) -> Generation:
     )
 
 
-def serve(engine: Engine, traffic: Traffic, check=lambda engine: None) -> dict[str, Generation]:
+def serve(engine: Engine, traffic: Traffic, check=lambda engine: None) -> dict[str, RequestOutput]:
     """Return what the engine made of each request; `check` is called after every step."""
     made, step = {}, 0
     while step <= max(traffic.arrivals) or engine.has_work:
@@ -144,9 +147,9 @@ def serve(engine: Engine, traffic: Traffic, check=lambda engine: None) -> dict[s
         for id in traffic.aborts.get(step, []):
             if id in engine._sequences:
                 made[id] = engine.abort(id)
-        for update in engine.step():
-            if update.generation:
-                made[update.id] = update.generation
+        for output in engine.step():
+            if output.generation:
+                made[output.id] = output.generation
         check(engine)
         step += 1
         assert step < 20_000, "the engine does not come to an end"
@@ -154,7 +157,7 @@ def serve(engine: Engine, traffic: Traffic, check=lambda engine: None) -> dict[s
 
 
 def assert_expected(
-    model: ReferenceModel, traffic: Traffic, made: dict[str, Generation | None]
+    model: ReferenceModel, traffic: Traffic, made: dict[str, RequestOutput | None]
 ) -> None:
     """Assert that each request got what the reference makes of it, if aborted the beginning."""
     for request in traffic.requests:
@@ -175,22 +178,24 @@ def random_engine(
     config: Config,
     seed: int,
     is_wild: bool = True,
-    execution: Execution | None = None,
+    execution: ExecutionConfig | None = None,
 ) -> Engine:
     block_size = rng.choice([2, 4, 16])
     least = -(-config.model.max_seq_length // block_size) + 1
-    limits = Limits(
-        max_sequences=rng.randint(1, 16),
+    scheduler_config = SchedulerConfig(
+        max_num_seqs=rng.randint(1, 16),
         num_blocks=least + rng.choice([0, 3, 100]),
         block_size=block_size,
         max_pending=rng.choice([6, 9, 32]),
-        max_rows=rng.choice([6, 40, 1000]),
-        max_hold=rng.choice([1, 5]),
-        ride_rows=rng.choice([0, 20]),
+        max_num_batched_tokens=rng.choice([6, 40, 1000]),
+        max_deferred_steps=rng.choice([1, 5]),
+        max_piggyback_rows=rng.choice([0, 20]),
     )
     tensors = random_tensors(config, seed)
-    engine = Engine(config, tensors, torch.float64, limits, hold="off", execution=execution)
-    engine.scheduler.holds = [rng.randint(1, 5) for _ in engine.boundaries]
+    engine = Engine(
+        config, tensors, torch.float64, scheduler_config, deferral="off", execution=execution
+    )
+    engine.scheduler.deferral_targets = [rng.randint(1, 5) for _ in engine.boundaries]
     if is_wild:
         engine.scheduler.__class__ = RandomScheduler
         engine.scheduler.random = rng

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ee_llm.architecture.reference import ReferenceModel
+from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import CONFIG
 from ee_llm.config import Config
-from ee_llm.inference.reference import ReferenceModel
-from ee_llm.inference.weights import tensor_shapes
 from tests.unit.checkpoint.checkpoints import reseal, write_checkpoint
 
 VOCABULARY = 40

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ee_llm.config import Config, output_weight_name
+from ee_llm.architecture.parameter_names import output_weight_name
+from ee_llm.config import Config
 from tests.unit.inference.models import split_qkv
 from tools.bench.llama import llama_config, llama_weights
 

@@ -8,16 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
-from ee_llm.inference.generator import Generation
-from ee_llm.inference.reference import ReferenceModel
-from ee_llm.inference.request import STRATEGIES, Draft, Request
-from ee_llm.inference.sampling import Sampling
+from ee_llm.inference.request import Request
+from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.strategies import STRATEGIES, SelfSpeculation
+from ee_llm.inference.verification.reference_decoding import RequestOutput
 from tests.unit.inference.engines import make_request
 from tests.unit.inference.fuzz import expected
 from tests.unit.inference.models import random_tensors, tiny_config
 
-DRAWN = Sampling(0.9, top_k=20, seed=4)
+DRAWN = SamplingParams(0.9, top_k=20, seed=4)
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class PoisonedTraffic:
     tensors: dict[str, Tensor]
     poison: int
     requests: list[Request]
-    wanted: list[Generation]
+    wanted: list[RequestOutput]
 
-    def check(self, made: Items[Generation]) -> None:
+    def check(self, made: Items[RequestOutput]) -> None:
         """Assert that requests end where they meet the token, and that others are not disturbed."""
         for request, found, wanted in zip(self.requests, made, self.wanted, strict=True):
             count = len(wanted.tokens)
@@ -62,10 +63,10 @@ def poisoned_traffic(seed: int) -> PoisonedTraffic:
                 f"{number}",
                 strategy=strategy,
                 prompt=prompt,
-                draft=Draft(rng.choice([1, 2]), rng.randint(1, 4))
-                if strategy == "verify"
+                draft=SelfSpeculation(rng.choice([1, 2]), rng.randint(1, 4))
+                if strategy == "self-speculative"
                 else None,
-                sampling=rng.choice([Sampling(), DRAWN]),
+                sampling=rng.choice([SamplingParams(), DRAWN]),
                 max_new_tokens=rng.randint(1, 14),
             )
         )

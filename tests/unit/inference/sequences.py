@@ -2,22 +2,23 @@
 
 from collections.abc import Collection
 
-from ee_llm.inference.blocks import BlockManager
-from ee_llm.inference.policy import make_policy
-from ee_llm.inference.request import Draft, Request, Sequence, Strategy, Verdict
-from ee_llm.inference.sampling import Sampling
-from ee_llm.inference.scheduler import Limits, Plan, Scheduler
+from ee_llm.inference.exits.policy import make_exit_policy
+from ee_llm.inference.request import ExitResult, Request, Sequence
+from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.scheduling.block_manager import BlockManager
+from ee_llm.inference.scheduling.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
+from ee_llm.inference.strategies import SelfSpeculation, Strategy
 
 BOUNDARIES = (1, 2, 4)
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 
 # A plan in short: (segment, rows as (slot, start, stop)) of its parts, then the judged rows.
 Rows = list[tuple[int, int, int]]
 
 
-def make_scheduler(**limits: int) -> Scheduler:
-    sizes = {"max_sequences": 4, "num_blocks": 33, "block_size": 4, "max_pending": 8}
-    chosen = Limits(**(sizes | limits))
+def make_scheduler(**scheduler_config: int) -> Scheduler:
+    sizes = {"max_num_seqs": 4, "num_blocks": 33, "block_size": 4, "max_pending": 8}
+    chosen = SchedulerConfig(**(sizes | scheduler_config))
     return Scheduler(len(BOUNDARIES), chosen, BlockManager(chosen.num_blocks, chosen.block_size))
 
 
@@ -26,15 +27,15 @@ def make_sequence(
     num_prompt: int = 3,
     thresholds: tuple[float | None, ...] = (0.5, 0.5),
     strategy: Strategy = "exact",
-    draft: Draft | None = None,
+    draft: SelfSpeculation | None = None,
     prompt: tuple[int, ...] = (),
-    sampling: Sampling = GREEDY,
+    sampling: SamplingParams = GREEDY,
     **options: object,
 ) -> Sequence:
     request = Request(
         id,
         prompt or tuple(range(num_prompt)),
-        make_policy(BOUNDARIES[:-1], thresholds),
+        make_exit_policy(BOUNDARIES[:-1], thresholds),
         sampling,
         strategy,
         draft,
@@ -50,7 +51,7 @@ def token_at(position: int) -> int:
 
 def answer(
     scheduler: Scheduler,
-    plan: Plan,
+    scheduler_output: SchedulerOutput,
     leaving: Collection[int] | None = None,
     wrong: Collection[int] = (),
 ) -> list[Sequence]:
@@ -59,44 +60,44 @@ def answer(
     leaving: slots whose judged rows leave at an exit (None: all). wrong: positions whose token is
     another one, drafted or not.
     """
-    is_final = plan.last_segment == scheduler.num_segments - 1
-    verdicts = []
-    for span in plan.heads:
-        for position in range(span.start, span.stop):
-            leaves = is_final or leaving is None or span.slot in leaving
+    is_final = scheduler_output.last_segment == scheduler.num_segments - 1
+    results = []
+    for token_range in scheduler_output.logit_rows:
+        for position in range(token_range.start, token_range.stop):
+            leaves = is_final or leaving is None or token_range.slot in leaving
             token = token_at(position + 1) + (position + 1 in wrong)
-            verdicts.append(
-                Verdict(span.slot, position, leaves, token if leaves else -1, 0.6, -0.5)
+            results.append(
+                ExitResult(token_range.slot, position, leaves, token if leaves else -1, 0.6, -0.5)
             )
-    finished = scheduler.apply(plan, verdicts)
+    finished = scheduler.apply(scheduler_output, results)
     scheduler.check_integrity()
     return finished
 
 
-def next_plan(scheduler: Scheduler) -> Plan:
-    plan = scheduler.schedule()
-    assert plan is not None, "there is nothing to do"
+def next_plan(scheduler: Scheduler) -> SchedulerOutput:
+    scheduler_output = scheduler.schedule()
+    assert scheduler_output is not None, "there is nothing to do"
     scheduler.check_integrity()
-    return plan
+    return scheduler_output
 
 
-def parts(plan: Plan) -> list[tuple[int, Rows]]:
-    return [(part.segment, _rows(part.spans)) for part in plan.parts]
+def steps(scheduler_output: SchedulerOutput) -> list[tuple[int, Rows]]:
+    return [(step.segment, _rows(step.ranges)) for step in scheduler_output.steps]
 
 
-def heads(plan: Plan) -> Rows:
-    return _rows(plan.heads)
+def heads(scheduler_output: SchedulerOutput) -> Rows:
+    return _rows(scheduler_output.logit_rows)
 
 
-def finish(scheduler: Scheduler, leaving: Collection[int] | None = None) -> list[Plan]:
+def finish(scheduler: Scheduler, leaving: Collection[int] | None = None) -> list[SchedulerOutput]:
     """Run until nothing is left to do; return the plans."""
-    plans: list[Plan] = []
+    scheduler_outputs: list[SchedulerOutput] = []
     while scheduler.has_work:
-        plans.append(next_plan(scheduler))
-        answer(scheduler, plans[-1], leaving)
-        assert len(plans) < 1000, "the scheduler does not come to an end"
-    return plans
+        scheduler_outputs.append(next_plan(scheduler))
+        answer(scheduler, scheduler_outputs[-1], leaving)
+        assert len(scheduler_outputs) < 1000, "the scheduler does not come to an end"
+    return scheduler_outputs
 
 
-def _rows(spans) -> Rows:
-    return [(span.slot, span.start, span.stop) for span in spans]
+def _rows(ranges) -> Rows:
+    return [(token_range.slot, token_range.start, token_range.stop) for token_range in ranges]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ee_llm.config import Config
-from ee_llm.inference.attention import PageTable, Run
-from ee_llm.inference.layers import Shard
-from ee_llm.inference.stage import Stage, cut
+from ee_llm.inference.execution.attention import BlockTable, Run
+from ee_llm.inference.execution.layers import Shard
+from ee_llm.inference.execution.stage import ModelStage, partition_layers
 from tests.unit.inference.models import random_tokens
 
 TOKENS = random_tokens(21, seed=5)
@@ -19,8 +19,8 @@ CHUNKS = ((0, 21), (0, 1, 2, 13, 14, 21))  # the prompt at once; single rows, lo
 BLOCKS = (7, 3, 4, 5, 11, 2)  # of four positions
 
 
-def page_table() -> PageTable:
-    pages = PageTable(1, len(BLOCKS), 4, torch.device("cpu"))
+def page_table() -> BlockTable:
+    pages = BlockTable(1, len(BLOCKS), 4, torch.device("cpu"))
     for index, block in enumerate(BLOCKS):
         pages.set(0, index, block)
     return pages
@@ -34,7 +34,10 @@ def stage_logits(
     shard: Shard | None = None,
 ) -> dict[int, Tensor]:
     """Return {boundary: logits [s, v / t]} of TOKENS, which come in chunks between `edges`."""
-    stages = [Stage(config, tensors, 48, pieces, shard) for pieces in cut(config, num_stages)]
+    stages = [
+        ModelStage(config, tensors, 48, pieces, shard)
+        for pieces in partition_layers(config, num_stages)
+    ]
     pages, parts = (
         page_table(),
         {b: [] for b in (*config.exits.boundaries, config.model.num_layers)},

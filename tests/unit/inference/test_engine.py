@@ -6,12 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ee_llm.inference.decoder import Update
 from ee_llm.inference.engine import Engine
-from ee_llm.inference.execution import Execution
-from ee_llm.inference.generator import Generation
-from ee_llm.inference.request import Draft, Request
-from ee_llm.inference.scheduler import Plan
+from ee_llm.inference.engine_base import StepOutput
+from ee_llm.inference.execution.executor import ExecutionConfig
+from ee_llm.inference.request import Request
+from ee_llm.inference.scheduling.scheduler import SchedulerOutput
+from ee_llm.inference.strategies import SelfSpeculation
+from ee_llm.inference.verification.reference_decoding import RequestOutput
 from tests.unit.inference.engines import (
     DRAWN,
     assert_idle,
@@ -29,7 +30,9 @@ OUT_OF_RANGE = (math.nan, 0.0, -0.1, 1.01)
 
 
 def _verify(boundary: int = 1, length: int = 3, threshold: float | None = None) -> Request:
-    return make_request("bad", strategy="verify", draft=Draft(boundary, length, threshold))
+    return make_request(
+        "bad", strategy="self-speculative", draft=SelfSpeculation(boundary, length, threshold)
+    )
 
 
 BAD: dict[str, tuple[Callable[[], Request], str]] = {
@@ -89,10 +92,10 @@ BAD: dict[str, tuple[Callable[[], Request], str]] = {
     ),
     "an unknown strategy": (
         lambda: make_request("bad", strategy="exakt"),
-        "strategy 'exakt' is unknown; choose of exact, full, verify, propagate",
+        "strategy 'exakt' is unknown; choose of exact, full, self-speculative, propagate",
     ),
     "a draft that is not for verify": (
-        lambda: make_request("bad", draft=Draft(1)),
+        lambda: make_request("bad", draft=SelfSpeculation(1)),
         "verify needs a draft, and no other strategy has one",
     ),
     "no token": (lambda: make_request("bad", max_new_tokens=0), "max_new_tokens 0 must be a"),
@@ -123,7 +126,7 @@ def test_a_bad_request_is_refused_and_leaves_nothing(name: str) -> None:
     made = {}
     engine.add(make_request("bad", 4))
     while engine.has_work:
-        made |= {update.id: update.generation for update in engine.step()}
+        made |= {output.id: output.generation for output in engine.step()}
     assert_same(made["good"], reference(good))
     assert_same(made["bad"], reference(make_request("bad", 4)))
     assert_idle(engine)
@@ -142,7 +145,7 @@ def test_only_what_is_under_way_can_be_aborted() -> None:
     assert_idle(engine)
 
 
-def _abort_after(engine: Engine, num_steps: int, victim: str) -> tuple[dict, Generation | None]:
+def _abort_after(engine: Engine, num_steps: int, victim: str) -> tuple[dict, RequestOutput | None]:
     """Return what all make when one is given up after so many steps, and what that one had."""
     made = {}
     for request in one_of_each(max_new_tokens=5):
@@ -159,7 +162,7 @@ def _abort_after(engine: Engine, num_steps: int, victim: str) -> tuple[dict, Gen
 
 
 @pytest.mark.parametrize("num_blocks", [65, 9])
-@pytest.mark.parametrize("victim", ["e", "f", "v", "p"])
+@pytest.mark.parametrize("victim", ["e", "f", "s", "p"])
 def test_an_abort_at_any_step_leaks_nothing(victim: str, num_blocks: int) -> None:
     """One engine through them all, with room for all and without: the others are not disturbed."""
     engine = make_engine(num_blocks=num_blocks)
@@ -184,7 +187,7 @@ def test_an_abort_at_any_step_leaks_nothing(victim: str, num_blocks: int) -> Non
     assert (engine.scheduler.num_preemptions > 0) == (num_blocks == 9)
 
 
-@pytest.mark.parametrize("strategy", ["exact", "full", "verify", "propagate"])
+@pytest.mark.parametrize("strategy", ["exact", "full", "self-speculative", "propagate"])
 def test_damaged_weights_end_the_request_with_an_error(strategy: str) -> None:
     tensors = random_tensors(tiny_config())
     tensors["layers.4.mlp.linear_fc2.weight"][0, 0] = math.nan
@@ -197,7 +200,7 @@ def test_damaged_weights_end_the_request_with_an_error(strategy: str) -> None:
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("strategy", ["exact", "full", "verify", "propagate"])
+@pytest.mark.parametrize("strategy", ["exact", "full", "self-speculative", "propagate"])
 def test_a_full_context_ends_a_sequence(strategy: str) -> None:
     """A row of the last position decides one token more; the prompt may fill them all."""
     requests = [
@@ -222,32 +225,39 @@ def test_a_stream_is_the_generation_token_by_token(sampling) -> None:
     other = make_request("other", 9, max_new_tokens=30, **options)
     engine.add(other)
     for request in one_of_each(**options):
-        updates = list(engine.stream(request))
-        assert {update.id for update in updates} == {request.id}
-        assert [update.generation is None for update in updates[:-1]] == [True] * (len(updates) - 1)
-        (generation,) = [update.generation for update in updates if update.generation]
+        outputs = list(engine.stream(request))
+        assert {output.id for output in outputs} == {request.id}
+        assert [output.generation is None for output in outputs[:-1]] == [True] * (len(outputs) - 1)
+        (generation,) = [output.generation for output in outputs if output.generation]
         assert_same(generation, reference(request))
-        decisions = [decision for update in updates for decision in update.decisions]
-        assert tuple(decision.token for decision in decisions) == generation.tokens
-        assert tuple(decision.exit for decision in decisions) == generation.exits
-        assert tuple(decision.confidence for decision in decisions) == generation.confidences
-        assert tuple(decision.logprob for decision in decisions) == generation.logprobs
+        token_outputs = [
+            token_output for output in outputs for token_output in output.token_outputs
+        ]
+        assert tuple(token_output.token for token_output in token_outputs) == generation.tokens
+        assert tuple(token_output.exit for token_output in token_outputs) == generation.exits
+        assert (
+            tuple(token_output.confidence for token_output in token_outputs)
+            == generation.confidences
+        )
+        assert tuple(token_output.logprob for token_output in token_outputs) == generation.logprobs
     # What the streams' passes brought to the other request is still there for its owner.
-    updates = []
+    outputs = []
     while engine.has_work:
-        updates += engine.step()
-    assert {update.id for update in updates} == {"other"}
-    assert_same(updates[-1].generation, reference(other))
-    assert sum(len(update.decisions) for update in updates) == len(updates[-1].generation.tokens)
+        outputs += engine.step()
+    assert {output.id for output in outputs} == {"other"}
+    assert_same(outputs[-1].generation, reference(other))
+    assert sum(len(output.token_outputs) for output in outputs) == len(
+        outputs[-1].generation.tokens
+    )
     assert_idle(engine)
 
 
 def test_a_stream_that_is_closed_early_is_aborted() -> None:
     engine, request = make_engine(), make_request("a")
-    updates = engine.stream(request)
-    first = next(updates)
-    assert first.decisions[0].token == reference(request).tokens[0]
-    updates.close()
+    outputs = engine.stream(request)
+    first = next(outputs)
+    assert first.token_outputs[0].token == reference(request).tokens[0]
+    outputs.close()
     assert_idle(engine)
     *_, last = engine.stream(request)
     assert_same(last.generation, reference(request))
@@ -296,9 +306,9 @@ def test_a_stream_that_is_dropped_within_a_pass_is_aborted_after_it(monkeypatch)
     streams = [engine.stream(make_request("a"))]
     run = engine.runner.run
 
-    def collects(plan):
+    def collects(scheduler_output):
         streams.clear()
-        return run(plan)
+        return run(scheduler_output)
 
     monkeypatch.setattr(engine.runner, "run", collects)
     engine.add(make_request("b", 6))
@@ -306,7 +316,7 @@ def test_a_stream_that_is_dropped_within_a_pass_is_aborted_after_it(monkeypatch)
     while engine.has_work:
         found += engine.step()
         engine.scheduler.check_integrity()
-    assert {update.id for update in found} == {"b"}
+    assert {output.id for output in found} == {"b"}
     assert found[-1].generation.tokens == reference(make_request("b", 6)).tokens
     assert_idle(engine)
 
@@ -314,11 +324,11 @@ def test_a_stream_that_is_dropped_within_a_pass_is_aborted_after_it(monkeypatch)
 def test_a_stream_that_is_dropped_while_updates_are_handed_out_is_aborted(monkeypatch) -> None:
     engine = make_engine()
     streams = [engine.stream(make_request("a"))]
-    update = engine._update
+    output = engine._update
 
     def collects(sequence):
         streams.clear()
-        return update(sequence)
+        return output(sequence)
 
     monkeypatch.setattr(engine, "_update", collects)
     engine.add(make_request("b", 6))
@@ -326,7 +336,7 @@ def test_a_stream_that_is_dropped_while_updates_are_handed_out_is_aborted(monkey
     while engine.has_work:
         found += engine.step()
         engine.scheduler.check_integrity()
-    assert {update.id for update in found} == {"b"}
+    assert {output.id for output in found} == {"b"}
     assert_idle(engine)
 
 
@@ -335,22 +345,22 @@ def test_generate_does_not_take_what_others_wait_for() -> None:
     engine.add(make_request("a", 4, max_new_tokens=2))
     engine.generate([make_request("b", 5, max_new_tokens=9)])
     assert engine.has_work
-    updates = engine.step()
-    assert [update.id for update in updates if update.generation] == ["a"]
+    outputs = engine.step()
+    assert [output.id for output in outputs if output.generation] == ["a"]
     assert_idle(engine)
 
 
 def test_results_come_in_the_order_of_the_requests() -> None:
     lengths = (9, 2, 12, 1, 5)
     requests = [make_request(str(n), 6, max_new_tokens=n) for n in lengths]
-    engine, updates = make_engine(max_sequences=2), []
-    made = engine.generate(requests, updates.append)
+    engine, outputs = make_engine(max_num_seqs=2), []
+    made = engine.generate(requests, outputs.append)
     for request, generation in zip(requests, made, strict=True):
         assert_same(generation, reference(request))
-    finished = [update.id for update in updates if update.generation]
+    finished = [output.id for output in outputs if output.generation]
     assert sorted(finished) == sorted(map(str, lengths))
     assert finished != [request.id for request in requests], "they end in another order"
-    assert sum(len(update.decisions) for update in updates) == sum(lengths)
+    assert sum(len(output.token_outputs) for output in outputs) == sum(lengths)
     assert_idle(engine)
     assert engine.generate([]) == []
     (from_iterator,) = engine.generate(iter(requests[:1]))
@@ -379,11 +389,11 @@ def test_generate_ends_though_one_request_is_aborted_meanwhile() -> None:
     engine = make_engine()
     finished = []
 
-    def abort_first(update: Update) -> None:
-        if update.id == "a":
+    def abort_first(output: StepOutput) -> None:
+        if output.id == "a":
             engine.abort("a")
-        if update.generation:
-            finished.append(update.id)
+        if output.generation:
+            finished.append(output.id)
 
     with pytest.raises(ValueError, match="'a' was aborted while it was being generated"):
         engine.generate([make_request("a"), make_request("b")], abort_first)
@@ -403,9 +413,11 @@ def test_a_stop_string_may_begin_with_the_space_of_the_first_token() -> None:
     assert (stopped.tokens, stopped.finish_reason) == (made.tokens[:1], "stop")
 
 
-@pytest.mark.parametrize("execution", [Execution(), Execution("plain", graphs=True)])
+@pytest.mark.parametrize("execution", [ExecutionConfig(), ExecutionConfig("plain", graphs=True)])
 @pytest.mark.parametrize("seed", range(3))
-def test_requests_that_meet_nan_end_where_they_meet_it(seed: int, execution: Execution) -> None:
+def test_requests_that_meet_nan_end_where_they_meet_it(
+    seed: int, execution: ExecutionConfig
+) -> None:
     """One token leads to NaN: in a prompt, drawn, or drafted, which alone ends nothing."""
     traffic = poisoned_traffic(seed)
     engine = make_engine(traffic.config, tensors=traffic.tensors, execution=execution)
@@ -422,7 +434,7 @@ def test_an_aborted_request_leaves_no_nan_to_whoever_gets_its_blocks() -> None:
     poison = next(token for token in range(40) if token not in used)
     tensors = random_tensors(tiny_config())
     tensors["embedding.word.weight"][poison] = math.nan
-    engine = make_engine(tensors=tensors, num_blocks=17, max_pending=4, max_rows=4)
+    engine = make_engine(tensors=tensors, num_blocks=17, max_pending=4, max_num_batched_tokens=4)
     engine.add(make_request("bad", prompt=[poison] * 20, strategy="full"))
     for _ in range(4):
         assert engine.step() == []
@@ -433,7 +445,7 @@ def test_an_aborted_request_leaves_no_nan_to_whoever_gets_its_blocks() -> None:
 
 
 @pytest.mark.parametrize("num_blocks", [9, 65])
-@pytest.mark.parametrize("strategy", ["exact", "full", "verify", "propagate"])
+@pytest.mark.parametrize("strategy", ["exact", "full", "self-speculative", "propagate"])
 def test_a_request_with_nan_ends_alone_and_leaves_no_nan_behind(
     strategy: str, num_blocks: int
 ) -> None:
@@ -468,7 +480,7 @@ def test_a_request_with_nan_ends_alone_and_leaves_no_nan_behind(
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("strategy", ["exact", "verify", "propagate"])
+@pytest.mark.parametrize("strategy", ["exact", "self-speculative", "propagate"])
 def test_after_a_pass_that_failed_all_go_on(monkeypatch, strategy: str) -> None:
     engine = make_engine()
     requests = [make_request(f"{n}", 4 + n, strategy) for n in range(3)]
@@ -477,12 +489,12 @@ def test_after_a_pass_that_failed_all_go_on(monkeypatch, strategy: str) -> None:
     engine.step()
     run, count = engine.runner.run, 0
 
-    def fails_at_times(plan):
+    def fails_at_times(scheduler_output):
         nonlocal count
         count += 1
         if count % 5 == 2:
             raise RuntimeError("out of memory")
-        return run(plan)
+        return run(scheduler_output)
 
     monkeypatch.setattr(engine.runner, "run", fails_at_times)
     made, num_failures = {}, 0
@@ -522,7 +534,7 @@ def test_an_engine_goes_on_after_a_pass_that_was_interrupted(
     for request in requests:
         engine.add(request)
 
-    def interrupted(plan: Plan) -> torch.Tensor:
+    def interrupted(scheduler_output: SchedulerOutput) -> torch.Tensor:
         raise kind("before the runner has noted the pass's blocks")
 
     monkeypatch.setattr(engine.runner, "run", interrupted)
@@ -533,7 +545,7 @@ def test_an_engine_goes_on_after_a_pass_that_was_interrupted(
     while engine.has_work:
         made += engine.step()
         engine.scheduler.check_integrity()
-    found = {update.id: update.generation for update in made if update.generation}
+    found = {output.id: output.generation for output in made if output.generation}
     for request in requests:
         assert_same(found[request.id], reference(request))
     assert_idle(engine)
@@ -542,7 +554,7 @@ def test_an_engine_goes_on_after_a_pass_that_was_interrupted(
 def test_generate_leaves_nothing_behind_when_it_is_interrupted() -> None:
     engine = make_engine()
 
-    def interrupt(update: Update) -> None:
+    def interrupt(output: StepOutput) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -553,17 +565,21 @@ def test_generate_leaves_nothing_behind_when_it_is_interrupted() -> None:
 
 def test_streams_do_not_take_each_others_updates() -> None:
     engine = make_engine()
-    requests = [make_request("a", 4), make_request("b", 6, "verify"), make_request("c", 5)]
+    requests = [
+        make_request("a", 4),
+        make_request("b", 6, "self-speculative"),
+        make_request("c", 5),
+    ]
     engine.add(requests[2])
     streams = [engine.stream(request) for request in requests[:2]]
     found: list[list[int]] = [[], []]
     while streams_left := [n for n in (0, 1) if streams[n] is not None]:
         for number in streams_left:
-            update = next(streams[number], None)
-            if update is None:
+            output = next(streams[number], None)
+            if output is None:
                 streams[number] = None
             else:
-                found[number] += [decision.token for decision in update.decisions]
+                found[number] += [token_output.token for token_output in output.token_outputs]
         if engine.has_work:
             engine.step()
     for request, tokens in zip(requests, found, strict=False):

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.inference.engine import Engine
-from ee_llm.inference.generator import rows_left_at
-from ee_llm.inference.reference import ReferenceModel
+from ee_llm.inference.execution.runner import Runner
 from ee_llm.inference.request import Sequence
-from ee_llm.inference.runner import Runner
-from ee_llm.inference.scheduler import Scheduler
+from ee_llm.inference.scheduling.scheduler import Scheduler
+from ee_llm.inference.verification.reference_decoding import rows_left_at
 from tests.unit.inference.fuzz import (
     RandomScheduler,
     Traffic,
@@ -46,7 +46,7 @@ def _config(rng: random.Random):
 
 def _check_rings(engine: Engine, model: Residuals) -> None:
     """Assert that each ring holds the pending rows, as one forward over the sequence has them."""
-    size = engine.limits.max_pending
+    size = engine.scheduler_config.max_pending
     for sequence in engine.scheduler.running:
         if sequence.watermarks[0] == 0:
             continue
@@ -110,10 +110,10 @@ def test_rings_hold_the_pending_rows_at_every_step(seed: int) -> None:
 
 def _one_row_late(monkeypatch):
     """Rows go deeper from one after the watermark: the first pending one is left out."""
-    spans = Scheduler._spans
+    ranges = Scheduler._spans
 
     def late(self, segment, carried=()):
-        found = spans(self, segment, carried)
+        found = ranges(self, segment, carried)
         return [replace(s, start=s.start + 1) if segment and len(s) > 2 else s for s in found]
 
     monkeypatch.setattr(Scheduler, "_spans", late)
@@ -144,9 +144,9 @@ def _one_draft_too_far(monkeypatch):
     """A rejected draft's own row counts as run, with the keys and values of the wrong token."""
     settle = Sequence.settle
 
-    def careless(self, segment, verdict):
+    def careless(self, segment, result):
         marks, before = list(self.watermarks), self.num_rejections
-        counts = settle(self, segment, verdict)
+        counts = settle(self, segment, result)
         if self.num_rejections > before:
             self.watermarks = [min(mark, len(self.tokens)) for mark in marks]
             self.watermarks[-1] = len(self.tokens) - 1  # it is asked all the same
@@ -190,6 +190,6 @@ def test_the_fuzz_is_wild() -> None:
     strategies = [
         request.strategy for _ in range(8) for request in random_traffic(rng, config).requests
     ]
-    assert set(strategies) == {"exact", "full", "verify", "propagate"}
+    assert set(strategies) == {"exact", "full", "self-speculative", "propagate"}
     serve(engine, random_traffic(random.Random(3), config))
     assert engine.scheduler.num_preemptions > 0

@@ -7,11 +7,11 @@ from contextlib import suppress
 import pytest
 import torch
 
-from ee_llm.inference.decoder import Update, UpdateStream
-from ee_llm.inference.generator import Generation
-from ee_llm.inference.reference import ReferenceModel
+from ee_llm.architecture.reference import ReferenceModel
+from ee_llm.inference.engine_base import OutputStream, StepOutput
 from ee_llm.inference.request import Request
-from ee_llm.inference.scheduler import Plan
+from ee_llm.inference.scheduling.scheduler import SchedulerOutput
+from ee_llm.inference.verification.reference_decoding import RequestOutput
 from tests.unit.inference.engines import assert_idle, make_engine
 from tests.unit.inference.fuzz import expected, random_policy, random_request
 from tests.unit.inference.models import random_tensors, tiny_config
@@ -32,14 +32,14 @@ class User:
         self.policies = [random_policy(self.rng, self.config) for _ in range(2)]
         self.requests: dict[str, Request] = {}
         self.added: set[str] = set()
-        self.streams: dict[str, UpdateStream] = {}
-        self.got: dict[str, list[Update]] = defaultdict(list)
+        self.streams: dict[str, OutputStream] = {}
+        self.got: dict[str, list[StepOutput]] = defaultdict(list)
         self.num_failures = 0
         run = self.engine.runner.run
 
-        def fails_at_times(plan: Plan) -> torch.Tensor:
+        def fails_at_times(scheduler_output: SchedulerOutput) -> torch.Tensor:
             self._fail_at_times()
-            logits = run(plan)
+            logits = run(scheduler_output)
             self._fail_at_times()
             return logits
 
@@ -68,9 +68,9 @@ class User:
         self.added.add(request.id)
 
     def step(self) -> None:
-        for update in self.engine.step():
-            assert update.id in self.added, "somebody else's update"
-            self.got[update.id].append(update)
+        for output in self.engine.step():
+            assert output.id in self.added, "somebody else's update"
+            self.got[output.id].append(output)
 
     def open_stream(self) -> None:
         request = self.request()
@@ -81,15 +81,15 @@ class User:
             return
         id = self.rng.choice(sorted(self.streams))
         try:
-            update = next(self.streams[id], None)
+            output = next(self.streams[id], None)
         except BaseException:
             del self.streams[id]
             raise
-        if update is None:
+        if output is None:
             del self.streams[id]
         else:
-            assert update.id == id
-            self.got[id].append(update)
+            assert output.id == id
+            self.got[id].append(output)
 
     def drop_stream(self) -> None:
         if self.streams and self.rng.random() < 0.5:
@@ -100,13 +100,13 @@ class User:
         if running and self.rng.random() < 0.3:
             id = self.rng.choice(running)
             self.added.remove(id)
-            count = sum(len(update.decisions) for update in self.got[id])
+            count = sum(len(output.token_outputs) for output in self.got[id])
             partial = self.engine.abort(id)
             assert len(partial.tokens if partial else ()) >= count
 
     def generate(self) -> None:
         requests = [self.request() for _ in range(self.rng.randint(1, 3))]
-        self.engine.generate(requests, lambda update: self.got[update.id].append(update))
+        self.engine.generate(requests, lambda output: self.got[output.id].append(output))
 
     def finish(self) -> None:
         while self.engine.has_work or self.streams:
@@ -115,16 +115,16 @@ class User:
                 self.read_stream()
 
 
-def _check(updates: list[Update], wanted: Generation, must_end: bool) -> None:
-    tokens = [decision.token for update in updates for decision in update.decisions]
-    exits = [decision.exit for update in updates for decision in update.decisions]
+def _check(outputs: list[StepOutput], wanted: RequestOutput, must_end: bool) -> None:
+    tokens = [token_output.token for output in outputs for token_output in output.token_outputs]
+    exits = [token_output.exit for output in outputs for token_output in output.token_outputs]
     assert tuple(tokens) == wanted.tokens[: len(tokens)]
     assert tuple(exits) == wanted.exits[: len(exits)]
-    ends = [update.generation for update in updates if update.generation]
+    ends = [output.generation for output in outputs if output.generation]
     assert len(ends) <= 1
     assert not must_end or ends
     if ends:
-        assert updates[-1].generation is ends[0]
+        assert outputs[-1].generation is ends[0]
         assert ends[0].tokens == wanted.tokens == tuple(tokens)
         assert ends[0].finish_reason == wanted.finish_reason
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ee_llm.inference.certificate import verify_trace
-from ee_llm.inference.holding import Profile
-from ee_llm.inference.reference import ReferenceModel
+from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.inference.request import Request
-from ee_llm.inference.sampling import Sampling
+from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.scheduling.deferral import LatencyProfile
+from ee_llm.inference.verification.certificate import verify_trace
 from tests.unit.inference.engines import (
     DRAWN,
     assert_idle,
@@ -33,9 +33,9 @@ def _letters(tokens: list[int]) -> str:
 
 
 @pytest.mark.parametrize("num_blocks", [9, 11, 14])
-@pytest.mark.parametrize("sampling", [Sampling(), DRAWN])
+@pytest.mark.parametrize("sampling", [SamplingParams(), DRAWN])
 def test_without_blocks_requests_wait_and_start_anew_and_change_nothing(
-    num_blocks: int, sampling: Sampling
+    num_blocks: int, sampling: SamplingParams
 ) -> None:
     """Eight blocks are what a single one of the eight requests may need."""
     requests = [
@@ -50,23 +50,28 @@ def test_without_blocks_requests_wait_and_start_anew_and_change_nothing(
     assert engine.scheduler.num_preemptions > 0
 
 
-@pytest.mark.parametrize("max_rows", [1, 3, 64])
+@pytest.mark.parametrize("max_num_batched_tokens", [1, 3, 64])
 @pytest.mark.parametrize("max_pending", [4, 5, 16])
-def test_prompts_in_any_chunks_give_the_same_tokens(max_pending: int, max_rows: int) -> None:
+def test_prompts_in_any_chunks_give_the_same_tokens(
+    max_pending: int, max_num_batched_tokens: int
+) -> None:
     requests = [
         replace(request, prompt=(*request.prompt, *range(length)))
         for request, length in zip(one_of_each(max_new_tokens=6), (15, 2, 9, 13), strict=True)
     ]
-    made, _ = serve(make_engine(max_pending=max_pending, max_rows=max_rows), requests)
+    made, _ = serve(
+        make_engine(max_pending=max_pending, max_num_batched_tokens=max_num_batched_tokens),
+        requests,
+    )
     for request, generation in zip(requests, made, strict=True):
         assert_same(generation, reference(request))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [SamplingParams(), DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("head", [("norm",), ("block", "mlp", "norm")], ids="-".join)
 def test_a_threshold_above_every_confidence_is_full_bit_for_bit(
-    head: tuple[str, ...], sampling: Sampling, dtype: torch.dtype
+    head: tuple[str, ...], sampling: SamplingParams, dtype: torch.dtype
 ) -> None:
     """The same rows go through the same layers together, though in three passes for one."""
     config = tiny_config(head=head)
@@ -89,12 +94,14 @@ def test_a_threshold_above_every_confidence_is_full_bit_for_bit(
             assert ours.logprobs == theirs.logprobs
 
 
-@pytest.mark.parametrize("max_hold", [1, 3, 7])
-def test_holding_changes_no_token_and_no_row_is_held_for_longer_than_allowed(max_hold: int) -> None:
+@pytest.mark.parametrize("max_deferred_steps", [1, 3, 7])
+def test_holding_changes_no_token_and_no_row_is_held_for_longer_than_allowed(
+    max_deferred_steps: int,
+) -> None:
     """With a single exit the bound is exact: the one deeper segment runs when a row is due."""
     config = tiny_config(boundaries=(2,))
-    engine = make_engine(config, max_hold=max_hold)
-    engine.scheduler.holds = [1, 99]
+    engine = make_engine(config, max_deferred_steps=max_deferred_steps)
+    engine.scheduler.deferral_targets = [1, 99]
     requests = [
         make_request(f"{n}", n, thresholds=(0.35,), boundaries=(2,), max_new_tokens=16)
         for n in range(2, 10)
@@ -112,26 +119,26 @@ def test_holding_changes_no_token_and_no_row_is_held_for_longer_than_allowed(max
         ]
     for request in requests:
         assert_same(made[request.id], reference(request, config))
-    assert max(waits) == max_hold
+    assert max(waits) == max_deferred_steps
 
 
 def test_holding_by_measurement_changes_no_token() -> None:
     """The profile is planted, as this model's own would not hold: after some steps it does."""
-    engine = make_engine(hold="auto")
-    assert engine.holding is not None
-    passes, heads = engine.holding.passes, engine.holding.heads
+    engine = make_engine(deferral="auto")
+    assert engine.deferral is not None
+    passes, heads = engine.deferral.passes, engine.deferral.heads
     assert passes.rows == heads.rows == (1, 2, 4, 8)
     assert all(time > 0.0 for times in passes.seconds for time in times)
     assert all(time >= 0.0 for times in heads.seconds for time in times)
     assert_idle(engine)
-    engine.holding.passes = Profile((1, 64), ((1.0, 1.0), (9.0, 9.0), (9.0, 9.0)))
+    engine.deferral.passes = LatencyProfile((1, 64), ((1.0, 1.0), (9.0, 9.0), (9.0, 9.0)))
     requests = [make_request(f"{n}", n, max_new_tokens=16) for n in range(2, 10)]
     held: list[int] = []
-    made = engine.generate(requests, lambda _: held.extend(engine.scheduler.holds))
+    made = engine.generate(requests, lambda _: held.extend(engine.scheduler.deferral_targets))
     for request, generation in zip(requests, made, strict=True):
         assert_same(generation, reference(request))
     assert max(held) > 1
-    assert engine.holding.rates != [0.5, 0.5]
+    assert engine.deferral.rates != [0.5, 0.5]
 
 
 @pytest.mark.parametrize(("strategies", "rate"), [(("exact",) * 4, 0.0), (("exact", "full"), 0.5)])
@@ -139,23 +146,23 @@ def test_rows_that_no_exit_asks_count_as_rows_that_go_on(
     strategies: tuple[str, ...], rate: float
 ) -> None:
     """Deep passes are as frequent as all requests together make them."""
-    engine = make_engine(tiny_config(boundaries=(2,)), hold="auto")
+    engine = make_engine(tiny_config(boundaries=(2,)), deferral="auto")
     requests = [
         make_request(f"{n}", 5, strategy, (1e-9,), (2,), max_new_tokens=20)
         for n, strategy in enumerate(strategies)
     ]
     serve(engine, requests)
-    assert engine.holding is not None
-    assert engine.holding.rates[0] == pytest.approx(rate, abs=0.25)
+    assert engine.deferral is not None
+    assert engine.deferral.rates[0] == pytest.approx(rate, abs=0.25)
 
 
 def test_an_exit_that_is_off_counts_as_one_that_all_rows_decline() -> None:
     """What the deepest segment waits for must not be halved at an exit that nobody asks."""
-    engine = make_engine(hold="auto")
+    engine = make_engine(deferral="auto")
     requests = [make_request(f"{n}", 5, thresholds=(None, 1e-9), max_new_tokens=24) for n in (1, 2)]
     serve(engine, requests)
-    assert engine.holding is not None
-    assert engine.holding.rates[0] > 0.6 > 0.4 > engine.holding.rates[1]
+    assert engine.deferral is not None
+    assert engine.deferral.rates[0] > 0.6 > 0.4 > engine.deferral.rates[1]
 
 
 def _stopped(request: Request, stops: tuple[str, ...], num_tokens: int) -> None:
@@ -168,7 +175,7 @@ def _stopped(request: Request, stops: tuple[str, ...], num_tokens: int) -> None:
     assert made.finish_reason == expected
 
 
-@pytest.mark.parametrize("strategy", ["exact", "full", "verify", "propagate"])
+@pytest.mark.parametrize("strategy", ["exact", "full", "self-speculative", "propagate"])
 def test_a_stop_string_ends_a_sequence_where_it_is_complete(strategy: str) -> None:
     """Also where it begins within one token and ends within another, or is one of several."""
     request = make_request("s", 6, strategy, sampling=DRAWN)
@@ -223,13 +230,13 @@ def test_a_stop_string_may_have_tokens_without_a_text_between_its_own() -> None:
     assert made.tokens == tokens[: tokens.index(last) + 1]
 
 
-@pytest.mark.parametrize("strategy", ["exact", "full", "verify", "propagate"])
+@pytest.mark.parametrize("strategy", ["exact", "full", "self-speculative", "propagate"])
 def test_stop_tokens_and_the_end_of_a_document_end_a_sequence(strategy: str) -> None:
     request = make_request("s", 6, strategy, sampling=DRAWN)
     whole = reference(request)
     late = next(token for token in whole.tokens[4:] if token not in whole.tokens[:4])
     for options, reason in (
-        ({"eos_token_ids": (late, 39)}, "eod"),
+        ({"eos_token_ids": (late, 39)}, "eos"),
         ({"stop_tokens": (39, late)}, "stop"),
     ):
         shorter = replace(request, **options)
@@ -274,7 +281,9 @@ def test_in_lower_precision_rounding_explains_every_divergence(
     tensors = random_tensors(config, dtype=dtype)
     requests = [
         replace(request, id=f"{request.id}{index}")
-        for index, sampling in enumerate((Sampling(), DRAWN, Sampling(1.0, min_p=0.05, seed=2)))
+        for index, sampling in enumerate(
+            (SamplingParams(), DRAWN, SamplingParams(1.0, min_p=0.05, seed=2))
+        )
         for request in one_of_each(sampling=sampling, max_new_tokens=20)
     ]
     made, _ = serve(make_engine(config, dtype, tensors=tensors, num_blocks=33), requests)

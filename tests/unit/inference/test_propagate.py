@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ee_llm.config import Config, output_weight_name
-from ee_llm.inference.generator import generate_reference
-from ee_llm.inference.policy import make_policy
-from ee_llm.inference.reference import ReferenceModel
-from ee_llm.inference.sampling import Sampling, sample
+from ee_llm.architecture.parameter_names import output_weight_name
+from ee_llm.architecture.reference import ReferenceModel
+from ee_llm.config import Config
+from ee_llm.inference.exits.policy import make_exit_policy
+from ee_llm.inference.sampling.sampler import SamplingParams, sample
+from ee_llm.inference.verification.reference_decoding import generate_reference
 from tests.unit.inference.models import (
     random_tensors,
     random_tokens,
@@ -102,16 +103,16 @@ def test_frozen_rows_are_those_of_the_recurrence(head: tuple[str, ...]) -> None:
     generator = torch.Generator().manual_seed(1)
     chosen = torch.tensor([1, 2, 4])[torch.randint(3, (24,), generator=generator)].tolist()
     left_at = [4] * 4 + chosen[4:]
-    recurrence, steps = _Recurrence(config, tensors), []
+    recurrence, parts = _Recurrence(config, tensors), []
     for position, token in enumerate(tokens.tolist()):
         left, logits = recurrence.step(token, lambda exit, _, at=position: exit == left_at[at])
         assert left == left_at[position]
-        steps.append(logits)
+        parts.append(logits)
     model = ReferenceModel(config, tensors, torch.float64)
     found = {b: model.logits(b, hidden) for b, hidden in model.walk(tokens, left_at)}
     exact = model.forward(tokens)
     largest = 0.0
-    for position, (left, logits) in enumerate(zip(left_at, steps, strict=True)):
+    for position, (left, logits) in enumerate(zip(left_at, parts, strict=True)):
         assert list(logits) == [b for b in (1, 2, 4) if b <= left]
         for boundary, expected in logits.items():
             row = found[boundary][position]
@@ -120,18 +121,18 @@ def test_frozen_rows_are_those_of_the_recurrence(head: tuple[str, ...]) -> None:
     assert largest > 0.1  # and freezing matters
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, min_p=0.02, seed=5)])
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.8, min_p=0.02, seed=5)])
 @pytest.mark.parametrize("head", [("norm",), ("block", "norm")])
 @torch.no_grad()
 def test_propagate_generates_what_the_recurrence_does(
-    head: tuple[str, ...], sampling: Sampling
+    head: tuple[str, ...], sampling: SamplingParams
 ) -> None:
     """Confidences tell what tokens of a model this small may not: they are held to 1e-9."""
     config = tiny_config(head=head)
     tensors = random_tensors(config)
     model = ReferenceModel(config, tensors, torch.float64)
     probabilities = {b: x.softmax(dim=-1).amax(dim=-1) for b, x in model.forward(TOKENS).items()}
-    policy = make_policy((1, 2), [float(probabilities[b].median()) for b in (1, 2)])
+    policy = make_exit_policy((1, 2), [float(probabilities[b].median()) for b in (1, 2)])
     made, exact = (
         generate_reference(model, TOKENS[:5].tolist(), policy, sampling, strategy, 20)
         for strategy in ("propagate", "exact")

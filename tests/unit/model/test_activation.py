@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import load_config
 from ee_llm.model.activation import SwiGluLinear
 from ee_llm.model.specs import transformer_config
@@ -17,7 +17,7 @@ def plain(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def make_layer() -> SwiGluLinear:
-    platform.initialize(timeout_s=20)
+    distributed.initialize(timeout_s=20)
     config = load_config(None, {"model.shape": "llama-tiny"})
     parts = transformer_config(config, torch.float64)
     layer = SwiGluLinear(

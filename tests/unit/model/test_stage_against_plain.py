@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
+from ee_llm.architecture.rotary import inverse_frequencies
 from ee_llm.config import Config, load_config
-from ee_llm.rotary import inverse_frequencies
 from tests.distributed.harness import run_ranks
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from ee_llm.model.stage import Stage
 
 VOCAB, LENGTH, BATCH = 40, 9, 3
@@ -239,7 +239,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def errors(variant: dict, recompute: str) -> tuple[dict[str, float], dict[str, float]]:
     """Relative errors of losses and gradients, and how large each gradient is."""
     config = make_config(variant | {"training.recompute": recompute})
-    platform.initialize(timeout_s=20)
+    distributed.initialize(timeout_s=20)
     stage = Stage(config, 0, torch.float64)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():  # norms that are not 1, biases that are not 0, and signal everywhere
@@ -294,7 +294,7 @@ def test_recomputation_changes_nothing(family, recompute):
 
 def _failing_layer():
     config = make_config({"exits.head": ("mlp", "norm")})
-    platform.initialize(timeout_s=20)
+    distributed.initialize(timeout_s=20)
     stage = Stage(config, 0, torch.float64)
     layer = stage.layers["1"]
 

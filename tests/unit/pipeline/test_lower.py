@@ -7,21 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ee_llm.pipeline import (
-    Action,
-    Op,
-    Plan,
-    PlanError,
-    Visit,
-    forward_only,
-    lower,
-    one_f_one_b,
-    verify,
-)
-from ee_llm.pipeline.interleaved import interleaved
+from ee_llm.errors import PlanError
+from ee_llm.pipeline import Action, Op, Plan, Visit, forward_only, lower, one_f_one_b, verify
 from ee_llm.pipeline.lower import counterpart
 from ee_llm.pipeline.runtime import Runtime
-from ee_llm.pipeline.zero_bubble import zero_bubble_h1
+from ee_llm.pipeline.schedules.interleaved import interleaved
+from ee_llm.pipeline.schedules.zero_bubble import zero_bubble_h1
 
 sizes = st.integers(1, 8)
 SENDS = (Op.SEND_FORWARD, Op.SEND_BACKWARD)

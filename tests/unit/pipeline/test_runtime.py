@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ee_llm.pipeline import Action, Plan, PlanError, Visit, lower, one_f_one_b
-from ee_llm.pipeline.runtime import PipelineError, Runtime, TensorSpec
-from ee_llm.pipeline.tuning import tuning_plan
+from ee_llm.errors import PlanError
+from ee_llm.pipeline import Action, Plan, Visit, lower, one_f_one_b
+from ee_llm.pipeline.runtime import MessageSpec, PipelineError, Runtime
+from ee_llm.pipeline.schedules.tuning import tuning_plan
 from tests.unit.pipeline.toy import (
     SPEC,
     Shape,
@@ -198,7 +199,7 @@ def test_a_failure_is_shown_in_the_plan_and_leaves_nothing_behind():
 
 def test_an_output_of_another_shape_is_refused():
     shape, plan = Shape(("", "o")), one_rank([Visit(2, 0)])
-    wide = TensorSpec((3, 6), torch.float64, torch.device("cpu"))
+    wide = MessageSpec((3, 6), torch.float64, torch.device("cpu"))
     runtime = Runtime(lower(plan), 0, stages_of(shape, plan, 0), None, wide)
     with pytest.raises(PipelineError, match=r"output is \(3, 5\) torch.float64, .* \(3, 6\)"):
         runtime.step()

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ee_llm.model.later import WeightGradients
+from ee_llm.model.deferred_gradients import WeightGradients
 from ee_llm.pipeline import Plan
-from ee_llm.pipeline.runtime import TensorSpec
+from ee_llm.pipeline.runtime import MessageSpec
 
 ROWS, WIDTH, CLASSES = 3, 5, 4
-SPEC = TensorSpec((ROWS, WIDTH), torch.float64, torch.device("cpu"))
+SPEC = MessageSpec((ROWS, WIDTH), torch.float64, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class ToyStage(nn.Module):
         target = labels(microbatch, index)
         return (0.3 + index) * nn.functional.cross_entropy(logits, target) / (1 + self.stage)
 
-    def put_off_weights(self) -> AbstractContextManager[Callable[[], None]]:
-        return self.later.put_off()
+    def defer_weight_gradients(self) -> AbstractContextManager[Callable[[], None]]:
+        return self.later.defer()
 
     def gradients(self) -> dict[str, Tensor | None]:
         return {f"{self.stage}.{name}": p.grad for name, p in self.named_parameters()}

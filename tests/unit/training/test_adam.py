@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.training.adam import FusedAdam, install
 
 SHAPES = [(5, 3), (7,), (2, 2, 2), ()]
@@ -117,7 +117,7 @@ def test_closure_is_evaluated_with_gradients():
 
 
 def test_installed_only_in_place_of_torch(monkeypatch):
-    platform.enable_megatron()
+    distributed.enable_megatron()
     import megatron.core.optimizer as optimizers
     from megatron.core.optimizer import distrib_optimizer
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import OptimizerConfig
 from ee_llm.training.optimizer import (
     build_optimizer,
@@ -17,7 +17,7 @@ from ee_llm.training.optimizer import (
 )
 from tests.distributed.harness import run_ranks
 
-platform.enable_megatron()
+distributed.enable_megatron()
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -35,7 +35,7 @@ class Two(MegatronModule):
 
 
 def wrap(dtype, pipeline=1, **config):
-    grid = platform.initialize(pipeline=pipeline, timeout_s=20)
+    grid = distributed.initialize(pipeline=pipeline, timeout_s=20)
     transformer = TransformerConfig(
         num_layers=2,
         hidden_size=4,

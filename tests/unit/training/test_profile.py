@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ee_llm.config import ConfigError, load_config
-from ee_llm.pipeline.costs import read_pieces
+from ee_llm.config import load_config
+from ee_llm.errors import ConfigError
+from ee_llm.pipeline.planner.costs import read_pieces
 from ee_llm.training.profile import profile, random_batch
 
 MODEL = """\
@@ -34,7 +35,16 @@ recompute = "{recompute}"
 def test_costs_are_measured_written_and_given_again(tmp_path, head, recompute):
     path, costs = tmp_path / "run.toml", tmp_path / "costs.json"
     path.write_text(MODEL.format(head=head, recompute=recompute))
-    command = [sys.executable, "-m", "ee_llm.cli", "plan", "--config", str(path), "--json", "-"]
+    command = [
+        sys.executable,
+        "-m",
+        "ee_llm.cli.main",
+        "plan",
+        "--config",
+        str(path),
+        "--json",
+        "-",
+    ]
 
     def run(*arguments):
         done = subprocess.run(

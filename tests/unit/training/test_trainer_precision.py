@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ee_llm import platform
+from ee_llm import distributed
 from ee_llm.config import load_config
 from ee_llm.training import precision
 from ee_llm.training.precision import choose_dtype
@@ -23,7 +23,7 @@ def make_config(dtype):
 
 
 def _choose(dtype, seconds):
-    platform.initialize(seed=3)
+    distributed.initialize(seed=3)
     if seconds is not None:
         precision._seconds = lambda dtype, *sizes: seconds[str(dtype).removeprefix("torch.")]
     before = torch.get_rng_state()

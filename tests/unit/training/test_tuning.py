@@ -2,8 +2,9 @@
 
 import pytest
 
+from ee_llm.architecture.initial_values import copy_source
 from ee_llm.config import Config, load_config
-from ee_llm.training.tuning import INITIALIZATIONS, copied_name, tuned_part
+from ee_llm.training.tuning import INITIALIZATIONS, tuned_part
 
 
 def make(**overrides: object) -> Config:
@@ -26,12 +27,12 @@ def make(**overrides: object) -> Config:
     ],
 )
 def test_what_parameters_are_copied_from(name: str, head: tuple, source: str | None) -> None:
-    assert copied_name(name, make(**{"exits.head": head})) == source
+    assert copy_source(name, make(**{"exits.head": head})) == source
 
 
 def test_an_output_weight_is_the_final_exits() -> None:
     tied = make(**{"model.tie_embeddings": True})
-    assert copied_name("exits.2.output.weight", tied) == "embedding.word.weight"
+    assert copy_source("exits.2.output.weight", tied) == "embedding.word.weight"
 
 
 def test_every_initialization_of_the_configuration_exists() -> None:

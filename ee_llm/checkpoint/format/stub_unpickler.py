@@ -1,0 +1,106 @@
+"""Reads pickles without running anything they name: a stand-in takes the place of each class.
+
+A stand-in holds what the pickle gives the object, and does nothing. Nothing is imported.
+"""
+
+import io
+import pickle
+import pickletools
+from collections.abc import Container, Mapping
+from typing import IO, Any, ClassVar
+
+_MAX_ITEMS = 1000  # of a tuple and of all within it; real ones have some tens
+
+
+class _Sealed(type):
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"it sets {name!r} of the class {cls.__name__}")
+
+
+class Stub(metaclass=_Sealed):
+    """Holds the arguments and the state that a pickle gives an object, and does nothing."""
+
+    args: tuple[Any, ...] = ()
+
+    def __init__(self, *args: Any) -> None:
+        vars(self)["args"] = args
+
+    def __setstate__(self, state: Any) -> None:
+        vars(self).update(state if isinstance(state, dict) else {"state": state})
+
+
+class StubDict(Stub, dict):
+    """The same with the items of a dictionary."""
+
+
+class StubUnpickler(pickle.Unpickler):
+    """Unpickles plain values, and stand-ins for the classes of an allow-list.
+
+    Raises UnpicklingError, before anything is made, for a pickle that would exhaust the machine.
+    """
+
+    allowed: ClassVar[Mapping[str, Container[str]]] = {}
+    """Names of classes by module."""
+
+    # A pickle can set attributes of whatever it gets hold of, classes included (BUILD): it gets
+    # none that anything else knows.
+    def __init__(self, file: IO[bytes]) -> None:
+        program = file.read()
+        _check_bounds(program)
+        super().__init__(io.BytesIO(program))
+        self._stand_ins: dict[tuple[str, str], Any] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a stand-in, made for this pickle; raises UnpicklingError naming what is refused.
+
+        The stand-in is called as the class is.
+        """
+        # No dots: "Size.__init__.__globals__" would walk from an allowed class to anything.
+        if not self.is_allowed(module, name):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        base = StubDict if name in ("OrderedDict", "defaultdict") else Stub
+        return self._stand_ins.setdefault((module, name), _Sealed(name, (base,), {}))
+
+    def is_allowed(self, module: str, name: str) -> bool:
+        """Return whether a pickle may name this."""
+        return name in self.allowed.get(module, ())
+
+
+def _check_bounds(program: bytes) -> None:
+    """Raise UnpicklingError for a memo larger than the pickle, and for tuples of too many items.
+
+    The memo is an array as long as its largest index. A tuple's hash goes through all within it,
+    each time anew, however deep, and however often the same tuple is within it: their number is
+    followed on a stack as the pickle machine has it. Lists and dictionaries have no hash.
+    """
+    stack: list[int | None] = []  # the items within each value; None is a mark
+    memo: dict[int, int] = {}
+    for operation, argument, position in pickletools.genops(program):
+        name = operation.name
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[int(argument or 0)])
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            index = len(memo) if argument is None else int(argument)
+            if index > len(program):
+                raise pickle.UnpicklingError(f"byte {position} asks for a memo of {index} values")
+            memo[index] = stack[-1] or 0
+        elif name == "DUP":
+            stack.append(stack[-1])
+        else:
+            taken = _take(stack, operation)
+            is_tuple = name.startswith("TUPLE") or name == "FROZENSET"
+            items = len(taken) + sum(taken) if is_tuple else 0
+            if items > _MAX_ITEMS:
+                raise pickle.UnpicklingError(f"byte {position} makes a tuple of {items} items")
+            for kind in operation.stack_after:
+                stack.append(None if kind is pickletools.markobject else items)
+
+
+def _take(stack: list[int | None], operation: pickletools.OpcodeInfo) -> list[int]:
+    """Remove what an operation takes from the stack, and return the items within each of it."""
+    kinds, taken = list(operation.stack_before), []
+    if pickletools.markobject in kinds:
+        while (items := stack.pop()) is not None:
+            taken.append(items)
+        kinds = kinds[: kinds.index(pickletools.markobject)]
+    return taken + [stack.pop() or 0 for _ in kinds]

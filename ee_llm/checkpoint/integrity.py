@@ -1,0 +1,93 @@
+"""Reads all of a checkpoint and names every file that is damaged, missing or in excess."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ee_llm.checkpoint import directory
+from ee_llm.checkpoint.format import safe
+from ee_llm.checkpoint.format.checksums import Checksums
+from ee_llm.checkpoint.format.manifest import parse_manifest, size_problem
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.errors import CheckpointError
+
+
+@dataclass
+class Report:
+    """What `verify` found."""
+
+    path: Path
+    """The checkpoint."""
+    num_files: int
+    num_bytes: int
+    """Number and size of the files that the manifest names."""
+    has_checksums: bool
+    """Whether the manifest has checksums. Without them only the tensors' own can be verified."""
+    problems: list[str] = field(default_factory=list)
+    """What is wrong, one sentence for each file, which it names."""
+    extra: list[str] = field(default_factory=list)
+    """Names of files that are not the checkpoint's. Nothing reads them."""
+
+
+def size_of(path: str | Path) -> int:
+    """Return how many bytes `verify` reads; raises CheckpointError if the manifest is damaged."""
+    return sum(parse_manifest(directory.resolve_checkpoint(path))["files"].values())
+
+
+def verify(path: str | Path, on_bytes: Callable[[int], None] = lambda _: None) -> Report:
+    """Compare every byte of a checkpoint, or of the newest of a run directory, with its checksum.
+
+    `on_bytes` is called with the number of bytes that have been read since it was called before.
+    Raises CheckpointError if the manifest is missing, damaged or foreign: then it is not known
+    which files there should be.
+    """
+    checkpoint = directory.resolve_checkpoint(path)
+    manifest = parse_manifest(checkpoint)
+    files: dict[str, int] = manifest["files"]
+    checksums = Checksums(checkpoint, manifest.get("crc32"))
+    report = Report(checkpoint, len(files), sum(files.values()), checksums.exist)
+    for name, size in files.items():
+        try:
+            if problem := size_problem(checkpoint / name, size):
+                raise CheckpointError(problem)
+            if checksums.exist:
+                checksums.check_file(name, on_bytes)
+        except (CheckpointError, OSError) as error:
+            report.problems.append(str(error))
+    if not report.problems:
+        report.problems.extend(_inconsistencies(checkpoint, checksums.exist, on_bytes))
+    report.extra = sorted(
+        name
+        for file in checkpoint.rglob("*")
+        if not file.is_dir()
+        and (name := file.relative_to(checkpoint).as_posix()) not in files
+        and name != directory.MANIFEST
+    )
+    return report
+
+
+def _inconsistencies(
+    checkpoint: Path, has_checksums: bool, on_bytes: Callable[[int], None]
+) -> Iterator[str]:
+    """Yield what is wrong with files that have the right sizes and, if there are any, checksums."""
+    try:
+        reader = TensorReader(checkpoint)
+        safe.check_common(checkpoint / directory.TENSORS)
+    except (CheckpointError, OSError) as error:
+        yield str(error)
+        return
+    for part in (reader.config, reader.state, reader.tokenizer):
+        try:
+            part()
+        except (ValueError, OSError) as error:
+            yield str(error)
+    if has_checksums:
+        return
+    seen = set()
+    for name in (*reader.names(), *reader.names(optimizer=True)):
+        try:
+            reader.check_tensor(name, on_bytes)
+        except (CheckpointError, OSError) as error:
+            if str(error) not in seen:
+                seen.add(str(error))
+                yield str(error)

@@ -1,0 +1,102 @@
+"""A checkpoint's blocks cut anew, so that the ranks of another layout read no more than theirs.
+
+Any layout reads any checkpoint: a rank picks its part out of the blocks that it lies in. Where
+blocks reach over many ranks' parts, as after conversion or a run on few ranks, each of them reads
+all of it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ee_llm.architecture.partition import exit_stage, stage_layers
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.surgery.rewrite import Rewrite, model_copy_of, parameter_of, with_options
+from ee_llm.checkpoint.write import Block, rows
+from ee_llm.config import Config
+from ee_llm.errors import CheckpointError, ConfigError
+
+_BY_ROWS = (".linear_qkv.", ".linear_fc1.", "embedding.word.", "output.weight")
+_BY_COLUMNS = (".linear_proj.weight", ".linear_fc2.weight")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is spread: see the options of `parallel`."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    layer_split: tuple[int, ...] = ()
+
+
+def resharded(reader: TensorReader, layout: Layout) -> Rewrite:
+    """Return the checkpoint with blocks as ranks of `layout` read them, in a file for each of them.
+
+    Its configuration states the layout. What a run went on with is the same: parameters, the
+    optimizer's state, the place in the data, the generators of the ranks that saved (which count
+    under their own layout alone). Of the tuning of exits the model alone is kept: no run of it has
+    the layers behind the last of them. Raises CheckpointError for a layout that the model can not
+    have.
+    """
+    whole = model_copy_of(reader)
+    parallel = vars(layout) | {"sequence": whole.config.parallel.sequence and layout.tensor > 1}
+    if layout.pipeline == 1:
+        parallel |= {"fill_warmup": 0, "fill_cooldown": 0}
+    try:
+        config = with_options(whole.config, parallel=parallel)
+    except ConfigError as error:
+        raise CheckpointError(f"this layout can not be: {error}") from None
+
+    def blocks(name: str, tensor: Tensor) -> Iterator[Block]:
+        parameter = parameter_of(name)
+        first = layout.tensor * stage_of(parameter, config)
+        for rank, offsets, part in parts_of(parameter, tensor, config):
+            for row, block in rows(part):
+                begin = (offsets[0] + row, *offsets[1:]) if offsets else ()
+                yield Block(begin, block, f"__{first + rank}_0.distcp")
+
+    stages = config.parallel.num_stages
+    facts = {"blocks": {"tensor": layout.tensor, "stages": stages}}
+    return replace(whole, config=config, blocks=blocks, facts=facts)
+
+
+def stage_of(parameter: str, config: Config) -> int:
+    """Return the pipeline stage (from 0) that a parameter is on, the first of them if on more."""
+    room, _, rest = parameter.partition(".")
+    if room == "layers":
+        number = int(rest.partition(".")[0])
+        stages = range(config.parallel.num_stages)
+        return next(stage for stage in stages if number in stage_layers(config, stage))
+    if room == "exits":
+        return exit_stage(config, int(rest.partition(".")[0]))
+    return 0 if room == "embedding" else config.parallel.num_stages - 1
+
+
+def parts_of(
+    parameter: str, tensor: Tensor, config: Config
+) -> Iterator[tuple[int, tuple[int, ...], Tensor]]:
+    """Yield the parts of a tensor: the tensor rank that each is for, where it begins, its values.
+
+    A gated MLP's first linear is [gate; up], of which a rank has a part each. What every rank has
+    is the first one's.
+    """
+    size = config.parallel.tensor
+    axis = _axis(parameter)
+    if axis is None or size == 1:
+        yield 0, (0,) * tensor.dim(), tensor
+        return
+    is_gated = config.model.family == "llama" and ".linear_fc1." in parameter
+    length = tensor.shape[axis] // (2 * size if is_gated else size)
+    for number, part in enumerate(tensor.split(length, dim=axis)):
+        offsets = [0] * tensor.dim()
+        offsets[axis] = number * length
+        yield number % size, tuple(offsets), part
+
+
+def _axis(parameter: str) -> int | None:
+    """Return the dimension in which tensor ranks divide a parameter, None if each has all of it."""
+    if parameter.endswith(_BY_COLUMNS):
+        return 1
+    return 0 if any(part in parameter for part in _BY_ROWS) else None

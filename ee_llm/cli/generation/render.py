@@ -1,0 +1,105 @@
+"""How a generation is shown to people: text coloured by exit, a legend, a table of tokens."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from ee_llm.inference.exits.policy import ExitPolicy
+from ee_llm.inference.speed import Speed
+from ee_llm.inference.verification.reference_decoding import RequestOutput
+
+# The final exit has the terminal's own colour: what is coloured was cheaper.
+_COLORS = ("green", "cyan", "yellow", "magenta", "blue", "red")
+
+
+def exit_styles(policy: ExitPolicy, num_layers: int) -> dict[int, str]:
+    """Return the terminal style of each exit by boundary, shallow to deep."""
+    boundaries = policy.boundaries
+    styles = {b: f"bold {_COLORS[i % len(_COLORS)]}" for i, b in enumerate(boundaries)}
+    return {**styles, num_layers: "default"}
+
+
+def printable(text: str) -> str:
+    """Return `text` with the control characters that could drive a terminal made visible."""
+    return "".join(
+        char if char in "\n\t" or char.isprintable() else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def legend(generation: RequestOutput, num_layers: int, speed: Speed | None = None) -> Text:
+    """Return one line for each exit with its share of the tokens, one of totals, one of speed."""
+    num_tokens = len(generation.tokens)
+    lines = Text()
+    for boundary, style in exit_styles(generation.policy, num_layers).items():
+        count = generation.exits.count(boundary)
+        lines.append(f"{_exit_name(boundary, num_layers):<10}", style=style)
+        lines.append(f" {count:>5} tokens {count / num_tokens:>5.0%}")
+        threshold = generation.policy.threshold(boundary)
+        if boundary != num_layers:
+            lines.append("  off" if threshold is None else f"  confidence >= {threshold:g}")
+        lines.append("\n")
+    lines.append(
+        f"mean depth {generation.mean_depth:.2f} of {num_layers} layers,"
+        f" {num_tokens} tokens, finished by {_FINISH[generation.finish_reason]}"
+    )
+    if speed is not None:
+        lines.append(f"\n{speed_line(speed)}")
+    return lines
+
+
+def speed_line(speed: Speed) -> str:
+    """Return what was measured, as far as there was something to measure."""
+    parts = []
+    if speed.tokens_per_second is not None:
+        parts.append(f"{speed.tokens_per_second:,.1f} tokens/s")
+    if speed.time_to_first_token_s is not None:
+        parts.append(f"first token after {speed.time_to_first_token_s:.2f} s")
+    if speed.acceptance is not None:
+        parts.append(f"{speed.acceptance:.0%} of drafts accepted")
+    if speed.full_tokens_per_second is not None:
+        parts.append(f"full depth would make {speed.full_tokens_per_second:,.1f} tokens/s")
+    if speed.against_full is not None:
+        parts.append(f"{speed.against_full:.2f} times its speed")
+    return ", ".join(parts)
+
+
+def token_table(pieces: Sequence[str], generation: RequestOutput, num_layers: int) -> Table:
+    """Return a table with a row for each new token: text, exit, confidence, log probability."""
+    styles = exit_styles(generation.policy, num_layers)
+    table = Table(box=None, pad_edge=False)
+    for name in ("#", "token", "id", "exit", generation.policy.measure, "log p"):
+        table.add_column(name, justify="left" if name == "token" else "right")
+    rows = zip(
+        pieces,
+        generation.tokens,
+        generation.exits,
+        generation.confidences,
+        generation.logprobs,
+        strict=True,
+    )
+    for index, (piece, token, boundary, confidence, logprob) in enumerate(rows):
+        table.add_row(
+            str(index),
+            Text(repr(piece), style=styles[boundary]),
+            str(token),
+            Text(str(boundary), style=styles[boundary]),
+            f"{confidence:.4f}",
+            f"{logprob:.4f}",
+        )
+    return table
+
+
+_FINISH = {
+    "eos": "an end token",
+    "stop": "a text or token to stop at",
+    "abort": "an abort",
+    "length": "the number asked for",
+    "context": "the model's context",
+    "error": "tokens without a text",
+}
+
+
+def _exit_name(boundary: int, num_layers: int) -> str:
+    return "final exit" if boundary == num_layers else f"exit {boundary}"

@@ -1,0 +1,301 @@
+"""Checkpoints of Megatron-LM and EE-LLM with a file per rank, read as whole tensors.
+
+A directory mp_rank_TT, or mp_rank_TT_PPP of several pipeline stages, has a file per rank of tensor
+and pipeline parallelism. It holds its stage's layers, counted from 0, and with virtual stages
+several of them: layers go through the first of every rank, then through the second.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ee_llm.checkpoint.write import TensorSpec
+from ee_llm.config import ModelConfig
+from ee_llm.convert.megatron.archive import Archive, Stored, iteration_of, namespace
+from ee_llm.convert.megatron.tables import HEAD, Rule, current_name, is_core, is_neutral
+from ee_llm.errors import CheckpointError
+
+FILE = "model_optim_rng.pt"
+_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(_\d{3,})?")
+_MAX_DEPTH = 4  # model, language_model, embedding, word_embeddings
+
+
+class Piece(NamedTuple):
+    """What one rank has of a tensor, and what its file calls it."""
+
+    archive: Archive
+    key: str
+    stored: Stored
+
+
+class Ranks:
+    """The files of all ranks: `arguments`, and the pieces of every tensor by tensor rank.
+
+    Keys count layers over the whole model, and output weights of exits over all of them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the arguments; raises CheckpointError naming the file that is missing or wrong."""
+        self.path = path
+        self._files = _find_files(path)
+        self.arguments_file = self._files[min(self._files)]
+        facts = _facts(Archive(self.arguments_file))
+        self.arguments, self.iteration, self.version = facts
+        self._check_grid(self._files)
+        self.pieces: dict[str, list[Piece]] = {}
+        self.copies: list[list[Piece]] = []
+        """What stages have of the word embedding besides the first."""
+        self.is_core = False
+
+    def open(self, exits: list[int]) -> None:
+        """Find the pieces in all files; `exits` are the layers with exits, in the arguments' order.
+
+        Raises CheckpointError naming the file and the key that does not fit.
+        """
+        stages = self._stages(self._files)
+        self.is_core = is_core(stages[0][0])
+        first_layer = 0
+        for stage in stages:
+            first_layer += self._add_stage(stage, first_layer, exits)
+
+    def _check_grid(self, files: Mapping[tuple[int, int], Path]) -> None:
+        # Before format 3 there was one kind of parallelism, which had another name.
+        one = self.arguments.get("model_parallel_size", 1)
+        sizes = []
+        for name, default in (
+            ("tensor_model_parallel_size", one),
+            ("pipeline_model_parallel_size", 1),
+        ):
+            size = self.arguments.get(name, default)
+            if type(size) is not int or not 1 <= size <= 10**4:
+                raise CheckpointError(f"{self.arguments_file}: {name} is {size!r}: expected a size")
+            sizes.append(size)
+        self.size, num_stages = sizes
+        grid = [(t, p) for t in range(self.size) for p in range(num_stages)]
+        what = f"{self.size} tensor and {num_stages} pipeline ranks, by {self.arguments_file}"
+        for t, p in grid:
+            if (t, p) not in files:
+                name = f"mp_rank_{t:02d}" + (f"_{p:03d}" if num_stages > 1 else "")
+                raise CheckpointError(f"{self.path / name / FILE} is missing: expected {what}")
+        for rank in files.keys() - set(grid):
+            raise CheckpointError(f"{files[rank]} is one too many: expected {what}")
+
+    def _stages(self, files: Mapping[tuple[int, int], Path]) -> list[list[dict[str, Piece]]]:
+        """Return the pieces by tensor rank of every stage, in the order of the layers."""
+        num_stages = len(files) // self.size
+        found: list[list[list[dict[str, Piece]]]] = []
+        for p in range(num_stages):
+            shards = [self._read(files[t, p]) for t in range(self.size)]
+            if len({len(chunks) for chunks in shards}) > 1:
+                raise CheckpointError(f"{files[0, p]}: its tensor ranks have unlike virtual stages")
+            found.append([list(chunk) for chunk in zip(*shards, strict=True)])
+        if len({len(chunks) for chunks in found}) > 1:
+            raise CheckpointError(f"{self.path}: pipeline ranks have unlike numbers of stages")
+        return [stage for chunk in zip(*found, strict=True) for stage in chunk]
+
+    def _read(self, file: Path) -> list[dict[str, Piece]]:
+        """Return the pieces in a file by key, for each virtual stage."""
+        archive = Archive(file)
+        _, iteration, version = _facts(archive)
+        if (iteration, version) != (self.iteration, self.version):
+            raise CheckpointError(
+                f"{file} is of iteration {iteration}, format {version}, and {self.arguments_file} "
+                f"of iteration {self.iteration}, format {self.version}; expected one checkpoint"
+            )
+        content, chunks = archive.content, []
+        names = ["model"] if "model" in content else [f"model{i}" for i in range(len(content))]
+        for name in names:
+            if name in content:
+                flat = _flat(archive, content[name], ())
+                chunks.append({key: Piece(archive, key, stored) for key, stored in flat})
+        if not chunks:
+            raise CheckpointError(f"{file} has no model: expected an entry model or model0")
+        return chunks
+
+    def _add_stage(
+        self, shards: list[dict[str, Piece]], first_layer: int, exit_layers: list[int]
+    ) -> int:
+        """Add the tensors of a stage, and return how many layers it has."""
+        for shard in shards[1:]:
+            for key in shards[0].keys() ^ shard.keys():
+                there, other = (shards[0], shard) if key in shards[0] else (shard, shards[0])
+                file = next(iter(other.values())).archive.path if other else self.path
+                raise CheckpointError(
+                    f"{file}: {key} is missing, and {there[key].archive.path} has it"
+                )
+        names = {key: current_name(key, self.is_core) for key in shards[0]}
+        layers = {int(match[2]) for name in names.values() if (match := _LAYER.match(name))}
+        if layers != set(range(len(layers))):
+            raise CheckpointError(
+                f"{next(iter(shards[0].values())).archive.path}: its stage has the layers "
+                f"{sorted(layers)}, which a stage counts from 0 on"
+            )
+        exits = [
+            number for number in exit_layers if first_layer < number <= first_layer + len(layers)
+        ]
+        for key, name in names.items():
+            pieces = [shard[key] for shard in shards]
+            if name == HEAD:
+                self.copies.append(pieces)
+                continue
+            name = _LAYER.sub(lambda m: f"{m[1]}{int(m[2]) + first_layer}.", name)
+            if match := re.match(r"exit_output_layer\.(\d+)\.", name):
+                place = exit_layers.index(_exit_of(pieces[0], int(match[1]), exits))
+                name = f"exit_output_layer.{place}.weight"
+            if name in self.pieces:
+                raise CheckpointError(
+                    f"{pieces[0].archive.path}: {key} is there a second time: "
+                    f"{self.pieces[name][0].archive.path} has {self.pieces[name][0].key}"
+                )
+            self.pieces[name] = pieces
+        return len(layers)
+
+
+class Merged:
+    """The tensors of all ranks as whole ones, each put together when asked for."""
+
+    def __init__(self, ranks: Ranks, rules: Mapping[str, Rule], model: ModelConfig) -> None:
+        self.path = ranks.path
+        self._ranks, self._rules, self._model = ranks, rules, model
+        self.files = {key: pieces[0].archive.path for key, pieces in ranks.pieces.items()}
+        self.specs = {key: self._spec(key) for key in ranks.pieces}
+
+    def tensor(self, key: str) -> Tensor:
+        """Return a tensor; raises CheckpointError if ranks should have the same, and have not."""
+        pieces, rule = self._ranks.pieces[key], self._rules[key]
+        first, *others = pieces
+        if rule == "whole":
+            tensor = first.archive.tensor(first.stored)
+            for piece in others:
+                if not torch.equal(piece.archive.tensor(piece.stored), tensor):
+                    raise CheckpointError(
+                        f"{piece.archive.path}: {piece.key} is not the same as in "
+                        f"{first.archive.path}, and every rank has all of it"
+                    )
+            return tensor
+        whole = torch.empty(self.specs[key].shape, dtype=self.specs[key].dtype)
+        for rank, piece in enumerate(pieces):  # one shard at a time beside the whole
+            shard = self._shard(key, piece)
+            parts = whole.chunk(2) if rule == "gated" else (whole,)
+            for part, half in zip(parts, shard.chunk(len(parts)), strict=True):
+                part.chunk(len(pieces), dim=int(rule == "rows"))[rank].copy_(half)
+        return whole
+
+    def check_copies(self, words: str) -> None:
+        """Raise CheckpointError unless every stage's word embedding is that of the first."""
+        for copy in self._ranks.copies:
+            for piece, own in zip(copy, self._ranks.pieces.get(words, copy), strict=True):
+                if not torch.equal(*(p.archive.tensor(p.stored) for p in (piece, own))):
+                    raise CheckpointError(
+                        f"{piece.archive.path}: {piece.key} is not {own.key} of {own.archive.path},"
+                        " to which it is tied"
+                    )
+
+    def _shard(self, key: str, piece: Piece) -> Tensor:
+        """Return what a rank has, queries, keys and values of each head together."""
+        tensor, version = piece.archive.tensor(piece.stored), self._ranks.version
+        is_fused = ".query_key_value." in key or ".linear_qkv." in key
+        if version >= 2 or not is_fused or self._ranks.is_core:  # whose order never changed
+            return tensor
+        if self._model.num_kv_heads != self._model.num_heads:
+            raise CheckpointError(
+                f"{piece.archive.path}: checkpoint_version {version} is of before grouped queries,"
+                f" and {piece.key} has {self._model.num_kv_heads} groups of"
+                f" {self._model.num_heads} heads; expected version 2 or later"
+            )
+        heads, rest = tensor.shape[0] // (3 * self._model.head_dim), tensor.shape[1:]
+        if version >= 1:  # heads, width, three
+            return tensor.view(heads, self._model.head_dim, 3, *rest).transpose(1, 2).flatten(0, 2)
+        return tensor.view(3, heads, self._model.head_dim, *rest).transpose(0, 1).flatten(0, 2)
+
+    def _spec(self, key: str) -> TensorSpec:
+        first, *others = self._ranks.pieces[key]
+        shape, dtype = first.stored.shape, first.stored.dtype
+        for piece in others:
+            if (piece.stored.shape, piece.stored.dtype) != (shape, dtype):
+                raise CheckpointError(
+                    f"{piece.archive.path}: {piece.key} is {piece.stored.dtype} "
+                    f"{list(piece.stored.shape)}, expected {dtype} {list(shape)} as in "
+                    f"{first.archive.path}"
+                )
+        rule = self._rules.get(key, "whole")
+        if rule != "whole" and shape:
+            dim = 1 if rule == "rows" and len(shape) > 1 else 0
+            shape = (*shape[:dim], shape[dim] * (1 + len(others)), *shape[dim + 1 :])
+        return TensorSpec(shape, dtype)
+
+
+_LAYER = re.compile(r"((?:encoder|decoder)\.layers\.)(\d+)\.")
+
+
+def find_rank_directories(path: Path) -> list[Path]:
+    """Return the directories of ranks in a directory."""
+    return sorted(child for child in path.glob("mp_rank_*") if _RANK.fullmatch(child.name))
+
+
+def _find_files(path: Path) -> dict[tuple[int, int], Path]:
+    """Return the files by tensor and pipeline rank."""
+    files: dict[tuple[int, int], Path] = {}
+    for directory in find_rank_directories(path):
+        match = _RANK.fullmatch(directory.name)
+        assert match is not None, "it was found by this pattern"
+        if match[3]:
+            raise CheckpointError(f"{directory} is of an expert, which can not be converted")
+        rank = int(match[1]), int(match[2] or 0)
+        if rank in files:
+            raise CheckpointError(
+                f"{directory} and {files[rank].parent} are of the same rank; take one of them away"
+            )
+        files[rank] = directory / FILE
+    return files
+
+
+def _facts(archive: Archive) -> tuple[dict[str, Any], int | None, float]:
+    """Return the arguments, the iteration and the version of the format."""
+    content = archive.content
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{archive.path}: expected a dictionary with args and model")
+    arguments = namespace(content.get("args"))
+    if arguments is None:
+        raise CheckpointError(
+            f"{archive.path} has no args: expected the arguments of the run, which say what the "
+            "model is"
+        )
+    version = content.get("checkpoint_version", 0)
+    if not isinstance(version, int | float) or not 0 <= version < 100:
+        kind = type(version).__name__
+        raise CheckpointError(
+            f"{archive.path}: checkpoint_version is no version of the format, but of type {kind}"
+        )
+    return arguments, iteration_of(content, archive.path), version
+
+
+def _exit_of(piece: Piece, index: int, exits: list[int]) -> int:
+    """Return the layer of an output weight, by its place among the exits of its stage."""
+    if index >= len(exits):
+        raise CheckpointError(
+            f"{piece.archive.path}: {piece.key} is of no exit: exit_layer_nums has {exits} on this "
+            "stage"
+        )
+    return exits[index]
+
+
+def _flat(archive: Archive, table: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Stored]]:
+    """Yield the tensors in dictionaries of dictionaries by their keys, joined by dots."""
+    if not isinstance(table, dict) or len(path) > _MAX_DEPTH:
+        name = ".".join(path) or "model"
+        kind = type(table).__name__
+        raise CheckpointError(f"{archive.path}: {name} is of type {kind}; expected a tensor")
+    for name, value in table.items():
+        key = ".".join((*path, str(name)))
+        if value is None or is_neutral(key):
+            continue
+        stored = archive.stored(value, key)
+        if stored is not None:
+            yield key, stored
+        else:
+            yield from _flat(archive, value, (*path, str(name)))

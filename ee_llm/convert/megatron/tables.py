@@ -1,0 +1,163 @@
+"""What Megatron-LM and EE-LLM call the tensors of a model, and how they shard them.
+
+Layers are counted from 0 over the whole model here; files count from 0 on their stage.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from ee_llm.architecture.tensors import tensor_shapes
+from ee_llm.config import Config
+from ee_llm.convert.huggingface.tables import SAME, Row, Table
+
+Rule = Literal["whole", "columns", "gated", "rows"]
+"""What each rank of tensor parallelism has. whole: all of it; columns: a share of the outputs;
+gated: the same of two stacked weights, [gate; up] on each rank; rows: a share of the inputs."""
+
+
+class Module(NamedTuple):
+    """A module: what is before .weight and .bias of ours, of both of theirs, and its sharding."""
+
+    ours: str
+    legacy: str
+    core: str
+    rule: Rule = "whole"
+
+
+_LAYER = (
+    Module("input_layernorm", "input_norm", "input_layernorm"),
+    Module(
+        "self_attention.linear_qkv",
+        "self_attention.query_key_value",
+        "self_attention.linear_qkv",
+        "columns",
+    ),
+    Module("self_attention.q_layernorm", "self_attention.q_norm", "self_attention.q_layernorm"),
+    Module("self_attention.k_layernorm", "self_attention.k_norm", "self_attention.k_layernorm"),
+    Module(
+        "self_attention.linear_proj", "self_attention.dense", "self_attention.linear_proj", "rows"
+    ),
+    Module("pre_mlp_layernorm", "post_attention_norm", "pre_mlp_layernorm"),
+    Module("mlp.linear_fc1", "mlp.dense_h_to_4h", "mlp.linear_fc1", "gated"),
+    Module("mlp.linear_fc2", "mlp.dense_4h_to_h", "mlp.linear_fc2", "rows"),
+)
+# What an exit of EE-LLM has below its layer.
+_EXIT = (
+    Module("norm", "exit_norm", "exit_norm"),
+    Module("mlp_norm", "post_attention_norm", "pre_mlp_layernorm"),
+    Module("mlp.linear_fc1", "mlp.branch.dense_h_to_4h", "mlp.branch.linear_fc1", "gated"),
+    Module("mlp.linear_fc2", "mlp.branch.dense_4h_to_h", "mlp.branch.linear_fc2", "rows"),
+    *(
+        module._replace(
+            ours=f"block.{module.ours}",
+            legacy=f"exit_block.{module.legacy}",
+            core=f"exit_block.{module.core}",
+        )
+        for module in _LAYER
+    ),
+)
+_MODEL = (
+    Module("embedding.word", *2 * ("embedding.word_embeddings",), "columns"),
+    Module("embedding.position", *2 * ("embedding.position_embeddings",)),
+    *(
+        Module(
+            f"layers.{{n}}.{m.ours}",
+            f"encoder.layers.{{i}}.{m.legacy}",
+            f"decoder.layers.{{i}}.{m.core}",
+            m.rule,
+        )
+        for m in _LAYER
+    ),
+    *(
+        Module(
+            f"exits.{{b}}.{m.ours}",
+            f"encoder.layers.{{e}}.{m.legacy}",
+            f"decoder.layers.{{e}}.{m.core}",
+            m.rule,
+        )
+        for m in _EXIT
+    ),
+    Module("exits.{b}.output", *2 * ("exit_output_layer.{k}",), "columns"),
+    Module("exits.{last}.norm", "encoder.final_norm", "decoder.final_layernorm"),
+    Module("output", *2 * ("output_layer",), "columns"),
+)
+WORDS, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+TABLE = Table((), WORDS, OUTPUT)
+HEAD = "word_embeddings_for_head.weight"
+"""A stage's own copy of the word embedding, for the output weight that is tied to it."""
+
+# Older names, and Transformer Engine's, of the modules above: (pattern, what it becomes).
+_LEGACY_NAMES = (
+    (r"^language_model\.", ""),
+    (r"^transformer\.", "encoder."),
+    (r"layernorm", "norm"),
+    (r"\.attention\.", ".self_attention."),
+    (r"\.mlp\.trunk\.", ".mlp."),
+)
+_CORE_NAMES = (
+    (r"\.self_attention\.linear_qkv\.layer_norm_", ".input_layernorm."),
+    (r"\.mlp\.linear_fc1\.layer_norm_", ".pre_mlp_layernorm."),
+)
+_NEUTRAL = re.compile(r"_extra_state|(^|\.)rotary_pos_emb\.inv_freq$")
+
+
+def is_neutral(key: str) -> bool:
+    """Return whether a key holds no weights: scales of FP8, frequencies of rotations."""
+    return _NEUTRAL.search(key) is not None
+
+
+def is_core(keys: Mapping[str, Any]) -> bool:
+    """Return whether the names are megatron-core's, not those of the older model."""
+    return not any(key.startswith("language_model.") for key in keys)
+
+
+def current_name(key: str, core: bool) -> str:
+    """Return the name that the tables have for a key."""
+    for pattern, name in _CORE_NAMES if core else _LEGACY_NAMES:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+class Layout(NamedTuple):
+    """Rows by names of ours, and the sharding of their keys."""
+
+    rows: dict[str, Row]
+    rules: dict[str, Rule]
+
+
+def layout_of(config: Config, exit_layers: list[int], core: bool) -> Layout:
+    """Return where each tensor of the model is.
+
+    `exit_layers` are the layers with exits, from 1, in the order of their output weights.
+    """
+    rows: dict[str, Row] = {}
+    rules: dict[str, Rule] = {OUTPUT: "columns"}  # which may be there although it is tied
+    shift = config.exits.placement == "pre"
+    for name in tensor_shapes(config):
+        kind, fill = _kind(name, config)
+        if kind.startswith("exits.{b}."):
+            layer = fill["b"] + shift
+            fill |= {"e": layer - 1, "k": exit_layers.index(layer) if layer in exit_layers else 0}
+        stem, _, last = kind.rpartition(".")
+        module = next(module for module in _MODEL if module.ours == stem)
+        theirs = f"{module.core if core else module.legacy}.{last}".format(**fill)
+        rows[name] = Row(name, (theirs,), SAME)
+        # A bias of what is sharded by inputs is added once, and whole on every rank.
+        is_gate = module.rule == "gated" and config.model.family == "llama"
+        rule: Rule = "columns" if module.rule == "gated" and not is_gate else module.rule
+        rules[theirs] = "whole" if (rule, last) == ("rows", "bias") else rule
+    return Layout(rows, rules)
+
+
+def _kind(name: str, config: Config) -> tuple[str, dict[str, int]]:
+    """Return the name of ours with its number left open, and what stands there."""
+    match = re.match(r"(layers|exits)\.(\d+)\.(.*)", name)
+    if match is None:
+        return name, {}
+    room, number, rest = match[1], int(match[2]), match[3]
+    if room == "layers":
+        return f"layers.{{n}}.{rest}", {"n": number, "i": number - 1}
+    if number == config.model.num_layers:
+        return f"exits.{{last}}.{rest}", {"last": number}
+    return f"exits.{{b}}.{rest}", {"b": number}

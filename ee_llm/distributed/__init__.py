@@ -1,0 +1,65 @@
+"""Where the code runs: the one room that names cuda, nccl and gloo.
+
+It chooses the device and backend, forms the grid of ranks, carries tensors between pipeline ranks
+and makes megatron-core run on a CPU. Everything else asks here.
+"""
+
+from ee_llm.distributed.console import console, is_rank_zero, log, progress_bar
+from ee_llm.distributed.cuda_graphs import record
+from ee_llm.distributed.deepspeed import deepspeed
+from ee_llm.distributed.devices import (
+    DTYPES,
+    backend,
+    device,
+    dtype_named,
+    fast_dtype,
+    has_cuda,
+    local_rank,
+    num_cores,
+    num_gpus,
+    peak_flops,
+    peak_memory_bytes,
+    rng_state,
+    seed_everything,
+    set_rng_state,
+    synchronize,
+    synchronize_stream,
+)
+from ee_llm.distributed.environment import launched_world_size
+from ee_llm.distributed.grid import Grid, initialize, shutdown
+from ee_llm.distributed.inference_grid import InferenceGrid, RankLostError
+from ee_llm.distributed.inference_grid import connect as connect_serving
+from ee_llm.distributed.megatron import enable as enable_megatron
+
+__all__ = [
+    "DTYPES",
+    "Grid",
+    "InferenceGrid",
+    "RankLostError",
+    "backend",
+    "connect_serving",
+    "console",
+    "deepspeed",
+    "device",
+    "dtype_named",
+    "enable_megatron",
+    "fast_dtype",
+    "has_cuda",
+    "initialize",
+    "is_rank_zero",
+    "launched_world_size",
+    "local_rank",
+    "log",
+    "num_cores",
+    "num_gpus",
+    "peak_flops",
+    "peak_memory_bytes",
+    "progress_bar",
+    "record",
+    "rng_state",
+    "seed_everything",
+    "set_rng_state",
+    "shutdown",
+    "synchronize",
+    "synchronize_stream",
+]

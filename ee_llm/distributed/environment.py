@@ -1,0 +1,45 @@
+"""The variables by which a launcher tells a process which rank it is."""
+
+import os
+
+from ee_llm.errors import UserError
+
+
+def launched_world_size() -> int | None:
+    """Return the number of ranks that a launcher started, None if this process stands alone.
+
+    Raises UserError for variables that contradict each other or are no numbers.
+    """
+    names = [name for name in ("WORLD_SIZE", "RANK") if name in os.environ]
+    if not names:
+        return None
+    world_size = _number("WORLD_SIZE", 1) if "WORLD_SIZE" in names else 0
+    wanted = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in wanted if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"{names[0]} = {os.environ[names[0]]} is set in the environment, and "
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not. Unset "
+            f"{' and '.join(names)} to run as one process, or let torchrun set all of them."
+        )
+    rank = _number("RANK", 0)
+    if rank >= world_size:
+        raise UserError(
+            f"RANK = {rank} in the environment is not less than WORLD_SIZE = {world_size}; ranks "
+            "count from 0. Unset both, or let torchrun set them."
+        )
+    _number("MASTER_PORT", 0)
+    for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
+        if name in os.environ:
+            _number(name, least)
+    return world_size
+
+
+def _number(name: str, least: int) -> int:
+    value = os.environ[name]
+    if not (value.isascii() and value.isdecimal() and least <= int(value) < 2**31):
+        raise UserError(
+            f"{name} = {value!r} in the environment is not a number of {least} or more. Unset it, "
+            "or let torchrun set it."
+        )
+    return int(value)

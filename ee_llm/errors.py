@@ -1,0 +1,42 @@
+"""Errors that a user can act on, and errors that end a run.
+
+The command line prints either kind as one line, without a traceback, and exits with status 2 for a
+`UserError` and 1 for a `RunError`. Any other exception is a defect of ee_llm and keeps its
+traceback.
+"""
+
+
+class UserError(ValueError):
+    """A mistake that the user can correct.
+
+    The message says what is wrong, which value it concerns and where that value came from, and what
+    to do about it.
+    """
+
+
+class ConfigError(UserError):
+    """The configuration has an unknown option, a value that is not allowed, or a contradiction."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or does not fit the configuration."""
+
+
+class ConversionError(UserError):
+    """A model in another format cannot be converted."""
+
+
+class DataError(UserError):
+    """Training data, a tokenizer or a text file cannot be read or does not fit the model."""
+
+
+class PlanError(UserError):
+    """A pipeline plan is not possible or contradicts itself."""
+
+
+class RequestError(UserError):
+    """A generation request is not valid, or does not fit the model or the engine."""
+
+
+class RunError(RuntimeError):
+    """A run cannot continue for a reason outside of its input, such as a lost rank."""

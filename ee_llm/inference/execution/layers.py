@@ -1,0 +1,221 @@
+"""Lean transformer layers for decoding: rows in, rows out, keys and values in a paged cache.
+
+A rank of a tensor-parallel group holds its share of the heads and of the MLP's width; norms and the
+residual stream are whole on every rank.
+
+Legend of shapes: t rows, u rows that attend, h hidden, k key/value heads of this rank, r queries
+per key/value head, d head dimension, f feed-forward, c positions in the cache.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ee_llm.architecture.rotary import inverse_frequencies
+from ee_llm.config import ModelConfig
+from ee_llm.inference.execution.attention import Batch, attend
+from ee_llm.inference.execution.linear import Linear
+from ee_llm.inference.execution.quantization import Int8Linear
+
+Reduce = Callable[[Tensor], Tensor]
+MakeLinear = Callable[..., Linear | Int8Linear]  # of a weight, and a bias or none
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's share: number `rank` of `size`; `reduce` sums over all of them.
+
+    linear: what products with its weights are made by.
+    """
+
+    rank: int = 0
+    size: int = 1
+    reduce: Reduce = lambda partial: partial
+    linear: MakeLinear = Linear
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Return this rank's part of a weight's outputs."""
+        return weight.chunk(self.size, dim=0)[self.rank]
+
+    def columns(self, weight: Tensor) -> Tensor:
+        """Return this rank's part of a weight's inputs."""
+        return weight.chunk(self.size, dim=1)[self.rank]
+
+
+class Norm:
+    """RMSNorm (llama) or LayerNorm (gpt) of rows [t, h]."""
+
+    def __init__(self, model: ModelConfig, tensors: Mapping[str, Tensor], name: str) -> None:
+        self._weight = tensors[f"{name}.weight"]
+        self._bias = tensors.get(f"{name}.bias")
+        self._eps = model.norm_eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._bias is None:
+            return F.rms_norm(x, self._weight.shape, self._weight, self._eps)
+        return F.layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
+
+
+class Mlp:
+    """What an MLP adds to the residual stream: SwiGLU (llama) or GELU (gpt) of normed rows."""
+
+    def __init__(
+        self, model: ModelConfig, tensors: Mapping[str, Tensor], name: str, norm: str, shard: Shard
+    ) -> None:
+        self._norm = Norm(model, tensors, norm)
+        self._is_gated = model.family == "llama"
+        self._approximate = "tanh" if model.gelu == "tanh" else "none"
+        fc1, bias = tensors[f"{name}.linear_fc1.weight"], tensors.get(f"{name}.linear_fc1.bias")
+        if self._is_gated:
+            fc1 = torch.cat([shard.rows(half) for half in fc1.chunk(2)])
+        else:
+            fc1, bias = shard.rows(fc1), None if bias is None else shard.rows(bias)
+        self._fc1 = shard.linear(fc1, bias)
+        self._fc2 = shard.linear(shard.columns(tensors[f"{name}.linear_fc2.weight"]))
+        self._fc2_bias = tensors.get(f"{name}.linear_fc2.bias")
+        self._reduce = shard.reduce
+
+    def __call__(self, x: Tensor) -> Tensor:
+        inner = self._fc1(self._norm(x))
+        if self._is_gated:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = F.silu(gate).mul_(up)
+        else:
+            inner = F.gelu(inner, approximate=self._approximate)
+        return _with_bias(self._reduce(self._fc2(inner)), self._fc2_bias)
+
+
+class Layer:
+    """A transformer layer that appends to its part of the cache."""
+
+    def __init__(
+        self, model: ModelConfig, tensors: Mapping[str, Tensor], name: str, shard: Shard
+    ) -> None:
+        self._dim = model.head_dim
+        self._num_kv = model.num_kv_heads // shard.size
+        self._per_kv = model.num_heads // model.num_kv_heads
+        self._norm = Norm(model, tensors, f"{name}.input_layernorm")
+        qkv = f"{name}.self_attention.linear_qkv"
+        bias = tensors.get(f"{qkv}.bias")
+        self._qkv = shard.linear(
+            self._queries_first(model, tensors[f"{qkv}.weight"], shard),
+            None if bias is None else self._queries_first(model, bias, shard),
+        )
+        self._qk_norm = QkNorm(model, tensors, name, self._num_kv) if model.qk_norm else None
+        proj = f"{name}.self_attention.linear_proj"
+        self._proj = shard.linear(shard.columns(tensors[f"{proj}.weight"]))
+        self._proj_bias = tensors.get(f"{proj}.bias")
+        self._mlp = Mlp(model, tensors, f"{name}.mlp", f"{name}.pre_mlp_layernorm", shard)
+        self._reduce = shard.reduce
+        self._begin: Callable[[Tensor], Tensor] = self._project
+        self._end: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._finish
+
+    def compile(self) -> None:
+        """Send what comes before and after the attention through torch.compile.
+
+        Both have rows alone for arguments, so that all layers share what is compiled.
+        """
+        self._begin = torch.compile(self._project, dynamic=True)
+        self._end = torch.compile(self._finish, dynamic=True)
+
+    def __call__(
+        self, x: Tensor, pages: Tensor, batch: Batch, rotation: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the rows [u, h] after the layer, and after its attention alone.
+
+        x [t, h]; pages [c, 2, k, d], to which the keys and values of all t rows are written;
+        rotation [t, 1, d / 2], complex, or None.
+        """
+        num_queries = self._num_kv * self._per_kv
+        qkv = self._begin(x).to(pages.dtype)
+        if rotation is not None:
+            turned = qkv[:, : num_queries + self._num_kv].unflatten(-1, (-1, 2))
+            _rotate(turned, rotation)
+        pages.index_copy_(0, batch.writes, qkv[:, num_queries:].unflatten(1, (2, self._num_kv)))
+        queries = qkv[:, :num_queries].unflatten(1, (self._num_kv, self._per_kv))
+        if batch.live is not None:
+            x, queries = x[batch.live], queries[batch.live]
+            if len(x) == 0:
+                return x, x
+        return self._end(x, attend(queries, pages, batch).to(x.dtype))
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Return queries, keys and values [t, k (r + 2), d] of rows [t, h], not yet rotated."""
+        num_normed = self._num_kv * (self._per_kv + 1)
+        qkv = self._qkv(self._norm(x)).view(len(x), num_normed + self._num_kv, self._dim)
+        if self._qk_norm is not None:
+            self._qk_norm(qkv[:, :num_normed])
+        return qkv
+
+    def _finish(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows [u, h] after the layer, and after its attention's values [u, k r d] alone."""
+        attended = x + _with_bias(self._reduce(self._proj(mixed)), self._proj_bias)
+        return attended + self._mlp(attended), attended
+
+    def _queries_first(self, model: ModelConfig, weight: Tensor, shard: Shard) -> Tensor:
+        """Return this rank's [queries; keys; values] of a fused weight or bias, to be rotated.
+
+        In the checkpoint each key/value head has its queries, its key and its value one after the
+        other, and a rotation turns element i against i + d/2. Here the two are neighbours, so
+        that a rotation is one complex product; queries and keys are permuted alike.
+        """
+        heads = weight.unflatten(0, (model.num_kv_heads, self._per_kv + 2, self._dim))
+        heads = shard.rows(heads)
+        turned = heads[:, : self._per_kv + 1]
+        if model.position == "rope":
+            turned = _pairs_together(turned, dim=2)
+        parts = (turned[:, :-1], turned[:, -1], heads[:, -1])
+        return torch.cat([part.reshape(-1, *weight.shape[1:]) for part in parts])
+
+
+class QkNorm:
+    """RMSNorm of each query and each key over d, its weights permuted as those that made them."""
+
+    def __init__(
+        self, model: ModelConfig, tensors: Mapping[str, Tensor], layer: str, num_kv: int
+    ) -> None:
+        parts = []
+        for kind, count in (("q", num_kv * model.num_heads // model.num_kv_heads), ("k", num_kv)):
+            weight = tensors[f"{layer}.self_attention.{kind}_layernorm.weight"]
+            if model.position == "rope":
+                weight = _pairs_together(weight, dim=0)
+            parts.append(weight.expand(count, -1))
+        self._weight = torch.cat(parts)
+        self._eps = model.norm_eps
+
+    def __call__(self, heads: Tensor) -> None:
+        """Norm queries and keys [t, k (r + 1), d] in place."""
+        heads.copy_(F.rms_norm(heads, heads.shape[-1:], None, self._eps) * self._weight)
+
+
+def _pairs_together(x: Tensor, dim: int) -> Tensor:
+    """Return x with the elements i and i + d / 2 of dimension `dim` as neighbours."""
+    return x.unflatten(dim, (2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+def rotations(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Return the rotary factors [positions, 1, d / 2] of RoFormer (arXiv 2104.09864, eq. 15).
+
+    None without them; complex128 for float64, else complex64.
+    """
+    if model.position != "rope":
+        return None
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    frequency = inverse_frequencies(model).to(precise)
+    angle = torch.arange(model.max_seq_length, dtype=precise)[:, None] * frequency
+    return torch.polar(torch.ones_like(angle), angle)[:, None].to(device)
+
+
+def _rotate(pairs: Tensor, rotation: Tensor) -> None:
+    """Turn pairs [t, n, d / 2, 2] in place, in float32 at least."""
+    if pairs.dtype in (torch.float32, torch.float64):
+        torch.view_as_complex(pairs).mul_(rotation)
+    else:
+        pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * rotation))
+
+
+def _with_bias(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias

@@ -1,0 +1,128 @@
+"""Costs of a model's pieces, and the stages that are made of them; as a JSON file too."""
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ee_llm.architecture.partition import exit_stage, stage_layers
+from ee_llm.config import Config
+from ee_llm.errors import PlanError
+from ee_llm.pipeline.simulate import Costs, PieceCost, StageCost
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Costs of one layer, the embedding, an early exit and the final exit.
+
+    `communication` is the seconds of a hidden state's journey to the next rank.
+    """
+
+    layer: PieceCost
+    embedding: PieceCost
+    exit: PieceCost
+    final: PieceCost
+    communication: float = 0.0
+
+    def costs(self, config: Config) -> Costs:
+        """Return the costs of every stage of `config`, a model made of these pieces."""
+        last = config.parallel.num_stages - 1
+        stages = []
+        for index in range(last + 1):
+            num_layers = len(stage_layers(config, index))
+            forward, backward, weight = (num_layers * seconds for seconds in self.layer)
+            if index == 0:
+                forward += self.embedding.forward
+                backward += self.embedding.backward
+            exits = [self.exit for b in config.exits.boundaries if exit_stage(config, b) == index]
+            if index == last:
+                exits.append(self.final)
+            stages.append(StageCost(forward, backward, tuple(exits), weight))
+        return Costs(tuple(stages), communication=self.communication)
+
+
+NOMINAL = Pieces(
+    layer=PieceCost(forward=1.0, backward=2.0, weight=1.0),
+    embedding=PieceCost(forward=0.0, backward=0.0),
+    exit=PieceCost(forward=1.0, backward=2.0, weight=1.0),
+    final=PieceCost(forward=1.0, backward=2.0, weight=1.0),
+)
+"""Costs where none are known: a head costs what a layer does, as in models of about 1B."""
+
+# The file's keys, and what the numbers of each are.
+KEYS: dict[str, tuple[str, ...]] = {
+    "layer": ("forward", "backward", "weight"),
+    "embedding": ("forward", "backward"),
+    "exit": ("forward", "backward", "weight"),
+    "final": ("forward", "backward", "weight"),
+    "communication": (),
+}
+
+
+def read_pieces(path: Path) -> Pieces:
+    """Return the costs in the JSON file `path`, in seconds; `communication` may be left out.
+
+    Raises PlanError, naming file and key, for whatever is not as `KEYS` says.
+    """
+    try:
+        given = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise PlanError(f"{path}: no such file; --costs-output writes one") from None
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise PlanError(f"{path}: must be an object with the keys {', '.join(KEYS)}")
+    for key in given:
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1)
+            mend = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(KEYS)}"
+            raise PlanError(f"{path}: no such key: {key!r}; {mend}")
+    layer, embedding, exit_, final = (
+        _piece(path, given, key) for key in ("layer", "embedding", "exit", "final")
+    )
+    if layer.forward == 0 or layer.backward == 0:
+        raise PlanError(f"{path}: layer: forward and backward must be above 0")
+    (communication,) = _numbers(path, {"communication": 0, **given}, "communication")
+    return Pieces(layer, embedding, exit_, final, communication)
+
+
+def write_pieces(path: Path, pieces: Pieces) -> None:
+    """Write costs as the JSON file that `read_pieces` reads."""
+    lines = []
+    for key, names in KEYS.items():
+        value = getattr(pieces, key)
+        lines.append(f'  "{key}": {json.dumps(value[: len(names)] if names else value)}')
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _piece(path: Path, given: Mapping[str, object], key: str) -> PieceCost:
+    piece = PieceCost(*_numbers(path, given, key))
+    if piece.weight > piece.backward:
+        raise PlanError(
+            f"{path}: {key}: weight {piece.weight:g} is a part of backward {piece.backward:g} and "
+            "cannot be above it"
+        )
+    return piece
+
+
+def _numbers(path: Path, given: Mapping[str, object], key: str) -> list[float]:
+    names = KEYS[key]
+    wanted = f"must be [{', '.join(names)}] in seconds" if names else "must be a number of seconds"
+    if key not in given:
+        raise PlanError(f"{path}: {key} is missing: it {wanted}")
+    value = given[key]
+    values = value if isinstance(value, list) and names else [value]
+    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if not len(values) == len(numbers) == (len(names) or 1):
+        raise PlanError(f"{path}: {key} is {json.dumps(value)}: it {wanted}")
+    for name, number in zip(names or ("",), numbers, strict=True):
+        if not 0 <= number < math.inf:
+            what = f"{key}: {name}" if name else key
+            raise PlanError(
+                f"{path}: {what} is {number:g}: expected seconds, finite and not negative"
+            )
+    return numbers

@@ -1,0 +1,93 @@
+"""What a configuration's pipeline plan is predicted to do: its plan, its times, its memory."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ee_llm.architecture.partition import stage_layers
+from ee_llm.config import Config
+from ee_llm.pipeline.lower import lower
+from ee_llm.pipeline.plan import Op, Plan
+from ee_llm.pipeline.planner.costs import Pieces
+from ee_llm.pipeline.selection import select_plan
+from ee_llm.pipeline.simulate import Costs, Simulation, Span, kept, simulate, time_of_exits
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A plan and its simulation; times are in the unit of the pieces' costs."""
+
+    config: Config
+    num_microbatches: int
+    """Ordinary ones; those that fill bubbles come on top."""
+    pieces: Pieces
+    plan: Plan
+    costs: Costs
+    simulation: Simulation
+    exit_time: float
+    """What early exits add to the makespan of the same plan."""
+
+    @property
+    def time_per_microbatch(self) -> float:
+        """Return the makespan over the number of ordinary microbatches."""
+        return self.simulation.makespan / self.num_microbatches
+
+    @cached_property
+    def bubble_share(self) -> float:
+        """The part of all ranks' time that is idle."""
+        shares = self.simulation.bubble_share
+        return math.fsum(shares) / len(shares)
+
+    @cached_property
+    def filling(self) -> frozenset[int]:
+        """The microbatches that fill bubbles: they see less of the model than the others do."""
+        whole = self.plan.whole_visit
+        return frozenset(m for m, visit in enumerate(self.plan.visits) if visit != whole)
+
+    def stages_of(self, rank: int) -> list[int]:
+        """Return the stages on a rank."""
+        return [stage for stage, owner in enumerate(self.plan.stage_ranks) if owner == rank]
+
+    def exit_part(self, span: Span) -> tuple[float, float] | None:
+        """Return when within `span` the exits are computed, the final one among them, if at all."""
+        length = time_of_exits(self.plan, self.costs, span.action, self.config.exits.deferred)
+        if not length:
+            return None
+        if span.action.op is Op.FORWARD:
+            return span.end - length, span.end
+        return span.start, span.start + length
+
+
+def predict(config: Config, num_microbatches: int, pieces: Pieces) -> Prediction:
+    """Return what a step of `config` does with pieces of these costs; its plan is proved sound."""
+    plan = select_plan(config, num_microbatches)
+    lower(plan)
+    costs = pieces.costs(config)
+    deferred = config.exits.deferred
+    found = simulate(plan, costs, deferred=deferred)
+    bare = simulate(plan, _without_early_exits(costs), deferred=deferred)
+    exit_time = found.makespan - bare.makespan
+    return Prediction(config, num_microbatches, pieces, plan, costs, found, exit_time)
+
+
+def rank_memory(prediction: Prediction, logits: float = 1.0) -> tuple[float, ...]:
+    """Return each rank's peak memory, in activations of one layer for one microbatch.
+
+    `logits` is what one exit's logits take in that unit. A rank's stages are counted together, at
+    the worst moment.
+    """
+    plan, config = prediction.plan, prediction.config
+    layers = [len(stage_layers(config, stage)) for stage in range(plan.num_stages)]
+    return tuple(
+        max(
+            sum(layers[stage] * now.microbatches + logits * now.logits for stage, now in at.items())
+            for at in kept(plan, prediction.costs, spans, config.exits.deferred)
+        )
+        for spans in prediction.simulation.timeline.ranks
+    )
+
+
+def _without_early_exits(costs: Costs) -> Costs:
+    *rest, last = costs.stages
+    bare = [replace(stage, exits=()) for stage in rest]
+    return replace(costs, stages=(*bare, replace(last, exits=last.exits[-1:])))

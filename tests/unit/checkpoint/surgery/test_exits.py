@@ -1,0 +1,280 @@
+"""Exits come, move and go, and nothing else of a checkpoint changes by a bit."""
+
+import pytest
+import torch
+
+from ee_llm.architecture.initial_values import initial_value
+from ee_llm.architecture.partition import exit_stage
+from ee_llm.architecture.tensors import tensor_shapes
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.tensors import load_reference
+from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
+from ee_llm.config import Config
+from tests.unit.checkpoint.surgery.sources import (
+    HEADS,
+    KINDS,
+    all_tensors,
+    assert_goes_on,
+    assert_same,
+    refusal,
+    run,
+    save,
+    save_tuned,
+    tiny,
+)
+from tests.unit.inference.stages import TOKENS
+
+
+def logits(reader: TensorReader) -> dict[int, torch.Tensor]:
+    return load_reference(reader).forward(TOKENS)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", ["llama", "gpt"])
+def test_added_and_removed_again_is_as_before(tmp_path, family, head):
+    """The optimizer's state, the generators, the place in the data and other files included."""
+    source = save(
+        tmp_path / "source", tiny(family, boundaries=(1, 3), temperatures=(2.0, 0.5), **HEADS[head])
+    )
+    run("add-exits", source.path, "--exits", 2, "--output", tmp_path / "more")
+    run("remove-exits", tmp_path / "more", "--exits", 2, "--output", tmp_path / "back")
+    more, back = TensorReader(tmp_path / "more"), TensorReader(tmp_path / "back")
+    assert more.config().exits.boundaries == (1, 2, 3)
+    assert more.config().exits.temperatures == (2.0, 1.0, 0.5)
+    assert back.config().exits == source.config().exits
+    assert back.config().model == source.config().model
+    assert_same(all_tensors(back), all_tensors(source))
+    for found in (more, back):
+        assert_goes_on(found, source)
+    before, after = logits(source), logits(more)
+    assert after.keys() == before.keys() | {2}
+    for boundary, expected in before.items():
+        assert torch.equal(after[boundary], expected)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_what_is_added_fits_the_model_and_its_optimizer(tmp_path, head):
+    source = save(tmp_path / "source", tiny(boundaries=(1,), **HEADS[head]))
+    run("add-exits", source.path, "--exits", 3, "--output", tmp_path / "more")
+    more = TensorReader(tmp_path / "more")
+    assert more.names() == sorted(tensor_shapes(more.config()))
+    new = sorted(set(more.names()) - set(source.names()))
+    assert len(more.names(optimizer=True)) == len(KINDS) * len(more.names())
+    for name in new:
+        assert more.dtype(name) == torch.bfloat16
+        for kind in KINDS:
+            moment = more.tensor(f"optimizer.state.{kind}.{name}")
+            assert moment.dtype == torch.float32
+            if kind == "fp32_param":
+                assert torch.equal(moment.bfloat16(), more.tensor(name))
+            else:
+                assert not moment.any()
+
+
+def test_a_copied_exit_is_the_models_own_head(tmp_path):
+    """An MLP's, too: copied from its layer, the exit begins as the plain one."""
+    dense = save(tmp_path / "dense", tiny(boundaries=()), dtype=torch.float32)
+    run("add-exits", dense.path, "--exits", 2, 3, "--output", tmp_path / "plain")
+    run(
+        *("add-exits", dense.path, "--exits", 2, "--head", "mlp", "norm", "--exit-output", "own"),
+        *("--output", tmp_path / "mlp"),
+    )
+    plain, mlp = TensorReader(tmp_path / "plain"), TensorReader(tmp_path / "mlp")
+    assert plain.config().exits.output == "shared"
+    assert torch.equal(plain.tensor("exits.3.norm.weight"), dense.tensor("exits.4.norm.weight"))
+    assert torch.equal(mlp.tensor("exits.2.output.weight"), dense.tensor("output.weight"))
+    torch.testing.assert_close(logits(mlp)[2], logits(plain)[2])
+    assert torch.equal(logits(mlp)[4], logits(dense)[4])
+
+
+def test_a_copied_block_is_the_next_layer(tmp_path):
+    """With the final norm behind it an exit after layer 3 of 4 is then the model itself."""
+    dense = save(tmp_path / "dense", tiny(boundaries=()), dtype=torch.float32)
+    head = ("--head", "block", "norm")
+    run("add-exits", dense.path, "--exits", 3, *head, "--output", tmp_path / "more")
+    found = logits(TensorReader(tmp_path / "more"))
+    torch.testing.assert_close(found[3], found[4])
+
+
+def test_random_exits_are_those_that_a_new_model_is_drawn_with(tmp_path):
+    source = save(tmp_path / "source", tiny(boundaries=(1,), **HEADS["block"]), dtype=torch.float32)
+    how = ("--exits", 2, "--initialization", "random")
+    run("add-exits", source.path, *how, "--output", tmp_path / "more")
+    more = TensorReader(tmp_path / "more")
+    new = [name for name in more.names() if name.startswith("exits.2.")]
+    assert {"exits.2.output.weight", "exits.2.mlp.linear_fc2.weight"} < set(new)
+    for name in new:
+        expected = initial_value(name, more.shape(name), source.config())
+        assert torch.equal(more.tensor(name), expected)
+
+
+def test_an_optimizer_of_some_parameters_alone_is_left_out(tmp_path, capsys):
+    """As a run that tuned exits has it: the others' moments can not be made up."""
+    source = save(tmp_path / "source")
+    kept = {n: t for n, t in all_tensors(source).items() if ".layers." not in n}
+    assert len(kept) < len(all_tensors(source))
+    from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
+
+    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in kept.items()}
+    part = write_checkpoint(tmp_path / "part", source.config(), specs, kept.__getitem__)
+    run("add-exits", part, "--exits", 3, "--output", tmp_path / "more")
+    assert "the optimizer has a part of the parameters alone" in capsys.readouterr().out
+    more = TensorReader(tmp_path / "more")
+    assert more.names(optimizer=True) == []
+    assert more.path.name == "step-00000000"
+
+
+def test_moving_exits_changes_the_stage_and_no_bit(tmp_path):
+    config = tiny()
+    config = Config(**config.model_dump() | {"parallel": {"pipeline": 2}})
+    source = save(tmp_path / "source", config)
+    run("move-exits", source.path, "--placement", "pre", "--output", tmp_path / "pre")
+    run("move-exits", tmp_path / "pre", "--placement", "post", "--output", tmp_path / "post")
+    pre, post = TensorReader(tmp_path / "pre"), TensorReader(tmp_path / "post")
+    assert [exit_stage(source.config(), b) for b in (1, 2)] == [0, 0]
+    assert [exit_stage(pre.config(), b) for b in (1, 2)] == [0, 1]
+    assert post.config().exits == source.config().exits
+    for found in (pre, post):
+        assert_same(all_tensors(found), all_tensors(source))
+        assert_goes_on(found, source)
+        for boundary, expected in logits(source).items():
+            assert torch.equal(logits(found)[boundary], expected)
+
+
+def test_all_exits_may_go(tmp_path):
+    source = save(tmp_path / "source", tiny(**HEADS["own outputs"]))
+    run("remove-exits", source.path, "--exits", 2, 1, "--output", tmp_path / "dense")
+    dense = TensorReader(tmp_path / "dense")
+    assert dense.config().exits.boundaries == ()
+    assert dense.names() == sorted(tensor_shapes(dense.config()))
+    assert torch.equal(logits(dense)[4], logits(source)[4])
+
+
+REFUSED = {
+    "beyond the depth": (("add-exits", "--exits", 4), "4 layers, and an early exit is after one"),
+    "zero": (("add-exits", "--exits", 0), "--exits 0:"),
+    "there already": (("add-exits", "--exits", 2), "has an exit there already, it has them at"),
+    "twice": (("add-exits", "--exits", 3, 3), "--exits 3 3: name each exit once"),
+    "another head": (("add-exits", "--exits", 3, "--head", "mlp"), "are norm, and all are alike"),
+    "another output": (
+        ("add-exits", "--exits", 3, "--exit-output", "own"),
+        "--exit-output own: the exits that",
+    ),
+    "data for a copy": (
+        ("add-exits", "--exits", 3, "--data", "x"),
+        "--data has no effect with --initialization copy",
+    ),
+    "no output of its own": (
+        ("add-exits", "--exits", 3, "--initialization", "class-aware"),
+        "(exits.output = shared); give --exit-output own",
+    ),
+    "no exit there": (("remove-exits", "--exits", 3), "has no exit there, it has them at [1, 2]"),
+    "the final exit": (("remove-exits", "--exits", 4), "the output of the model itself"),
+    "placed so": (("move-exits", "--placement", "post"), "are placed so already"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_mistakes_are_answered_and_leave_nothing(tmp_path, capsys, case):
+    (command, *options), expected = REFUSED[case]
+    source = save(tmp_path / "source")
+    found = refusal(capsys, command, source.path, *options, "--output", tmp_path / "made")
+    assert expected in found
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_mlp_can_not_be_placed_before(tmp_path, capsys):
+    source = save(tmp_path / "source", tiny(**HEADS["mlp"]))
+    made = ("--placement", "pre", "--output", tmp_path / "made")
+    assert "reads its own layer's residual stream" in refusal(
+        capsys, "move-exits", source.path, *made
+    )
+
+
+def test_a_model_without_exits_has_none_to_move(tmp_path, capsys):
+    source = save(tmp_path / "source", tiny(boundaries=()))
+    made = ("--placement", "pre", "--output", tmp_path / "made")
+    assert "has no exits to move" in refusal(capsys, "move-exits", source.path, *made)
+
+
+def test_no_checkpoint_and_a_full_output(tmp_path, capsys):
+    gone = refusal(capsys, "remove-exits", tmp_path / "x", "--exits", 1, "--output", tmp_path / "y")
+    assert "x does not exist: expected a run directory or a checkpoint" in gone
+    source = save(tmp_path / "source")
+    full = ("add-exits", source.path, "--exits", 3, "--output", tmp_path / "source")
+    assert "is there already; choose another --output" in refusal(capsys, *full)
+
+
+def test_interrupted_it_leaves_no_checkpoint(tmp_path, monkeypatch):
+    source = save(tmp_path / "source")
+    read = TensorReader.tensor
+
+    def stop(self, name):
+        if name.startswith("layers.3."):
+            raise KeyboardInterrupt
+        return read(self, name)
+
+    monkeypatch.setattr(TensorReader, "tensor", stop)
+    from ee_llm.cli.main import main
+
+    command = ["checkpoint", "remove-exits", str(source.path), "--exits", "1"]
+    assert main([*command, "--output", str(tmp_path / "made")]) == 130
+    assert list((tmp_path / "made" / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"pipeline": 2, "layer_split": (2, 1)}])
+def test_a_tuned_model_is_changed_without_its_optimizer_and_layout(tmp_path, capsys, parallel):
+    """These are of the layers up to the last tuned exit, and nothing else could go on with them."""
+    source = save_tuned(tmp_path / "tuned", **parallel)
+    for number, (command, expected) in enumerate(
+        {
+            ("remove-exits", "--exits", 1): (3,),
+            ("add-exits", "--exits", 2): (1, 2, 3),
+            ("reshard", "--tensor", 2, "--pipeline", 4): (1, 3),
+        }.items()
+    ):
+        name, *options = command
+        run(name, source.path, *options, "--output", tmp_path / str(number))
+        assert "a part of the parameters alone, and is left out" in capsys.readouterr().out
+        found = TensorReader(tmp_path / str(number))
+        assert found.names(optimizer=True) == []
+        assert not found.config().is_tuning
+        assert found.config().exits.boundaries == expected
+        assert found.config().parallel.pipeline == (4 if name == "reshard" else 1)
+        for tensor in {*found.names()} & {*source.names()}:
+            assert torch.equal(found.tensor(tensor), source.tensor(tensor))
+
+
+def test_copies_have_the_type_of_what_they_are_copies_of(tmp_path):
+    """Norms in float32 beside weights in bfloat16."""
+    source = save(tmp_path / "source", tiny(boundaries=()), optimizer=False)
+    tensors = all_tensors(source)
+    norms = {n: torch.randn(t.shape) for n, t in tensors.items() if n.endswith("norm.weight")}
+    tensors |= norms
+    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    mixed = write_checkpoint(tmp_path / "mixed", source.config(), specs, tensors.__getitem__)
+    run("add-exits", mixed, "--exits", 2, "--output", tmp_path / "more")
+    more = TensorReader(tmp_path / "more")
+    assert torch.equal(more.tensor("exits.2.norm.weight"), norms["exits.4.norm.weight"])
+
+
+@pytest.mark.parametrize("name", ["add-exits", "remove-exits"])
+def test_exits_are_named_once(tmp_path, capsys, name):
+    source = save(tmp_path / "source", tiny(boundaries=(1,)))
+    output = ("--output", tmp_path / "made")
+    assert "--exits names none" in refusal(capsys, name, source.path, "--exits", *output)
+    exits = ("--exits", 1, 1) if name == "remove-exits" else ("--exits", 2, 2)
+    assert "name each exit once" in refusal(capsys, name, source.path, *exits, *output)
+
+
+def test_nothing_is_copied_but_what_belongs_to_a_checkpoint(tmp_path):
+    """A link in a checkpoint from elsewhere could lead to any file of this machine."""
+    source = save(tmp_path / "source")
+    (tmp_path / "secret").write_text("TOP SECRET")
+    (source.path / "huggingface" / "evil").symlink_to(tmp_path / "secret")
+    (source.path / "huggingface" / "vocab.json").symlink_to(tmp_path / "secret")
+    (source.path / "rng" / "evil").symlink_to(tmp_path / "secret")
+    run("remove-exits", source.path, "--exits", 1, "--output", tmp_path / "less")
+    found = TensorReader(tmp_path / "less").path
+    assert sorted(p.name for p in (found / "huggingface").iterdir()) == ["config.json"]
+    assert sorted(p.name for p in (found / "rng").iterdir()) == ["rank-00000.safetensors"]

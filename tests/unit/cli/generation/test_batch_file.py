@@ -1,0 +1,177 @@
+"""A batch's output file: what is added, what is taken as done, and what is left alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ee_llm.cli.generation import batch_file
+from ee_llm.cli.generation.batch_file import append, open_output
+from ee_llm.inference.exits.policy import make_exit_policy
+from ee_llm.inference.request import Request
+from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.text.records import as_json, error_record, origin, to_record
+from ee_llm.inference.verification.reference_decoding import RequestOutput
+
+POLICY = make_exit_policy((2,), (0.5,))
+IDS = ("a", "b", "c")
+REQUESTS = {id: Request(id, (index, 2), POLICY, SamplingParams()) for index, id in enumerate(IDS)}
+ORIGINS = {id: origin(f"prompt {id}", one, "float32", "x", "0f") for id, one in REQUESTS.items()}
+
+
+def _record(id: str, /, **changes: Any) -> dict[str, Any]:
+    request = REQUESTS[id]
+    made = RequestOutput(
+        request.prompt, (5,), (2,), (0.9,), (-0.1,), "length", POLICY, SamplingParams(), "exact"
+    )
+    return to_record(ORIGINS[id], "new", made, 4, id=id) | changes
+
+
+def _line(id: str, /, **changes: Any) -> bytes:
+    return as_json(_record(id, **changes)).encode() + b"\n"
+
+
+def _reopened(path: Path, before: bytes) -> tuple[set[str], bytes]:
+    """Return what is taken as done of a file's content, and what is left of it."""
+    path.write_bytes(before)
+    with open_output(path, ORIGINS) as (_, done):
+        pass
+    return done, path.read_bytes()
+
+
+def test_records_are_added_and_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "out.jsonl"
+    with open_output(path, ORIGINS) as (file, done):
+        assert done == set()
+        append(file, _record("b"))
+        assert path.read_bytes() == _line("b")  # at once
+    with open_output(path, ORIGINS) as (file, done):
+        assert done == {"b"}
+        append(file, _record("a"))
+    assert path.read_bytes() == _line("b") + _line("a")
+
+
+def test_a_record_cut_anywhere_is_made_anew(tmp_path: Path) -> None:
+    whole, cut = _line("a"), _line("b")
+    for length in range(len(cut) - 1):
+        assert _reopened(tmp_path / "out", whole + cut[:length]) == ({"a"}, whole)
+        assert _reopened(tmp_path / "out", cut[:length]) == (set(), b"")
+
+
+def test_a_record_that_lacks_its_line_end_alone_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.write_bytes(_line("a") + _line("b")[:-1])
+    with open_output(path, ORIGINS) as (file, done):
+        append(file, _record("c"))
+    assert done == {"a"}
+    assert path.read_bytes() == _line("a") + _line("c")
+
+
+def test_records_of_other_prompts_stay(tmp_path: Path) -> None:
+    other = _line("c", id="elsewhere")
+    assert _reopened(tmp_path / "out", other + _line("a")) == (
+        {"elsewhere", "a"},
+        other + _line("a"),
+    )
+
+
+def test_error_records_are_taken_away(tmp_path: Path) -> None:
+    """What failed is tried again; each id has one record in the end."""
+    errors = [as_json(error_record(id, "why")).encode() + b"\n" for id in ("b", "c")]
+    for after in (errors[0], errors[0] + errors[1], errors[0] + errors[1][:9], errors[0][:-1]):
+        assert _reopened(tmp_path / "out", _line("a") + after) == ({"a"}, _line("a"))
+    assert _reopened(tmp_path / "out", errors[0]) == (set(), b"")
+
+
+FOREIGN = [
+    _line("a") + as_json(error_record("b", "why")).encode() + b"\n" + _line("c"),
+    b"my only notes",
+    b"my only notes\n",
+    b"notes, and more notes\nof which the last line does not end",
+    b"\x89PNG\r\n\x1a\n\x00\x00",
+    b'{"id": "a", "prompt": "a batch file, not its output"}',
+    b'{"id": "a", "prompt": "a batch file, not its output"}\n',
+    b'{\n  "id": "a"\n}',
+    b'{"prompt": "b"}\n',
+    _line("a") + b"\n" + b"notes\n",
+    _line("a") + b'{"notes": "a lin',
+    _line("a", tokens=[]),
+    _line("a", id=1),
+    _line("a", id=None),
+    _line("a", id=["a"]),
+    _line("a") + _line("b") + _line("a"),
+]
+
+
+@pytest.mark.parametrize("content", FOREIGN, ids=lambda content: repr(content[:40]))
+def test_a_foreign_file_is_refused_and_keeps_every_byte(tmp_path: Path, content: bytes) -> None:
+    """To cut its last line off first would destroy a file that was named by mistake."""
+    path = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"--output .*out, line \d"):
+        _reopened(path, content)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"prompt": "another"}, "prompt"),
+        ({"prompt_tokens": [7]}, "prompt_tokens"),
+        ({"sampling": _record("a")["sampling"] | {"seed": 1}}, "sampling"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"checkpoint": "y"}, "checkpoint"),
+        ({"max_new_tokens": 3}, "max_new_tokens"),
+        ({"stop": ["x"]}, "stop"),
+        ({"strategy": "propagate"}, "strategy"),
+    ],
+)
+def test_what_was_made_otherwise_is_no_part_of_this_batch(
+    tmp_path: Path, changes: dict[str, Any], name: str
+) -> None:
+    """Ids are often line numbers: an edited batch must not be taken for one that is done."""
+    content = _line("b") + _line("a", **changes)
+    with pytest.raises(ValueError, match=f"line 2: id 'a' was made with another '{name}'"):
+        _reopened(tmp_path / "out", content)
+    assert (tmp_path / "out").read_bytes() == content
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ee_llm.inference.text.json_lines.MAX_LINE", 2000)
+    with pytest.raises(ValueError, match="line 2 is longer than"):
+        _reopened(tmp_path / "out", _line("a") + b'{"id": "' + b"x" * 3000)
+
+
+def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from ee_llm.cli.generation.batch_file import open_output\n"
+        "with open_output(Path(sys.argv[1]), {}): pass"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    with open_output(path, {}):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.stderr.splitlines()[-1] == (
+            f"ee_llm.errors.UserError: --output {path} is being written by another process; wait"
+            " for it"
+        )
+    subprocess.run(command, check=True, timeout=60)
+
+
+def test_a_file_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=f"--output {path} can not be written"):
+            open_output(path, {}).__enter__()
+
+
+def test_a_record_is_on_the_disk_when_it_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(batch_file.os, "fsync", synced.append)
+    with open_output(tmp_path / "out", {}) as (file, _):
+        append(file, _record("a"))
+        assert synced == [file.fileno()]

@@ -1,0 +1,208 @@
+"""`ee-llm verify`: what was generated passes, what was tampered with does not."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ee_llm import distributed
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.cli import main
+from ee_llm.cli.generation.command import generate
+from ee_llm.cli.generation.options import GenerateOptions, VerifyOptions
+from ee_llm.cli.generation.verify import check_file, verify
+from tests.unit.inference.models import random_tensors, save_model, tiny_config
+
+CONFIG = tiny_config("llama", vocab_size=264, max_seq_length=48)
+LINES = [
+    {"prompt": "one", "strategy": "exact", "id": "e"},
+    {"prompt": "two two", "strategy": "full", "temperature": 0.7},
+    {"prompt": "three", "strategy": "self-speculative", "temperature": 1.1, "top_k": 20, "seed": 3},
+    {"prompt": "fourth", "strategy": "propagate", "repetition_penalty": 1.3},
+    {"prompt": "five", "temperature": 0.9, "top_p": 0.9, "min_p": 0.01, "measure": "margin"},
+]
+Record = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    save_model(output, CONFIG, random_tensors(CONFIG, dtype=torch.float32))
+    return output
+
+
+def _records(run: Path, folder: Path, dtype: str) -> list[Record]:
+    batch, output = folder / "batch.jsonl", folder / f"{dtype}.jsonl"
+    batch.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    generate(
+        GenerateOptions(
+            run,
+            batch_file=batch,
+            output=output,
+            thresholds=(0.3,),
+            max_new_tokens=20,
+            dtype=dtype,
+            deferral="off",
+        )
+    )
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", params=["float64", "float32", "bfloat16"])
+def made(run: Path, tmp_path_factory: pytest.TempPathFactory, request) -> list[Record]:
+    return _records(run, tmp_path_factory.mktemp("made"), request.param)
+
+
+def _write(folder: Path, records: list[Record]) -> Path:
+    path = folder / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    monkeypatch.setattr(distributed.console, "width", 200)
+    return lambda: " ".join(capsys.readouterr().err.split())
+
+
+def test_what_was_generated_passes(
+    run: Path, made: list[Record], tmp_path: Path, said: Callable[[], str]
+) -> None:
+    """Every strategy, in every precision; in bfloat16 rounding explains what differs."""
+    assert {record["strategy"] for record in made} == {
+        "exact",
+        "full",
+        "self-speculative",
+        "propagate",
+    }
+    verify(VerifyOptions(_write(tmp_path, made), run))
+    text = said()
+    num_tokens = sum(len(record["tokens"]) for record in made)
+    assert f"certificate: 5 generations, {num_tokens} tokens" in text
+    assert "0 of them beyond rounding" in text
+    if made[0]["dtype"] == "float64":
+        assert f"{num_tokens} tokens, 0 divergences" in text
+
+
+def _another_token(record: Record) -> None:
+    record["tokens"][3] = (record["tokens"][3] + 1) % 256
+
+
+def _another_exit(record: Record) -> None:
+    sure = max(
+        c for c, exit in zip(record["confidences"], record["exits"], strict=True) if exit < 4
+    )
+    record["exits"][record["confidences"].index(sure)] = 4
+
+
+def _no_exit(record: Record) -> None:
+    record["exits"][3] = 3
+
+
+def _another_seed(record: Record) -> None:
+    record["sampling"]["seed"] += 1
+
+
+def _another_prompt(record: Record) -> None:
+    record["prompt_tokens"][0] += 1
+
+
+@pytest.mark.parametrize(
+    "tamper", [_another_token, _another_exit, _no_exit, _another_seed, _another_prompt]
+)
+def test_what_was_tampered_with_fails_and_shows_its_margin(
+    run: Path,
+    made: list[Record],
+    tmp_path: Path,
+    said: Callable[[], str],
+    tamper: Callable[[Record], None],
+) -> None:
+    records = json.loads(json.dumps(made))
+    sampled = next(i for i, one in enumerate(records) if one["sampling"]["top_p"] == 0.9)
+    tamper(records[sampled])
+    path = _write(tmp_path, records)
+    with pytest.raises(ValueError, match="tokens or exits are not what the model"):
+        verify(VerifyOptions(path, run))
+    assert f"{path}, line {sampled + 1}" in (text := said())
+    assert "beyond rounding" in text.split("certificate:")[0]
+    account = check_file(TensorReader(run), path, "file")
+    wrong = {where for where, finding in account.findings if not finding.is_explained}
+    assert wrong == {f"file, line {sampled + 1}"}
+
+
+def test_the_command_ends_with_status_2(
+    run: Path, made: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(_write(tmp_path, made))
+    assert main.main(["verify", path, "--checkpoint", str(run), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["num_generations"] == 5
+    assert all(one["is_explained"] for one in told["divergences"])
+    records = json.loads(json.dumps(made))
+    _no_exit(records[0])
+    path = str(_write(tmp_path, records))
+    assert main.main(["verify", path, "--checkpoint", str(run), "--json"]) == 2
+    out, err = capsys.readouterr()
+    wrong = [one for one in json.loads(out)["divergences"] if not one["is_explained"]]
+    assert wrong[0] | {"expected": 0} == {
+        "generation": f"{path}, line 1",
+        "index": 3,
+        "kind": "exit",
+        "found": 3,
+        "expected": 0,
+        "margin": None,  # no error explains an exit that there is not
+        "is_explained": False,
+    }
+    assert err.splitlines()[-1].startswith("ee-llm: 1 tokens or exits are not what")
+
+
+def test_another_model_is_found_out(run: Path, made: list[Record], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    save_model(other, CONFIG, random_tensors(CONFIG, seed=1, dtype=torch.float32))
+    with pytest.raises(ValueError, match="is this the checkpoint that made them"):
+        verify(VerifyOptions(_write(tmp_path, made), other))
+
+
+def test_every_prefix_of_a_file_passes(run: Path, made: list[Record], tmp_path: Path) -> None:
+    """A batch that is under way can be checked at any time."""
+    for count in (1, 2):
+        verify(VerifyOptions(_write(tmp_path, made[:count]), run))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": [1, 2]}, "'exits' has 20 entries, not 2"),
+        ({"prompt_tokens": [300]}, "line 2: .*300"),
+        ({"prompt_tokens": [1] * 60}, "line 2: "),
+        ({"tokens": [9] * 19 + [264]}, "line 2: token 264 is beyond model.vocab_size = 264"),
+        ({"dtype": "int8"}, "line 2 is no generation: 'dtype' is 'int8'"),
+        ({"strategy": "best"}, "line 2 is no generation: 'strategy' is 'best'"),
+    ],
+)
+def test_a_malformed_record_is_named(
+    run: Path, made: list[Record], tmp_path: Path, changes: Record, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        verify(VerifyOptions(_write(tmp_path, [made[0], made[1] | changes]), run))
+
+
+def test_an_empty_or_missing_file_is_no_pass(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"records.jsonl holds no generation"):
+        verify(VerifyOptions(_write(tmp_path, []), run))
+    with pytest.raises(ValueError, match="none can not be read"):
+        verify(VerifyOptions(tmp_path / "none", run))
+
+
+def test_names_of_files_are_no_markup(run: Path, made: list[Record], tmp_path: Path) -> None:
+    records = json.loads(json.dumps(made[:1]))
+    _no_exit(records[0])
+    path = tmp_path / "[" / "].jsonl"  # ends what has not begun
+    path.parent.mkdir()
+    shutil.copy(_write(tmp_path, records), path)
+    with pytest.raises(ValueError, match="are not what"):
+        verify(VerifyOptions(path, run))

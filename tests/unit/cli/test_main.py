@@ -1,0 +1,262 @@
+"""The command line: dispatch, help, and what mistakes are answered with."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ee_llm
+from ee_llm.cli import main
+from ee_llm.config import Config, option_names, section_types
+from ee_llm.errors import RequestError, RunError
+from ee_llm.launch import rank
+from ee_llm.pipeline.runtime import PipelineError
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ee_llm.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(main.__file__).parents[2],
+        env={**os.environ, **environment},
+    )
+
+
+def test_help_lists_every_command_and_imports_nothing_slow() -> None:
+    """Help that takes the seconds of torch's import is not asked for twice."""
+    code = (
+        "import sys; from ee_llm.cli import main; status = main.main(['--help']); "
+        "print(sorted({'torch', 'megatron', 'numpy', 'pydantic'} & set(sys.modules)), status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    *text, last = done.stdout.splitlines()
+    assert last == "[] 0"
+    for name, command in main.COMMANDS.items():
+        assert any(line.split("  ")[1:2] == [name] and command.summary in line for line in text)
+
+
+def test_help_on_training_imports_no_torch() -> None:
+    code = (
+        "import sys; from ee_llm.cli import main\n"
+        "try: main.main(['train', '--help'])\n"
+        "except SystemExit as done: print('torch' in sys.modules, done.code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "False 0"
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main.main([*command.split(), "--help"])
+    assert done.value.code == 0
+    assert f"ee-llm {command}" in capsys.readouterr().out
+
+
+def test_help_on_training_shows_meaning_and_default_of_every_option(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main.main(["train", "--help"])
+    text = capsys.readouterr().out
+    for name in set(option_names()) - set(section_types()):
+        section, _, leaf = name.rpartition(".")
+        field = (section_types()[section] if section else Config).model_fields[leaf]
+        assert f"--{name}" in text
+        assert field.description
+        assert field.description in text
+    assert "(default: 0.0003)" in text
+
+
+@pytest.mark.parametrize("arguments", [["data"], ["data", "--help"], ["data", "-h"]])
+def test_help_on_a_group_of_commands(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "data prepare" in text
+    assert "generate" not in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ee-llm {ee_llm.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "no such command: 'trian'; did you mean 'train'?"),
+        (["data", "prepar"], "no such command: 'data prepar'; did you mean 'data prepare'?"),
+        (["xyzzy"], "no such command: 'xyzzy'; 'ee-llm --help' lists the commands"),
+    ],
+)
+def test_unknown_commands(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(arguments) == 2
+    assert capsys.readouterr().err == f"ee-llm: {expected}\n"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_mistake_found_by_a_worker_is_one_line(workers: str, tmp_path: Path) -> None:
+    """An error that comes out of a pool of processes has the pool's frames in its traceback."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n{"txt": "?"}\n')
+    output = ["--output", str(tmp_path / "out")]
+    done = run("data", "prepare", "--inputs", str(path), *output, "--workers", workers)
+    assert (done.returncode, done.stdout) == (2, "")
+    mend = "name the right one with --key, or read the file as one text with --format text"
+    keys = f"no key 'text' (keys: 'txt'); {mend}"
+    assert done.stderr == f"ee-llm: {path}, line 2: {keys}\n"
+
+
+def test_debugging_shows_where_a_mistake_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EE_LLM_DEBUG", "1")
+    with pytest.raises(ValueError, match="no such command"):
+        main.main(["xyzzy"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(FileNotFoundError(2, "No such file", "x.bin"), 2), (PermissionError(13, "denied", "y"), 2)],
+)
+def test_files_that_can_not_be_used(
+    error: OSError,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: list[str]) -> None:
+        raise error
+
+    monkeypatch.setitem(main.COMMANDS, "fail", main.Command("", fail))
+    assert main.main(["fail"]) == status
+    assert capsys.readouterr().err == f"ee-llm: {error}\n"
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ValueError that nobody wrote for the user is no message to the user."""
+
+    def fail(_: list[str]) -> None:
+        int("no number")
+
+    monkeypatch.setitem(main.COMMANDS, "fail", main.Command("", fail))
+    with pytest.raises(ValueError, match="no number"):
+        main.main(["fail"])
+
+
+@pytest.mark.parametrize(("kind", "status"), [(RequestError, 2), (RunError, 1), (OSError, 2)])
+def test_an_error_for_the_user_is_one_line(
+    kind: type[Exception],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: list[str]) -> None:
+        raise kind("told")
+
+    monkeypatch.setitem(main.COMMANDS, "fail", main.Command("", fail))
+    assert main.main(["fail"]) == status
+    assert capsys.readouterr().err == "ee-llm: told\n"
+
+
+@pytest.mark.parametrize("kind", [PipelineError, RuntimeError, ValueError, KeyError])
+def test_a_defect_keeps_its_traceback(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure in a pipeline plan, too: the traceback shows where in the plan it happened."""
+
+    def fail(_: list[str]) -> None:
+        raise kind("told")
+
+    monkeypatch.setitem(main.COMMANDS, "fail", main.Command("", fail))
+    with pytest.raises(kind, match="told"):
+        main.main(["fail"])
+
+
+def test_an_interrupt_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(main.COMMANDS, "fail", main.Command("", interrupt))
+    assert main.main(["fail"]) == 130
+    assert capsys.readouterr().err == "ee-llm: interrupted\n"
+    # Every rank is interrupted with its launcher, which says so for all.
+    monkeypatch.setenv(rank._LAUNCHED, "1")
+    monkeypatch.setattr(main.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        main.main(["fail"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_rank_that_fails_has_written_what_it_printed() -> None:
+    """It ends without Python's own clean-up, which writes what is left in the buffer of a pipe."""
+    code = (
+        "from ee_llm.cli import main\n"
+        "def fail(_):\n"
+        "    print('the result')\n"
+        "    raise OSError(2, 'No such file', 'x')\n"
+        "main.COMMANDS['fail'] = main.Command('', fail)\n"
+        "main.main(['fail'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONUNBUFFERED": "", rank._LAUNCHED: f"{os.getpid()} -1"},
+    )
+    assert (done.returncode, done.stdout) == (2, "the result\n")
+    assert "No such file" in done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_may_be_cut_short(unbuffered: str) -> None:
+    """`ee-llm --help | head -n 1` ends as other programs do there: as told, and in silence."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    # Buffered, the text is written at the end of the program; unbuffered, by print.
+    done = subprocess.run(
+        [sys.executable, "-m", "ee_llm.cli.main", "--help"],
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_the_command_runs_as_a_process() -> None:
+    done = run("train", "--config", "nope.toml", WORLD_SIZE="1")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_a_reader_that_stops_ends_the_command_as_it_ends_others(monkeypatch):
+    """rich ends the process with status 1 where its output is closed; a shell expects SIGPIPE's."""
+
+    def closed(arguments):
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904  (as rich does)
+
+    monkeypatch.setattr(main, "_dispatch", closed)
+    assert main.main([]) == 128 + signal.SIGPIPE

@@ -1,0 +1,115 @@
+"""The rules by which the options of all commands are parsed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ee_llm.cli.parsing import parse
+from ee_llm.cli.train import train_options
+from ee_llm.config import HeadPart
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of every kind that commands have."""
+
+    paths: tuple[Path, ...] = ()
+    exits: tuple[int, ...] | None = None
+    thresholds: tuple[float, ...] = ()
+    exit_head: tuple[HeadPart, ...] = ()
+    stop: tuple[str, ...] = ()
+    output: Path | None = None
+    json: bool = False
+
+
+def parsed(*arguments: str) -> Options:
+    options = parse(Options, "test", arguments)
+    assert isinstance(options, Options)
+    return options
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--exits 2 4 6",
+        "--exits 2,4,6",
+        "--exits=2,4,6",
+        "--exits=2 4 6",
+        "--exits 2, 4, 6",
+        "--exits 2 --exits 4 --exits 6",
+        "--exits 2 --json --exits 4,6",
+        "--exits=2 --exits=4 6",
+    ],
+)
+def test_a_list_has_one_meaning_in_every_spelling(arguments: str) -> None:
+    """tyro keeps the last of a repeated option without a word, and knows no commas."""
+    assert parsed(*arguments.split()).exits == (2, 4, 6)
+
+
+def test_names_take_hyphens_and_underscores() -> None:
+    expected = parsed("--exit-head", "mlp", "norm")
+    assert expected.exit_head == ("mlp", "norm")
+    assert parsed("--exit_head", "mlp", "--exit-head", "norm") == expected
+    assert parsed("--exit_head=mlp,norm") == expected
+
+
+@pytest.mark.parametrize("text", ["--x", "---", "-x", "--json", "-"])
+def test_a_text_may_look_like_an_option(text: str) -> None:
+    assert parsed(f"--stop={text}", "--exits", "2").stop == (text,)
+
+
+def test_texts_and_paths_may_contain_commas() -> None:
+    options = parsed("--stop", "a,b", "--stop", "c", "--paths", "one, two/x")
+    assert options.stop == ("a,b", "c")
+    assert options.paths == (Path("one, two/x"),)
+
+
+def test_negative_numbers_are_values() -> None:
+    assert parsed("--thresholds", "-1", "-0.5,2").thresholds == (-1.0, -0.5, 2.0)
+
+
+def test_an_empty_list_differs_from_none() -> None:
+    assert parsed("--exits").exits == ()
+    assert parsed().exits is None
+
+
+@pytest.mark.parametrize("value", ["2;4", ",", "2,x", ""])
+def test_what_is_no_number_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        parsed("--exits", value)
+    assert done.value.code == 2
+    assert "--exits" in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--output=~/runs` would make a folder of the name ~ in the working directory."""
+    monkeypatch.setenv("HOME", "/home/me")
+    options = parsed("--output=~/runs", "--paths", "~/a", "b~")
+    assert options.output == Path("/home/me/runs")
+    assert options.paths == (Path("/home/me/a"), Path("b~"))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--output", ""], ["--output="], ["--paths", "a", ""], ["--json", "--paths="]]
+)
+def test_an_empty_path_is_refused(arguments: list[str]) -> None:
+    """`--inputs "$TEXTS"` without the variable would read the working directory."""
+    with pytest.raises(ValueError, match=r"--(output|paths) is given an empty path; name a file"):
+        parsed(*arguments)
+    assert parsed("--stop", "", "--paths", "a").stop == ("",)
+
+
+def test_options_in_sections() -> None:
+    def given(*arguments: str) -> dict[str, Any]:
+        found = parse(train_options(), "test", arguments, use_underscores=True)
+        return {name: value for name, value in found.items() if value}
+
+    assert given(
+        "--exits.boundaries", "2", "--exits.initial-weights=0,0.5", "--exits.boundaries=4"
+    ) == {"exits": {"boundaries": (2, 4), "initial_weights": (0.0, 0.5)}}
+    # Of a list of fixed length the last one given counts, as of a single value.
+    split = ("--data.split", "0.9,0.1,0", "--data.split", "0.8", "0.1", "0.1")
+    assert given(*split) == {"data": {"split": (0.8, 0.1, 0.1)}}
+    assert given("--data.prefixes", "a,b", "c") == {"data": {"prefixes": ("a,b", "c")}}

@@ -1,0 +1,127 @@
+"""`ee-llm tune`: a model that is described by its checkpoint, and what is refused at once."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from ee_llm.checkpoint.read import CONFIG
+from ee_llm.cli import main
+from ee_llm.config import Config, load_config
+from tests.unit.checkpoint.checkpoints import reseal, write_checkpoint
+
+MODEL = {"model.shape": "llama-tiny", "model.num_layers": 4, "exits.boundaries": (1, 2)}
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configurations that reach training, which is recorded instead of being run."""
+    configs: list[Config] = []
+    module = types.ModuleType("ee_llm.training.trainer")
+    module.train = configs.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ee_llm.training.trainer", module)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return configs
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = write_checkpoint(tmp_path / "source")
+    (path / CONFIG).write_text(load_config(None, MODEL).to_toml())
+    reseal(path)
+    return tmp_path / "source"
+
+
+def test_the_checkpoint_says_what_the_file_does_not(
+    tmp_path: Path, source: Path, tuned: list[Config]
+) -> None:
+    path = tmp_path / "tune.toml"
+    path.write_text(f'[tuning]\ncheckpoint = "{source}"\n[data]\nprefixes = ["corpus"]\n')
+    assert main.main(["tune", "--config", str(path), "--exits.boundaries", "1", "2", "3"]) == 0
+    [config] = tuned
+    assert config.model == load_config(None, MODEL).model
+    assert config.exits.boundaries == config.tuning.exits == (1, 2, 3)
+
+
+def test_data_default_to_what_fits_the_checkpoint(source: Path, tuned: list[Config]) -> None:
+    arguments = ["--tuning.checkpoint", str(source), "--data.prefixes", "corpus"]
+    assert main.main(["tune", *arguments]) == 0
+    assert main.main(["tune", *arguments, "--data.tokenizer", str(source)]) == 0
+    assert main.main(["tune", *arguments, "--data.tokenizer", "x.json"]) == 0
+    assert [config.data.tokenizer for config in tuned] == ["bytes", "bytes", "x.json"]
+    assert {config.data.seq_length for config in tuned} == {256}
+
+
+def test_data_are_prepared_with_the_tokenizer_of_a_run(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    options = ["--inputs", str(tmp_path / "a.txt"), "--tokenizer", str(source)]
+    assert main.main(["data", "prepare", *options, "--output", str(tmp_path / "a")]) == 0
+    assert "1 documents, 5 tokens" in capsys.readouterr().out
+
+
+def test_options_that_help_leaves_out_can_be_given(
+    source: Path, tuned: list[Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--tuning.checkpoint", str(source), "--data.prefixes", "corpus"]
+    assert main.main(["tune", *arguments, "--model.dropout", "0.5"]) == 0
+    assert tuned[0].model.dropout == 0.5
+    assert main.main(["tune", *arguments, "--parallel.schedule", "zero-bubble"]) == 2
+    assert "parallel.schedule = zero-bubble is about" in capsys.readouterr().err
+
+
+def test_help_shows_what_tuning_uses_and_what_it_requires_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main.main(["tune", "--help"])
+    text = capsys.readouterr().out
+    assert text.count("(required)") == 2
+    for name in ("tuning.checkpoint", "data.prefixes"):
+        hint = re.search(rf"--{name} .*?\((required|default)", text, re.DOTALL)
+        assert hint
+        assert hint[1] == "required"
+    assert text.index("--tuning.checkpoint") < text.index("--exits.boundaries")
+    for name in ("model.num_layers", "parallel.virtual", "checkpoint.initial"):
+        assert f"--{name}" not in text
+
+
+MISTAKES = {
+    "no checkpoint": ([], "tuning.checkpoint: not given; name the checkpoint, or the run"),
+    "no such checkpoint": (
+        ["--tuning.checkpoint", "nowhere"],
+        "nowhere does not exist: expected a run directory or a checkpoint such as",
+    ),
+    "too few processes": (
+        ["--tuning.checkpoint", "SOURCE", "--data.prefixes", "x", "--parallel.pipeline", "2"],
+        "the number of processes, 1, is not a multiple of",
+    ),
+    "no data": (["--tuning.checkpoint", "SOURCE"], "data.prefixes = [] names nothing to train on"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_one_line(
+    case: str, source: Path, tuned: list[Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, expected = MISTAKES[case]
+    arguments = [str(source) if argument == "SOURCE" else argument for argument in arguments]
+    assert main.main(["tune", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"ee-llm: {expected}")
+    assert not tuned
+
+
+def test_a_plan_of_tuning_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tune.toml"
+    config = load_config(None, MODEL | {"tuning.checkpoint": "runs/a"})
+    path.write_text(config.to_toml())
+    assert main.main(["plan", "--config", str(path)]) == 2
+    assert "tuning.checkpoint = runs/a: tuning has one plan, in which nothing goes" in (
+        capsys.readouterr().err
+    )

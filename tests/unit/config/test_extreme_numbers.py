@@ -1,0 +1,164 @@
+"""Every numeric option of every command, given numbers that nobody means."""
+
+import contextlib
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ee_llm.cli import checkpoint_options as edit
+from ee_llm.cli import main, train
+from ee_llm.cli.plan_options import PlanOptions
+from ee_llm.cli.train import train_options
+from ee_llm.config import section_types
+from ee_llm.convert.options import ConvertOptions
+from ee_llm.data.prepare import PrepareOptions
+from ee_llm.data.tokenization.train_tokenizer import TrainTokenizerOptions
+from ee_llm.errors import ConfigError
+from tests.unit.checkpoint.surgery.sources import HEADS, save, tiny
+
+EXTREMES = ("0", "-1", "2147483648", "9223372036854775808", "18446744073709551615")
+EXTREMES += ("1e10", "1e308", "1e-308", "inf", "-inf", "nan")
+
+# What each command needs beside the option that is tried; RUN is a run directory, TEXT a file.
+COMMANDS: dict[str, tuple[Any, str]] = {
+    "plan": (PlanOptions, "--stages 2 --microbatches 4 --layers 4 --exits 2 --fill auto"),
+    "data prepare": (PrepareOptions, "--inputs TEXT --output OUT"),
+    "data train-tokenizer": (
+        TrainTokenizerOptions,
+        "--inputs TEXT --output OUT.model --vocab-size 275",
+    ),
+    "convert": (ConvertOptions, "RUN --to hf --output OUT"),
+    "checkpoint reshard": (edit.ReshardOptions, "RUN --output OUT"),
+    "checkpoint add-exits": (
+        edit.AddExitsOptions,
+        "RUN --output OUT --exits 3 --initialization class-aware --data DATA",
+    ),
+    "checkpoint remove-exits": (edit.RemoveExitsOptions, "RUN --output OUT --exits 2"),
+    "checkpoint average": (edit.AverageOptions, "RUN OTHER --output OUT"),
+}
+
+
+def numeric_options(kind: Any, prefix: str = "") -> Iterator[str]:
+    for name, annotation in typing.get_type_hints(kind).items():
+        if typing.is_typeddict(annotation):
+            yield from numeric_options(annotation, f"{prefix}{name}.")
+            continue
+        found = [annotation]
+        for one in found:
+            found += [part for part in typing.get_args(one) if part is not ...]
+        if {int, float} & {one for one in found if isinstance(one, type)}:
+            yield prefix + name
+
+
+# Shares of any size, and numbers that may be nearly as large as a float32.
+UNBOUNDED = ("data.weights", "optimizer.clip_grad", "model.rope_theta")
+CASES = [(name, option) for name, (kind, _) in COMMANDS.items() for option in numeric_options(kind)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("extremes")
+    text, data = folder / "text.txt", folder / "data"
+    text.write_text("a short text of a few words, repeated. " * 20)
+    for name in ("run", "other"):
+        save(folder / name, tiny(**HEADS["own outputs"]))
+    arguments = ["data", "prepare", "--inputs", str(text), "--output", str(data)]
+    assert main.main(arguments) == 0
+    return {"RUN": folder / "run", "OTHER": folder / "other", "TEXT": text, "DATA": data}
+
+
+def test_all_numeric_options_are_found() -> None:
+    """The cases below are only worth what finds them."""
+    assert {"training.seed", "data.split", "parallel.fill_warmup"} <= set(config_options())
+    assert len(config_options()) > 50
+    found = {("plan", "memory_limit"), ("plan", "fill"), ("convert", "max_shard_gb")}
+    assert found | {("checkpoint average", "last"), ("data prepare", "workers")} <= set(CASES)
+
+
+@pytest.mark.parametrize(("name", "option"), CASES)
+def test_extreme_numbers_are_accepted_or_refused_in_one_line(
+    name: str,
+    option: str,
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A command that works with what it is given works, or says in a line why it cannot."""
+    trainer = types.ModuleType("ee_llm.training.trainer")
+    trainer.train = lambda config: config.to_toml()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ee_llm.training.trainer", trainer)
+    for module in (main, train):
+        monkeypatch.setattr(module, "launch", lambda *call: None)
+    for number, value in enumerate([None, *EXTREMES]):
+        output = {"OUT": tmp_path / str(number), "OUT.model": tmp_path / f"{number}.model"}
+        places = {key: str(path) for key, path in {**files, **output}.items()}
+        arguments = [places.get(word, word) for word in COMMANDS[name][1].split()]
+        given = [] if value is None else [f"--{option}={value}"]
+        status, err = run([*name.split(), *arguments, *given], capsys)
+        if value is None:
+            assert status == 0, err
+        elif status:
+            assert status == 2
+            assert err.startswith("ee-llm: ") or f"--{option.replace('_', '-')}" in err
+            assert "Traceback" not in err
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    try:
+        status = main.main(arguments)
+    except SystemExit as stop:  # the parser refuses what is no integer
+        status = int(str(stop.code))
+    return status, capsys.readouterr().err.replace("_", "-")
+
+
+def config_options() -> list[str]:
+    return [name for name in numeric_options(train_options()) if name != "nproc"]
+
+
+@pytest.mark.parametrize("name", ["train", "tune"])
+@pytest.mark.parametrize("option", config_options())
+def test_extreme_numbers_in_a_configuration(
+    name: str, option: str, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is given passes all checks and can be saved, or is a ConfigError.
+
+    A seed of 2^64 - 1 or a time-out of 1e10 seconds used to end in a traceback. The command line's
+    parser is left out: it takes ten times as long as all checks.
+    """
+    run_directory = str(files["RUN"])
+    base: dict[str, Any] = {"model.shape": "llama-tiny", "exits.boundaries": (2, 4)}
+    if name == "tune":
+        base = {"tuning.checkpoint": run_directory}
+    base["data.prefixes"] = ("x",)
+    trained: list[str] = []
+    trainer = types.ModuleType("ee_llm.training.trainer")
+    trainer.train = lambda config: trained.append(config.to_toml())  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ee_llm.training.trainer", trainer)
+    start = {"train": train.train, "tune": train.tune}[name]
+
+    def attempt(more: dict[str, Any]) -> None:
+        monkeypatch.setattr(train, "_parse_run", lambda *call: (None, None, base | more))
+        start([])
+
+    attempt({})
+    assert len(trained) == 1
+    section, leaf = option.split(".")
+    kind = section_types()[section].model_fields[leaf].annotation
+    for text in EXTREMES:
+        value = int(text) if text.lstrip("-").isdecimal() else float(text)
+        for given in (value, float(value)):
+            if typing.get_origin(kind) is tuple:
+                is_open = typing.get_args(kind)[-1] is ...
+                attempted: Any = (given,) if is_open else (given,) * 3
+            else:
+                attempted = given
+            with contextlib.suppress(ConfigError):
+                attempt({option: attempted})
+                # Whatever is accepted has to work, and only small numbers are known to.
+                assert abs(given) < 2**63 or option in UNBOUNDED, f"{option} has no bound"

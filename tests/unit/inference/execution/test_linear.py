@@ -1,0 +1,73 @@
+"""Linear layers with packed weights against the plain product."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ee_llm.inference.execution import linear
+from ee_llm.inference.execution.linear import Linear, is_packable
+
+NUM_ROWS = [*range(1, 18), 31, 32, 33, 64, 70]
+
+
+def _numbers(*shape: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)]
+)
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(48, 32), (7, 13), (1, 64)])
+@torch.no_grad()
+def test_the_product_is_the_plain_one_for_any_number_of_rows(
+    num_outputs: int, num_inputs: int, dtype: torch.dtype, tolerance: float, with_bias: bool
+) -> None:
+    """Held to the product in float64 of the same rounded numbers, relative to the largest."""
+    weight = _numbers(num_outputs, num_inputs, dtype=dtype)
+    bias = _numbers(num_outputs, dtype=dtype) if with_bias else None
+    product = Linear(weight, bias)
+    assert product.num_outputs == num_outputs
+    rows = _numbers(max(NUM_ROWS), num_inputs, dtype=dtype)
+    expected = F.linear(rows.double(), weight.double(), None if bias is None else bias.double())
+    scale = float(expected.abs().max())
+    for num_rows in NUM_ROWS:
+        found = product(rows[:num_rows])
+        assert found.dtype == dtype
+        assert found.shape == (num_rows, num_outputs)
+        error = (found.double() - expected[:num_rows]).abs().max()
+        assert float(error) <= tolerance * scale, num_rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_no_rows_give_no_rows(dtype: torch.dtype) -> None:
+    product = Linear(_numbers(48, 32, dtype=dtype))
+    assert product(torch.empty(0, 32, dtype=dtype)).shape == (0, 48)
+
+
+@torch.no_grad()
+def test_a_weight_may_be_a_part_of_another() -> None:
+    """A rank of several keeps slices, which do not lie in memory as they read."""
+    whole = _numbers(32, 64, dtype=torch.float32)
+    x = _numbers(5, 32, dtype=torch.float32)
+    torch.testing.assert_close(Linear(whole[:, 32:])(x), x @ whole[:, 32:].T)
+
+
+def test_weights_are_packed_where_that_is_known_to_work() -> None:
+    """Without it the comparison above would be of the plain product with itself."""
+    is_built = torch.backends.mkldnn.is_available()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert is_packable(torch.empty(4, 4, dtype=dtype)) == is_built
+    assert not is_packable(torch.empty(4, 4, dtype=torch.float64))
+    assert not is_packable(torch.empty(4, 4, dtype=torch.float32, device="meta"))
+
+
+@torch.no_grad()
+def test_without_onednn_the_product_is_plain(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(linear, "_pack", lambda weight: pytest.fail("it can not be packed"))
+    weight, x = (_numbers(n, 32, dtype=torch.float32) for n in (48, 3))
+    assert torch.equal(Linear(weight)(x), F.linear(x, weight))

@@ -1,0 +1,210 @@
+"""`self-speculative`: drafts change the cost of a token, never the token, nor its distribution."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ee_llm.architecture.reference import ReferenceModel
+from ee_llm.config import Config
+from ee_llm.inference.exits import decision
+from ee_llm.inference.request import ExitResult, Sequence
+from ee_llm.inference.sampling import sampler
+from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.strategies import SelfSpeculation
+from ee_llm.inference.verification.reference_decoding import RequestOutput
+from tests.unit.inference.engines import DRAWN, assert_same, make_engine, make_request, serve
+from tests.unit.inference.engines import reference as dense
+from tests.unit.inference.models import random_tensors, tiny_config
+
+SMALL = tiny_config(
+    boundaries=(1,), num_layers=2, hidden_size=16, num_heads=2, num_kv_heads=1, vocab_size=6
+)
+NUM_SEEDS = 2000
+FALSE_ALARM = 1e-6
+
+
+def _tensors(config: Config, later: float) -> dict[str, torch.Tensor]:
+    """Return weights whose layers behind the first exit change so much: at 0, its head is final."""
+    tensors = random_tensors(config)
+    for name, tensor in tensors.items():
+        if name.startswith("layers.") and int(name.split(".")[1]) > config.exits.boundaries[0]:
+            tensor *= later if "linear_proj" in name or "linear_fc2" in name else 1.0
+    final = f"exits.{config.model.num_layers}.norm"
+    for boundary in config.exits.boundaries:
+        for kind in ("weight", "bias"):
+            if f"{final}.{kind}" in tensors:
+                tensors[f"exits.{boundary}.norm.{kind}"] = tensors[f"{final}.{kind}"]
+    return tensors
+
+
+@pytest.mark.parametrize("settings", [SamplingParams(), DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("threshold", [None, 0.25, 0.5])
+@pytest.mark.parametrize("length", [1, 2, 5, 15])
+def test_verify_is_full_token_for_token(
+    length: int, threshold: float | None, settings: SamplingParams
+) -> None:
+    """With drafts that are right and drafts that are not."""
+    config = tiny_config()
+    tensors = _tensors(config, later=0.4)
+    requests = [
+        make_request(
+            f"{boundary} {n}",
+            n,
+            "self-speculative",
+            draft=SelfSpeculation(boundary, length, threshold),
+            sampling=settings,
+            max_new_tokens=16,
+        )
+        for boundary in (1, 2)
+        for n in (1, 4, 6, 9)
+    ]
+    made, sequences = serve(make_engine(config, tensors=tensors, num_blocks=129), requests)
+    for request, generation in zip(requests, made, strict=True):
+        assert_same(generation, dense(request, config, tensors))
+    num_drafted = sum(sequence.num_drafted for sequence in sequences)
+    num_accepted = sum(sequence.num_accepted for sequence in sequences)
+    assert 0 < num_accepted < num_drafted
+    assert sum(sequence.num_rejections for sequence in sequences) > 0
+    for generation, sequence in zip(made, sequences, strict=True):
+        assert generation.num_drafted == sequence.num_drafted
+        assert generation.num_accepted == sequence.num_accepted
+
+
+@pytest.mark.parametrize(
+    "settings", [SamplingParams(), DRAWN, SamplingParams(repetition_penalty=1.4)]
+)
+def test_an_exit_that_knows_the_answer_drafts_nothing_in_vain(settings: SamplingParams) -> None:
+    """Its draws must be those of the final exit: noise that is keyed otherwise wastes them."""
+    config = tiny_config()
+    tensors = _tensors(config, later=0.0)
+    requests = [
+        make_request(
+            f"{n}",
+            n,
+            "self-speculative",
+            draft=SelfSpeculation(1, 5),
+            sampling=settings,
+            max_new_tokens=12,
+        )
+        for n in (1, 4, 9)
+    ]
+    engine = make_engine(config, tensors=tensors)
+    made, sequences = serve(engine, requests)
+    for request, generation, sequence in zip(requests, made, sequences, strict=True):
+        assert_same(generation, dense(request, config, tensors))
+        assert sequence.num_drafted == sequence.num_accepted == 10  # of two passes, six tokens each
+    assert engine.scheduler.step == 2 * 6
+
+
+def test_drafting_goes_on_while_the_exit_is_confident() -> None:
+    """A threshold that every row reaches is none, and one that none reaches drafts nothing."""
+    drafts = {}
+    for threshold in (None, 1e-9, 0.3, 0.5, 1.0):
+        request = make_request(
+            "a", 4, "self-speculative", draft=SelfSpeculation(1, 4, threshold), max_new_tokens=25
+        )
+        (made,), _ = serve(make_engine(), [request])
+        drafts[threshold] = made.num_drafted
+    assert drafts[None] == drafts[1e-9] > drafts[0.3] > drafts[0.5] > drafts[1.0] == 0
+
+
+def _exactly(config: Config, prompt: list[int]) -> list[float]:
+    """Return the distribution of the second new token, over all that the first one may be."""
+    model = ReferenceModel(config, _tensors(config, later=0.6), torch.float64)
+
+    def distribution(tokens: list[int]) -> torch.Tensor:
+        return model.forward(torch.tensor(tokens))[model.num_layers][-1].softmax(dim=0)
+
+    first = distribution(prompt)
+    second = [distribution([*prompt, token]) for token in range(config.model.vocab_size)]
+    return (first @ torch.stack(second)).tolist()
+
+
+def _chance(counts: Counter[int], distribution: list[float]) -> float:
+    """Return how often the distribution itself gives counts as far from it (Pearson's chi-square).
+
+    The statistic's upper tail is that of the gamma function, with a degree of freedom for each
+    token but one.
+    """
+    total = counts.total()
+    expected = [total * share for share in distribution]
+    assert min(expected) > 10, "too few for the approximation"
+    statistic = sum((counts[token] - n) ** 2 / n for token, n in enumerate(expected))
+    half = torch.tensor([(len(expected) - 1) / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1]))
+
+
+def _sampled() -> tuple[list[RequestOutput], float]:
+    """Return the generations of many seeds, and the chance of their second tokens."""
+    engine = make_engine(SMALL, tensors=_tensors(SMALL, later=0.6), max_num_seqs=64, num_blocks=129)
+    prompt = [3, 1, 4]
+    made = engine.generate(
+        [
+            make_request(
+                str(seed),
+                strategy="self-speculative",
+                prompt=prompt,
+                draft=SelfSpeculation(1, 2),
+                boundaries=(1,),
+                thresholds=(None,),
+                sampling=SamplingParams(1.0, seed=seed),
+                max_new_tokens=3,
+            )
+            for seed in range(NUM_SEEDS)
+        ]
+    )
+    second = Counter(generation.tokens[1] for generation in made)
+    return made, _chance(second, _exactly(SMALL, prompt))
+
+
+def test_sampled_tokens_follow_the_distribution_of_the_model() -> None:
+    """Guards against drafts that pull the tokens towards the exit's own distribution.
+
+    Seeds that were drawn anew would raise a false alarm once in a million times.
+    """
+    made, chance = _sampled()
+    num_drafted = sum(generation.num_drafted for generation in made)
+    share = sum(generation.num_accepted for generation in made) / num_drafted
+    assert num_drafted > NUM_SEEDS
+    assert 0.2 < share < 0.8, "drafts must be accepted, and rejected"
+    assert chance > FALSE_ALARM
+
+
+def _same_noise_at_every_position(monkeypatch) -> None:
+    """The second token's noise is the first one's."""
+
+    def draw(logits, settings, positions, histories):
+        return sampler.draw(logits, settings, [0] * len(positions), histories)
+
+    monkeypatch.setattr(decision, "draw", draw)
+
+
+def _drafts_are_believed(monkeypatch) -> None:
+    """What an exit drafted is never taken back."""
+    settle = Sequence.settle
+
+    def believing(self: Sequence, segment: int, result: ExitResult) -> bool:
+        follows = result.position + 1
+        if segment == len(self.boundaries) - 1 and follows < len(self.tokens):
+            result = replace(result, token=self.tokens[follows])
+        return settle(self, segment, result)
+
+    monkeypatch.setattr(Sequence, "settle", believing)
+
+
+@pytest.mark.parametrize("plant", [_same_noise_at_every_position, _drafts_are_believed])
+def test_the_test_of_the_distribution_finds_a_planted_mistake(plant, monkeypatch) -> None:
+    plant(monkeypatch)
+    assert _sampled()[1] < FALSE_ALARM
+
+
+def test_the_chance_is_that_of_the_tables() -> None:
+    """Of 5 degrees of freedom, 20.515 is exceeded once in a thousand."""
+    shift = round(math.sqrt(20.515 * 1e6 / 2))
+    counts = Counter(dict.fromkeys(range(6), 10**6))
+    counts[0] += shift
+    counts[1] -= shift
+    assert _chance(counts, [1 / 6] * 6) == pytest.approx(1e-3, rel=1e-2)

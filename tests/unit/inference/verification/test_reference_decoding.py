@@ -1,0 +1,289 @@
+"""The reference generator and the certificate that proves what it made."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ee_llm.architecture.reference import ReferenceModel
+from ee_llm.inference.exits.policy import MEASURES, ExitPolicy, make_exit_policy
+from ee_llm.inference.sampling.sampler import SamplingParams, sample
+from ee_llm.inference.strategies import STRATEGIES
+from ee_llm.inference.verification.certificate import verify_trace
+from ee_llm.inference.verification.reference_decoding import RequestOutput, generate_reference
+from tests.unit.inference.models import random_tokens, tiny_config, tiny_model
+
+PROMPT = random_tokens(5, seed=3).tolist()
+GREEDY = SamplingParams()
+DRAWN = SamplingParams(0.9, top_k=20, top_p=0.95, seed=4)
+PENALISED = SamplingParams(0.7, min_p=0.05, repetition_penalty=1.4, seed=2)
+
+
+def _generate(
+    model: ReferenceModel, policy: ExitPolicy, sampling: SamplingParams = GREEDY, **options
+) -> RequestOutput:
+    options = {"max_new_tokens": 20} | options
+    return generate_reference(model, PROMPT, policy, sampling, **options)
+
+
+def _balanced_policy(model: ReferenceModel, measure: str) -> ExitPolicy:
+    """Return thresholds that about half of the rows reach at each exit."""
+    logits = model.forward(random_tokens(32, seed=8))
+    medians = [float(MEASURES[measure](logits[boundary]).median()) for boundary in (1, 2)]
+    return make_exit_policy((1, 2), medians, measure)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, PENALISED])
+@pytest.mark.parametrize("head", [("norm",), ("block", "mlp", "norm")])
+def test_tokens_and_exits_are_those_of_the_definition(
+    measure: str, sampling: SamplingParams, head: tuple[str, ...]
+) -> None:
+    """The definition is written out here once more, over one forward of the finished sequence."""
+    model = tiny_model(tiny_config(head=head, temperatures=(1.0, 0.7)))
+    policy = _balanced_policy(model, measure)
+    lowest = dict(zip(policy.boundaries, policy.thresholds, strict=True))
+    made = _generate(model, policy, sampling)
+    logits = model.forward(torch.tensor([*made.prompt, *made.tokens])[:-1])
+    for index, token in enumerate(made.tokens):
+        row = len(PROMPT) - 1 + index
+        first, second = (float(policy.confidence(logits[b][row])) for b in (1, 2))
+        exit = 1 if first >= lowest[1] else 2 if second >= lowest[2] else 4
+        assert made.exits[index] == exit
+        history = [*made.prompt, *made.tokens][: row + 1]
+        assert token == sample(logits[exit][row], sampling, row, history)
+        confidence = float(policy.confidence(logits[exit][row]))
+        assert made.confidences[index] == pytest.approx(confidence, abs=1e-9)
+        logprob = float(logits[exit][row].log_softmax(dim=0)[token])
+        assert made.logprobs[index] == pytest.approx(logprob, abs=1e-9)
+    assert len(set(made.exits)) == 3, "the test needs tokens at every exit"
+    assert made.mean_depth == sum(made.exits) / 20
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_thresholds_above_every_confidence_are_full(sampling: SamplingParams) -> None:
+    model = tiny_model()
+    full = _generate(model, make_exit_policy((1, 2), [0.01]), sampling, strategy="full")
+    for thresholds in ([1.0], [None], [None, 1.0]):
+        exact = _generate(model, make_exit_policy((1, 2), thresholds), sampling)
+        assert exact.tokens == full.tokens
+        assert exact.exits == full.exits == (4,) * 20
+        assert exact.confidences == full.confidences
+        assert exact.logprobs == full.logprobs
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_verify_is_full_by_definition(sampling: SamplingParams) -> None:
+    model, policy = tiny_model(), make_exit_policy((1, 2), [0.1])
+    full = _generate(model, policy, sampling, strategy="full")
+    made = _generate(model, policy, sampling, strategy="self-speculative")
+    assert made == dataclasses.replace(full, strategy="self-speculative")
+    assert set(made.exits) == {4}
+    (found,) = verify_trace(model, dataclasses.replace(made, exits=(1, *made.exits[1:])))
+    assert (found.index, found.expected, found.margin) == (0, 4, float("inf"))
+
+
+def test_repetition_penalty_changes_tokens_and_no_confidence() -> None:
+    """Greedy too; what the policy measures and the log probability are of the exit's own logits."""
+    model, policy = tiny_model(), make_exit_policy((1, 2), [0.4])
+    plain = _generate(model, policy)
+    made = _generate(model, policy, SamplingParams(repetition_penalty=50.0))
+    assert len(set(made.tokens)) > len(set(plain.tokens))
+    first = next(i for i in range(20) if made.tokens[i] != plain.tokens[i])
+    assert made.exits[: first + 1] == plain.exits[: first + 1]
+    assert made.confidences[: first + 1] == plain.confidences[: first + 1]
+    assert made.logprobs[first] < plain.logprobs[first]
+
+
+def test_a_threshold_under_every_confidence_leaves_at_the_first_exit() -> None:
+    made = _generate(tiny_model(), make_exit_policy((1, 2), [1e-9]))
+    assert made.exits == (1,) * 20
+    assert made.mean_depth == 1.0
+
+
+def test_deeper_layers_do_not_run_for_a_token_that_left() -> None:
+    """What is above the exit can not matter: a model broken there makes the same tokens."""
+    policy = make_exit_policy((1, 2), [1e-9])
+    config = tiny_config()
+    expected = _generate(tiny_model(config), policy)
+    broken = tiny_model(config)
+    broken._tensors["layers.2.mlp.linear_fc2.weight"].fill_(float("nan"))
+    assert _generate(broken, policy) == expected
+    with pytest.raises(ValueError, match=r"exit at boundary 4 gives logits that are not finite"):
+        _generate(broken, policy, strategy="full")
+
+
+def test_generation_is_a_pure_function_that_continues_itself() -> None:
+    """Cutting a generation and going on from there changes nothing, drawn tokens included."""
+    model, policy = tiny_model(), make_exit_policy((1, 2), [0.4])
+    whole = _generate(model, policy, DRAWN)
+    torch.manual_seed(0)
+    head = _generate(model, policy, DRAWN, max_new_tokens=7)
+    rest = generate_reference(model, [*PROMPT, *head.tokens], policy, DRAWN, max_new_tokens=13)
+    assert head.tokens + rest.tokens == whole.tokens
+    assert head.exits + rest.exits == whole.exits
+    other = _generate(model, policy, dataclasses.replace(DRAWN, seed=5))
+    assert other.tokens != whole.tokens
+
+
+def test_finish_reasons() -> None:
+    model, policy = tiny_model(), make_exit_policy((1, 2), [0.4])
+    made = _generate(model, policy)
+    assert made.finish_reason == "length"
+    eos = made.tokens[6]
+    stopped = _generate(model, policy, eos_token_ids=(98, eos))
+    assert stopped.finish_reason == "eos"
+    assert stopped.tokens == made.tokens[: made.tokens.index(eos) + 1]
+    context = _generate(model, policy, max_new_tokens=1000)
+    assert context.finish_reason == "context"
+    assert len(PROMPT) + len(context.tokens) == 32 + 1  # the last token needs no row
+    stopped = _generate(model, policy, stop_tokens=(99, eos))
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == made.tokens[: made.tokens.index(eos) + 1]
+    assert _generate(model, policy, eos_token_ids=[eos], stop_tokens=[eos]).finish_reason == "eos"
+    full_prompt = random_tokens(32).tolist()
+    assert len(generate_reference(model, full_prompt, policy, GREEDY).tokens) == 1
+
+
+def test_on_token_sees_each_decision_as_it_falls() -> None:
+    seen = []
+    made = _generate(tiny_model(), make_exit_policy((1, 2), [0.4]), on_token=seen.append)
+    assert tuple((d.token, d.exit, d.confidence, d.logprob) for d in seen) == tuple(
+        zip(made.tokens, made.exits, made.confidences, made.logprobs, strict=True)
+    )
+
+
+def test_bad_input_is_named() -> None:
+    model, policy = tiny_model(), make_exit_policy((1, 2), [0.4])
+    for prompt, options, message in (
+        ([], {}, "prompt is empty"),
+        (random_tokens(33).tolist(), {}, "33 tokens are more than model.max_seq_length = 32"),
+        ([40], {}, "vocab_size = 40"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens 0 must be at least 1"),
+        ([1], {"strategy": "fast"}, "strategy 'fast' is unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate_reference(model, prompt, policy, GREEDY, **options)
+    with pytest.raises(ValueError, match=r"boundaries \[1, 3\], but the model has \[1, 2\]"):
+        generate_reference(model, [1], make_exit_policy((1, 3), [0.4]), GREEDY)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, PENALISED])
+def test_certificate_passes_what_was_generated(sampling: SamplingParams, strategy: str) -> None:
+    for family in ("llama", "gpt"):
+        model = tiny_model(tiny_config(family, head=("block", "mlp", "norm")))
+        made = _generate(model, make_exit_policy((1, 2), [0.4]), sampling, strategy=strategy)
+        assert verify_trace(model, made) == []
+
+
+def _assert_wrong_token_is_found(
+    model: ReferenceModel, made: RequestOutput, index: int, token: int
+) -> None:
+    wrong = (token + 1) % 40
+    tokens = (*made.tokens[:index], wrong, *made.tokens[index + 1 :])
+    found = verify_trace(model, dataclasses.replace(made, tokens=tokens))
+    assert (found[0].index, found[0].kind) == (index, "token")
+    assert (found[0].found, found[0].expected) == (wrong, token)
+    assert found[0].margin > 0
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_certificate_finds_every_single_change(sampling: SamplingParams) -> None:
+    """Every exit and token is replaced in turn; its own divergence must be the first reported."""
+    model = tiny_model()
+    made = _generate(model, make_exit_policy((1, 2), [0.5, 0.3]), sampling)
+    for index, (exit, token) in enumerate(zip(made.exits, made.tokens, strict=True)):
+        for wrong in {1, 2, 4, 3} - {exit}:
+            exits = (*made.exits[:index], wrong, *made.exits[index + 1 :])
+            found = verify_trace(model, dataclasses.replace(made, exits=exits))
+            assert (found[0].index, found[0].kind) == (index, "exit")
+            assert (found[0].found, found[0].expected) == (wrong, exit)
+            assert found[0].margin > (1e10 if wrong == 3 else 0)
+            assert {d.index for d in found} == {index}
+        _assert_wrong_token_is_found(model, made, index, token)
+
+
+def test_certificate_finds_another_policy_seed_and_position() -> None:
+    model = tiny_model()
+    made = _generate(model, make_exit_policy((1, 2), [0.5, 0.3]), DRAWN)
+    for change in (
+        {"policy": make_exit_policy((1, 2), [0.5, 0.9])},
+        {"policy": make_exit_policy((1, 2), [0.5, 0.3], "margin")},
+        {"strategy": "full"},
+        {"sampling": dataclasses.replace(DRAWN, seed=5)},
+        {"prompt": (1, *made.prompt)},
+    ):
+        assert verify_trace(model, dataclasses.replace(made, **change))
+
+
+def test_margin_of_an_exit_is_the_distance_to_its_threshold() -> None:
+    model = tiny_model()
+    made = _generate(model, make_exit_policy((1, 2), [1e-9]), max_new_tokens=1)
+    (confidence,) = made.confidences
+    claimed = dataclasses.replace(made, policy=make_exit_policy((1, 2), [confidence + 0.01, None]))
+    (found,) = verify_trace(model, claimed)
+    assert (found.found, found.expected) == (1, 4)
+    assert found.margin == pytest.approx(0.01, abs=1e-9)
+    (found, *_) = verify_trace(model, dataclasses.replace(made, exits=(4,)))
+    assert (found.found, found.expected) == (4, 1)
+    assert found.margin >= confidence - 1e-9
+
+
+def test_certificate_tells_rounding_from_a_mistake() -> None:
+    """A float32 generation diverges from float64 by rounding at most."""
+    config = tiny_config()
+    for seed in range(5):
+        sampling = dataclasses.replace(DRAWN, seed=seed)
+        made = _generate(
+            tiny_model(config, dtype=torch.float32), make_exit_policy((1, 2), [0.4]), sampling
+        )
+        assert all(d.margin < 1e-4 for d in verify_trace(tiny_model(config), made))
+
+
+def test_an_exit_that_is_off_is_never_looked_at() -> None:
+    """It may be untrained or broken; nobody can have left there."""
+    model, policy = tiny_model(), make_exit_policy((1, 2), [0.4, None])
+    model._tensors["exits.2.norm.weight"].fill_(float("nan"))
+    made = _generate(model, policy)
+    assert verify_trace(model, made) == []
+    at_four = made.exits.index(4)
+    exits = (*made.exits[:at_four], 2, *made.exits[at_four + 1 :])
+    (found,) = verify_trace(model, dataclasses.replace(made, exits=exits))
+    assert (found.index, found.expected, found.margin) == (at_four, 4, float("inf"))
+
+
+def test_certificate_refuses_what_is_no_finished_sequence() -> None:
+    model = tiny_model()
+    made = _generate(model, make_exit_policy((1, 2), [0.4]))
+    for change in ({"tokens": ()}, {"exits": made.exits[1:]}, {"prompt": ()}):
+        with pytest.raises(ValueError, match="are no finished sequence"):
+            verify_trace(model, dataclasses.replace(made, **change))
+    with pytest.raises(ValueError, match="vocab_size = 40"):
+        verify_trace(model, dataclasses.replace(made, tokens=(*made.tokens[:-1], 40)))
+
+
+def test_certificate_of_propagate_finds_every_single_change() -> None:
+    """Later rows see keys and values of the changed one; its own divergence comes first."""
+    model = tiny_model(tiny_config(head=("block", "norm")))
+    policy = _balanced_policy(model, "max_probability")
+    made = _generate(model, policy, DRAWN, strategy="propagate")
+    assert set(made.exits) == {1, 2, 4}
+    for index, (exit, token) in enumerate(zip(made.exits, made.tokens, strict=True)):
+        for wrong in {0, 1, 2, 3, 4, 9} - {exit}:
+            exits = (*made.exits[:index], wrong, *made.exits[index + 1 :])
+            found = verify_trace(model, dataclasses.replace(made, exits=exits))
+            assert (found[0].index, found[0].kind, found[0].found) == (index, "exit", wrong)
+            too_early = wrong in (1, 2) and wrong < exit  # what lies between can not be told
+            assert found[0].expected == (4 if too_early else exit)
+            assert (found[0].margin == float("inf")) == (wrong in (0, 3, 9))
+        _assert_wrong_token_is_found(model, made, index, token)
+
+
+def test_certificate_of_propagate_looks_at_nothing_beyond_an_exit() -> None:
+    """Where every token left at the first exit, what is above it can not matter."""
+    model, policy = tiny_model(), make_exit_policy((1, 2), [1e-9])
+    made = _generate(model, policy, DRAWN, strategy="propagate")
+    model._tensors["layers.2.mlp.linear_fc2.weight"].fill_(float("nan"))
+    assert _generate(model, policy, DRAWN, strategy="propagate") == made
+    assert verify_trace(model, made) == []

@@ -1,0 +1,95 @@
+"""EE-Tuning's plan: sound, without a message backward, one microbatch at a time."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from ee_llm.config import load_config
+from ee_llm.pipeline.lower import lower
+from ee_llm.pipeline.plan import Op
+from ee_llm.pipeline.schedules.scaling import unbiased_scaling
+from ee_llm.pipeline.schedules.tuning import tuning_plan
+from ee_llm.pipeline.selection import select_plan
+from ee_llm.pipeline.simulate import Costs, PieceCost, StageCost, grid, simulate
+
+SIZES = [
+    (num_stages, num_microbatches, exits)
+    for num_stages, num_microbatches in itertools.product((1, 2, 3, 4), (1, 2, 5, 9))
+    for exits in ({num_stages - 1}, {0}, {0, num_stages - 1}, set(range(num_stages)))
+]
+
+
+@pytest.mark.parametrize(("num_stages", "num_microbatches", "exits"), SIZES)
+def test_the_plan_is_sound_and_nothing_travels_back(num_stages, num_microbatches, exits):
+    plan = lower(tuning_plan(num_stages, num_microbatches, exits))
+    ops = {action.op for actions in plan.ranks for action in actions}
+    assert not ops & {Op.SEND_BACKWARD, Op.RECV_BACKWARD, Op.WEIGHT}
+    for stage, actions in enumerate(plan.ranks):
+        computed = [a for a in actions if a.op.computes]
+        expected = [Op.FORWARD, *[Op.BACKWARD] * (stage in exits)] * num_microbatches
+        assert [a.op for a in computed] == expected
+    assert set(plan.local_backwards) == exits
+
+
+def test_the_output_is_sent_before_exits_are_computed():
+    """Or every later stage would wait for them."""
+    plan = lower(tuning_plan(3, 4, {0, 2}))
+    for step, action in enumerate(plan.ranks[0]):
+        if action.op is Op.BACKWARD:
+            before = plan.ranks[0][:step]
+            assert action._replace(op=Op.SEND_FORWARD) in before
+    assert str(plan.without_communication().ranks[0][:4]) == "(0F0, 0B0, 0F1, 0B1)"
+    assert plan.without_communication() == tuning_plan(3, 4, {0, 2})
+
+
+def test_losses_and_gradients_count_once():
+    scaling = unbiased_scaling(tuning_plan(3, 4, {0, 2}))
+    assert {f for losses in scaling.losses for f in losses} == {1.0}
+    assert scaling.gradients == (1.0, 1.0, 1.0)
+
+
+def test_time_and_memory():
+    """With a forward of 1 a stage and 3 an exit: the fill of the pipeline, then the slowest stage.
+
+    One microbatch and one exit's logits are alive at a time, where 1F1B keeps P - i of them.
+    """
+    stages = (StageCost(1, 0, (PieceCost(1, 2),)), StageCost(1, 0), StageCost(1, 0))
+    last = StageCost(1, 0, (PieceCost(1, 2),))
+    found = simulate(tuning_plan(4, 10, {0, 3}), Costs((*stages, last)))
+    assert found.makespan == 3 * 1 + 10 * (1 + 3)
+    assert found.peak_activations == (1, 1, 1, 1)
+    assert found.peak_exit_logits == (1, 0, 0, 1)
+
+
+@pytest.mark.parametrize("exits", [set(), {2}, {-1}])
+def test_exits_that_are_nowhere_are_refused(exits):
+    with pytest.raises(ValueError, match="expected at least one, on stages 0 to 1"):
+        tuning_plan(2, 4, exits)
+
+
+def test_it_is_chosen_for_a_tuning_run():
+    options = {
+        "model.shape": "llama-tiny",
+        "tuning.checkpoint": "runs/a",
+        "exits.boundaries": (2, 6),
+        "parallel.pipeline": 3,
+    }
+    config = load_config(None, options)
+    assert select_plan(config, 5) == tuning_plan(3, 5, {0, 2})
+
+
+def test_the_documentation_shows_the_plan():
+    page = Path(__file__).resolve().parents[4] / "docs" / "tuning.md"
+    assert f"```\n{grid(tuning_plan(3, 3, {0, 2}))}\n```" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("num_stages", "num_microbatches", "exits"), SIZES)
+def test_a_stage_without_exits_does_not_run_far_ahead(num_stages, num_microbatches, exits):
+    """Its neighbour would post receives for all that it sends, each with a buffer of its own."""
+    for actions in lower(tuning_plan(num_stages, num_microbatches, exits)).ranks:
+        posted, most = 0, 0
+        for action in actions:
+            posted += (action.op is Op.RECV_FORWARD) - (action.op is Op.FORWARD)
+            most = max(most, posted)
+        assert most <= 2
