@@ -1,4 +1,4 @@
-"""Commands of README and docs/inference.md, run as a stranger would, with smaller numbers."""
+"""Run the commands of the README and the docs as a new user would, with smaller numbers."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_the_two_commands_come_first():
 
 
 def test_nothing_is_left_to_be_filled_in():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     for page in pages:
         assert not re.search(r"^[A-Z_]{4,}$", page.read_text(), re.MULTILINE), page
 
@@ -98,9 +98,9 @@ def test_own_data(tmp_path):
         command = ["1024" if word == "4096" else word for word in command]
         text = run([*command, *small], tmp_path)
     assert "mean depth" in text
-    (tmp_path / "prompts.jsonl").write_text(*blocks("docs/inference.md", "json"))
-    assert len(commands("docs/inference.md")) == 6
-    for command in commands("docs/inference.md"):
+    (tmp_path / "prompts.jsonl").write_text(*blocks("docs/explanation/inference.md", "json"))
+    assert len(commands("docs/explanation/inference.md")) == 6
+    for command in commands("docs/explanation/inference.md"):
         small = ["--max-new-tokens", "4"] if command[1] == "generate" else []
         text = run([*command, *small], tmp_path)
     assert "certificate: 3 generations" in text
@@ -109,7 +109,7 @@ def test_own_data(tmp_path):
 
 
 def _links():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
             if not link.startswith("http"):
                 yield pytest.param(page, link, id=f"{page.name} {link}")

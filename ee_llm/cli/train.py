@@ -107,7 +107,7 @@ def _parse_run(
     description = (
         f"{summary}; any option here overrides the file's.\n\n"
         "Several processes: --nproc on one machine, scripts/torchrun.sh on more. The options are "
-        "in docs/configuration.md too, and examples/ has files to start from."
+        "in docs/reference/configuration.md too, and examples/ has files to start from."
     )
     path, nproc, overrides = parsing.parse(
         parse,

@@ -19,7 +19,7 @@ class SwiGluLinear(ColumnLinear):
 
     A linear layer that activates its own output, so that without tensor parallelism gate and up
     projection lie apart in memory: the halves of one wide output are read row by row, which costs
-    2 % of a training step on a CPU (docs/benchmarks.md).
+    2 % of a training step on a CPU (docs/reference/benchmarks.md).
     """
 
     def forward(

@@ -22,8 +22,8 @@ class ColumnLinear(ColumnParallelLinear):
     """A linear layer split by outputs; without tensor parallelism, torch's own product.
 
     megatron-core's goes through autograd functions in Python for communication and fused kernels
-    that are not there: 1.5 % of a training step on a CPU (docs/benchmarks.md). `later` puts the
-    weight's gradient off, where a schedule wants that.
+    that are not there: 1.5 % of a training step on a CPU (docs/reference/benchmarks.md). `later`
+    puts the weight's gradient off, where a schedule wants that.
     """
 
     later: WeightGradients | None = None

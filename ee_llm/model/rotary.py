@@ -36,7 +36,7 @@ class RotarySelfAttention(SelfAttention):
     """megatron-core's self-attention that turns queries and keys by `rotate`.
 
     megatron-core's own unfused formula takes sines and cosines for each of them, joins halves twice
-    and copies the result: 2 % of a training step on a CPU (docs/benchmarks.md).
+    and copies the result: 2 % of a training step on a CPU (docs/reference/benchmarks.md).
     """
 
     _angles: torch.Tensor | None = None

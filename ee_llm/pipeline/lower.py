@@ -1,8 +1,8 @@
 """Lowering: adds sends and receives to a plan and proves that it can be carried out. Pure Python.
 
-The proof has three parts (docs/pipeline.md): every action that the visits call for is there once;
-between any two ranks messages are sent in the order in which they are received; and the lists run
-to their end even if every send blocked until its receive is posted.
+The proof has three parts (docs/explanation/pipeline.md): every action that the visits call for is
+there once; between any two ranks messages are sent in the order in which they are received; and the
+lists run to their end even if every send blocked until its receive is posted.
 """
 
 from collections import defaultdict

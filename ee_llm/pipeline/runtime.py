@@ -2,7 +2,7 @@
 
 Schedules differ by their plans alone. Losses sit on every stage that has exits; each stage's
 backward differentiates its own losses plus <g, x>, g being the gradient received for its output x
-(EE-LLM, arXiv 2312.04916, Prop. 3.1; derived in docs/pipeline.md).
+(EE-LLM, arXiv 2312.04916, Prop. 3.1; derived in docs/explanation/pipeline.md).
 """
 
 import time

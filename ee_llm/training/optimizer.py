@@ -98,7 +98,7 @@ def clear_gradients(chunk: DistributedDataParallel) -> None:
     """Set all gradients of a stage to zero, ready for the next step's first backward pass.
 
     Where the buffers have the parameters' type, autograd itself adds to them. DDP's hooks would do
-    it in Python, one parameter after the other (docs/benchmarks.md).
+    it in Python, one parameter after the other (docs/reference/benchmarks.md).
     """
     chunk.zero_grad_buffer()
     if _accumulates_in_place(chunk):

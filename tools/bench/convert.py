@@ -3,7 +3,7 @@
     python tools/bench/convert.py --json convert.json [--quick]
 
 Each conversion is a process of its own, whose memory is watched from outside. What is measured and
-why: docs/benchmarks.md.
+why: docs/reference/benchmarks.md.
 """
 
 import json

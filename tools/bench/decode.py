@@ -3,7 +3,7 @@
     python tools/bench/decode.py --json decode.json [--quick]
 
 The model is one that the quick start trained. All sides decode the same prompts in turn. What is
-measured and why, and how to read the tables: docs/benchmarks.md.
+measured and why, and how to read the tables: docs/reference/benchmarks.md.
 """
 
 import json

@@ -4,7 +4,8 @@
 
 A token that leaves at an exit of the first stage comes back without the second one, which fills in
 its keys and values meanwhile. So one sequence is decoded P / E times as fast as without exits, if E
-is the mean number of stages that a token waits for: docs/benchmarks.md. decode.py runs this too.
+is the mean number of stages that a token waits for (docs/reference/benchmarks.md). decode.py runs
+this too.
 """
 
 import statistics

@@ -3,7 +3,8 @@
     python tools/bench/filling.py --json filling.json [--quick]
 
 Trains the quick start's model on its data (run ./scripts/quickstart.sh first) over four pipeline
-ranks, once for each seed and way of filling. What is measured and why: docs/experiments.md.
+ranks, once for each seed and way of filling. What is measured and why:
+docs/explanation/experiments.md.
 """
 
 import json

@@ -4,7 +4,7 @@
 
 Every rank is a process whose stages sleep for what they would compute, so that the cores of the
 machine do not bound how many ranks work at once. All else is real: the runtime, its messages, the
-gradients that travel. What is measured and why: docs/benchmarks.md.
+gradients that travel. What is measured and why: docs/reference/benchmarks.md.
 """
 
 import datetime

@@ -3,7 +3,7 @@
     python tools/bench/train_overhead.py --json overhead.json [--quick]
 
 Two real pipeline ranks are timed; four are simulated from costs measured in the same run, and their
-memory is counted in four real ranks. What is measured and why: docs/benchmarks.md.
+memory is counted in four real ranks. What is measured and why: docs/reference/benchmarks.md.
 """
 
 import itertools

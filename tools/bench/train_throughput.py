@@ -3,7 +3,8 @@
     python tools/bench/train_throughput.py --json throughput.json [--quick]
     python tools/bench/train_throughput.py --shape llama-1.3B --dtype bfloat16    (on a GPU)
 
-Both train in one process, step by step in turn. What is measured and why: docs/benchmarks.md.
+Both train in one process, step by step in turn. What is measured and why:
+docs/reference/benchmarks.md.
 """
 
 import statistics
@@ -38,7 +39,7 @@ class Options:
     """Fewer rounds on smaller batches: ends within a minute on two cores. What is given
     beside it wins."""
     shape: str = "llama-tiny"
-    """A ready-made llama shape of ee_llm (docs/configuration.md)."""
+    """A ready-made llama shape of ee_llm (docs/reference/configuration.md)."""
     num_layers: int | None = None
     """Transformer layers, if not those of the shape."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -2,7 +2,7 @@
 
     python tools/bench/tuning.py --json tuning.json [--quick]
 
-One process takes steps of both in turn. What is counted and why: docs/benchmarks.md.
+One process takes steps of both in turn. What is counted and why: docs/reference/benchmarks.md.
 """
 
 import statistics

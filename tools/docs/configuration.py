@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the configuration's models.
+"""Writes docs/reference/configuration.md from the configuration's models.
 
 python tools/docs/configuration.py          writes the page
 python tools/docs/configuration.py --check  exits 1 if the page is not up to date
@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from ee_llm.config import SHAPES, Config, default_text, load_config, section_types
 from ee_llm.config.base import Section
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "configuration.md"
 
 INTRODUCTION = """\
 # Configuration
@@ -137,7 +137,7 @@ def main() -> None:
     """Write the page, or check it."""
     if "--check" in sys.argv[1:]:
         if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
-            sys.exit("docs/configuration.md is out of date; run python tools/docs/configuration.py")
+            sys.exit(f"{PAGE} is out of date. Run: python tools/docs/configuration.py")
     else:
         PAGE.write_text(page(), encoding="utf-8")
 

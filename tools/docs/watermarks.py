@@ -1,4 +1,4 @@
-"""Draws docs/watermarks.png: four sequences under way in a real scheduler, and its next pass.
+"""Draw docs/images/watermarks.png: four sequences in a real scheduler, and its next pass.
 
 python tools/docs/watermarks.py [FILE]
 
@@ -24,7 +24,7 @@ from ee_llm.inference.sampling.sampler import SamplingParams
 from ee_llm.inference.scheduling.block_manager import BlockManager
 from ee_llm.inference.scheduling.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 
-PICTURE = Path(__file__).resolve().parents[2] / "docs" / "watermarks.png"
+PICTURE = Path(__file__).resolve().parents[2] / "docs" / "images" / "watermarks.png"
 
 BOUNDARIES = (2, 4, 8)
 MAX_PENDING = 9
@@ -121,7 +121,7 @@ def draw(strips: list[Strip], path: Path) -> None:
         frameon=False,
         columnspacing=2.0,
     )
-    figure.subplots_adjust(exited=0.1, right=0.76, top=0.975, bottom=0.165, hspace=0.36)
+    figure.subplots_adjust(left=0.1, right=0.76, top=0.975, bottom=0.165, hspace=0.36)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(figure)
 

@@ -1,4 +1,4 @@
-"""Factors that keep the gradient of a plan with filled bubbles unbiased (docs/pipeline.md)."""
+"""Factors that keep gradients with filled bubbles unbiased (docs/explanation/pipeline.md)."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ def unbiased_scaling(plan: Plan) -> Scaling:
     those that go back to the first stage, W_l being the filling ones among them that see l, and
     N / M for those that turn back early. Stage j's gradient counts M / (M + C_j), C_j being those
     that turn back early, but not before j. With one part filled these are the factors of EE-LLM,
-    C.2; both together are derived in docs/pipeline.md.
+    C.2; both together are derived in docs/explanation/pipeline.md.
     """
     num_all, num_whole = len(plan.visits), plan.visits.count(plan.whole_visit)
     if num_whole == 0:

@@ -15,7 +15,7 @@ TOOL = Path(filling.__file__)
     ("way", "steps"), [("not filled", 120), ("warm-up", 120), ("cool-down", 108), ("both", 108)]
 )
 def test_each_way_has_the_steps_of_the_same_time(way, steps):
-    """The numbers of docs/experiments.md."""
+    """The numbers of docs/explanation/experiments.md."""
     assert filling.steps_in_time(filling.WAYS[way], 120) == steps
 
 

@@ -24,7 +24,7 @@ def row(ranks: int, name: str, simulated: float, measured: float, bubble: float)
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_plans_promise_what_counting_says(size):
-    """The formulas of docs/benchmarks.md, in units of a forward pass: f = w = 1, b = 2."""
+    """The formulas of docs/reference/benchmarks.md with f = w = 1 and b = 2 forward passes."""
     found = {name: s.simulation.makespan for name, s in by_name(size).items()}
     assert found["1F1B"] == pytest.approx(3 * (M + size - 1))
     assert found["interleaved"] == pytest.approx(3 * M + 3 * (size - 1) / 2)

@@ -199,8 +199,8 @@ def test_layers_of_many_stages_are_written_in_runs():
 
 
 def test_the_examples_of_the_documentation_print_what_it_shows(plan, monkeypatch, tmp_path):
-    page = (ROOT / "docs" / "pipeline.md").read_text()
-    (tmp_path / "docs").mkdir()
+    page = (ROOT / "docs" / "explanation" / "pipeline.md").read_text()
+    (tmp_path / "docs" / "images").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     examples = re.findall(r"```console\n\$ ee-llm plan (.*?)\n(.*?)```", page, re.DOTALL)

@@ -1,4 +1,4 @@
-"""What docs/inference.md states in figures is what the code says."""
+"""What docs/explanation/inference.md states in figures is what the code says."""
 
 import re
 from fractions import Fraction
@@ -10,7 +10,7 @@ import torch
 from ee_llm.inference.scheduling.deferral import Deferral, LatencyProfile
 from ee_llm.inference.verification.certificate import tolerance
 
-PAGE = (Path(__file__).resolve().parents[3] / "docs" / "inference.md").read_text()
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "explanation" / "inference.md").read_text()
 ROWS = re.findall(r"^\| (1/\d) \| (.*) \|$", PAGE, re.MULTILINE)
 
 

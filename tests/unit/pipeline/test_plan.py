@@ -102,7 +102,7 @@ def test_plans_need_no_torch():
 
 
 def test_the_examples_of_the_documentation_print_what_it_shows(capsys):
-    page = Path(__file__).parents[3] / "docs" / "pipeline.md"
+    page = Path(__file__).parents[3] / "docs" / "explanation" / "pipeline.md"
     first, second = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     exec(first, {})
     assert f"```\n{capsys.readouterr().out}```" in page.read_text()

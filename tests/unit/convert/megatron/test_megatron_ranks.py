@@ -234,7 +234,7 @@ def test_the_command_of_the_page(tmp_path, monkeypatch):
     config, tensors = make(vocab_size=300)
     Writer(config, tensors, 2, 2).write(tmp_path / "megatron-run")
     make_tokenizer(tmp_path / "tokenizer.json", 300)
-    page = Path(__file__).parents[4] / "docs" / "convert.md"
+    page = Path(__file__).parents[4] / "docs" / "how-to" / "convert.md"
     section = page.read_text().partition("## From Megatron-LM and EE-LLM")[2]
     program, *arguments = section.split("```")[1].split()
     assert program == "ee-llm"

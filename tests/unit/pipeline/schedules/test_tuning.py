@@ -80,7 +80,7 @@ def test_it_is_chosen_for_a_tuning_run():
 
 
 def test_the_documentation_shows_the_plan():
-    page = Path(__file__).resolve().parents[4] / "docs" / "tuning.md"
+    page = Path(__file__).resolve().parents[4] / "docs" / "how-to" / "tune.md"
     assert f"```\n{grid(tuning_plan(3, 3, {0, 2}))}\n```" in page.read_text(encoding="utf-8")
 
 
