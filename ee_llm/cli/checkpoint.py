@@ -93,7 +93,7 @@ def add_exits(options: AddExitsOptions) -> None:
         )
         _write(rewrite, options.output, options.json)
     if ranks is not None:
-        ranks.leave()
+        ranks.shutdown()
 
 
 def move_exits(options: MoveExitsOptions) -> None:

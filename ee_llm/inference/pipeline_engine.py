@@ -86,7 +86,7 @@ class PipelineEngine(EngineBase):
             )
         except BaseException:
             self._is_open = False
-            self._ranks.leave()
+            self._ranks.shutdown()
             raise
         return concerned
 
@@ -109,7 +109,7 @@ class PipelineEngine(EngineBase):
     def _receive(self, wait: bool) -> list[Sequence]:
         """Take the answers that are there, `wait`: for one at least; return whom they concern."""
         concerned: list[Sequence] = []
-        while answer := self._ranks.next_answer(wait=wait):
+        while answer := self._ranks.next_result(wait=wait):
             _, message = answer
             concerned += self.scheduler.answer(*decode_results(message))
             wait = False

@@ -172,7 +172,7 @@ def _events(strategy: str) -> list[str]:
 
         setattr(kind, name, call)
 
-    noted(distributed.InferenceGrid, "pass_on")
+    noted(distributed.InferenceGrid, "send_next")
     noted(ModelStage, "logits")
     engine.generate([dataclasses.replace(_request(config), strategy=strategy)])
     engine.close()
@@ -181,7 +181,7 @@ def _events(strategy: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("strategy", "order"),
-    [("exact", ["pass_on", "logits"]), ("propagate", ["logits", "pass_on"])],
+    [("exact", ["send_next", "logits"]), ("propagate", ["logits", "send_next"])],
 )
 def test_the_next_stage_does_not_wait_for_an_exit(strategy: str, order: list[str]) -> None:
     """But where a row that left keeps its state from there on."""
@@ -278,7 +278,7 @@ def _lose(tensor: int, pipeline: int, lost: int, hangs_s: float) -> float:
         time.sleep(hangs_s)
         return 0.0
     start = time.monotonic()
-    with pytest.raises(distributed.RankLostError, match="lost another rank|no stage answered"):
+    with pytest.raises(distributed.RankLostError, match="lost another rank|no stage sent"):
         _serve_for_ever(engine, config) if ranks.is_leader else engine.follow()
     return time.monotonic() - start
 

@@ -251,7 +251,7 @@ def test_a_lost_rank_ends_all(place: Path, tmp_path: Path, layout: str, lost: in
     # Whoever is noticed first: the one that was killed, or the one that misses it.
     said = err.splitlines()[-1]
     if launcher.returncode == 1:
-        assert re.match(r"ee-llm: .*(lost another rank|no stage answered)", said)
+        assert re.match(r"ee-llm: .*(lost another rank|no stage sent)", said)
     else:
         assert launcher.returncode == 128 + signal.SIGKILL
         assert said.startswith(f"ee-llm: rank {lost} was ended by SIGKILL")
@@ -270,7 +270,7 @@ def test_a_rank_that_hangs_ends_all(place: Path, tmp_path: Path) -> None:
         os.kill(ranks[1], signal.SIGSTOP)
         _, err = launcher.communicate(timeout=90)  # the launcher gives a rank half a minute
     assert launcher.returncode == 1
-    assert "stage 0" in err.splitlines()[-1] or "no stage answered" in err.splitlines()[-1]
+    assert "stage 0" in err.splitlines()[-1] or "no stage sent" in err.splitlines()[-1]
     assert [pid for pid in ranks if Path(f"/proc/{pid}").exists()] == []
 
 

@@ -111,7 +111,7 @@ def measure(options: Options) -> Result | None:
             if number > 0:  # the first one allocates
                 seconds[strategy].append(time.perf_counter() - start)
     engine.close()
-    ranks.leave()
+    ranks.shutdown()
     left = [one for one in made if one.strategy == "exact"]
     return Result(seconds["full"], seconds["exact"], mean_stages(config, left))
 

@@ -137,7 +137,7 @@ def open_session(
     if ranks is not None:
         if ranks.is_leader:
             decoder.close()
-        ranks.leave()
+        ranks.shutdown()
 
 
 def open_encoder(options: GenerateOptions, reader: TensorReader) -> tuple[Tokenizer, PromptEncoder]:

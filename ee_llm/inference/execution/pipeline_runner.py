@@ -78,12 +78,12 @@ class PipelineRunner:
                 self._hand_on(passed.message(is_late=True), x)
             if segment is not None:
                 if is_late:
-                    left[:], is_late = self._ranks.take_over_numbers(len(left)), False
+                    left[:], is_late = self._ranks.receive_previous_numbers(len(left)), False
                 answers += self._ask(piece, segment, scheduler_output, left, runs, x, attended)
         if is_late:
-            left[:] = self._ranks.take_over_numbers(len(left))
+            left[:] = self._ranks.receive_previous_numbers(len(left))
         if is_ahead:
-            self._ranks.pass_on_numbers(left)
+            self._ranks.send_next_numbers(left)
         else:
             self._hand_on(passed.message(), x)
         return answers
@@ -100,35 +100,35 @@ class PipelineRunner:
             scheduler_output = decode_pass(passed.encoded)
             answers = self.run(scheduler_output, passed, x)
             if ranks.stage > 0 and ranks.tensor_rank == 0:
-                ranks.answer(encode_results(scheduler_output.id, answers))
+                ranks.send_result(encode_results(scheduler_output.id, answers))
         if ranks.stage > 0 and ranks.tensor_rank == 0:
-            ranks.answer(b"")
+            ranks.send_result(b"")
         ranks.flush()
 
     def lead(self, scheduler_output: PipelineSchedulerOutput) -> list[StageResult]:
         """Send a pass through all stages; return what the exits of the first one say."""
         passed = PassEnvelope([-1] * len(scheduler_output.frontiers), encode_pass(scheduler_output))
         if self._ranks.tensor_size > 1:
-            self._ranks.tell(passed.message())
+            self._ranks.broadcast(passed.message())
         return self.run(scheduler_output, passed, self._no_rows())
 
     def dismiss(self) -> None:
         """Let the ranks that follow this one go."""
-        self._ranks.tell(b"")
+        self._ranks.broadcast(b"")
         self._hand_on(b"", self._no_rows())
         self._ranks.flush()
-        self._ranks.await_farewells()
+        self._ranks.join_listeners()
 
     def _next_pass(self) -> tuple[bytes, Tensor]:
         if self._ranks.stage == 0:
-            return self._ranks.tell(), self._no_rows()
-        return self._ranks.take_over(self._stage.hidden_size, self._stage.dtype)
+            return self._ranks.broadcast(), self._no_rows()
+        return self._ranks.receive_previous(self._stage.hidden_size, self._stage.dtype)
 
     def _hand_on(self, message: bytes, x: Tensor) -> None:
         if self._ranks.stage < self._ranks.num_stages - 1:
             if self._executor.reuses_buffers:  # the send may end after the next replay
                 x = x.clone()
-            self._ranks.pass_on(message, x)
+            self._ranks.send_next(message, x)
 
     def _may_hand_on(self, scheduler_output: PipelineSchedulerOutput) -> bool:
         """Return whether the next stage can begin before it is known who leaves here."""

@@ -90,7 +90,7 @@ class Runner:
     def follow(self) -> None:
         """Run what the leading rank runs, until it dismisses its followers."""
         assert self._ranks is not None, "there is nobody to follow"
-        while message := self._ranks.tell():
+        while message := self._ranks.broadcast():
             kind, scheduler_output = message[:1], message[1:]
             if kind == _WHOLE:
                 self._ranks.gather(self._run(decode_scheduler_output(scheduler_output)))
@@ -110,7 +110,7 @@ class Runner:
 
     def _tell(self, message: bytes) -> None:
         if self._ranks:
-            self._ranks.tell(message)
+            self._ranks.broadcast(message)
             self._last_told = time.monotonic()
 
     def _summary(self, scheduler_output: SchedulerOutput) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the leader of a pipeline hears, or no longer hears, of the other stages."""
+"""The threads that receive the results of the other stages, on the leader."""
 
 import threading
 
@@ -14,18 +14,18 @@ def make_leader() -> InferenceGrid:
     return InferenceGrid(0, 1, 0, 2, 1.0, group, group, [0, 1], group, group, {1: group})
 
 
-@pytest.mark.parametrize("has_left", [False, True])
-def test_a_listener_ends_silently_when_its_leader_has_left(monkeypatch, has_left) -> None:
-    """An interrupted leader ends the groups while its listeners may be between two messages."""
+@pytest.mark.parametrize("is_shut_down", [False, True])
+def test_listener_ends_silently_after_shutdown(monkeypatch, is_shut_down) -> None:
+    """An interrupted leader destroys its groups while a listener may be between two messages."""
     leader, errors = make_leader(), []
 
-    def forgotten(tensor: torch.Tensor, peer: int, group: object) -> None:
-        leader._has_left = has_left
+    def receive(tensor: torch.Tensor, peer: int, group: object) -> None:
+        leader._is_shut_down = is_shut_down
         raise ValueError("Group is not registered")
 
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1])
-    monkeypatch.setattr(dist, "recv", forgotten)
+    monkeypatch.setattr(dist, "recv", receive)
     monkeypatch.setattr(threading, "excepthook", errors.append)
     leader.listen()
-    leader.await_farewells()
-    assert len(errors) == (0 if has_left else 1)
+    leader.join_listeners()
+    assert len(errors) == (0 if is_shut_down else 1)

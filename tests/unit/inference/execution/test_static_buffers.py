@@ -45,10 +45,10 @@ class FirstStage(distributed.InferenceGrid):
         self.tensor_rank, self.tensor_size = 0, 1
         self.sent: list[Tensor] = []
 
-    def pass_on(self, message: bytes, hidden: Tensor) -> None:
+    def send_next(self, message: bytes, hidden: Tensor) -> None:
         self.sent.append(hidden)
 
-    def pass_on_numbers(self, numbers: list[int]) -> None:
+    def send_next_numbers(self, numbers: list[int]) -> None:
         pass
 
 
