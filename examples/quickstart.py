@@ -38,7 +38,7 @@ def run(*arguments: str) -> None:
     """Print an ee-llm command and give it; exits with its status if it fails."""
     console.print(f"\n[bold]$ ee-llm {escape(shlex.join(arguments))}[/]", soft_wrap=True)
     if arguments[0] == "train":  # ends its process in the ranks' name
-        status = subprocess.run([sys.executable, "-m", "ee_llm.cli.main", *arguments]).returncode
+        status = subprocess.run([sys.executable, "-m", "ee_llm", *arguments]).returncode
     else:
         status = ee_llm(arguments)
     if status:

@@ -25,4 +25,4 @@ exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "${NUM_NODES:-1}" --node-rank "${NODE_RANK:-0}" \
     --nproc-per-node "${PROCS_PER_NODE:-gpu}" \
     --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}" \
-    --module ee_llm.cli.main train "$@"
+    --module ee_llm train "$@"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ee_llm
 from ee_llm.errors import RunError, UserError
 from ee_llm.launch.local import launch
-from ee_llm.launch.rank import complain, die_with_launcher, is_launched, report
+from ee_llm.launch.rank import complain, is_launched, report
 from ee_llm.launch.streams import protect_streams
 
 if TYPE_CHECKING:
@@ -263,14 +263,5 @@ def _ended(status: int) -> int:
     return status
 
 
-def _leave_out_working_directory() -> None:
-    """Import what `ee-llm` would: `python -m` puts the working directory before all libraries."""
-    checkout = Path(__file__).resolve().parents[2]  # runs from there without being installed
-    if not sys.flags.safe_path and sys.path and Path(sys.path[0]).resolve() != checkout:
-        del sys.path[0]
-
-
 if __name__ == "__main__":
-    _leave_out_working_directory()
-    die_with_launcher()  # torchrun
-    sys.exit(main())
+    sys.exit("ee-llm: run this command line with 'python -m ee_llm'")

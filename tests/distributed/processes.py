@@ -17,11 +17,11 @@ from tests.ended import is_gone
 ROOT = Path(__file__).resolve().parents[2]
 
 STARTS = {
-    "alone": ["-m", "ee_llm.cli.main", "train", "--config", "train.toml"],
-    "nproc": ["-m", "ee_llm.cli.main", "train", "--config", "train.toml", "--nproc", "2"],
+    "alone": ["-m", "ee_llm", "train", "--config", "train.toml"],
+    "nproc": ["-m", "ee_llm", "train", "--config", "train.toml", "--nproc", "2"],
     "torchrun": [
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("--module", "ee_llm.cli.main", "train", "--config", "train.toml"),
+        *("--module", "ee_llm", "train", "--config", "train.toml"),
     ],
 }
 

@@ -61,7 +61,7 @@ def test_world_size_that_does_not_fit_under_a_launcher(tmp_path, corpus):
     path.write_text(make_config(tmp_path, corpus, **layout(1, 2)).to_toml())
     environment = {**os.environ, "WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     done = subprocess.run(
-        [sys.executable, "-m", "ee_llm.cli.main", "train", "--config", str(path)],
+        [sys.executable, "-m", "ee_llm", "train", "--config", str(path)],
         capture_output=True,
         text=True,
         timeout=60,

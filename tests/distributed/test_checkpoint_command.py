@@ -84,7 +84,7 @@ def test_class_aware_on_two_ranks_is_as_on_one(tmp_path, corpus, source):
     start = [
         sys.executable,
         "-m",
-        "ee_llm.cli.main",
+        "ee_llm",
         "checkpoint",
         "add-exits",
         str(dense),

@@ -66,7 +66,7 @@ class Workplace:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "ee_llm.cli.main", *arguments],
+            [sys.executable, "-m", "ee_llm", *arguments],
             cwd=self.path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

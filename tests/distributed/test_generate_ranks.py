@@ -63,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(place: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Start a command; whatever the test finds, nothing of it is left behind."""
     with subprocess.Popen(
-        [sys.executable, "-m", "ee_llm.cli.main", *arguments],
+        [sys.executable, "-m", "ee_llm", *arguments],
         cwd=place,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -324,7 +324,7 @@ def test_a_batch_that_was_killed_goes_on(place: Path, tmp_path: Path, layout: st
 def test_ranks_of_another_launcher(place: Path) -> None:
     """torchrun starts them, as on several machines; a mistake does not abort there either."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command = [*torchrun, "2", "--module", "ee_llm.cli.main", "generate", *OPTIONS, "--prompt"]
+    command = [*torchrun, "2", "--module", "ee_llm", "generate", *OPTIONS, "--prompt"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     results = [
         subprocess.run(

@@ -105,7 +105,7 @@ RULES = (
     ),
     Rule("serving", ours=("config", "distributed", "data", "inference", "errors")),
     Rule("api", never=("ee_llm.cli",)),
-    Rule("", never=("ee_llm.cli",), besides=("cli", "launch")),
+    Rule("", never=("ee_llm.cli",), besides=("cli", "launch", "__main__")),
     Rule(
         "", never=("megatron",), besides=("distributed", "model", "checkpoint", "training", "data")
     ),

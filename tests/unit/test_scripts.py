@@ -255,7 +255,7 @@ def test_torchrun_template(run: Run) -> None:
     assert done.stdout == (
         "-m torch.distributed.run --nnodes 2 --node-rank 0 --nproc-per-node gpu "
         "--master-addr localhost --master-port 29500 "
-        "--module ee_llm.cli.main train --config a b.toml\n"
+        "--module ee_llm train --config a b.toml\n"
     )
 
 

@@ -71,7 +71,7 @@ def train(seed: int, steps: int, way: dict[str, str], output: Path) -> dict[str,
         "training.eval_interval": steps,
         "output": output,
     }
-    command = [sys.executable, "-m", "ee_llm.cli.main", "train"]
+    command = [sys.executable, "-m", "ee_llm", "train"]
     command += ["--config", "examples/quickstart.toml", "--nproc", "4"]
     for name, value in options.items():
         command += [f"--{name}", str(value)]

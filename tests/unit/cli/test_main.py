@@ -18,7 +18,7 @@ from ee_llm.pipeline.runtime import PipelineError
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "ee_llm.cli.main", *arguments],
+        [sys.executable, "-m", "ee_llm", *arguments],
         capture_output=True,
         text=True,
         timeout=120,
@@ -231,7 +231,7 @@ def test_output_may_be_cut_short(unbuffered: str) -> None:
     os.close(read_end)
     # Buffered, the text is written at the end of the program; unbuffered, by print.
     done = subprocess.run(
-        [sys.executable, "-m", "ee_llm.cli.main", "--help"],
+        [sys.executable, "-m", "ee_llm", "--help"],
         stdout=write_end,
         stderr=subprocess.PIPE,
         text=True,
@@ -260,3 +260,24 @@ def test_a_reader_that_stops_ends_the_command_as_it_ends_others(monkeypatch):
 
     monkeypatch.setattr(main, "_dispatch", closed)
     assert main.main([]) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(("module", "status"), [("ee_llm", 0), ("ee_llm.cli.main", 1)])
+def test_python_m_runs_the_package(module: str, status: int, tmp_path: Path) -> None:
+    """A file in the working directory does not replace a library of the same name.
+
+    The module that only dispatches refuses: it would end without doing anything.
+    """
+    (tmp_path / "difflib.py").write_text("raise SystemExit(5)")
+    root = Path(main.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path if module == "ee_llm" else root,
+        env={**os.environ, "PYTHONPATH": str(root), "PYTHONSAFEPATH": ""},
+    )
+    assert done.returncode == status
+    assert done.stdout == (f"ee-llm {ee_llm.__version__}\n" if status == 0 else "")
+    assert ("python -m ee_llm" in done.stderr) == (status != 0)

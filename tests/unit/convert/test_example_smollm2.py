@@ -23,7 +23,7 @@ if [[ "$1 $2 $3" == "-m pip download" ]]; then
 fi
 exec "$REAL" "$@"
 """
-EE_LLM = '#!/usr/bin/env bash\nexec "$REAL" -m ee_llm.cli.main "$@"\n'
+EE_LLM = '#!/usr/bin/env bash\nexec "$REAL" -m ee_llm "$@"\n'
 
 
 def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

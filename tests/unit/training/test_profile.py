@@ -38,7 +38,7 @@ def test_costs_are_measured_written_and_given_again(tmp_path, head, recompute):
     command = [
         sys.executable,
         "-m",
-        "ee_llm.cli.main",
+        "ee_llm",
         "plan",
         "--config",
         str(path),

@@ -53,7 +53,7 @@ def test_a_cached_model_is_converted_offline(tmp_path, cache):
     assert len([*folder.glob("*.safetensors")]) > 1
     put(cache, folder)
     # A process of its own: libraries that log to standard output must not end up in the result.
-    command = [sys.executable, "-m", "ee_llm.cli.main", "convert", NAME, "--output", "ours"]
+    command = [sys.executable, "-m", "ee_llm", "convert", NAME, "--output", "ours"]
     environment = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, "--check", "--json"],
