@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ee_llm.architecture.parameter_names import output_weight_name
 from ee_llm.architecture.rotary import inverse_frequencies
+from ee_llm.architecture.tensor_parallel import group_qkv
 from ee_llm.architecture.tensors import take_tensors
 from ee_llm.config import Config
 from ee_llm.errors import UserError
@@ -133,10 +134,10 @@ class ReferenceModel:
 
     def _attention(self, layer: str, x: Tensor) -> Tensor:
         model = self.config.model
-        groups, q_per_group = model.num_kv_heads, model.num_heads // model.num_kv_heads
+        q_per_group = model.num_heads // model.num_kv_heads
         normed = self._norm(f"{layer}.input_layernorm", x)
-        qkv = self._linear(f"{layer}.self_attention.linear_qkv", normed)
-        qkv = qkv.view(len(x), groups, q_per_group + 2, model.head_dim)
+        fused = self._linear(f"{layer}.self_attention.linear_qkv", normed)
+        qkv = group_qkv(model, fused, dim=1)
         q = qkv[:, :, :q_per_group].flatten(1, 2)  # [s, n, d]
         k, v = qkv[:, :, -2], qkv[:, :, -1]
         if model.qk_norm:

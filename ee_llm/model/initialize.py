@@ -7,6 +7,7 @@ any tensor, pipeline or data parallel layout starts from the same model, bit for
 import torch
 
 from ee_llm.architecture.initial_values import initial_value
+from ee_llm.architecture.tensor_parallel import tensor_split
 from ee_llm.config import Config
 from ee_llm.model.specs import FUSED_NORM_NAMES
 
@@ -19,30 +20,21 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def split_over_tensor_ranks(
-    full: torch.Tensor, name: str, axis: int, rank: int, size: int, gated: bool
-) -> torch.Tensor:
-    """Return tensor rank `rank`'s part of a whole parameter.
-
-    A gated MLP's first linear is [gate; up]: each rank holds its part of both, in that order.
-    """
-    if gated and ".linear_fc1." in name:
-        halves = full.chunk(2, dim=axis)
-        return torch.cat([half.chunk(size, dim=axis)[rank] for half in halves], dim=axis)
-    return full.chunk(size, dim=axis)[rank]
-
-
 @torch.no_grad()
 def initialize(module: torch.nn.Module, config: Config, tensor_rank: int, tensor_size: int) -> None:
     """Fill every parameter of a stage with its initial value."""
-    gated = config.model.family == "llama"
     for local_name, parameter in module.named_parameters():
         name = canonical_name(local_name)
-        if not getattr(parameter, "tensor_model_parallel", False):
+        split = tensor_split(name, config.model)
+        dim = _megatron_split_dim(parameter)
+        assert dim == (split and split.dim), f"megatron-core splits {name} in dimension {dim}"
+        if split is None:
             parameter.copy_(initial_value(name, parameter.shape, config))
             continue
-        axis = parameter.partition_dim  # type: ignore[attr-defined]
-        shape = list(parameter.shape)
-        shape[axis] *= tensor_size
-        whole = initial_value(name, torch.Size(shape), config)
-        parameter.copy_(split_over_tensor_ranks(whole, name, axis, tensor_rank, tensor_size, gated))
+        whole = initial_value(name, split.unsharded_shape(parameter.shape, tensor_size), config)
+        parameter.copy_(split.shard(whole, tensor_rank, tensor_size))
+
+
+def _megatron_split_dim(parameter: torch.nn.Parameter) -> int | None:
+    is_split = getattr(parameter, "tensor_model_parallel", False)
+    return parameter.partition_dim if is_split else None  # type: ignore[attr-defined]

@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ee_llm.architecture.partition import exit_stage, stage_layers
+from ee_llm.architecture.tensor_parallel import tensor_split
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.surgery.rewrite import Rewrite, model_copy_of, parameter_of, with_options
 from ee_llm.checkpoint.write import Block, rows
 from ee_llm.config import Config
 from ee_llm.errors import CheckpointError, ConfigError
-
-_BY_ROWS = (".linear_qkv.", ".linear_fc1.", "embedding.word.", "output.weight")
-_BY_COLUMNS = (".linear_proj.weight", ".linear_fc2.weight")
 
 
 @dataclass(frozen=True)
@@ -77,26 +75,16 @@ def stage_of(parameter: str, config: Config) -> int:
 def parts_of(
     parameter: str, tensor: Tensor, config: Config
 ) -> Iterator[tuple[int, tuple[int, ...], Tensor]]:
-    """Yield the parts of a tensor: the tensor rank that each is for, where it begins, its values.
+    """Yield the tensor rank, the offsets and the values of each part of a tensor.
 
-    A gated MLP's first linear is [gate; up], of which a rank has a part each. What every rank has
-    is the first one's.
+    Rank 0 stores the tensors that every rank has.
     """
-    size = config.parallel.tensor
-    axis = _axis(parameter)
-    if axis is None or size == 1:
-        yield 0, (0,) * tensor.dim(), tensor
+    size, split = config.parallel.tensor, tensor_split(parameter, config.model)
+    offsets = [0] * tensor.dim()
+    if split is None or size == 1:
+        yield 0, tuple(offsets), tensor
         return
-    is_gated = config.model.family == "llama" and ".linear_fc1." in parameter
-    length = tensor.shape[axis] // (2 * size if is_gated else size)
-    for number, part in enumerate(tensor.split(length, dim=axis)):
-        offsets = [0] * tensor.dim()
-        offsets[axis] = number * length
-        yield number % size, tuple(offsets), part
-
-
-def _axis(parameter: str) -> int | None:
-    """Return the dimension in which tensor ranks divide a parameter, None if each has all of it."""
-    if parameter.endswith(_BY_COLUMNS):
-        return 1
-    return 0 if any(part in parameter for part in _BY_ROWS) else None
+    for block in split.parts(tensor, size):
+        for rank, part in enumerate(block):
+            yield rank, tuple(offsets), part
+            offsets[split.dim] += part.shape[split.dim]

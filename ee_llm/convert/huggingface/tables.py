@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ee_llm.architecture.initial_values import copy_source
+from ee_llm.architecture.tensor_parallel import group_qkv
 from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.config import Config, ModelConfig
 from ee_llm.errors import ConversionError
@@ -62,17 +63,14 @@ class Table(NamedTuple):
         return key.endswith(self.buffers) if self.buffers else False
 
 
-def _heads(model: ModelConfig, rows: Tensor) -> Tensor:
-    return rows.reshape(model.num_kv_heads, -1, model.head_dim, *rows.shape[1:])
-
-
 def _join_qkv(model: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
     """Return [g, r + 2, d] x h, flat: each key/value head has its queries, its key, its value."""
-    return torch.cat([_heads(model, part) for part in parts], dim=1).flatten(0, 2)
+    groups = (model.num_kv_heads, -1, model.head_dim)
+    return torch.cat([part.reshape(*groups, *part.shape[1:]) for part in parts], 1).flatten(0, 2)
 
 
 def _split_qkv(model: ModelConfig, qkv: Tensor) -> list[Tensor]:
-    heads = _heads(model, qkv)
+    heads = group_qkv(model, qkv)
     return [part.flatten(0, 2) for part in (heads[:, :-2], heads[:, -2:-1], heads[:, -1:])]
 
 

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ee_llm.architecture.tensor_parallel import TensorSplit
 from ee_llm.checkpoint.format import safe
 from ee_llm.config import Config, ModelConfig
 from ee_llm.convert.huggingface.tables import Fusion, Row, copied_exits
 from ee_llm.convert.megatron.arguments import exit_layers, read_exits, read_model
 from ee_llm.convert.megatron.distributed import Distributed
 from ee_llm.convert.megatron.ranks import Merged, Ranks, find_rank_directories
-from ee_llm.convert.megatron.tables import TABLE, WORDS, Rule, layout_of
+from ee_llm.convert.megatron.tables import TABLE, WORDS, layout_of
 from ee_llm.convert.source import (
     Origin,
     Source,
@@ -63,8 +64,8 @@ def open_megatron(
             opened.open(layers)
         found = opened.pieces if isinstance(opened, Ranks) else opened.specs
         check_layers("num_layers", model["num_layers"], len(found))
-        rows, rules = layout_of(config, layers, opened.is_core)
-        tensors = _tensors(opened, rules, config.model)
+        rows, splits = layout_of(config, layers, opened.is_core)
+        tensors = _tensors(opened, splits, config.model)
         given["training"] = training_options(tensors, TABLE)
         config = Config(**given)
     except (SettingsError, ConfigError) as error:
@@ -126,7 +127,9 @@ def _exits(
     return dict(new)
 
 
-def _tensors(opened: Distributed | Ranks, rules: Mapping[str, Rule], model: ModelConfig) -> Tensors:
+def _tensors(
+    opened: Distributed | Ranks, splits: Mapping[str, TensorSplit | None], model: ModelConfig
+) -> Tensors:
     if isinstance(opened, Distributed):
         return opened
     if opened.copies and not model.tie_embeddings:
@@ -135,7 +138,7 @@ def _tensors(opened: Distributed | Ranks, rules: Mapping[str, Rule], model: Mode
             f"{piece.archive.path}: {piece.key} is a copy of the word embedding for an output "
             f"that is tied to it, but {_TIE[0]} is {_TIE[2]} in {opened.arguments_file}"
         )
-    merged = Merged(opened, rules, model)
+    merged = Merged(opened, splits, model)
     merged.check_copies(WORDS)
     return merged
 

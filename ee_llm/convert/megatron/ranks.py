@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ee_llm.architecture.tensor_parallel import TensorSplit
 from ee_llm.checkpoint.write import TensorSpec
 from ee_llm.config import ModelConfig
 from ee_llm.convert.megatron.archive import Archive, Stored, iteration_of, namespace
-from ee_llm.convert.megatron.tables import HEAD, Rule, current_name, is_core, is_neutral
+from ee_llm.convert.megatron.tables import HEAD, current_name, is_core, is_neutral
 from ee_llm.errors import CheckpointError
 
 FILE = "model_optim_rng.pt"
@@ -158,17 +159,19 @@ class Ranks:
 class Merged:
     """The tensors of all ranks as whole ones, each put together when asked for."""
 
-    def __init__(self, ranks: Ranks, rules: Mapping[str, Rule], model: ModelConfig) -> None:
+    def __init__(
+        self, ranks: Ranks, splits: Mapping[str, TensorSplit | None], model: ModelConfig
+    ) -> None:
         self.path = ranks.path
-        self._ranks, self._rules, self._model = ranks, rules, model
+        self._ranks, self._splits, self._model = ranks, splits, model
         self.files = {key: pieces[0].archive.path for key, pieces in ranks.pieces.items()}
         self.specs = {key: self._spec(key) for key in ranks.pieces}
 
     def tensor(self, key: str) -> Tensor:
         """Return a tensor; raises CheckpointError if ranks should have the same, and have not."""
-        pieces, rule = self._ranks.pieces[key], self._rules[key]
+        pieces, split = self._ranks.pieces[key], self._splits[key]
         first, *others = pieces
-        if rule == "whole":
+        if split is None:
             tensor = first.archive.tensor(first.stored)
             for piece in others:
                 if not torch.equal(piece.archive.tensor(piece.stored), tensor):
@@ -179,10 +182,7 @@ class Merged:
             return tensor
         whole = torch.empty(self.specs[key].shape, dtype=self.specs[key].dtype)
         for rank, piece in enumerate(pieces):  # one shard at a time beside the whole
-            shard = self._shard(key, piece)
-            parts = whole.chunk(2) if rule == "gated" else (whole,)
-            for part, half in zip(parts, shard.chunk(len(parts)), strict=True):
-                part.chunk(len(pieces), dim=int(rule == "rows"))[rank].copy_(half)
+            split.write_shard(whole, self._shard(key, piece), rank, len(pieces))
         return whole
 
     def check_copies(self, words: str) -> None:
@@ -222,10 +222,9 @@ class Merged:
                     f"{list(piece.stored.shape)}, expected {dtype} {list(shape)} as in "
                     f"{first.archive.path}"
                 )
-        rule = self._rules.get(key, "whole")
-        if rule != "whole" and shape:
-            dim = 1 if rule == "rows" and len(shape) > 1 else 0
-            shape = (*shape[:dim], shape[dim] * (1 + len(others)), *shape[dim + 1 :])
+        split = self._splits.get(key)
+        if split is not None and split.dim < len(shape):
+            shape = split.unsharded_shape(shape, 1 + len(others))
         return TensorSpec(shape, dtype)
 
 

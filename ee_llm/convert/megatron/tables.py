@@ -1,53 +1,45 @@
-"""What Megatron-LM and EE-LLM call the tensors of a model, and how they shard them.
+"""The names that Megatron-LM and EE-LLM give the tensors of a model.
 
-Layers are counted from 0 over the whole model here; files count from 0 on their stage.
+Layers are counted from 0 over the whole model here; files count from 0 on their stage. Tensor ranks
+split the parameters as `architecture.tensor_parallel` states.
 """
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from ee_llm.architecture.tensor_parallel import TensorSplit, tensor_split
 from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.config import Config
 from ee_llm.convert.huggingface.tables import SAME, Row, Table
 
-Rule = Literal["whole", "columns", "gated", "rows"]
-"""What each rank of tensor parallelism has. whole: all of it; columns: a share of the outputs;
-gated: the same of two stacked weights, [gate; up] on each rank; rows: a share of the inputs."""
-
 
 class Module(NamedTuple):
-    """A module: what is before .weight and .bias of ours, of both of theirs, and its sharding."""
+    """A module's name here, in Megatron-LM's older model and in megatron-core's."""
 
     ours: str
     legacy: str
     core: str
-    rule: Rule = "whole"
 
 
 _LAYER = (
     Module("input_layernorm", "input_norm", "input_layernorm"),
     Module(
-        "self_attention.linear_qkv",
-        "self_attention.query_key_value",
-        "self_attention.linear_qkv",
-        "columns",
+        "self_attention.linear_qkv", "self_attention.query_key_value", "self_attention.linear_qkv"
     ),
     Module("self_attention.q_layernorm", "self_attention.q_norm", "self_attention.q_layernorm"),
     Module("self_attention.k_layernorm", "self_attention.k_norm", "self_attention.k_layernorm"),
-    Module(
-        "self_attention.linear_proj", "self_attention.dense", "self_attention.linear_proj", "rows"
-    ),
+    Module("self_attention.linear_proj", "self_attention.dense", "self_attention.linear_proj"),
     Module("pre_mlp_layernorm", "post_attention_norm", "pre_mlp_layernorm"),
-    Module("mlp.linear_fc1", "mlp.dense_h_to_4h", "mlp.linear_fc1", "gated"),
-    Module("mlp.linear_fc2", "mlp.dense_4h_to_h", "mlp.linear_fc2", "rows"),
+    Module("mlp.linear_fc1", "mlp.dense_h_to_4h", "mlp.linear_fc1"),
+    Module("mlp.linear_fc2", "mlp.dense_4h_to_h", "mlp.linear_fc2"),
 )
 # What an exit of EE-LLM has below its layer.
 _EXIT = (
     Module("norm", "exit_norm", "exit_norm"),
     Module("mlp_norm", "post_attention_norm", "pre_mlp_layernorm"),
-    Module("mlp.linear_fc1", "mlp.branch.dense_h_to_4h", "mlp.branch.linear_fc1", "gated"),
-    Module("mlp.linear_fc2", "mlp.branch.dense_4h_to_h", "mlp.branch.linear_fc2", "rows"),
+    Module("mlp.linear_fc1", "mlp.branch.dense_h_to_4h", "mlp.branch.linear_fc1"),
+    Module("mlp.linear_fc2", "mlp.branch.dense_4h_to_h", "mlp.branch.linear_fc2"),
     *(
         module._replace(
             ours=f"block.{module.ours}",
@@ -58,14 +50,13 @@ _EXIT = (
     ),
 )
 _MODEL = (
-    Module("embedding.word", *2 * ("embedding.word_embeddings",), "columns"),
+    Module("embedding.word", *2 * ("embedding.word_embeddings",)),
     Module("embedding.position", *2 * ("embedding.position_embeddings",)),
     *(
         Module(
             f"layers.{{n}}.{m.ours}",
             f"encoder.layers.{{i}}.{m.legacy}",
             f"decoder.layers.{{i}}.{m.core}",
-            m.rule,
         )
         for m in _LAYER
     ),
@@ -74,13 +65,12 @@ _MODEL = (
             f"exits.{{b}}.{m.ours}",
             f"encoder.layers.{{e}}.{m.legacy}",
             f"decoder.layers.{{e}}.{m.core}",
-            m.rule,
         )
         for m in _EXIT
     ),
-    Module("exits.{b}.output", *2 * ("exit_output_layer.{k}",), "columns"),
+    Module("exits.{b}.output", *2 * ("exit_output_layer.{k}",)),
     Module("exits.{last}.norm", "encoder.final_norm", "decoder.final_layernorm"),
-    Module("output", *2 * ("output_layer",), "columns"),
+    Module("output", *2 * ("output_layer",)),
 )
 WORDS, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 TABLE = Table((), WORDS, OUTPUT)
@@ -120,19 +110,20 @@ def current_name(key: str, core: bool) -> str:
 
 
 class Layout(NamedTuple):
-    """Rows by names of ours, and the sharding of their keys."""
+    """The rows by our names, and how tensor ranks split the tensors by their keys."""
 
     rows: dict[str, Row]
-    rules: dict[str, Rule]
+    splits: dict[str, TensorSplit | None]
 
 
 def layout_of(config: Config, exit_layers: list[int], core: bool) -> Layout:
-    """Return where each tensor of the model is.
+    """Return where each tensor of the model is stored.
 
     `exit_layers` are the layers with exits, from 1, in the order of their output weights.
     """
     rows: dict[str, Row] = {}
-    rules: dict[str, Rule] = {OUTPUT: "columns"}  # which may be there although it is tied
+    # The output weight may be present although it is tied.
+    splits = {OUTPUT: tensor_split("output.weight", config.model)}
     shift = config.exits.placement == "pre"
     for name in tensor_shapes(config):
         kind, fill = _kind(name, config)
@@ -141,13 +132,10 @@ def layout_of(config: Config, exit_layers: list[int], core: bool) -> Layout:
             fill |= {"e": layer - 1, "k": exit_layers.index(layer) if layer in exit_layers else 0}
         stem, _, last = kind.rpartition(".")
         module = next(module for module in _MODEL if module.ours == stem)
-        theirs = f"{module.core if core else module.legacy}.{last}".format(**fill)
-        rows[name] = Row(name, (theirs,), SAME)
-        # A bias of what is sharded by inputs is added once, and whole on every rank.
-        is_gate = module.rule == "gated" and config.model.family == "llama"
-        rule: Rule = "columns" if module.rule == "gated" and not is_gate else module.rule
-        rules[theirs] = "whole" if (rule, last) == ("rows", "bias") else rule
-    return Layout(rows, rules)
+        key = f"{module.core if core else module.legacy}.{last}".format(**fill)
+        rows[name] = Row(name, (key,), SAME)
+        splits[key] = tensor_split(name, config.model)
+    return Layout(rows, splits)
 
 
 def _kind(name: str, config: Config) -> tuple[str, dict[str, int]]:

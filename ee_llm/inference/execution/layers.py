@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ee_llm.architecture.rotary import inverse_frequencies
+from ee_llm.architecture.tensor_parallel import group_qkv, tensor_split
 from ee_llm.config import ModelConfig
 from ee_llm.inference.execution.attention import Batch, attend
 from ee_llm.inference.execution.linear import Linear
@@ -36,13 +37,21 @@ class Shard:
     reduce: Reduce = lambda partial: partial
     linear: MakeLinear = Linear
 
-    def rows(self, weight: Tensor) -> Tensor:
-        """Return this rank's part of a weight's outputs."""
-        return weight.chunk(self.size, dim=0)[self.rank]
+    def parameter(self, model: ModelConfig, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+        """Return this rank's shard of a parameter, or all of it if every rank has all of it."""
+        split = tensor_split(name, model)
+        return tensors[name] if split is None else split.shard(tensors[name], self.rank, self.size)
 
-    def columns(self, weight: Tensor) -> Tensor:
-        """Return this rank's part of a weight's inputs."""
-        return weight.chunk(self.size, dim=1)[self.rank]
+    def parameters(
+        self, model: ModelConfig, tensors: Mapping[str, Tensor], name: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return this rank's shards of the weight and the bias, if any, of a linear layer."""
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        has_bias = bias in tensors
+        return (
+            self.parameter(model, tensors, weight),
+            self.parameter(model, tensors, bias) if has_bias else None,
+        )
 
 
 class Norm:
@@ -68,14 +77,9 @@ class Mlp:
         self._norm = Norm(model, tensors, norm)
         self._is_gated = model.family == "llama"
         self._approximate = "tanh" if model.gelu == "tanh" else "none"
-        fc1, bias = tensors[f"{name}.linear_fc1.weight"], tensors.get(f"{name}.linear_fc1.bias")
-        if self._is_gated:
-            fc1 = torch.cat([shard.rows(half) for half in fc1.chunk(2)])
-        else:
-            fc1, bias = shard.rows(fc1), None if bias is None else shard.rows(bias)
-        self._fc1 = shard.linear(fc1, bias)
-        self._fc2 = shard.linear(shard.columns(tensors[f"{name}.linear_fc2.weight"]))
-        self._fc2_bias = tensors.get(f"{name}.linear_fc2.bias")
+        self._fc1 = shard.linear(*shard.parameters(model, tensors, f"{name}.linear_fc1"))
+        fc2, self._fc2_bias = shard.parameters(model, tensors, f"{name}.linear_fc2")
+        self._fc2 = shard.linear(fc2)
         self._reduce = shard.reduce
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -98,16 +102,16 @@ class Layer:
         self._num_kv = model.num_kv_heads // shard.size
         self._per_kv = model.num_heads // model.num_kv_heads
         self._norm = Norm(model, tensors, f"{name}.input_layernorm")
-        qkv = f"{name}.self_attention.linear_qkv"
-        bias = tensors.get(f"{qkv}.bias")
+        qkv, bias = shard.parameters(model, tensors, f"{name}.self_attention.linear_qkv")
         self._qkv = shard.linear(
-            self._queries_first(model, tensors[f"{qkv}.weight"], shard),
-            None if bias is None else self._queries_first(model, bias, shard),
+            self._queries_first(model, qkv),
+            None if bias is None else self._queries_first(model, bias),
         )
         self._qk_norm = QkNorm(model, tensors, name, self._num_kv) if model.qk_norm else None
-        proj = f"{name}.self_attention.linear_proj"
-        self._proj = shard.linear(shard.columns(tensors[f"{proj}.weight"]))
-        self._proj_bias = tensors.get(f"{proj}.bias")
+        proj, self._proj_bias = shard.parameters(
+            model, tensors, f"{name}.self_attention.linear_proj"
+        )
+        self._proj = shard.linear(proj)
         self._mlp = Mlp(model, tensors, f"{name}.mlp", f"{name}.pre_mlp_layernorm", shard)
         self._reduce = shard.reduce
         self._begin: Callable[[Tensor], Tensor] = self._project
@@ -155,15 +159,14 @@ class Layer:
         attended = x + _with_bias(self._reduce(self._proj(mixed)), self._proj_bias)
         return attended + self._mlp(attended), attended
 
-    def _queries_first(self, model: ModelConfig, weight: Tensor, shard: Shard) -> Tensor:
+    def _queries_first(self, model: ModelConfig, weight: Tensor) -> Tensor:
         """Return this rank's [queries; keys; values] of a fused weight or bias, to be rotated.
 
         In the checkpoint each key/value head has its queries, its key and its value one after the
         other, and a rotation turns element i against i + d/2. Here the two are neighbours, so
         that a rotation is one complex product; queries and keys are permuted alike.
         """
-        heads = weight.unflatten(0, (model.num_kv_heads, self._per_kv + 2, self._dim))
-        heads = shard.rows(heads)
+        heads = group_qkv(model, weight)
         turned = heads[:, : self._per_kv + 1]
         if model.position == "rope":
             turned = _pairs_together(turned, dim=2)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ee_llm import distributed
 from ee_llm.architecture.parameter_names import output_weight_name
+from ee_llm.architecture.tensor_parallel import DIVIDED_SIZES
 from ee_llm.config import Config
 from ee_llm.errors import RequestError
 from ee_llm.inference.execution.attention import Batch, Run
@@ -58,10 +59,7 @@ def partition_layers(config: Config, num_stages: int = 1) -> list[list[LayerRang
 def check_layout(config: Config, tensor: int, pipeline: int) -> None:
     """Raise RequestError unless the model can be split over so many tensor ranks and stages."""
     partition_layers(config, pipeline)
-    sizes = {
-        name: getattr(config.model, name)
-        for name in ("num_kv_heads", "ffn_hidden_size", "vocab_size")
-    }
+    sizes = {name: getattr(config.model, name) for name in DIVIDED_SIZES}
     for name, size in sizes.items():
         if size % tensor:
             common = math.gcd(*sizes.values())
@@ -163,7 +161,7 @@ class ModelStage:
             if piece.has_exit:
                 name = output_weight_name(config, piece.last)
                 if name not in outputs:
-                    outputs[name] = shard.linear(shard.rows(tensors[name]))
+                    outputs[name] = shard.linear(shard.parameter(model, tensors, name))
                 self._heads[-1] = Head(config, tensors, piece.last, outputs[name], shard)
         self.cache_dtype = cache_dtype(self.dtype, self.device)
         shape = (num_positions, 2, model.num_kv_heads // shard.size, model.head_dim)

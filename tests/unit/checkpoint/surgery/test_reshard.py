@@ -6,7 +6,6 @@ import torch
 from ee_llm.checkpoint import write
 from ee_llm.checkpoint.format import safe
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.checkpoint.surgery import reshard
 from ee_llm.config import Config
 from tests.unit.checkpoint.surgery.sources import (
     HEADS,
@@ -109,19 +108,3 @@ def test_layouts_that_can_not_be_are_refused(tmp_path, capsys, case):
     found = refusal(capsys, "reshard", source.path, *options, "--output", tmp_path / "cut")
     assert expected in found
     assert not (tmp_path / "cut").exists()
-
-
-def test_every_tensor_is_divided_as_megatron_core_divides_it():
-    """Names that are new to the table would be whole, and read by all."""
-    by_axis: dict[int | None, set[str]] = {}
-    from ee_llm.architecture.tensors import tensor_shapes
-
-    for family in ("llama", "gpt"):
-        for name in tensor_shapes(tiny(family, **HEADS["block"])):
-            by_axis.setdefault(reshard._axis(name), set()).add(".".join(name.split(".")[-2:]))
-    assert by_axis[1] == {"linear_proj.weight", "linear_fc2.weight"}
-    assert by_axis[0] == {
-        *("word.weight", "output.weight"),
-        *("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias"),
-    }
-    assert all("norm" in n or n.endswith("bias") or "position" in n for n in by_axis[None])
