@@ -39,4 +39,4 @@ class RequestError(UserError):
 
 
 class RunError(RuntimeError):
-    """A run cannot continue for a reason outside of its input, such as a lost rank."""
+    """A run cannot continue for a reason outside its input, such as a lost rank."""

@@ -7,7 +7,6 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ee_llm.atomic_file import replace_text, sync_path
 from ee_llm.checkpoint.format.checksums import checksums_of, parse_range, sealed
 from ee_llm.errors import CheckpointError
 
@@ -170,7 +170,7 @@ def create_partial(checkpoints: Path, step: int) -> Path:
         final = replaced.with_name(replaced.name.removesuffix(_REPLACED))
         if _is_sealed(replaced) and not final.exists():
             replaced.rename(final)
-    sync(checkpoints)
+    sync_path(checkpoints)
     for leftover in checkpoints.glob(f"step-*{_PARTIAL}"):
         shutil.rmtree(leftover)
     path = partial_path(checkpoints, step)
@@ -202,7 +202,7 @@ def seal(
     for path in sorted(partial.rglob("*")):
         if path.is_file() and path != partial / MANIFEST:
             name = path.relative_to(partial).as_posix()
-            sync(path)
+            sync_path(path)
             files[name] = path.stat().st_size
             ranges[name] = list((checksums or {}).get(name) or checksums_of(path))
             covered = sum(parse_range(text).num_bytes for text in ranges[name])
@@ -213,9 +213,9 @@ def seal(
                 )
     manifest = {"format": FORMAT, "version": VERSION, **facts, "files": files, "crc32": ranges}
     # Last: a directory without its manifest is not a checkpoint.
-    write_file(partial / MANIFEST, sealed(_as_text(manifest)))
+    replace_text(partial / MANIFEST, sealed(_as_text(manifest)))
     for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
-        sync(path)
+        sync_path(path)
 
 
 def publish(partial: Path, keep_last: int) -> Path:
@@ -234,15 +234,15 @@ def publish(partial: Path, keep_last: int) -> Path:
         except BaseException:
             replaced.rename(final)
             raise
-        sync(checkpoints)
+        sync_path(checkpoints)
         # The manifest first: half of a checkpoint must not be taken for one that is to come back.
         with contextlib.suppress(OSError):
             (replaced / MANIFEST).unlink()
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         partial.rename(final)
-        sync(checkpoints)
-    write_file(checkpoints / LATEST, final.name + "\n")
+        sync_path(checkpoints)
+    replace_text(checkpoints / LATEST, final.name + "\n")
     for path in _superseded(checkpoints, final, keep_last):
         # Renamed first: a checkpoint that is half deleted must not keep the name of a whole one.
         # What can not be deleted now, the next save meets again, and says so.
@@ -306,28 +306,8 @@ def _int64(digits: str) -> int:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a JSON file by a new one, or leave it as it is."""
-    write_file(path, _as_text(content))
+    replace_text(path, _as_text(content))
 
 
 def _as_text(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=1) + "\n"
-
-
-def write_file(path: Path, text: str) -> None:
-    """Replace a text file by a new one, or leave it as it is: never half of either."""
-    aside = path.with_name(f".{path.name}.new")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Return when a file, or the names in a directory, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

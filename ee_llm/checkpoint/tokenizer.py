@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ee_llm.config.tokenizer import BYTES, DIRECTORY, ORIGIN, file_mark
+from ee_llm.config.tokenizer import BYTES, DIRECTORY, ORIGIN, file_fingerprint
 from ee_llm.errors import CheckpointError
 
 COMPANIONS = (
@@ -44,7 +44,7 @@ def fingerprint(tokenizer: str) -> str:
     """
     if tokenizer == BYTES:
         return BYTES
-    return file_mark(_content(tokenizer))
+    return file_fingerprint(_content(tokenizer))
 
 
 def store(tokenizer: str, checkpoint: Path) -> None:
@@ -142,7 +142,7 @@ def proven(checkpoint: Path, expected: str) -> str:
         raise CheckpointError(
             f"{checkpoint / DIRECTORY} is missing: expected the tokenizer {_short(expected)}"
         )
-    mark = BYTES if found == BYTES else file_mark(Path(found).read_bytes())
+    mark = BYTES if found == BYTES else file_fingerprint(Path(found).read_bytes())
     if mark != expected:
         raise CheckpointError(
             f"{found} ({_short(mark)}) is not the tokenizer that the checkpoint was trained with "

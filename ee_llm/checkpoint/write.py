@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import metadata as index
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from ee_llm import __version__
+from ee_llm.atomic_file import replace_text
 from ee_llm.checkpoint import directory, tokenizer
 from ee_llm.checkpoint.format import safe
 from ee_llm.checkpoint.format.checksums import checksum
@@ -108,7 +109,7 @@ def write_checkpoint(
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(content)
             tokenizer.store(tokenizer_file, partial)
-            directory.write_file(partial / CONFIG, config.to_toml())
+            replace_text(partial / CONFIG, config.to_toml())
             directory.write_json(partial / STATE, state.to_json())
             known = _facts(state, tokenizer_file) | dict(facts or {})
             directory.seal(partial, known, checksums)

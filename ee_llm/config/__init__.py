@@ -1,6 +1,7 @@
 """Typed, strict configuration: a TOML file, overridden by the command line.
 
-`load_config` reads and checks; a `Config` that exists is valid, and all its sizes are concrete.
+`load_config` reads and validates a configuration. Every `Config` object is valid, and all of its
+sizes are concrete.
 """
 
 from ee_llm.config.base import Section, default_text

@@ -1,4 +1,4 @@
-"""What all sections of the configuration are made of."""
+"""Building blocks of the configuration's sections."""
 
 import os
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from ee_llm.config import toml
 
 
 def list_to_tuple(value: Any) -> Any:
-    """`value`, as a tuple where it is a list, which is all that TOML has."""
+    """Return `value`, converted to a tuple if it is a list, as all arrays in TOML are."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -24,7 +24,7 @@ def _paths_with_home(paths: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(map(os.path.expanduser, paths))
 
 
-# Paths may begin with ~, which neither TOML nor a shell (in --output=~/runs) replaces.
+# Expand ~ here: neither TOML nor a shell (in --output=~/runs) does.
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 PathTexts = Annotated[
     tuple[str, ...], BeforeValidator(list_to_tuple), AfterValidator(_paths_with_home)
@@ -32,10 +32,13 @@ PathTexts = Annotated[
 
 
 def option(default: Any, description: str, *, shown: str | None = None, **limits: Any) -> Any:
-    """A documented field.
+    """Return a documented field.
 
-    `description` gives the meaning and, where there is one, the unit; `shown` is how help and docs
-    print the default when it is not a plain value; `limits` are pydantic's (`gt`, `ge`, ...).
+    Args:
+        default: The default value.
+        description: The meaning of the option and its unit, if any.
+        shown: How help and docs print the default if it is not a plain value.
+        limits: Pydantic's bounds (`gt`, `ge`, ...).
     """
     extra: JsonDict = {} if shown is None else {"shown_default": shown}
     return Field(
@@ -48,7 +51,7 @@ def option(default: Any, description: str, *, shown: str | None = None, **limits
 
 
 def default_text(field: FieldInfo) -> str:
-    """The default of a field as help and docs print it, in TOML's notation."""
+    """Return the default of a field in TOML notation, as help and docs print it."""
     extra = field.json_schema_extra
     if isinstance(extra, dict) and "shown_default" in extra:
         return str(extra["shown_default"])
@@ -56,7 +59,7 @@ def default_text(field: FieldInfo) -> str:
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, no conversions between types, no unknown names."""
+    """Base of all sections: immutable, without type conversions, rejecting unknown names."""
 
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
@@ -64,7 +67,7 @@ class Section(BaseModel):
 
 
 def fill(given: Any, defaults: Iterable[tuple[str, Any]]) -> Any:
-    """`given` with the options it lacks, None and empty ones included, taken from `defaults`."""
+    """Return `given` with missing, None and empty options filled in from `defaults`."""
     if not isinstance(given, dict):
         return given
     filled = dict(given)

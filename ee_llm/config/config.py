@@ -1,4 +1,4 @@
-"""A configuration whose sections fit together."""
+"""The complete configuration, with its sections checked against each other."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,13 @@ from ee_llm.errors import ConfigError
 
 
 class Config(ConfigFields):
-    """Everything that decides a run. Raises `ConfigError`, one line for each problem."""
+    """The complete configuration of a run.
 
-    if not TYPE_CHECKING:  # type checkers keep the constructor that follows from the fields
+    Raises:
+        ConfigError: The configuration is not valid. The message has one line per problem.
+    """
+
+    if not TYPE_CHECKING:  # Type checkers derive the constructor from the fields.
 
         def __init__(self, **given: Any) -> None:
             try:
@@ -22,7 +26,7 @@ class Config(ConfigFields):
             except ValidationError as error:
                 raise ConfigError(render(error.errors(), option_names())) from None
 
-        # pydantic would otherwise validate through this constructor and wrap its error once more.
+        # Without this, pydantic validates through this constructor and wraps its error again.
         __init__.__pydantic_base_init__ = True
 
     @model_validator(mode="before")
@@ -41,28 +45,28 @@ class Config(ConfigFields):
         if self.is_tuning and not self.tuning.exits:
             tuned = {"exits": self.exits.boundaries}
             object.__setattr__(self, "tuning", self.tuning.model_copy(update=tuned))
-        found = checks.problems(self)
-        if found:
-            raise ConfigError("\n".join(found))
+        problems = checks.problems(self)
+        if problems:
+            raise ConfigError("\n".join(problems))
         return self
 
 
-# Options that version 0.1.0 had under another name, by section.
+# Old to new names of options that were renamed after version 0.1.0, by section.
 _OLD_NAMES = {"data": {"mask_after_eod": "mask_after_eos"}}
 
 
 def _with_new_names(given: dict[str, Any]) -> dict[str, Any]:
-    """Return options with the names that older versions gave them replaced."""
-    found = dict(given)
+    """Return the options with old names replaced by the current ones."""
+    renamed = dict(given)
     for section, names in _OLD_NAMES.items():
-        if isinstance(found.get(section), dict):
-            options = found[section].items()
-            found[section] = {names.get(name, name): value for name, value in options}
-    return found
+        if isinstance(renamed.get(section), dict):
+            options = renamed[section].items()
+            renamed[section] = {names.get(name, name): value for name, value in options}
+    return renamed
 
 
 def section_types() -> dict[str, type[Section]]:
-    """The section models by name, in the order of the file."""
+    """Return the section models by name, in the order of the file."""
     return {
         name: field.annotation
         for name, field in Config.model_fields.items()
@@ -71,7 +75,7 @@ def section_types() -> dict[str, type[Section]]:
 
 
 def option_names() -> list[str]:
-    """The dotted names of all options, and the names of the sections."""
+    """Return the dotted names of all options and the names of the sections."""
     names = list(Config.model_fields)
     for section, model in section_types().items():
         names += [f"{section}.{field}" for field in model.model_fields]

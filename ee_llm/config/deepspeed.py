@@ -1,4 +1,4 @@
-"""DeepSpeed's section of the configuration, and what has to agree with it."""
+"""The DeepSpeed section of the configuration."""
 
 from typing import Literal
 
@@ -6,12 +6,12 @@ from ee_llm.config.base import Section, option
 
 
 class DeepSpeedConfig(Section):
-    """What parallel.engine = "deepspeed" splits over data-parallel processes (ZeRO, 1910.02054)."""
+    """Sharding over data-parallel ranks by parallel.engine = "deepspeed" (ZeRO, 1910.02054)."""
 
     zero_stage: Literal[1, 2, 3] = option(
         2,
-        "1 splits the optimizer's state, 2 gradients too, 3 parameters as well.",
+        "ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters.",
     )
     offload_optimizer: bool = option(
-        False, "Whether the optimizer's state is kept, and parameters updated, in the CPU's memory."
+        False, "Keep optimizer states and update parameters in CPU memory."
     )

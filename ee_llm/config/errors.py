@@ -1,4 +1,4 @@
-"""The error that a user's configuration mistake ends in, and its wording."""
+"""Error messages for mistakes in a configuration."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,32 +8,35 @@ from ee_llm.config import toml
 
 
 def unknown_key(path: str, known: Iterable[str]) -> str:
-    """The line for an option that does not exist, with the nearest valid ones."""
+    """Return the message for an unknown option, with the closest valid names."""
     names = sorted(known)
     section, _, leaf = path.rpartition(".")
     if section:
         names = [name for name in names if "." in name]
-    # The section is usually right and the leaf misspelt, so neighbours within it come first; then
-    # the same word in other sections; then anything that looks alike as a whole.
+    # Usually the section is right and the leaf is misspelt, so search in this order: similar leaves
+    # of the same section, the same leaf in other sections, similar full names.
     split = [(name.rpartition("."), name) for name in names]
     inside = {leaf: name for (parent, _, leaf), name in split if parent == section}
-    # Without a section the word may as well be an option's, so that sections have to be closer.
+    # A name without a dot can also be the leaf of an option, so sections must match more closely.
     cutoff = 0.6 if section else 0.75
     near = [inside[match] for match in difflib.get_close_matches(leaf, inside, n=1, cutoff=cutoff)]
     near += [name for (_, _, other), name in split if other == leaf]
     near += difflib.get_close_matches(path, names, n=1, cutoff=0.8)
-    mend = " or ".join(list(dict.fromkeys(near))[:2])
-    if mend:
-        return f"{path}: no such option; did you mean {mend}?"
+    suggestions = " or ".join(list(dict.fromkeys(near))[:2])
+    if suggestions:
+        return f"{path}: no such option. Did you mean {suggestions}?"
     if section and inside:
-        return f"{path}: no such option; {section} has {', '.join(sorted(inside))}"
-    return f"{path}: no such option; 'ee-llm train --help' lists all of them"
+        return f"{path}: no such option. The options of {section} are {', '.join(sorted(inside))}."
+    return f"{path}: no such option. 'ee-llm train --help' lists all options."
 
 
 def render(problems: Sequence[Mapping[str, Any]], known: Iterable[str], source: str = "") -> str:
-    """One readable line for each of pydantic's `ValidationError.errors()`.
+    """Return a readable message with one line per entry of pydantic's `ValidationError.errors()`.
 
-    `known` holds the dotted names of all options; `source` is the file that was read, if any.
+    Args:
+        problems: The entries.
+        known: The dotted names of all options.
+        source: The file that was read, or "".
     """
     names = list(known)
     lines: list[str] = []
@@ -53,10 +56,10 @@ def _render_one(problem: Mapping[str, Any], known: Sequence[str]) -> list[str]:
     if kind == "extra_forbidden":
         return [unknown_key(path, known)]
     if kind == "value_error":
-        # Raised by our own checks: the message already names the options, values and mend.
+        # Our own checks raise these: the message already has options, values and a remedy.
         return str(problem["ctx"]["error"]).splitlines()
     if kind == "missing" and isinstance(problem["loc"][-1], int):
-        return [f"{path}: has too few values, got {_shown(given)}"]
+        return [f"{path}: too few values, got {_shown(given)}"]
     index = next((part for part in problem["loc"] if isinstance(part, int)), None)
     item = "" if index is None else f" (item {index + 1})"
     return [f"{path}: {_expectation(kind, problem)}, got {_shown(given)}{item}"]

@@ -1,38 +1,41 @@
-"""Upper bounds of numbers, each well above what anybody uses and below where something breaks."""
+"""Upper bounds of options: well above practical values, and below where computations break."""
 
 MAX_LAYERS = 10_000
-"""Checks and plans go through the layers one by one."""
+"""Checks and plans iterate over the layers."""
 
 MAX_WIDTH = 1 << 20
-"""Of hidden states, heads and MLPs: the product of two is a tensor's number of elements, in 64 bits
-of which allocators use fewer."""
+"""Maximum width of hidden states, heads and MLPs.
+
+The product of two widths is the number of elements of a tensor. It must fit into 64 bits, of which
+allocators use fewer.
+"""
 
 MAX_VOCAB_SIZE = 10_000_000
-"""Ten times the largest in use; token files store ids in 32 bits."""
+"""Ten times the largest vocabulary in use; token files store ids in 32 bits."""
 
 MAX_SEQ_LENGTH = 1 << 27
-"""In tokens; tables of rotary angles and learned positions have a row for each."""
+"""In tokens. Tables of rotary angles and learned positions have one row per position."""
 
 MAX_RANKS = 1 << 16
-"""Ranks along one axis, and processes of a machine: lists are made of them."""
+"""Maximum number of ranks along an axis, and of processes on a machine, which are kept in lists."""
 
 MAX_BATCH_SIZE = 1 << 16
-"""Sequences in a step. The plan of a pipeline has actions for each microbatch, in memory."""
+"""Sequences per step. A pipeline plan holds the actions of every microbatch in memory."""
 
 MAX_STEPS = 1_000_000_000
-"""Times the largest batch and sequence, this still counts tokens in 64 bits."""
+"""Multiplied by the largest batch and sequence, the number of tokens still fits into 64 bits."""
 
 MAX_SEED = (1 << 32) - 1
-"""NumPy's seeds have 32 bits, and ranks add small numbers of their own."""
+"""NumPy seeds have 32 bits. Ranks add small offsets."""
 
 MIN_TIMEOUT_S, MAX_TIMEOUT_S = 0.1, 2_000_000.0
-"""In seconds: gloo counts milliseconds in 32 bits, and takes 0 for no time-out."""
+"""In seconds. gloo counts milliseconds in 32 bits and treats 0 as no time-out."""
 
 MAX_RATE = 1e4
-"""Of learning rates and the like: their product with a gradient must be a float32."""
+"""Maximum learning rate and weight decay: their product with a gradient must fit into float32."""
 
 MAX_FACTOR = 1e6
-"""Of weights and ratios around 1; the least is one over it."""
+"""Maximum of weights and ratios around 1; the minimum of ratios is its reciprocal."""
 
 MAX_FLOAT = 1e30
-"""Of what may be large and has to be a float32, of which the largest is 3e38."""
+"""Maximum of large values that must fit into float32, whose largest number is 3e38."""

@@ -1,4 +1,4 @@
-"""Read a configuration from a TOML file and overrides."""
+"""Load a configuration from a TOML file and overrides."""
 
 import difflib
 import tomllib
@@ -17,18 +17,22 @@ from ee_llm.errors import ConfigError
 def load_config(
     path: str | Path | None = None,
     overrides: Mapping[str, object] | None = None,
-    below: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Config:
-    """The configuration in the TOML file `path`, with `overrides` taking precedence.
+    """Return the configuration from the TOML file `path`, with `overrides` taking precedence.
 
-    `overrides` holds values by dotted name ("model.num_layers") or by section. A `model.shape`
-    among them replaces the sizes in the file, so that naming another shape is enough. Without a
-    path everything comes from the overrides and the defaults. `below` has, by section, what is
-    said where neither says anything. Raises `ConfigError`.
+    Args:
+        path: The TOML file. Without one, all values come from the overrides and the defaults.
+        overrides: Values by dotted name ("model.num_layers") or by section. A `model.shape` in it
+            replaces the sizes in the file, so that naming another shape is enough.
+        defaults: Values by section, used where neither the file nor the overrides set an option.
+
+    Raises:
+        ConfigError: The file cannot be read or the configuration is not valid.
     """
     source = "" if path is None else f"{path} with the options given" if overrides else str(path)
     try:
-        return Config.model_validate(_merge(below or {}, read_options(path, overrides)))
+        return Config.model_validate(_merge(defaults or {}, read_options(path, overrides)))
     except ValidationError as error:
         raise ConfigError(render(error.errors(), option_names(), source)) from None
 
@@ -36,33 +40,33 @@ def load_config(
 def read_options(
     path: str | Path | None = None, overrides: Mapping[str, object] | None = None
 ) -> dict[str, Any]:
-    """What the file and the overrides of `load_config` say, by section and unchecked."""
+    """Return the options that the file and the overrides of `load_config` set, without checks."""
     given = _read(Path(path)) if path is not None else {}
     nested = _nest(overrides or {})
-    chosen, in_file = nested.get("model"), given.get("model")
-    if isinstance(chosen, dict) and chosen.get("shape") and isinstance(in_file, dict):
+    override, in_file = nested.get("model"), given.get("model")
+    if isinstance(override, dict) and override.get("shape") and isinstance(in_file, dict):
         given["model"] = {k: v for k, v in in_file.items() if k not in SHAPE_FIELDS}
     return _merge(given, nested)
 
 
 def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
-        raise ConfigError(f"{path}: is a directory; give a TOML file in it")
+        raise ConfigError(f"{path} is a directory. Give a TOML file in it.")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        # The nearest existing file is the likeliest mend.
+        # Suggest the file with the most similar name.
         others = [str(other) for other in path.parent.glob("*.toml")]
         near = difflib.get_close_matches(str(path), others, n=1, cutoff=0.8)
-        hint = f"; did you mean {near[0]}?" if near else "; give the path of a TOML file"
-        raise ConfigError(f"{path}: no such configuration file{hint}") from None
+        hint = f"Did you mean {near[0]}?" if near else "Give the path of a TOML file."
+        raise ConfigError(f"{path}: no such configuration file. {hint}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: can not be read: {error.strerror}") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise ConfigError(f"{path} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(
-            f'{path}: not TOML: {error}; strings need quotes, as in family = "llama"'
+            f'{path} is not valid TOML: {error}. Strings need quotes, as in family = "llama".'
         ) from None
 
 
@@ -76,9 +80,9 @@ def _nest(overrides: Mapping[str, object]) -> dict[str, Any]:
     return nested
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
+def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overrides.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
             merged[key] = _merge(merged[key], value)
         else:

@@ -1,4 +1,4 @@
-"""The model's section of the configuration."""
+"""The model section of the configuration."""
 
 from typing import Any, Literal
 
@@ -18,16 +18,17 @@ from ee_llm.errors import ConfigError
 
 
 class ModelConfig(Section):
-    """The transformer: its family, its sizes, its initialization."""
+    """The transformer: family, sizes and initialization."""
 
     shape: str | None = option(
         None,
-        "Ready-made sizes by name: " + ", ".join(SHAPES) + ". Options given beside it override it.",
+        "Name of a preset of sizes: " + ", ".join(SHAPES) + ". Other options override it.",
         shown="none",
     )
     family: Literal["llama", "gpt"] = option(
         "llama",
-        "llama: RMSNorm, SwiGLU, no biases but those of qkv_bias. gpt: LayerNorm, GELU, biases.",
+        "Architecture. llama: RMSNorm, SwiGLU, no biases except those of qkv_bias. gpt: LayerNorm, "
+        "GELU, biases.",
     )
     num_layers: int = option(
         0, "Number of transformer layers.", shown="from shape", gt=0, le=MAX_LAYERS
@@ -36,17 +37,17 @@ class ModelConfig(Section):
         0, "Width of the residual stream.", shown="from shape", gt=0, le=MAX_WIDTH
     )
     num_heads: int = option(
-        0, "Number of attention heads (of queries).", shown="from shape", gt=0, le=MAX_WIDTH
+        0, "Number of attention (query) heads.", shown="from shape", gt=0, le=MAX_WIDTH
     )
     num_kv_heads: int = option(
         0,
-        "Number of key and value heads; fewer than num_heads is grouped-query attention.",
+        "Number of key and value heads; fewer than num_heads gives grouped-query attention.",
         shown="num_heads",
         gt=0,
         le=MAX_WIDTH,
     )
     head_dim: int = option(
-        0, "Width of one attention head.", shown="hidden_size / num_heads", gt=0, le=MAX_WIDTH
+        0, "Width of an attention head.", shown="hidden_size / num_heads", gt=0, le=MAX_WIDTH
     )
     ffn_hidden_size: int = option(
         0,
@@ -57,14 +58,18 @@ class ModelConfig(Section):
     )
     vocab_size: int = option(
         0,
-        "Rows of the embedding, in tokens: at least the tokenizer's vocabulary, and a multiple of "
-        "parallel.tensor.",
+        "Number of rows of the embedding, in tokens: at least the size of the tokenizer's "
+        "vocabulary, and a multiple of parallel.tensor.",
         shown="from shape",
         gt=0,
         le=MAX_VOCAB_SIZE,
     )
     max_seq_length: int = option(
-        2048, "Longest sequence, in tokens.", shown="from shape, else 2048", gt=0, le=MAX_SEQ_LENGTH
+        2048,
+        "Maximum sequence length, in tokens.",
+        shown="from shape, else 2048",
+        gt=0,
+        le=MAX_SEQ_LENGTH,
     )
     position: Literal["rope", "learned"] = option(
         "rope", "Rotary or learned position embedding.", shown="llama: rope; gpt: learned"
@@ -72,44 +77,43 @@ class ModelConfig(Section):
     rope_theta: float = option(10000.0, "Base of the rotary frequencies.", gt=0, le=MAX_FLOAT)
     rope_scaling: Literal["none", "linear", "llama3"] = option(
         "none",
-        "How the rotary frequencies reach beyond the length of pre-training. linear: all are "
-        "divided by rope_factor; llama3: the slow ones are, as in Llama 3.1.",
+        "Scaling of the rotary frequencies for sequences longer than in pre-training. linear: "
+        "divides all frequencies by rope_factor. llama3: divides the low ones, as in Llama 3.1.",
     )
     rope_factor: float = option(
-        1.0, "Divisor of frequencies that rope_scaling slows down.", gt=0, le=MAX_FACTOR
+        1.0, "Divisor of the frequencies that rope_scaling scales.", gt=0, le=MAX_FACTOR
     )
     rope_low_freq_factor: float = option(
         1.0,
-        "For llama3: frequencies with fewer turns than this over rope_original_length are divided "
-        "by the whole rope_factor.",
+        "For llama3: frequencies with fewer rotations than this over rope_original_length are "
+        "divided by the full rope_factor.",
         gt=0,
         le=MAX_FACTOR,
     )
     rope_high_freq_factor: float = option(
         4.0,
-        "For llama3: frequencies with more turns than this stay as they are.",
+        "For llama3: frequencies with more rotations than this are not scaled.",
         gt=0,
         le=MAX_FACTOR,
     )
     rope_original_length: int = option(
-        8192, "For llama3: length of pre-training, in tokens.", gt=0, le=MAX_SEQ_LENGTH
+        8192, "For llama3: sequence length of pre-training, in tokens.", gt=0, le=MAX_SEQ_LENGTH
     )
     qkv_bias: bool = option(
         False,
-        "Whether queries, keys and values have biases; gpt's always do.",
+        "Add biases to queries, keys and values; gpt always has them.",
         shown="llama: false; gpt: true",
     )
     qk_norm: bool = option(
         False,
-        "Whether each head's queries and keys are normed (RMSNorm over head_dim) before they are "
-        "rotated.",
+        "Normalize each head's queries and keys (RMSNorm over head_dim) before the rotation.",
     )
     gelu: Literal["erf", "tanh"] = option(
-        "erf", "gpt's GELU: exact, or the approximation by tanh that GPT-2 was trained with."
+        "erf", "GELU of gpt: exact (erf), or the tanh approximation that GPT-2 was trained with."
     )
-    norm_eps: float = option(1e-5, "Added to the variance in norms.", gt=0, le=1)
+    norm_eps: float = option(1e-5, "Epsilon that norms add to the variance.", gt=0, le=1)
     tie_embeddings: bool = option(
-        False, "Whether the final exit's output weight is the word embedding."
+        False, "Use the word embedding as the final exit's output weight."
     )
     dropout: float = option(
         0.0, "Dropout probability of hidden states and attention weights.", ge=0, lt=1
@@ -125,15 +129,15 @@ class ModelConfig(Section):
         if isinstance(name, str):
             if name not in SHAPES:
                 raise ConfigError(
-                    f"model.shape = {name!r} does not exist; choose among {', '.join(SHAPES)}"
+                    f"model.shape = {name!r} does not exist. Choose one of {', '.join(SHAPES)}."
                 )
             given = fill(given, shape_fields(name).items())
         needed = ("num_layers", "hidden_size", "num_heads", "vocab_size")
         missing = [f"model.{name}" for name in needed if given.get(name) is None]
         if missing:
             raise ConfigError(
-                f"{', '.join(missing)}: not given; give a number, or sizes by name with "
-                f"model.shape ({', '.join(SHAPES)})"
+                f"{', '.join(missing)}: missing. Set each to a number, or set model.shape to one "
+                f"of {', '.join(SHAPES)}."
             )
         family = given.get("family", "llama")
         hidden_size, num_heads = given.get("hidden_size"), given.get("num_heads")
@@ -141,10 +145,9 @@ class ModelConfig(Section):
         if sizes_known and given.get("head_dim") is None and hidden_size % num_heads:
             raise ConfigError(
                 f"model.hidden_size = {hidden_size} is not divisible by model.num_heads = "
-                f"{num_heads}; change one of them or give model.head_dim"
+                f"{num_heads}. Change one of them or set model.head_dim."
             )
-        # Where a size is wrong, that is the one problem to report: the 1s keep others from
-        # following.
+        # If a size is not valid, report only that: the placeholder 1 causes no further errors.
         derived = {
             "position": "learned" if family == "gpt" else "rope",
             "qkv_bias": family == "gpt",

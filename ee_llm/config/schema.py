@@ -1,4 +1,4 @@
-"""The sections of a configuration, and what follows from them."""
+"""The sections of a configuration and the values derived from them."""
 
 from pydantic import Field
 
@@ -20,10 +20,12 @@ from ee_llm.errors import ConfigError
 
 
 class ConfigFields(Section):
-    """The sections of a configuration, each valid in itself; `Config` checks them together."""
+    """The sections of a configuration, each valid on its own; `Config` checks them together."""
 
     output: PathText = option(
-        "runs/default", "Run directory: checkpoints, metrics and this configuration.", min_length=1
+        "runs/default",
+        "Run directory for checkpoints, metrics and this configuration.",
+        min_length=1,
     )
     model: ModelConfig
     exits: ExitsConfig = Field(default_factory=ExitsConfig)
@@ -38,49 +40,56 @@ class ConfigFields(Section):
 
     @property
     def is_tuning(self) -> bool:
-        """Whether exits alone are trained, on a checkpoint's model."""
+        """Whether the run trains only exits, on the model of a checkpoint (EE-Tuning)."""
         return self.tuning.checkpoint is not None
 
     @property
     def built_exits(self) -> tuple[int, ...]:
-        """Boundaries of the exits that are built: all and the final one, or those tuned."""
+        """Boundaries of the exits to build: all and the final exit, or only the tuned ones."""
         if self.is_tuning:
             return self.tuning.exits
         return (*self.exits.boundaries, self.model.num_layers)
 
     @property
     def depth(self) -> int:
-        """Number of layers that are built: all, or those up to the last exit tuned."""
+        """Number of layers to build: all, or those up to the last tuned exit."""
         num_layers = self.model.num_layers
         if not self.is_tuning:
             return num_layers
-        # An exit behind the last layer is a mistake, told by the checks of exits.
+        # The checks of exits report an exit beyond the last layer.
         return min(max(self.tuning.exits, default=num_layers), num_layers)
 
     def to_toml(self) -> str:
-        """This configuration as a TOML file that `load_config` reads back as an equal one."""
+        """Return the configuration as TOML, which `load_config` reads back as an equal one."""
         return toml.dump(self.model_dump())
 
     def num_microbatches(self, world_size: int) -> int:
-        """Microbatches in one step of one data-parallel rank; raises `ConfigError`."""
+        """Return the number of microbatches of one data-parallel rank in one step.
+
+        Args:
+            world_size: Number of processes.
+
+        Raises:
+            ConfigError: The global batch is not divisible accordingly.
+        """
         data_size = self.parallel.data_size(world_size)
         training = self.training
-        at_once = training.micro_batch_size * data_size
-        if training.global_batch_size % at_once:
+        parallel_size = training.micro_batch_size * data_size  # sequences per microbatch, all ranks
+        if training.global_batch_size % parallel_size:
             raise ConfigError(
                 f"training.global_batch_size = {training.global_batch_size} is not divisible by "
                 f"training.micro_batch_size = {training.micro_batch_size} x {data_size} "
-                "data-parallel ranks; set the first to "
-                f"{-(-training.global_batch_size // at_once) * at_once}, or change the number of "
-                "processes"
+                "data-parallel ranks. Set it to "
+                f"{-(-training.global_batch_size // parallel_size) * parallel_size}, or change the "
+                "number of processes."
             )
-        found = training.global_batch_size // at_once
-        if self.parallel.virtual > 1 and found % self.parallel.pipeline:
-            whole = -(-found // self.parallel.pipeline) * self.parallel.pipeline
+        count = training.global_batch_size // parallel_size
+        if self.parallel.virtual > 1 and count % self.parallel.pipeline:
+            rounded = -(-count // self.parallel.pipeline) * self.parallel.pipeline
             raise ConfigError(
-                f"training.global_batch_size = {training.global_batch_size} makes {found} "
-                f"microbatches, and parallel.virtual = {self.parallel.virtual} passes them in "
-                f"groups of parallel.pipeline = {self.parallel.pipeline}; set the first to "
-                f"{whole * at_once}, or parallel.virtual to 1"
+                f"training.global_batch_size = {training.global_batch_size} gives {count} "
+                f"microbatches, but parallel.virtual = {self.parallel.virtual} needs a multiple of "
+                f"parallel.pipeline = {self.parallel.pipeline}. Set training.global_batch_size to "
+                f"{rounded * parallel_size}, or parallel.virtual to 1."
             )
-        return found
+        return count

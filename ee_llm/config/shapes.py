@@ -1,10 +1,10 @@
-"""Ready-made model shapes, and the sizes that follow from others."""
+"""Preset model shapes, and sizes derived from other sizes."""
 
 from typing import Any
 
-# The sizes of EE-LLM (arXiv 2312.04916), and one that a laptop's CPU trains. A vocabulary
-# belongs to a tokenizer rather than to a shape: the sizes below are starting points, to be set
-# beside the shape.
+# The sizes of EE-LLM (arXiv 2312.04916), and one that a laptop's CPU can train. The vocabulary
+# depends on the tokenizer rather than on the shape: these vocabulary sizes are starting points, to
+# be overridden.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-tiny": {
         "num_layers": 8,
@@ -20,7 +20,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 _LARGE = {"vocab_size": 32000, "max_seq_length": 2048}
 
-# What a shape decides about the architecture; given on the command line, it replaces these.
+# Options that describe the architecture; a shape given on the command line replaces them.
 SHAPE_FIELDS = (
     "family",
     "num_layers",
@@ -37,12 +37,12 @@ SHAPE_FIELDS = (
 
 
 def shape_fields(name: str) -> dict[str, Any]:
-    """The model options that the shape `name` stands for; raises `KeyError`."""
+    """Return the model options of the shape `name`; raises `KeyError` for an unknown name."""
     return {"family": "llama", **_LARGE, **SHAPES[name]}
 
 
 def ffn_size(family: str, hidden_size: int) -> int:
-    """The usual width of the MLP: 4h for gpt, 8/3 h rounded up to a multiple of 256 for llama.
+    """Return the usual MLP width: 4h for gpt, 8/3 h rounded up to a multiple of 256 for llama.
 
     SwiGLU has three matrices where GELU has two, hence two thirds of the width at equal cost
     (Shazeer 2020, arXiv 2002.05202).

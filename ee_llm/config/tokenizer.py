@@ -1,17 +1,17 @@
-"""What `data.tokenizer` may say beside a path, and the mark that equal tokenizers share."""
+"""Tokenizer names and fingerprints, and the folders of a checkpoint that hold tokenizer files."""
 
 import hashlib
 
 BYTES = "bytes"
-"""The specification of the byte tokenizer, which needs no file; it is its mark as well."""
+"""Value of `data.tokenizer` for the byte tokenizer, which needs no file; also its fingerprint."""
 
 DIRECTORY = "tokenizer"
-"""The directory of a checkpoint with its tokenizer's file."""
+"""Subdirectory of a checkpoint with the tokenizer file."""
 
 ORIGIN = "huggingface"
-"""The directory of a checkpoint with the files that came along with a model, but for tensors."""
+"""Subdirectory of a checkpoint with a converted model's other original files, without tensors."""
 
 
-def file_mark(content: bytes) -> str:
-    """Return the mark of a tokenizer's file: "sha256:" and the digest of its content."""
+def file_fingerprint(content: bytes) -> str:
+    """Return the fingerprint of a tokenizer file: "sha256:" and the digest of its content."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"

@@ -1,4 +1,4 @@
-"""Writing TOML; the standard library only reads it."""
+"""Write TOML, which the standard library can only read."""
 
 import json
 from collections.abc import Mapping
@@ -6,21 +6,21 @@ from typing import Any
 
 
 def notation(value: Any) -> str:
-    """`value` in TOML's notation."""
+    """Return `value` in TOML notation."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, str):
-        # A JSON string is a TOML string, but for DEL, which TOML wants escaped as well.
+        # A JSON string is a TOML string, except that TOML requires DEL to be escaped.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
         return "[" + ", ".join(notation(item) for item in value) + "]"
-    raise TypeError(f"no TOML for {type(value).__name__}")
+    raise TypeError(f"TOML cannot represent {type(value).__name__}")
 
 
 def dump(table: Mapping[str, Any]) -> str:
-    """`table` as TOML: its values, then a section for each mapping in it; None is left out."""
+    """Return `table` as TOML: its values, then one section per mapping; None values are omitted."""
     values = [
         f"{key} = {notation(value)}"
         for key, value in table.items()

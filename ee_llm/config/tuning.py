@@ -1,27 +1,27 @@
-"""EE-Tuning's section of the configuration, and what has to agree with it."""
+"""The EE-Tuning section of the configuration."""
 
 from ee_llm.config.base import Integers, PathText, Section, option
 
 DEFAULT_SEQ_LENGTH = 2048
-"""Longest sequence, in tokens, that a model is tuned on unless more is asked for.
+"""Default maximum of the sequence length for tuning, in tokens.
 
-The time and memory of attention grow with the square of the length, and a model's context may have
-a million tokens.
+The time and memory of attention grow with the square of the length, and the context length of a
+model can be a million tokens.
 """
 
 
 class TuningConfig(Section):
-    """EE-Tuning (`ee-llm tune`): exits are trained, all else stays as a checkpoint has it."""
+    """EE-Tuning (`ee-llm tune`): trains exits and keeps the rest of a checkpoint's model frozen."""
 
     checkpoint: PathText | None = option(
         None,
-        "Checkpoint, or run directory, with the model whose exits are tuned.",
+        "Checkpoint or run directory with the model whose exits to tune.",
         shown="none",
         min_length=1,
     )
     exits: Integers = option(
         (),
-        "Boundaries of the exits that are trained. Others of exits.boundaries stay as they are and "
-        "are neither loaded nor computed; nor are layers behind the last one trained.",
+        "Boundaries of the exits to train. The other exits of exits.boundaries stay unchanged and "
+        "are neither loaded nor computed, and neither are layers after the last trained exit.",
         shown="exits.boundaries",
     )

@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ee_llm.atomic_file import AtomicFile
+from ee_llm.atomic_file import AtomicFile, open_output
 from ee_llm.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -47,7 +47,7 @@ class IndexedWriter:
                 f"tokens can not be stored as {np.dtype(dtype)}; use one of {_type_names()}"
             )
         self._code = codes[0]
-        self._bin = AtomicFile(_with_suffix(prefix, ".bin"))
+        self._bin = open_output(_with_suffix(prefix, ".bin"))
         self._idx_path = _with_suffix(prefix, ".idx")
         self._lengths: list[NDArray[np.int32]] = []
         self.num_documents = 0
@@ -82,7 +82,7 @@ class IndexedWriter:
         """
         lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
         offsets = np.cumsum(lengths, dtype=np.int64) - lengths
-        with AtomicFile(self._idx_path) as index:
+        with open_output(self._idx_path) as index:
             bounds = self.num_documents + 1
             index.write(_HEADER.pack(MAGIC, 1, self._code, self.num_documents, bounds))
             index.write(lengths.astype("<i4").tobytes())

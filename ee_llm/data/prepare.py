@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ee_llm.atomic_file import AtomicFile
+from ee_llm.atomic_file import open_output
 from ee_llm.data.documents import (
     DEFAULT_EXCLUDE,
     Format,
@@ -151,9 +151,9 @@ def prepare(options: PrepareOptions) -> PrepareReport:
             names = ", ".join(str(path) for path in options.inputs)
             raise DataError(f"inputs {names}: no document with any text in them")
         description = describe(tokenizer, writer.num_documents, writer.num_tokens)
-        with AtomicFile(Path(f"{options.output}.meta.json")) as aside:
-            aside.write(json.dumps(description, indent=1).encode() + b"\n")
-            writer.commit(aside)
+        with open_output(Path(f"{options.output}.meta.json")) as file:
+            file.write(json.dumps(description, indent=1).encode() + b"\n")
+            writer.commit(file)
     return PrepareReport(
         str(options.output),
         writer.num_documents,

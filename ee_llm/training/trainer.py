@@ -10,6 +10,7 @@ from typing import TypeVar
 from rich.markup import escape
 
 from ee_llm import distributed
+from ee_llm.atomic_file import replace_text
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.lock import OutputLock
 from ee_llm.checkpoint.read import TensorReader
@@ -334,5 +335,5 @@ def _with_dtype(config: Config, source: Path | None) -> Config:
 
 def _open_log(config: Config, start_step: int, grid: distributed.Grid) -> RunLog:
     if grid.rank == 0:
-        directory.write_file(Path(config.output) / "config.toml", config.to_toml())
+        replace_text(Path(config.output) / "config.toml", config.to_toml())
     return RunLog(config, start_step=start_step, is_logging=grid.rank == 0)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 
 from ee_llm import __version__, distributed
+from ee_llm.atomic_file import replace_text
 from ee_llm.checkpoint import directory, tokenizer
 from ee_llm.checkpoint.format import safe
 from ee_llm.checkpoint.format.checksums import checksums_of
@@ -256,7 +257,7 @@ def _write_rest(
     for name, content in files.items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).write_bytes(content)
-    directory.write_file(partial / CONFIG, config.to_toml())
+    replace_text(partial / CONFIG, config.to_toml())
     state.data = state.data or data_files(config.data.prefixes)
     directory.write_json(partial / STATE, state.to_json())
     directory.seal(partial, {**facts, "step": state.step, "tokenizer": mark}, checksums)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ee_llm.architecture.parameter_names import output_weight_name
 from ee_llm.architecture.tensors import take_tensors, tensor_shapes
+from ee_llm.atomic_file import sync_path
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import CheckpointTensors
@@ -167,7 +168,7 @@ def export_folder(
         (partial / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         write_shards(partial, specs, parts.get, max_shard_bytes)
         for path in (*partial.iterdir(), partial):
-            directory.sync(path)
+            sync_path(path)
         _publish(partial, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -184,7 +185,7 @@ def _publish(partial: Path, output: Path) -> None:
         raise CheckpointError(
             f"{output} is there already, made while this was written; choose another --output"
         ) from None
-    directory.sync(output.parent)
+    sync_path(output.parent)
 
 
 def _settings(

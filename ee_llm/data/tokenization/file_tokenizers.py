@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from ee_llm.config.tokenizer import file_mark
+from ee_llm.config.tokenizer import file_fingerprint
 from ee_llm.data.tokenization.long_text import PIECE, encode_long_text
 from ee_llm.data.tokenization.token_settings import (
     TOKENIZER_CONFIG,
@@ -48,7 +48,7 @@ class FileTokenizer(ABC):
         self.path = path
         self._content = _read(path)
         self._eos_token = eos_token
-        self.fingerprint = file_mark(self._content)
+        self.fingerprint = file_fingerprint(self._content)
         self.name = f"{self.kind} {path}"
         self.settings = read_token_settings(settings_folder(path))
 

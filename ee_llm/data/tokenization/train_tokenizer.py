@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ee_llm.atomic_file import AtomicFile
+from ee_llm.atomic_file import open_output
 from ee_llm.data.documents import (
     DEFAULT_EXCLUDE,
     Format,
@@ -145,7 +145,7 @@ def train_sentencepiece(documents: Iterable[str], vocab_size: int, path: Path) -
     import sentencepiece
 
     model = io.BytesIO()
-    with AtomicFile(path) as file:  # opened first: an output that can not be written costs no time
+    with open_output(path) as file:  # opened first: an output that can not be written costs no time
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_lines(documents),

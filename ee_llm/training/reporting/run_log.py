@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn
 
 from ee_llm import distributed
+from ee_llm.atomic_file import replace_text
 from ee_llm.config import Config
 from ee_llm.launch.streams import stream_trouble
 
@@ -245,9 +246,7 @@ def _supersede(path: Path, superseded: Path, start_step: int) -> None:
         return
     with open(superseded, "a", encoding="utf-8") as file:
         file.writelines(moved)
-    aside = path.with_name(path.name + ".new")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    replace_text(path, "".join(kept))
 
 
 def lacks_validation(output: Path | str, step: int) -> bool:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from rich.markup import escape
 
 from ee_llm import distributed
-from ee_llm.checkpoint import directory
+from ee_llm.atomic_file import replace_text
 from ee_llm.data import Microbatch
 from ee_llm.pipeline.planner.trace import chrome_trace
 from ee_llm.pipeline.simulate import Span
@@ -33,7 +33,7 @@ def traced_step(
         filling = range(model.num_microbatches, len(microbatches))
         try:
             trace = chrome_trace(ranks, filling=filling, exit_part=_exit_part)
-            directory.write_file(path, json.dumps(trace))
+            replace_text(path, json.dumps(trace))
             distributed.log(f"step {step + 1} is traced in {escape(str(path))}")
         except OSError as error:  # no reason to end a run
             distributed.log(f"[yellow]{escape(str(path))} cannot be written: {error.strerror}[/]")

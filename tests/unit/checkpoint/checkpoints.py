@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.distributed import checkpoint as dcp
 
+from ee_llm.atomic_file import replace_text
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.format import safe
 from ee_llm.checkpoint.format.checksums import checksums_of, sealed
@@ -31,7 +32,7 @@ def write_checkpoint(output: Path, step: int = 7, tensors=None, publish: bool = 
     )
     torch.save({}, partial / directory.TENSORS / "common.pt")
     config = load_config(None, {"model.shape": "llama-tiny", "output": str(output)})
-    directory.write_file(partial / CONFIG, config.to_toml())
+    replace_text(partial / CONFIG, config.to_toml())
     state = {"step": step, "consumed_samples": 0, "skipped_steps": 0, "extra": {}}
     directory.write_json(partial / "state.json", state)
     facts = {"step": step, "tokenizer": "bytes", "optimizer_steps": step, "layout": {"world": 1}}

@@ -166,19 +166,6 @@ def test_resolves_what_a_person_would_point_at(tmp_path, monkeypatch):
     assert find_latest(tmp_path / "empty") is None
 
 
-def test_files_are_replaced_whole(tmp_path, monkeypatch):
-    path = tmp_path / "latest"
-    directory.write_file(path, "old")
-
-    def no_space(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
-        directory.write_file(path, "new")
-    assert path.read_text() == "old"
-
-
 def test_unwritable_output_is_said_at_the_start(tmp_path):
     check_output(tmp_path / "new" / "run")
     assert list((tmp_path / "new" / "run").iterdir()) == []

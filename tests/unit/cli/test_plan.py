@@ -277,7 +277,7 @@ EIGHT = ("--stages", "4", "--microbatches", "8")
         ),
         (
             (*EIGHT, "--virtual", "5"),
-            "--layers = 24 is not divisible by --stages = 4 x --virtual = 5; give --layer-split",
+            "--layers = 24 is not divisible by --stages = 4 x --virtual = 5. Set --layer-split",
         ),
         ((*EIGHT, "--exits", "24"), "--exits = [24]: boundary 24 is outside 1..23 (--layers = 24"),
         (
@@ -304,7 +304,7 @@ EIGHT = ("--stages", "4", "--microbatches", "8")
         ),
         (
             ("--stages", "40", "--microbatches", "8", "--advise"),
-            "--layers = 24 is below 40 stages (--stages = 40), each of which needs a layer; lower "
+            "--layers = 24 is less than the number of pipeline stages, 40 (--stages = 40). Lower "
             "--stages or --virtual",
         ),
         (("--config", "run.toml", "--nproc", "0"), "--nproc 0: give a number from 1 to 65,536"),
@@ -315,16 +315,16 @@ EIGHT = ("--stages", "4", "--microbatches", "8")
         ),
         (
             (*EIGHT, "--fill-cooldown", "1", "--schedule", "zero-bubble"),
-            "--fill-cooldown = 1 fills the bubbles of plain 1F1B; set it to 0, or --virtual to 1 "
-            "and --schedule to 1f1b",
+            "--fill-cooldown = 1 requires plain 1F1B. Set it to 0, or set --virtual to 1 and "
+            "--schedule to 1f1b",
         ),
         (
             (*EIGHT, "--fill-cooldown", "auto", "--virtual", "2"),
-            "--fill-cooldown = auto fills the bubbles of plain 1F1B; set it to 0, or --virtual to",
+            "--fill-cooldown = auto requires plain 1F1B. Set it to 0, or set --virtual to",
         ),
         (
             (*EIGHT, "--virtual", "2", "--schedule", "zero-bubble"),
-            "--virtual = 2 does not go with --schedule = zero-bubble",
+            "--virtual = 2 cannot be combined with --schedule = zero-bubble",
         ),
         ((*EIGHT, "--picture", "plan.pdf"), "--picture plan.pdf: its name must end in .png or"),
         ((*EIGHT, "--profile"), "--profile measures a model: name its configuration"),

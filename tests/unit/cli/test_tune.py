@@ -70,7 +70,7 @@ def test_options_that_help_leaves_out_can_be_given(
     assert main.main(["tune", *arguments, "--model.dropout", "0.5"]) == 0
     assert tuned[0].model.dropout == 0.5
     assert main.main(["tune", *arguments, "--parallel.schedule", "zero-bubble"]) == 2
-    assert "parallel.schedule = zero-bubble is about" in capsys.readouterr().err
+    assert "parallel.schedule = zero-bubble" in capsys.readouterr().err
 
 
 def test_help_shows_what_tuning_uses_and_what_it_requires_first(

@@ -1,4 +1,4 @@
-"""Reading, resolving and saving the configuration."""
+"""Loading, resolving and saving configurations."""
 
 import sys
 from pathlib import Path
@@ -30,7 +30,7 @@ lr = 1
 
 
 def config(**overrides: Any) -> Config:
-    """llama-tiny with `overrides` by dotted name, their dots written as two underscores."""
+    """Return llama-tiny with `overrides`, whose names have two underscores instead of a dot."""
     named = {name.replace("__", "."): value for name, value in overrides.items()}
     return load_config(overrides={"model.shape": "llama-tiny", **named})
 
@@ -54,7 +54,7 @@ def test_file_and_defaults(tiny: Path) -> None:
     assert loaded.parallel.pipeline == 1
 
 
-def test_overrides_come_before_the_file_by_dotted_name_or_by_section(tiny: Path) -> None:
+def test_overrides_by_dotted_name_or_section_take_precedence_over_the_file(tiny: Path) -> None:
     loaded = load_config(
         tiny, {"output": "y", "model.num_layers": 6, "exits": {"weights": (1.0, 2.0)}}
     )
@@ -63,13 +63,13 @@ def test_overrides_come_before_the_file_by_dotted_name_or_by_section(tiny: Path)
     assert loaded.exits.boundaries == (1, 2)
 
 
-def test_overriding_does_not_change_what_was_passed(tiny: Path) -> None:
+def test_load_config_does_not_modify_its_arguments(tiny: Path) -> None:
     section = {"num_layers": 6}
     load_config(tiny, {"model": section, "model.hidden_size": 48})
     assert section == {"num_layers": 6}
 
 
-def test_a_saved_configuration_loads_as_an_equal_one(tmp_path: Path) -> None:
+def test_saved_configuration_loads_as_an_equal_one(tmp_path: Path) -> None:
     """Every kind of value: escapes, tuples of each type, tiny and huge floats, None, booleans."""
     original = config(
         output='a "quoted"\\\n\ttab \x7f é/日本',
@@ -93,7 +93,7 @@ def test_a_saved_configuration_loads_as_an_equal_one(tmp_path: Path) -> None:
 
 
 def test_saved_sizes_are_concrete() -> None:
-    """A file saved beside a run must not change its meaning when defaults do."""
+    """The meaning of a saved file must not change when defaults change."""
     text = config(exits__boundaries=(2, 4)).to_toml()
     for line in ("num_kv_heads = 6", "ffn_hidden_size = 768", "seq_length = 256"):
         assert line in text
@@ -120,13 +120,13 @@ def test_shapes(shape: str, layers: int, hidden: int, heads: int, ffn: int) -> N
     assert shape in SHAPES
 
 
-def test_options_beside_a_shape_override_it_and_what_follows_from_it() -> None:
+def test_options_override_a_shape_and_sizes_derived_from_it() -> None:
     model = config(model__hidden_size=512, model__num_heads=8).model
     assert (model.num_layers, model.head_dim, model.ffn_hidden_size) == (8, 64, 1536)
 
 
-def test_a_shape_replaces_all_that_another_family_implies(tmp_path: Path) -> None:
-    """A saved configuration of a gpt states learned positions, biases and more."""
+def test_shape_replaces_all_options_of_another_family(tmp_path: Path) -> None:
+    """A saved gpt configuration sets learned positions, biases and more."""
     sizes = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 64}
     saved = tmp_path / "saved.toml"
     saved.write_text(Config(model={"family": "gpt", "gelu": "tanh", **sizes}).to_toml())
@@ -136,8 +136,8 @@ def test_a_shape_replaces_all_that_another_family_implies(tmp_path: Path) -> Non
         assert getattr(model, name) == getattr(expected, name), name
 
 
-def test_a_shape_on_the_command_line_replaces_the_sizes_in_the_file(tiny: Path) -> None:
-    """Also those of a saved file, which has all of them: else the option would do nothing."""
+def test_shape_on_the_command_line_replaces_the_sizes_in_the_file(tiny: Path) -> None:
+    """Includes a saved file, which sets all sizes, so that the option would have no effect."""
     saved = tiny.with_name("saved.toml")
     saved.write_text(load_config(tiny).to_toml())
     for path in (tiny, saved):
@@ -157,7 +157,7 @@ def test_defaults_across_sections() -> None:
     assert (given.data.seq_length, given.optimizer.decay_steps) == (32, 7)
 
 
-def test_a_saved_schedule_ends_with_the_training_it_is_extended_to(tmp_path: Path) -> None:
+def test_schedule_of_an_extended_run_ends_at_its_new_last_step(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(config(training__steps=50).to_toml(), encoding="utf-8")
     assert load_config(path, {"training.steps": 100}).optimizer.decay_steps is None
@@ -184,7 +184,7 @@ def test_every_option_is_documented() -> None:
 
 
 def test_shown_defaults_are_the_defaults() -> None:
-    """Where help names a plain value, an empty configuration has that value."""
+    """A plain value shown in help is the value of an empty configuration."""
     made = config()
     shown = {"lr": "0.0003", "beta2": "0.95", "schedule": '"cosine"', "clip_grad": "1.0"}
     for name, text in shown.items():
@@ -192,8 +192,8 @@ def test_shown_defaults_are_the_defaults() -> None:
         assert getattr(made.optimizer, name) == (text.strip('"') if '"' in text else float(text))
 
 
-def test_the_page_of_all_options_is_up_to_date() -> None:
-    """After a change of ee_llm/config: python tools/docs/configuration.py."""
+def test_configuration_page_is_up_to_date() -> None:
+    """After a change in ee_llm/config, run python tools/docs/configuration.py."""
     sys.path.insert(0, str(ROOT / "tools" / "docs"))
     try:
         import configuration
@@ -201,13 +201,13 @@ def test_the_page_of_all_options_is_up_to_date() -> None:
         sys.path.pop(0)
     page = configuration.page()
     assert configuration.PAGE.read_text(encoding="utf-8") == page
-    # Sections by the names of options, such as checkpoint, took these out of [tuning].
+    # Options with the name of a section, such as tuning.checkpoint, used to be missing.
     for section, model in section_types().items():
         table = page.partition(f"## [{section}]")[2].partition("\n## ")[0]
         assert [name for name in model.model_fields if f"| `{name}` |" not in table] == []
 
 
-def test_a_file_may_begin_with_a_byte_order_mark(tiny: Path) -> None:
+def test_file_with_a_byte_order_mark(tiny: Path) -> None:
     plain = load_config(tiny)
     tiny.write_bytes(b"\xef\xbb\xbf" + tiny.read_bytes().replace(b"\n", b"\r\n"))
     assert load_config(tiny) == plain
@@ -218,9 +218,10 @@ def test_every_shipped_configuration_loads() -> None:
     assert paths
     trained = load_config(ROOT / "examples" / "quickstart.toml")
     for path in paths:
-        # What tunes exits leaves to the checkpoint what that says.
-        below = {"model": trained.model.model_dump()} if "tuning" in read_options(path) else None
-        assert load_config(path, below=below), path
+        # A tuning configuration takes the model options from its checkpoint.
+        is_tuning = "tuning" in read_options(path)
+        defaults = {"model": trained.model.model_dump()} if is_tuning else None
+        assert load_config(path, defaults=defaults), path
 
 
 @pytest.mark.parametrize(
@@ -242,19 +243,19 @@ def test_stage_layers(
 
 
 @pytest.mark.parametrize("stage", [-1, 2])
-def test_stage_layers_of_no_stage(stage: int) -> None:
+def test_stage_layers_outside_the_pipeline(stage: int) -> None:
     with pytest.raises(ValueError, match=r"outside 0\.\.1"):
         stage_layers(config(parallel__pipeline=2), stage)
 
 
 @pytest.mark.parametrize(("placement", "expected"), [("post", [0, 0, 1, 1]), ("pre", [0, 1, 1, 1])])
 def test_exit_stage(placement: str, expected: list[int]) -> None:
-    """At a stage's edge, post 4 lies on the stage that ends with layer 4 and pre 4 on the next."""
+    """At a stage's end, post 4 is on the stage that ends with layer 4, and pre 4 on the next."""
     made = config(parallel__pipeline=2, exits__boundaries=(1, 4, 6), exits__placement=placement)
     assert [exit_stage(made, boundary) for boundary in (1, 4, 6, 8)] == expected
 
 
-def test_exit_stage_of_no_exit() -> None:
+def test_exit_stage_of_a_boundary_without_exit() -> None:
     with pytest.raises(ValueError, match=r"no exit at boundary 3: exits.boundaries = \[2\]"):
         exit_stage(config(exits__boundaries=(2,)), 3)
 
@@ -270,16 +271,15 @@ def test_data_size() -> None:
 def test_num_microbatches() -> None:
     made = config(training__micro_batch_size=2, training__global_batch_size=12)
     assert [made.num_microbatches(world) for world in (1, 2, 3)] == [6, 3, 2]
-    with pytest.raises(
-        ConfigError, match=r"global_batch_size = 12 .* x 4 data.*set the first to 16"
-    ):
+    with pytest.raises(ConfigError, match=r"global_batch_size = 12 .* x 4 data.*Set it to 16"):
         made.num_microbatches(4)
 
 
-def test_interleaved_stages_need_whole_groups_of_microbatches() -> None:
+def test_interleaved_stages_need_a_multiple_of_pipeline_microbatches() -> None:
     made = config(parallel__pipeline=4, parallel__virtual=2, training__global_batch_size=6)
     with pytest.raises(
-        ConfigError, match=r"makes 6 microbatches, and parallel.virtual = 2 .* of parallel.pipeline"
+        ConfigError,
+        match=r"gives 6 microbatches, but parallel.virtual = 2 .* parallel.pipeline = 4",
     ):
         made.num_microbatches(4)
     assert (
@@ -290,7 +290,7 @@ def test_interleaved_stages_need_whole_groups_of_microbatches() -> None:
     )
 
 
-def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_expands_to_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     given = {
         "model.shape": "llama-tiny",

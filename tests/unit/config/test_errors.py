@@ -1,4 +1,4 @@
-"""What a user's mistake in the configuration is answered with: option, value, mend."""
+"""Error messages for mistakes in a configuration: option, value and remedy."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.unit.refusals import message
 
 
 @pytest.mark.parametrize(
-    ("name", "mend"),
+    ("name", "suggestion"),
     [
         ("model.num_layer", "model.num_layers"),
         ("exits.boundary", "exits.boundaries"),
@@ -22,17 +22,17 @@ from tests.unit.refusals import message
         ("checkpoint.keeplast", "checkpoint.keep_last"),
     ],
 )
-def test_unknown_names_get_the_nearest_valid_one(name: str, mend: str) -> None:
-    found = message({name: 1})
+def test_unknown_options_suggest_the_closest_name(name: str, suggestion: str) -> None:
+    error = message({name: 1})
     path = name if name.partition(".")[0] not in ("modle", "optimiser") else name.partition(".")[0]
-    assert found.startswith(f"{path}: no such option; did you mean {mend}")
-    assert re.search(rf"\b{re.escape(mend)}\b( or .*)?\?$", found)
+    assert error.startswith(f"{path}: no such option. Did you mean {suggestion}")
+    assert re.search(rf"\b{re.escape(suggestion)}\b( or .*)?\?$", error)
 
 
-def test_an_unknown_name_like_no_other_gets_the_names_there_are() -> None:
+def test_unknown_option_without_similar_names_lists_all_names() -> None:
     assert message({"logging.xyzzy": 1}) == (
-        "logging.xyzzy: no such option; logging has interval, tensorboard, trace_steps, "
-        "wandb_mode, wandb_project"
+        "logging.xyzzy: no such option. The options of logging are interval, tensorboard, "
+        "trace_steps, wandb_mode, wandb_project."
     )
     assert "ee-llm train --help" in message({"xyzzy": 1})
 
@@ -56,31 +56,35 @@ def test_an_unknown_name_like_no_other_gets_the_names_there_are() -> None:
         ),
         ("exits.head", ["nrm"], "exits.head: must be one of 'block', 'mlp' or 'norm', got \"nrm\""),
         ("model.family", "bert", "model.family: must be one of 'llama' or 'gpt', got \"bert\""),
-        ("data.split", (1.0,), "data.split: has too few values, got [1.0]"),
+        ("data.split", (1.0,), "data.split: too few values, got [1.0]"),
         ("parallel", 2, "parallel: must be a table of options, got 2"),
         ("output", "", "output: "),
-        ("model.shape", "llama-8B", "model.shape = 'llama-8B' does not exist; choose among llama-"),
+        (
+            "model.shape",
+            "llama-8B",
+            "model.shape = 'llama-8B' does not exist. Choose one of llama-",
+        ),
     ],
 )
 def test_values_of_the_wrong_kind(name: str, value: object, expected: str) -> None:
-    found = message({name: value})
-    assert found.startswith(expected)
-    assert "\n" not in found
+    error = message({name: value})
+    assert error.startswith(expected)
+    assert "\n" not in error
 
 
 def test_all_problems_are_reported_together() -> None:
-    found = message({"model.num_layer": 1, "optimizer.lr": -1, "exits.placement": "mid"})
-    assert found.splitlines()[0] == "3 problems"
+    error = message({"model.num_layer": 1, "optimizer.lr": -1, "exits.placement": "mid"})
+    assert error.splitlines()[0] == "3 problems"
     for name in ("model.num_layer:", "optimizer.lr:", "exits.placement:"):
-        assert f"\n  {name}" in found
+        assert f"\n  {name}" in error
     both = message({"parallel.pipeline": 3, "training.micro_batch_size": 3})
     assert both.splitlines()[0] == "2 problems"
 
 
-def test_a_model_needs_sizes() -> None:
+def test_model_sizes_are_required() -> None:
     with pytest.raises(ConfigError, match="model.num_layers, model.hidden_size, model.num_heads"):
         load_config()
-    with pytest.raises(ConfigError, match="^model.num_heads: not given; give a number, or .*shape"):
+    with pytest.raises(ConfigError, match=r"^model.num_heads: missing.*model\.shape"):
         load_config(overrides={"model": {"num_layers": 2, "hidden_size": 32, "vocab_size": 64}})
 
 
@@ -95,23 +99,23 @@ def write(folder: Path, content: str | bytes) -> Path:
     return path
 
 
-def test_problems_in_a_file_name_it(tmp_path: Path) -> None:
+def test_errors_in_a_file_name_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, '[model]\nshape = "llama-tiny"\nnum_layrs = 3\n')
     assert message({}, path) == (
-        f"{path}: model.num_layrs: no such option; did you mean model.num_layers?"
+        f"{path}: model.num_layrs: no such option. Did you mean model.num_layers?"
     )
 
 
-def test_an_empty_file_says_what_a_model_needs(tmp_path: Path) -> None:
+def test_empty_file_names_the_required_options(tmp_path: Path) -> None:
     path = write(tmp_path, "")
-    assert re.match(rf"{re.escape(str(path))}: model.num_layers, .* not given", message({}, path))
+    assert re.match(rf"{re.escape(str(path))}: model.num_layers, .* missing", message({}, path))
 
 
-def test_files_that_can_not_be_read(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     path = write(tmp_path, "")
     missing = message({}, path.with_name("runn.toml"))
-    assert missing == f"{tmp_path}/runn.toml: no such configuration file; did you mean {path}?"
-    assert message({}, tmp_path) == f"{tmp_path}: is a directory; give a TOML file in it"
+    assert missing == f"{tmp_path}/runn.toml: no such configuration file. Did you mean {path}?"
+    assert message({}, tmp_path) == f"{tmp_path} is a directory. Give a TOML file in it."
     assert "not UTF-8 at byte 3" in message({}, write(tmp_path, b"# \xc3\n\xff"[0:2] + b"a\xff"))
-    found = message({}, write(tmp_path, "[model]\nshape = llama-tiny\n"))
-    assert re.match(r".*run\.toml: not TOML: .*line 2.*; strings need quotes", found)
+    error = message({}, write(tmp_path, "[model]\nshape = llama-tiny\n"))
+    assert re.match(r".*run\.toml is not valid TOML: .*line 2.*\. Strings need quotes", error)

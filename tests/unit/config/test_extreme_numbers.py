@@ -1,4 +1,4 @@
-"""Every numeric option of every command, given numbers that nobody means."""
+"""Every numeric option of every command with extreme values."""
 
 import contextlib
 import sys
@@ -24,7 +24,7 @@ from tests.unit.checkpoint.surgery.sources import HEADS, save, tiny
 EXTREMES = ("0", "-1", "2147483648", "9223372036854775808", "18446744073709551615")
 EXTREMES += ("1e10", "1e308", "1e-308", "inf", "-inf", "nan")
 
-# What each command needs beside the option that is tried; RUN is a run directory, TEXT a file.
+# Required arguments of each command; RUN is a run directory, TEXT a text file.
 COMMANDS: dict[str, tuple[Any, str]] = {
     "plan": (PlanOptions, "--stages 2 --microbatches 4 --layers 4 --exits 2 --fill auto"),
     "data prepare": (PrepareOptions, "--inputs TEXT --output OUT"),
@@ -48,14 +48,14 @@ def numeric_options(kind: Any, prefix: str = "") -> Iterator[str]:
         if typing.is_typeddict(annotation):
             yield from numeric_options(annotation, f"{prefix}{name}.")
             continue
-        found = [annotation]
-        for one in found:
-            found += [part for part in typing.get_args(one) if part is not ...]
-        if {int, float} & {one for one in found if isinstance(one, type)}:
+        parts = [annotation]
+        for part in parts:
+            parts += [argument for argument in typing.get_args(part) if argument is not ...]
+        if {int, float} & {part for part in parts if isinstance(part, type)}:
             yield prefix + name
 
 
-# Shares of any size, and numbers that may be nearly as large as a float32.
+# Options that allow any positive number, or nearly the largest float32.
 UNBOUNDED = ("data.weights", "optimizer.clip_grad", "model.rope_theta")
 CASES = [(name, option) for name, (kind, _) in COMMANDS.items() for option in numeric_options(kind)]
 
@@ -73,15 +73,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_all_numeric_options_are_found() -> None:
-    """The cases below are only worth what finds them."""
+    """The tests below cover only the options that this search finds."""
     assert {"training.seed", "data.split", "parallel.fill_warmup"} <= set(config_options())
     assert len(config_options()) > 50
-    found = {("plan", "memory_limit"), ("plan", "fill"), ("convert", "max_shard_gb")}
-    assert found | {("checkpoint average", "last"), ("data prepare", "workers")} <= set(CASES)
+    expected = {("plan", "memory_limit"), ("plan", "fill"), ("convert", "max_shard_gb")}
+    assert expected | {("checkpoint average", "last"), ("data prepare", "workers")} <= set(CASES)
 
 
 @pytest.mark.parametrize(("name", "option"), CASES)
-def test_extreme_numbers_are_accepted_or_refused_in_one_line(
+def test_extreme_numbers_work_or_give_a_one_line_error(
     name: str,
     option: str,
     files: dict[str, Path],
@@ -89,7 +89,7 @@ def test_extreme_numbers_are_accepted_or_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A command that works with what it is given works, or says in a line why it cannot."""
+    """A command accepts an extreme number or rejects it with a one-line error."""
     trainer = types.ModuleType("ee_llm.training.trainer")
     trainer.train = lambda config: config.to_toml()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ee_llm.training.trainer", trainer)
@@ -112,7 +112,7 @@ def test_extreme_numbers_are_accepted_or_refused_in_one_line(
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     try:
         status = main.main(arguments)
-    except SystemExit as stop:  # the parser refuses what is no integer
+    except SystemExit as stop:  # The argument parser rejects values that are not integers.
         status = int(str(stop.code))
     return status, capsys.readouterr().err.replace("_", "-")
 
@@ -126,10 +126,10 @@ def config_options() -> list[str]:
 def test_extreme_numbers_in_a_configuration(
     name: str, option: str, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is given passes all checks and can be saved, or is a ConfigError.
+    """An extreme number passes all checks and can be saved, or raises ConfigError.
 
-    A seed of 2^64 - 1 or a time-out of 1e10 seconds used to end in a traceback. The command line's
-    parser is left out: it takes ten times as long as all checks.
+    A seed of 2^64 - 1 or a time-out of 1e10 seconds used to end in a traceback. The test bypasses
+    the argument parser, which takes ten times as long as all checks.
     """
     run_directory = str(files["RUN"])
     base: dict[str, Any] = {"model.shape": "llama-tiny", "exits.boundaries": (2, 4)}
@@ -160,5 +160,5 @@ def test_extreme_numbers_in_a_configuration(
                 attempted = given
             with contextlib.suppress(ConfigError):
                 attempt({option: attempted})
-                # Whatever is accepted has to work, and only small numbers are known to.
+                # Accepted values must work, which is only known for numbers of this size.
                 assert abs(given) < 2**63 or option in UNBOUNDED, f"{option} has no bound"

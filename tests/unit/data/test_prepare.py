@@ -248,9 +248,7 @@ def test_unwritable_output(tmp_path: Path):
     """Under a file, which even root can not write; told before any text is read."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xff")
-    with pytest.raises(
-        ValueError, match=r"a\.txt/out\.bin: can not be written \(.*is not a folder"
-    ):
+    with pytest.raises(ValueError, match=r"a\.txt/out\.bin cannot be written: .*is not a folder"):
         prepare(options(path, path / "out"))
 
 
@@ -260,7 +258,7 @@ def test_output_directory_without_permission(tmp_path: Path):
     path.write_text("a")
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
-    with pytest.raises(ValueError, match=r"can not be written \(Permission denied"):
+    with pytest.raises(ValueError, match=r"cannot be written: Permission denied"):
         prepare(options(path, locked / "out"))
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.architecture.tensors import tensor_shapes
+from ee_llm.atomic_file import replace_text
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import CONFIG
 from ee_llm.config import Config
@@ -93,6 +94,6 @@ def random_tokens(length: int, seed: int = 0) -> Tensor:
 def save_model(output: Path, config: Config, tensors: dict[str, Tensor]) -> Path:
     """Return the checkpoint, below the run directory `output`, that holds a model."""
     partial = write_checkpoint(output, tensors=tensors, publish=False)
-    directory.write_file(partial / CONFIG, config.to_toml())
+    replace_text(partial / CONFIG, config.to_toml())
     reseal(partial)
     return directory.publish(partial, keep_last=0)

@@ -186,9 +186,7 @@ def test_mistakes_are_answered_and_leave_nothing(tmp_path, capsys, case):
 def test_an_mlp_can_not_be_placed_before(tmp_path, capsys):
     source = save(tmp_path / "source", tiny(**HEADS["mlp"]))
     made = ("--placement", "pre", "--output", tmp_path / "made")
-    assert "reads its own layer's residual stream" in refusal(
-        capsys, "move-exits", source.path, *made
-    )
+    assert "exits.placement = pre" in refusal(capsys, "move-exits", source.path, *made)
 
 
 def test_a_model_without_exits_has_none_to_move(tmp_path, capsys):
