@@ -1,17 +1,16 @@
 """One run at a time in a directory: a lock that the kernel takes back when its holder dies."""
 
 import fcntl
+import logging
 import os
 import socket
 from pathlib import Path
 from typing import TextIO
 
-from rich.markup import escape
-
-from ee_llm import distributed
 from ee_llm.errors import CheckpointError
 
 LOCK = "run.lock"
+logger = logging.getLogger(__name__)
 
 
 class OutputLock:
@@ -39,8 +38,10 @@ class OutputLock:
                 ) from None
         except OSError as error:
             file.close()
-            distributed.log(
-                escape(f"{self._path} can not be locked ({error.strerror}): let no other run in")
+            logger.warning(
+                "%s cannot be locked (%s): start no other run in this directory",
+                self._path,
+                error.strerror,
             )
             return
         file.truncate(0)

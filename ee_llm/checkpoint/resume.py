@@ -1,14 +1,14 @@
 """Which checkpoint a run goes on from."""
 
+import logging
 from pathlib import Path
 
-from rich.markup import escape
-
-from ee_llm import distributed
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.config import Config
 from ee_llm.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 def is_path(resume: str) -> bool:
@@ -36,11 +36,11 @@ def resume_path(config: Config) -> Path | None:
             raise CheckpointError(
                 f"{error}; to begin at {resume} once more, give another --output"
             ) from error
-        distributed.log(escape(f"{error}; taking {resume}, as asked"))
+        logger.warning("%s; using %s as given", error, resume)
         own = None
     if own is None:
         return directory.resolve_checkpoint(resume)
-    distributed.log(escape(f"this run began at {resume} and saved since: taking {own} instead"))
+    logger.info("this run started from %s and has saved since: resuming from %s", resume, own)
     return own
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ee_llm
 from ee_llm.errors import RunError, UserError
 from ee_llm.launch.local import launch
+from ee_llm.launch.logs import configure_logging
 from ee_llm.launch.rank import complain, is_launched, report
 from ee_llm.launch.streams import protect_streams
 
@@ -229,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     What went wrong is one line on standard error; EE_LLM_DEBUG=1 shows where it was found.
     """
     protect_streams()
+    configure_logging()
     try:
         _dispatch(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()  # here, where a closed pipe is dealt with

@@ -1,10 +1,10 @@
-"""Where the code runs: the one room that names cuda, nccl and gloo.
+"""Devices, process groups and communication.
 
-It chooses the device and backend, forms the grid of ranks, carries tensors between pipeline ranks
-and makes megatron-core run on a CPU. Everything else asks here.
+The only package that names cuda, nccl and gloo. It selects the device and the backend, builds the
+grid of ranks, sends tensors between pipeline ranks and makes megatron-core run on a CPU.
 """
 
-from ee_llm.distributed.console import console, is_rank_zero, log, progress_bar
+from ee_llm.distributed.console import console, is_rank_zero, print_line, progress_bar
 from ee_llm.distributed.cuda_graphs import record
 from ee_llm.distributed.deepspeed import deepspeed
 from ee_llm.distributed.devices import (
@@ -49,11 +49,11 @@ __all__ = [
     "is_rank_zero",
     "launched_world_size",
     "local_rank",
-    "log",
     "num_cores",
     "num_gpus",
     "peak_flops",
     "peak_memory_bytes",
+    "print_line",
     "progress_bar",
     "record",
     "rng_state",

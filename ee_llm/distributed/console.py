@@ -1,4 +1,4 @@
-"""Messages for people: one console, written by rank 0 alone, and a bar for long work."""
+"""The console on standard error: lines from rank 0, and progress bars."""
 
 import os
 
@@ -9,25 +9,36 @@ console = Console(stderr=True, highlight=False)
 
 
 def is_rank_zero() -> bool:
-    """Return whether this process is the first of the run."""
+    """Return whether this process is rank 0 of the run, or runs without a launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def log(message: str) -> None:
-    """Print a line to standard error from rank 0; rich markup is understood.
+def print_line(text: str, style: str | None = None) -> None:
+    """Print a line of plain text to standard error, on rank 0 only.
 
-    Only terminals wrap it: in a file it stays one line, to be searched and parsed.
+    Long lines wrap on a terminal but not in a file, where tools parse them.
+
+    Args:
+        text: The line. Brackets are not markup.
+        style: A rich style for the whole line, such as "yellow".
     """
     if is_rank_zero():
-        console.print(message, soft_wrap=True)
+        console.print(text, style=style, soft_wrap=True, markup=False, emoji=False)
 
 
 def progress_bar(
     what: str, total: int, amount: ProgressColumn, *, completed: int = 0, is_quiet: bool = False
 ) -> Progress:
-    """Return a bar of one task, to be entered or started: where somebody looks, until it is done.
+    """Return a progress bar with one task, to be started or used as a context manager.
 
-    amount: the column that says how much of `total` is done.
+    The bar is shown on terminals only and removed when it stops.
+
+    Args:
+        what: Description of the work.
+        total: Amount of work, in any unit.
+        amount: The column that shows how much of `total` is done.
+        completed: Amount of work that is done at the start.
+        is_quiet: Never show the bar.
     """
     progress = Progress(
         TextColumn("{task.description}"),

@@ -1,9 +1,10 @@
-"""Runs megatron-core on a CPU, by changing what its own modules see under the name `torch`.
+"""Run megatron-core on a CPU by replacing the name `torch` in its own modules.
 
-megatron-core 0.16 writes device="cuda" and torch.cuda.* into its code. After a `megatron.core`
-module was executed, its global `torch` is replaced by a proxy: factories send "cuda" to the CPU and
-`torch.cuda` does nothing. The user's own torch stays as it is, with one exception that lasts only
-while megatron-core's optimisers run: they compare `Tensor.type()` with 'torch.cuda.FloatTensor'.
+megatron-core 0.16 hard-codes device="cuda" and torch.cuda.*. After the execution of a
+`megatron.core` module, its global `torch` is replaced by a proxy whose factories map "cuda" to the
+CPU and whose `torch.cuda` does nothing. The user's own torch is unchanged, with one exception that
+lasts only while megatron-core's optimizers run: they compare `Tensor.type()` with
+'torch.cuda.FloatTensor'.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ _FACTORIES = (  # noqa: SIM905 (a list of strings is longer and no clearer)
 
 
 def install() -> None:
-    """Adapt every megatron.core module, loaded already or later."""
+    """Adapt every megatron.core module, whether it is loaded already or later."""
     if any(isinstance(finder, _AdaptAfterImport) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _AdaptAfterImport())
@@ -37,7 +38,7 @@ def install() -> None:
 
 
 class _AdaptAfterImport(importlib.abc.MetaPathFinder):
-    """Adapts a megatron.core module right after it was executed, lazily imported ones included."""
+    """Adapts each megatron.core module right after its execution, lazily imported ones included."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         if not fullname.startswith("megatron.core"):
@@ -62,7 +63,7 @@ def _adapt(module: types.ModuleType) -> None:
 
 
 class _Stream:
-    """A CUDA stream on a device that has none: work is finished when it was called."""
+    """Stands in for a CUDA stream on a CPU, where all work is synchronous."""
 
     device = _CPU
 
@@ -80,7 +81,7 @@ class _Stream:
 
 
 class _Event(_Stream):
-    """A CUDA event that reads the wall clock."""
+    """Stands in for a CUDA event; reads the wall clock."""
 
     seconds = 0.0
 
@@ -95,16 +96,16 @@ class _Event(_Stream):
 
 
 class _CudaNamespace(types.ModuleType):
-    """`torch.cuda` on a CPU: its RNG is the CPU's, streams and memory figures are empty."""
+    """Stands in for `torch.cuda` on a CPU: the CPU's generator, no streams, no memory figures."""
 
     Stream = _Stream
     Event = _Event
 
     def __init__(self) -> None:
         super().__init__("torch.cuda")
-        nothing = lambda *args, **kwargs: None  # noqa: E731
+        no_op = lambda *args, **kwargs: None  # noqa: E731
         for name in ("synchronize", "empty_cache", "set_device", "ipc_collect"):
-            setattr(self, name, nothing)
+            setattr(self, name, no_op)
         for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
             setattr(self, name, lambda *args, **kwargs: 0)
         self.is_available = lambda: False
@@ -117,7 +118,7 @@ class _CudaNamespace(types.ModuleType):
         self.random = types.SimpleNamespace(
             get_rng_state=self.get_rng_state, set_rng_state=self.set_rng_state
         )
-        self.nvtx = types.SimpleNamespace(range_push=nothing, range_pop=nothing)
+        self.nvtx = types.SimpleNamespace(range_push=no_op, range_pop=no_op)
         self.stream = lambda stream: contextlib.nullcontext()
         self.current_stream = self.default_stream = lambda *args: _Stream()
 
@@ -126,7 +127,7 @@ class _CudaNamespace(types.ModuleType):
 
 
 class _TorchProxy(types.ModuleType):
-    """`torch` as megatron-core's modules see it on a CPU."""
+    """Stands in for `torch` in megatron-core's modules on a CPU."""
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -156,7 +157,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 @contextlib.contextmanager
 def _cuda_type_names() -> Iterator[None]:
-    """Let `tensor.type()` answer as on CUDA: 'torch.cuda.FloatTensor'."""
+    """Make `tensor.type()` return the name of the CUDA type, such as 'torch.cuda.FloatTensor'."""
     original = torch.Tensor.type
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -181,14 +182,15 @@ def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _adapt_jit(module: Any) -> None:
-    """Leave torch.compile out: the compiler is slow to import, and on a CPU nothing needs it."""
+    """Disable torch.compile, which is slow to import and not needed on a CPU."""
     module.disable_jit_fuser()
 
 
 def _adapt_random(module: Any) -> None:
     module._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    # It warns when the CPU generator moves inside a CUDA region; here they are one generator.
+    # megatron-core warns when the CPU generator advances inside a CUDA region. Here both are the
+    # same generator.
     logging.getLogger(module.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )

@@ -1,4 +1,4 @@
-"""Work recorded once and launched as a whole: CUDA graphs, where there is a GPU."""
+"""Record work in CUDA graphs, if there is a GPU."""
 
 from collections.abc import Callable
 from functools import cache
@@ -8,24 +8,25 @@ import torch
 
 from ee_llm.distributed.devices import has_cuda
 
-# Libraries choose algorithms and allocate in their first calls, which may not be recorded.
+# In their first calls libraries select algorithms and allocate, which must not be recorded.
 _WARM_UPS = 3
 
 
 def record(work: Callable[[], None]) -> Callable[[], None]:
-    """Return what does `work` again, by one launch of a CUDA graph; on a CPU, `work` itself.
+    """Return a function that repeats `work` with one launch of a CUDA graph, or `work` on a CPU.
 
-    `work` runs a few times here. It must read and write the same tensors each time, and no shape or
-    branch in it may depend on their values. What it allocates stays its own while it is referenced.
+    `work` runs a few times during the recording. It must read and write the same tensors each time,
+    and no shape or branch in it may depend on their values. Memory that it allocates is reused only
+    when nothing refers to it any more.
     """
     if not has_cuda():
         return work
-    current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(current)
-    with torch.cuda.stream(aside):
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
         for _ in range(_WARM_UPS):
             work()
-    current.wait_stream(aside)
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=_pool()):
         work()
@@ -34,5 +35,5 @@ def record(work: Callable[[], None]) -> Callable[[], None]:
 
 @cache
 def _pool() -> Any:
-    """Return the memory that all graphs of this process share."""
+    """Return the memory pool that all graphs of this process share."""
     return torch.cuda.graph_pool_handle()

@@ -1,21 +1,24 @@
-"""Process groups: the grid of tensor, pipeline and data ranks."""
+"""Process groups of the grid of tensor, pipeline and data ranks."""
 
 import datetime
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ee_llm.distributed import console, devices, environment, megatron
+from ee_llm.distributed import devices, environment, megatron
 from ee_llm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where this rank stands, and its process groups.
+    """The position of this rank in the grid, and its process groups.
 
-    Ranks are laid out as Megatron does: tensor ranks next to each other, then data, then pipeline.
+    Ranks are ordered as in Megatron-LM: tensor ranks are adjacent, then data, then pipeline ranks.
     """
 
     rank: int
@@ -30,48 +33,55 @@ class Grid:
     pipeline_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
     timeout: datetime.timedelta
-    """After which a collective fails, of the groups that are yet to be made too."""
+    """Time after which a collective fails, also in groups that are created later."""
 
     @property
     def pipeline_ranks(self) -> list[int]:
-        """Global ranks of this pipeline column, first stage first."""
+        """Return the global ranks of this pipeline column, first stage first."""
         return dist.get_process_group_ranks(self.pipeline_group)
 
     def column_group(self, stages: tuple[int, ...]) -> dist.ProcessGroup | None:
-        """Return a group of the given stages of this rank's column, None if it has no part in it.
+        """Create a group of the given stages of every column and return this rank's.
 
-        Every rank of the world must call this with the same stages: groups are made collectively.
+        Returns None if this rank is on none of the stages. Collective: every rank of the world must
+        call this with the same stages.
         """
-        mine = None
+        own_group = None
         stride = self.world_size // self.pipeline_size
         for first in range(stride):
             ranks = [first + stage * stride for stage in stages]
             group = dist.new_group(ranks, timeout=self.timeout)
             if self.rank in ranks:
-                mine = group
-        return mine
+                own_group = group
+        return own_group
 
 
 def initialize(
     *, tensor: int = 1, pipeline: int = 1, timeout_s: float = 600, seed: int = 0
 ) -> Grid:
-    """Join the process groups of a tensor x pipeline x data layout and return this rank's place.
+    """Create the process groups of a tensor x pipeline x data layout and return this rank's grid.
 
-    Reads torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without it the world
-    is this one process. Every collective fails after `timeout_s` seconds instead of waiting for
-    ever. Random generators are seeded: equal over tensor ranks outside of tensor-parallel regions,
-    different over pipeline and data ranks.
+    Reads torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Without it the world
+    is this one process.
 
-    Raises UserError if the environment is wrong, or the world size is not a multiple of
-    tensor x pipeline.
+    Args:
+        tensor: Number of tensor-parallel ranks.
+        pipeline: Number of pipeline ranks. The remaining factor of the world size is data-parallel.
+        timeout_s: Seconds after which a collective fails instead of waiting forever.
+        seed: Seed of the random generators. They are equal on tensor ranks outside of
+            tensor-parallel regions, and different on pipeline and data ranks.
+
+    Raises:
+        UserError: The environment is invalid, or the world size is not a multiple of
+            tensor x pipeline.
     """
     launched = environment.launched_world_size()
     world_size = launched or 1
     if world_size % (tensor * pipeline):
         raise UserError(
-            f"world size {world_size} does not fit the layout: parallel.tensor {tensor} x "
-            f"parallel.pipeline {pipeline} = {tensor * pipeline} ranks or a multiple of it; "
-            f"launch with --nproc {tensor * pipeline} or change the layout"
+            f"world size {world_size} is not a multiple of parallel.tensor {tensor} x "
+            f"parallel.pipeline {pipeline} = {tensor * pipeline} ranks. Launch with --nproc "
+            f"{tensor * pipeline}, or change the layout."
         )
     megatron.enable()
     from megatron.core import parallel_state
@@ -81,9 +91,10 @@ def initialize(
     if devices.has_cuda():
         torch.cuda.set_device(devices.device())
     elif torch.cuda.is_available():
-        console.log(
-            f"[yellow]{torch.cuda.device_count()} GPUs for more ranks on this machine: all compute "
-            "on the CPU; start one rank per GPU to use them[/]"
+        logger.warning(
+            "this machine has more ranks than its %d GPUs, so all ranks compute on the CPU. Start "
+            "one rank per GPU to use the GPUs.",
+            torch.cuda.device_count(),
         )
     if not devices.has_cuda():
         devices.keep_freed_memory()
@@ -97,8 +108,8 @@ def initialize(
         tensor, pipeline, distributed_timeout_minutes=timeout_s / 60
     )
     grid = _current_grid(parallel_state, timeout)
-    # Dropout must differ between pipeline and data ranks; megatron-core's tracker makes the
-    # tensor-parallel regions differ over tensor ranks.
+    # Dropout must differ between pipeline and data ranks. megatron-core's tracker makes the
+    # tensor-parallel regions differ between tensor ranks.
     model_seed = seed + 100 * grid.pipeline_rank + 100_000 * grid.data_rank
     devices.seed_everything(model_seed)
     model_parallel_cuda_manual_seed(model_seed)
@@ -127,7 +138,7 @@ def _current_grid(parallel_state: Any, timeout: datetime.timedelta) -> Grid:
 
 
 def shutdown() -> None:
-    """Leave all process groups; does nothing where there are none."""
+    """Destroy all process groups, if there are any."""
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state

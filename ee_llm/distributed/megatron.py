@@ -1,4 +1,4 @@
-"""Prepares for megatron-core: checks versions, quietens it, adapts it where CUDA is absent."""
+"""Prepare the process for megatron-core: check versions, silence warnings, adapt it to a CPU."""
 
 import importlib.metadata
 import importlib.util
@@ -13,7 +13,7 @@ from packaging.version import Version
 from ee_llm.distributed import devices
 from ee_llm.errors import RunError
 
-# Inclusive lower, exclusive upper bounds of what the test suite was run with.
+# The versions that the test suite runs with: inclusive lower and exclusive upper bounds.
 TESTED = {
     "python": ("3.11", "3.13"),
     "torch": ("2.11", "2.14"),
@@ -27,14 +27,14 @@ def check_versions(found: dict[str, str]) -> None:
     for name, (low, high) in TESTED.items():
         version = Version(Version(found[name]).base_version)
         if not Version(low) <= version < Version(high):
-            mend = (
-                "use another interpreter"
+            fix = (
+                "Use another interpreter"
                 if name == "python"
-                else f'pip install "{name}>={low},<{high}"'
+                else f'Run pip install "{name}>={low},<{high}"'
             )
             raise RunError(
-                f"{name} {found[name]} is outside the tested range >={low},<{high}; {mend} "
-                "(EE_LLM_UNTESTED_VERSIONS=1 tries it all the same)"
+                f"{name} {found[name]} is outside the tested range >={low},<{high}. {fix}, or set "
+                "EE_LLM_UNTESTED_VERSIONS=1 to try this version."
             )
 
 
@@ -43,23 +43,26 @@ def _installed_version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         low, high = TESTED[name]
-        raise RunError(f'{name} is not installed; pip install "{name}>={low},<{high}"') from None
+        raise RunError(
+            f'{name} is not installed. Run pip install "{name}>={low},<{high}".'
+        ) from None
 
 
 def check_checkpoint_dependencies() -> None:
-    """Raise RunError where psutil is missing: megatron-core's saving would hang for ever."""
+    """Raise RunError if psutil is missing: without it megatron-core hangs when it saves."""
     if importlib.util.find_spec("psutil") is None:
         raise RunError(
-            "psutil is not installed, and without it megatron-core never finishes saving a "
-            "checkpoint; pip install psutil"
+            "psutil is not installed. Without it megatron-core never finishes saving a checkpoint. "
+            "Run pip install psutil."
         )
 
 
 def enable() -> None:
-    """Prepare the process for importing `megatron.core`; call it before, any number of times.
+    """Prepare the process for importing `megatron.core`. Further calls do nothing.
 
-    Raises RunError for an untested version of Python, torch or megatron-core, and where
-    megatron-core or what its checkpoints need is missing.
+    Raises:
+        RunError: The version of Python, torch or megatron-core is untested, or megatron-core or a
+            package that its checkpoints need is missing.
     """
     global _enabled
     if _enabled:
@@ -82,12 +85,12 @@ def enable() -> None:
 
 
 def _quieten() -> None:
-    """Silence megatron-core's routine warnings at the modules that raise them."""
-    # Its sequence-parallel linears warn unless the CUDA queue is a single one.
+    """Silence megatron-core's routine warnings, by module."""
+    # Its sequence-parallel linear layers warn unless there is a single CUDA queue.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     warnings.filterwarnings("ignore", module=r"megatron\.core(\.|$)")
-    # Raised while megatron-core is imported and attributed to others: one names the importer of a
-    # module of its own that it still uses, one comes from a torch module that it pulls in.
+    # Two warnings of its import are attributed to other modules: megatron-core still imports a
+    # deprecated module of its own, and it imports a torch module that warns.
     warnings.filterwarnings(
         "ignore", r"\s*The 'megatron\.core\.[\w.]+'\s+module is deprecated", DeprecationWarning
     )
@@ -97,5 +100,5 @@ def _quieten() -> None:
     for module in ("torch.distributed.c10d_logger", "torch.distributed.checkpoint"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module.replace(".", r"\."))
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
-    # It warns of an optimizer without parameters, which a stage without trained ones has.
+    # It warns of an optimizer without parameters, which is normal on a stage without trained ones.
     logging.getLogger("megatron.core.dist_checkpointing.optimizer").setLevel(logging.ERROR)

@@ -15,26 +15,25 @@ Channel = Literal["forward", "backward"]
 
 
 class TransportError(RunError):
-    """A message that did not arrive in time or whose peer is gone."""
+    """A message did not arrive in time, or its peer is gone."""
 
 
 class _Pending(NamedTuple):
     work: dist.Work
-    tensor: torch.Tensor  # must live until the message is through
+    tensor: torch.Tensor  # must live until the message completes
     tag: int
 
 
 class Transport:
-    """Sends and receives tensors by (peer, channel, tag), nothing of it blocking but the waits.
+    """Sends and receives tensors by (peer, channel, tag) without blocking, except in waits.
 
-    Peers are numbered along the column: 0 holds the first stage. The channels are separate
-    process groups, hence separate NCCL communicators, so that what travels forward never queues
-    behind what travels backward. On gloo a message is matched by its tag. NCCL has no tags:
-    there, both peers must post the messages of a channel in the same order, which
-    `pipeline.lower` proves.
+    Peers are numbered along the column: peer 0 has the first stage. The channels are separate
+    process groups, hence separate NCCL communicators, so that forward messages never queue behind
+    backward ones. gloo matches messages by tag. NCCL has no tags, so both peers must post the
+    messages of a channel in the same order, which `pipeline.lower` proves.
 
-    Every message is posted by itself: batched operations to one peer may be matched in another
-    order than they were posted in.
+    Every message is posted separately, because batched operations to one peer may be matched in
+    another order than they were posted in.
     """
 
     def __init__(
@@ -45,10 +44,15 @@ class Transport:
         timeout_s: float,
         max_in_flight: int = 4,
     ) -> None:
-        """Join the column of the given global ranks.
+        """Connect the column of the given ranks.
 
-        timeout_s bounds every wait. max_in_flight bounds the sent tensors per peer and channel
-        that are kept because the peer has not taken them yet; a further send waits for the oldest.
+        Args:
+            ranks: Global ranks of the column, by peer number.
+            forward_group: Process group of the forward channel.
+            backward_group: Process group of the backward channel.
+            timeout_s: Limit of every wait, in seconds.
+            max_in_flight: Limit of incomplete sends per peer and channel. A further send waits for
+                the oldest.
         """
         self._ranks = tuple(ranks)
         self._groups: dict[Channel, dist.ProcessGroup] = {
@@ -61,13 +65,13 @@ class Transport:
         self._receives: dict[tuple[int, Channel, int], deque[_Pending]] = defaultdict(deque)
 
     def send(self, tensor: torch.Tensor, *, peer: int, channel: Channel, tag: int) -> None:
-        """Post a message; the tensor must not change until the message is through."""
+        """Post a send. The tensor must not change until the message completes."""
         queue = self._sends[peer, channel]
-        # gloo only learns that a send is over by waiting for it, so this frees CUDA's alone.
+        # This frees only CUDA tensors: gloo notices that a send is complete only by waiting for it.
         while queue and queue[0].work.is_completed():
             queue.popleft()
         while len(queue) >= self._max_in_flight:
-            self._wait(queue.popleft(), peer, channel, "was not taken by")
+            self._wait(queue.popleft(), peer, channel, "was not received by")
         tensor = tensor.contiguous()
         try:
             work = dist.isend(tensor, self._ranks[peer], self._groups[channel], tag)
@@ -76,39 +80,40 @@ class Transport:
         assert work is not None, "this rank is not in its own column's group"
         queue.append(_Pending(work, tensor, tag))
 
-    def post(self, buffer: torch.Tensor, *, peer: int, channel: Channel, tag: int) -> None:
-        """Post a receive into `buffer`, to be collected by `take`."""
+    def post_receive(self, buffer: torch.Tensor, *, peer: int, channel: Channel, tag: int) -> None:
+        """Post a receive into `buffer`, to be completed by `wait_receive`."""
         try:
             work = dist.irecv(buffer, self._ranks[peer], self._groups[channel], tag)
         except RuntimeError as error:
-            raise self._lost(peer, channel, tag, "cannot come from", error) from error
+            raise self._lost(peer, channel, tag, "cannot be received from", error) from error
         assert work is not None, "this rank is not in its own column's group"
         self._receives[peer, channel, tag].append(_Pending(work, buffer, tag))
 
-    def take(self, *, peer: int, channel: Channel, tag: int) -> torch.Tensor:
-        """Return the buffer of the oldest posted receive of this tag, filled.
+    def wait_receive(self, *, peer: int, channel: Channel, tag: int) -> torch.Tensor:
+        """Wait for the oldest posted receive of this tag and return its buffer.
 
-        Raises TransportError after timeout_s seconds, or when the peer is gone.
+        Raises:
+            TransportError: `timeout_s` seconds have passed, or the peer is gone.
         """
         queue = self._receives.get((peer, channel, tag))
         assert queue, f"no receive of tag {tag} from peer {peer} was posted ({channel})"
         pending = queue.popleft()
         if not queue:
             del self._receives[peer, channel, tag]
-        self._wait(pending, peer, channel, "did not come from")
+        self._wait(pending, peer, channel, "did not arrive from")
         return pending.tensor
 
     def flush(self) -> None:
-        """Wait until all sent messages are through; TransportError as for `take`."""
+        """Wait until all sends are complete. Raises TransportError like `wait_receive`."""
         for (peer, channel), queue in self._sends.items():
             while queue:
-                self._wait(queue.popleft(), peer, channel, "was not taken by")
+                self._wait(queue.popleft(), peer, channel, "was not received by")
 
     def _wait(self, pending: _Pending, peer: int, channel: Channel, what: str) -> None:
         try:
             if pending.tensor.is_cuda:
-                # Orders the current stream behind the message without stopping the host. NCCL's
-                # watchdog enforces the group's time-out.
+                # Makes the current stream wait for the message without blocking the host. NCCL's
+                # watchdog enforces the group's timeout.
                 pending.work.wait()
             else:
                 pending.work.wait(datetime.timedelta(seconds=self._timeout_s))
@@ -120,20 +125,21 @@ class Transport:
     ) -> TransportError:
         reason = str(error).strip()
         if "timed out" in reason.lower():
-            reason = f"no answer within {self._timeout_s:g} s (parallel.timeout_s)"
+            reason = f"no response within {self._timeout_s:g} s (parallel.timeout_s)"
         return TransportError(
             f"{channel} message with tag {tag} {what} pipeline rank {peer} "
-            f"(global rank {self._ranks[peer]}): {reason}; look at that rank's own output first"
+            f"(global rank {self._ranks[peer]}): {reason}. Look at the output of that rank first."
         )
 
 
 def connect(grid: Grid) -> Transport:
-    """Return the transport of this rank's pipeline column, every wait bounded by the grid's time.
+    """Return the transport of this rank's pipeline column, with the grid's timeout.
 
-    Every rank of the world must call this at the same point: process groups are made together.
+    Collective: every rank of the world must call this at the same point, because it creates process
+    groups.
     """
     column = tuple(range(grid.pipeline_size))
     forward, backward = grid.column_group(column), grid.column_group(column)
-    assert forward is not None, f"rank {grid.rank} stands in no pipeline column"
-    assert backward is not None, f"rank {grid.rank} stands in no pipeline column"
+    assert forward is not None, f"rank {grid.rank} is in no pipeline column"
+    assert backward is not None, f"rank {grid.rank} is in no pipeline column"
     return Transport(grid.pipeline_ranks, forward, backward, grid.timeout.total_seconds())

@@ -1,4 +1,4 @@
-"""Start the ranks of a run on this machine, pass signals on to them, and report what went wrong."""
+"""Start the ranks of a run on this machine, forward signals to them, and report failures."""
 
 import os
 import signal
@@ -6,24 +6,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ee_llm.launch.rank import (
-    REPEAT_S,
-    STOP_SIGNALS,
-    Report,
-    complain,
-    launched_environment,
-    parse_report,
-)
+from ee_llm.launch.rank import Report, complain, launched_environment, parse_report
+from ee_llm.launch.signals import StopSignalHandler
 
 _POLL_S = 0.05
-# After a failure, how long the other ranks get to notice it and end. They cannot finish their step.
+# Time for the other ranks to end after a failure. They cannot finish their step.
 _GRACE_S = 10.0
-# After a rank has stopped as a signal asked, everything is saved: how long the others get to end.
+# Time for the other ranks to end after one has saved its state and stopped because of a signal.
 _END_S = 300.0
-# A rank imports from where its launcher does: `python -m` alone would add the working directory.
+# A rank has the launcher's import path. `python -m` would add the working directory.
 _START = """
 import sys
 sys.path[:] = {path!r}
@@ -40,15 +33,17 @@ sys.exit(main())
 def launch(num_processes: int, arguments: list[str]) -> None:
     """Run `ee-llm ARGUMENTS` in `num_processes` ranks and return when all of them have succeeded.
 
-    SIGTERM, SIGINT and SIGHUP are passed on to the ranks, which may take as long as they need to
-    finish their step and save; a second signal, later than `REPEAT_S`, kills them. When one rank
+    SIGTERM, SIGINT and SIGHUP are forwarded to the ranks, which may take as long as they need to
+    finish their step and save. A repeated signal (`StopSignalHandler`) kills them. When one rank
     fails, the others are ended. Ranks are killed when this process dies.
 
-    Raises SystemExit, after one line on standard error, with the status of the first rank that
-    failed, or 128 + the number of the signal that stopped the run.
+    Raises:
+        SystemExit: A rank failed or a signal stopped the run, after one line on standard error.
+            The status is that of the first rank that failed, or 128 + the signal's number.
     """
     with _StopRequests() as requests:
-        # Slow to import, and this process hosts the store: a rank that hangs cannot take it along.
+        # Imported here because torch is slow to import. The store runs in this process so that
+        # it outlives a rank that hangs.
         from torch.distributed import TCPStore
 
         from ee_llm import distributed
@@ -60,62 +55,39 @@ def launch(num_processes: int, arguments: list[str]) -> None:
         try:
             for rank in range(num_processes):
                 ranks.append(_Rank(rank, num_processes, store.port, arguments))
-            end = _wait(ranks, requests)
+            outcome = _wait(ranks, requests)
         finally:
             for rank_ in ranks:
                 rank_.kill()
-    if end is not None:
-        complain(end.message)
-        sys.exit(end.status)
+    if outcome is not None:
+        complain(outcome.message)
+        sys.exit(outcome.status)
 
 
-class _End(NamedTuple):
-    """Why a run ended, and the exit status that says so."""
+class _Outcome(NamedTuple):
+    """Why a run failed or stopped, and its exit status."""
 
     message: str
     status: int
 
 
-class _StopRequests:
-    """Within `with`, the signals that ask this process to stop, instead of their usual effect."""
+class _StopRequests(StopSignalHandler):
+    """The signals that ask the launcher to stop."""
 
     def __init__(self) -> None:
-        self.number = 0
-        """The first signal, 0 while there is none."""
-        self.is_passed_on = False
-        self.is_urgent = False
-        """Whether a second signal came: end at once."""
-        self._since = 0.0
-        self._previous: dict[signal.Signals, Any] = {}
+        super().__init__()
+        self.is_forwarded = False
+        self.is_repeated = False
+        """Whether to end at once."""
 
-    def __enter__(self) -> "_StopRequests":
-        for number in STOP_SIGNALS:
-            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                continue  # started by nohup
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.number:
-            self.number = number
-            self._since = time.monotonic()
-        elif time.monotonic() - self._since > REPEAT_S[number]:
-            self.is_urgent = True
+    def on_repeat(self, number: int) -> None:
+        self.is_repeated = True
 
 
 class _Rank:
-    """One rank: its process, and the pipe that its report comes through.
+    """One rank: its process, and the pipe that carries its report.
 
-    Ranks have sessions of their own, so that Ctrl-C at the terminal reaches the launcher alone.
+    Each rank has its own session, so that Ctrl-C at the terminal reaches only the launcher.
     """
 
     def __init__(self, rank: int, num_ranks: int, port: int, arguments: list[str]) -> None:
@@ -130,7 +102,7 @@ class _Rank:
             "LOCAL_WORLD_SIZE": str(num_ranks),
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's word for "the launcher hosts it"
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher hosts the store
             **launched_environment(writer),
         }
         try:
@@ -144,113 +116,118 @@ class _Rank:
             os.close(writer)
 
     def report(self) -> Report:
-        """Return what the rank, which has ended, said about its end."""
+        """Return the report of this rank, which has ended."""
         if self._report is None:
             try:
                 self._report = parse_report(os.read(self._reader, 1 << 20))
-            except BlockingIOError:  # nothing, while a process that it left behind could write
+            except BlockingIOError:  # empty, and a child process of the rank still has it open
                 self._report = Report()
         return self._report
 
     def kill(self) -> None:
-        """Kill the rank, if it is still running, and whatever it started."""
+        """Kill the rank and its child processes, if it is still running."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def is_stopped(self) -> bool:
-        """Return whether the process exists and does not run, as after SIGSTOP."""
+        """Return whether the process is suspended, as after SIGSTOP."""
         try:
             state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, IndexError):  # it has ended, or this system has no such file
+        except (OSError, IndexError):  # the process has ended, or the system has no /proc
             return False
         return state in "tT"
 
 
-def _wait(ranks: list[_Rank], requests: _StopRequests) -> _End | None:
-    """Return why the run ended, None if every rank succeeded, when no rank runs any more."""
+def _wait(ranks: list[_Rank], requests: _StopRequests) -> _Outcome | None:
+    """Wait for all ranks to end. Return why the run failed or stopped, None if it succeeded."""
     running = list(ranks)
     stopped = 0
     deadline = float("inf")
     while running and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-        if requests.number and not requests.is_passed_on:
-            requests.is_passed_on = True
+        if requests.received and not requests.is_forwarded:
+            requests.is_forwarded = True
             for rank in running:
-                rank.process.send_signal(requests.number)
-        if requests.is_urgent:
+                rank.process.send_signal(requests.received)
+        if requests.is_repeated:
             for rank in running:
                 rank.kill()
-            name = _signal_name(requests.number)
-            return _End(f"ended at once by a signal after {name}", 128 + requests.number)
+            name = _signal_name(requests.received)
+            return _Outcome(f"killed by a second signal after {name}", 128 + requests.received)
         ended = [rank for rank in running if rank.process.poll() is not None]
         running = [rank for rank in running if rank not in ended]
         failed = []
         for rank in ended:
-            number = _stop_signal(rank, requests.number)
+            number = _stop_signal(rank, requests.received)
             if number:
                 stopped = number
                 deadline = min(deadline, time.monotonic() + _END_S)
             elif rank.process.returncode:
                 failed.append(rank)
         if failed:
-            # The one that was killed is the cause, although others may have noticed it already.
+            # A killed rank is the cause, although others may have failed because of it before.
             first = min(failed, key=lambda rank: rank.process.returncode >= 0)
-            message, status = _account(first)
+            message, status = _failure(first)
             others = _end_others(running)
-            return _End(". ".join([message.rstrip("."), *others]) if others else message, status)
+            return _Outcome(
+                ". ".join([message.rstrip("."), *others]) if others else message, status
+            )
     for rank in running:
         rank.kill()
-    return _End(f"stopped by {_signal_name(stopped)}", 128 + stopped) if stopped else None
+    return _Outcome(f"stopped by {_signal_name(stopped)}", 128 + stopped) if stopped else None
 
 
 def _stop_signal(rank: _Rank, requested: int) -> int:
-    """Return the signal that a rank, which has ended, stopped for as it was asked to, else 0."""
+    """Return the signal that made a rank, which has ended, stop in order, 0 if none did."""
     report = rank.report()
     if report.stopped_by:
         return report.stopped_by
-    # It may have been asked before it could do more than die.
-    is_obeying = requested and rank.process.returncode in (-requested, 128 + requested)
-    return requested if is_obeying and not report.message else 0
+    # A signal that arrives before the rank has installed its handlers kills it.
+    was_killed = requested and rank.process.returncode in (-requested, 128 + requested)
+    return requested if was_killed and not report.message else 0
 
 
-def _account(rank: _Rank) -> _End:
-    """Return what there is to say of a rank that failed."""
+def _failure(rank: _Rank) -> _Outcome:
+    """Return the message and the status for a rank that failed."""
     status = rank.process.returncode
     if status < 0:
         name = _signal_name(-status)
-        hint = "; the machine may be out of memory" if name == "SIGKILL" else ""
-        return _End(f"rank {rank.rank} was ended by {name}{hint}", 128 - status)
+        hint = ". The machine may be out of memory" if name == "SIGKILL" else ""
+        return _Outcome(f"rank {rank.rank} was killed by {name}{hint}", 128 - status)
     message = rank.report().message
     if status == 128 + signal.SIGINT and not message:
-        return _End(f"rank {rank.rank} was ended by SIGINT", status)
-    return _End(
-        message or f"rank {rank.rank} ended with status {status}; its output above says why", status
+        return _Outcome(f"rank {rank.rank} was killed by SIGINT", status)
+    return _Outcome(
+        message or f"rank {rank.rank} exited with status {status}. See its output above", status
     )
 
 
 def _end_others(running: list[_Rank]) -> list[str]:
-    """Let the ranks that are left notice a failure; say which of them had to be killed.
+    """Wait for the remaining ranks to end after a failure, and kill those that do not.
 
-    A stopped process notices nothing, so that waiting for it is useless.
+    A suspended process is killed at once, because it cannot notice the failure.
+
+    Returns:
+        A sentence about each rank that had to be killed.
     """
-    said = []
+    killed = []
     deadline = time.monotonic() + _GRACE_S
     while running:
         for rank in [rank for rank in running if rank.is_stopped()]:
-            said.append(
-                f"Rank {rank.rank} did not answer: its process {rank.process.pid} was stopped "
+            killed.append(
+                f"Rank {rank.rank} did not respond: its process {rank.process.pid} was suspended "
                 "(SIGSTOP)"
             )
             rank.kill()
         running = [rank for rank in running if rank.process.poll() is None]
         if time.monotonic() > deadline:
             for rank in running:
-                said.append(f"Rank {rank.rank} did not end within {_GRACE_S:g} s and was killed")
+                killed.append(f"Rank {rank.rank} did not end within {_GRACE_S:g} s and was killed")
                 rank.kill()
             break
         time.sleep(_POLL_S)
-    return said
+    return killed
 
 
 def _signal_name(number: int) -> str:

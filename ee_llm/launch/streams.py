@@ -1,4 +1,4 @@
-"""Standard streams that cannot end a run: closed, broken, or unable to encode a character."""
+"""Keep a run alive when a standard stream is closed, broken or unable to encode a character."""
 
 import codecs
 import contextlib
@@ -9,17 +9,18 @@ import select
 import sys
 from typing import Any, TextIO
 
-_WAIT_S = 5.0  # for a reader, where another process has made the stream non-blocking
+_WAIT_S = 5.0  # for the reader, if another process has made the stream non-blocking
 
-_trouble: list[str] = []  # at most the first
+_trouble: list[str] = []  # the first failure only
 
 
 def protect_streams() -> None:
     """Make standard error unable to fail, and standard input and output safe to use.
 
-    A stream that is closed becomes the null device, as a file opened later would take its place. A
-    character that the encoding lacks is escaped as in JSON. What standard error does not take is
-    dropped; `stream_trouble` says so. Streams that the caller has replaced stay as they are.
+    A closed stream is opened on the null device, because a file opened later would get its
+    descriptor. A character that the encoding lacks is escaped as in JSON. Text that standard error
+    cannot take is dropped and reported by `stream_trouble`. Streams that the caller has replaced
+    stay as they are.
     """
     codecs.register_error("ee_llm.escape", _escape)
     _open_closed()
@@ -30,25 +31,25 @@ def protect_streams() -> None:
 
 
 def ignore_output_trouble() -> None:
-    """Make standard output unable to fail too, for a command whose result is not printed."""
+    """Make standard output unable to fail as well, for a command that prints no result."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
         sys.stdout = _unfailing(sys.stdout, "standard output")
 
 
 def stream_trouble() -> str | None:
-    """Return the first failure of a standard stream that was ignored, None if there was none."""
+    """Return the first ignored failure of a standard stream, None if there was none."""
     return _trouble[0] if _trouble else None
 
 
 class _Unfailing(io.FileIO):
-    """A stream that takes whatever is written to it, and drops what the system does not take."""
+    """A stream that accepts every write and drops the data that the system does not accept."""
 
     def __init__(self, descriptor: int, name: str) -> None:
         super().__init__(descriptor, "w", closefd=False)
         self._name = name
 
     def write(self, data: Any, /) -> int:
-        """Write as much as the system takes; return how many bytes are done with."""
+        """Write as much as the system accepts; return the number of bytes written or dropped."""
         size = memoryview(data).nbytes
         try:
             written = super().write(data)
@@ -64,7 +65,7 @@ class _Unfailing(io.FileIO):
 
 
 def _unfailing(stream: io.TextIOWrapper, name: str) -> TextIO:
-    with contextlib.suppress(OSError):  # it has failed already
+    with contextlib.suppress(OSError):  # the stream may have failed already
         stream.flush()
     return io.TextIOWrapper(
         io.BufferedWriter(_Unfailing(stream.fileno(), name)),
@@ -92,7 +93,7 @@ def _open_closed() -> None:
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
-    """Replace characters that cannot be encoded by JSON's escapes, which people can read too."""
+    """Replace characters that cannot be encoded by their JSON escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")

@@ -272,7 +272,7 @@ class Runtime:
             return None
         if not self._plan.crosses_ranks(source, action):
             return handed_over.pop((source.stage, source.microbatch))
-        return self._wire().take(
+        return self._wire().wait_receive(
             peer=self._plan.stage_ranks[source.stage],
             channel=_channel(source),
             tag=self._tag(source),
@@ -290,7 +290,7 @@ class Runtime:
     def _post_receive(self, action: Action) -> None:
         source = counterpart(action)
         shape, dtype, device = self._hidden
-        self._wire().post(
+        self._wire().post_receive(
             torch.empty(shape, dtype=dtype, device=device),
             peer=self._plan.stage_ranks[source.stage],
             channel=_channel(action),

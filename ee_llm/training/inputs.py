@@ -1,4 +1,4 @@
-"""What a run reads: its configuration's data, as the microbatches of one rank."""
+"""Open the training and validation data of a configuration for one rank."""
 
 from ee_llm import distributed
 from ee_llm.checkpoint.tokenizer import keep
@@ -14,17 +14,18 @@ from ee_llm.pipeline.selection import select_fills
 def open_data(
     config: Config, grid: distributed.Grid
 ) -> tuple[TrainingBatches, EvaluationBatches | None]:
-    """Return this rank's training data, and its validation data where there are any to be read.
+    """Return this rank's training data, and its validation data if the run validates.
 
-    Raises UserError, naming the option or file, for what is wrong with them.
+    Raises:
+        UserError: The tokenizer or the data do not fit the configuration, or cannot be read.
     """
     keep(config.data.tokenizer)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_token)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the vocabulary of "
-            f"data.tokenizer {config.data.tokenizer!r}, {tokenizer.vocab_size} tokens; set it to "
-            f"{tokenizer.vocab_size} or more"
+            f"data.tokenizer {config.data.tokenizer!r}, which has {tokenizer.vocab_size} tokens. "
+            f"Set it to {tokenizer.vocab_size} or more."
         )
     for prefix in config.data.prefixes:
         check_tokenizer(prefix, tokenizer)
@@ -51,7 +52,8 @@ def open_data(
             split=config.data.split,
         )
 
-    # What fills bubbles are further samples of the same order: none is replaced or left out.
+    # Microbatches that fill bubbles take further samples in the same order, so that no sample is
+    # repeated or skipped.
     training = TrainingBatches(blend("train"), shape(config.training.global_batch_size + filling))
     if config.training.eval_interval == 0 or config.data.split[1] == 0:
         return training, None

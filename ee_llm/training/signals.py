@@ -1,60 +1,29 @@
-"""Signals as requests to stop: the current step is finished and saved before the run ends."""
+"""Signals that stop training: the run finishes its step and saves before it ends."""
 
 import contextlib
 import os
 import signal
-import threading
-import time
-from types import FrameType, TracebackType
-from typing import Any
 
 from ee_llm import distributed
-from ee_llm.launch.rank import REPEAT_S, STOP_SIGNALS
+from ee_llm.launch.signals import StopSignalHandler
 
 
-class StopSignals:
-    """Within `with`, notes the first of STOP_SIGNALS instead of dying of it.
+class StopSignals(StopSignalHandler):
+    """Record the first stop signal for the training loop to check.
 
-    Another one, later than `REPEAT_S`, has its usual effect: it ends the run at once. SIGHUP stays
-    ignored where it is (nohup). Outside of the main thread, where Python allows no handlers,
-    nothing is noted.
+    A repeated signal has its usual effect: it ends the run at once.
     """
 
-    def __init__(self) -> None:
-        self.received = 0
-        """Number of the signal that asks to stop, 0 while there is none."""
-        self._since = 0.0
-        self._previous: dict[signal.Signals, Any] = {}
+    def on_first(self, number: int) -> None:
+        """Print, on rank 0, what the run does now."""
+        if distributed.is_rank_zero():
+            name = signal.Signals(number).name
+            text = f"{name}: finishing the step, then saving; again to end now\n"
+            # The signal may interrupt the console itself, so this bypasses it.
+            with contextlib.suppress(OSError):  # standard error may be the lost terminal
+                os.write(2, text.encode())
 
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {
-                number: signal.signal(number, self._note)
-                for number in STOP_SIGNALS
-                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
-            }
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.received:
-            self.received = number
-            self._since = time.monotonic()
-            if distributed.is_rank_zero():
-                name = signal.Signals(number).name
-                text = f"{name}: finishing the step, then saving; again to end now\n"
-                # Not through the console: a handler may interrupt the console itself.
-                with contextlib.suppress(OSError):  # the terminal may be what was lost
-                    os.write(2, text.encode())
-        elif time.monotonic() - self._since > REPEAT_S[number]:
-            self.__exit__(None, None, None)
-            signal.raise_signal(number)
+    def on_repeat(self, number: int) -> None:
+        """Let the signal have its usual effect."""
+        self.restore()
+        signal.raise_signal(number)

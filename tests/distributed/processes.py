@@ -1,4 +1,4 @@
-"""Training runs as a person starts them: separate processes, stopped in the middle of a step."""
+"""Training runs in separate processes that stop in the middle of a step."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ STARTS = {
     ],
 }
 
-# Makes one step of every rank long, from outside, and says when a rank has begun it.
+# A sitecustomize module that makes one step of every rank long and records its start.
 LONG_STEP = """
 import os, sys, time
 from importlib.machinery import PathFinder
@@ -36,19 +36,19 @@ class Finder:
         if name != "ee_llm.training.trainer":
             return None
         spec = PathFinder.find_spec(name, path)
-        whole = spec.loader.exec_module
+        execute = spec.loader.exec_module
         def exec_module(module):
-            whole(module)
-            losses_of = module._Trainer.losses_of
-            def longer(self, batches):
+            execute(module)
+            compute_gradients = module._Trainer.compute_gradients
+            def slow_step(self, batches):
                 step, seconds = map(int, os.environ["LONG_STEP"].split())
                 if self.state.step + 1 == step:
                     open(f"begun-{self.grid.rank}", "w").write(str(os.getpid()))
                     end = time.monotonic() + seconds
-                    while (left := end - time.monotonic()) > 0:
-                        time.sleep(min(left, 0.1))
-                return losses_of(self, batches)
-            module._Trainer.losses_of = longer
+                    while (remaining := end - time.monotonic()) > 0:
+                        time.sleep(min(remaining, 0.1))
+                return compute_gradients(self, batches)
+            module._Trainer.compute_gradients = slow_step
         spec.loader.exec_module = exec_module
         return spec
 
@@ -58,7 +58,7 @@ if "LONG_STEP" in os.environ:
 
 
 class Place:
-    """A directory to train in, two ranks of a pipeline or one process, six steps."""
+    """A directory with a run of six steps, in one process or in two pipeline ranks."""
 
     def __init__(self, path: Path, corpus: str, **options: Any) -> None:
         path.mkdir()
@@ -82,10 +82,13 @@ class Place:
     def started(
         self, how: str, *, long_step: tuple[int, int] | None = None, shell: str = "", **streams: Any
     ) -> Iterator[subprocess.Popen[str]]:
-        """Give a running process; afterwards nothing that it started is left.
+        """Start the run; at the end, kill it and assert that all of its ranks are gone.
 
-        long_step: a step and the seconds that it takes. shell: what a shell is to do with the
-        command, which is "$@" there.
+        Args:
+            how: A key of STARTS, or a script.
+            long_step: A step and its duration in seconds.
+            shell: A shell command that runs the training command, "$@".
+            streams: Arguments of Popen, and `environment`, variables to add.
         """
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{self.path}:{ROOT}"}
         if long_step is not None:
@@ -115,21 +118,21 @@ class Place:
             process.kill()
             process.wait()
             for pid in self.ranks():
-                assert is_gone(pid), f"rank with process {pid} has outlived its launcher"
+                assert is_gone(pid), f"rank with process {pid} outlived its launcher"
 
     def finish(self, how: str, **options: Any) -> str:
-        """Run to the end; return what was written to standard error."""
+        """Run to the end and return the text on standard error."""
         with self.started(how, **options) as process:
             _, err = process.communicate(timeout=180)
         assert process.returncode == 0, err
         return err or ""
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks that have begun the long step, by rank."""
+        """Return the process ids of the ranks that have started the long step, by rank."""
         return [int(path.read_text()) for path in sorted(self.path.glob("begun-*"))]
 
     def wait_for_long_step(self, process: subprocess.Popen[str], num_ranks: int) -> list[int]:
-        """Return the ranks' process ids when all of them are in the long step."""
+        """Wait until all ranks are in the long step and return their process ids."""
         deadline = time.monotonic() + 120
         while len([text for p in self.path.glob("begun-*") if (text := p.read_text())]) < num_ranks:
             assert process.poll() is None, process.communicate()
@@ -139,6 +142,6 @@ class Place:
 
 
 def _with_default_signals() -> None:
-    # A shell's background job, as tests may be, has been told to ignore SIGINT.
+    # A shell's background job, which may run the tests, ignores SIGINT.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)

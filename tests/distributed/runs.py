@@ -1,4 +1,4 @@
-"""Tiny training runs: their data and configuration, what they leave, faults planted in them."""
+"""Tiny training runs: data, configuration, injected faults, and readers of their results."""
 
 import json
 import random
@@ -14,17 +14,18 @@ from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.config import Config, load_config
 from ee_llm.data.indexed import IndexedWriter
+from ee_llm.launch.logs import configure_logging
 from ee_llm.training.parallel import ParallelModel
 from ee_llm.training.trainer import TrainingInterrupted, TrainingStopped, train
 from tests.distributed.harness import run_ranks
 
-EOD = 256  # of the byte tokenizer
+EOS = 256  # of the byte tokenizer
 SENTENCE = "the quick brown fox jumps over a lazy dog and then it runs away from him"
 WORDS = SENTENCE.split(" ")
 
 
 def text(num_documents: int, seed: int = 0) -> list[str]:
-    """Sentences of few words, so that there is something to learn soon."""
+    """Return sentences of few words, whose distribution a model learns quickly."""
     draw = random.Random(seed)
     return [
         " ".join(draw.choices(WORDS, k=draw.randint(5, 60))) + "." for _ in range(num_documents)
@@ -32,7 +33,7 @@ def text(num_documents: int, seed: int = 0) -> list[str]:
 
 
 def write_random(output: Path, config: Config) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Return a checkpoint of random tensors that no run has made, and these."""
+    """Write a checkpoint of random tensors; return its path and the tensors."""
     generator = torch.Generator().manual_seed(1)
     tensors = {
         name: torch.randn(shape, generator=generator) * 0.1
@@ -43,10 +44,10 @@ def write_random(output: Path, config: Config) -> tuple[Path, dict[str, torch.Te
 
 
 def write_corpus(prefix: Path, num_documents: int = 60, extra: Sequence[int] = ()) -> str:
-    """Documents as the byte tokenizer has them; `extra` is one more, of any tokens."""
+    """Write documents of the byte tokenizer, and `extra`, a document of any tokens."""
     with IndexedWriter(str(prefix), np.uint16) as writer:
         for document in text(num_documents):
-            writer.add([*document.encode(), EOD])
+            writer.add([*document.encode(), EOS])
         if extra:
             writer.add(list(extra))
         writer.commit()
@@ -97,26 +98,27 @@ Fault = Callable[[ParallelModel, int], None]
 
 
 def train_here(config: Config, fault: Fault | None = None) -> str:
-    """Train as one rank; return the checkpoint's path, or the message of what ended training.
+    """Train as one rank and return the checkpoint's path, or the error that ended training.
 
-    `fault(model, step)` is called with every step (from 1) behind its gradients.
+    `fault(model, step)` is called after the gradients of every step (from 1).
     """
+    configure_logging()
     if fault is not None:
-        plant(fault)
+        inject(fault)
     try:
         return str(train(config))
     except (TrainingStopped, TrainingInterrupted, ValueError) as error:
         return f"{type(error).__name__}: {error}"
 
 
-def plant(fault: Fault) -> None:
-    """Call `fault` behind the gradients of every step, for the rest of this process."""
-    whole = ParallelModel.forward_backward
+def inject(fault: Fault) -> None:
+    """Call `fault` after the gradients of every step, for the rest of this process."""
+    original = ParallelModel.forward_backward
 
     def forward_backward(
         self: ParallelModel, microbatches: Sequence[Any], step: int
     ) -> dict[int, float]:
-        losses = whole(self, microbatches, step)
+        losses = original(self, microbatches, step)
         fault(self, step + 1)
         return losses
 
@@ -133,10 +135,10 @@ def log_of(output: Path | str) -> list[dict[str, Any]]:
 
 
 def training_log(output: Path | str) -> dict[int, dict[str, Any]]:
-    """The reports of training steps, by step, without what the machine decides."""
-    machine = ("time", "tokens-per-second", "iteration-time", "peak-memory-gib")
+    """Return the reports of training steps, by step, without machine-dependent metrics."""
+    machine_dependent = ("time", "tokens-per-second", "iteration-time", "peak-memory-gib")
     return {
-        line["step"]: {name: value for name, value in line.items() if name not in machine}
+        line["step"]: {name: value for name, value in line.items() if name not in machine_dependent}
         for line in log_of(output)
         if "learning-rate" in line and "event" not in line
     }
@@ -145,7 +147,7 @@ def training_log(output: Path | str) -> dict[int, dict[str, Any]]:
 def losses_of(
     output: Path | str, steps: Collection[int] | None = None
 ) -> dict[tuple[int, str], float]:
-    """The losses of every exit and the gradient norm, by (step, name)."""
+    """Return the losses of every exit and the gradient norm, by (step, name)."""
     return {
         (step, name): value
         for step, line in training_log(output).items()
@@ -163,7 +165,7 @@ def events(output: Path | str, what: str) -> list[dict[str, Any]]:
 
 
 def tensors_of(checkpoint: Path | str) -> dict[str, torch.Tensor]:
-    """Parameters and the optimizer's state, whole, by name."""
+    """Return the unsharded parameters and optimizer state, by name."""
     reader = TensorReader(checkpoint)
     names = {*reader.names(), *reader.names(optimizer=True)}
     return {name: reader.tensor(name) for name in sorted(names)}

@@ -20,10 +20,10 @@ from ee_llm.training.trainer import train
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import (
     assert_equal_bits,
+    inject,
     layout,
     log_of,
     make_config,
-    plant,
     tensors_of,
     text,
     train_here,
@@ -49,9 +49,7 @@ def refusal(world_size, config):
 def test_world_size_that_does_not_fit(tmp_path, corpus):
     config = make_config(tmp_path, corpus, **layout(1, 2))
     message = refusal(3, config)
-    assert (
-        "world size 3 does not fit the layout: parallel.tensor 1 x parallel.pipeline 2" in message
-    )
+    assert "world size 3 is not a multiple of parallel.tensor 1 x parallel.pipeline 2" in message
     assert "--nproc 2" in message
 
 
@@ -263,7 +261,7 @@ def _filled_at(config, step, filler):
 
 
 def _end_of(config, fault):
-    plant(fault)
+    inject(fault)
     start = time.monotonic()
     try:
         train(config)

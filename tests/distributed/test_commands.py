@@ -147,7 +147,7 @@ def test_tuning(workplace):
     _, said = workplace.run("tune", "--config", str(example), "--nproc", "2", *words)
     assert "tuning exits at [3]: norm; their output weight is the final exit's" in said
     assert "3 of 4 layers are computed" in said
-    assert "beginning with run/checkpoints/step-000000" in said
+    assert "starting from run/checkpoints/step-000000" in said
     assert "WARNING" not in said
     assert "mapping is empty" not in said
     name = "exit 3 loss validation"
@@ -162,7 +162,7 @@ def test_tuning(workplace):
 def test_going_on_by_the_same_command(workplace):
     arguments = ("train", "--config", "tiny.toml", "--nproc", "2", "--output", "run")
     _, said = workplace.run(*arguments, "--training.steps", "43")
-    assert "going on from step 40, run/checkpoints/step-00000040" in said
+    assert "resuming from step 40, run/checkpoints/step-00000040" in said
     assert directory.find_latest(workplace.path / "run").name == "step-00000043"
 
 
@@ -221,7 +221,7 @@ def test_a_rank_that_is_killed_is_named(workplace):
     status, said = running.end()
     assert status == 128 + signal.SIGKILL
     assert len(said) == 1
-    assert said[0].startswith("ee-llm: rank 1 was ended by SIGKILL")
+    assert said[0].startswith("ee-llm: rank 1 was killed by SIGKILL")
 
 
 def test_what_one_rank_meets_is_one_line(workplace):

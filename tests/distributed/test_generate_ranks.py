@@ -254,7 +254,7 @@ def test_a_lost_rank_ends_all(place: Path, tmp_path: Path, layout: str, lost: in
         assert re.match(r"ee-llm: .*(lost another rank|no stage sent)", said)
     else:
         assert launcher.returncode == 128 + signal.SIGKILL
-        assert said.startswith(f"ee-llm: rank {lost} was ended by SIGKILL")
+        assert said.startswith(f"ee-llm: rank {lost} was killed by SIGKILL")
     assert "Traceback" not in err
     assert [pid for pid in ranks if Path(f"/proc/{pid}").exists()] == []
     assert len(records(tmp_path / "out.jsonl")) == 3

@@ -200,7 +200,7 @@ def test_a_silent_peer_is_an_error_that_names_peer_channel_and_place():
     assert (
         "backward message with tag 1 did not come from pipeline rank 1 (global rank 1)" in message
     )
-    assert "no answer within 1 s (parallel.timeout_s)" in message
+    assert "no response within 1 s (parallel.timeout_s)" in message
     assert ">0B0<" in message
     assert 0.9 < seconds < 2.9
     _, (message, seconds) = run_ranks(2, _lost, 0, 3.0)
@@ -255,12 +255,12 @@ def _tags():
         transport.send(source, peer=1, channel="backward", tag=0)
         transport.flush()
         return None
-    transport.post(torch.empty(3, 4), peer=0, channel="backward", tag=0)
+    transport.post_receive(torch.empty(3, 4), peer=0, channel="backward", tag=0)
     buffers = [torch.empty(4, 3) for _ in range(3)]
     for tag in (2, 0, 1):
-        transport.post(buffers[tag], peer=0, channel="forward", tag=tag)
-    returned = transport.take(peer=0, channel="backward", tag=0)
-    taken = [transport.take(peer=0, channel="forward", tag=tag) for tag in (1, 2, 0)]
+        transport.post_receive(buffers[tag], peer=0, channel="forward", tag=tag)
+    returned = transport.wait_receive(peer=0, channel="backward", tag=0)
+    taken = [transport.wait_receive(peer=0, channel="forward", tag=tag) for tag in (1, 2, 0)]
     assert returned[1, 0] == 4
     assert [tensor[1, 0].item() for tensor in taken] == [2.0, 3.0, 1.0]
     return True

@@ -120,7 +120,7 @@ def test_a_second_signal_ends_at_once(place, how):
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
-    assert err.splitlines()[-1] == "ee-llm: ended at once by a signal after SIGTERM"
+    assert err.splitlines()[-1] == "ee-llm: killed by a second signal after SIGTERM"
 
 
 @pytest.mark.parametrize("how", ["nproc", pytest.param("torchrun", marks=slow)])
@@ -143,13 +143,14 @@ def test_a_stopped_rank_is_named(tmp_path, corpus, how, hung):
         _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert (
-        f"rank {1 - hung} lost contact with rank {hung} during step 3: no answer within 4 s" in err
+        f"rank {1 - hung} lost contact with rank {hung} during step 3: no response within 4 s"
+        in err
     )
     assert "out of memory" not in err
     if how == "nproc":
         last = err.splitlines()[-1]
         assert last.startswith(f"ee-llm: rank {1 - hung} lost contact")
-        assert f"Rank {hung} did not answer: its process {ranks[hung]} was stopped" in last
+        assert f"Rank {hung} did not respond: its process {ranks[hung]} was suspended" in last
 
 
 CONSOLES = {

@@ -11,7 +11,7 @@ from ee_llm.data.batches import BatchShape, TrainingBatches
 from ee_llm.data.dataset import RowOptions, open_blend
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import (
-    EOD,
+    EOS,
     layout,
     log_of,
     losses_of,
@@ -43,7 +43,7 @@ def plain_training(config: Config, initial: dict[str, torch.Tensor]) -> list[dic
         config.data.prefixes,
         "train",
         seq_length=config.data.seq_length,
-        options=RowOptions(eos_token_id=EOD, vocab_size=config.model.vocab_size),
+        options=RowOptions(eos_token_id=EOS, vocab_size=config.model.vocab_size),
         seed=config.training.seed,
         split=config.data.split,
     )

@@ -1,4 +1,4 @@
-"""A picture of a run: the loss of every exit over its steps."""
+"""Plot the loss of every exit over the steps of a run."""
 
 import json
 import re
@@ -7,20 +7,21 @@ from pathlib import Path
 from ee_llm.errors import UserError
 from ee_llm.training.reporting.run_log import LOG
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# The palette of Okabe and Ito, which is safe for color-blind readers.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 
 _LOSS = re.compile(r"(exit (\d+)|lm) loss( validation)?")
 
 
 def read_losses(output: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """Return (step, loss) pairs by the log's name of the loss, early exits first, "lm loss" last.
+    """Return (step, loss) pairs by the loss's name in the log, early exits first, "lm loss" last.
 
-    Raises UserError if the run directory `output` has no log with a loss in it.
+    Raises:
+        UserError: The run directory `output` has no log, or no loss in its log.
     """
     path = Path(output) / LOG
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give the output directory of a training run")
+        raise UserError(f"{path} does not exist. Give the output directory of a training run.")
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in path.read_text(encoding="utf-8").strip().split("\n"):
         entry = json.loads(line)
@@ -28,7 +29,7 @@ def read_losses(output: str | Path) -> dict[str, list[tuple[int, float]]]:
             if _LOSS.fullmatch(name) and value is not None:
                 curves.setdefault(name, []).append((entry["step"], value))
     if not curves:
-        raise UserError(f"{path} has no losses in it yet; train for logging.interval steps")
+        raise UserError(f"{path} has no losses yet. Train for at least logging.interval steps.")
     return dict(sorted(curves.items(), key=_order))
 
 
@@ -39,10 +40,14 @@ def _order(curve: tuple[str, list[tuple[int, float]]]) -> tuple[float, bool]:
 
 
 def plot_losses(output: str | Path, picture: str | Path, baseline: float | None = None) -> None:
-    """Write the losses of the run in `output` to `picture` (PNG or SVG by its ending).
+    """Plot the losses of the run in `output` into the file `picture`.
 
-    Lines are training losses, dots those of validation; `baseline`, in nats, is drawn as a dashed
-    line: the unigram entropy of the data.
+    Lines are training losses, dots are validation losses.
+
+    Args:
+        output: The run directory.
+        picture: The file to write, PNG or SVG by its suffix.
+        baseline: The unigram entropy of the data in nats, drawn as a dashed line.
     """
     import matplotlib
 

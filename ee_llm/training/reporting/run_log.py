@@ -1,10 +1,11 @@
-"""What a run reports: a JSONL file always, the console, TensorBoard and W&B when asked.
+"""Report the metrics of a run to a JSONL file and the console, and to TensorBoard and W&B.
 
-Names of quantities are Megatron's, so that its dashboards and scripts read our runs.
+Metrics have Megatron-LM's names, so that its dashboards and scripts can read them.
 """
 
 import datetime
 import json
+import logging
 import math
 import os
 import time
@@ -13,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from rich.markup import escape
 from rich.progress import Progress, TextColumn
 
 from ee_llm import distributed
@@ -21,23 +21,25 @@ from ee_llm.atomic_file import replace_text
 from ee_llm.config import Config
 from ee_llm.launch.streams import stream_trouble
 
+logger = logging.getLogger(__name__)
+
 LOG = "log.jsonl"
 SUPERSEDED = "log.superseded.jsonl"
 LEARNING_RATE = "learning-rate"
 GRAD_NORM = "grad-norm"
 TOKENS_PER_SECOND = "tokens-per-second"
 ITERATION_TIME = "iteration-time"
-_VALIDATION = " validation"  # ends the name of a validation loss
-PEAK_MEMORY = "peak-memory-gib"  # of the fullest rank since the process began
+_VALIDATION = " validation"  # suffix of the name of a validation loss
+PEAK_MEMORY = "peak-memory-gib"  # largest over all ranks, since the start of the process
 
 
 def loss_name(boundary: int, num_layers: int) -> str:
-    """Return what the loss of the exit at `boundary` is called: "exit 6 loss", or "lm loss"."""
+    """Return the name of the loss of the exit at `boundary`, such as "exit 6 loss" or "lm loss"."""
     return "lm loss" if boundary == num_layers else f"exit {boundary} loss"
 
 
 def validation_metrics(losses: Mapping[int, float], num_layers: int) -> dict[str, float]:
-    """Return validation losses (by boundary, in nats) and perplexities under Megatron's names."""
+    """Return losses (by boundary, in nats) and perplexities under their names for validation."""
     metrics = {}
     for boundary, loss in losses.items():
         name = f"{loss_name(boundary, num_layers)}{_VALIDATION}"
@@ -47,28 +49,28 @@ def validation_metrics(losses: Mapping[int, float], num_layers: int) -> dict[str
 
 
 class Sink(Protocol):
-    """A place that takes numbers by name and step."""
+    """A destination for metrics by name and step."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
 class RunLog:
-    """Reports a run from the one rank that logs; on other ranks it does nothing.
+    """Reports the metrics of a run from the rank that logs; does nothing on other ranks.
 
-    `start_step` is the step that the run goes on from. Lines of later steps, which a run that
-    stopped after its last checkpoint has left, move to log.superseded.jsonl: the log holds every
-    step once, and nothing is lost.
+    `start_step` is the step that the run resumes from. Lines of later steps, written by a run that
+    stopped some time after its last checkpoint, move to log.superseded.jsonl, so that the log
+    contains every step once and nothing is lost.
     """
 
     def __init__(self, config: Config, *, start_step: int = 0, is_logging: bool = True) -> None:
-        """Open what the configuration asks for; raises UserError for a package that is missing."""
+        """Open the log and the trackers. Raises UserError if a tracker's package is missing."""
         self._steps = config.training.steps
         self._sinks: list[Sink] = []
         self._file: _JsonLines | None = None
         self._progress: Progress | None = None
-        self._is_trouble_noted = False
-        # The first step is slower than others, and the second may have a report of its own.
+        self._is_trouble_recorded = False
+        # The first step is slower than the others, and the second may have its own report.
         second, interval = start_step + 2, config.logging.interval
         self._estimate_step = second if second % interval and second < self._steps else None
         self._step = start_step
@@ -86,7 +88,7 @@ class RunLog:
         self._progress = _progress_bar(self._steps, start_step)
 
     def advance(self, step: int, tokens: int) -> None:
-        """Count a finished training step of `tokens` tokens over all ranks."""
+        """Record that a training step is done, which took `tokens` tokens over all ranks."""
         self._step = step
         self._tokens += tokens
         if self._progress is not None:
@@ -95,17 +97,15 @@ class RunLog:
                 self._print_estimate()
 
     def _print_estimate(self) -> None:
-        """Print how long the run will take, early: the first report may be hours away."""
-        assert self._progress is not None
+        """Print the estimated duration of the run, because the first report may be hours away."""
         seconds = (time.perf_counter() - self._since) / (self._step - self._reported)
-        left = datetime.timedelta(seconds=round((self._steps - self._step) * seconds))
-        self._progress.console.print(
-            f"step {self._step}/{self._steps} · {seconds:.3g} s per step · ETA {left}",
-            soft_wrap=True,
+        remaining = datetime.timedelta(seconds=round((self._steps - self._step) * seconds))
+        distributed.print_line(
+            f"step {self._step}/{self._steps} · {seconds:.3g} s per step · ETA {remaining}"
         )
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write training metrics of `step`, with the speed since the last report added."""
+        """Write the training metrics of `step` and the speed since the last report."""
         if self._file is None:
             return
         seconds = time.perf_counter() - self._since
@@ -114,28 +114,28 @@ class RunLog:
         if steps > 0 and self._tokens:
             speed = {TOKENS_PER_SECOND: self._tokens / seconds, ITERATION_TIME: seconds / steps}
         self._write(step, {**metrics, **speed})
-        left = (self._steps - step) * speed.get(ITERATION_TIME, math.nan)
-        self._print(step, metrics, speed, left)
+        remaining_s = (self._steps - step) * speed.get(ITERATION_TIME, math.nan)
+        self._print(step, metrics, speed, remaining_s)
         self.restart_clock()
 
     def report_validation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write metrics of a validation, which does not count in the training speed."""
+        """Write the metrics of a validation, which does not count in the training speed."""
         self._write(step, metrics)
         self._print(step, metrics, {}, math.nan)
 
-    def event(self, step: int, what: str, **facts: Any) -> None:
-        """Write that something happened ("saved", "skipped", "resumed") to the JSONL file alone."""
+    def event(self, step: int, name: str, **details: Any) -> None:
+        """Write an event ("saved", "skipped", "interrupted") to the JSONL file only."""
         if self._file is not None:
-            self._file.write({"step": step, "event": what, **facts})
+            self._file.write({"step": step, "event": name, **details})
 
     def restart_clock(self) -> None:
-        """Begin to measure the speed anew, as after a validation or a save."""
+        """Restart the measurement of the speed, as after a validation or a save."""
         self._since = time.perf_counter()
         self._reported = self._step
         self._tokens = 0
 
     def close(self) -> None:
-        """Flush and close everything; calling it twice does no harm."""
+        """Flush and close the log and the trackers. Further calls do nothing."""
         if self._progress is not None:
             self._progress.stop()
         for sink in self._sinks:
@@ -162,7 +162,11 @@ class RunLog:
             sink.write(step, metrics)
 
     def _print(
-        self, step: int, metrics: Mapping[str, float], speed: Mapping[str, float], left: float
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        speed: Mapping[str, float],
+        remaining_s: float,
     ) -> None:
         if self._progress is None:
             return
@@ -170,16 +174,16 @@ class RunLog:
         parts += [f"{name} {value:.4g}" for name, value in metrics.items()]
         if speed:
             parts.append(f"{speed[TOKENS_PER_SECOND]:,.0f} tokens/s")
-        if math.isfinite(left) and left > 0:
-            parts.append(f"ETA {datetime.timedelta(seconds=round(left))}")
-        self._progress.console.print(" · ".join(parts), soft_wrap=True)
-        self._note_trouble(step)
+        if math.isfinite(remaining_s) and remaining_s > 0:
+            parts.append(f"ETA {datetime.timedelta(seconds=round(remaining_s))}")
+        distributed.print_line(" · ".join(parts))
+        self._record_trouble(step)
 
-    def _note_trouble(self, step: int) -> None:
-        """Write to the file, once, that the console takes no more of what it is given."""
+    def _record_trouble(self, step: int) -> None:
+        """Write an event, once, if standard error has failed."""
         trouble = stream_trouble()
-        if trouble and not self._is_trouble_noted:
-            self._is_trouble_noted = True
+        if trouble and not self._is_trouble_recorded:
+            self._is_trouble_recorded = True
             self.event(step, "console lost", error=trouble)
 
 
@@ -191,9 +195,9 @@ def _progress_bar(steps: int, start_step: int) -> Progress:
 
 
 class _JsonLines:
-    """One JSON object per line, written at once; numbers that are not finite become null.
+    """Writes one JSON object per line without delay; non-finite numbers become null.
 
-    A full disk does not end the run: lines wait in memory until there is room for them.
+    A full disk does not end the run: lines stay in memory until they can be written.
     """
 
     def __init__(self, output: Path, start_step: int) -> None:
@@ -203,8 +207,8 @@ class _JsonLines:
             _supersede(path, output / SUPERSEDED, start_step)
         self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._waiting = b""
-        self._is_told = False
+        self._unwritten = b""
+        self._has_reported_failure = False
 
     def write(self, record: Mapping[str, Any]) -> None:
         plain = {
@@ -212,31 +216,33 @@ class _JsonLines:
             for name, value in record.items()
         }
         line = json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
-        self._waiting += line.encode(errors="replace")
+        self._unwritten += line.encode(errors="replace")
         self._flush()
 
     def close(self) -> None:
         self._flush()
-        if self._waiting:
-            num_lines = self._waiting.count(b"\n")
-            distributed.log(f"[red]{escape(str(self._path))} lacks the last {num_lines} lines[/]")
+        if self._unwritten:
+            num_lines = self._unwritten.count(b"\n")
+            logger.error("%s lacks the last %d lines", self._path, num_lines)
         os.close(self._file)
 
     def _flush(self) -> None:
         try:
-            while self._waiting:  # a disk that is nearly full takes a part of a line
-                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+            while self._unwritten:  # a disk that is nearly full accepts a part of a line
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
         except OSError as error:
-            if not self._is_told:
-                self._is_told = True
-                distributed.log(
-                    f"[red]{escape(str(self._path))} cannot be written ({error.strerror}); its "
-                    "lines wait in memory until it can. Make room on the disk[/]"
+            if not self._has_reported_failure:
+                self._has_reported_failure = True
+                logger.error(
+                    "%s cannot be written (%s). Its lines stay in memory until it can. Free space "
+                    "on the disk.",
+                    self._path,
+                    error.strerror,
                 )
 
 
 def _supersede(path: Path, superseded: Path, start_step: int) -> None:
-    """Move the lines of steps after `start_step`, and a line torn by a crash, to another file."""
+    """Move lines of steps after `start_step`, and a line cut off by a crash, to `superseded`."""
     kept: list[str] = []
     moved: list[str] = []
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -250,13 +256,13 @@ def _supersede(path: Path, superseded: Path, start_step: int) -> None:
 
 
 def lacks_validation(output: Path | str, step: int) -> bool:
-    """Return whether the log in `output`, if there is one, has no validation of `step`."""
+    """Return whether the log in `output` exists and has no validation of `step`."""
     path = Path(output) / LOG
     if not path.exists():
         return False
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    here = [line for line in lines if _step_of(line) == step]
-    return not any(name.endswith(_VALIDATION) for line in here for name in json.loads(line))
+    matching = [line for line in lines if _step_of(line) == step]
+    return not any(name.endswith(_VALIDATION) for line in matching for name in json.loads(line))
 
 
 def _step_of(line: str) -> float:
@@ -272,7 +278,7 @@ class _TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise _missing("logging.tensorboard", "tensorboard") from error
-        # Hides what an earlier run wrote about steps that are now taken again.
+        # Hides the records of steps that an earlier run took and that this run repeats.
         self._writer = SummaryWriter(str(directory), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -308,7 +314,7 @@ class _WandB:
 
 
 def _run_id(output: Path) -> str:
-    """Return the W&B id of the run in `output`, the same when it is resumed."""
+    """Return the W&B id of the run in `output`, which a resumed run keeps."""
     path = output / "wandb-run-id"
     if not path.exists():
         path.write_text(os.urandom(4).hex() + "\n", encoding="utf-8")
@@ -317,6 +323,6 @@ def _run_id(output: Path) -> str:
 
 def _missing(option: str, package: str) -> ValueError:
     return ValueError(
-        f"{option} needs the package {package}, which is not installed; "
-        "pip install 'ee-llm[track]', or turn the option off"
+        f"{option} needs the package {package}, which is not installed. Run "
+        "pip install 'ee-llm[track]', or turn the option off."
     )

@@ -1,29 +1,33 @@
-"""The pipeline's actions of one step with their times, as `ee-llm plan --trace` predicts them."""
+"""Trace the pipeline's actions of one step, in the format of `ee-llm plan --trace`."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-from rich.markup import escape
 
-from ee_llm import distributed
 from ee_llm.atomic_file import replace_text
 from ee_llm.data import Microbatch
 from ee_llm.pipeline.planner.trace import chrome_trace
 from ee_llm.pipeline.simulate import Span
 from ee_llm.training.parallel import ParallelModel
 
+logger = logging.getLogger(__name__)
+
 
 def traced_step(
     model: ParallelModel, microbatches: Sequence[Microbatch], step: int, path: Path
 ) -> dict[int, float]:
-    """Return what `forward_backward` does, and write its trace to `path` from global rank 0.
+    """Run `forward_backward` and write a trace of it to `path` from global rank 0.
 
-    Of the pipeline that global rank 0 is in; exits are slices of their own where they are deferred.
-    Ranks measure by their own clocks, which start at a
-    barrier, so that they agree to about a millisecond. The device is waited for around every
-    action: a traced step is slower than others. Collective over all ranks.
+    The trace shows the pipeline of global rank 0. Deferred exits are separate slices. Every rank
+    has its own clock, which starts at a barrier, so that the clocks agree to about a millisecond.
+    A traced step is slower than others, because the device is synchronized around every action.
+    Collective over all ranks.
+
+    Returns:
+        The losses that `forward_backward` returns.
     """
     spans: list[Span] = []
     losses = model.forward_backward(microbatches, step, spans)
@@ -34,9 +38,9 @@ def traced_step(
         try:
             trace = chrome_trace(ranks, filling=filling, exit_part=_exit_part)
             replace_text(path, json.dumps(trace))
-            distributed.log(f"step {step + 1} is traced in {escape(str(path))}")
-        except OSError as error:  # no reason to end a run
-            distributed.log(f"[yellow]{escape(str(path))} cannot be written: {error.strerror}[/]")
+            logger.info("the trace of step %d is in %s", step + 1, path)
+        except OSError as error:  # must not end the run
+            logger.warning("%s cannot be written: %s", path, error.strerror)
     return losses
 
 

@@ -1,4 +1,4 @@
-"""Start-up of megatron-core: what is refused, and that the user's torch stays the user's."""
+"""Enabling megatron-core: version checks, warnings, and the user's torch, which must not change."""
 
 import importlib
 import sys
@@ -20,8 +20,8 @@ from ee_llm.training.optimizer import build_optimizer, take_step
 from ee_llm.training.parallel import ParallelModel
 
 
-def test_start_up_without_psutil_is_refused(monkeypatch):
-    """Without psutil a save of megatron-core's never ends: say so before anything is trained."""
+def test_missing_psutil_is_an_error(monkeypatch):
+    """Without psutil a save by megatron-core never ends, so the error must come before training."""
     monkeypatch.setitem(sys.modules, "psutil", None)
     with pytest.raises(ImportError):
         importlib.import_module("psutil")
@@ -34,31 +34,31 @@ GOOD = {"python": "3.11.7", "torch": "2.13.0+cpu", "megatron-core": "0.16.1"}
 
 
 @pytest.mark.parametrize(
-    ("name", "version", "mend"),
+    ("name", "version", "fix"),
     [
-        ("python", "3.10.14", "use another interpreter"),
-        ("python", "3.13.0", "use another interpreter"),
+        ("python", "3.10.14", "Use another interpreter"),
+        ("python", "3.13.0", "Use another interpreter"),
         ("torch", "2.2.0+cu121", 'pip install "torch>='),
         ("torch", "2.14.0a0+git1", 'pip install "torch>='),
         ("megatron-core", "0.15.3", 'pip install "megatron-core>=0.16.1,<0.17"'),
         ("megatron-core", "0.17.0rc0", 'pip install "megatron-core>=0.16.1,<0.17"'),
     ],
 )
-def test_untested_versions_are_named_with_the_mend(name, version, mend):
+def test_error_names_an_untested_version_and_the_fix(name, version, fix):
     with pytest.raises(RuntimeError) as caught:
         megatron.check_versions(GOOD | {name: version})
     message = str(caught.value)
     assert message.startswith(f"{name} {version} is outside the tested range")
-    assert mend in message
+    assert fix in message
     assert "\n" not in message
 
 
-def test_versions_here_and_builds_of_vendors_are_in_range():
+def test_installed_versions_and_vendor_builds_are_in_range():
     megatron.check_versions(GOOD)
     megatron.check_versions(GOOD | {"torch": "2.12.0a0+5228986c39.nv25.06", "python": "3.12.3"})
 
 
-def test_start_up_checks_the_versions_found(monkeypatch):
+def test_enabling_checks_the_installed_versions(monkeypatch):
     monkeypatch.setattr(megatron, "_enabled", False)
     monkeypatch.setattr(torch, "__version__", "2.4.1")
     with pytest.raises(RuntimeError, match=r"torch 2\.4\.1 is outside"):
@@ -67,17 +67,17 @@ def test_start_up_checks_the_versions_found(monkeypatch):
     distributed.enable_megatron()
 
 
-def test_start_up_without_megatron_core_names_the_mend(monkeypatch):
+def test_error_names_the_fix_for_missing_megatron_core(monkeypatch):
     def version(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(megatron, "_enabled", False)
     monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(RuntimeError, match="megatron-core is not installed; pip install"):
+    with pytest.raises(RuntimeError, match="megatron-core is not installed.*pip install"):
         distributed.enable_megatron()
 
 
-def _ours(value: object) -> bool:
+def _is_ours(value: object) -> bool:
     if isinstance(value, types.MethodType | classmethod | staticmethod):
         value = value.__func__
     if isinstance(value, types.FunctionType):
@@ -86,7 +86,7 @@ def _ours(value: object) -> bool:
 
 
 def _changes_in_torch() -> list[str]:
-    """Train a step, with everything that the adaptation reaches, then search torch for it."""
+    """Train a step that uses every adaptation, then return the names in torch that changed."""
     config = make_config(training__dtype="bfloat16")
     grid = distributed.initialize(timeout_s=20)
     model = ParallelModel(config, grid, torch.bfloat16)
@@ -111,7 +111,7 @@ def _changes_in_torch() -> list[str]:
         f"{space.__name__}.{name}"
         for space in spaces
         for name, value in vars(space).items()
-        if _ours(value)
+        if _is_ours(value)
     ]
     base = user.Tensor.__mro__[1]
     for name in ("type", "cuda", "to"):
@@ -125,12 +125,12 @@ def _changes_in_torch() -> list[str]:
     return found
 
 
-def test_the_users_torch_is_left_alone():
+def test_the_users_torch_is_unchanged():
     [found] = run_ranks(1, _changes_in_torch)
     assert found == []
 
 
-def test_megatrons_torch_is_adapted_where_cuda_is_absent():
+def test_megatrons_torch_is_adapted_without_cuda():
     import megatron.core.optimizer.optimizer as adapted
 
     if distributed.has_cuda():
@@ -143,7 +143,7 @@ def test_megatrons_torch_is_adapted_where_cuda_is_absent():
 
 
 def _warnings_of_imports(quiet: bool) -> list[str]:
-    """Messages of importing once more what is deprecated in and below megatron-core."""
+    """Return the warnings of a second import of deprecated modules that megatron-core imports."""
     noisy = ("megatron.core.transformer.custom_layers.transformer_engine", "torch.utils.mkldnn")
     modules = [importlib.import_module(name) for name in noisy]
     with warnings.catch_warnings(record=True) as caught:
@@ -152,10 +152,10 @@ def _warnings_of_imports(quiet: bool) -> list[str]:
             megatron._quieten()
         for module in modules:
             importlib.reload(module)
-        warnings.warn("of the user's own code", DeprecationWarning, stacklevel=1)
+        warnings.warn("from user code", DeprecationWarning, stacklevel=1)
     return [str(warning.message) for warning in caught]
 
 
-def test_imports_of_megatron_are_quiet_and_others_are_not():
+def test_only_the_warnings_of_megatron_are_silenced():
     assert len(run_ranks(1, _warnings_of_imports, False)[0]) > 2
-    assert run_ranks(1, _warnings_of_imports, True) == [["of the user's own code"]]
+    assert run_ranks(1, _warnings_of_imports, True) == [["from user code"]]

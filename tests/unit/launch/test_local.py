@@ -1,4 +1,4 @@
-"""Ranks on this machine: what they run, and the one account of what went wrong."""
+"""Launching ranks on this machine, and the one message about what went wrong."""
 
 import os
 import re
@@ -25,15 +25,15 @@ def run_ranks(*arguments: str, **environment: str) -> subprocess.CompletedProces
     )
 
 
-def test_ranks_run_the_command() -> None:
+def test_every_rank_runs_the_command() -> None:
     done = run_ranks("--version")
     assert done.returncode == 0
-    # Unbuffered, the ranks' line ends may come after both texts.
+    # The ranks' output is unbuffered, so both texts may come before either line end.
     assert done.stdout.replace("\n", "") == f"ee-llm {ee_llm.__version__}" * 2
 
 
-def test_a_mistake_found_in_every_rank_is_told_once() -> None:
-    """N ranks that say the same, and a launcher's page about each, hide the one line that helps."""
+def test_error_of_every_rank_is_printed_once() -> None:
+    """The same error from N ranks, each with a launcher's page about it, hides the useful line."""
     done = run_ranks("data", "stats", "--prefix", "/nowhere/corpus")
     assert done.returncode == 2
     assert done.stderr.startswith("ee-llm: ")
@@ -41,14 +41,14 @@ def test_a_mistake_found_in_every_rank_is_told_once() -> None:
     assert "/nowhere/corpus" in done.stderr
 
 
-def test_a_mistake_with_a_name_that_is_not_utf8_is_told() -> None:
+def test_error_with_a_name_that_is_not_utf8_is_printed() -> None:
     done = run_ranks("data", "stats", "--prefix", os.fsdecode(b"/nowhere/\xff"))
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "/nowhere/\\udcff" in done.stderr
 
 
-def test_a_rank_that_is_interrupted_while_it_imports_shows_no_traceback(tmp_path) -> None:
+def test_interrupt_during_imports_shows_no_traceback(tmp_path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "class Finder:\n"
@@ -59,20 +59,20 @@ def test_a_rank_that_is_interrupted_while_it_imports_shows_no_traceback(tmp_path
     )
     done = run_ranks("--version", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 128 + signal.SIGINT
-    assert re.fullmatch(r"ee-llm: rank [01] was ended by SIGINT\n", done.stderr)
+    assert re.fullmatch(r"ee-llm: rank [01] was killed by SIGINT\n", done.stderr)
 
 
-def test_a_rank_that_told_nothing_is_named_with_its_status() -> None:
-    """A traceback goes to standard error, not to the launcher, whose library then says <NONE>."""
+def test_rank_without_a_report_is_named_with_its_status() -> None:
+    """A traceback goes to standard error, not to the launcher."""
     done = run_ranks("data", "stats", "--prefix", "/nowhere/corpus", EE_LLM_DEBUG="1")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert re.fullmatch(r"ee-llm: rank [01] ended with status 1; its output above says why", last)
+    assert re.fullmatch(r"ee-llm: rank [01] exited with status 1.*", last)
 
 
-def test_who_was_killed_is_named_though_another_noticed_it_first(tmp_path: Path) -> None:
-    """Rank 0 says that it lost rank 1, and both have ended when the launcher looks."""
+def test_killed_rank_is_named_even_if_another_fails_because_of_it(tmp_path: Path) -> None:
+    """Rank 0 reports that it lost rank 1, and both have ended when the launcher polls."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
         "if os.environ.get('RANK') == '1':\n"
@@ -81,16 +81,16 @@ def test_who_was_killed_is_named_though_another_noticed_it_first(tmp_path: Path)
         "    from ee_llm.launch.rank import report\n"
         "    report('rank 0 lost contact with rank 1')\n"
         "    os._exit(1)\n"
-        "from ee_llm import launch\n"
-        "launch._POLL_S = 3.0\n"
+        "from ee_llm.launch import local\n"
+        "local._POLL_S = 3.0\n"
     )
     done = run_ranks("--version", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 128 + signal.SIGKILL
-    assert done.stderr.startswith("ee-llm: rank 1 was ended by SIGKILL")
+    assert done.stderr.startswith("ee-llm: rank 1 was killed by SIGKILL")
 
 
-def test_ctrl_c_to_one_rank_is_said_of_that_rank(tmp_path: Path) -> None:
-    """It says nothing itself: usually the launcher is interrupted too, and speaks for all ranks."""
+def test_interrupt_of_one_rank_names_that_rank(tmp_path: Path) -> None:
+    """An interrupted rank reports nothing: usually the launcher is interrupted too."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, time\n"
         "if 'RANK' in os.environ:\n"
@@ -105,11 +105,11 @@ def test_ctrl_c_to_one_rank_is_said_of_that_rank(tmp_path: Path) -> None:
     )
     done = run_ranks("fail", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 128 + signal.SIGINT
-    assert done.stderr.startswith("ee-llm: rank 1 was ended by SIGINT. Rank 0 did not end")
+    assert done.stderr.startswith("ee-llm: rank 1 was killed by SIGINT. Rank 0 did not end")
 
 
-def test_a_rank_that_does_not_end_is_named(tmp_path: Path) -> None:
-    """The first failure comes first; whoever hangs is not taken for a victim of the machine."""
+def test_rank_that_does_not_end_is_named(tmp_path: Path) -> None:
+    """The message starts with the first failure and does not blame the machine for the hang."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, time\n"
         "if os.environ.get('RANK') == '1':\n"
@@ -125,8 +125,8 @@ def test_a_rank_that_does_not_end_is_named(tmp_path: Path) -> None:
     assert done.stderr.endswith(". Rank 1 did not end within 0.5 s and was killed\n")
 
 
-def test_a_long_report_does_not_block_the_rank(tmp_path: Path) -> None:
-    """A pipe that nobody reads yet takes 64 KiB, and a control character is six bytes of JSON."""
+def test_long_report_does_not_block_the_rank(tmp_path: Path) -> None:
+    """An unread pipe takes 64 KiB, and a control character is six bytes of JSON."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if 'RANK' in os.environ:\n"
@@ -139,8 +139,8 @@ def test_a_long_report_does_not_block_the_rank(tmp_path: Path) -> None:
     assert done.stderr.startswith("ee-llm: wrong: \x01\x01")
 
 
-def test_ranks_import_from_where_the_launcher_does(tmp_path: Path) -> None:
-    """A folder in the working directory replaces no library: `ee-llm` does not look there."""
+def test_ranks_have_the_import_path_of_the_launcher(tmp_path: Path) -> None:
+    """A folder in the working directory does not shadow a library."""
     (tmp_path / "tyro").mkdir()
     (tmp_path / "tyro" / "__init__.py").write_text("raise SystemExit('imported tyro here')")
     code = "import sys; from ee_llm.launch.local import launch; launch(2, sys.argv[1:])"
@@ -158,18 +158,16 @@ def test_ranks_import_from_where_the_launcher_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "expected"),
     [
-        (signal.SIGKILL, "SIGKILL; the machine may be out of memory"),
+        (signal.SIGKILL, "SIGKILL. The machine may be out of memory"),
         (signal.SIGRTMIN + 3, f"signal {signal.SIGRTMIN + 3}"),  # has no name
     ],
 )
-def test_a_rank_that_was_killed_is_named_with_its_signal(
-    tmp_path: Path, number: int, expected: str
-) -> None:
-    """As by a machine that is out of memory."""
+def test_killed_rank_is_named_with_its_signal(tmp_path: Path, number: int, expected: str) -> None:
+    """SIGKILL is what a machine that is out of memory sends."""
     (tmp_path / "sitecustomize.py").write_text(
         f"import os\nif os.environ.get('RANK') == '1':\n    os.kill(os.getpid(), {int(number)})\n"
     )
     done = run_ranks("--version", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 128 + number
-    assert done.stderr.splitlines()[-1] == f"ee-llm: rank 1 was ended by {expected}"
+    assert done.stderr.splitlines()[-1] == f"ee-llm: rank 1 was killed by {expected}"
     assert done.stderr.count("\n") == 1

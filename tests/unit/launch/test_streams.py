@@ -1,4 +1,4 @@
-"""Standard streams in every bad state, in processes of their own."""
+"""Standard streams that are closed, broken or limited in their encoding, in subprocesses."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def run(code: str, shell: str = '"$@"', **environment: str) -> subprocess.Comple
 
 
 def test_characters_that_the_encoding_lacks_are_escaped() -> None:
-    """As JSON escapes them, so that a record is the same record; beyond U+FFFF too."""
+    """JSON escapes leave the meaning of a JSON record unchanged, beyond U+FFFF too."""
     text = "é\u2581\U0001f600"
     done = run(
         f"print(json.dumps({text!r}, ensure_ascii=False))\nprint({text!r}, file=sys.stderr)",
@@ -37,15 +37,15 @@ def test_characters_that_the_encoding_lacks_are_escaped() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_an_unpaired_surrogate_is_escaped(encoding: str) -> None:
-    """It comes from a file's name that is not UTF-8."""
+def test_unpaired_surrogate_is_escaped(encoding: str) -> None:
+    """It comes from a file name that is not UTF-8."""
     done = run("print('\\udcff', file=sys.stderr)", PYTHONIOENCODING=encoding)
     assert done.returncode == 0
     assert done.stderr == "\\udcff\n"
 
 
-def test_closed_streams_are_not_taken_by_files() -> None:
-    """What a library writes to descriptor 2 would go into the file that is opened next."""
+def test_files_do_not_get_the_descriptors_of_closed_streams() -> None:
+    """Otherwise a library's output to descriptor 2 would go into the file that is opened next."""
     done = run(
         "with open('/proc/self/fd/9', 'w') as file:\n"
         "    print('out'); print('err', file=sys.stderr); os.write(2, b'library')\n"
@@ -62,7 +62,7 @@ def test_closed_streams_are_not_taken_by_files() -> None:
         ('"$@" 2> >(true)', "standard error: Broken pipe"),
     ],
 )
-def test_a_broken_standard_error_is_ignored(shell: str, expected: str) -> None:
+def test_broken_standard_error_is_ignored(shell: str, expected: str) -> None:
     code = (
         "import time, warnings\n"
         "while streams.stream_trouble() is None:\n"
@@ -75,8 +75,8 @@ def test_a_broken_standard_error_is_ignored(shell: str, expected: str) -> None:
     assert done.stdout == f"{expected}\n"
 
 
-def test_standard_output_fails_unless_it_may_not() -> None:
-    """A result that is lost is an error; a command without a result does not need the stream."""
+def test_standard_output_fails_only_for_commands_that_print_a_result() -> None:
+    """A lost result is an error; a command without a result does not need the stream."""
     done = run("print('a result'); sys.stdout.flush()", '"$@" >/dev/full')
     assert done.returncode != 0
     assert "No space left on device" in done.stderr
@@ -85,8 +85,8 @@ def test_standard_output_fails_unless_it_may_not() -> None:
     assert done.stderr == ""
 
 
-def test_streams_that_do_not_block_are_waited_for() -> None:
-    """Another process on the same terminal may have made them so; nothing is lost."""
+def test_non_blocking_streams_lose_nothing() -> None:
+    """Another process on the same terminal may have made the stream non-blocking."""
     code = (
         "os.set_blocking(2, False)\nfor _ in range(50):\n    print('x' * 9999, file=sys.stderr)\n"
     )

@@ -5,7 +5,12 @@ import torch.distributed as dist
 
 from ee_llm import distributed
 from ee_llm.distributed.point_to_point import TransportError
-from ee_llm.training.consensus import fail_together, from_first, is_lost_contact, largest
+from ee_llm.training.consensus import (
+    fail_together,
+    is_lost_contact,
+    max_over_ranks,
+    run_on_rank_zero,
+)
 from tests.distributed.harness import run_ranks
 
 
@@ -45,7 +50,7 @@ def test_an_error_that_is_no_message_keeps_its_type():
     assert ends[1][0] == "FileNotFoundError"
 
 
-def _from_first(fails):
+def _run_on_rank_zero(fails):
     rank = _rank()
 
     def step():
@@ -54,23 +59,23 @@ def _from_first(fails):
         return f"of rank {rank}"
 
     try:
-        return from_first(step)
+        return run_on_rank_zero(step)
     except ValueError as error:
         return str(error)
 
 
 def test_the_first_rank_decides():
-    assert run_ranks(2, _from_first, False) == ["of rank 0"] * 2
-    assert run_ranks(2, _from_first, True) == ["bad"] * 2
+    assert run_ranks(2, _run_on_rank_zero, False) == ["of rank 0"] * 2
+    assert run_ranks(2, _run_on_rank_zero, True) == ["bad"] * 2
 
 
-def _largest():
+def _max_over_ranks():
     rank = _rank()
-    return largest(rank, 7 - rank, 0)
+    return max_over_ranks(rank, 7 - rank, 0)
 
 
-def test_largest():
-    assert run_ranks(2, _largest) == [[1, 7, 0]] * 2
+def test_max_over_ranks():
+    assert run_ranks(2, _max_over_ranks) == [[1, 7, 0]] * 2
 
 
 def _peer_leaves():

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: the first is noted, one more is meant."""
+"""Stop signals: the first one is recorded, a repeated one ends the process."""
 
 import os
 import signal
@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from ee_llm.training import signals
+from ee_llm.launch import signals
 from ee_llm.training.signals import StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_the_first_is_noted(number, capfd, request):
-    # `nohup`, and a shell's background job, make the tests ignore signals.
+def test_first_signal_is_recorded(number, capfd, request):
+    # `nohup`, or a shell's background job, makes the tests ignore signals.
     inherited = signal.signal(number, signal.SIG_DFL)
     request.addfinalizer(lambda: signal.signal(number, inherited))
     before = signal.getsignal(number)
@@ -23,25 +23,25 @@ def test_the_first_is_noted(number, capfd, request):
         assert stop.received == 0
         os.kill(os.getpid(), number)
         assert stop.received == number
-        os.kill(os.getpid(), signal.SIGTERM)  # as a launcher passes it on, soon after
+        os.kill(os.getpid(), signal.SIGTERM)  # forwarded by a launcher soon after
         assert stop.received == number
     assert signal.getsignal(number) is before
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1
-    assert said.startswith(f"{number.name}: finishing the step")
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith(f"{number.name}: finishing the step")
 
 
-def test_only_the_first_rank_speaks(capfd, monkeypatch):
+def test_only_rank_zero_prints(capfd, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with StopSignals():
         os.kill(os.getpid(), signal.SIGTERM)
     assert capfd.readouterr().err == ""
 
 
-def test_one_more_ends_at_once(monkeypatch):
-    """Who presses Ctrl-C twice does not want to wait for a checkpoint of many gigabytes."""
+def test_repeated_signal_ends_the_run_at_once(monkeypatch):
+    """A user who presses Ctrl-C twice does not want to wait for a large checkpoint."""
     monkeypatch.setitem(signals.REPEAT_S, signal.SIGINT, 0.0)
-    # A shell's background job, as tests may be, has been told to ignore it.
+    # A shell's background job, which may run the tests, ignores SIGINT.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with StopSignals():
@@ -53,8 +53,8 @@ def test_one_more_ends_at_once(monkeypatch):
         signal.signal(signal.SIGINT, inherited)
 
 
-def test_a_sigterm_that_is_passed_on_late_is_the_same_request(monkeypatch):
-    """SLURM signals all processes, and torchrun passes its own on: seconds later on a busy node."""
+def test_sigterm_that_is_forwarded_late_is_the_same_request(monkeypatch):
+    """SLURM signals all processes, and torchrun forwards its own, seconds later on a busy node."""
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         late = time.monotonic() + 8.0
@@ -63,11 +63,12 @@ def test_a_sigterm_that_is_passed_on_late_is_the_same_request(monkeypatch):
         assert stop.received == signal.SIGTERM
 
 
-def test_one_more_sigterm_kills(tmp_path):
+def test_repeated_sigterm_kills(tmp_path):
     code = (
-        "import os, signal, time; from ee_llm.training import signals\n"
+        "import os, signal, time\n"
+        "from ee_llm.launch import signals; from ee_llm.training.signals import StopSignals\n"
         "signals.REPEAT_S[signal.SIGTERM] = 0.0\n"
-        "with signals.StopSignals():\n"
+        "with StopSignals():\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.01)\n"
         "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
     )
@@ -75,8 +76,8 @@ def test_one_more_sigterm_kills(tmp_path):
     assert done.returncode == -signal.SIGTERM
 
 
-def test_outside_of_the_main_thread_nothing_is_noted():
-    """Python refuses handlers there; a run in a notebook's or server's thread must still start."""
+def test_other_threads_record_nothing():
+    """Python allows no handlers there, but a run in a server's thread must still start."""
     failures = []
 
     def run():

@@ -4,7 +4,7 @@ import pytest
 
 from ee_llm.architecture.initial_values import copy_source
 from ee_llm.config import Config, load_config
-from ee_llm.training.tuning import INITIALIZATIONS, tuned_part
+from ee_llm.training.tuning import INITIALIZATIONS, describe_tuning
 
 
 def make(**overrides: object) -> Config:
@@ -42,10 +42,10 @@ def test_every_initialization_of_the_configuration_exists() -> None:
 
 def test_a_run_says_what_it_trains() -> None:
     own = make(**{"exits.head": ("mlp", "norm"), "tuning.exits": (2,)})
-    assert tuned_part(own) == (
+    assert describe_tuning(own) == (
         "tuning exits at [2]: mlp, norm, output weight; 2 of 8 layers are computed"
     )
-    assert tuned_part(make(**{"exits.output": "shared"})) == (
+    assert describe_tuning(make(**{"exits.output": "shared"})) == (
         "tuning exits at [2, 7]: norm; their output weight is the final exit's, which is frozen "
         "(exits.output = shared); 7 of 8 layers are computed"
     )

@@ -1,4 +1,4 @@
-"""What is logged, under which name, and what a resumed run does to the log."""
+"""The names of metrics, the lines of the log, and the log of a resumed run."""
 
 import errno
 import importlib.util
@@ -24,7 +24,7 @@ def make_config(output, **overrides):
 
 
 def lines(output, name=run_log.LOG):
-    # Strict: Python's own NaN and Infinity are no JSON.
+    # Python accepts NaN and Infinity, which are not JSON.
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")
 
@@ -35,9 +35,8 @@ def lines(output, name=run_log.LOG):
 @pytest.fixture
 def console(monkeypatch):
     text = io.StringIO()
-    module = sys.modules[
-        distributed.progress_bar.__module__
-    ]  # its name is the console's in platform
+    # `from ee_llm.distributed import console` is the console itself, not its module.
+    module = sys.modules[distributed.print_line.__module__]
     monkeypatch.setattr(module, "console", Console(file=text, width=60))
     return text
 
@@ -55,7 +54,7 @@ def test_names_are_megatrons():
     assert math.isfinite(validation_metrics({8: 1e9}, 8)["lm loss validation ppl"])
 
 
-def test_every_report_is_a_line_with_the_speed(tmp_path, console, monkeypatch):
+def test_report_is_a_line_with_the_speed(tmp_path, console, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(run_log.time, "perf_counter", lambda: now[0])
     with RunLog(make_config(tmp_path)) as log:
@@ -83,16 +82,16 @@ def test_every_report_is_a_line_with_the_speed(tmp_path, console, monkeypatch):
     assert validation["lm loss validation"] == 1.0
     assert event == {"step": 2, "event": "saved", "path": "step-00000002", "note": "é"}
     assert second["tokens-per-second"] == 1000.0
-    _, *shown = console.getvalue().splitlines()  # the first line is the second step's estimate
+    _, *shown = console.getvalue().splitlines()  # the first line is the estimate of the second step
     assert shown[0].startswith("step 2/100 · lm loss 5.5 · grad-norm inf · learning-rate 0.001")
     assert shown[0].endswith("500 tokens/s · ETA 0:03:16")
 
 
 @pytest.mark.parametrize(("start", "interval", "expected"), [(0, 10, 2), (6, 10, 8), (0, 2, None)])
-def test_the_second_step_tells_how_long_the_run_takes(
+def test_second_step_prints_the_duration_of_the_run(
     tmp_path, console, monkeypatch, start, interval, expected
 ):
-    """With slow steps and an interval of 10, nothing was printed for a long time."""
+    """With slow steps and an interval of 10, nothing else would be printed for a long time."""
     now = [100.0]
     monkeypatch.setattr(run_log.time, "perf_counter", lambda: now[0])
     config = make_config(tmp_path, logging__interval=interval)
@@ -101,24 +100,26 @@ def test_the_second_step_tells_how_long_the_run_takes(
             now[0] += 60.0
             log.advance(step, tokens=1000)
             if step == start + 1:
-                log.restart_clock()  # as training does
+                log.restart_clock()  # as the trainer does
     shown = console.getvalue()
     if expected is None:
         assert shown == ""
     else:
         left = (100 - expected) // 60, (100 - expected) % 60
         assert shown == f"step {expected}/100 · 60 s per step · ETA {left[0]}:{left[1]:02}:00\n"
-    assert lines(tmp_path) == []  # no record: a resumed run's log equals an unstopped one's
+    assert (
+        lines(tmp_path) == []
+    )  # no record: the log of a resumed run equals that of an uninterrupted one
 
 
-def test_lines_are_as_long_as_they_are_where_no_terminal_wraps_them(console):
+def test_lines_are_not_wrapped_in_a_file(console):
     message = "a long line " * 30
-    distributed.log(message)
+    distributed.print_line(message)
     assert console.getvalue() == message + "\n"
 
 
-def test_lines_of_steps_that_are_taken_again_move_aside(tmp_path, console):
-    """The run died at step 30 in the middle of a line; its last checkpoint was of step 20."""
+def test_lines_of_repeated_steps_move_to_another_file(tmp_path, console):
+    """The run died in the middle of a line after step 30; its last checkpoint is of step 20."""
     with RunLog(make_config(tmp_path)) as log:
         for step in (10, 20, 30):
             log.report(step, {"lm loss": float(step)})
@@ -136,31 +137,31 @@ def test_lines_of_steps_that_are_taken_again_move_aside(tmp_path, console):
     assert moved[1] == '{"step": 40, "lm lo'
 
 
-def test_a_full_disk_ends_no_run_and_loses_no_line(tmp_path, console, monkeypatch):
-    """A line that fits in part is completed when there is room again."""
-    write, room = os.write, 0
+def test_full_disk_ends_no_run_and_loses_no_line(tmp_path, console, monkeypatch, caplog):
+    """A line that is written in part is completed when there is space again."""
+    write, space = os.write, 0
 
     def limited(file, data):
-        nonlocal room
-        if not room:
+        nonlocal space
+        if not space:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        number = write(file, data[:room])
-        room -= number
+        number = write(file, data[:space])
+        space -= number
         return number
 
     config = make_config(tmp_path)
     with RunLog(config) as log:
         monkeypatch.setattr(run_log.os, "write", limited)
         log.event(1, "first")
-        room = 7
+        space = 7
         log.event(2, "second")
         monkeypatch.undo()
         log.event(3, "third")
     assert [line["event"] for line in lines(tmp_path)] == ["first", "second", "third"]
-    assert console.getvalue().count("cannot be written") == 1
+    assert caplog.text.count("cannot be written") == 1
 
 
-def test_a_log_that_needs_no_change_is_only_appended_to(tmp_path, console):
+def test_log_without_superseded_lines_is_appended_to(tmp_path, console):
     with RunLog(make_config(tmp_path)) as log:
         log.report(10, {"lm loss": 1.0})
     inode = (tmp_path / run_log.LOG).stat().st_ino
@@ -181,7 +182,7 @@ def test_other_ranks_write_nothing(tmp_path, console):
     assert console.getvalue() == ""
 
 
-def test_tensorboard_holds_the_same_numbers(tmp_path, console):
+def test_tensorboard_has_the_same_numbers(tmp_path, console):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for start, value in ((0, 1.0), (10, 2.0)):
         config = make_config(tmp_path, logging__tensorboard=True)
@@ -190,7 +191,7 @@ def test_tensorboard_holds_the_same_numbers(tmp_path, console):
                 log.report(step, {"lm loss": value, "exit 2 loss": value + step})
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {"lm loss", "exit 2 loss"}
-    # step 20 of the first run was taken again by the second
+    # the second run repeats step 20 of the first
     found = [(event.step, event.value) for event in events.Scalars("lm loss")]
     assert found == [(10, 1.0), (20, 2.0), (30, 2.0)]
 
@@ -202,8 +203,8 @@ def _log_twice(tmp_path):
             log.report(start + 1, {"lm loss": 1.0})
 
 
-def test_wandb_offline_goes_on_with_its_run(tmp_path, console, monkeypatch):
-    """In a process of its own: wandb's threads stay, and ranks of later tests are forked."""
+def test_wandb_offline_resumes_its_run(tmp_path, console, monkeypatch):
+    """Runs in a subprocess, because wandb's threads stay and later tests fork."""
     if importlib.util.find_spec("wandb") is None:
         pytest.skip("wandb is not installed")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -230,7 +231,7 @@ def test_missing_package_names_the_extra(tmp_path, monkeypatch, package, overrid
     assert not (tmp_path / run_log.LOG).exists()
 
 
-def test_trackers_are_imported_only_when_asked_for(tmp_path, console, monkeypatch):
+def test_trackers_are_imported_only_if_configured(tmp_path, console, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with RunLog(make_config(tmp_path)) as log:

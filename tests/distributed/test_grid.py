@@ -27,15 +27,15 @@ def test_layout_is_tensor_then_data_then_pipeline():
     assert [place[2] for place in run_ranks(4, _grid, 1, 2)] == [0, 1, 0, 1]
 
 
-def test_starting_four_ranks_does_not_import_again():
+def test_starting_four_ranks_imports_nothing_again():
     run_ranks(1, _grid, 1, 1)  # imports
     start = time.monotonic()
     run_ranks(4, _grid, 2, 2)
-    assert time.monotonic() - start < 10  # a bound on breakage, not a benchmark
+    assert time.monotonic() - start < 10  # far above the expected time
 
 
-def test_world_size_that_does_not_match_the_layout():
-    with pytest.raises(RankFailed, match=r"world size 2 does not fit .* --nproc 4"):
+def test_world_size_must_match_the_layout():
+    with pytest.raises(RankFailed, match=r"world size 2 .* --nproc 4"):
         run_ranks(2, _grid, 2, 2)
 
 
@@ -64,11 +64,11 @@ def _lost_in_column():
     return "no error"
 
 
-def test_groups_made_later_have_the_same_time():
+def test_groups_created_later_have_the_same_timeout():
     _, message = run_ranks(2, _lost_in_column)
     assert "imed out" in message or "timeout" in message.lower()
 
 
-def test_a_collective_without_its_peer_times_out():
+def test_collective_without_its_peer_times_out():
     _, message = run_ranks(2, _lost_peer)
     assert "imed out" in message or "timeout" in message.lower()
