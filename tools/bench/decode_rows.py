@@ -20,7 +20,7 @@ from tools.bench.decode_quality import Certificate, Control
 from tools.bench.decode_trace import Steady, Trace, deferred, fill_share, steady
 from tools.bench.report import Ratio
 
-FULL, EXACT, HELD = "full", "exact, not held", "exact, held"
+FULL, EXACT, HELD = "full", "exact, no deferral", "exact, deferral"
 VERIFY, PROPAGATE, TRUNCATED = "self-speculative", "propagate", "truncated"
 PEER, ASSISTED = "transformers", "transformers, drafting"
 
@@ -224,7 +224,7 @@ def latency_cells(row: Row) -> dict[str, str]:
         "p99 ms": _number(row.gap_p99_ms, 2),
         "heads": _number(row.heads_per_token, 2),
         "kept": _percent(row.drafts_kept, 0),
-        "held": _number(row.hold_steps, 2),
+        "deferred": _number(row.hold_steps, 2),
         "ms": _number(row.hold_ms, 2),
         "fill rows": _percent(row.fill_share, 1),
         "as dense": _number(row.agreement, 3),

@@ -1,7 +1,7 @@
-"""Writes docs/reference/configuration.md from the configuration's models.
+"""Write docs/reference/configuration.md from the configuration's models.
 
 python tools/docs/configuration.py          writes the page
-python tools/docs/configuration.py --check  exits 1 if the page is not up to date
+python tools/docs/configuration.py --check  exits 1 if the page is out of date
 """
 
 import sys
@@ -21,8 +21,7 @@ INTRODUCTION = """\
 
 <!-- Written by tools/docs/configuration.py from ee_llm/config; edit there. -->
 
-A run is described by a TOML file, and every option can be given on the command line as well, where
-it takes precedence:
+This page lists every option of `ee-llm train` and `ee-llm tune`. A run is described by a TOML file:
 
 ```toml
 # train.toml
@@ -42,32 +41,42 @@ tokenizer = "data/tokenizer.model"
 prefixes = ["data/corpus"]
 ```
 
+Options on the command line take precedence over the file:
+
 ```
 ee-llm train --nproc 2 --config train.toml --optimizer.lr 1e-3 --exits.boundaries 2 4 6
 ```
 
-`ee-llm train --help` lists the same options as this page. In Python,
-`ee_llm.config.load_config(path, {"optimizer.lr": 1e-3})` gives the same, as an immutable `Config`.
+`ee-llm train --help` shows the same options. In Python,
+`ee_llm.config.load_config(path, {"optimizer.lr": 1e-3})` returns an immutable `Config`.
 
-- Nothing is guessed: a name that does not exist is an error that names the nearest one, and a value
-  of another type is an error too. All problems are reported together.
-- Defaults that follow from other options are filled in. The whole, effective configuration is saved
-  beside the run and is a configuration file itself.
+- An unknown name is an error that suggests the nearest one. A value of the wrong type is an error.
+  All errors are reported together.
+- Defaults that depend on other options are filled in. The run directory gets the complete
+  configuration, which is itself a valid configuration file.
 - `--model.shape` on the command line replaces the architecture in the file (family, layers, widths,
-  heads); what belongs to the data (vocabulary, length) stays.
-- The data-parallel size is what is left of the processes: their number / (tensor x pipeline).
+  heads). Options that depend on the data (vocabulary, length) stay.
+- The data-parallel size is the number of processes / (tensor x pipeline).
 """
 
 SHAPES_INTRODUCTION = """\
 ## Ready-made shapes
 
-Values of `model.shape`. The larger ones are those of the EE-LLM paper (arXiv 2312.04916). Set
-`model.vocab_size` to your tokenizer's.
+These are the values of `model.shape`. The larger ones are those of the EE-LLM paper (arXiv
+2312.04916). Set `model.vocab_size` to the size of your tokenizer's vocabulary.
+"""
+
+SEE_ALSO = """\
+## See also
+
+- [Train a model](../how-to/train.md), [Tune exits](../how-to/tune.md)
+- [Prepare training data](../how-to/prepare-data.md): the `[data]` section
+- [Plan a pipeline](../how-to/plan.md): the `[parallel]` section
 """
 
 
 def type_text(annotation: Any) -> str:
-    """Return how a field's type reads in the page, in TOML's words."""
+    """Return the name of a field's type, in the terms of TOML."""
     words = {int: "integer", float: "number", bool: "true or false", str: "string"}
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
@@ -77,13 +86,13 @@ def type_text(annotation: Any) -> str:
     if origin is tuple:
         count = "" if arguments[-1] is ... else f"{len(arguments)} "
         return f"list of {count}{type_text(arguments[0])}" + "s" * (arguments[0] in words)
-    if arguments:  # a union; None is what a missing option is
+    if arguments:  # A union, in which None stands for a missing option.
         return " or ".join(type_text(part) for part in arguments if part is not type(None))
     return words[annotation]
 
 
 def range_text(field: FieldInfo) -> str:
-    """Return the bounds of a number, such as ", at least 0, below 1"; "" for none."""
+    """Return the bounds of a number, such as ", at least 0, below 1", or "" if there are none."""
     limits = {
         name: getattr(limit, name)
         for limit in field.metadata
@@ -101,13 +110,13 @@ _LIMITS = {"gt": "above", "ge": "at least", "le": "at most", "lt": "below"}
 
 
 def option_row(name: str, field: FieldInfo) -> str:
-    """Return an option's row in its section's table."""
+    """Return the table row of an option."""
     kind = type_text(field.annotation).replace("|", "\\|") + range_text(field)
     return f"| `{name}` | {field.description} | {kind} | {default_text(field)} |"
 
 
 def option_table(model: type[Section]) -> str:
-    """Return the table of the options of `model`, its sections left out."""
+    """Return the table of the options of `model`, without its sections."""
     sections = section_types() if model is Config else {}
     fields = model.model_fields.items()
     rows = [option_row(name, field) for name, field in fields if name not in sections]
@@ -130,11 +139,11 @@ def page() -> str:
     parts = [INTRODUCTION, "## Top level\n", option_table(Config) + "\n"]
     for name, model in section_types().items():
         parts += [f"## [{name}]\n", f"{model.__doc__}\n", option_table(model) + "\n"]
-    return "\n".join([*parts, SHAPES_INTRODUCTION, shape_table() + "\n"])
+    return "\n".join([*parts, SHAPES_INTRODUCTION, shape_table() + "\n", SEE_ALSO])
 
 
 def main() -> None:
-    """Write the page, or check it."""
+    """Write or check the page."""
     if "--check" in sys.argv[1:]:
         if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
             sys.exit(f"{PAGE} is out of date. Run: python tools/docs/configuration.py")

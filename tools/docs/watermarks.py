@@ -1,8 +1,8 @@
 """Draw docs/images/watermarks.png: four sequences in a real scheduler, and its next pass.
 
-python tools/docs/watermarks.py [FILE]
+    python tools/docs/watermarks.py [FILE]
 
-No model runs: a coin decides which exits are confident.
+No model runs; random numbers decide which exits are confident.
 """
 
 import random
@@ -29,24 +29,24 @@ PICTURE = Path(__file__).resolve().parents[2] / "docs" / "images" / "watermarks.
 BOUNDARIES = (2, 4, 8)
 MAX_PENDING = 9
 PROMPTS = {"A": 4, "B": 3, "C": 5, "D": 12}
-# Of Okabe and Ito's palette, which the colour-blind can tell apart; the pass is hatched as well.
+# Colours that colour-blind readers can tell apart. The next pass is hatched as well.
 PROCESSED, PASS, PENDING, FRONTIER = "#a6cee3", "#e69f00", "#0072b2", "#000000"
 GREY = "#8a8a8a"
 
 
 @dataclass(frozen=True)
 class Strip:
-    """A sequence as it stands: prompt and tokens, watermarks, the rows of the next pass."""
+    """The state of a sequence: its tokens, its watermarks and its rows in the next pass."""
 
     name: str
     num_prompt: int
     num_tokens: int
     watermarks: tuple[int, ...]
-    running: tuple[tuple[int, int], ...]  # of each segment, from the first row to before the last
+    running: tuple[tuple[int, int], ...]  # per segment: first row, row after the last
 
 
 def play(seed: int, num_passes: int) -> list[Strip]:
-    """Return the sequences after some passes, with the rows of the one that follows."""
+    """Return the sequences after `num_passes` passes, with their rows in the next pass."""
     rng = random.Random(seed)
     scheduler_config = SchedulerConfig(
         4, num_blocks=65, block_size=4, max_pending=MAX_PENDING, max_num_batched_tokens=10
@@ -68,7 +68,10 @@ def play(seed: int, num_passes: int) -> list[Strip]:
         assert scheduler_output is not None, "there is work"
         scheduler.apply(
             scheduler_output,
-            [_verdict(head.slot, scheduler_output, rng) for head in scheduler_output.logit_rows],
+            [
+                _exit_result(head.slot, scheduler_output, rng)
+                for head in scheduler_output.logit_rows
+            ],
         )
     before = {name: _state(sequence) for name, sequence in sequences.items()}
     scheduler_output = scheduler.schedule()
@@ -79,7 +82,7 @@ def play(seed: int, num_passes: int) -> list[Strip]:
     ]
 
 
-def _verdict(slot: int, scheduler_output: SchedulerOutput, rng: random.Random) -> ExitResult:
+def _exit_result(slot: int, scheduler_output: SchedulerOutput, rng: random.Random) -> ExitResult:
     (token_range,) = (one for one in scheduler_output.logit_rows if one.slot == slot)
     is_final = scheduler_output.last_segment == len(BOUNDARIES) - 1
     return ExitResult(slot, token_range.start, is_final or rng.random() < 0.7, 1, 0.6, -0.5)
@@ -99,7 +102,7 @@ def _rows(scheduler_output: SchedulerOutput, sequence: Sequence) -> tuple[tuple[
 
 
 def draw(strips: list[Strip], path: Path) -> None:
-    """Write the picture of some sequences."""
+    """Write the picture of the sequences to `path`."""
     pyplot.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "hatch.linewidth": 0.7})
     figure, panels = pyplot.subplots(len(strips), 1, figsize=(8.4, 6.6), sharex=True)
     width = max(strip.num_tokens for strip in strips)
@@ -138,7 +141,7 @@ def _draw_strip(panel: Axes, strip: Strip, width: int) -> None:
             panel.add_patch(
                 Rectangle(place, 1, 1, facecolor=color, edgecolor=edge, hatch=hatch, linewidth=1)
             )
-    for segment in range(num_segments - 1):  # the ring at the end of each segment but the last
+    for segment in range(num_segments - 1):  # the ring after each segment except the last
         first, last = strip.watermarks[segment + 1], strip.watermarks[segment]
         positions = [position + 0.5 for position in range(first, last)]
         panel.plot(positions, [segment + 1] * len(positions), "o", color=PENDING, ms=7, zorder=4)
@@ -178,11 +181,12 @@ def _remark(strip: Strip) -> str:
     num_pending = strip.watermarks[0] - strip.watermarks[-1]
     runs = next((s for s, (first, last) in enumerate(strip.running) if last > first), None)
     if runs is None:
-        return f"{num_pending} rows pend; waits for the pass,\nthen its frontier runs"
+        return f"{num_pending} rows pending; its frontier runs\nafter the next pass"
+    boundary = BOUNDARIES[runs - 1]
     if num_pending == MAX_PENDING:
-        return f"{num_pending} rows pend, as many as may:\nall of them go deeper"
-    return f"declined exit {BOUNDARIES[runs - 1]}: goes deeper\nin the same pass"
+        return f"{num_pending} rows pending, the ring is full:\nthose at exit {boundary} go deeper"
+    return f"declined exit {boundary}: goes deeper\nin the same pass"
 
 
 if __name__ == "__main__":
-    draw(play(seed=1337, num_passes=24), Path(sys.argv[1]) if len(sys.argv) > 1 else PICTURE)
+    draw(play(seed=2994, num_passes=30), Path(sys.argv[1]) if len(sys.argv) > 1 else PICTURE)

@@ -33,7 +33,7 @@ def trained(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("run")
     config = tiny_config()
     data = {"prefixes": (str(output / "elsewhere" / "corpus"),), "split": (0.5, 0.5, 0.0)}
-    config = config.model_copy(update={"data": config.data.model_copy(output=data)})
+    config = config.model_copy(update={"data": config.data.model_copy(update=data)})
     save_model(output, config, random_tensors(config, dtype=torch.float32))
     (output / "data").mkdir()
     with IndexedWriter(output / "data" / "corpus", "uint16") as writer:

@@ -199,7 +199,7 @@ def test_layers_of_many_stages_are_written_in_runs():
 
 
 def test_the_examples_of_the_documentation_print_what_it_shows(plan, monkeypatch, tmp_path):
-    page = (ROOT / "docs" / "explanation" / "pipeline.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "plan.md").read_text()
     (tmp_path / "docs" / "images").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")

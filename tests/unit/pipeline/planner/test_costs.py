@@ -54,7 +54,7 @@ def test_mistakes_name_file_and_key(tmp_path, change, message):
 
 
 def test_the_documentation_shows_such_a_file(tmp_path):
-    page = (Path(__file__).parents[4] / "docs" / "explanation" / "pipeline.md").read_text()
+    page = (Path(__file__).parents[4] / "docs" / "how-to" / "plan.md").read_text()
     path = tmp_path / "costs.json"
     path.write_text(re.findall(r"```json\n(.*?)```", page, re.DOTALL)[0])
     assert read_pieces(path).communication > 0

@@ -1,0 +1,67 @@
+"""The documentation keeps its structure: links, openings, the map of packages."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *DOCS]
+KINDS = {"tutorials", "how-to", "reference", "explanation"}
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def links() -> list[pytest.param]:
+    return [
+        pytest.param(page, link, id=f"{name_of(page)} {link}")
+        for page in PAGES
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text())
+        if not link.startswith("http")
+    ]
+
+
+@pytest.mark.parametrize(("page", "link"), links())
+def test_link_targets_exist(page: Path, link: str) -> None:
+    name, _, heading = link.partition("#")
+    target = page.parent / name if name else page
+    assert target.exists()
+    if heading:
+        found = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+        assert heading in [re.sub(r"[^a-z0-9_ -]", "", h.lower()).replace(" ", "-") for h in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_pages_have_no_placeholders(page: Path) -> None:
+    assert not re.search(r"^[A-Z_]{4,}$|TODO|FIXME", page.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", DOCS, ids=name_of)
+def test_pages_open_with_a_purpose_and_a_command(page: Path) -> None:
+    opening = page.read_text().partition("\n## ")[0]
+    assert opening.startswith("# ")
+    assert "```" in opening
+
+
+@pytest.mark.parametrize("page", DOCS, ids=name_of)
+def test_pages_end_with_related_pages(page: Path) -> None:
+    _, heading, related = page.read_text().rpartition("See also")
+    assert heading
+    assert len(re.findall(r"\]\(", related)) >= 2
+
+
+def test_every_page_has_a_kind_and_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in DOCS:
+        name = str(page.relative_to(ROOT / "docs"))
+        assert name == "README.md" or (name.split("/")[0] in KINDS and f"({name})" in index), name
+
+
+def test_architecture_page_has_every_package() -> None:
+    page = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
+    table = page.partition("## Packages")[2].partition("\n## ")[0]
+    found = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    assert found == {path.parent.name for path in (ROOT / "ee_llm").glob("*/__init__.py")}
