@@ -125,7 +125,7 @@ def fitting_tokenizer(name: str, config: Config, origin: Origin, notes: list[str
             f"{name} has {vocabulary} tokens, but {origin.vocabulary} = {config.model.vocab_size} "
             f"in {origin.settings}; expected the tokenizer that the model was trained with"
         )
-    if unused := tokenizer.tokens_without_row:
+    if unused := tokenizer.tokens_without_embedding:
         notes.append(
             f"{name} adds tokens that the embedding has no row for ({origin.vocabulary} = "
             f"{config.model.vocab_size}); they are left out: {', '.join(unused[:_MOST_NAMED])}"

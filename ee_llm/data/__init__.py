@@ -1,6 +1,6 @@
-"""Text to training batches: tokenizers, prepared files, their order, and microbatches.
+"""Training data: tokenizers, prepared token files, sample order and microbatches.
 
-Importing the package is cheap: only `batches` needs torch, and it is imported when it is asked for.
+Importing the package is cheap: only `batches` needs torch, and it is imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,10 +1,10 @@
-"""Token files in Megatron's format: `PREFIX.bin` holds the tokens, `PREFIX.idx` where texts begin.
+"""Read and write token files in Megatron's format: tokens in PREFIX.bin, an index in PREFIX.idx.
 
-The layout is that of megatron.core.datasets.indexed_dataset, byte for byte. The index file is
+The layout is byte for byte that of megatron.core.datasets.indexed_dataset. The index file is
 little-endian: 9 bytes of magic, version (u64, 1), code of the token type (u8), number n of
 sequences (u64), number d of document bounds (u64); then the n lengths (i32, in tokens), the n byte
 offsets into the .bin file (i64), and the d document bounds (i64, in sequences, from 0 to n).
-A document that is written here is one sequence; those read may have several.
+Documents written by this module have one sequence; documents read by it may have several.
 """
 
 import struct
@@ -28,15 +28,21 @@ Tokens = NDArray[np.integer[Any]]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the type that tokens of a vocabulary are stored in: uint16 below 65500, else int32."""
-    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)  # Megatron's own bound
+    """Return the type for storing tokens of a vocabulary: uint16 below 65500, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)  # Megatron uses the same bound.
 
 
 class IndexedWriter:
-    """Writes `PREFIX.bin` and `PREFIX.idx`, which come into being together at `commit`.
+    """Writer of `PREFIX.bin` and `PREFIX.idx`, which `commit` creates together.
 
-    A context manager: leaving it without a commit leaves the files of before untouched. Raises
-    ValueError if the place can not be written.
+    Used as a context manager, it leaves existing files unchanged unless `commit` is called.
+
+    Args:
+        prefix: Path of the files without .bin and .idx.
+        dtype: Integer type to store tokens in.
+
+    Raises:
+        UserError: The files cannot be written, or the format does not support `dtype`.
     """
 
     def __init__(self, prefix: Path | str, dtype: np.dtype[Any] | type) -> None:
@@ -44,7 +50,7 @@ class IndexedWriter:
         codes = [code for code, known in _DTYPES.items() if known == self.dtype]
         if not codes:
             raise DataError(
-                f"tokens can not be stored as {np.dtype(dtype)}; use one of {_type_names()}"
+                f"tokens cannot be stored as {np.dtype(dtype)}. Use one of {_type_names()}."
             )
         self._code = codes[0]
         self._bin = open_output(_with_suffix(prefix, ".bin"))
@@ -54,10 +60,14 @@ class IndexedWriter:
         self.num_tokens = 0
 
     def add(self, tokens: Tokens | Sequence[int], lengths: Sequence[int] | None = None) -> None:
-        """Append documents: `tokens` [t] of all of them one after the other, `lengths` of each.
+        """Append documents.
 
-        Without `lengths` the tokens are one document. Raises DataError for a token that the
-        file's type can not hold.
+        Args:
+            tokens: The concatenated tokens [t] of the documents.
+            lengths: The number of tokens of each document; by default, there is one document.
+
+        Raises:
+            DataError: A token does not fit the type of the file.
         """
         array = np.asarray(tokens)
         sizes = np.asarray([array.size] if lengths is None else lengths, dtype=np.int32)
@@ -67,18 +77,21 @@ class IndexedWriter:
             low, high = int(array.min()), int(array.max())
             if low < limits.min or high > limits.max:
                 raise DataError(
-                    f"token ids {low} to {high} do not fit {self.dtype.name} in {self._bin.path}"
+                    f"token ids {low} to {high} do not fit into {self.dtype.name} in "
+                    f"{self._bin.path}."
                 )
         self._bin.write(np.ascontiguousarray(array, dtype=self.dtype).tobytes())
         self._lengths.append(sizes)
         self.num_documents += sizes.size
         self.num_tokens += array.size
 
-    def commit(self, *about: AtomicFile) -> None:
-        """Put both files in place, the index last: without it there is no data set.
+    def commit(self, *descriptions: AtomicFile) -> None:
+        """Create both files, the index last: without an index there is no data set.
 
-        `about` are files that describe these tokens; they are replaced together with them. Nothing
-        of before is removed until everything new is on the disk.
+        No existing file is removed until all new data are on the disk.
+
+        Args:
+            descriptions: Files that describe the tokens, to be replaced together with them.
         """
         lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
         offsets = np.cumsum(lengths, dtype=np.int64) - lengths
@@ -88,12 +101,12 @@ class IndexedWriter:
             index.write(lengths.astype("<i4").tobytes())
             index.write((offsets * self.dtype.itemsize).astype("<i8").tobytes())
             index.write(np.arange(bounds, dtype="<i8").tobytes())
-            for file in (self._bin, *about, index):
+            for file in (self._bin, *descriptions, index):
                 file.sync()
-            # An old index or description must never stand beside new tokens.
-            for file in (index, *about):
+            # Remove the old files first: they must never be combined with new tokens.
+            for file in (index, *descriptions):
                 file.path.unlink(missing_ok=True)
-            for file in (self._bin, *about, index):
+            for file in (self._bin, *descriptions, index):
                 file.commit()
 
     def __enter__(self) -> Self:
@@ -109,11 +122,12 @@ class IndexedWriter:
 
 
 class IndexedTokens:
-    """The tokens of a prepared data set, mapped from disk: nothing is read until it is used.
+    """The tokens of a prepared data set, memory-mapped, so that data are read only when used.
 
-    `tokens` [t] is the whole stream; document i is `tokens[bounds[i]:bounds[i + 1]]`. Raises
-    ValueError, naming the file and what was expected, for files that are missing, truncated or
-    not of this format.
+    `tokens` [t] is the entire stream; document i is `tokens[bounds[i]:bounds[i + 1]]`.
+
+    Raises:
+        DataError: A file is missing, truncated or not in this format.
     """
 
     def __init__(self, prefix: Path | str) -> None:
@@ -121,17 +135,17 @@ class IndexedTokens:
         idx, bin_ = _with_suffix(prefix, ".idx"), _with_suffix(prefix, ".bin")
         for path in (idx, bin_):
             if not path.is_file():
-                raise DataError(f"data {prefix}: {path} does not exist; {_missing(prefix)}")
+                raise DataError(f"data {prefix}: {path} does not exist. {_remedy(prefix)}")
         self.dtype, self.sequence_lengths, offsets, documents = _read_index(idx)
         num_tokens = int(self.sequence_lengths.sum(dtype=np.int64))
         expected = num_tokens * self.dtype.itemsize
         if bin_.stat().st_size != expected:
             raise DataError(
-                f"{bin_}: expected {expected} bytes as its index says ({num_tokens} tokens of "
-                f"{self.dtype.name}), found {bin_.stat().st_size}; prepare the data again"
+                f"{bin_} has {bin_.stat().st_size} bytes, but its index expects {expected} "
+                f"({num_tokens} tokens of {self.dtype.name}). Prepare the data again."
             )
         if num_tokens == 0:
-            raise DataError(f"{bin_}: holds no tokens; prepare the data again")
+            raise DataError(f"{bin_} has no tokens. Prepare the data again.")
         self.tokens: Tokens = np.memmap(bin_, dtype=self.dtype, mode="r")
         ends = np.append(offsets // self.dtype.itemsize, num_tokens)
         self.bounds: NDArray[np.int64] = ends[documents]
@@ -151,30 +165,38 @@ _Index = tuple[np.dtype[Any], NDArray[np.int32], NDArray[np.int64], NDArray[np.i
 
 
 def _read_index(path: Path) -> _Index:
-    """Return token type, lengths [n], byte offsets [n] and document bounds [d] of an index file."""
+    """Return the token type, lengths [n], offsets [n] and document bounds [d] of an index file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(_HEADER.size)
         if head[: len(MAGIC)] != MAGIC[: len(head)] or not head:
             raise DataError(
-                f"{path}: not a Megatron index, expected it to begin with {MAGIC!r}, "
-                f"found {head[: len(MAGIC)]!r}"
+                f"{path} is not a Megatron index: it begins with {head[: len(MAGIC)]!r} instead of "
+                f"{MAGIC!r}."
             )
         if len(head) < _HEADER.size:
-            raise DataError(f"{path}: truncated, expected at least {_HEADER.size} bytes")
+            raise DataError(
+                f"{path} is truncated: it has {size} bytes of a header of {_HEADER.size}. Prepare "
+                "the data again."
+            )
         _, version, code, n, d = _HEADER.unpack(head)
         if version != 1:
-            raise DataError(f"{path}: expected version 1 of the format, found {version}")
+            raise DataError(
+                f"{path} has version {version} of the format, but only version 1 is supported."
+            )
         if code not in _DTYPES:
             raise DataError(
-                f"{path}: expected tokens of type {_type_names()}, found type code {code}"
+                f"{path} has the unknown token type code {code}. Supported types are "
+                f"{_type_names()}."
             )
         expected = _HEADER.size + 12 * n + 8 * d
         if size != expected:
-            modes = "; sequence modes of multimodal data are not supported"
+            reason = "It may be truncated. Prepare the data again."
+            if size == expected + n:
+                reason = "Sequence modes of multimodal data are not supported."
             raise DataError(
-                f"{path}: expected {expected} bytes for {n} sequences and {d} document bounds, "
-                f"found {size}{modes if size == expected + n else '; it may be truncated'}"
+                f"{path} has {size} bytes instead of {expected} for {n} sequences and {d} document "
+                f"bounds. {reason}"
             )
         lengths = np.fromfile(file, "<i4", n)
         offsets = np.fromfile(file, "<i8", n)
@@ -182,20 +204,25 @@ def _read_index(path: Path) -> _Index:
     dtype = _DTYPES[code]
     starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
     if (lengths < 0).any() or not np.array_equal(offsets, starts):
-        raise DataError(f"{path}: damaged, sequences do not follow each other without gaps")
+        raise DataError(
+            f"{path} is damaged: its sequences are not contiguous. Prepare the data again."
+        )
     if d == 0 or documents[0] != 0 or documents[-1] != n or (np.diff(documents) < 0).any():
-        raise DataError(f"{path}: damaged or unfinished, expected document bounds from 0 to {n}")
+        raise DataError(
+            f"{path} is damaged or incomplete: its document bounds do not go from 0 to {n}. "
+            "Prepare the data again."
+        )
     return dtype, lengths, offsets, documents
 
 
 def _with_suffix(prefix: Path | str, suffix: str) -> Path:
-    return Path(f"{prefix}{suffix}")  # with_suffix would eat the end of "corpus.v2"
+    return Path(f"{prefix}{suffix}")  # with_suffix would cut the end of "corpus.v2".
 
 
-def _missing(prefix: Path | str) -> str:
+def _remedy(prefix: Path | str) -> str:
     if str(prefix).endswith((".bin", ".idx")):
-        return "give the prefix without .bin or .idx"
-    return "make it with 'ee-llm data prepare'"
+        return "Give the prefix without .bin or .idx."
+    return "Create it with 'ee-llm data prepare'."
 
 
 def _type_names() -> str:

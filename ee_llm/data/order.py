@@ -1,7 +1,7 @@
-"""In which order samples are read: pure functions of a seed and a position, of nothing else.
+"""The order of samples, computed as a pure function of a seed and a position.
 
-Any rank can ask for any position at any time, at the cost of a few integer operations: there are no
-index files, and nothing to restore after an interruption but the position.
+Any rank can compute any position at any time with a few integer operations. There are no index
+files, and the position is the only state to restore after an interruption.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from ee_llm.errors import DataError
 _NUM_ROUNDS = 8
 _MASK64 = (1 << 64) - 1
 MAX_PERIOD = 1 << 18
-"""Longest pattern of a blend: weights that need more are rounded to multiples of 1/MAX_PERIOD."""
+"""Maximum period of a blend: weights that need more are rounded to multiples of 1/MAX_PERIOD."""
 
 
 def shuffled(index: int, size: int, seed: int, epoch: int, stream: int = 0) -> int:
-    """Return the place of `index` in the permutation of range(size) that belongs to a key.
+    """Return element `index` of the permutation of range(size) with the key (seed, epoch, stream).
 
-    The key is (seed, epoch, stream). A Feistel network permutes the smallest power of two that
-    holds `size`, and is applied again until the result is below `size` (cycle walking; Black and
-    Rogaway, "Ciphers with arbitrary finite domains", 2002): less than two times on average.
+    A Feistel network permutes the smallest power of two that is at least `size`, and is applied
+    repeatedly until the result is below `size` (cycle walking; Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002): less than twice on average.
     """
     assert 0 <= index < size, f"index {index} of {size}"
     num_bits = (size - 1).bit_length()
@@ -51,7 +51,7 @@ def _feistel(value: int, num_bits: int, keys: Sequence[int]) -> int:
 
 
 def _mix(value: int) -> int:
-    """Return 64 well-mixed bits (the finalizer of splitmix64; Steele, Lea and Flood, 2014)."""
+    """Return 64 mixed bits (the finalizer of splitmix64; Steele, Lea and Flood, 2014)."""
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK64
     return value ^ value >> 31
@@ -64,17 +64,19 @@ def _round_keys(seed: int, epoch: int, stream: int) -> tuple[int, ...]:
     return struct.unpack(f"<{_NUM_ROUNDS}Q", digest)
 
 
-def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """Return the smallest whole numbers in the proportion of `weights`.
+def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
+    """Return the smallest integers proportional to `weights`.
 
-    0.3 means three tenths, not the nearest binary fraction. If the sum exceeds MAX_PERIOD, the
-    numbers are rounded, none to 0, so that it is MAX_PERIOD. Raises DataError for a weight that
-    is not above 0.
+    0.3 is taken as three tenths, not as the nearest binary fraction. If the sum exceeds MAX_PERIOD,
+    the integers are rounded, none of them to 0, so that the sum is MAX_PERIOD.
+
+    Raises:
+        DataError: A weight is not a finite number above 0.
     """
     if any(not math.isfinite(weight) or weight <= 0 for weight in weights):
         raise DataError(
-            f"data.weights = {list(weights)}: every weight must be a number above 0; leave out the "
-            "prefixes that are not wanted"
+            f"data.weights = {list(weights)} must be finite numbers above 0. Remove prefixes that "
+            "you do not want to use."
         )
     exact = [Fraction(str(weight)) for weight in weights]
     scale = math.lcm(*(fraction.denominator for fraction in exact))
@@ -89,45 +91,46 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 class BlendPattern:
-    """Which of several sources each position of a blend is taken from.
+    """The source of each position of a blend.
 
-    At every position p, source i has been taken floor(w_i p) or ceil(w_i p) times, w_i being its
-    share. The pattern repeats after sum(counts) positions; one period is kept.
+    Before position p, source i has been taken floor(w_i p) or ceil(w_i p) times, where w_i is its
+    share. The pattern repeats after sum(counts) positions; one period is in memory.
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
         self.counts = tuple(counts)
         self.period = sum(counts)
         self._source = _one_period(self.counts)
-        # The positions of a source within the period, and the rank of a position among them.
-        self._places = [np.flatnonzero(self._source == i) for i in range(len(counts))]
+        # The positions of each source in the period, and the rank of each position among them.
+        self._positions = [np.flatnonzero(self._source == i) for i in range(len(counts))]
         self._rank = np.zeros(self.period, np.int64)
-        for places in self._places:
-            self._rank[places] = np.arange(len(places))
+        for positions in self._positions:
+            self._rank[positions] = np.arange(len(positions))
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Return (source, how many times that source was taken before) of a position."""
-        cycle, place = divmod(position, self.period)
-        source = int(self._source[place])
-        return source, cycle * self.counts[source] + int(self._rank[place])
+        """Return the source of a position and the number of earlier samples from that source."""
+        cycle, offset = divmod(position, self.period)
+        source = int(self._source[offset])
+        return source, cycle * self.counts[source] + int(self._rank[offset])
 
     def position(self, source: int, taken: int) -> int:
-        """Return the position at which `source` has been taken `taken` times before."""
+        """Return the position of sample number `taken` (from 0) of `source`."""
         cycle, rank = divmod(taken, self.counts[source])
-        return cycle * self.period + int(self._places[source][rank])
+        return cycle * self.period + int(self._positions[source][rank])
 
 
 def _one_period(counts: Sequence[int]) -> NDArray[np.integer[Any]]:
     """Return the source of each position [period].
 
-    The j-th taking of source i may happen from position floor((j - 1) / w_i) on and must have
-    happened before position ceil(j / w_i): these bounds are the floor and ceil that BlendPattern
-    promises. Unit jobs with whole bounds: serving the earliest deadline first meets all of them if
-    that is possible at all, and it is, as taking a part w_i of every source at each position does.
+    Sample j of source i may be taken from position floor((j - 1) / w_i) on and must be taken before
+    position ceil(j / w_i), which gives the floor and ceil of BlendPattern. These are unit jobs with
+    integer release times and deadlines, for which earliest deadline first finds a feasible schedule
+    if there is one. There is one, as taking a fraction w_i of every source at each position is a
+    feasible fractional schedule.
     """
     period = sum(counts)
     taken = [0] * len(counts)
-    waiting = [(0, i) for i in range(len(counts))]  # (position from which it may be taken, source)
+    waiting = [(0, i) for i in range(len(counts))]  # (release position, source)
     ready: list[tuple[int, int]] = []  # (deadline, source)
     sources = np.zeros(period, np.int32)
     for position in range(period):

@@ -1,7 +1,6 @@
-"""`ee-llm data prepare`: texts in, Megatron's `.bin` and `.idx` out, in parallel.
+"""`ee-llm data prepare`: tokenize texts into Megatron's `.bin` and `.idx` files in parallel.
 
-What is written depends on the inputs and the tokenizer alone: any number of workers gives the same
-bytes.
+The output depends only on the inputs and the tokenizer: it is the same for any number of workers.
 """
 
 import json
@@ -39,9 +38,9 @@ from ee_llm.data.indexed import IndexedTokens, IndexedWriter, Tokens, token_dtyp
 from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from ee_llm.errors import DataError, RunError
 
-_CHUNK_BYTES = 1 << 20  # of text, the unit of work that is handed to a worker
-_MAX_WORKERS = 1024  # each takes memory for the tokenizer and for documents under way
-_POOL_BYTES = 8 << 20  # below this much text the start of worker processes is not worth it
+_CHUNK_BYTES = 1 << 20  # of text: the unit of work of a worker
+_MAX_WORKERS = 1024  # each needs memory for the tokenizer and its documents
+_POOL_BYTES = 8 << 20  # with less text, starting worker processes takes longer than it saves
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -49,47 +48,48 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Turn texts into the token files that training reads: PREFIX.bin and PREFIX.idx."""
+    """Tokenize texts into the files that training reads: PREFIX.bin and PREFIX.idx."""
 
     inputs: tuple[Path, ...]
-    """Files of JSON lines, JSON arrays, Parquet or plain text (one document each), compressed with
-    gzip, bzip2, xz or zstd or not, and folders of them."""
+    """Files or folders of JSON lines, JSON arrays, Parquet or plain text (one document per file),
+    optionally compressed with gzip, bzip2, xz or zstd."""
 
     output: Path
-    """Prefix of the files to write, for example data/corpus for data/corpus.bin and .idx."""
+    """Path of the files to write without .bin or .idx, for example data/corpus."""
 
     tokenizer: str = "bytes"
-    """'bytes', or the path of a SentencePiece .model, of a tokenizer.json, or of a run directory or
-    checkpoint, whose tokenizer it then is."""
+    """Tokenizer: 'bytes', or the path of a SentencePiece .model, a tokenizer.json, or a run
+    directory or checkpoint to take the tokenizer from."""
 
     eos_token: str | None = None
-    """Text of the token that ends a document; default: what the tokenizer_config.json beside the
-    tokenizer states, else the first of the usual names that is in the vocabulary."""
+    """Text of the token that ends a document. Default: the eos_token in the tokenizer_config.json
+    next to the tokenizer, else the first common name that is in the vocabulary."""
 
     key: str = "text"
     """Key of the text in JSON objects, or its column in Parquet files."""
 
     suffixes: tuple[str, ...] = ()
-    """Read only files with these endings in a folder, for example .py .md; default: every file."""
+    """Read only files with these suffixes in folders, for example .py .md. Default: all files."""
 
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
-    """Names of folders that are left out, at any depth."""
+    """Names of folders to skip, at any depth."""
 
     format: Format = "auto"
-    """What the inputs are; auto goes by the name and, for .json and Parquet, by the content."""
+    """Format of the inputs. auto: detect it from the file name and, for .json and Parquet, from the
+    content."""
 
     append_eos: bool = True
-    """Whether an end-of-document token follows each document."""
+    """Append an end-of-document token to each document."""
 
     workers: int = 0
-    """Number of processes; 0 is one per CPU core, or none for a small input."""
+    """Number of worker processes. 0: one per CPU core, or none for a small input."""
 
     progress: bool = True
-    """Whether a progress bar is shown (at a terminal, on standard error)."""
+    """Show a progress bar on standard error if it is a terminal."""
 
 
 class PrepareReport(NamedTuple):
-    """What `prepare` wrote; as text, one line for people."""
+    """Summary of the files that `prepare` wrote; `str` gives a readable text."""
 
     prefix: str
     num_documents: int
@@ -97,17 +97,17 @@ class PrepareReport(NamedTuple):
     num_bytes: int
     """Bytes of UTF-8 text, before tokenization."""
     num_empty: int
-    """Documents without any text, which were left out."""
+    """Number of documents without text, which were skipped."""
     skipped: tuple[Skipped, ...] = ()
-    """What was left out of the folders among the inputs."""
+    """Files and links in input folders that were skipped."""
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text per token, end-of-document tokens included."""
+        """Bytes of text per token, including end-of-document tokens."""
         return self.num_bytes / self.num_tokens
 
     def __str__(self) -> str:
-        empty = f", {self.num_empty:,} empty ones left out" if self.num_empty else ""
+        empty = f" ({self.num_empty:,} empty ones skipped)" if self.num_empty else ""
         skipped = f"\n{describe_skipped(self.skipped)}" if self.skipped else ""
         return (
             f"{self.prefix}.bin and .idx: {self.num_documents:,} documents{empty}, "
@@ -116,19 +116,22 @@ class PrepareReport(NamedTuple):
 
 
 def prepare(options: PrepareOptions) -> PrepareReport:
-    """Return what was written for `options`: both files, and PREFIX.meta.json that describes them.
+    """Write PREFIX.bin and PREFIX.idx, and PREFIX.meta.json, which describes them.
 
-    Nothing is replaced unless everything went well. A script that calls this must do so under
-    `if __name__ == "__main__":`, as worker processes import the script. Raises
-    ValueError for what is wrong with the inputs (file and line or byte), the tokenizer or the
-    output.
+    Existing files are replaced only if everything succeeds. A script must call this under
+    `if __name__ == "__main__":`, as worker processes import the script.
+
+    Returns:
+        A summary of the files.
+
+    Raises:
+        UserError: An input, the tokenizer or the output is not valid. The message names the file
+            and the line or byte.
     """
     if not 0 <= options.workers <= _MAX_WORKERS:
-        raise DataError(
-            f"--workers {options.workers}: give a number of processes up to {_MAX_WORKERS:,}, or 0"
-        )
+        raise DataError(f"--workers {options.workers} must be a number from 0 to {_MAX_WORKERS:,}.")
     tokenizer = load_tokenizer(options.tokenizer, options.eos_token)
-    _ = tokenizer.eos_token_id  # before any work: a tokenizer may have no such token
+    _ = tokenizer.eos_token_id  # Fail early: a tokenizer may have no such token.
     sources, skipped = find_sources(
         options.inputs, options.suffixes, options.exclude, options.format
     )
@@ -149,7 +152,7 @@ def prepare(options: PrepareOptions) -> PrepareReport:
             progress.update(task, advance=encoded.num_read)
         if writer.num_documents == 0:
             names = ", ".join(str(path) for path in options.inputs)
-            raise DataError(f"inputs {names}: no document with any text in them")
+            raise DataError(f"inputs {names} have no document with text. Give other --inputs.")
         description = describe(tokenizer, writer.num_documents, writer.num_tokens)
         with open_output(Path(f"{options.output}.meta.json")) as file:
             file.write(json.dumps(description, indent=1).encode() + b"\n")
@@ -165,7 +168,7 @@ def prepare(options: PrepareOptions) -> PrepareReport:
 
 
 def describe(tokenizer: Tokenizer, num_documents: int, num_tokens: int) -> dict[str, object]:
-    """Return the content of `PREFIX.meta.json`: which tokenizer the tokens are of, and how many."""
+    """Return the content of `PREFIX.meta.json`: the tokenizer and the number of tokens."""
     return {
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
@@ -176,36 +179,37 @@ def describe(tokenizer: Tokenizer, num_documents: int, num_tokens: int) -> dict[
 
 
 def check_tokenizer(prefix: Path | str, tokenizer: Tokenizer) -> None:
-    """Raise DataError if the data at `prefix` was prepared with another tokenizer.
+    """Raise DataError if the data at `prefix` were prepared with another tokenizer.
 
-    Data without a PREFIX.meta.json (made by other tools) pass: there is nothing to check.
+    Data without a PREFIX.meta.json, which other tools write, cannot be checked and are accepted.
     """
     path = Path(f"{prefix}.meta.json")
     if not path.is_file():
         return
     try:
-        found = json.loads(path.read_bytes())
-        fingerprint, num_tokens = found["tokenizer"], found["num_tokens"]
-        eos_token_id = found["eos_token_id"] if "eos_token_id" in found else found["eod"]  # 0.1.0
+        content = json.loads(path.read_bytes())
+        fingerprint, num_tokens = content["tokenizer"], content["num_tokens"]
+        # Version 0.1.0 called it "eod".
+        eos_token_id = content["eos_token_id"] if "eos_token_id" in content else content["eod"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: expected the description that 'ee-llm data prepare' writes; prepare the data "
-            "again, or remove the file if the data are of another tool"
+            f"{path} is not a description written by 'ee-llm data prepare'. Prepare the data "
+            "again, or remove the file if another tool wrote the data."
         ) from error
     if num_tokens != IndexedTokens(prefix).num_tokens:
         raise DataError(
-            f"{path}: describes other data than {prefix}.bin; prepare the data again, or remove "
-            "the file if the data are of another tool"
+            f"{path} does not describe {prefix}.bin. Prepare the data again, or remove the file if "
+            "another tool wrote the data."
         )
-    for what, here, there in (
+    for name, expected, actual in (
         ("tokenizer", tokenizer.fingerprint, fingerprint),
         ("end-of-document token", tokenizer.eos_token_id, eos_token_id),
     ):
-        if here != there:
+        if actual != expected:
             raise DataError(
-                f"data {prefix}: prepared with {what} {there}, but data.tokenizer "
-                f"({tokenizer.name}) has {here}; name the same tokenizer (and data.eos_token), or "
-                "prepare the data again"
+                f"data {prefix}: prepared with {name} {actual}, but data.tokenizer "
+                f"({tokenizer.name}) has {expected}. Set data.tokenizer (and data.eos_token) to "
+                "those of the data, or prepare the data again."
             )
 
 
@@ -213,9 +217,9 @@ _Chunk = tuple[RawDocument, ...]
 
 
 class _Encoded(NamedTuple):
-    """A chunk's tokens [t], the number of tokens of each document, and what they were made of.
+    """The tokens [t] of a chunk, the number of tokens of each document, and input sizes.
 
-    `num_read`: bytes of the input files, as they are on the disk.
+    `num_read` counts bytes of the input files on the disk, before decompression.
     """
 
     tokens: Tokens
@@ -226,7 +230,7 @@ class _Encoded(NamedTuple):
 
 
 def _chunks(documents: Iterable[RawDocument]) -> Iterator[_Chunk]:
-    """Group documents by size alone, so that the number of workers can not matter."""
+    """Group documents by size only, so that chunks do not depend on the number of workers."""
     group: list[RawDocument] = []
     size = 0
     for document in documents:
@@ -268,45 +272,51 @@ def _encode(
 def ordered_map(
     function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int
 ) -> Generator[_Result, None, None]:
-    """Yield function(item) of each item, in order, computed by `workers` processes.
+    """Yield function(item) for each item, in order, computed by `workers` processes.
 
-    With one worker everything happens in this process. A few items per worker are under way at a
-    time, so that `items` may be larger than memory. `function` and the items must be picklable.
-    A ValueError of `function` comes through as it is; where it was raised is its cause. Workers
-    are killed when the caller stops early, and end when this process dies.
+    With one worker, this process does all the work. Only a few items per worker are in memory, so
+    that `items` may be larger than memory. Workers are killed when the caller stops early, and exit
+    when this process dies.
 
-    Raises RunError if a worker was killed.
+    Args:
+        function: A picklable function. A ValueError that it raises is raised here again, with the
+            worker's traceback as its cause.
+        items: Picklable arguments.
+        workers: Number of processes.
+
+    Raises:
+        RunError: A worker was killed.
     """
     if workers == 1:
         yield from map(function, items)
         return
-    # Spawned, not forked: a fork of a process with threads (progress bar, torch) may deadlock.
+    # Spawn: forking a process that has threads (progress bar, torch) can deadlock.
     context = multiprocessing.get_context("spawn")
-    under_way: deque[Future[_Result]] = deque()
-    others = set(multiprocessing.active_children())
+    pending: deque[Future[_Result]] = deque()
+    other_children = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
     try:
         for item in items:
-            with _interrupts_ignored() if not under_way else nullcontext():
-                under_way.append(pool.submit(function, item))
-            if len(under_way) >= 4 * workers:
-                yield _result(under_way.popleft())
-        while under_way:
-            yield _result(under_way.popleft())
+            with _interrupts_ignored() if not pending else nullcontext():
+                pending.append(pool.submit(function, item))
+            if len(pending) >= 4 * workers:
+                yield _result(pending.popleft())
+        while pending:
+            yield _result(pending.popleft())
     except BrokenProcessPool as error:
         raise RunError(
-            f"a worker process of {workers} was killed, most likely because the machine ran out of "
-            "memory. Use fewer --workers, or split documents of many megabytes."
+            f"one of {workers} worker processes was killed, most likely because the machine ran "
+            "out of memory. Use fewer --workers, or split documents of many megabytes."
         ) from error
     finally:
-        if under_way or sys.exc_info()[0] is not None:  # nobody wants the rest
-            for worker in set(multiprocessing.active_children()) - others:
+        if pending or sys.exc_info()[0] is not None:  # The remaining results are not needed.
+            for worker in set(multiprocessing.active_children()) - other_children:
                 worker.kill()
         pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
-    """Let this worker end as soon as its parent dies: it would wait for work for ever."""
+    """Exit this worker when its parent dies, as it would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
 
@@ -319,7 +329,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C, which their parent ends them at, without a traceback."""
+    """Start processes that ignore Ctrl-C. Their parent kills them then, without a traceback."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -334,13 +344,13 @@ def _result(future: Future[_Result]) -> _Result:
     try:
         return future.result()
     except ValueError as error:
-        # As one of ours, not of the pool's: the command line tells a user's mistake by that.
+        # Drop the frames of the pool: only the worker's traceback, which is the cause, is useful.
         raise error.with_traceback(None)  # noqa: B904  (its cause is the worker's traceback)
 
 
-def _num_workers(wanted: int, total_bytes: int) -> int:
-    if wanted:
-        return wanted
+def _num_workers(requested: int, total_bytes: int) -> int:
+    if requested:
+        return requested
     if total_bytes < _POOL_BYTES:
         return 1
     from ee_llm import distributed

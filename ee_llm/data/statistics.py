@@ -1,4 +1,4 @@
-"""Figures of prepared data: how many tokens, and how surprising they are one by one."""
+"""Statistics of prepared data: token counts and unigram entropy."""
 
 import math
 from dataclasses import dataclass
@@ -12,42 +12,42 @@ from ee_llm.data.indexed import IndexedTokens, Tokens
 from ee_llm.errors import DataError
 
 _CHUNK = 1 << 22  # tokens
-_MAX_IDS = 1 << 31  # more than any vocabulary has; each id is a counter in memory
+_MAX_IDS = 1 << 31  # larger than any vocabulary; each id needs a counter in memory
 
 
 @dataclass(frozen=True)
 class StatisticsOptions:
-    """Print what prepared data consist of."""
+    """Print statistics of prepared data."""
 
     prefix: Path
-    """Prefix of the data, for example data/corpus for data/corpus.bin and .idx."""
+    """Path of the data without .bin or .idx, for example data/corpus."""
 
 
 class Statistics(NamedTuple):
-    """Figures of a data set; as text, one line for people."""
+    """Statistics of a data set; `str` gives a readable line."""
 
     prefix: str
     num_documents: int
     num_tokens: int
     num_distinct: int
-    """Different token ids that occur."""
+    """Number of distinct token ids."""
     largest_id: int
     longest_document: int
-    """Its length in tokens."""
+    """Length of the longest document, in tokens."""
     unigram_entropy: float
-    """In nats per token: the loss of a model that knows the frequencies and nothing else."""
+    """In nats per token: the loss of a model that knows only the token frequencies."""
 
     def __str__(self) -> str:
         return (
             f"{self.prefix}: {self.num_documents:,} documents of at most "
             f"{self.longest_document:,} tokens, {self.num_tokens:,} tokens, "
-            f"{self.num_distinct:,} different ids up to {self.largest_id:,}, "
+            f"{self.num_distinct:,} distinct ids up to {self.largest_id:,}, "
             f"unigram entropy {self.unigram_entropy:.3f} nats/token"
         )
 
 
 def statistics(options: StatisticsOptions) -> Statistics:
-    """Return the figures of the data at `options.prefix`; reads all of them once."""
+    """Return the statistics of the data at `options.prefix`, reading all tokens once."""
     data = IndexedTokens(options.prefix)
     counts = token_counts(data.tokens, f"{data.prefix}.bin")
     return Statistics(
@@ -62,9 +62,12 @@ def statistics(options: StatisticsOptions) -> Statistics:
 
 
 def token_counts(tokens: Tokens, path: str) -> NDArray[np.int64]:
-    """Return how often each id from 0 to the largest occurs in `tokens` [t], read in chunks.
+    """Return the number of occurrences of each id, from 0 to the largest, in `tokens` [t].
 
-    Raises DataError, naming the file `path` that they are of, for what can be no token id.
+    The tokens are read in chunks.
+
+    Raises:
+        DataError: A number is not a token id; the message names the file `path`.
     """
     counts = np.zeros(0, dtype=np.int64)
     for start in range(0, len(tokens), _CHUNK):
@@ -72,7 +75,7 @@ def token_counts(tokens: Tokens, path: str) -> NDArray[np.int64]:
         for extreme in (int(ids.min()), int(ids.max())):
             if not 0 <= extreme < _MAX_IDS:
                 raise DataError(
-                    f"{path}: holds {extreme}, which is no token id: these are 0 to {_MAX_IDS - 1}"
+                    f"{path} has {extreme}, which is not a token id from 0 to {_MAX_IDS - 1}."
                 )
         chunk = np.bincount(ids, minlength=len(counts))
         chunk[: len(counts)] += counts
@@ -81,7 +84,7 @@ def token_counts(tokens: Tokens, path: str) -> NDArray[np.int64]:
 
 
 def entropy(counts: NDArray[np.int64]) -> float:
-    """Return the entropy, in nats, of the distribution that `counts` are of; of none it is 0."""
+    """Return the entropy, in nats, of the distribution of `counts`; 0 if all are 0."""
     seen = counts[counts > 0].astype(np.float64)
     if not seen.size:
         return 0.0

@@ -4,7 +4,7 @@ from ee_llm import distributed
 from ee_llm.checkpoint.tokenizer import keep
 from ee_llm.config import Config
 from ee_llm.data.batches import BatchShape, EvaluationBatches, TrainingBatches
-from ee_llm.data.dataset import Blend, Part, RowOptions, open_blend
+from ee_llm.data.dataset import Blend, RowOptions, Split, open_blend
 from ee_llm.data.prepare import check_tokenizer
 from ee_llm.data.tokenization.tokenizer import load_tokenizer
 from ee_llm.errors import UserError
@@ -41,15 +41,15 @@ def open_data(
     def shape(global_batch_size: int) -> BatchShape:
         return BatchShape(micro_batch_size, global_batch_size, grid.data_rank, grid.data_size)
 
-    def blend(part: Part) -> Blend:
+    def blend(split: Split) -> Blend:
         return open_blend(
             config.data.prefixes,
-            part,
+            split,
             seq_length=config.data.seq_length,
             options=options,
             seed=config.training.seed,
             weights=config.data.weights,
-            split=config.data.split,
+            fractions=config.data.split,
         )
 
     # Microbatches that fill bubbles take further samples in the same order, so that no sample is

@@ -246,5 +246,5 @@ def test_what_one_rank_meets_is_one_line(workplace):
     lines = [line for line in said.splitlines() if not line.startswith("step ")]
     assert len(lines) == 2
     assert lines[1].startswith("ee-llm: ")
-    assert "beyond.bin: token id 999 (in window" in lines[1]
+    assert "beyond.bin: token id 999 in window" in lines[1]
     assert "model.vocab_size = 320" in lines[1]

@@ -45,7 +45,7 @@ def plain_training(config: Config, initial: dict[str, torch.Tensor]) -> list[dic
         seq_length=config.data.seq_length,
         options=RowOptions(eos_token_id=EOS, vocab_size=config.model.vocab_size),
         seed=config.training.seed,
-        split=config.data.split,
+        fractions=config.data.split,
     )
     batches = TrainingBatches(blend, BatchShape(size, size))
     history = []

@@ -11,7 +11,7 @@ from ee_llm.architecture.parameter_names import output_weight_name
 from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.checkpoint.read import TensorReader, resolve_checkpoint
 from ee_llm.config import Config
-from ee_llm.data.dataset import PARTS, split_documents
+from ee_llm.data.dataset import SPLITS, split_documents
 from ee_llm.data.indexed import IndexedTokens
 
 QUICKSTART = "train one with ./scripts/quickstart.sh"
@@ -136,7 +136,7 @@ def _validation_text(config: Config, run: Path) -> list[int]:
         data = IndexedTokens(beside if Path(f"{beside}.idx").exists() else prefix)
     except ValueError as error:
         raise ValueError(f"no text for prompts: {error}; {QUICKSTART}") from error
-    part = PARTS.index("validation")
+    part = SPLITS.index("validation")
     if config.data.split[part] <= 0:
         raise ValueError(f"data.split = {list(config.data.split)} leaves no validation text")
     documents = split_documents(data.num_documents, config.data.split)[part]

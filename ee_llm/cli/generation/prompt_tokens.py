@@ -73,10 +73,10 @@ def first_tokens(bos: Bos, tokenizer: Tokenizer, stated: bool | None) -> list[in
     adds = tokenizer.adds_bos if stated is None else stated
     if bos == "off" or (bos == "auto" and not adds):
         return []
-    if tokenizer.bos is None:
+    if tokenizer.bos_token_id is None:
         asked = "--bos on" if bos == "on" else "the tokenizer's settings (add_bos_token)"
         raise RequestError(
             f"{asked}: tokenizer {tokenizer.name} has no beginning-of-sequence token; give "
             "--bos off"
         )
-    return [tokenizer.bos]
+    return [tokenizer.bos_token_id]

@@ -1,4 +1,4 @@
-"""Documents from files: text, JSON and Parquet, compressed or not, and folders of these."""
+"""Read documents from text, JSON and Parquet files, optionally compressed, and from folders."""
 
 from ee_llm.data.documents.reading import RawDocument, decode_document, raw_documents
 from ee_llm.data.documents.sources import (

@@ -1,4 +1,4 @@
-"""The objects of a JSON array, of which one is in memory at a time."""
+"""Read the objects of a JSON array one at a time."""
 
 import codecs
 import json
@@ -7,43 +7,44 @@ from collections.abc import Iterator
 from ee_llm.data.documents.compression import Input
 from ee_llm.errors import DataError
 
-_CHUNK = 1 << 20  # bytes that are read at a time
-_BLANKS = " \t\n\r"
+_CHUNK = 1 << 20  # bytes to read at a time
+_WHITESPACE = " \t\n\r"
 
 
 def objects(file: Input, max_size: int) -> Iterator[bytes]:
-    """Yield each object of the array that `file` holds, as UTF-8 text.
+    """Yield each object of the array in `file` as UTF-8 text.
 
-    Raises DataError, naming the file and the record, for what is no array of objects and for an
-    object of more than `max_size` bytes.
+    Raises:
+        DataError: The file is not an array of objects, or an object has more than `max_size` bytes.
+            The message names the file and the record.
     """
     text = _Text(file, max_size)
     try:
         if text.take() != "[":
-            raise _ArrayError("expected a JSON array of objects")
-        mark = text.take() if text.peek() == "]" else ","
-        while mark == ",":
+            raise _ArrayError("not a JSON array of objects")
+        delimiter = text.take() if text.peek() == "]" else ","
+        while delimiter == ",":
             text.number += 1
             yield text.take_object()
-            mark = text.take()
-        if mark != "]":
-            raise _ArrayError(f"expected , or ] after it, found {mark!r}")
-        if after := text.take():
-            raise _ArrayError(f"expected the end of the file after the array, found {after!r}")
+            delimiter = text.take()
+        if delimiter != "]":
+            raise _ArrayError(f"expected , or ] after the record, found {delimiter!r}")
+        if extra := text.take():
+            raise _ArrayError(f"expected the end of the file after the array, found {extra!r}")
     except _ArrayError as error:
         raise DataError(f"{file.path}, record {text.number}: {error}") from error.__cause__
 
 
 class _ArrayError(Exception):
-    """The text is no array of objects; the message says why."""
+    """The text is not an array of objects; the message has the reason."""
 
 
 class _Text:
-    """A file's text, read on demand."""
+    """The text of a file, read on demand."""
 
     def __init__(self, file: Input, max_size: int) -> None:
         self.number = 0
-        """Of the record at hand."""
+        """Number of the current record, from 1."""
         self._file = file
         self._max_size = max_size
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
@@ -52,9 +53,9 @@ class _Text:
         self._is_read = False
 
     def peek(self) -> str:
-        """Return the next character that is no blank, "" at the end."""
+        """Return the next character that is not whitespace, "" at the end."""
         while True:
-            while self._at < len(self._text) and self._text[self._at] in _BLANKS:
+            while self._at < len(self._text) and self._text[self._at] in _WHITESPACE:
                 self._at += 1
             if self._at < len(self._text):
                 return self._text[self._at]
@@ -62,15 +63,15 @@ class _Text:
                 return ""
 
     def take(self) -> str:
-        """Return the next character that is no blank and go past it."""
-        found = self.peek()
-        self._at += len(found)
-        return found
+        """Return and consume the next character that is not whitespace, "" at the end."""
+        character = self.peek()
+        self._at += len(character)
+        return character
 
     def take_object(self) -> bytes:
-        """Return the next value, which must be an object, and go past it."""
-        if (found := self.peek()) != "{":
-            raise _ArrayError(f"expected a JSON object, found {found!r}")
+        """Return and consume the next value, which must be an object."""
+        if (character := self.peek()) != "{":
+            raise _ArrayError(f"expected a JSON object, found {character!r}")
         while True:
             try:
                 _, end = json.JSONDecoder().raw_decode(self._text, self._at)
@@ -79,7 +80,7 @@ class _Text:
             except json.JSONDecodeError as error:
                 if len(self._text) - self._at > self._max_size:
                     raise _ArrayError(
-                        f"not valid JSON, or more than {self._max_size:,} bytes"
+                        f"not valid JSON, or larger than {self._max_size:,} bytes"
                     ) from error
                 if not self._read():
                     raise _ArrayError(f"not valid JSON: {error.msg}") from error
@@ -89,18 +90,21 @@ class _Text:
             return data
 
     def _read(self) -> bool:
-        """Read as much again as is kept, so that long objects are parsed few times over."""
+        """Read more text; return whether there was any.
+
+        Double the amount of unparsed text, so that a long object is parsed only a few times.
+        """
         if self._is_read:
             return False
-        kept = self._text[self._at :]
-        data = self._file.read(max(_CHUNK, len(kept)))
+        rest = self._text[self._at :]
+        data = self._file.read(max(_CHUNK, len(rest)))
         self._is_read = not data
         try:
-            self._text = kept + self._decoder.decode(data, final=self._is_read)
+            self._text = rest + self._decoder.decode(data, final=self._is_read)
         except UnicodeDecodeError as error:
-            wrong = f"byte 0x{error.object[error.start]:02x}"
+            byte = f"byte 0x{error.object[error.start]:02x}"
             raise DataError(
-                f"{self._file.path}: not UTF-8 text, {wrong}; convert the file or leave it out"
+                f"{self._file.path}: not UTF-8 text, {byte}. Convert the file or exclude it."
             ) from error
         self._at = 0
         return True

@@ -1,4 +1,4 @@
-"""Documents in a column of a Parquet file, a few rows at a time in memory."""
+"""Read documents from a column of a Parquet file, a few rows at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +8,11 @@ from ee_llm.data.documents.compression import check_ratio
 from ee_llm.errors import DataError
 
 MAGIC = b"PAR1"
-_NUM_ROWS = 64  # in memory at a time; each may be a long document
+_NUM_ROWS = 64  # to read at a time; each can be a long document
 
 
 class Row(NamedTuple):
-    """The bytes of a document's text, and those of the file that were read for it."""
+    """The text of a document in bytes, and the number of bytes of the file that it accounts for."""
 
     data: bytes
     num_read: int
@@ -21,25 +21,29 @@ class Row(NamedTuple):
 def rows(path: Path, column: str) -> Iterator[Row]:
     """Yield the texts in `column`, in order.
 
-    Raises DataError, naming the file, if it is damaged or decompresses to more than text does, if
-    it has no such column of strings, if a row has no text, or if pyarrow is not installed.
+    Raises:
+        DataError: The file is damaged, decompresses to too much data, has no such column of
+            strings or a row without text, or pyarrow is not installed. The message names the file.
     """
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(
-            f"input {path}: Parquet needs the package pyarrow; pip install 'ee-llm[data]'"
+            f"input {path} requires the package pyarrow for Parquet. Run pip install "
+            "'ee-llm[data]'."
         ) from error
     try:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             _check_column(path, file, column)
             yield from _rows(path, file, column)
     except pyarrow.ArrowException as error:
-        raise DataError(f"input {path}: damaged Parquet data ({error}); get it again") from error
+        raise DataError(
+            f"input {path} has damaged Parquet data ({error}). Download or create the file again."
+        ) from error
     except OSError as error:
         reason = error.strerror or f"damaged Parquet data: {error}"
-        raise DataError(f"input {path}: cannot be read ({reason})") from error
+        raise DataError(f"input {path} cannot be read: {reason}.") from error
 
 
 def _rows(path: Path, file: Any, column: str) -> Iterator[Row]:
@@ -51,12 +55,12 @@ def _rows(path: Path, file: Any, column: str) -> Iterator[Row]:
         values = batch.column(0)
         if pyarrow.types.is_dictionary(values.type):
             values = values.dictionary_decode()
-        # As bytes, so that a text that is not UTF-8 is reported where the others are.
+        # Take bytes, so that `decode_document` reports text that is not UTF-8.
         for value in values.cast(pyarrow.large_binary()).to_pylist():
             done += 1
             if value is None:
                 raise DataError(
-                    f"{path}, row {done}: the value of {column!r} is null, expected a string"
+                    f"{path}, row {done}: the value of {column!r} is null instead of a string."
                 )
             num_out += len(value)
             check_ratio(path, num_out, num_bytes)
@@ -70,12 +74,14 @@ def _check_column(path: Path, file: Any, column: str) -> None:
     schema = file.schema_arrow
     if column not in schema.names:
         names = ", ".join(map(repr, schema.names)) or "none"
-        raise DataError(f"{path}: no column {column!r} (columns: {names}); name one with --key")
+        raise DataError(
+            f"{path} has no column {column!r} (columns: {names}). Choose one with --key."
+        )
     kind = schema.field(column).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise DataError(f"{path}: column {column!r} holds {kind}, expected strings")
+        raise DataError(f"{path}: column {column!r} has type {kind} instead of string.")
     paths = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
     index = paths.index(column)
     for group in range(file.metadata.num_row_groups):

@@ -1,7 +1,7 @@
-"""Documents out of files, one at a time in memory.
+"""Read documents from files, one at a time.
 
-A document travels as raw bytes with the place it came from, so that decoding, and its errors, can
-happen in whichever process encodes it.
+A document is passed on as raw bytes with its origin, so that the process that encodes it also
+decodes it and reports errors.
 """
 
 import json
@@ -14,30 +14,33 @@ from ee_llm.data.documents.compression import Input
 from ee_llm.data.documents.sources import Source
 from ee_llm.errors import DataError
 
-# A token is a byte or more, and an index file has 32 bits for a document's number of tokens.
+# A token has at least one byte, and index files store the tokens of a document in 32 bits.
 MAX_DOCUMENT = 2_000_000_000  # bytes
 
 Unit = Literal["file", "line", "record", "row"]
 
 
 class RawDocument(NamedTuple):
-    """The bytes of one document, and where they came from."""
+    """The bytes of a document and their origin."""
 
     path: Path
     number: int
-    """Of the unit in the file, from 1."""
+    """Number of the unit in the file, from 1."""
     data: bytes
-    """Text for a file or row, a JSON object for a line or record (of an array)."""
+    """Text of a file or row, or the JSON object of a line or array record."""
     unit: Unit
     num_read: int
-    """Bytes of the file that were read since the previous document; adds up to its size."""
+    """Number of bytes of the file read since the previous document; they sum to its size."""
 
 
 def raw_documents(sources: Sequence[Source], key: str = "text") -> Iterator[RawDocument]:
     """Yield the documents of `sources` in order; `key` is the column of Parquet files.
 
-    Blank lines of a JSONL file are no documents. Raises DataError, naming the file, for one that
-    cannot be read or is damaged, and for a document of more than `MAX_DOCUMENT` bytes.
+    Blank lines of a JSONL file are skipped.
+
+    Raises:
+        DataError: A file cannot be read or is damaged, or a document has more than `MAX_DOCUMENT`
+            bytes. The message names the file.
     """
     for source in sources:
         if source.kind == "parquet":
@@ -75,16 +78,17 @@ def _records(file: Input) -> Iterator[RawDocument]:
 def _check_size(where: str | Path, data: bytes) -> None:
     if len(data) > MAX_DOCUMENT:
         raise DataError(
-            f"{where}: a document of more than {MAX_DOCUMENT:,} bytes; divide it, for example into "
-            "lines of JSON"
+            f"{where}: the document has more than {MAX_DOCUMENT:,} bytes. Split it, for example "
+            "into lines of JSON."
         )
 
 
 def decode_document(document: RawDocument, key: str = "text") -> str:
-    """Return the text of a document: a whole file or cell, or what a JSON object has under `key`.
+    """Return the text of a document: a file, a cell, or the value of `key` in a JSON object.
 
-    Raises DataError, naming the file and the byte or line, for text that is not UTF-8, and for a
-    line that is not a JSON object with a string under `key`.
+    Raises:
+        DataError: The text is not UTF-8, or a line is not a JSON object with a string as the value
+            of `key`. The message names the file and the byte or line.
     """
     path, number, data, unit, _ = document
     where = f"{path}" if unit == "file" else f"{path}, {unit} {number}"
@@ -93,11 +97,11 @@ def decode_document(document: RawDocument, key: str = "text") -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: not UTF-8 text, byte 0x{data[error.start]:02x} at offset {error.start}"
-            f"{'' if unit == 'file' else f' of the {unit}'}; convert the file or leave it out"
+            f"{'' if unit == 'file' else f' of the {unit}'}. Convert the file or exclude it."
         ) from error
     if unit in ("file", "row"):
         return text
-    if number == 1:  # a byte-order mark
+    if number == 1:  # There may be a byte-order mark.
         text = text.removeprefix("\ufeff")
     return _text_of(text, key, where)
 
@@ -106,24 +110,24 @@ def _text_of(line: str, key: str, where: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON: {error}") from error
+        raise DataError(f"{where}: not valid JSON: {error}.") from error
     if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}.")
     if key not in record:
         keys = ", ".join(map(repr, record)) or "none"
         raise DataError(
-            f"{where}: no key {key!r} (keys: {keys}); name the right one with --key, or read the "
-            "file as one text with --format text"
+            f"{where}: no key {key!r} (keys: {keys}). Choose one with --key, or read the file as "
+            "plain text with --format text."
         )
     value = record[key]
     if not isinstance(value, str):
         raise DataError(
-            f"{where}: the value of {key!r} is {type(value).__name__}, expected a string"
+            f"{where}: the value of {key!r} is {type(value).__name__} instead of a string."
         )
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair.
         raise DataError(
-            f"{where}: the value of {key!r} has an unpaired surrogate at character {error.start}"
+            f"{where}: the value of {key!r} has an unpaired surrogate at character {error.start}."
         ) from error
     return value

@@ -1,4 +1,4 @@
-"""Which files the inputs of a command are, and what kind of documents each holds."""
+"""Find the input files of a command and detect their formats."""
 
 import json
 import os
@@ -18,13 +18,13 @@ Format = Literal["auto", "jsonl", "json", "parquet", "text"]
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 DEFAULT_EXCLUDE = (".git", ".hg", ".svn", ".venv", "__pycache__", "node_modules")
 
-_HEAD = 8192  # bytes that say what a file is, as in git
+_HEAD = 8192  # bytes from which to detect binary files, as git does
 _LONGEST_LINE = 64 << 20
-_BOMS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16 and UTF-32: text, though not of the right kind
+_BOMS = (b"\xff\xfe", b"\xfe\xff")  # UTF-16 and UTF-32: text that needs a conversion
 
 
 class Source(NamedTuple):
-    """One input file: where it is, how it is read, and its size on the disk in bytes."""
+    """An input file: its path, format, compression and size on the disk in bytes."""
 
     path: Path
     kind: Kind
@@ -33,19 +33,19 @@ class Source(NamedTuple):
 
     @property
     def is_compressed(self) -> bool:
-        """Whether the texts in the file are larger than the file."""
+        """Whether the text of the file is larger than the file."""
         return self.compression != "none" or self.kind == "parquet"
 
 
 class Skipped(NamedTuple):
-    """Something in a folder that is no document, and why."""
+    """A file or link in a folder that is not a document, and the reason."""
 
     path: Path
     reason: str
 
 
 class Sources(NamedTuple):
-    """The files to read, and what was left out of the folders among the inputs."""
+    """The files to read, and the skipped contents of input folders."""
 
     files: list[Source]
     skipped: list[Skipped]
@@ -57,49 +57,56 @@ def find_sources(
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     file_format: Format = "auto",
 ) -> Sources:
-    """Return the files behind `inputs`, in their order; those of a folder sorted by path.
+    """Return the files of `inputs` in the given order, with those of a folder sorted by path.
 
-    `suffixes` and `exclude` (names of folders that are not entered) apply to folders only, which
-    are searched to any depth without following links to folders. In a folder, empty and binary
-    files, prepared data, broken links and the like are left out. Raises DataError for an input
-    that is one of these, that does not exist or is given twice, for a file that cannot be read, and
-    for a folder without a file that fits.
+    Folders are searched to any depth without following links to folders. Empty and binary files,
+    prepared data, broken links and the like are skipped in folders.
+
+    Args:
+        inputs: Files and folders.
+        suffixes: Suffixes of the files to read in folders; by default, all files.
+        exclude: Names of folders to skip.
+        file_format: The format of all files, or "auto" to detect it.
+
+    Raises:
+        DataError: An input does not exist, is not a document, is given twice or cannot be read, or
+            a folder has no document.
     """
     if not inputs:
-        raise DataError("no inputs; give the path of a file or folder with texts")
+        raise DataError("no inputs: give the path of a file or folder with texts.")
     files: list[Source] = []
     skipped: list[Skipped] = []
     origins: dict[str, Path] = {}
     for path in inputs:
-        found = list(_in_input(path, suffixes, set(exclude), file_format))
-        new = [source for source in found if isinstance(source, Source)]
-        left_out = [source for source in found if isinstance(source, Skipped)]
+        contents = list(_find(path, suffixes, set(exclude), file_format))
+        new = [source for source in contents if isinstance(source, Source)]
+        not_read = [source for source in contents if isinstance(source, Skipped)]
         if not new:
-            raise DataError(_nothing(path, suffixes, left_out))
+            raise DataError(_no_document(path, suffixes, not_read))
         for real in {os.path.realpath(source.path) for source in new}:
             if real in origins:
                 raise DataError(
-                    f"input {path}: {real} is in input {origins[real]} too; give each file once "
-                    "(data.weights repeats data in training)"
+                    f"input {path}: {real} is also in input {origins[real]}. Give each file once; "
+                    "to repeat data in training, use data.weights."
                 )
             origins[real] = path
         files += new
-        skipped += left_out
+        skipped += not_read
     return Sources(files, skipped)
 
 
 def describe_skipped(skipped: Sequence[Skipped]) -> str:
-    """Return a line on what was left out, by reason and with an example; "" for nothing."""
+    """Return a line with the number of skipped files and an example per reason; "" for none."""
     counts = Counter(reason for _, reason in skipped)
     examples = {reason: path for path, reason in reversed(skipped)}
     parts = [
         f"{count:,} {reason} ({examples[reason]}{', ...' if count > 1 else ''})"
         for reason, count in counts.items()
     ]
-    return f"left out: {'; '.join(parts)}" if parts else ""
+    return f"skipped: {'; '.join(parts)}" if parts else ""
 
 
-def _in_input(
+def _find(
     path: Path, suffixes: Sequence[str], exclude: set[str], file_format: Format
 ) -> Iterator[Source | Skipped]:
     if path.is_dir():
@@ -107,18 +114,18 @@ def _in_input(
     elif path.exists():
         source = _source(path, file_format)
         if isinstance(source, Skipped):
-            raise DataError(f"input {path}: {source.reason}; expected a file or folder of texts")
+            raise DataError(f"input {path}: {source.reason}. Give a file or folder with texts.")
         yield source
     else:
         kind = "broken link" if path.is_symlink() else "no such file or folder"
-        raise DataError(f"input {path}: {kind}")
+        raise DataError(f"input {path}: {kind}. Check the path.")
 
 
-def _nothing(path: Path, suffixes: Sequence[str], skipped: Sequence[Skipped]) -> str:
-    wanted = f" that ends with {' or '.join(suffixes)}" if suffixes else ""
-    rest = describe_skipped(skipped)
-    found = f" ({rest})" if rest else ""
-    return f"input {path}: no file{wanted} with any text in this folder{found}"
+def _no_document(path: Path, suffixes: Sequence[str], skipped: Sequence[Skipped]) -> str:
+    condition = f" that ends with {' or '.join(suffixes)}" if suffixes else ""
+    description = describe_skipped(skipped)
+    reasons = f" ({description})" if description else ""
+    return f"input {path}: the folder has no file{condition} with text{reasons}."
 
 
 def _walk(folder: Path, suffixes: Sequence[str], exclude: set[str]) -> list[Path]:
@@ -127,21 +134,21 @@ def _walk(folder: Path, suffixes: Sequence[str], exclude: set[str]) -> list[Path
         folders[:] = [name for name in folders if name not in exclude]
         files += [Path(parent, name) for name in names if name.endswith(tuple(suffixes) or "")]
         files += [path for name in folders if (path := Path(parent, name)).is_symlink()]
-    # By the parts of the path: independent of the file system's order and of the separator.
+    # Sort by path components, so that the order does not depend on the file system or separator.
     return sorted(files, key=lambda file: file.parts)
 
 
 def _cannot_list(error: OSError) -> None:
-    raise DataError(f"input {error.filename}: cannot be listed ({error.strerror})") from error
+    raise DataError(f"input {error.filename} cannot be listed: {error.strerror}.") from error
 
 
 def _source(path: Path, file_format: Format) -> Source | Skipped:
-    """Return a file as a source, or why it is none."""
+    """Return a file as a source, or the reason to skip it."""
     if path.is_dir():
         return Skipped(path, "link to a folder")
     if not path.exists():
         return Skipped(path, "broken link")
-    if not path.is_file():  # a pipe or a device, whose reading may never end
+    if not path.is_file():  # Reading a pipe or a device may never end.
         return Skipped(path, "neither a file nor a folder")
     num_bytes = path.stat().st_size
     if num_bytes == 0:
@@ -161,7 +168,7 @@ def _source(path: Path, file_format: Format) -> Source | Skipped:
 
 
 def _is_prepared(path: Path, head: bytes) -> bool:
-    """Return whether a file is output of `ee-llm data prepare`, finished or not."""
+    """Return whether a file is complete or partial output of `ee-llm data prepare`."""
     if head.startswith(TOKENS) or (path.name.startswith(".") and path.suffix == ".part"):
         return True
     for suffix in (".bin", ".meta.json"):
@@ -173,13 +180,13 @@ def _is_prepared(path: Path, head: bytes) -> bool:
 
 
 def _kind(path: Path, head: bytes, compression: Compression) -> Kind:
-    """Return what a file holds, by its name, and for .json and Parquet by its content."""
-    plain = path.with_suffix("") if path.suffix in SUFFIXES else path
-    if plain.suffix in JSONL_SUFFIXES:
+    """Return the format of a file by its name and, for .json and Parquet, by its content."""
+    name = path.with_suffix("") if path.suffix in SUFFIXES else path
+    if name.suffix in JSONL_SUFFIXES:
         return "jsonl"
     if head.startswith(parquet.MAGIC):
         return "parquet"
-    if plain.suffix != ".json":
+    if name.suffix != ".json":
         return "text"
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"[") and start[1:].lstrip().startswith(b"{"):
@@ -188,7 +195,7 @@ def _kind(path: Path, head: bytes, compression: Compression) -> Kind:
 
 
 def _begins_with_object(path: Path, compression: Compression) -> bool:
-    """Return whether a file's first line is a JSON object, as in JSONL that is named .json."""
+    """Return whether the first line is a JSON object, as in JSONL files named .json."""
     with Input(path, compression) as file:
         line = file.readline(_LONGEST_LINE)
     try:

@@ -1,4 +1,4 @@
-"""Render a model's own chat template, in a sandbox and with the names that transformers offers."""
+"""Render a model's chat template in a sandbox, with the same environment as transformers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,49 +15,56 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 
-_MAX_TEMPLATE = 2**20  # bytes: more than twenty times the longest known
-_MAX_TEXT = 16 * 2**20  # characters: far more than any model has positions for
+_MAX_TEMPLATE = 2**20  # bytes: more than twenty times the longest known template
+_MAX_TEXT = 16 * 2**20  # characters: far more than fit into any model's context
 
 
 class ChatTemplate:
-    """A chat template, ready to render conversations.
+    """A compiled chat template that renders conversations.
 
-    The template is a program from whoever made the model. It runs in jinja2's sandbox: it reaches
-    no file and changes nothing, but it can take time and memory.
+    A template is a program by the author of the model. It runs in jinja2's sandbox, in which it
+    cannot access files or change state, but it can use time and memory.
+
+    Args:
+        source: The template.
+        where: The origin of the template, for error messages.
+        variables: Variables of the template besides the messages, such as `bos_token`.
+
+    Raises:
+        DataError: The template cannot be compiled.
     """
 
     def __init__(self, source: str, where: str, variables: Mapping[str, str] | None = None) -> None:
-        """Compile a template; raises DataError, naming `where` it comes from, if it cannot be.
-
-        variables: what the template may read beside the messages, such as `bos_token`.
-        """
         import jinja2
 
         self._where = where
         self._variables = dict(variables or {})
         if len(source) > _MAX_TEMPLATE:
             raise DataError(
-                f"{where}: the chat template is larger than {_MAX_TEMPLATE // 2**20} MiB. Give a"
-                " smaller one with --chat-template FILE."
+                f"{where}: the chat template is larger than {_MAX_TEMPLATE // 2**20} MiB. Give a "
+                "smaller one with --chat-template FILE."
             )
         try:
             self._template = _compile(source)
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             raise DataError(
-                f"{where}: the chat template is not valid: {error}. Give another with"
-                " --chat-template FILE."
+                f"{where}: the chat template is not valid: {error}. Give another one with "
+                "--chat-template FILE."
             ) from None
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Return the prompt for a conversation, up to where the model's answer begins.
+        """Return the prompt for a conversation, up to the beginning of the model's answer.
 
-        messages: each with a "role" and a "content". Raises DataError if the template refuses
-        them or fails.
+        Args:
+            messages: The messages, each with a "role" and a "content".
+
+        Raises:
+            DataError: The template rejects the messages or fails.
         """
         parts, length = [], 0
         try:
             for part in self._template.generate(
-                messages=[_given(message) for message in messages],
+                messages=[_without_nulls(message) for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
@@ -67,30 +74,31 @@ class ChatTemplate:
                 length += len(part)
                 if length > _MAX_TEXT:
                     break
-        except Exception as error:  # a template may raise anything: it is a program
+        except Exception as error:  # A template is a program and can raise anything.
             raise DataError(
-                f"{self._where}: the chat template does not take this conversation:"
-                f" {str(error).rstrip('.') or type(error).__name__}. Change the messages, or give"
-                " another template with --chat-template FILE."
+                f"{self._where}: the chat template rejects this conversation: "
+                f"{str(error).rstrip('.') or type(error).__name__}. Change the messages, or give "
+                "another template with --chat-template FILE."
             ) from None
         if length > _MAX_TEXT:
             raise DataError(
-                f"{self._where}: the chat template makes more than {_MAX_TEXT // 2**20} million"
-                " characters of this conversation. Shorten it."
+                f"{self._where}: the chat template renders this conversation to more than "
+                f"{_MAX_TEXT // 2**20} million characters. Shorten the conversation."
             )
         text = "".join(parts)
         if not is_encodable(text):
             raise DataError(
-                f"{self._where}: the chat template makes text with an unpaired surrogate. Give"
-                " another template with --chat-template FILE."
+                f"{self._where}: the chat template renders an unpaired surrogate. Give another "
+                "template with --chat-template FILE."
             )
         return text
 
 
 def load_chat_template(tokenizer: Tokenizer, path: Path | None = None) -> ChatTemplate:
-    """Return the chat template in the file `path`, else the one beside the tokenizer.
+    """Return the chat template in the file `path`, else the one next to the tokenizer.
 
-    Raises DataError if there is none, or if it is not a template.
+    Raises:
+        DataError: There is no template, or it is not valid.
     """
     if path is not None:
         where = f"--chat-template {path}"
@@ -102,47 +110,50 @@ def load_chat_template(tokenizer: Tokenizer, path: Path | None = None) -> ChatTe
         except UnicodeDecodeError as error:
             raise DataError(f"{where} is not UTF-8 at byte {error.start}.") from None
         return ChatTemplate(source, where, _variables(tokenizer))
-    stated = tokenizer.settings.chat_template
+    template = tokenizer.settings.chat_template
     where = str(tokenizer.settings.template_path)
-    if stated is None:
+    if template is None:
         raise DataError(
-            f"the model has no chat template: neither a chat_template.jinja nor a chat_template in"
-            f" tokenizer_config.json came with tokenizer {tokenizer.name}. Give one with"
-            " --chat-template FILE, or write the prompt yourself: --prompt TEXT --parse-special."
+            f"the model has no chat template: tokenizer {tokenizer.name} has neither a "
+            "chat_template.jinja nor a chat_template in tokenizer_config.json. Give one with "
+            "--chat-template FILE, or write the prompt yourself: --prompt TEXT --parse-special."
         )
-    if not isinstance(stated, str):
-        if "default" not in stated:
+    if not isinstance(template, str):
+        if "default" not in template:
             raise DataError(
-                f"{where}: of the chat templates {', '.join(sorted(stated))} none is named"
-                " 'default'. Give one with --chat-template FILE."
+                f"{where}: none of the chat templates {', '.join(sorted(template))} is named "
+                "'default'. Give one with --chat-template FILE."
             )
-        stated = stated["default"]
-    return ChatTemplate(stated, where, _variables(tokenizer))
+        template = template["default"]
+    return ChatTemplate(template, where, _variables(tokenizer))
 
 
 def _variables(tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the special tokens by role, as far as anything states them."""
+    """Return the texts of the known special tokens by role."""
     texts = {i: text for text, i in tokenizer.special_tokens.items()}
-    known = {"bos_token": tokenizer.bos, "eos_token": next(iter(tokenizer.eos_token_ids), None)}
-    found = {role: texts[i] for role, i in known.items() if i in texts}
-    return {**found, **tokenizer.settings.texts}
+    ids = {
+        "bos_token": tokenizer.bos_token_id,
+        "eos_token": next(iter(tokenizer.eos_token_ids), None),
+    }
+    known = {role: texts[i] for role, i in ids.items() if i in texts}
+    return {**known, **tokenizer.settings.texts}
 
 
-def _given(message: Message) -> Message:
-    """Return a message without keys that are null, which templates take for the text "None"."""
+def _without_nulls(message: Message) -> Message:
+    """Return a message without null values, which templates would render as "None"."""
     return {key: value for key, value in message.items() if value is not None}
 
 
 def _compile(source: str) -> "Template":
-    """Return a template of the environment that transformers compiles chat templates in."""
+    """Compile a template in the same environment as transformers."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """The tag {% generation %}, which marks the model's own words; here it changes nothing."""
+        """The tag {% generation %}, which marks the model's output and has no effect here."""
 
-        tags = {"generation"}  # noqa: RUF012  (jinja2 reads it from the class)
+        tags = {"generation"}  # noqa: RUF012  (jinja2 reads the class attribute)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
@@ -175,7 +186,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Return a value as JSON, without the escapes for HTML of jinja2's own filter."""
+    """Return a value as JSON, without the HTML escapes of jinja2's own filter."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

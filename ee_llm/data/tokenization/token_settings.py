@@ -1,7 +1,7 @@
-"""Read what a model's own files say about its special tokens and its chat template.
+"""Read special tokens and the chat template from the files of a Hugging Face model.
 
-The files are those of a folder from Hugging Face. Nothing here imports torch or a tokenizer
-library: tokens are given as their text or their id, as the files state them.
+The module imports neither torch nor a tokenizer library. Tokens are represented by their text or
+their id, as in the files.
 """
 
 import json
@@ -27,7 +27,7 @@ _MAX_BYTES = 32 * 2**20  # larger than any tokenizer_config.json
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that a tokenizer has beside its model file, and whether it is a special one."""
+    """A token that is added to the vocabulary of the tokenizer file."""
 
     id: int
     is_special: bool
@@ -35,14 +35,19 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """The statements of a model's files; empty if it has none.
+    """Token settings in the files of a model; empty if there are no files.
 
-    eos_ids, bos_id: from generation_config.json, else from config.json. texts: the special tokens
-    by role ("bos_token", "eos_token", ...), from tokenizer_config.json, else from
-    special_tokens_map.json. has_no_bos: tokenizer_config.json says that there is no such token.
-    num_rows: the number of rows of the model's embedding, from config.json. added: tokens by their
-    text. chat_template: None, one template, or several by name. template_path: the file that holds
-    them.
+    Attributes:
+        eos_ids: End-of-sequence ids from generation_config.json, else from config.json.
+        bos_id: Beginning-of-sequence id from the same files.
+        texts: Special tokens by role ("bos_token", "eos_token", ...), from tokenizer_config.json,
+            else from special_tokens_map.json.
+        has_no_bos: tokenizer_config.json states that there is no beginning-of-sequence token.
+        is_legacy: tokenizer_config.json does not set "legacy" to false.
+        embedding_size: Number of rows of the model's embedding, from config.json.
+        added: Added tokens by their text.
+        chat_template: None, one template, or several by name.
+        template_path: The file with the templates.
     """
 
     eos_ids: tuple[int, ...] = ()
@@ -50,14 +55,14 @@ class TokenSettings:
     texts: Mapping[str, str] = field(default_factory=dict)
     has_no_bos: bool = False
     is_legacy: bool = True
-    num_rows: int | None = None
+    embedding_size: int | None = None
     added: Mapping[str, AddedToken] = field(default_factory=dict)
     chat_template: str | Mapping[str, str] | None = None
     template_path: Path | None = None
 
 
 def is_encodable(text: str) -> bool:
-    """Return whether a text is UTF-8: JSON can spell half a surrogate pair."""
+    """Return whether a text can be encoded as UTF-8; JSON can escape half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -66,9 +71,9 @@ def is_encodable(text: str) -> bool:
 
 
 def settings_folder(tokenizer: Path) -> Path:
-    """Return the folder whose files belong to a tokenizer's file.
+    """Return the folder with the settings files of a tokenizer file.
 
-    In a checkpoint this is not the folder of the file itself but the one beside it.
+    In a checkpoint, this is not the folder of the tokenizer file but another one next to it.
     """
     folder = tokenizer.parent
     origin = folder.parent / ORIGIN
@@ -76,24 +81,24 @@ def settings_folder(tokenizer: Path) -> Path:
 
 
 def read_token_settings(folder: Path) -> TokenSettings:
-    """Return what the files in `folder` say; raises DataError for a damaged one."""
+    """Return the token settings in `folder`; raises DataError for a damaged file."""
     own = _read(folder / TOKENIZER_CONFIG)
     tokens_map = _read(folder / _TOKENS_MAP)
     texts = {}
     for role in (f"{name}_token" for name in _NAMES):
-        stated = own[role] if role in own else tokens_map.get(role)
-        if (text := _text(stated)) is not None:
+        value = own[role] if role in own else tokens_map.get(role)
+        if (text := _text(value)) is not None:
             texts[role] = text
-    by_id = [_read(folder / name) for name in _ID_FILES]
-    num_rows = by_id[-1].get("vocab_size")
+    id_files = [_read(folder / name) for name in _ID_FILES]
+    vocab_size = id_files[-1].get("vocab_size")
     template, path = _chat_template(folder, own)
     return TokenSettings(
-        eos_ids=next((ids for one in by_id if (ids := _ids(one.get("eos_token_id")))), ()),
-        bos_id=next((i for one in by_id for i in _ids(one.get("bos_token_id"))[:1]), None),
+        eos_ids=next((ids for file in id_files if (ids := _ids(file.get("eos_token_id")))), ()),
+        bos_id=next((i for file in id_files for i in _ids(file.get("bos_token_id"))[:1]), None),
         texts=texts,
         has_no_bos="bos_token" in own and "bos_token" not in texts,
         is_legacy=own.get("legacy") is not False,
-        num_rows=num_rows if type(num_rows) is int and num_rows > 0 else None,
+        embedding_size=vocab_size if type(vocab_size) is int and vocab_size > 0 else None,
         added=_added(own, _read(folder / _ADDED_TOKENS), texts),
         chat_template=template,
         template_path=path,
@@ -102,38 +107,38 @@ def read_token_settings(folder: Path) -> TokenSettings:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, an empty one if there is no such file."""
-    if not _is_there(path):
+    if not _exists(path):
         return {}
     if path.stat().st_size > _MAX_BYTES:
         raise DataError(
-            f"{path} is larger than {_MAX_BYTES // 2**20} MiB. Move it away if it does not belong"
-            " to the tokenizer beside it."
+            f"{path} is larger than {_MAX_BYTES // 2**20} MiB. Move it elsewhere if it does not "
+            "belong to the tokenizer next to it."
         )
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not a JSON file: {error}. Fetch it again.") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path} holds no JSON object. Fetch it again.")
-    return found
+        raise DataError(f"{path} is not a JSON file: {error}. Download it again.") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not a JSON object. Download it again.")
+    return content
 
 
-def _is_there(path: Path) -> bool:
-    """Return whether there is such a file; a link counts only outside a checkpoint."""
+def _exists(path: Path) -> bool:
+    """Return whether the file exists. Links in a checkpoint are ignored."""
     is_foreign_link = path.parent.name == ORIGIN and path.is_symlink()
     return path.is_file() and not is_foreign_link
 
 
-def _text(stated: Any) -> str | None:
-    """Return the text of a token, which is a string or an AddedToken's fields."""
-    if isinstance(stated, dict):
-        stated = stated.get("content")
-    return stated if isinstance(stated, str) and stated and is_encodable(stated) else None
+def _text(token: Any) -> str | None:
+    """Return the text of a token given as a string or as the fields of an AddedToken."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) and token and is_encodable(token) else None
 
 
-def _ids(stated: Any) -> tuple[int, ...]:
-    """Return the token ids that an id or a list of ids states."""
-    values = stated if isinstance(stated, list) else [stated]
+def _ids(value: Any) -> tuple[int, ...]:
+    """Return the valid token ids in an id or a list of ids."""
+    values = value if isinstance(value, list) else [value]
     return tuple(dict.fromkeys(i for i in values if type(i) is int and i >= 0))
 
 
@@ -143,8 +148,8 @@ def _added(
     special = set(texts.values())
     extra = own.get("additional_special_tokens") or own.get("extra_special_tokens")
     if isinstance(extra, list):
-        special |= {text for one in extra if (text := _text(one)) is not None}
-    found = {
+        special |= {text for token in extra if (text := _text(token)) is not None}
+    added = {
         text: AddedToken(id, text in special)
         for text, id in added_tokens.items()
         if type(id) is int and id >= 0 and _text(text)
@@ -153,33 +158,33 @@ def _added(
     for id, token in decoder.items() if isinstance(decoder, dict) else ():
         text = _text(token)
         if text is not None and _ID.fullmatch(id) and isinstance(token, dict):
-            found[text] = AddedToken(int(id), token.get("special") is True or text in special)
-    return found
+            added[text] = AddedToken(int(id), token.get("special") is True or text in special)
+    return added
 
 
 def _chat_template(
     folder: Path, own: dict[str, Any]
 ) -> tuple[str | Mapping[str, str] | None, Path | None]:
     path = folder / _TEMPLATE
-    if _is_there(path):  # it goes before the one in tokenizer_config.json, as in transformers
+    if _exists(path):  # As in transformers, it overrides the one in tokenizer_config.json.
         if path.stat().st_size > _MAX_BYTES:
             raise DataError(f"{path} is larger than {_MAX_BYTES // 2**20} MiB. Shorten it.")
         try:
             return path.read_text(encoding="utf-8-sig"), path
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read: {error}. Fetch it again.") from None
-    path, stated = folder / TOKENIZER_CONFIG, own.get("chat_template")
-    if stated is None or isinstance(stated, str):
-        return stated or None, path
-    if isinstance(stated, dict):
-        stated = [{"name": name, "template": text} for name, text in stated.items()]
+            raise DataError(f"{path} cannot be read: {error}. Download it again.") from None
+    path, value = folder / TOKENIZER_CONFIG, own.get("chat_template")
+    if value is None or isinstance(value, str):
+        return value or None, path
+    if isinstance(value, dict):
+        value = [{"name": name, "template": text} for name, text in value.items()]
     try:
-        templates = {one["name"]: one["template"] for one in stated}
+        templates = {entry["name"]: entry["template"] for entry in value}
     except (TypeError, KeyError):
         templates = {None: None}
     if not all(isinstance(text, str) for pair in templates.items() for text in pair):
         raise DataError(
-            f"{path}: chat_template must be a text or a list of named templates. Fetch it again,"
-            " or give --chat-template FILE."
+            f"{path}: chat_template must be a string or a list of named templates. Download the "
+            "file again, or give --chat-template FILE."
         )
     return templates, path

@@ -1,4 +1,4 @@
-"""Small data sets and tokenizers that several tests of this room read."""
+"""Small data sets and tokenizers for the tests of this package."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,17 +28,17 @@ WriteData = Callable[[str, Sequence[Sequence[int]]], str]
 
 
 def read_documents(prefix: Path | str) -> list[list[int]]:
-    """The token ids of each document of a data set."""
+    """Return the token ids of each document of a data set."""
     data = IndexedTokens(prefix)
     return [
-        data.tokens[begin:end].tolist()
-        for begin, end in zip(data.bounds, data.bounds[1:], strict=False)
+        data.tokens[start:end].tolist()
+        for start, end in zip(data.bounds, data.bounds[1:], strict=False)
     ]
 
 
 @pytest.fixture
 def write_data(tmp_path: Path) -> WriteData:
-    """A function that writes documents (lists of token ids) under a name and gives the prefix."""
+    """Return a function that writes documents (lists of token ids) and returns their prefix."""
 
     def write(name: str, documents: Sequence[Sequence[int]]) -> str:
         prefix = str(tmp_path / name)
@@ -60,7 +60,7 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def huggingface_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE tokenizer.json that also asks to cut and pad texts and to add a token."""
+    """Return a byte-level BPE tokenizer.json that truncates and pads texts and adds a token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,4 +1,4 @@
-"""Microbatches: which samples a step has depends on what was consumed, never on the layout."""
+"""Microbatches: the samples of a step depend on the consumed samples, not on the layout."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ from ee_llm.data.batches import BatchShape, EvaluationBatches, Microbatch, Train
 from ee_llm.data.dataset import Blend, RowOptions, open_blend
 from tests.unit.data.conftest import WriteData
 
-# Every row is told by its first token: documents of one length, tokens that never repeat.
+# Tokens never repeat, so that the first token identifies a row.
 SEQ_LENGTH = 5
 
 with_data = settings(
@@ -32,7 +32,7 @@ def blend(write_data: WriteData) -> Blend:
     )
     return open_blend(
         prefixes, "train", seq_length=SEQ_LENGTH, options=options, seed=3, weights=(0.6, 0.4),
-        split=(1, 0, 0),
+        fractions=(1, 0, 0),
     )  # fmt: skip
 
 
@@ -53,11 +53,11 @@ def shapes(num_rows: int, data_size: int, micro_batch_size: int) -> list[BatchSh
 
 @with_data
 @given(first=layouts, second=layouts, factor=st.integers(1, 3), consumed=st.integers(0, 500))
-def test_layout_does_not_matter(
+def test_samples_do_not_depend_on_the_layout(
     blend: Blend, first: tuple, second: tuple, factor: int, consumed: int
 ):
     num_rows = int(np.lcm(np.prod(first), np.prod(second))) * factor
-    found = []
+    sample_counts = []
     for data_size, micro_batch_size in (first, second):
         ranks = [
             TrainingBatches(blend, shape, consumed)
@@ -65,8 +65,8 @@ def test_layout_does_not_matter(
         ]
         steps = [[row for rank in ranks for row in rows(next(rank))] for _ in range(3)]
         assert all(len(step) == num_rows for step in steps)
-        found.append([Counter(step) for step in steps])
-    assert found[0] == found[1]
+        sample_counts.append([Counter(step) for step in steps])
+    assert sample_counts[0] == sample_counts[1]
 
 
 @with_data
@@ -77,10 +77,10 @@ def test_layout_does_not_matter(
     factor=st.integers(1, 2),
 )
 def test_resume_is_exact(blend: Blend, done: int, before: tuple, after: tuple, factor: int):
-    """Stopped after any step and resumed on any layout: the steps that would have come."""
+    """A run that stops after any step and resumes on any layout continues with the same steps."""
     num_rows = int(np.lcm(np.prod(before), np.prod(after))) * factor
-    straight = TrainingBatches(blend, BatchShape(num_rows, num_rows))
-    expected = [Counter(rows(next(straight))) for _ in range(done + 2)]
+    uninterrupted = TrainingBatches(blend, BatchShape(num_rows, num_rows))
+    expected = [Counter(rows(next(uninterrupted))) for _ in range(done + 2)]
     (data_size, micro_batch_size) = before
     stopped = TrainingBatches(blend, shapes(num_rows, data_size, micro_batch_size)[0])
     for _ in range(done):
@@ -96,17 +96,17 @@ def test_resume_is_exact(blend: Blend, done: int, before: tuple, after: tuple, f
 
 def test_resume_on_the_same_layout_is_identical(blend: Blend):
     shape = BatchShape(2, 8, data_rank=1, data_size=2)
-    straight = TrainingBatches(blend, shape)
-    steps = [next(straight) for _ in range(4)]
+    uninterrupted = TrainingBatches(blend, shape)
+    steps = [next(uninterrupted) for _ in range(4)]
     resumed = TrainingBatches(blend, shape)
     resumed.consumed_samples = 16
-    for expected, found in zip(steps[2:], [next(resumed), next(resumed)], strict=True):
-        for a, b in zip(expected, found, strict=True):
+    for expected, actual in zip(steps[2:], [next(resumed), next(resumed)], strict=True):
+        for a, b in zip(expected, actual, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert resumed.consumed_samples == straight.consumed_samples == 32
+    assert resumed.consumed_samples == uninterrupted.consumed_samples == 32
 
 
-def test_ranks_share_nothing(blend: Blend):
+def test_ranks_have_disjoint_samples(blend: Blend):
     shape = BatchShape(1, 6, data_rank=0, data_size=3)
     places = [
         place
@@ -127,17 +127,17 @@ def test_microbatch(blend: Blend):
         torch.int64, torch.int64, torch.float32, torch.int64
     ]  # fmt: skip
     assert all(tensor.is_contiguous() for microbatch in step for tensor in microbatch)
-    step += next(batches)  # the rows of two steps follow each other
+    step += next(batches)  # The rows of the second step follow those of the first.
     expected = [blend.row(blend.locate(i)) for i in range(12)]
     for i, row in enumerate(expected):
         for tensor, array in zip(step[i // 3], row, strict=True):
             assert np.array_equal(tensor[i % 3].numpy(), array)
 
 
-def test_an_error_consumes_nothing(write_data: WriteData):
+def test_error_consumes_no_samples(write_data: WriteData):
     prefix = write_data("bad", [[1, 500, 2]])
     options = RowOptions(eos_token_id=0, vocab_size=100)
-    bad = open_blend([prefix], "train", seq_length=2, options=options, seed=0, split=(1, 0, 0))
+    bad = open_blend([prefix], "train", seq_length=2, options=options, seed=0, fractions=(1, 0, 0))
     batches = TrainingBatches(bad, BatchShape(1, 1))
     with pytest.raises(ValueError, match=r"bad\.bin: token id 500"):
         next(batches)
@@ -146,8 +146,8 @@ def test_an_error_consumes_nothing(write_data: WriteData):
 
 @with_data
 @given(layout=layouts, factor=st.integers(1, 4), num_steps=st.integers(1, 40))
-def test_evaluation_reads_a_fixed_set(blend: Blend, layout: tuple, factor: int, num_steps: int):
-    """Whatever the layout: the same steps every time, no sample twice, all of a small set."""
+def test_evaluation_samples_are_fixed(blend: Blend, layout: tuple, factor: int, num_steps: int):
+    """On any layout, each iteration has the same steps, with each sample of a small set once."""
     data_size, micro_batch_size = layout
     num_rows = data_size * micro_batch_size * factor
     ranks = [
@@ -168,7 +168,7 @@ def test_evaluation_reads_a_fixed_set(blend: Blend, layout: tuple, factor: int, 
     valid = Counter({row: n for row, n in all_rows.items() if any(row[2])})
     wanted = min(num_steps * num_rows, len(blend))
     assert valid == Counter(tuple(map(tuple, (a.tolist() for a in blend.row(location))))
-                            for location in blend.once(wanted))  # fmt: skip
+                            for location in blend.distinct_samples(wanted))  # fmt: skip
     assert set(valid.values()) == {1}
     assert sum(padding.values()) == len(steps) * num_rows - wanted
     assert all(any(any(row[2]) for row in step) for step in steps)
@@ -177,25 +177,25 @@ def test_evaluation_reads_a_fixed_set(blend: Blend, layout: tuple, factor: int, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((2, 10, 0, 2), r"global_batch_size = 10 is not a multiple of .*= 2 x 2; .* above is 12"),
+        ((2, 10, 0, 2), r"global_batch_size = 10 is not a multiple of .*= 2 x 2\. .* is 12"),
         ((0, 10), r"training\.micro_batch_size = 0.*: both must be at least 1"),
         ((1, 0), r"training\.global_batch_size = 0: both must be at least 1"),
-        ((1, 2, 2, 2), "data-parallel rank 2 of 2"),
+        ((1, 2, 2, 2), r"data-parallel rank 2 is outside 0\.\.1"),
     ],
 )
-def test_bad_shapes(arguments: tuple[int, ...], message: str):
+def test_invalid_shapes(arguments: tuple[int, ...], message: str):
     with pytest.raises(ValueError, match=message):
         BatchShape(*arguments)
 
 
-def test_bad_numbers(blend: Blend):
+def test_invalid_numbers(blend: Blend):
     with pytest.raises(ValueError, match="consumed_samples = -1"):
         TrainingBatches(blend, BatchShape(1, 1), -1)
     with pytest.raises(ValueError, match=r"training\.eval_steps = 0"):
         EvaluationBatches(blend, BatchShape(1, 1), 0)
 
 
-def test_package_offers_the_microbatch():
+def test_package_exports_microbatch():
     assert ee_llm.data.Microbatch is Microbatch
     with pytest.raises(AttributeError, match="no attribute 'Macrobatch'"):
         ee_llm.data.Macrobatch  # noqa: B018

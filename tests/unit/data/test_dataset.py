@@ -1,4 +1,4 @@
-"""Samples: every token is predicted once, masks and positions are right, order is pure."""
+"""Samples: every token is predicted once, masks, positions and deterministic orders."""
 
 import math
 from collections import Counter
@@ -30,10 +30,10 @@ OPTIONS = RowOptions(eos_token_id=EOD, vocab_size=100)
     fractions=st.tuples(*[st.floats(0, 1, allow_subnormal=False)] * 3).filter(any),
 )
 def test_split(num_documents: int, fractions: tuple[float, ...]):
-    """Nothing lost, nothing twice, in proportion, and no part that was asked for is empty."""
+    """Splits are disjoint, complete, proportional, and not empty if their fraction is not 0."""
     wanted = sum(fraction > 0 for fraction in fractions)
     if num_documents < wanted:
-        with pytest.raises(ValueError, match=r"parts, but only \d document"):
+        with pytest.raises(ValueError, match=r"splits, but there are only \d document"):
             split_documents(num_documents, fractions)
         return
     parts = split_documents(num_documents, fractions)
@@ -44,15 +44,17 @@ def test_split(num_documents: int, fractions: tuple[float, ...]):
 
 
 def test_split_of_few_documents():
-    """Two per cent of ten documents are none when rounded, and validation would have no data."""
+    """Two per cent of ten documents round to 0, which left validation without data."""
     assert split_documents(10, (0.98, 0.02, 0.0)) == [range(9), range(9, 10), range(10, 10)]
     assert split_documents(3, (98, 1, 1)) == [range(1), range(1, 2), range(2, 3)]
 
 
-@pytest.mark.parametrize("wrong", [(0, 0, 0), (1.5, -0.5, 0), (math.nan, 1, 0), (math.inf, 1, 0)])
-def test_split_that_is_none(wrong: tuple[float, ...]):
-    with pytest.raises(ValueError, match=r"data\.split = .*: must be at least 0, and not all 0"):
-        split_documents(10, wrong)
+@pytest.mark.parametrize(
+    "fractions", [(0, 0, 0), (1.5, -0.5, 0), (math.nan, 1, 0), (math.inf, 1, 0)]
+)
+def test_invalid_fractions(fractions: tuple[float, ...]):
+    with pytest.raises(ValueError, match=r"data\.split = .* must be .*at least 0"):
+        split_documents(10, fractions)
 
 
 @settings(deadline=None, max_examples=100)
@@ -91,7 +93,7 @@ def test_row():
 
 
 def test_row_with_mask_and_reset():
-    """An end-of-document token is predicted and belongs to its document; what follows it is new."""
+    """An end-of-document token is predicted and is the last token of its document."""
     window = np.array([5, EOD, 7, 8, EOD, EOD, 9])
     options = RowOptions(EOD, 100, mask_after_eos=True, reset_positions=True)
     row = make_row(window, 6, options)
@@ -100,15 +102,15 @@ def test_row_with_mask_and_reset():
 
 
 def test_short_row():
-    """Padding has no loss, not even the last token's prediction of the first padding."""
+    """Padding has no loss, including the prediction of the first padding token."""
     row = make_row(np.array([5, 6, 7]), 5, OPTIONS)
     assert row.tokens.tolist() == [5, 6, 7, EOD, EOD]
     assert row.labels.tolist() == [6, 7, EOD, EOD, EOD]
     assert row.loss_mask.tolist() == [1, 1, 0, 0, 0]
 
 
-def test_rows_are_their_own():
-    """Writing to the tokens of a row must not write to its labels."""
+def test_rows_do_not_share_memory():
+    """Writing to the tokens of a row must not change its labels."""
     row = make_row(np.array([5, 6, 7]), 2, OPTIONS)
     row.tokens[:] = 0
     assert row.labels.tolist() == [6, 7]
@@ -122,12 +124,12 @@ def blend_of(prefixes: list[str], seed: int = 0, weights: tuple[float, ...] = ()
         options=OPTIONS,
         seed=seed,
         weights=weights,
-        split=(1, 0, 0),
+        fractions=(1, 0, 0),
     )
 
 
 def test_epochs_are_permutations(write_data: WriteData):
-    """Each epoch every sample once, in another order."""
+    """Each epoch has every sample once, in a different order."""
     blend = blend_of([write_data("a", [list(range(90))])])
     size = len(blend)
     assert size == 23
@@ -137,13 +139,13 @@ def test_epochs_are_permutations(write_data: WriteData):
 
 
 def test_blend_follows_weights_and_epochs(write_data: WriteData):
-    """3 to 1 although both are of one size: the first comes to its fourth epoch meanwhile."""
+    """With weights 3 to 1 and equal sizes, the first source completes three epochs per epoch."""
     prefixes = [write_data(name, [list(range(41))]) for name in "ab"]
     blend = blend_of(prefixes, weights=(0.75, 0.25))
     locations = [blend.locate(position) for position in range(40)]
     assert Counter(locations) == {(0, w): 3 for w in range(10)} | {(1, w): 1 for w in range(10)}
     orders = [[w for s, w in locations if s == source] for source in (0, 1)]
-    assert orders[0][:10] != orders[1]  # sources of one size have orders of their own
+    assert orders[0][:10] != orders[1]  # Sources of the same size have different orders.
 
 
 def test_default_weights_are_sizes(write_data: WriteData):
@@ -152,63 +154,59 @@ def test_default_weights_are_sizes(write_data: WriteData):
     assert len(set(locations)) == len(blend) == 15
 
 
-def test_once_is_without_repetition(write_data: WriteData):
-    """The small source is used up early at these weights, and the large one goes on alone."""
+def test_distinct_samples(write_data: WriteData):
+    """The small source is exhausted early at these weights; the large one continues."""
     prefixes = [write_data("a", [list(range(81))]), write_data("b", [list(range(9))])]
     blend = blend_of(prefixes, weights=(0.001, 0.999))
-    found = blend.once(1_000)
-    assert sorted(found) == [*((0, w) for w in range(20)), *((1, w) for w in range(2))]
-    assert found[:2] == [blend.locate(0), blend.locate(1)]
-    assert blend.once(7) == found[:7]
+    samples = blend.distinct_samples(1_000)
+    assert sorted(samples) == [*((0, w) for w in range(20)), *((1, w) for w in range(2))]
+    assert samples[:2] == [blend.locate(0), blend.locate(1)]
+    assert blend.distinct_samples(7) == samples[:7]
 
 
-def test_parts_share_no_document(write_data: WriteData):
+def test_splits_have_disjoint_documents(write_data: WriteData):
     prefix = write_data("a", [[i, i, EOD] for i in range(90)])
-    found = {}
-    for part in ("train", "validation", "test"):
+    tokens = {}
+    for split in ("train", "validation", "test"):
         blend = open_blend(
-            [prefix], part, seq_length=3, options=OPTIONS, seed=0, split=(0.8, 0.1, 0.1)
+            [prefix], split, seq_length=3, options=OPTIONS, seed=0, fractions=(0.8, 0.1, 0.1)
         )
-        rows = [blend.row(location) for location in blend.once(100)]
-        found[part] = {int(token) for row in rows for token in row.tokens} - {EOD}
-    assert found["train"] == set(range(72))
-    assert found["validation"] == set(range(72, 81))
-    assert found["test"] == set(range(81, 90))
+        rows = [blend.row(location) for location in blend.distinct_samples(100)]
+        tokens[split] = {int(token) for row in rows for token in row.tokens} - {EOD}
+    assert tokens["train"] == set(range(72))
+    assert tokens["validation"] == set(range(72, 81))
+    assert tokens["test"] == set(range(81, 90))
 
 
-def test_seed_orders_the_training_part_only(write_data: WriteData):
+def test_seed_changes_only_the_order_of_the_train_split(write_data: WriteData):
     prefix = write_data("a", [list(range(99)) for _ in range(20)])
 
-    def order(part: str, seed: int) -> list[int]:
+    def order(split: str, seed: int) -> list[int]:
         blend = open_blend(
-            [prefix], part, seq_length=4, options=OPTIONS, seed=seed, split=(0.5, 0.5, 0)
+            [prefix], split, seq_length=4, options=OPTIONS, seed=seed, fractions=(0.5, 0.5, 0)
         )
         return [blend.locate(i).window for i in range(50)]
 
     assert order("train", 1) == order("train", 1) != order("train", 2)
     assert order("validation", 1) == order("validation", 2)
-    assert order("validation", 1) != sorted(
-        order("validation", 1)
-    )  # not one document after another
+    assert order("validation", 1) != sorted(order("validation", 1))  # The order is not sequential.
 
 
 @pytest.mark.parametrize("vocab_size", [99, 50])
-def test_token_beyond_the_vocabulary(write_data: WriteData, vocab_size: int):
+def test_token_outside_the_vocabulary(write_data: WriteData, vocab_size: int):
     prefix = write_data("a", [[1, 2, 99, 3]])
     options = RowOptions(eos_token_id=0, vocab_size=vocab_size)
-    blend = open_blend([prefix], "train", seq_length=8, options=options, seed=0, split=(1, 0, 0))
-    message = (
-        rf"a\.bin: token id 99 .*beyond the vocabulary, model\.vocab_size = {vocab_size}; prep"
+    blend = open_blend(
+        [prefix], "train", seq_length=8, options=options, seed=0, fractions=(1, 0, 0)
     )
+    message = rf"a\.bin: token id 99 .*model\.vocab_size = {vocab_size}\."
     with pytest.raises(ValueError, match=message):
         blend.row(blend.locate(0))
 
 
-def test_eos_beyond_the_vocabulary():
-    """It is what rows are padded with."""
-    with pytest.raises(
-        ValueError, match=r"model\.vocab_size = 256: .* 256 is beyond it; set it to 257"
-    ):
+def test_eos_outside_the_vocabulary():
+    """The end-of-document token also pads rows."""
+    with pytest.raises(ValueError, match=r"model\.vocab_size = 256 .* 256\. Set it to 257"):
         RowOptions(eos_token_id=256, vocab_size=256)
 
 
@@ -224,34 +222,34 @@ def test_negative_token(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prefixes": []}, r"data\.prefixes is empty; make data with 'ee-llm data prepare'"),
+        ({"prefixes": []}, r"data\.prefixes is empty.*'ee-llm data prepare'"),
         ({"prefixes": ["nowhere/x"]}, r"nowhere/x\.idx does not exist"),
-        ({"split": (0, 1, 0)}, r"data\.split = \[0, 1, 0\]: has no train part"),
-        ({"split": (1, 1)}, r"data\.split = \[1, 1\]: has no train part"),
+        ({"fractions": (0, 1, 0)}, r"data\.split = \[0, 1, 0\] has no train data"),
+        ({"fractions": (1, 1)}, r"data\.split = \[1, 1\] has no train data"),
         (
-            {"split": (0.9, 0.05, 0.05)},
-            r"data .*/a: data\.split = .*: 3 parts, but only 2 document",
+            {"fractions": (0.9, 0.05, 0.05)},
+            r"data .*/a: data\.split = .* 3 splits, but there are only 2 document",
         ),
-        ({"seq_length": 0}, r"data\.seq_length = 0: must be at least 1"),
+        ({"seq_length": 0}, r"data\.seq_length = 0 must be at least 1"),
         (
             {"weights": (1.0, 2.0)},
-            r"data\.weights = .*: give one weight for each of the 1 data\.pre",
+            r"data\.weights = .* has 2 values for 1 data\.prefixes",
         ),
-        ({"weights": (0.0,)}, r"data\.weights = .*every weight must be a number above 0"),
+        ({"weights": (0.0,)}, r"data\.weights = \[0\.0\] must be .* above 0"),
     ],
 )
-def test_bad_options(write_data: WriteData, changes: dict, message: str):
+def test_invalid_options(write_data: WriteData, changes: dict, message: str):
     prefixes = [write_data("a", [[1, 2, 3], [4, 5, 6]])]
     arguments = {
-        "prefixes": prefixes, "part": "train", "seq_length": 4, "options": OPTIONS, "seed": 0
+        "prefixes": prefixes, "split": "train", "seq_length": 4, "options": OPTIONS, "seed": 0
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         open_blend(**{**arguments, **changes})
 
 
-def test_part_without_anything_to_predict(write_data: WriteData):
+def test_split_with_too_few_tokens(write_data: WriteData):
     prefix = write_data("a", [[1, 2, 3], [4]])
-    with pytest.raises(ValueError, match="1 tokens in 1 of 2 documents, at least 2 are needed"):
+    with pytest.raises(ValueError, match="1 tokens in 1 of 2 documents"):
         open_blend(
-            [prefix], "validation", seq_length=4, options=OPTIONS, seed=0, split=(0.5, 0.5, 0)
+            [prefix], "validation", seq_length=4, options=OPTIONS, seed=0, fractions=(0.5, 0.5, 0)
         )

@@ -1,4 +1,4 @@
-"""Reading documents: what is found, in which order, and what is said of bad input."""
+"""Reading documents: files found, their order, formats, and errors for bad input."""
 
 import bz2
 import gzip
@@ -30,7 +30,7 @@ def texts(path: Path, key: str = "text") -> list[str]:
 
 
 def test_folder_in_order_of_paths(tmp_path: Path):
-    """By path, whatever order the file system lists in; not inside the folders left out."""
+    """Files are sorted by path, independently of the file system, without excluded folders."""
     for name in ["b.py", "a/z.py", "a/b/c.py", "a/notes.txt", "a/__pycache__/x.py", "c/empty.py"]:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +52,8 @@ def test_inputs_keep_their_order(tmp_path: Path):
     assert [source.path.name for source in found.files] == ["b.txt", "a.txt"]
 
 
-def test_text_files_are_taken_as_they_are(tmp_path: Path):
-    """No translation of line ends and no stripping: a document is its bytes."""
+def test_text_files_are_not_changed(tmp_path: Path):
+    """Line endings are not translated and white space is not stripped."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbf one\r\n\ttwo \n\n")
     assert texts(path) == ["\ufeff one\r\n\ttwo \n\n"]
@@ -71,7 +71,7 @@ def test_jsonl(tmp_path: Path):
     assert [raw.number for raw in raw_documents(find_sources([path]).files)] == [1, 3, 5]
 
 
-def test_format_is_by_suffix_or_as_said(tmp_path: Path):
+def test_format_by_suffix_or_option(tmp_path: Path):
     path = tmp_path / "a.txt"
     path.write_text('{"text": "one"}\n')
     assert texts(path) == ['{"text": "one"}\n']
@@ -86,10 +86,10 @@ def test_format_is_by_suffix_or_as_said(tmp_path: Path):
     ("name", "content", "message"),
     [
         ("absent.txt", None, r"input .*absent\.txt: no such file or folder"),
-        ("empty.txt", b"", r"input .*empty\.txt: empty; expected"),
-        ("empty.jsonl", b"", r"input .*empty\.jsonl: empty; expected"),
-        ("a.txt", b"caf\xe9\n", r"a\.txt: not UTF-8 text, byte 0xe9 at offset 3; convert"),
-        ("a.txt", "wide".encode("utf-16"), r"a\.txt: not UTF-8 text, byte 0xff at offset 0;"),
+        ("empty.txt", b"", r"input .*empty\.txt: empty"),
+        ("empty.jsonl", b"", r"input .*empty\.jsonl: empty"),
+        ("a.txt", b"caf\xe9\n", r"a\.txt: not UTF-8 text, byte 0xe9 at offset 3\."),
+        ("a.txt", "wide".encode("utf-16"), r"a\.txt: not UTF-8 text, byte 0xff at offset 0\."),
         (
             "a.jsonl",
             b'{"text": "fine"}\n\n{"text": "caf\xe9"}\n',
@@ -104,8 +104,8 @@ def test_format_is_by_suffix_or_as_said(tmp_path: Path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', r"a\.jsonl, line 2: not valid JSON"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl, line 1: not valid JSON"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: expected a JSON object, found list"),
-        ("a.jsonl", b'{"text": 3}\n', r"line 1: the value of 'text' is int, expected a string"),
-        ("a.jsonl", b'{"text": null}', r"line 1: the value of 'text' is NoneType, expected"),
+        ("a.jsonl", b'{"text": 3}\n', r"line 1: the value of 'text' is int instead of a string"),
+        ("a.jsonl", b'{"text": null}', r"line 1: the value of 'text' is NoneType instead of"),
         ("a.jsonl", b'{"text": "a\\ud800"}', "line 1: .* unpaired surrogate at character 1"),
     ],
 )
@@ -119,9 +119,7 @@ def test_bad_input(tmp_path: Path, name: str, content: bytes | None, message: st
 def test_folder_without_documents(tmp_path: Path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "b.md").write_text("b")
-    message = (
-        r"no file that ends with \.txt or \.py with any text in this folder \(left out: 1 empty"
-    )
+    message = r"the folder has no file that ends with \.txt or \.py .*\(skipped: 1 empty"
     with pytest.raises(ValueError, match=message):
         find_sources([tmp_path], suffixes=(".txt", ".py"))
 
@@ -132,7 +130,7 @@ def test_no_inputs():
 
 
 def test_neither_file_nor_folder(tmp_path: Path):
-    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    os.mkfifo(tmp_path / "pipe")  # Reading it would wait forever.
     with pytest.raises(ValueError, match="pipe: neither a file nor a folder"):
         find_sources([tmp_path / "pipe"])
 
@@ -142,21 +140,21 @@ def test_file_that_vanishes(tmp_path: Path):
     path.write_text("a")
     sources = find_sources([path]).files
     path.unlink()
-    with pytest.raises(ValueError, match=r"a\.txt: cannot be read \(No such file"):
+    with pytest.raises(ValueError, match=r"a\.txt cannot be read: No such file"):
         list(raw_documents(sources))
 
 
 def test_documents_are_read_one_by_one(tmp_path: Path):
-    """A file of many lines must not be read ahead of its use."""
+    """A file of many lines must not be read ahead."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n' * 100_000)
     documents = raw_documents(find_sources([path]).files)
     assert next(documents) == (path, 1, b'{"text": "a"}\n', "line", 14)
-    path.write_bytes(b"")  # nothing but a buffer's worth can come now
+    path.write_bytes(b"")  # Only buffered data can follow.
     assert sum(1 for _ in documents) < 50_000
 
 
-def test_what_is_no_document_is_left_out_and_said(tmp_path: Path):
+def test_files_that_are_not_documents_are_skipped_and_reported(tmp_path: Path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "gone").symlink_to("nowhere")
@@ -186,13 +184,13 @@ def test_what_is_no_document_is_left_out_and_said(tmp_path: Path):
                 find_sources([path])
 
 
-def test_a_file_that_is_found_twice_is_refused(tmp_path: Path):
-    """It would be read twice without a word."""
+def test_file_given_twice_is_rejected(tmp_path: Path):
+    """Otherwise it would be read twice silently."""
     path = tmp_path / "a.txt"
     path.write_text("a")
     (tmp_path / "linked").symlink_to(path)
     for inputs in ([path, path], [tmp_path, path], [path, tmp_path / "linked"]):
-        with pytest.raises(ValueError, match=r"a\.txt is in input .* too; give each file once"):
+        with pytest.raises(ValueError, match=r"a\.txt is also in input"):
             find_sources(inputs)
 
 
@@ -210,7 +208,7 @@ COMPRESS = {
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte-order mark"])
 def test_compressed_files(tmp_path: Path, suffix: str, bom: bytes):
-    """By their content: the last has no suffix that says so. The first has two parts."""
+    """Compression is detected by content. The first file has two compressed streams."""
     compress = COMPRESS[suffix]
     array = json.dumps(RECORDS, indent=1).encode()
     contents = {
@@ -232,7 +230,7 @@ def test_compressed_files(tmp_path: Path, suffix: str, bom: bytes):
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_damaged_compressed_files(tmp_path: Path, suffix: str):
-    """Cut, or with a byte changed, it must not pass as a shorter text."""
+    """A truncated or changed file must not be read as a shorter text."""
     lines = b"".join(b'{"text": "%d"}\n' % (number * number) for number in range(20_000))
     content = COMPRESS[suffix](lines)
     path = tmp_path / f"a.jsonl.{suffix}"
@@ -245,7 +243,7 @@ def test_damaged_compressed_files(tmp_path: Path, suffix: str):
 
 
 @pytest.mark.parametrize("suffix", [".txt.gz", ".jsonl.gz"])
-def test_a_bomb_is_found_before_it_is_in_memory(
+def test_decompression_bomb_is_detected_early(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(compression, "FREE_BYTES", 1 << 20)
@@ -274,24 +272,24 @@ def test_decompression_bombs(tmp_path: Path, suffix: str, monkeypatch: pytest.Mo
         texts(path)
 
 
-def test_documents_have_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_documents_have_a_maximum_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reading, "MAX_DOCUMENT", 1000)
     (tmp_path / "a.txt").write_text("a" * 1001)
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a" * 1001))
     (tmp_path / "a.jsonl").write_text('{"text": "%s"}' % ("a" * 1001))
     for path in tmp_path.iterdir():
-        with pytest.raises(
-            ValueError, match=rf"{path.name}.*: a document of more than 1,000 bytes"
-        ):
+        with pytest.raises(ValueError, match=rf"{path.name}.* more than 1,000 bytes"):
             texts(path)
     array = tmp_path / "a.json"
     array.write_text('[{"text": "%s"' % ("a" * 5_000_000))
-    with pytest.raises(ValueError, match=r"a\.json, record 1: not valid JSON, or more than 1,000"):
+    with pytest.raises(
+        ValueError, match=r"a\.json, record 1: not valid JSON, or larger than 1,000"
+    ):
         texts(array)
 
 
-def test_json_by_what_is_in_it(tmp_path: Path):
-    """A .json file is an array of objects, JSONL, or else a text like any other."""
+def test_format_of_json_by_content(tmp_path: Path):
+    """A .json file is an array of objects, JSONL, or otherwise plain text."""
     contents = {
         "array.json": (json.dumps(RECORDS), TEXTS),
         "empty-lines.json": ("\n [ \n" + ",\n".join(map(json.dumps, RECORDS)) + "\n]\n", TEXTS),
@@ -309,8 +307,8 @@ def test_json_by_what_is_in_it(tmp_path: Path):
     assert list(raw_documents([source])) == []
 
 
-def test_an_array_is_read_object_by_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """At whatever byte a piece that is read ends: within a character or between objects."""
+def test_array_is_read_object_by_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A read may end at any byte: within a character or between objects."""
     path = tmp_path / "a.json"
     path.write_text(json.dumps(RECORDS, indent=1, ensure_ascii=False), encoding="utf-8")
     for size in (1, 2, 3, 7):
@@ -320,7 +318,7 @@ def test_an_array_is_read_object_by_object(tmp_path: Path, monkeypatch: pytest.M
     path.write_text("[" + ",".join(['{"text": "a"}'] * 100_000) + "]")
     documents = raw_documents(find_sources([path]).files)
     next(documents)
-    path.write_bytes(b"")  # nothing but a piece's worth can come now
+    path.write_bytes(b"")  # Only buffered data can follow.
     with pytest.raises(ValueError, match=r"a\.json, record \d+: not valid JSON"):
         assert sum(1 for _ in documents) < 50_000
 
@@ -330,28 +328,28 @@ def test_an_array_is_read_object_by_object(tmp_path: Path, monkeypatch: pytest.M
     [
         ('[{"text": "a"}, 3]', "record 2: expected a JSON object, found '3'"),
         ('[{"text": "a"}, ]', "record 2: expected a JSON object, found ']'"),
-        ('[{"text": "a"} {"text": "b"}]', "record 1: expected , or ] after it, found '{'"),
-        ('[{"text": "a"}', "record 1: expected , or ] after it, found ''"),
+        ('[{"text": "a"} {"text": "b"}]', "record 1: expected , or ] after the record, found '{'"),
+        ('[{"text": "a"}', "record 1: expected , or ] after the record, found ''"),
         ('[{"text": "a"}, {"te', "record 2: not valid JSON"),
         ('[{"text": "a"}] x', "record 1: expected the end of the file after the array, found 'x'"),
         (
             '[{"body": "a"}]',
-            "record 1: no key 'text' (keys: 'body'); name the right one with --key",
+            "record 1: no key 'text' (keys: 'body'). Choose one with --key",
         ),
         ("[" + '{"text": ' * 100_000, "record 1: not valid JSON: nested too deeply"),
     ],
 )
-def test_bad_arrays(tmp_path: Path, content: str | bytes, message: str):
+def test_invalid_arrays(tmp_path: Path, content: str | bytes, message: str):
     path = tmp_path / "a.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=re.escape(f"{path}, {message}")):
         texts(path)
 
 
-def test_an_array_that_is_not_utf_8(tmp_path: Path):
+def test_array_that_is_not_utf_8(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_bytes(b'[{"text": "caf\xe9"}]')
-    with pytest.raises(ValueError, match=r"a\.json: not UTF-8 text, byte 0xe9; convert the file"):
+    with pytest.raises(ValueError, match=r"a\.json: not UTF-8 text, byte 0xe9"):
         texts(path)
 
 
@@ -362,7 +360,7 @@ def write_parquet(path: Path, columns: dict[str, object], **options: object) -> 
 @pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
 @pytest.mark.parametrize("as_dictionary", [False, True])
 def test_parquet(tmp_path: Path, kind: object, as_dictionary: bool):
-    """Many row groups, and rows that are more than one batch; by content, whatever the name."""
+    """Several row groups and batches; the format is detected by content."""
     values = [f"text {number}" for number in range(1000)]
     column = pyarrow.array(values, kind)
     if as_dictionary and kind == pyarrow.string():
@@ -380,20 +378,20 @@ def test_bad_parquet(tmp_path: Path):
     path = tmp_path / "a.parquet"
     write_parquet(path, {"body": ["a"], "messages": [["a"]], "text": ["a"]})
     for key, message in (
-        ("x", "no column 'x' (columns: 'body', 'messages', 'text'); name one with --key"),
-        ("messages", "column 'messages' holds list<"),
+        ("x", "has no column 'x' (columns: 'body', 'messages', 'text'). Choose one with --key"),
+        ("messages", "column 'messages' has type list<"),
     ):
-        with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))}:? {re.escape(message)}"):
             texts(path, key)
     content = path.read_bytes()
     for damaged in (content[:-20], content[:8] + b"\xff" * 40 + content[48:], b"PAR1"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"input .*a\.parquet: .*damaged Parquet data"):
+        with pytest.raises(ValueError, match=r"input .*a\.parquet .*damaged Parquet data"):
             texts(path, "body")
     write_parquet(path, {"text": ["a", None]})
     with pytest.raises(ValueError, match=r"a\.parquet, row 2: the value of 'text' is null"):
         texts(path)
-    # A string column whose bytes are not UTF-8, as other writers make them.
+    # Some writers produce string columns whose bytes are not UTF-8.
     wrong = pyarrow.array([b"fine", b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
     write_parquet(path, {"text": wrong})
     with pytest.raises(
@@ -402,16 +400,16 @@ def test_bad_parquet(tmp_path: Path):
         texts(path)
 
 
-def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_parquet(tmp_path / "a.parquet", {"text": ["a"]})
     (tmp_path / "a.txt.zst").write_bytes(COMPRESS["zst"](b"text"))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for name in ("a.parquet", "a.txt.zst"):
-        with pytest.raises(ValueError, match=rf"{name}: .* needs the package pyarrow; pip install"):
+        with pytest.raises(ValueError, match=rf"{name} requires the package pyarrow .*pip install"):
             texts(tmp_path / name)
 
 
-def test_odd_names_of_files(tmp_path: Path):
+def test_unusual_file_names(tmp_path: Path):
     folder = tmp_path / "a folder\nwith a newline"
     folder.mkdir()
     (folder / "ein text ü.txt").write_text("text")
@@ -421,11 +419,11 @@ def test_odd_names_of_files(tmp_path: Path):
     assert sorted(texts(folder)) == ["more", "text"]
 
 
-def test_unreadable_files_are_named_before_any_work(tmp_path: Path):
+def test_unreadable_files_are_reported_early(tmp_path: Path):
     if os.getuid() == 0:
         pytest.skip("root may read everything")
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").write_text("b")
     (tmp_path / "b.txt").chmod(0)
-    with pytest.raises(ValueError, match=r"b\.txt: cannot be read \(Permission denied\)"):
+    with pytest.raises(ValueError, match=r"b\.txt cannot be read: Permission denied"):
         find_sources([tmp_path])

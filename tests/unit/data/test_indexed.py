@@ -1,4 +1,4 @@
-"""Token files: ours and megatron-core's are the same files, and damage is told."""
+"""Token files: compatibility with megatron-core, and errors for damaged files."""
 
 import os
 import resource
@@ -71,7 +71,7 @@ def test_ours_reads_megatron(tmp_path: Path, dtype: type):
 
 
 def test_documents_of_several_sequences(tmp_path: Path):
-    """Megatron's sentence-split data: a document is what lies between two bounds."""
+    """In Megatron's sentence-split data, a document consists of several sequences."""
     builder = IndexedDatasetBuilder(f"{tmp_path}/split.bin", dtype=np.int32)
     builder.add_document(np.arange(7), [3, 4])
     builder.add_item(torch.tensor([7, 8]))
@@ -93,7 +93,7 @@ def test_same_type_as_megatron():
 def test_round_trip(
     tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], group: int
 ):
-    """However the documents are handed over, singly or several at once, they come back."""
+    """Documents read back equal those added, one or several at a time."""
     prefix = tmp_path_factory.mktemp("round") / "trip"
     with IndexedWriter(prefix, np.uint16) as writer:
         for start in range(0, len(documents), group):
@@ -110,18 +110,18 @@ def test_prefix_with_a_dot(tmp_path: Path):
     assert IndexedTokens(f"{tmp_path}/corpus.v2").num_tokens == 2
 
 
-def test_without_commit_nothing_changes(tmp_path: Path):
+def test_files_are_unchanged_without_commit(tmp_path: Path):
     write(tmp_path / "a", [[1, 2, 3]])
     with IndexedWriter(tmp_path / "a", np.uint16) as writer:
         writer.add([9] * 100)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not fit into uint16"):
         write(tmp_path / "a", [[8] * 100, [-1]])
     assert sorted(os.listdir(tmp_path)) == ["a.bin", "a.idx"]
     assert IndexedTokens(tmp_path / "a").tokens.tolist() == [1, 2, 3]
 
 
-def test_full_disk_leaves_the_data_of_before(tmp_path: Path):
-    """A limit on the size of files stands for the end of the disk: the same call fails alike."""
+def test_full_disk_keeps_the_existing_data(tmp_path: Path):
+    """A limit on the file size simulates a full disk: the same call fails in the same way."""
     write(tmp_path / "a", [[1, 2, 3]])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -134,10 +134,10 @@ def test_full_disk_leaves_the_data_of_before(tmp_path: Path):
     assert IndexedTokens(tmp_path / "a").tokens.tolist() == [1, 2, 3]
 
 
-def test_interrupted_replacement_is_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Between the two renames there must be no index, rather than the old one with new tokens.
+def test_interrupted_replacement_leaves_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Between the two renames there must be no index, instead of the old index with new tokens.
 
-    Here both have the same size, so that nothing else would tell.
+    Both have the same size here, so that no other check would fail.
     """
     write(tmp_path / "a", [[1, 2, 3]])
     commit = AtomicFile.commit
@@ -161,13 +161,13 @@ def test_interrupted_replacement_is_no_data(tmp_path: Path, monkeypatch: pytest.
 def test_tokens_that_do_not_fit_the_type(tmp_path: Path):
     with (
         IndexedWriter(tmp_path / "a", np.uint16) as writer,
-        pytest.raises(ValueError, match=r"token ids 5 to 65536 do not fit uint16 in .*a\.bin"),
+        pytest.raises(ValueError, match=r"token ids 5 to 65536 do not fit into uint16 in .*a\.bin"),
     ):
         writer.add([65536, 5])
 
 
-def test_types_that_are_no_tokens(tmp_path: Path):
-    with pytest.raises(ValueError, match="can not be stored as float32; use one of uint8, int8"):
+def test_unsupported_token_type(tmp_path: Path):
+    with pytest.raises(ValueError, match="stored as float32.*uint8, int8"):
         IndexedWriter(tmp_path / "a", np.float32)
 
 
@@ -177,30 +177,30 @@ def patched(path: Path, offset: int, data: bytes) -> None:
     path.write_bytes(content)
 
 
-HEAD = 34  # bytes before the lengths
+HEAD = 34  # size of the header in bytes
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda i, b: i.unlink(), r"a\.idx does not exist; make it with 'ee-llm data prepare'"),
-        (lambda i, b: b.unlink(), r"a\.bin does not exist; make it"),
-        (lambda i, b: i.write_bytes(b""), r"a\.idx: not a Megatron index, expected it to begin"),
-        (lambda i, b: i.write_bytes(b"MMIDIDX"), r"a\.idx: truncated, expected at least 34 bytes"),
-        (lambda i, b: i.write_bytes(b"PK\3\4" * 20), r"a\.idx: not a Megatron index.* found b'PK"),
-        (lambda i, b: patched(i, 9, b"\2"), r"a\.idx: expected version 1 of the format, found 2"),
-        (lambda i, b: patched(i, 17, b"\7"), r"a\.idx: expected tokens of type uint8.* code 7"),
-        (lambda i, b: patched(i, 17, b"\4"), r"a\.idx: damaged, sequences do not follow"),
-        (lambda i, b: i.write_bytes(i.read_bytes()[:-8]), r"a\.idx: expected 122 .* found 114"),
-        (lambda i, b: i.write_bytes(i.read_bytes() + bytes(4)), "sequence modes of multimodal"),
-        (lambda i, b: patched(i, HEAD, b"\1"), r"a\.idx: damaged, sequences do not follow"),
-        (lambda i, b: patched(i, 122 - 8, b"\3"), r"a\.idx: .*expected document bounds from 0 to"),
-        (lambda i, b: patched(i, 122 - 40, b"\1"), r"a\.idx: .*expected document bounds from 0 to"),
-        (lambda i, b: b.write_bytes(b.read_bytes()[:-1]), r"a\.bin: expected 18 bytes.* found 17"),
-        (lambda i, b: b.write_bytes(b.read_bytes() * 2), r"a\.bin: expected 18 bytes.* found 36"),
+        (lambda i, b: i.unlink(), r"a\.idx does not exist.*'ee-llm data prepare'"),
+        (lambda i, b: b.unlink(), r"a\.bin does not exist"),
+        (lambda i, b: i.write_bytes(b""), r"a\.idx is not a Megatron index"),
+        (lambda i, b: i.write_bytes(b"MMIDIDX"), r"a\.idx is truncated.* 34"),
+        (lambda i, b: i.write_bytes(b"PK\3\4" * 20), r"a\.idx is not a Megatron index.* b'PK"),
+        (lambda i, b: patched(i, 9, b"\2"), r"a\.idx has version 2 .* version 1"),
+        (lambda i, b: patched(i, 17, b"\7"), r"a\.idx .* code 7.* uint8"),
+        (lambda i, b: patched(i, 17, b"\4"), r"a\.idx is damaged: .*not contiguous"),
+        (lambda i, b: i.write_bytes(i.read_bytes()[:-8]), r"a\.idx has 114 bytes instead of 122"),
+        (lambda i, b: i.write_bytes(i.read_bytes() + bytes(4)), "Sequence modes of multimodal"),
+        (lambda i, b: patched(i, HEAD, b"\1"), r"a\.idx is damaged: .*not contiguous"),
+        (lambda i, b: patched(i, 122 - 8, b"\3"), r"a\.idx is damaged .*document bounds .* 0 to 4"),
+        (lambda i, b: patched(i, 122 - 40, b"\1"), r"a\.idx is damaged .*bounds .* 0 to 4"),
+        (lambda i, b: b.write_bytes(b.read_bytes()[:-1]), r"a\.bin has 17 bytes.* expects 18"),
+        (lambda i, b: b.write_bytes(b.read_bytes() * 2), r"a\.bin has 36 bytes.* expects 18"),
     ],
 )  # fmt: skip
-def test_damage_is_told(tmp_path: Path, damage: Any, message: str):
+def test_damaged_files(tmp_path: Path, damage: Any, message: str):
     write(tmp_path / "a", DOCUMENTS)
     damage(tmp_path / "a.idx", tmp_path / "a.bin")
     with pytest.raises(ValueError, match=message):
@@ -215,11 +215,11 @@ def test_header_is_as_documented(tmp_path: Path):
 
 def test_no_tokens(tmp_path: Path):
     write(tmp_path / "a", [[]])
-    with pytest.raises(ValueError, match=r"a\.bin: holds no tokens"):
+    with pytest.raises(ValueError, match=r"a\.bin has no tokens"):
         IndexedTokens(tmp_path / "a")
 
 
 def test_prefix_with_the_suffix(tmp_path: Path):
     write(tmp_path / "a", DOCUMENTS)
-    with pytest.raises(ValueError, match=r"give the prefix without \.bin or \.idx"):
+    with pytest.raises(ValueError, match=r"prefix without \.bin or \.idx"):
         IndexedTokens(tmp_path / "a.bin")

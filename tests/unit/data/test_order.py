@@ -1,4 +1,4 @@
-"""Orders: permutations and blends that depend on seed and position alone."""
+"""Orders: permutations and blends that depend only on seed and position."""
 
 from collections import Counter
 from fractions import Fraction
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ee_llm.data.order import MAX_PERIOD, BlendPattern, shuffled, whole_weights
+from ee_llm.data.order import MAX_PERIOD, BlendPattern, integer_weights, shuffled
 
 
 @settings(deadline=None, max_examples=100)
@@ -19,14 +19,14 @@ def test_permutation(size: int, seed: int, epoch: int):
 
 
 def test_permutation_of_a_large_set():
-    """Single positions of a set that could not be listed: no two of them fall together."""
+    """Positions of a set that is too large to enumerate map to distinct elements."""
     size = 3 * 10**12
-    found = {shuffled(i, size, 1, 0) for i in range(0, size, size // 10_000)}
-    assert len(found) == 10_001 - (size % (size // 10_000) == 0)
-    assert all(0 <= place < size for place in found)
+    elements = {shuffled(i, size, 1, 0) for i in range(0, size, size // 10_000)}
+    assert len(elements) == 10_001 - (size % (size // 10_000) == 0)
+    assert all(0 <= place < size for place in elements)
 
 
-def test_seed_epoch_and_stream_all_matter():
+def test_order_depends_on_seed_epoch_and_stream():
     orders = {
         tuple(shuffled(i, 50, seed, epoch, stream) for i in range(50))
         for seed in range(3)
@@ -37,7 +37,7 @@ def test_seed_epoch_and_stream_all_matter():
 
 
 def test_order_never_changes():
-    """A run that is resumed with a later version must go on with the same samples."""
+    """A run that resumes with a later version must continue with the same samples."""
     assert [shuffled(i, 10, 1234, 0) for i in range(10)] == [2, 3, 9, 0, 4, 7, 5, 8, 1, 6]
     assert [shuffled(i, 10**9, 1234, 5, 2) for i in range(3)] == [
         314796210,
@@ -47,10 +47,10 @@ def test_order_never_changes():
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 100])
-def test_every_place_is_as_likely(size: int):
-    """Chi-square over the epochs for the first and last element; fixed seeds, so no false alarm.
+def test_elements_are_uniformly_distributed(size: int):
+    """Chi-square test over epochs for the first and last element, with fixed seeds.
 
-    5 standard deviations of a chi-square of size - 1 degrees of freedom.
+    The limit is 5 standard deviations of a chi-square with size - 1 degrees of freedom.
     """
     num = 200 * size
     for index in (0, size - 1):
@@ -59,12 +59,12 @@ def test_every_place_is_as_likely(size: int):
         assert chi_square < size - 1 + 5 * (2 * (size - 1)) ** 0.5
 
 
-def test_neighbours_part():
-    """Samples that follow each other in the data must not follow each other in the order."""
+def test_adjacent_samples_are_separated():
+    """Samples that are adjacent in the data must not be adjacent in the order."""
     size = 1000
     order = [shuffled(i, size, 3, 0) for i in range(size)]
     steps = Counter((b - a) % size for a, b in pairwise(order))
-    assert max(steps.values()) <= 8  # Poisson of mean 1: expected about 0.001 steps above 8
+    assert max(steps.values()) <= 8  # Poisson with mean 1: about 0.001 steps above 8 are expected.
     assert abs(np.corrcoef(order, range(size))[0, 1]) < 0.15  # 5 standard deviations
 
 
@@ -73,7 +73,7 @@ counts = st.lists(st.integers(1, 60), min_size=1, max_size=7)
 
 @settings(deadline=None, max_examples=150)
 @given(counts=counts)
-def test_blend_never_strays_by_one(counts: list[int]):
+def test_blend_deviates_by_less_than_one_sample(counts: list[int]):
     pattern = BlendPattern(counts)
     total = sum(counts)
     taken = [0] * len(counts)
@@ -86,8 +86,8 @@ def test_blend_never_strays_by_one(counts: list[int]):
             assert abs(taken[i] - Fraction((position + 1) * count, total)) < 1
 
 
-def test_blend_is_even_at_any_distance():
-    pattern = BlendPattern(whole_weights([0.3, 0.7]))
+def test_blend_is_periodic():
+    pattern = BlendPattern(integer_weights([0.3, 0.7]))
     assert [pattern.locate(10**15 + i) for i in range(10)] == [
         (source, before + (3 if source == 0 else 7) * 10**14)
         for source, before in [pattern.locate(i) for i in range(10)]
@@ -106,23 +106,21 @@ def test_blend_is_even_at_any_distance():
         ([1e-12, 1], (1, MAX_PERIOD - 1)),
     ],
 )
-def test_whole_weights(weights: list[float], expected: tuple[int, ...]):
-    assert whole_weights(weights) == expected
+def test_integer_weights(weights: list[float], expected: tuple[int, ...]):
+    assert integer_weights(weights) == expected
 
 
 @settings(deadline=None, max_examples=100)
 @given(weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8))
 def test_rounded_weights_are_close(weights: list[float]):
-    whole = whole_weights(weights)
-    assert sum(whole) <= MAX_PERIOD
-    for count, weight in zip(whole, weights, strict=True):
-        share = count / sum(whole)
+    counts = integer_weights(weights)
+    assert sum(counts) <= MAX_PERIOD
+    for count, weight in zip(counts, weights, strict=True):
+        share = count / sum(counts)
         assert share == pytest.approx(weight / sum(weights), abs=len(weights) / MAX_PERIOD)
 
 
-@pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), float("inf")])
-def test_weights_that_are_none(wrong: float):
-    with pytest.raises(
-        ValueError, match=r"data\.weights = .*every weight must be a number above 0"
-    ):
-        whole_weights([1, wrong])
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
+def test_invalid_weights(weight: float):
+    with pytest.raises(ValueError, match=r"data\.weights = .* must be finite numbers above 0"):
+        integer_weights([1, weight])

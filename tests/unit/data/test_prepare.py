@@ -1,4 +1,4 @@
-"""`ee-llm data prepare`: the same bytes from any number of workers, clear words for bad input."""
+"""`ee-llm data prepare`: output is independent of the number of workers; errors for bad input."""
 
 import contextlib
 import gzip
@@ -26,7 +26,7 @@ def options(inputs: Path, output: Path, **changes: object) -> PrepareOptions:
 
 
 def environment() -> dict[str, str]:
-    """For a process in another folder, which finds this checkout and leaves no files in it."""
+    """Return an environment in which a process in another folder imports this checkout."""
     root = str(Path(__file__).parents[3])
     return {**os.environ, "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -38,17 +38,17 @@ def test_documents_and_report(tmp_path: Path):
     eos = BytesTokenizer.eos_token_id
     assert read_documents(tmp_path / "out/deep/a") == [[*b"one", eos], [*"zwölf".encode(), eos]]
     assert report == (str(tmp_path / "out/deep/a"), 2, 11, 9, 1, ())
-    assert "2 documents, 1 empty ones left out, 11 tokens, 0.82 bytes/token" in str(report)
+    assert "2 documents (1 empty ones skipped), 11 tokens, 0.82 bytes/token" in str(report)
     assert sorted(os.listdir(tmp_path / "out/deep")) == ["a.bin", "a.idx", "a.meta.json"]
     prepare(options(path, tmp_path / "b", append_eos=False))
     assert read_documents(tmp_path / "b") == [[*b"one"], [*"zwölf".encode()]]
 
 
-def test_preparing_again_does_not_read_what_was_prepared(tmp_path: Path):
-    """The output is in the input folder: the second run used to read .bin and .idx as texts."""
+def test_preparing_again_does_not_read_prepared_data(tmp_path: Path):
+    """With the output in the input folder, the second run used to read .bin and .idx as texts."""
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "gone.txt").symlink_to("nowhere")
-    (tmp_path / ".other.bin.123.part").write_bytes(b"abc")  # of a run that was killed
+    (tmp_path / ".other.bin.123.part").write_bytes(b"abc")  # left by a killed run
     output = tmp_path / "corpus"
     first = prepare(options(tmp_path, output))
     before = [Path(f"{output}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".meta.json")]
@@ -56,13 +56,13 @@ def test_preparing_again_does_not_read_what_was_prepared(tmp_path: Path):
     assert (report.num_documents, report.num_tokens) == (first.num_documents, 5)
     after = [Path(f"{output}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".meta.json")]
     assert after == before
-    assert "left out: 4 prepared data" in str(report)
+    assert "skipped: 4 prepared data" in str(report)
     assert "1 broken link" in str(report)
-    with pytest.raises(ValueError, match=r"corpus\.bin: prepared data; expected a file or folder"):
+    with pytest.raises(ValueError, match=r"corpus\.bin: prepared data"):
         prepare(options(Path(f"{output}.bin"), tmp_path / "b"))
 
 
-def test_progress_of_compressed_files_ends_at_their_size(
+def test_progress_of_compressed_files_reaches_their_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "a.jsonl.gz"
@@ -77,21 +77,21 @@ def test_progress_of_compressed_files_ends_at_their_size(
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
-def test_workers_do_not_matter(
+def test_output_does_not_depend_on_workers(
     tmp_path: Path,
     sentencepiece_model: Path,
     huggingface_json: Path,
     kind: str,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """Many chunks, of lines and of files, finished in any order by real processes."""
+    """Real processes finish many chunks of lines and of files in any order."""
     monkeypatch.setattr(module, "_CHUNK_BYTES", 5_000)
     tokenizer = {"sentencepiece": sentencepiece_model, "huggingface": huggingface_json}[kind]
     inputs = tmp_path / "inputs"
     inputs.mkdir()
     rng = np.random.default_rng(0)
     lines = []
-    for i in range(300):  # of very different lengths, so that chunks take different times
+    for i in range(300):  # Very different lengths, so that chunks take different times.
         lines.append(json.dumps({"text": f"document {i} " + "item " * int(rng.integers(1, 400))}))
     (inputs / "lines.jsonl").write_text("\n".join(lines))
     (inputs / "file.txt").write_text("a plain file\n" * 1000)
@@ -104,14 +104,14 @@ def test_workers_do_not_matter(
         assert all(other == first for other in others)
     some = load_tokenizer(tokenizer)
     documents = read_documents(tmp_path / "out3")
-    for i in (0, 1, 150, 300):  # file.txt comes before lines.jsonl
+    for i in (0, 1, 150, 300):  # file.txt precedes lines.jsonl.
         text = "a plain file\n" * 1000 if i == 0 else json.loads(lines[i - 1])["text"]
         *ids, last = documents[i]
         assert some.decode(ids) == text
         assert last == some.eos_token_id
 
 
-def test_error_in_a_worker_comes_through(tmp_path: Path):
+def test_error_in_a_worker_is_raised(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' * 5 + "{}\n")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 6: no key 'text'"):
@@ -119,15 +119,15 @@ def test_error_in_a_worker_comes_through(tmp_path: Path):
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
-def test_a_killed_worker_is_an_error_with_a_remedy():
-    """As by a machine that is out of memory: no endless wait, and no traceback."""
-    with pytest.raises(RuntimeError, match="a worker process of 2 was killed.*fewer --workers"):
+def test_killed_worker_is_an_error_with_a_remedy():
+    """When a machine that runs out of memory kills a worker, there is no endless wait."""
+    with pytest.raises(RuntimeError, match="one of 2 worker processes was killed.*--workers"):
         list(ordered_map(os._exit, [1] * 20, 2))
 
 
 @contextlib.contextmanager
 def slow_workers(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """Give a process that maps in two workers, and these, both at work; nothing is left of it."""
+    """Yield a process that calls `ordered_map` and the ids of its two busy workers; kill all."""
     code = (
         "import os, signal, sys, time; sys.path.insert(0, sys.argv[1])\n"
         "import slow\n"
@@ -149,25 +149,25 @@ def slow_workers(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[int
     )
     try:
         deadline = time.monotonic() + 60
-        while len(found := list(folder.glob("worker-*"))) < 2:
+        while len(paths := list(folder.glob("worker-*"))) < 2:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        yield process, [int(path.name.partition("-")[2]) for path in found]
+        yield process, [int(path.name.partition("-")[2]) for path in paths]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
-def test_ctrl_c_twice_ends_all_workers_at_once(tmp_path: Path):
-    """The terminal sends it to the workers too, which may be in the middle of a long document."""
+def test_second_ctrl_c_ends_all_workers_immediately(tmp_path: Path):
+    """The terminal also sends it to the workers, which may be processing a long document."""
     with slow_workers(tmp_path) as (process, workers):
         for _ in range(2):
             os.killpg(process.pid, signal.SIGINT)
             time.sleep(0.1)
         _, err = process.communicate(timeout=30)
-        assert "SpawnProcess" not in err  # the traceback of a worker
+        assert "SpawnProcess" not in err  # No traceback of a worker.
         assert all(map(is_gone, workers))
     assert process.returncode in (1, -signal.SIGINT)
 
@@ -180,7 +180,7 @@ def test_workers_end_with_their_parent(tmp_path: Path):
 
 
 def test_items_are_not_read_far_ahead():
-    """The texts of a large corpus must not all be in memory, waiting for a worker."""
+    """The texts of a large corpus must not all be in memory while they wait for a worker."""
     num_taken = 0
 
     def items() -> Iterator[int]:
@@ -206,10 +206,11 @@ def test_unchanged_after_a_failure(tmp_path: Path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_disk_that_is_full_at_the_end_leaves_the_data_of_before(tmp_path: Path):
-    """A limit on the size of files stands for the end of the disk. Index and description fit, the
-    tokens do not, and stay in a buffer until the last moment: an order of steps that removes the
-    old files as soon as some of the new ones are written loses both.
+def test_disk_that_is_full_at_the_end_keeps_the_existing_data(tmp_path: Path):
+    """A limit on the file size simulates a full disk.
+
+    Index and description fit; the tokens do not, but are buffered until the end. Removing old files
+    as soon as some of the new ones are written would lose both.
     """
     (tmp_path / "old.txt").write_text("old")
     (tmp_path / "new.txt").write_text("new " * 500)
@@ -234,7 +235,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_the_data_of_before(tmp_path: Path
 def test_no_document(tmp_path: Path, content: str):
     path = tmp_path / "a.jsonl"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"inputs .*a\.jsonl: no document with any text"):
+    with pytest.raises(ValueError, match=r"inputs .*a\.jsonl have no document with text"):
         prepare(options(path, tmp_path / "out"))
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
@@ -245,7 +246,7 @@ def test_no_such_input(tmp_path: Path):
 
 
 def test_unwritable_output(tmp_path: Path):
-    """Under a file, which even root can not write; told before any text is read."""
+    """Even root cannot create a path below a file; the error precedes reading any text."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"a\.txt/out\.bin cannot be written: .*is not a folder"):
@@ -264,7 +265,7 @@ def test_output_directory_without_permission(tmp_path: Path):
 
 @pytest.mark.parametrize("workers", [-1, 1025, 2**64])
 def test_numbers_of_workers(tmp_path: Path, workers: int):
-    with pytest.raises(ValueError, match=f"--workers {workers}: give a number of processes up to"):
+    with pytest.raises(ValueError, match=f"--workers {workers} must be"):
         prepare(options(tmp_path, tmp_path / "out", workers=workers))
 
 
@@ -280,7 +281,7 @@ def test_data_of_another_tokenizer(tmp_path: Path, sentencepiece_model: Path):
 
 
 def test_data_with_another_eos(tmp_path: Path, huggingface_json: Path):
-    """Of a version that ended documents with another token of the same tokenizer."""
+    """Another version may have ended documents with another token of the same tokenizer."""
     path = tmp_path / "a.txt"
     path.write_text("some text")
     prepare(options(path, tmp_path / "out", tokenizer=str(huggingface_json)))
@@ -292,34 +293,34 @@ def test_data_with_another_eos(tmp_path: Path, huggingface_json: Path):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff"])
-def test_description_that_is_none(tmp_path: Path, content: bytes):
+def test_invalid_description(tmp_path: Path, content: bytes):
     path = tmp_path / "a.txt"
     path.write_text("some text")
     prepare(options(path, tmp_path / "out"))
     (tmp_path / "out.meta.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"out\.meta\.json: expected the description"):
+    with pytest.raises(ValueError, match=r"out\.meta\.json is not a description"):
         check_tokenizer(tmp_path / "out", BytesTokenizer())
 
 
 def test_description_of_other_data(tmp_path: Path):
-    """Data that another tool wrote over ours: the description that stayed is not theirs."""
+    """If another tool overwrites the data, the remaining description does not match them."""
     for name, text in (("a", "some text"), ("b", "other text")):
         (tmp_path / f"{name}.txt").write_text(text)
         prepare(options(tmp_path / f"{name}.txt", tmp_path / name))
     os.replace(tmp_path / "a.meta.json", tmp_path / "b.meta.json")
-    with pytest.raises(ValueError, match=r"b\.meta\.json: describes other data than"):
+    with pytest.raises(ValueError, match=r"b\.meta\.json does not describe"):
         check_tokenizer(tmp_path / "b", BytesTokenizer())
 
 
 def test_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The bar counts bytes of the input and is full in the end."""
-    made = []
-    make = module._progress
-    monkeypatch.setattr(module, "_progress", lambda shown: made.append(make(shown)) or made[-1])
+    """The bar counts bytes of the input and is complete at the end."""
+    bars = []
+    progress = module._progress
+    monkeypatch.setattr(module, "_progress", lambda shown: bars.append(progress(shown)) or bars[-1])
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": ""}\n')
     prepare(options(path, tmp_path / "out"))
-    (task,) = made[0].tasks
+    (task,) = bars[0].tasks
     assert task.completed == task.total == path.stat().st_size
 
 

@@ -1,4 +1,4 @@
-"""Small tokenizers made as those of well-known model families are, with the files of their hubs."""
+"""Small tokenizers built like those of well-known model families, with their settings files."""
 
 import json
 from collections.abc import Callable
@@ -110,12 +110,12 @@ GEMMA = (
 
 
 class Family(NamedTuple):
-    """A family's tokenizer, its files, and texts of its own special tokens."""
+    """The tokenizer of a family, its settings files, and a text with its special tokens."""
 
     make: Callable[[], Tokenizer]
     config: dict[str, Any]
-    eos: list[str]  # of generation_config.json
-    special: str  # a prompt that spells special tokens out
+    eos: list[str]  # in generation_config.json
+    special: str  # a prompt that contains special tokens
     template: str | list[dict[str, str]] | None = None
 
 
@@ -148,7 +148,7 @@ def _byte_level(special: list[str | AddedToken], split: str | None, bos: str | N
 
 
 def _byte_fallback(special: list[str], prefix: str, bos: str | None = None) -> Tokenizer:
-    """A SentencePiece BPE model as transformers converts it: bytes for what has no piece."""
+    """Return a SentencePiece BPE model as transformers converts it, with byte fallback."""
     base = Tokenizer(models.BPE())
     base.normalizer = normalizers.Replace(" ", "▁")
     base.pre_tokenizer = pre_tokenizers.Split(Regex("(?=▁)"), "isolated")
@@ -321,7 +321,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def write_family(name: str, folder: Path, template_file: bool = False) -> Path:
-    """Write the files that a family's folder on the hub has, but for the weights."""
+    """Write the files of a family's folder on the Hugging Face Hub, except the weights."""
     family = FAMILIES[name]
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = family.make()

@@ -1,4 +1,4 @@
-"""Chat templates: what transformers makes of them, and what they must not do."""
+"""Chat templates: the same output as transformers, and limits on what they can do."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ MESSAGES: list[dict[str, Any]] = [
     {"role": "user", "content": "e"},
 ]
 
-# Each reads something that a plain jinja2 environment lacks or does in another way.
+# Each uses a feature that a plain jinja2 environment lacks or implements differently.
 TEMPLATES = {
     "blocks are trimmed": "x\n  {% if true %}\n    {{ messages[0].role }}\n  {% endif %}\n  y\n",
     "loop controls": "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}"
@@ -36,7 +36,7 @@ SPECIAL = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_is_rendered_as_by_transformers(name: str, tmp_path: Path) -> None:
+def test_same_rendering_as_transformers(name: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(write_family("gpt-2", tmp_path))
@@ -60,16 +60,16 @@ def test_a_template_is_rendered_as_by_transformers(name: str, tmp_path: Path) ->
         (r"{{ '\ud800' }}", "here: .*unpaired surrogate"),
     ],
 )
-def test_a_template_that_fails_is_an_error_of_one_line(source: str, message: str) -> None:
+def test_failing_template_gives_a_one_line_error(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ChatTemplate(source, "here").render(MESSAGES)
 
 
-TEXTS = ("{% if %}", "{% for m in messages %}", "{{ x", "(" * 9 + "{{", "{% break %}")
+INVALID_TEMPLATES = ("{% if %}", "{% for m in messages %}", "{{ x", "(" * 9 + "{{", "{% break %}")
 
 
-@pytest.mark.parametrize("source", TEXTS)
-def test_a_text_that_is_no_template_is_named(source: str) -> None:
+@pytest.mark.parametrize("source", INVALID_TEMPLATES)
+def test_invalid_template_is_named(source: str) -> None:
     with pytest.raises(ValueError, match="here: the chat template is not valid"):
         ChatTemplate(source, "here")
 
@@ -79,5 +79,7 @@ def test_sizes_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         ChatTemplate("x" * (2**20 + 1), "here")
     monkeypatch.setattr(chat_template, "_MAX_TEXT", 1000)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
-    with pytest.raises(ValueError, match="here: the chat template makes more than"):
+    with pytest.raises(
+        ValueError, match="here: the chat template renders this conversation to more than"
+    ):
         ChatTemplate(endless, "here").render(MESSAGES)

@@ -1,7 +1,7 @@
-"""Tokenizers of well-known families against transformers, with the files of their hubs.
+"""Tokenizers of well-known families compared with transformers.
 
-The tokenizers are small, but made as the real ones are: the same kinds of models, normalizers,
-decoders and post-processors, special tokens of the same names, and the same settings beside them.
+The tokenizers are small but built like the real ones: the same kinds of models, normalizers,
+decoders and post-processors, special tokens with the same names, and the same settings files.
 """
 
 import json
@@ -44,28 +44,28 @@ def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _theirs(name: str, folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # Version 5 builds the pipeline of LlamaTokenizer anew and then puts no space after a special
-    # token, which Llama 2's tokenizer.json does; this class takes the file as it is.
+    # Version 5 rebuilds the pipeline of LlamaTokenizer, which then adds no space after a special
+    # token, unlike Llama 2's tokenizer.json. This class uses the file unchanged.
     kind = PreTrainedTokenizerFast if name == "llama-2" else AutoTokenizer
     return kind.from_pretrained(folder)
 
 
-def test_end_tokens_are_those_of_transformers(name: str, folder: Path) -> None:
+def test_end_tokens_equal_those_of_transformers(name: str, folder: Path) -> None:
     from transformers import GenerationConfig
 
     ours, theirs = load_tokenizer(folder / "tokenizer.json"), _theirs(name, folder)
     expected = GenerationConfig.from_pretrained(folder).eos_token_id
     assert list(ours.eos_token_ids) == (expected if isinstance(expected, list) else [expected])
     assert ours.eos_token_id == theirs.eos_token_id
-    assert ours.bos == theirs.bos_token_id
+    assert ours.bos_token_id == theirs.bos_token_id
     (folder / "generation_config.json").rename(folder / "hidden")
     try:
-        assert load_tokenizer(folder / "tokenizer.json").eos_token_ids == (0,)  # of config.json
+        assert load_tokenizer(folder / "tokenizer.json").eos_token_ids == (0,)  # From config.json.
     finally:
         (folder / "hidden").rename(folder / "generation_config.json")
 
 
-def test_special_tokens_in_a_text_are_those_of_transformers(name: str, folder: Path) -> None:
+def test_parsed_special_tokens_equal_those_of_transformers(name: str, folder: Path) -> None:
     ours, theirs = load_tokenizer(folder / "tokenizer.json"), _theirs(name, folder)
     for text in (FAMILIES[name].special, *TEXTS[:4]):
         expected = theirs(text, add_special_tokens=False).input_ids
@@ -74,11 +74,11 @@ def test_special_tokens_in_a_text_are_those_of_transformers(name: str, folder: P
     special = set(ours.special_tokens.values())
     assert special == set(theirs.all_special_ids) | special
     assert special & set(ours.encode(FAMILIES[name].special, parse_special=True))
-    if name != "unigram":  # whose vocabulary has them as pieces, which its model may choose
+    if name != "unigram":  # Its vocabulary has them as pieces, which the model can choose.
         assert not special & set(ours.encode(FAMILIES[name].special))
 
 
-def test_chats_are_rendered_as_transformers_does(name: str, folder: Path) -> None:
+def test_chats_are_rendered_as_by_transformers(name: str, folder: Path) -> None:
     ours, theirs = load_tokenizer(folder / "tokenizer.json"), _theirs(name, folder)
     if FAMILIES[name].template is None:
         with pytest.raises(ValueError, match=r"no chat template: .*--chat-template FILE"):
@@ -87,13 +87,13 @@ def test_chats_are_rendered_as_transformers_does(name: str, folder: Path) -> Non
     template = load_chat_template(ours)
     for messages in CONVERSATIONS:
         text = template.render(messages)
-        more = {"add_generation_prompt": True}
-        assert text == theirs.apply_chat_template(messages, tokenize=False, **more)
-        expected = theirs.apply_chat_template(messages, return_dict=True, **more)["input_ids"]
+        options = {"add_generation_prompt": True}
+        assert text == theirs.apply_chat_template(messages, tokenize=False, **options)
+        expected = theirs.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
         assert ours.encode(text, parse_special=True) == expected
 
 
-def test_a_template_in_a_file_of_its_own_goes_first(tmp_path: Path) -> None:
+def test_separate_template_file_has_precedence(tmp_path: Path) -> None:
     folder = write_family("qwen-2.5", tmp_path, template_file=True)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     assert tokenizer.settings.template_path == folder / "chat_template.jinja"
@@ -103,8 +103,8 @@ def test_a_template_in_a_file_of_its_own_goes_first(tmp_path: Path) -> None:
     assert load_chat_template(tokenizer).render(CONVERSATIONS[0]) == expected
 
 
-def test_names_are_a_last_resort(tmp_path: Path) -> None:
-    """What a file states goes before any name, and a name before nothing at all."""
+def test_precedence_of_end_token_sources(tmp_path: Path) -> None:
+    """A token defined in a file has precedence over a common name."""
     folder = write_family("deepseek", tmp_path)
     for file in ("generation_config.json", "config.json"):
         (folder / file).unlink()
@@ -114,7 +114,7 @@ def test_names_are_a_last_resort(tmp_path: Path) -> None:
     assert load_tokenizer(folder / "tokenizer.json").eos_token_ids == (end,)
     (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<think>"}}')
     think = load_tokenizer(folder / "tokenizer.json")
-    assert think.decode([think.eos_token_id]) == ""  # special, since a file calls it so
+    assert think.decode([think.eos_token_id]) == ""  # Special, as a file defines it so.
     assert think.eos_token_ids == (think.eos_token_id,) != (end,)
     settings["eos_token"] = "<｜User｜>"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -125,18 +125,18 @@ def test_names_are_a_last_resort(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["{", "[]", '"x"', "\xff"])
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "generation_config.json"])
-def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: str) -> None:
+def test_damaged_file_is_named(tmp_path: Path, file: str, content: str) -> None:
     folder = write_family("gpt-2", tmp_path)
     (folder / file).write_text(content, encoding="latin-1")
-    with pytest.raises(ValueError, match=f"{file} .*Fetch it again"):
+    with pytest.raises(ValueError, match=f"{file} .*Download it again"):
         load_tokenizer(folder / "tokenizer.json")
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_a_sentencepiece_file_parses_special_tokens(tmp_path: Path, legacy: bool) -> None:
-    """Also those that the files beside it add: a conversation of a tuned Llama of the first days.
+def test_sentencepiece_parses_special_tokens(tmp_path: Path, legacy: bool) -> None:
+    """Includes tokens added by the files next to it, as in early fine-tuned Llama models.
 
-    transformers' own class for them is the reference where models of today are concerned.
+    For current models, the reference is the class of transformers.
     """
     import sentencepiece
 
@@ -154,7 +154,7 @@ def test_a_sentencepiece_file_parses_special_tokens(tmp_path: Path, legacy: bool
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 340, "<|im_end|>": 341}')
     tokenizer = load_tokenizer(tmp_path / "tokenizer.model")
-    assert (tokenizer.eos_token_id, tokenizer.vocab_size, tokenizer.bos) == (341, 342, 1)
+    assert (tokenizer.eos_token_id, tokenizer.vocab_size, tokenizer.bos_token_id) == (341, 342, 1)
     text = "<s><|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant"
     ids = tokenizer.encode(text, parse_special=True)
     assert [i for i in ids if i in (1, 340, 341)] == [1, 340, 341, 340]
@@ -163,19 +163,19 @@ def test_a_sentencepiece_file_parses_special_tokens(tmp_path: Path, legacy: bool
     model = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
     assert model.decode(user) == "user\nHello there"
     assert model.id_to_piece(user)[0].startswith("▁") is legacy
-    # <|im_start|> is not special by any file: it is shown.
+    # No file defines <|im_start|> as special, so it is part of the text.
     shown = tokenizer.decode(ids).replace(" \n", "\n")
     assert shown == "<|im_start|>user\nHello there\n<|im_start|>assistant"
 
 
-def test_data_end_with_the_token_that_the_files_state(
+def test_documents_end_with_the_token_defined_in_the_files(
     name: str, folder: Path, tmp_path: Path
 ) -> None:
-    """DeepSeek's tokenizer has none of the names that everybody else's have."""
+    """The DeepSeek tokenizer has none of the names of other families."""
     (tmp_path / "a.txt").write_text("Hello there")
     path = folder / "tokenizer.json"
-    more = {"tokenizer": str(path), "workers": 2 if name == "deepseek" else 1, "progress": False}
-    prepare(PrepareOptions((tmp_path / "a.txt",), tmp_path / "a", **more))
+    options = {"tokenizer": str(path), "workers": 2 if name == "deepseek" else 1, "progress": False}
+    prepare(PrepareOptions((tmp_path / "a.txt",), tmp_path / "a", **options))
     tokenizer = load_tokenizer(path)
     assert read_documents(tmp_path / "a") == [
         [*tokenizer.encode("Hello there"), tokenizer.eos_token_id]
@@ -184,23 +184,23 @@ def test_data_end_with_the_token_that_the_files_state(
     check_tokenizer(tmp_path / "a", tokenizer)
 
 
-def test_the_end_of_a_document_can_be_named(tmp_path: Path) -> None:
+def test_end_of_document_token_can_be_given(tmp_path: Path) -> None:
     folder = write_family("deepseek", tmp_path / "x")
     (tmp_path / "a.txt").write_text("Hello there")
-    more = {"tokenizer": str(folder / "tokenizer.json"), "eos_token": "<｜▁pad▁｜>"}
-    prepare(PrepareOptions((tmp_path / "a.txt",), tmp_path / "a", **more))
+    options = {"tokenizer": str(folder / "tokenizer.json"), "eos_token": "<｜▁pad▁｜>"}
+    prepare(PrepareOptions((tmp_path / "a.txt",), tmp_path / "a", **options))
     named = load_tokenizer(folder / "tokenizer.json", "<｜▁pad▁｜>")
     assert read_documents(tmp_path / "a")[0][-1] == named.eos_token_id
     check_tokenizer(tmp_path / "a", named)
     with pytest.raises(ValueError, match=r"prepared with end-of-document token .*data\.eos_token"):
         check_tokenizer(tmp_path / "a", load_tokenizer(folder / "tokenizer.json"))
-    more["eos_token"] = "<eos>"
+    options["eos_token"] = "<eos>"
     with pytest.raises(ValueError, match="'<eos>', is not in the vocabulary"):
-        prepare(PrepareOptions((tmp_path / "a.txt",), tmp_path / "b", **more))
+        prepare(PrepareOptions((tmp_path / "a.txt",), tmp_path / "b", **options))
 
 
-def test_a_checkpoint_carries_what_its_tokenizers_files_state(tmp_path: Path) -> None:
-    """A model trained from the start with the tokenizer of a folder must end as that one does."""
+def test_checkpoint_has_the_settings_of_its_tokenizer(tmp_path: Path) -> None:
+    """A model trained from scratch with a folder's tokenizer must use the same end token."""
     folder = write_family("deepseek", tmp_path / "theirs")
     checkpoint = tmp_path / "checkpoint"
     for name, content in settings_of(str(folder / "tokenizer.json")).items():
@@ -210,17 +210,17 @@ def test_a_checkpoint_carries_what_its_tokenizers_files_state(tmp_path: Path) ->
         "tokenizer_config.json"
     ]
     (checkpoint / "tokenizer").mkdir()
-    kept = checkpoint / "tokenizer" / "tokenizer.json"
-    kept.write_bytes((folder / "tokenizer.json").read_bytes())
+    copy = checkpoint / "tokenizer" / "tokenizer.json"
+    copy.write_bytes((folder / "tokenizer.json").read_bytes())
     assert (
-        load_tokenizer(kept).eos_token_id == load_tokenizer(folder / "tokenizer.json").eos_token_id
+        load_tokenizer(copy).eos_token_id == load_tokenizer(folder / "tokenizer.json").eos_token_id
     )
-    assert settings_of(str(kept)) == settings_of(str(folder / "tokenizer.json"))
+    assert settings_of(str(copy)) == settings_of(str(folder / "tokenizer.json"))
     assert settings_of("bytes") == {}
 
 
 def _with_padding(name: str, folder: Path) -> tuple[Path, int]:
-    """Write a family's files with a padding token that its embedding has no row for."""
+    """Write the files of a family with a padding token for which the embedding has no row."""
     write_family(name, folder)
     model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     size = model.get_vocab_size()
@@ -234,27 +234,25 @@ def _with_padding(name: str, folder: Path) -> tuple[Path, int]:
 
 
 @pytest.mark.parametrize("name", ["llama-2", "qwen-2.5"])
-def test_an_added_token_without_a_row_in_the_embedding_is_left_out(
-    name: str, tmp_path: Path
-) -> None:
-    """As in copies of Llama 2: <pad> has id 32000, and so many rows the embedding has."""
+def test_added_token_without_embedding_is_ignored(name: str, tmp_path: Path) -> None:
+    """As in copies of Llama 2, where <pad> has id 32000 and the embedding has 32000 rows."""
     folder, size = _with_padding(name, tmp_path)
-    whole = load_tokenizer(folder / "tokenizer.json")
-    assert (whole.vocab_size, whole.encode("<pad>", parse_special=True)) == (size + 1, [size])
+    complete = load_tokenizer(folder / "tokenizer.json")
+    assert (complete.vocab_size, complete.encode("<pad>", parse_special=True)) == (size + 1, [size])
     (folder / "config.json").write_text(json.dumps({"vocab_size": size}))
-    fitting = load_tokenizer(folder / "tokenizer.json")
-    assert (fitting.vocab_size, fitting.tokens_without_row) == (size, ["<pad>"])
-    assert "<pad>" not in fitting.special_tokens
-    assert fitting.decode(ids := fitting.encode("a<pad>b", parse_special=True)) == "a<pad>b"
+    reduced = load_tokenizer(folder / "tokenizer.json")
+    assert (reduced.vocab_size, reduced.tokens_without_embedding) == (size, ["<pad>"])
+    assert "<pad>" not in reduced.special_tokens
+    assert reduced.decode(ids := reduced.encode("a<pad>b", parse_special=True)) == "a<pad>b"
     assert max(ids) < size
     for text in (FAMILIES[name].special, *TEXTS[:4]):
-        assert fitting.encode(text, parse_special=True) == whole.encode(text, parse_special=True)
-    # A vocabulary that is too large itself is another model's, and stays as it is.
+        assert reduced.encode(text, parse_special=True) == complete.encode(text, parse_special=True)
+    # A base vocabulary that is too large belongs to another model and is not changed.
     (folder / "config.json").write_text(json.dumps({"vocab_size": 9}))
     assert load_tokenizer(folder / "tokenizer.json").vocab_size > 9
 
 
-def test_a_sentencepiece_model_too_leaves_out_tokens_without_a_row(
+def test_sentencepiece_ignores_tokens_without_embedding(
     sentencepiece_model: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "tokenizer.model"
@@ -263,9 +261,9 @@ def test_a_sentencepiece_model_too_leaves_out_tokens_without_a_row(
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": size}))
     assert load_tokenizer(path).vocab_size == size + 1
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}))
-    fitting = load_tokenizer(path)
-    assert (fitting.vocab_size, fitting.tokens_without_row) == (size, ["<pad>"])
-    assert fitting.decode(fitting.encode("a<pad>b", parse_special=True)) == "a<pad>b"
+    reduced = load_tokenizer(path)
+    assert (reduced.vocab_size, reduced.tokens_without_embedding) == (size, ["<pad>"])
+    assert reduced.decode(reduced.encode("a<pad>b", parse_special=True)) == "a<pad>b"
 
 
 @pytest.mark.parametrize(
@@ -275,9 +273,9 @@ def test_a_sentencepiece_model_too_leaves_out_tokens_without_a_row(
         {"added_tokens_decoder": {"5": {"content": "\ud800", "special": True}}},
         {"pad_token": "\ud800"},
     ],
-    ids=["an id of 5000 digits", "a token that is no text", "a pad_token that is no text"],
+    ids=["id with 5000 digits", "token that is not text", "pad_token that is not text"],
 )
-def test_tokens_that_cannot_be_are_passed_over(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_invalid_tokens_are_ignored(tmp_path: Path, settings: dict[str, Any]) -> None:
     folder = write_family("qwen-2.5", tmp_path)
     expected = load_tokenizer(folder / "tokenizer.json").special_tokens
     path = folder / "tokenizer_config.json"

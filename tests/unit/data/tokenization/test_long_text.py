@@ -1,4 +1,4 @@
-"""Long texts in pieces: the ids of the whole text, for tokenizers of every family."""
+"""Encoding long texts in chunks gives the ids of the entire text, for every tokenizer family."""
 
 import random
 from pathlib import Path
@@ -11,7 +11,7 @@ from ee_llm.data.tokenization.long_text import encode_long_text
 from ee_llm.data.tokenization.tokenizer import load_tokenizer
 from tests.unit.data.tokenization.families import FAMILIES, TEXTS
 
-# What a cut may tear apart, or what a tokenizer treats specially at the start of a text.
+# Strings that a split can break, or that tokenizers treat specially at the start of a text.
 PARTS = [
     *TEXTS[:4], " ", "  ", "\n", "\r\n", "\t", "      ", "aaaa", "ab", "12345", "e\u0301", "\u0301",
     "é", "日本語", "▁", "▁▁", "<s>", "<|im_end|>", "<tool_call>", "[INST]", "'s", "...", "!!",
@@ -29,8 +29,8 @@ def random_text(draw: random.Random, size: int) -> str:
     return "".join(parts)
 
 
-class Counted:
-    """A family's tokenizer, which remembers the longest text that it was given at once."""
+class RecordingEncoder:
+    """The tokenizer of a family, which records the length of the longest text it encodes."""
 
     def __init__(self, family: str) -> None:
         self.model = FAMILIES[family].make()
@@ -44,46 +44,48 @@ class Counted:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pieces_give_the_ids_of_the_whole(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text made to be hard to cut; where no place is certain, it is encoded whole."""
+def test_chunks_give_the_ids_of_the_entire_text(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random text that is hard to split; without a safe split point, it is encoded at once."""
     monkeypatch.setattr(long_text, "_PROBE", 100)
-    encode = Counted(family)
+    encode = RecordingEncoder(family)
     draw = random.Random(2)
     for size in (300, 1000) * 20:
         text = random_text(draw, 5000)
-        found = encode_long_text(encode, text, splits_words=encode.splits_words, size=size)
-        assert found == encode(text).ids
+        ids = encode_long_text(encode, text, splits_words=encode.splits_words, size=size)
+        assert ids == encode(text).ids
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ordinary_text_is_never_encoded_whole(family: str) -> None:
-    encode = Counted(family)
+def test_ordinary_text_is_encoded_in_chunks(family: str) -> None:
+    encode = RecordingEncoder(family)
     text = " ".join(TEXTS) * 20
-    found = encode_long_text(encode, text, splits_words=encode.splits_words, size=4000)
+    ids = encode_long_text(encode, text, splits_words=encode.splits_words, size=4000)
     assert encode.longest == 4000
-    assert found == encode(text).ids
+    assert ids == encode(text).ids
 
 
-def test_a_word_that_is_longer_than_a_piece() -> None:
-    """Byte-pair encoding may be cut at any token; a unigram model needs the whole word."""
+def test_word_longer_than_a_chunk() -> None:
+    """Byte-pair encoding can be split at any token; a unigram model needs the entire word."""
     text = "a b " + "abcdefgh" * 2000
-    for family, is_whole in (("gpt-2", False), ("unigram", True)):
-        encode = Counted(family)
-        found = encode_long_text(encode, text, splits_words=encode.splits_words, size=4000)
-        assert (encode.longest == len(text)) == is_whole
-        assert found == encode(text).ids
+    for family, is_unsplit in (("gpt-2", False), ("unigram", True)):
+        encode = RecordingEncoder(family)
+        ids = encode_long_text(encode, text, splits_words=encode.splits_words, size=4000)
+        assert (encode.longest == len(text)) == is_unsplit
+        assert ids == encode(text).ids
 
 
-def test_a_tokenizer_json_encodes_a_long_text_in_pieces(
+def test_tokenizer_json_encodes_a_long_text_in_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FAMILIES["gpt-2"].make().save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     text = " ".join(TEXTS) * 20
-    whole = tokenizer.encode(text)
+    expected = tokenizer.encode(text)
     sizes = []
 
-    def in_pieces(encode: Any, text: str, *, splits_words: bool, size: int) -> list[int]:
+    def in_chunks(encode: Any, text: str, *, splits_words: bool, size: int) -> list[int]:
         def counted(part: str) -> Any:
             sizes.append(len(part))
             return encode(part)
@@ -91,7 +93,7 @@ def test_a_tokenizer_json_encodes_a_long_text_in_pieces(
         assert splits_words
         return encode_long_text(counted, text, splits_words=splits_words, size=size)
 
-    monkeypatch.setattr(file_tokenizers, "PIECE", 5000)
-    monkeypatch.setattr(file_tokenizers, "encode_long_text", in_pieces)
-    assert tokenizer.encode(text) == whole
+    monkeypatch.setattr(file_tokenizers, "CHUNK", 5000)
+    monkeypatch.setattr(file_tokenizers, "encode_long_text", in_chunks)
+    assert tokenizer.encode(text) == expected
     assert max(sizes) == 5000

@@ -1,4 +1,4 @@
-"""Tokenizers: nothing is lost, nothing in a text is taken for a special token."""
+"""Tokenizers: lossless round trips, and no special tokens from ordinary text."""
 
 import subprocess
 import sys
@@ -12,9 +12,9 @@ from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 KINDS = ("bytes", "sentencepiece", "huggingface")
 
-# What has gone wrong in one tokenizer or another: the space mark, NUL, carriage returns, leading
-# and doubled spaces, byte-order marks, special and byte tokens spelled out, joined emoji,
-# decomposed letters, ligatures, characters never seen in training.
+# Known problems of tokenizers: the space symbol, NUL, carriage returns, leading and doubled spaces,
+# byte-order marks, the text of special and byte tokens, joined emoji, decomposed letters, ligatures
+# and characters not seen in training.
 HARD_TEXTS = [
     "",
     " ",
@@ -41,26 +41,26 @@ def tokenizer(
 
 
 @pytest.mark.parametrize("text", HARD_TEXTS)
-def test_hard_texts_come_back(tokenizer: Tokenizer, text: str):
+def test_round_trip_of_difficult_texts(tokenizer: Tokenizer, text: str):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert tokenizer.eos_token_id not in ids  # the last of KINDS adds one by its post-processor
+    assert tokenizer.eos_token_id not in ids  # The post-processor of the last of KINDS adds one.
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
 @settings(deadline=None, max_examples=200)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_any_text_comes_back(tokenizer: Tokenizer, text: str):
+def test_round_trip_of_any_text(tokenizer: Tokenizer, text: str):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @settings(deadline=None, max_examples=100)
 @given(text=st.text(" \t\n\u2581ab<>=eod日"))
-def test_any_white_space_comes_back(tokenizer: Tokenizer, text: str):
+def test_round_trip_of_any_white_space(tokenizer: Tokenizer, text: str):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_long_text_is_not_cut(tokenizer: Tokenizer):
+def test_long_text_is_not_truncated(tokenizer: Tokenizer):
     text = "return width * height\n" * 100
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -71,7 +71,7 @@ def test_short_text_is_not_padded(tokenizer: Tokenizer):
 
 
 def test_unpaired_surrogate(tokenizer: Tokenizer):
-    """JSON can spell one, and the libraries raise RuntimeError or TypeError for it."""
+    """JSON can escape one, and the libraries raise RuntimeError or TypeError for it."""
     with pytest.raises(ValueError, match="surrogate"):
         tokenizer.encode("a\ud800")
 
@@ -83,17 +83,17 @@ def test_eos_has_no_text(tokenizer: Tokenizer):
     )
 
 
-def test_half_a_character_is_a_replacement_character(tokenizer: Tokenizer):
-    """A generator decodes after every token; half a character must not raise."""
+def test_incomplete_character_is_a_replacement_character(tokenizer: Tokenizer):
+    """Generation decodes after every token; an incomplete character must not raise."""
     ids = tokenizer.encode("\U0001f600")
     assert len(ids) > 1
     assert tokenizer.decode(ids[:1]).strip("\N{REPLACEMENT CHARACTER}") == ""
 
 
-@pytest.mark.parametrize("wrong", [-1, 10_000])
-def test_id_beyond_the_vocabulary(tokenizer: Tokenizer, wrong: int):
-    with pytest.raises(ValueError, match=f"token id {wrong} is not one of the"):
-        tokenizer.decode([0, wrong])
+@pytest.mark.parametrize("token", [-1, 10_000])
+def test_id_outside_the_vocabulary(tokenizer: Tokenizer, token: int):
+    with pytest.raises(ValueError, match=f"token id {token} is outside"):
+        tokenizer.decode([0, token])
 
 
 def test_sizes_and_eos(sentencepiece_model: Path, huggingface_json: Path):
@@ -104,7 +104,7 @@ def test_sizes_and_eos(sentencepiece_model: Path, huggingface_json: Path):
     assert (huggingface.vocab_size, huggingface.eos_token_id) == (300, 1)
 
 
-def test_fingerprints_tell_tokenizers_apart(
+def test_fingerprints_distinguish_tokenizers(
     sentencepiece_model: Path, huggingface_json: Path, tmp_path: Path
 ):
     changed = tmp_path / "tokenizer.json"
@@ -116,17 +116,17 @@ def test_fingerprints_tell_tokenizers_apart(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("absent.model", None, r"absent\.model: cannot be read \(No such file"),
-        ("absent.json", None, r"absent\.json: cannot be read \(No such file"),
-        ("empty.model", b"", r"empty\.model: not a SentencePiece model"),
-        ("text.model", b"hello, this is text", r"text\.model: not a SentencePiece model"),
-        ("empty.json", b"", r"empty\.json: not a tokenizer\.json"),
-        ("other.json", b'{"a": 1}', r"other\.json: not a tokenizer\.json"),
-        ("latin.json", b"\xe9", r"latin\.json: not a tokenizer\.json"),
-        ("vocab.txt", b"a", "expected 'bytes', a SentencePiece .model or a tokenizer.json"),
+        ("absent.model", None, r"absent\.model cannot be read: No such file"),
+        ("absent.json", None, r"absent\.json cannot be read: No such file"),
+        ("empty.model", b"", r"empty\.model is not a SentencePiece model"),
+        ("text.model", b"hello, this is text", r"text\.model is not a SentencePiece model"),
+        ("empty.json", b"", r"empty\.json is not a tokenizer\.json"),
+        ("other.json", b'{"a": 1}', r"other\.json is not a tokenizer\.json"),
+        ("latin.json", b"\xe9", r"latin\.json is not a tokenizer\.json"),
+        ("vocab.txt", b"a", r"vocab\.txt' is not supported"),
     ],
 )
-def test_files_that_are_none(tmp_path: Path, name: str, content: bytes | None, message: str):
+def test_invalid_files(tmp_path: Path, name: str, content: bytes | None, message: str):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -141,27 +141,25 @@ def test_directory_with_two_files(tmp_path: Path):
 
 
 def test_no_eos(tmp_path: Path):
-    """A model that never ends by itself can be used; data cannot be prepared for it."""
+    """A model without end-of-document token can be used, but data cannot be prepared for it."""
     from tokenizers import Tokenizer, models
 
     path = tmp_path / "tokenizer.json"
     Tokenizer(models.WordLevel({"a": 0, "stop": 1}, "a")).save(str(path))
     tokenizer = load_tokenizer(path)
     assert tokenizer.eos_token_ids == ()
-    with pytest.raises(
-        ValueError, match=r"usual names \(<eod>, <\|endoftext\|>, .*Name the token with --eos-token"
-    ):
+    with pytest.raises(ValueError, match=r"\(<eod>, <\|endoftext\|>, .*--eos-token"):
         _ = tokenizer.eos_token_id
     assert load_tokenizer(path, "stop").eos_token_id == 1
     assert load_tokenizer(path, "stop").eos_token_ids == (1,)
     with pytest.raises(ValueError, match="'halt', is not in the vocabulary"):
         _ = load_tokenizer(path, "halt").eos_token_id
-    with pytest.raises(ValueError, match="byte tokenizer has one of its own"):
+    with pytest.raises(ValueError, match="'stop' cannot be used with the byte tokenizer"):
         load_tokenizer("bytes", "stop")
 
 
-def test_model_that_puts_a_space_first(tmp_path: Path):
-    """Llama's models begin every text with a space: parts of a text must not get one each."""
+def test_model_that_adds_a_space(tmp_path: Path):
+    """Llama models add a space before a text; the parts of a divided text must not get one each."""
     import io
 
     import sentencepiece

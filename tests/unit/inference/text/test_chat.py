@@ -101,7 +101,7 @@ def test_the_first_token_does_not_come_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bos: str
 ) -> None:
     run = save_family(tmp_path / "run", "llama-3.1")
-    first = _tokenizer(run).bos
+    first = _tokenizer(run).bos_token_id
     text = "<|begin_of_text|>Hello"
     for how in (["--chat", "Hello"], ["--prompt", text, "--parse-special"], ["--prompt", "Hello"]):
         found = _generate(capsys, run, *how, "--bos", bos, "--max-new-tokens", "1")
