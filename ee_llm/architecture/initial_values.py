@@ -1,6 +1,7 @@
-"""What parameters begin with: drawn as a function of (seed, name), or copied from the model.
+"""Initial values of parameters: drawn as a function of (seed, name), or copied from the model.
 
-Training and the making of checkpoints share it, so that an exit is the same whoever adds it.
+Training, conversion and checkpoint surgery share this module, so that an exit has the same initial
+values whichever of them adds it.
 """
 
 import hashlib
@@ -13,10 +14,11 @@ from ee_llm.config import Config
 
 
 def initial_value(name: str, shape: Sequence[int], config: Config) -> torch.Tensor:
-    """Return the initial value of a whole parameter in float32.
+    """Return the initial value of an unsharded parameter in float32.
 
-    Norms start at 1 and biases at 0; weights are normal with `model.init_std`, those that write
-    into the residual stream with init_std / sqrt(2 L) (GPT-2; Megatron-LM).
+    Norm weights are 1 and biases 0. Other weights are drawn from a normal distribution whose
+    standard deviation is `model.init_std`, or init_std / sqrt(2 L) for weights that write into the
+    residual stream of L layers (GPT-2; Megatron-LM).
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "bias":
@@ -32,12 +34,13 @@ def initial_value(name: str, shape: Sequence[int], config: Config) -> torch.Tens
 
 
 def copy_source(name: str, config: Config) -> str | None:
-    """Return the parameter of the model that an exit's parameter `name` is copied from.
+    """Return the name of the parameter that an exit's parameter `name` is copied from.
 
-    The norm is the final one, the output weight that of the final exit. An `mlp` that stands in for
-    that of its layer is that MLP, its norm included, so that the exit begins as the plain one
-    (EE-Tuning, arXiv 2402.00518); a block is the next layer. An `mlp` behind a block has no
-    counterpart, and None is returned: as drawn, it adds little to its input.
+    A norm is copied from the final norm, an output weight from the final exit's, and a block from
+    the next layer. An `mlp` that replaces its layer's MLP is copied from that MLP and its norm, so
+    that the exit starts out equal to one without an `mlp` (EE-Tuning, arXiv 2402.00518). An `mlp`
+    behind a block has no counterpart, and the result is None: with its random initial values it
+    adds little to its input.
     """
     _, boundary, rest = name.split(".", 2)
     if rest.startswith("block."):
@@ -48,5 +51,5 @@ def copy_source(name: str, config: Config) -> str | None:
         return f"layers.{boundary}.{rest.replace('mlp_norm.', 'pre_mlp_layernorm.')}"
     if rest.startswith("norm."):
         return f"exits.{config.model.num_layers}.{rest}"
-    assert rest == "output.weight", f"{name} is no parameter of an exit"
+    assert rest == "output.weight", f"{name} is not a parameter of an exit"
     return "embedding.word.weight" if config.model.tie_embeddings else rest

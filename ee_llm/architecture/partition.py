@@ -1,25 +1,29 @@
-"""Which pipeline stage has which layers and exits."""
+"""The partition of layers and exits into pipeline stages."""
 
 from ee_llm.config import Config
 from ee_llm.errors import ConfigError
 
 
 def stage_layers(config: Config, stage: int) -> range:
-    """The numbers (from 1) of the layers on a pipeline stage (from 0)."""
+    """Return the numbers (from 1) of the layers on a pipeline stage (from 0).
+
+    Raises ConfigError if there is no such stage.
+    """
     num_stages = config.parallel.num_stages
     if not 0 <= stage < num_stages:
         raise ConfigError(f"stage {stage} is outside 0..{num_stages - 1}")
-    each, over = divmod(config.depth, num_stages)
-    even = [each + (number < over) for number in range(num_stages)]
+    quotient, remainder = divmod(config.depth, num_stages)
+    even = [quotient + (index < remainder) for index in range(num_stages)]
     split = config.parallel.layer_split or even
     first = sum(split[:stage]) + 1
     return range(first, first + split[stage])
 
 
 def exit_stage(config: Config, boundary: int) -> int:
-    """The pipeline stage (from 0) of the exit at `boundary`; the final exit's is the last.
+    """Return the pipeline stage (from 0) of the exit at `boundary`.
 
-    A post-exit is on the stage of layer `boundary`, a pre-exit on that of the layer after it.
+    A post-exit is on the stage of layer `boundary`, a pre-exit on the stage of the next layer, and
+    the final exit on the last stage. Raises ConfigError if there is no exit at `boundary`.
     """
     num_layers, num_stages = config.model.num_layers, config.parallel.num_stages
     if boundary == num_layers:
@@ -29,5 +33,5 @@ def exit_stage(config: Config, boundary: int) -> int:
             f"no exit at boundary {boundary}: exits.boundaries = {list(config.exits.boundaries)}"
         )
     layer = boundary if config.exits.placement == "post" else boundary + 1
-    layer = min(layer, config.depth)  # no layer stands behind the last exit that is tuned
+    layer = min(layer, config.depth)  # tuning builds no layer behind the last tuned exit
     return next(stage for stage in range(num_stages) if layer in stage_layers(config, stage))

@@ -1,6 +1,7 @@
-"""The early-exit model in plain PyTorch, teacher-forced: what every faster path is held against.
+"""A reference implementation of the early-exit model in plain PyTorch.
 
-No cache, no batch, no ranks: tokens of a sequence go in, hidden states of every exit come out.
+It computes the hidden states of every exit for one teacher-forced sequence, without a cache, a
+batch or parallel ranks. Tests and certificates compare the faster implementations with it.
 
 Legend of shapes: s sequence, h hidden, v vocabulary, n heads, d head dimension.
 """
@@ -18,15 +19,19 @@ from ee_llm.architecture.tensors import take_tensors
 from ee_llm.config import Config
 from ee_llm.errors import UserError
 
-_APPROXIMATE = {"erf": "none", "tanh": "tanh"}  # torch's names
+_APPROXIMATE = {"erf": "none", "tanh": "tanh"}  # the argument of torch's gelu
 
 
 class ReferenceModel:
-    """A llama- or gpt-style model with exits, built from a configuration and its tensors by name.
+    """A Llama- or GPT-style model with exits, built from a configuration and its tensors by name.
 
-    Attributes: `config`; `boundaries`, those of all exits, shallow to deep, the final one last;
-    `num_layers`; `dtype` and `device`, where it computes. Raises UserError when the tensors do
-    not fit the configuration.
+    Attributes:
+        config: The configuration of the model.
+        num_layers: The number of layers.
+        boundaries: The boundaries of all exits, from shallow to deep; the last is the final exit's.
+        dtype, device: The dtype and the device of the computation.
+
+    Raises UserError if the tensors do not fit the configuration.
     """
 
     def __init__(
@@ -46,22 +51,29 @@ class ReferenceModel:
         self._temperature = dict(zip(self.boundaries, temperatures, strict=True))
 
     def walk(
-        self, tokens: Tensor, left_at: Sequence[int] | Tensor | None = None
+        self, tokens: Tensor, exited_at: Sequence[int] | Tensor | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """Yield (boundary, hidden [s, h]) of every exit, shallow to deep, for int64 tokens [s].
+        """Yield (boundary, hidden [s, h]) of every exit, from shallow to deep.
 
-        `hidden` is what the exit's output weight projects (see `logits`). Layers run as the walk
-        goes on, so who stops at an exit does not pay for the layers above it.
-        left_at: [s], the boundary from which on a row's residual stream is frozen (num_layers:
-        never; None: no row's). In deeper layers its keys and values are those of the frozen stream,
-        and it gets nothing itself (state propagation of CALM, arXiv 2207.07061): its own `hidden`
-        of deeper exits means nothing.
-        Raises UserError when there is no token, too many, or one beyond the vocabulary, or when
-        `left_at` has another length or a boundary that no row can be frozen at.
+        Layers run as the iterator advances: stopping at an exit saves the layers behind it.
+
+        Args:
+            tokens: Token ids [s], int64.
+            exited_at: The boundary [s] at which the residual stream of each row is frozen
+                (num_layers: never). Deeper layers compute the row's keys and values from the frozen
+                stream and add nothing to it (state propagation of CALM, arXiv 2207.07061), so the
+                row's `hidden` of deeper exits is meaningless. None freezes no row.
+
+        Yields:
+            The boundary of the exit, and the input of its output weight (see `logits`).
+
+        Raises:
+            UserError: There are no tokens or more than `model.max_seq_length`, a token is outside
+                the vocabulary, or `exited_at` has a wrong length or an impossible boundary.
         """
         self._check(tokens)
-        frozen_at = self._frozen_at(left_at, len(tokens))
-        x = self._embedded(tokens.to(self.device))
+        frozen_at = self._frozen_at(exited_at, len(tokens))
+        x = self._embed(tokens.to(self.device))
         for layer in range(1, self.num_layers + 1):
             name = f"layers.{layer}"
             live = (frozen_at >= layer)[:, None]
@@ -82,45 +94,47 @@ class ReferenceModel:
     def _check(self, tokens: Tensor) -> None:
         model = self.config.model
         if tokens.dim() != 1 or len(tokens) == 0:
-            raise UserError(f"tokens need the shape [s], s at least 1, not {list(tokens.shape)}")
+            raise UserError(
+                f"tokens has shape {list(tokens.shape)}. Pass a tensor of shape [s], s at least 1."
+            )
         if len(tokens) > model.max_seq_length:
             raise UserError(
-                f"{len(tokens)} tokens are more than model.max_seq_length = {model.max_seq_length};"
-                " shorten the prompt"
+                f"{len(tokens)} tokens are more than model.max_seq_length = {model.max_seq_length}."
+                " Shorten the prompt."
             )
         if int(tokens.min()) < 0 or int(tokens.max()) >= model.vocab_size:
             raise UserError(
-                f"token ids {int(tokens.min())} to {int(tokens.max())} do not fit model.vocab_size"
-                f" = {model.vocab_size}; is this the tokenizer the model was trained with?"
+                f"token ids {int(tokens.min())} to {int(tokens.max())} exceed model.vocab_size ="
+                f" {model.vocab_size}. Use the tokenizer with which the model was trained."
             )
 
-    def _frozen_at(self, left_at: Sequence[int] | Tensor | None, length: int) -> Tensor:
-        if left_at is None:
-            left_at = [self.num_layers] * length
-        frozen_at = torch.as_tensor(left_at, device=self.device)
+    def _frozen_at(self, exited_at: Sequence[int] | Tensor | None, length: int) -> Tensor:
+        if exited_at is None:
+            exited_at = [self.num_layers] * length
+        frozen_at = torch.as_tensor(exited_at, device=self.device)
         if frozen_at.shape != (length,):
             raise UserError(
-                f"left_at has the shape {list(frozen_at.shape)}; give one boundary for each of the"
-                f" {length} tokens"
+                f"exited_at has shape {list(frozen_at.shape)}. Pass one boundary for each of the"
+                f" {length} tokens."
             )
         if int(frozen_at.min()) < 1 or int(frozen_at.max()) > self.num_layers:
             raise UserError(
-                f"left_at has boundaries {int(frozen_at.min())} to {int(frozen_at.max())}; a row is"
-                f" frozen at one in 1 .. {self.num_layers}"
+                f"exited_at has boundaries {int(frozen_at.min())} to {int(frozen_at.max())}. Pass"
+                f" boundaries from 1 to {self.num_layers}."
             )
         return frozen_at
 
-    def _embedded(self, tokens: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor) -> Tensor:
         x = self._tensors["embedding.word.weight"][tokens]
         if self.config.model.position == "learned":
             x = x + self._tensors["embedding.position.weight"][: len(tokens)]
         return x
 
     def _head(self, boundary: int, x: Tensor, attended: Tensor) -> Tensor:
-        """Return what the exit at `boundary` projects: [block] -> [mlp] -> [norm] of x [s, h].
+        """Return the input of an exit's output weight: [block] -> [mlp] -> [norm] of x [s, h].
 
-        Without a block the mlp reads the layer's residual stream after attention, `attended`, and
-        stands in for the layer's own MLP (EE-Tuning, arXiv 2402.00518).
+        Without a block, the mlp reads the layer's residual stream after attention, `attended`, and
+        replaces the layer's own MLP (EE-Tuning, arXiv 2402.00518).
         """
         name = f"exits.{boundary}"
         parts = ("norm",) if boundary == self.num_layers else self.config.exits.head
@@ -154,9 +168,10 @@ class ReferenceModel:
         )
 
     def _rope(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return cos and sin [s, 1, d/2] of the rotary angles (RoFormer, arXiv 2104.09864, eq. 15).
+        """Return the cosine and sine [s, 1, d/2] of the rotary angles.
 
-        The angles are computed in float32, or in float64 for a float64 model.
+        They are computed in float64 for a float64 model and in float32 for others (RoFormer, arXiv
+        2104.09864, eq. 15).
         """
         precise = torch.float64 if self.dtype == torch.float64 else torch.float32
         frequency = inverse_frequencies(self.config.model).to(self.device, precise)
@@ -184,6 +199,6 @@ class ReferenceModel:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x [s, n, d] rotated, the halves of d being the pairs (not interleaved)."""
+    """Rotate x [s, n, d], whose elements i and i + d/2 form a pair."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

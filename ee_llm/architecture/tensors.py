@@ -1,4 +1,4 @@
-"""Names and shapes of a model's tensors, and a checked way to read them.
+"""Names and shapes of a model's tensors, and checked access to them.
 
 Legend of shapes: v vocabulary, h hidden, f feed-forward, d head dimension.
 """
@@ -17,9 +17,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def tensor_shapes(config: Config) -> Shapes:
-    """Return the name and shape of every tensor of the model, exits included.
+    """Return the name and unsharded shape of every tensor of the model, exits included.
 
-    The names are those of checkpoints, the same for every parallel layout.
+    Checkpoints use these names, whatever the parallel layout.
     """
     model, exits = config.model, config.exits
     vocabulary = (model.vocab_size, model.hidden_size)
@@ -45,15 +45,15 @@ def tensor_shapes(config: Config) -> Shapes:
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, each made when it is asked for."""
+    """Tensors by name, each loaded on access."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape without making it."""
+        """Return a tensor's shape without loading it."""
 
 
 class Converted(LazyTensors):
-    """Tensors in another dtype, on another device, each converted when it is asked for."""
+    """Tensors in another dtype or on another device, each converted on access."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str
@@ -80,9 +80,9 @@ def take_tensors(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> Mapping[str, Tensor]:
-    """Return the model's tensors by name, each in `dtype` on `device` when it is asked for.
+    """Return the model's tensors by name, each converted to `dtype` and `device` on access.
 
-    Raises UserError naming what is missing, what is there and unknown, or which shape is wrong.
+    Raises UserError naming the tensors that are missing or unknown, or the one with a wrong shape.
     """
     shapes = tensor_shapes(config)
     missing = [name for name in shapes if name not in tensors]
@@ -92,14 +92,14 @@ def take_tensors(
             "the weights do not fit the configuration: "
             + "; ".join(filter(None, [_listed("missing", missing), _listed("unknown", unknown)]))
             + _hint(missing, unknown)
-            + ". Use the configuration that the weights were saved with."
+            + ". Use the configuration with which the weights were saved."
         )
     for name, shape in shapes.items():
         found = _shape(tensors, name)
         if found != shape:
             raise UserError(
-                f"tensor {name} has shape {found}, but the configuration asks"
-                f" for {shape}. Use the configuration that the weights were saved with."
+                f"tensor {name} has shape {found}, but the configuration requires {shape}. Use the"
+                " configuration with which the weights were saved."
             )
     return Converted(tensors, dtype, device)
 

@@ -1,4 +1,4 @@
-"""The plain model against transformers, and what its exits and its masks must satisfy."""
+"""The reference model compared with transformers, and properties of its exits and its mask."""
 
 import pytest
 import torch
@@ -17,9 +17,9 @@ def test_final_exit_equals_transformers_llama(tied: bool) -> None:
     tensors, tokens = random_tensors(config), random_tokens(30)
     ours = ReferenceModel(config, tensors, torch.float64).forward(tokens)[4]
     theirs = llama_of_transformers(config, tensors)
-    # Its angles and norms are float32 whatever the dtype, so it agrees to float32 only ...
+    # transformers computes angles and norms in float32 whatever the dtype ...
     torch.testing.assert_close(ours, theirs(tokens[None]).logits[0], rtol=0, atol=5e-5)
-    make_precise(theirs)  # ... until they are not.
+    make_precise(theirs)  # ... and now in float64.
     torch.testing.assert_close(ours, theirs(tokens[None]).logits[0], rtol=1e-9, atol=1e-9)
 
 
@@ -34,8 +34,7 @@ def test_final_exit_equals_transformers_gpt2(tied: bool) -> None:
 
 
 @torch.no_grad()
-def test_norm_exit_is_the_model_cut_off_there() -> None:
-    """An exit of a norm, given a cut-off model's final norm, is that model's final exit."""
+def test_norm_exit_equals_the_final_exit_of_a_truncated_model() -> None:
     for family, output in (("llama", "own"), ("gpt", "tied"), ("llama", "shared")):
         tied = output == "tied"
         config = tiny_config(family, boundaries=(2,), output=output, tie_embeddings=tied)
@@ -88,7 +87,7 @@ def test_block_exit_copied_from_the_next_layer_equals_the_plain_exit_after_it(fa
 
 @torch.no_grad()
 def test_mlp_after_a_block_reads_the_block() -> None:
-    """With an mlp of zeros the exit is the block's alone; with any other it is not."""
+    """An mlp of zeros leaves only the block; another mlp changes the logits."""
     block = tiny_config(boundaries=(1,), head=("block", "norm"))
     both = tiny_config(boundaries=(1,), head=("block", "mlp", "norm"))
     tensors, tokens = random_tensors(both), random_tokens(12)
@@ -106,7 +105,7 @@ def test_head_without_parts_projects_the_boundary_itself() -> None:
     config = tiny_config(boundaries=(2,), head=())
     model, tokens = tiny_model(config), random_tokens(6)
     hidden = dict(model.walk(tokens))[2]
-    assert hidden.std() > 0.5  # no norm has touched it
+    assert hidden.std() > 0.5  # not normalised
     assert torch.equal(model.logits(2, hidden), model.forward(tokens)[2])
     assert not [name for name in tensor_shapes(config) if name.startswith("exits.2")]
 
@@ -124,7 +123,7 @@ def test_temperature_divides_its_own_exit_only() -> None:
 @pytest.mark.parametrize("position", ["rope", "learned"])
 @pytest.mark.parametrize("family", ["llama", "gpt"])
 @torch.no_grad()
-def test_no_row_sees_a_later_one_and_positions_count(family: str, position: str) -> None:
+def test_rows_do_not_see_later_rows_and_depend_on_positions(family: str, position: str) -> None:
     config = tiny_config(family, position=position, head=("block", "mlp", "norm"))
     model, tokens = tiny_model(config), random_tokens(16)
     changed = tokens.clone()
@@ -133,7 +132,7 @@ def test_no_row_sees_a_later_one_and_positions_count(family: str, position: str)
     for boundary in model.boundaries:
         torch.testing.assert_close(before[boundary][:10], after[boundary][:10], rtol=0, atol=1e-12)
         assert (before[boundary][10:] - after[boundary][10:]).abs().amax(dim=-1).min() > 1e-3
-    # The mask alone tells deeper layers of an order; a single layer knows it from positions only.
+    # The mask alone gives deeper layers an order; a single layer has it from positions only.
     single = tiny_model(tiny_config(family, (), position=position, num_layers=1))
     swapped = torch.cat((tokens[:2].flip(0), tokens[2:]))
     assert not torch.allclose(single.forward(swapped)[1][-1], single.forward(tokens)[1][-1])
@@ -150,7 +149,7 @@ def test_lower_precision_stays_near_float64(dtype: torch.dtype, atol: float) -> 
         torch.testing.assert_close(rounded[boundary].double(), exact[boundary], rtol=0, atol=atol)
 
 
-def test_weights_that_do_not_fit_are_named() -> None:
+def test_weights_that_do_not_fit_raise() -> None:
     config = tiny_config()
     tensors = random_tensors(config)
     renamed = {name.replace("exits.1.norm", "exits.1.nrom"): t for name, t in tensors.items()}
@@ -162,7 +161,7 @@ def test_weights_that_do_not_fit_are_named() -> None:
         ReferenceModel(config, tensors | {"output.weight": torch.zeros(39, 32)})
 
 
-def test_tokens_that_do_not_fit_are_refused() -> None:
+def test_invalid_tokens_raise() -> None:
     model = tiny_model()
     for tokens, message in (
         (torch.tensor([3, 40]), "vocab_size = 40"),

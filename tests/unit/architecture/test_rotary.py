@@ -1,4 +1,4 @@
-"""Rotary frequencies are, bit for bit, those that published checkpoints were trained with."""
+"""Rotary frequencies equal those of published checkpoints bit for bit."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     ],
     ids=str,
 )
-def test_frequencies_are_those_of_transformers(
+def test_frequencies_equal_transformers(
     scaling: dict[str, Any], theta: float, head_dim: int
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -50,8 +50,8 @@ def test_frequencies_are_those_of_transformers(
     assert torch.equal(found, theirs.inv_freq)
 
 
-def test_slow_pairs_alone_are_slowed_down() -> None:
-    """Pairs that turn more than 3 times over 40 positions stay, those of less than 0.5 get 1/8."""
+def test_llama3_scaling_slows_only_low_frequencies() -> None:
+    """Pairs that turn over 3 times in 40 positions stay; pairs below 0.5 turns slow by 8."""
     options = {"model.head_dim": 8, "model.rope_theta": 100.0}
     plain = load_config(None, {"model.shape": "llama-tiny"} | options).model
     slowed = load_config(

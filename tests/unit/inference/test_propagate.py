@@ -174,9 +174,9 @@ def test_a_frozen_row_matters_to_later_rows_in_deeper_layers_alone(family: str) 
 def test_frozen_rows_that_do_not_fit_are_refused() -> None:
     model, tokens = tiny_model(), random_tokens(3)
     for left_at, message in (
-        ([4, 4], r"left_at has the shape \[2\]; give one boundary for each of the 3 tokens"),
-        ([4, 0, 4], r"boundaries 0 to 4; a row is frozen at one in 1 .. 4"),
-        ([4, 5, 4], r"boundaries 4 to 5; a row is frozen at one in 1 .. 4"),
+        ([4, 4], r"exited_at has shape \[2\]\. Pass one boundary for each of the 3 tokens"),
+        ([4, 0, 4], r"boundaries 0 to 4\. Pass boundaries from 1 to 4"),
+        ([4, 5, 4], r"boundaries 4 to 5\. Pass boundaries from 1 to 4"),
     ):
         with pytest.raises(ValueError, match=message):
             next(model.walk(tokens, left_at))
