@@ -1,5 +1,6 @@
-"""Sharded checkpoints: save, load under any layout, read by name, without running what they hold.
+"""Sharded checkpoints: save them, load them under any parallel layout and read tensors by name.
 
-`read`, `write` and what they need (`directory`, `safe`, `state`, `tokenizer`) import torch only;
-`save` and `load` need megatron-core and initialised process groups.
+No code in a checkpoint is ever executed. `read`, `write` and the modules that they use
+(`directory`, `format`, `state`, `tokenizer`) need only torch; `sharded` and `warm_start` need
+megatron-core and initialised process groups.
 """

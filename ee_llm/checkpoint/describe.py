@@ -1,4 +1,4 @@
-"""What a checkpoint says about its model, so that a configuration need not say it again."""
+"""Configuration options that a checkpoint already states, so that users need not repeat them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +10,13 @@ from ee_llm.config.tuning import DEFAULT_SEQ_LENGTH
 
 
 def described_options(path: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options, by section, of a checkpoint's model, its exits and its data.
+    """Return the options, by section, of a checkpoint's model, exits and data.
 
-    The tokenizer is the checkpoint's own copy. Sequences have the model's context, but no more than
-    `DEFAULT_SEQ_LENGTH` tokens. `given` are options that take precedence: exits may be added in
-    exits.boundaries, and each keeps its temperature.
+    The tokenizer is the checkpoint's own copy. The sequence length is the model's context, but at
+    most `DEFAULT_SEQ_LENGTH` tokens. Options in `given` take precedence: exits.boundaries may add
+    exits, and each existing exit keeps its temperature.
 
-    Raises CheckpointError if the checkpoint can not be read.
+    Raises CheckpointError if the checkpoint cannot be read.
     """
     reader = TensorReader(path)
     saved = reader.config()
@@ -34,11 +34,11 @@ def described_options(path: str | Path, given: Mapping[str, Any]) -> dict[str, A
     if not saved.exits.boundaries:
         return options
     section = given.get("exits")
-    asked = section.get("boundaries") if isinstance(section, Mapping) else None
+    requested = section.get("boundaries") if isinstance(section, Mapping) else None
     boundaries = saved.exits.boundaries
-    # Anything else is refused by the configuration that these become a part of.
-    if isinstance(asked, list | tuple) and all(isinstance(number, int) for number in asked):
-        boundaries = tuple(asked)
+    # The configuration that receives these options rejects any other value.
+    if isinstance(requested, list | tuple) and all(isinstance(b, int) for b in requested):
+        boundaries = tuple(requested)
     known = dict(zip(saved.exits.boundaries, saved.exits.temperatures, strict=True))
     options["exits"] = {
         "boundaries": boundaries,
@@ -50,9 +50,9 @@ def described_options(path: str | Path, given: Mapping[str, Any]) -> dict[str, A
 
 
 def tokenizer_spec(tokenizer: str) -> str:
-    """Return `tokenizer` with a checkpoint, or run directory, replaced by the tokenizer in it.
+    """Return `tokenizer`, or the path of the tokenizer in it if it is a checkpoint or a run.
 
-    Raises CheckpointError for a checkpoint that cannot be read.
+    Raises CheckpointError if the checkpoint cannot be read.
     """
     path = Path(tokenizer)
     if not any((path / name).exists() for name in (MANIFEST, CHECKPOINTS, LATEST)):

@@ -1,8 +1,8 @@
-"""Where the checkpoints of a run lie, and how a directory becomes one: whole or not at all.
+"""The directory layout of a run's checkpoints, and atomic publication of a checkpoint.
 
-{output}/checkpoints/step-00000100/     one checkpoint, complete when it has this name
-{output}/checkpoints/step-00000200.partial/  one being written, or left by a run that died
-{output}/checkpoints/latest             the name of the newest complete checkpoint
+{output}/checkpoints/step-00000100/          a complete checkpoint
+{output}/checkpoints/step-00000200.partial/  being written, or left behind by a run that died
+{output}/checkpoints/latest                  the name of the newest complete checkpoint
 """
 
 import contextlib
@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 TENSORS = "tensors"
 FORMAT = "ee_llm checkpoint"
 VERSION = 2
-"""Version 1 had no checksums; it is still read."""
+"""Version 1 had no checksums. It can still be read."""
 _PARTIAL = ".partial"
 _REPLACED = ".replaced" + _PARTIAL
 _STEP = re.compile(r"step-(\d{8,})")
@@ -36,28 +36,28 @@ def step_name(step: int) -> str:
 
 
 def check_output(output: str | Path) -> None:
-    """Raise CheckpointError unless the run directory `output` can be created and written to."""
+    """Create the run directory `output`; raise CheckpointError if it is not writable."""
     path = Path(output)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # A name of its own: processes of several machines look here at the same time.
+        # A unique name, because processes on several machines check at the same time.
         with tempfile.TemporaryFile(dir=path) as probe:
             probe.write(b"x")
     except OSError as error:
         raise CheckpointError(
-            f"output: the directory {str(path)!r} can not be written to ({error.strerror}); choose "
-            "another with --output, or mend its permissions"
+            f"output: the directory {str(path)!r} cannot be written to ({error.strerror}). Choose "
+            "another one with --output, or correct its permissions."
         ) from error
 
 
 def refuse_used(output: str | Path) -> None:
-    """Raise CheckpointError if a run directory has a checkpoint already."""
-    if there := complete_steps(Path(output) / CHECKPOINTS):
-        raise CheckpointError(f"{there[-1]} is there already; choose another --output")
+    """Raise CheckpointError if a run directory already has a checkpoint."""
+    if existing := complete_steps(Path(output) / CHECKPOINTS):
+        raise CheckpointError(f"{existing[-1]} already exists. Choose another --output.")
 
 
 def complete_steps(checkpoints: Path) -> list[Path]:
-    """Return the complete checkpoints in a run's checkpoints directory, oldest first."""
+    """Return the complete checkpoints in a run's `checkpoints` directory, lowest step first."""
     if not checkpoints.is_dir():
         return []
     found = [path for path in checkpoints.iterdir() if _is_complete(path)]
@@ -73,36 +73,35 @@ def _is_sealed(path: Path) -> bool:
 
 
 def _replaced(final: Path) -> Path:
-    """Return where a checkpoint waits for the one that takes its place."""
+    """Return the temporary path of a checkpoint while another one replaces it."""
     return final.with_name(final.name + _REPLACED)
 
 
 def find_latest(output: str | Path) -> Path | None:
-    """Return the newest complete checkpoint of the run directory `output`, None if it has none.
+    """Return the newest complete checkpoint of the run directory `output`, or None.
 
-    One that was being replaced when a run died is still whole, under the name it waits by.
-    Raises CheckpointError if `latest` names a checkpoint that is not there.
+    If a run died while it replaced a checkpoint, the old one is still complete under its temporary
+    name and is returned. Raises CheckpointError if `latest` names a checkpoint that does not exist.
     """
     checkpoints = Path(output) / CHECKPOINTS
     pointer = checkpoints / LATEST
     if not pointer.is_file():
-        # A run that died between its first rename and the pointer's still has a whole checkpoint.
+        # A run that died before it first wrote the pointer may still have a complete checkpoint.
         steps = complete_steps(checkpoints)
         return steps[-1] if steps else None
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not _STEP.fullmatch(name):
         raise CheckpointError(
-            f"{pointer}: expected a name such as step-00000100, found {name[:40]!r}; go on from a "
-            f"checkpoint of your choice with --checkpoint.resume, complete here: "
-            f"{_names(checkpoints)}"
+            f"{pointer}: expected a name such as step-00000100, found {name[:40]!r}. Choose a "
+            f"checkpoint with --checkpoint.resume; complete ones: {_names(checkpoints)}"
         )
     path = checkpoints / name
     if not path.exists() and _is_sealed(_replaced(path)):
-        return _replaced(path)  # a run died while it replaced this one; the next save renames it
+        return _replaced(path)  # a run died while replacing it; the next save renames it
     if not _is_complete(path):
         raise CheckpointError(
-            f"{pointer} names {name}, which is not a complete checkpoint; go on from another with "
-            f"--checkpoint.resume, complete here: {_names(checkpoints)}"
+            f"{pointer} names {name}, which is not a complete checkpoint. Choose another one with "
+            f"--checkpoint.resume; complete ones: {_names(checkpoints)}"
         )
     return path
 
@@ -112,9 +111,10 @@ def _names(checkpoints: Path) -> str:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint that `path` means: itself, or the newest of a run or its checkpoints.
+    """Return the checkpoint at `path`: itself, or the newest one of a run directory.
 
-    Raises CheckpointError naming what was looked for if there is none.
+    `path` may also be the `checkpoints` directory of a run. Raises CheckpointError naming the
+    expected files if there is no checkpoint.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
@@ -122,13 +122,13 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if _is_foreign(path):
         name = path.resolve().stem if path.is_file() else path.resolve().name
         raise CheckpointError(
-            f"{path} is not an ee-llm checkpoint; convert it first: ee-llm convert {path} --output "
+            f"{path} is not an ee-llm checkpoint. Convert it first: ee-llm convert {path} --output "
             f"runs/{name}"
         )
     if not path.exists():
-        # "organisation/model" is how the Hugging Face hub names models.
+        # "organisation/model" is the form of a name on the Hugging Face Hub.
         is_hub_id = len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()
-        hint = "; convert a model of the Hugging Face hub first, with ee-llm convert"
+        hint = ". Convert a model of the Hugging Face Hub first, with ee-llm convert."
         raise CheckpointError(
             f"{path} does not exist: expected a run directory or a checkpoint "
             f"such as {path / CHECKPOINTS / step_name(100)}{hint if is_hub_id else ''}"
@@ -138,32 +138,32 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return found
     if _STEP.match(path.name) or (path / "metadata.json").is_file():
         raise CheckpointError(
-            f"{path / MANIFEST} is missing: {path} is no complete checkpoint of ee_llm"
+            f"{path / MANIFEST} is missing: {path} is not a complete checkpoint of ee_llm"
         )
     raise CheckpointError(
-        f"no checkpoint in {path}: expected {path / CHECKPOINTS} with directories such as "
-        f"{step_name(100)} in it"
+        f"no checkpoint in {path}: expected directories such as "
+        f"{path / CHECKPOINTS / step_name(100)}"
     )
 
 
 def _is_foreign(path: Path) -> bool:
-    """Return whether a path looks like a model that `ee-llm convert` takes."""
+    """Return whether a path looks like a model that `ee-llm convert` reads."""
     if path.is_file():
         return path.suffix == ".gguf"
-    # config.json and safetensors of Hugging Face, and the tracker of Megatron-LM.
+    # The files of a Hugging Face model, and the tracker file of Megatron-LM.
     names = ("config.json", "model.safetensors", "latest_checkpointed_iteration.txt")
     return any((path / name).is_file() for name in names)
 
 
 def partial_path(checkpoints: Path, step: int) -> Path:
-    """Return the directory in which the checkpoint of `step` is written aside."""
+    """Return the temporary directory in which the checkpoint of `step` is written."""
     return checkpoints / (step_name(step) + _PARTIAL)
 
 
 def create_partial(checkpoints: Path, step: int) -> Path:
-    """Make the directory to write the checkpoint of `step` into; clear what dead runs left.
+    """Create the temporary directory of the checkpoint of `step`, and clean up after dead runs.
 
-    A checkpoint that had given way to one that never came gets its name back.
+    A checkpoint whose replacement was never completed gets its name back.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     for replaced in checkpoints.glob(f"step-*{_REPLACED}"):
@@ -178,8 +178,8 @@ def create_partial(checkpoints: Path, step: int) -> Path:
     return path
 
 
-def settled(checkpoint: Path) -> Path:
-    """Return where a checkpoint lies after `create_partial`, which may give its name back."""
+def restored_path(checkpoint: Path) -> Path:
+    """Return the path of a checkpoint after `create_partial`, which may have renamed it."""
     name = checkpoint.name.removesuffix(_REPLACED)
     return checkpoint if checkpoint.exists() else checkpoint.with_name(name)
 
@@ -187,16 +187,16 @@ def settled(checkpoint: Path) -> Path:
 def seal(
     partial: Path, facts: Mapping[str, Any], checksums: Mapping[str, Sequence[str]] | None = None
 ) -> None:
-    """Write the manifest: `facts`, and the size and checksums of every file.
+    """Write the manifest with `facts` and with the size and the checksums of every file.
 
-    All is on disk when it returns.
+    All files are on disk when it returns.
 
     Args:
         partial: The directory of the checkpoint.
-        facts: What else the manifest states.
-        checksums: The ranges of files by name, where they are known already; other files are read.
+        facts: Further entries of the manifest.
+        checksums: The ranges of files by name, where they are already known; other files are read.
 
-    Raises CheckpointError if a file does not have the size that its checksums are for.
+    Raises CheckpointError if the size of a file differs from the bytes that its checksums cover.
     """
     files, ranges = {}, {}
     for path in sorted(partial.rglob("*")):
@@ -208,24 +208,24 @@ def seal(
             covered = sum(parse_range(text).num_bytes for text in ranges[name])
             if covered != files[name]:
                 raise CheckpointError(
-                    f"{path} has {files[name]:,} bytes, but {covered:,} were written; output must "
-                    "be on a file system that shows all machines the same files"
+                    f"{path} has {files[name]:,} bytes, but {covered:,} were written. Set output "
+                    "to a file system that all machines share."
                 )
     manifest = {"format": FORMAT, "version": VERSION, **facts, "files": files, "crc32": ranges}
-    # Last: a directory without its manifest is not a checkpoint.
+    # The manifest is last: a directory without one is not a checkpoint.
     replace_text(partial / MANIFEST, sealed(_as_text(manifest)))
     for path in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         sync_path(path)
 
 
 def publish(partial: Path, keep_last: int) -> Path:
-    """Give a sealed directory its final name, point `latest` at it, drop all but `keep_last`.
+    """Rename a sealed directory to its final name and return it.
 
-    `keep_last` 0 keeps all. Returns the checkpoint's path.
+    `latest` then names it, and all but the newest `keep_last` checkpoints are removed; 0 keeps all.
     """
     checkpoints = partial.parent
     final = checkpoints / partial.name.removesuffix(_PARTIAL)
-    if final.exists():  # a run that went back to an older checkpoint arrives at this step again
+    if final.exists():  # a run resumed from an older checkpoint reaches this step again
         replaced = _replaced(final)
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
@@ -235,7 +235,7 @@ def publish(partial: Path, keep_last: int) -> Path:
             replaced.rename(final)
             raise
         sync_path(checkpoints)
-        # The manifest first: half of a checkpoint must not be taken for one that is to come back.
+        # The manifest goes first: `create_partial` must not restore a half-deleted checkpoint.
         with contextlib.suppress(OSError):
             (replaced / MANIFEST).unlink()
         shutil.rmtree(replaced, ignore_errors=True)
@@ -244,29 +244,29 @@ def publish(partial: Path, keep_last: int) -> Path:
         sync_path(checkpoints)
     replace_text(checkpoints / LATEST, final.name + "\n")
     for path in _superseded(checkpoints, final, keep_last):
-        # Renamed first: a checkpoint that is half deleted must not keep the name of a whole one.
-        # What can not be deleted now, the next save meets again, and says so.
-        doomed = path.rename(path.with_name(path.name + _PARTIAL))
-        shutil.rmtree(doomed, ignore_errors=True)
+        # Rename it first: a half-deleted checkpoint must not keep the name of a complete one. If it
+        # cannot be deleted now, the next save tries again and reports the error.
+        removed = path.rename(path.with_name(path.name + _PARTIAL))
+        shutil.rmtree(removed, ignore_errors=True)
     return final
 
 
 def _superseded(checkpoints: Path, newest: Path, keep_last: int) -> Iterator[Path]:
-    """Yield the checkpoints to remove. Copying changes the times of files, so only steps count.
+    """Yield the checkpoints to remove, by step, because copying changes the times of files.
 
-    A run saves ascending steps. If there are higher ones than the newest, the run went back, and
-    left the branch that they are of: they go first.
+    A run saves ascending steps. Steps above the newest one are from before the run was resumed from
+    an older checkpoint, and are removed first.
     """
     if keep_last <= 0:
         return
     steps = complete_steps(checkpoints)
-    at = steps.index(newest)
-    oldest_first = [*steps[at + 1 :], *steps[:at], newest]
+    index = steps.index(newest)
+    oldest_first = [*steps[index + 1 :], *steps[:index], newest]
     yield from oldest_first[:-keep_last]
 
 
 def free_space(path: Path) -> str:
-    """Return a remark on the space that is left where `path` is, or nothing if that is unknown."""
+    """Return a note on the free space on the disk of `path`, or "" if it is unknown."""
     try:
         return f" ({shutil.disk_usage(path).free / 2**20:,.1f} MiB are free there)"
     except OSError:
@@ -274,38 +274,12 @@ def free_space(path: Path) -> str:
 
 
 def discard(partial: Path) -> None:
-    """Remove a directory that will never be whole, and free the disk; never raises."""
+    """Remove an incomplete checkpoint; never raises."""
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a checkpoint; raises CheckpointError."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: expected a JSON object in it") from None
-    return parse_json(content, path)
-
-
-def parse_json(content: bytes, path: Path) -> dict[str, Any]:
-    """Return the JSON object that `content`, read from `path`, is; raises CheckpointError."""
-    try:
-        parsed = json.loads(content.decode("utf-8"), parse_int=_int64)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: expected a JSON object: {error}") from None
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(parsed).__name__}")
-    return parsed
-
-
-def _int64(digits: str) -> int:
-    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
-        raise CheckpointError(f"an integer of {len(digits)} digits is more than 64 bits can hold")
-    return int(digits)
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a JSON file by a new one, or leave it as it is."""
+    """Replace a JSON file atomically."""
     replace_text(path, _as_text(content))
 
 

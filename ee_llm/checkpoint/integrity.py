@@ -1,4 +1,4 @@
-"""Reads all of a checkpoint and names every file that is damaged, missing or in excess."""
+"""Verification of a whole checkpoint: finds every damaged, missing or unknown file."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,32 +14,32 @@ from ee_llm.errors import CheckpointError
 
 @dataclass
 class Report:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     path: Path
     """The checkpoint."""
     num_files: int
     num_bytes: int
-    """Number and size of the files that the manifest names."""
+    """Number and total size of the files that the manifest names."""
     has_checksums: bool
-    """Whether the manifest has checksums. Without them only the tensors' own can be verified."""
+    """Whether the manifest has checksums. Without them only those of tensors can be verified."""
     problems: list[str] = field(default_factory=list)
-    """What is wrong, one sentence for each file, which it names."""
+    """One sentence about each file that is wrong, naming the file."""
     extra: list[str] = field(default_factory=list)
-    """Names of files that are not the checkpoint's. Nothing reads them."""
+    """Names of files that do not belong to the checkpoint. They are never read."""
 
 
 def size_of(path: str | Path) -> int:
-    """Return how many bytes `verify` reads; raises CheckpointError if the manifest is damaged."""
+    """Return the number of bytes that `verify` reads; raises CheckpointError."""
     return sum(parse_manifest(directory.resolve_checkpoint(path))["files"].values())
 
 
 def verify(path: str | Path, on_bytes: Callable[[int], None] = lambda _: None) -> Report:
-    """Compare every byte of a checkpoint, or of the newest of a run directory, with its checksum.
+    """Compare every byte of a checkpoint, or of the newest one of a run, with its checksum.
 
-    `on_bytes` is called with the number of bytes that have been read since it was called before.
-    Raises CheckpointError if the manifest is missing, damaged or foreign: then it is not known
-    which files there should be.
+    `on_bytes` is called with the number of bytes read since the previous call. Raises
+    CheckpointError if the manifest is missing, damaged or foreign, because the expected files are
+    then unknown.
     """
     checkpoint = directory.resolve_checkpoint(path)
     manifest = parse_manifest(checkpoint)
@@ -69,7 +69,7 @@ def verify(path: str | Path, on_bytes: Callable[[int], None] = lambda _: None) -
 def _inconsistencies(
     checkpoint: Path, has_checksums: bool, on_bytes: Callable[[int], None]
 ) -> Iterator[str]:
-    """Yield what is wrong with files that have the right sizes and, if there are any, checksums."""
+    """Yield what is wrong with files whose sizes and checksums, if any, are correct."""
     try:
         reader = TensorReader(checkpoint)
         safe.check_common(checkpoint / directory.TENSORS)

@@ -1,4 +1,4 @@
-"""One run at a time in a directory: a lock that the kernel takes back when its holder dies."""
+"""A lock on a run directory that the kernel releases when its process dies."""
 
 import fcntl
 import logging
@@ -14,27 +14,27 @@ logger = logging.getLogger(__name__)
 
 
 class OutputLock:
-    """The right to write to a run directory; the first rank holds it for all ranks of a run."""
+    """An exclusive lock on a run directory, taken by rank 0 for all ranks of a run."""
 
     def __init__(self, output: str | Path) -> None:
         self._path = Path(output) / LOCK
         self._file: TextIO | None = None
 
     def take(self) -> None:
-        """Take the lock; raises CheckpointError, naming the holder, if another run has it.
+        """Acquire the lock; raises CheckpointError naming the process if another run has it.
 
-        On a file system without locks there is nothing to take, which is said.
+        On a file system without locks, log a warning and continue without one.
         """
-        file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115 - stays open during the run
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             with file:
                 file.seek(0)
                 raise CheckpointError(
-                    f"output: another run ({file.read().strip() or 'unknown'}) writes to "
-                    f"{str(self._path.parent)!r}; wait for it, end it, or choose another directory "
-                    "with --output"
+                    f"output: another run ({file.read().strip() or 'unknown'}) is writing to "
+                    f"{str(self._path.parent)!r}. Wait for it to finish, stop it, or choose "
+                    "another directory with --output."
                 ) from None
         except OSError as error:
             file.close()
@@ -50,8 +50,8 @@ class OutputLock:
         self._file = file
 
     def release(self) -> None:
-        """Let the next run in; does nothing where the lock was not taken."""
+        """Release the lock; does nothing if it was not acquired."""
         if self._file is not None:
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # a forked child may have the file open still
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # a forked child may still have the file open
             self._file.close()
             self._file = None

@@ -1,4 +1,4 @@
-"""Tensors by name from a checkpoint, whatever layout wrote it; needs torch, not megatron-core."""
+"""Reads a checkpoint by tensor name, whatever parallel layout wrote it, with torch alone."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from ee_llm.checkpoint.directory import resolve_checkpoint
 from ee_llm.checkpoint.format import safe
 from ee_llm.checkpoint.format.blocks import Chunk
 from ee_llm.checkpoint.format.checksums import Checksums
+from ee_llm.checkpoint.format.json_content import parse_json
 from ee_llm.checkpoint.format.manifest import read_manifest
 from ee_llm.checkpoint.state import STATE, TrainState
 from ee_llm.config import Config, load_config
@@ -20,17 +21,17 @@ from ee_llm.errors import CheckpointError
 
 CONFIG = "config.toml"
 RNG = "rng"
-"""The directory with the random generators of each rank."""
+"""The directory with the states of each rank's random number generators."""
 
 OPTIMIZER_PREFIX = "optimizer."
 MASTER = f"{OPTIMIZER_PREFIX}state.fp32_param."
-"""What stands before a parameter's name in that of its float32 master."""
+"""The prefix of a parameter's name in the name of its float32 master weight."""
 
 FREE_MODEL = frozenset(("shape", "dropout", "init_std"))
-"""Options of `model` that change neither which tensors there are nor what it computes."""
+"""Options of `model` that change neither its tensors nor its function."""
 
 FUNCTION_OF_EXITS = ("boundaries", "head", "output", "temperatures")
-"""Options of `exits` that change which tensors there are or what they compute."""
+"""Options of `exits` that change their tensors or their function."""
 
 _TENSOR_FILE = ".distcp"
 
@@ -40,15 +41,15 @@ __all__ = ["CONFIG", "CheckpointError", "TensorReader", "resolve_checkpoint"]
 class TensorReader:
     """The tensors, configuration and tokenizer of one checkpoint.
 
-    Nothing that the files hold is run (`safe`). Tensors are read when asked for, one block of
-    the file at a time, and what is read is compared with the checksums of the manifest.
+    No code in the files is executed (see `format.safe`). Tensors are read on access, one block at a
+    time, and every block is compared with its checksum in the manifest.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open a checkpoint, or the newest of a run directory.
+        """Open a checkpoint, or the newest one of a run directory.
 
-        Raises CheckpointError if there is none, or if a file is missing, truncated or foreign, or
-        if one that is not of tensors or of random generators is damaged.
+        Raises CheckpointError if there is none, if a file is missing, truncated or foreign, or if a
+        file other than those of tensors and random generators is damaged.
         """
         self.path = resolve_checkpoint(path)
         self.manifest: dict[str, Any] = read_manifest(self.path)
@@ -60,9 +61,9 @@ class TensorReader:
         self._check_small_files()
 
     def _check_small_files(self) -> None:
-        """Verify the files that are read whole, but those that each rank has for itself.
+        """Verify all files other than tensors and the random generators of ranks.
 
-        Those of the tokenizer can be large: only the first of many ranks reads them here.
+        The files of the tokenizer can be large, so only rank 0 verifies them here.
         """
         if not self.checksums.exist:
             return
@@ -72,11 +73,11 @@ class TensorReader:
             is_own = folder == RNG or name.endswith(_TENSOR_FILE)
             if not is_own and (distributed.is_rank_zero() or folder not in large):
                 self.checksums.check_file(name)
-        for name in tokenizer.present(self.path):
+        for name in tokenizer.file_names(self.path):
             if name not in self.manifest["files"]:
                 raise CheckpointError(
-                    f"{self.path / name} is not a file of this checkpoint: its manifest does not "
-                    "name it; remove it"
+                    f"{self.path / name} does not belong to this checkpoint: the manifest does not "
+                    "name it. Remove it."
                 )
 
     def names(self, *, optimizer: bool = False) -> list[str]:
@@ -89,7 +90,7 @@ class TensorReader:
         return name in self._entries
 
     def shape(self, name: str) -> torch.Size:
-        """Return the shape of the whole tensor `name`; raises CheckpointError if there is none."""
+        """Return the shape of the tensor `name`; raises CheckpointError if there is none."""
         return torch.Size(self._entry(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -97,31 +98,31 @@ class TensorReader:
         return self._entry(name).dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return the whole tensor `name` on the CPU, assembled from the blocks of all ranks."""
+        """Return the tensor `name` on the CPU, assembled from the blocks of all ranks."""
         entry = self._entry(name)
         whole = torch.empty(entry.shape, dtype=entry.dtype)
         self.read_into(whole, name, (0,) * len(entry.shape))
         return whole
 
     def read_into(self, target: torch.Tensor, name: str, offsets: Sequence[int]) -> None:
-        """Fill `target` with the part of the tensor `name` that begins at `offsets`.
+        """Fill `target` with the part of the tensor `name` that starts at `offsets`.
 
-        The target's own shape states how much; values are converted to its dtype and device.
-        Raises CheckpointError if that part is not within the tensor.
+        The part has the shape of `target`, and values are converted to its dtype and device. Raises
+        CheckpointError if the part does not lie within the tensor.
         """
         entry = self._entry(name)
         ends = [offset + size for offset, size in zip(offsets, target.shape, strict=True)]
         if any(end > size for end, size in zip(ends, entry.shape, strict=True)):
             raise CheckpointError(
-                f"{self.path}: {name!r} has shape {list(entry.shape)}, the part from "
-                f"{list(offsets)} to {ends} was asked for"
+                f"{self.path}: {name!r} has shape {list(entry.shape)}, but the part from "
+                f"{list(offsets)} to {ends} was requested"
             )
         fill(target, self._tensors, name, entry, offsets, self._check_block())
 
     def check_tensor(self, name: str, on_bytes: Callable[[int], None] | None = None) -> None:
         """Read all blocks of the tensor `name`; raises CheckpointError if one is damaged.
 
-        `on_bytes` is called with the bytes of each block.
+        `on_bytes` is called with the number of bytes of each block.
         """
         entry = self._entry(name)
         for chunk in entry.chunks:
@@ -130,11 +131,10 @@ class TensorReader:
                 on_bytes(chunk.length)
 
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that tell this model from every other.
+        """Return a fingerprint of the model: 16 hexadecimal digits.
 
-        They are of the configuration, of the tokenizer and of all files of tensors, whole: of
-        their checksums, or, in a checkpoint that has none, of their content, which takes as long
-        as reading it.
+        It covers the configuration, the tokenizer and all tensor files: by their checksums, or by
+        their content in a checkpoint without checksums, which takes as long as reading it.
         """
         digest = hashlib.sha256(self.manifest["tokenizer"].encode())
         for name in sorted(self.manifest["files"]):
@@ -149,27 +149,27 @@ class TensorReader:
         return digest.hexdigest()[:16]
 
     def config(self) -> Config:
-        """Return the configuration that the checkpoint was trained with."""
+        """Return the configuration with which the checkpoint was trained."""
         return load_config(self.path / CONFIG, None)
 
     def state(self) -> TrainState:
-        """Return how far the run came; raises CheckpointError if that is missing or damaged."""
+        """Return the state of the run; raises CheckpointError if it is missing or damaged."""
         path = self.path / STATE
-        state = TrainState.from_json(directory.parse_json(self.checksums.read(STATE), path), path)
+        state = TrainState.from_json(parse_json(self.checksums.read(STATE), path), path)
         stated = self.manifest.get("step", state.step)
         if stated != state.step:
             raise CheckpointError(
-                f"{path}: step is {state.step}, but {stated!r} in {directory.MANIFEST} beside it; "
-                "one of both is damaged: restore it from a copy, or use another checkpoint"
+                f"{path}: step is {state.step}, but {stated!r} in {directory.MANIFEST} beside it. "
+                "One of the files is damaged: restore it from a copy, or use another checkpoint."
             )
         return state
 
     def tokenizer(self) -> str:
-        """Return the checkpoint's tokenizer as `data.tokenizer` names one: "bytes" or a path.
+        """Return the checkpoint's tokenizer as a value of `data.tokenizer`: "bytes" or a path.
 
-        Raises CheckpointError if it is missing, or not the one that the manifest states.
+        Raises CheckpointError if it is missing or is not the one that the manifest states.
         """
-        return tokenizer.proven(self.path, self.manifest["tokenizer"])
+        return tokenizer.verified(self.path, self.manifest["tokenizer"])
 
     def _check_block(self) -> safe.CheckBlock | None:
         if not self.checksums.exist:
@@ -184,7 +184,7 @@ class TensorReader:
         try:
             return self._entries[name]
         except KeyError:
-            raise CheckpointError(f"{self.path} holds no tensor {name!r}") from None
+            raise CheckpointError(f"{self.path} has no tensor {name!r}") from None
 
 
 def fill(
@@ -195,10 +195,10 @@ def fill(
     offsets: Sequence[int],
     check: safe.CheckBlock | None = None,
 ) -> None:
-    """Fill `target` with the part that begins at `offsets` of a tensor in a torch_dist directory.
+    """Fill `target` with the part of a tensor in a torch_dist directory that starts at `offsets`.
 
-    `check` verifies the bytes of a block; without it, a block's own checksums are verified. Raises
-    CheckpointError if a file is missing, truncated, damaged or foreign.
+    `check` verifies the bytes of a block; without it, the checksums within the block are verified.
+    Raises CheckpointError if a file is missing, truncated, damaged or foreign.
     """
     ends = [offset + size for offset, size in zip(offsets, target.shape, strict=True)]
     for chunk in entry.chunks:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from."""
+"""The checkpoint from which a run resumes or starts."""
 
 import logging
 from pathlib import Path
@@ -12,17 +12,18 @@ logger = logging.getLogger(__name__)
 
 
 def is_path(resume: str) -> bool:
-    """Return whether `checkpoint.resume` names a place, and not a habit."""
+    """Return whether `checkpoint.resume` is a path and not `auto` or `never`."""
     return resume not in ("auto", "never")
 
 
 def resume_path(config: Config) -> Path | None:
-    """Return the checkpoint that `checkpoint.resume` means for this run, None to begin afresh.
+    """Return the checkpoint from which this run resumes, or None to start a new run.
 
-    A run that began at a path and is started again by the same command goes on from the newest
-    that it saved itself since, and says so. Raises CheckpointError if there is no such checkpoint,
-    or if the newest of the output can not be read; but one of the output's own that is asked for
-    is then taken, which is the way back.
+    A run that was started from a path and is restarted with the same command resumes from the
+    newest checkpoint that it saved itself since, and logs this. Raises CheckpointError if
+    `checkpoint.resume` names no checkpoint, or if the newest checkpoint in `output` cannot be read;
+    in the latter case a checkpoint within `output` that `checkpoint.resume` names is used instead,
+    so that a run with a damaged checkpoint can be continued from an older one.
     """
     resume = config.checkpoint.resume
     if resume == "never":
@@ -32,11 +33,12 @@ def resume_path(config: Config) -> Path | None:
     try:
         own = _saved_since(config.output, resume)
     except (ValueError, OSError) as error:
+        reason = str(error).removesuffix(".")
         if not Path(resume).resolve().is_relative_to(Path(config.output).resolve()):
             raise CheckpointError(
-                f"{error}; to begin at {resume} once more, give another --output"
+                f"{reason}. To start from {resume} again, choose another --output."
             ) from error
-        logger.warning("%s; using %s as given", error, resume)
+        logger.warning("%s. Resuming from %s as requested.", reason, resume)
         own = None
     if own is None:
         return directory.resolve_checkpoint(resume)
@@ -45,21 +47,21 @@ def resume_path(config: Config) -> Path | None:
 
 
 def initial_path(config: Config) -> Path | None:
-    """Return the checkpoint whose parameters a new run begins with, None if it has none.
+    """Return the checkpoint that initializes the parameters of a new run, or None.
 
-    Raises CheckpointError if there is none where one is asked for.
+    Raises CheckpointError if the configuration names a checkpoint that does not exist.
     """
-    asked = config.tuning.checkpoint or config.checkpoint.initial
-    return None if asked is None else directory.resolve_checkpoint(asked)
+    path = config.tuning.checkpoint or config.checkpoint.initial
+    return None if path is None else directory.resolve_checkpoint(path)
 
 
 def _saved_since(output: str, resume: str) -> Path | None:
-    """Return the newest checkpoint in `output` if it is of a run that was told to begin there."""
+    """Return the newest checkpoint in `output` if its run was started from `resume`."""
     newest = directory.find_latest(output)
     if newest is None:
         return None
     reader = TensorReader(newest)
     origin = reader.config().checkpoint.resume
-    if not is_path(origin):  # it went on by itself in between, or never began at a path
+    if not is_path(origin):  # it resumed automatically since, or never started from a path
         origin = reader.state().origin
     return newest if origin and Path(origin).resolve() == Path(resume).resolve() else None

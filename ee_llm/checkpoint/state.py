@@ -1,70 +1,68 @@
-"""How far a run came: what a checkpoint states besides its tensors."""
+"""The state of a run that a checkpoint stores besides its tensors."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ee_llm.errors import CheckpointError
+from pydantic import ConfigDict, Field, NonNegativeInt, Strict
+
+from ee_llm.checkpoint.format.json_content import StrictModel, validate
 
 STATE = "state.json"
-_LATER = {"data", "origin"}  # fields that older checkpoints lack
-_COUNTS = ("step", "consumed_samples", "skipped_steps")
+
+DataFile = tuple[str, int, int]
+"""The name of a prefix of training data, and the sizes of its .bin and .idx files in bytes."""
 
 
 @dataclass
 class TrainState:
-    """How far a run came. The learning rate and the data's order follow from it."""
+    """The progress of a run. The learning rate and the order of the data follow from it."""
 
     step: int = 0
     """Steps taken, skipped ones included."""
     consumed_samples: int = 0
-    """Sequences taken from the training data: the position to go on from."""
+    """Sequences taken from the training data: the position at which to resume."""
     skipped_steps: int = 0
-    """Steps whose loss or gradient was not finite."""
+    """Steps skipped because the loss or a gradient was not finite."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Anything else that JSON can hold."""
-    data: list[list[Any]] = field(default_factory=list)
-    """Name, bytes of .bin and bytes of .idx of each prefix, as `data_files` has them."""
+    """Further values, of JSON types."""
+    data: list[DataFile] = field(default_factory=list)
+    """The files of training data, as returned by `data_files`."""
     origin: str = ""
-    """The path in `checkpoint.resume` that the run began at, if it began at one."""
+    """The path in `checkpoint.resume` from which the run started, or ""."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON can hold them."""
+        """Return the fields as JSON types."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: Any, source: Path) -> "TrainState":
-        """Return the state in a checkpoint's JSON; raises CheckpointError if it is none."""
-        expected = set(cls.__dataclass_fields__)
-        if not isinstance(content, dict) or set(content) | _LATER != expected:
-            raise CheckpointError(
-                f"{source}: expected the fields {sorted(expected)} of a run's state"
-            )
-        for name in _COUNTS:
-            if type(content[name]) is not int or content[name] < 0:
-                raise CheckpointError(f"{source}: {name} is {content[name]!r}, expected a count")
-        state = cls(**content)
-        if not isinstance(state.origin, str):
-            raise CheckpointError(f"{source}: origin is {state.origin!r}, expected a path")
-        if not isinstance(state.data, list) or not all(map(_is_data_file, state.data)):
-            raise CheckpointError(
-                f"{source}: data is {state.data!r}, expected a name and two sizes of each prefix"
-            )
-        return state
+        """Return the state in a parsed JSON file; raises CheckpointError naming a wrong field."""
+        return cls(**validate(_StateFile, content, source).model_dump())
 
 
-def data_files(prefixes: Sequence[str]) -> list[list[Any]]:
-    """Return name, bytes of .bin and bytes of .idx of each prefix; nothing if a file is gone."""
+class _StateFile(StrictModel):
+    """The file's schema. Older checkpoints have neither `data` nor `origin`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: NonNegativeInt
+    consumed_samples: NonNegativeInt
+    skipped_steps: NonNegativeInt
+    extra: dict[str, Any]
+    # JSON has lists where Python has tuples.
+    data: list[Annotated[DataFile, Strict(False)]] = Field(default_factory=list)
+    origin: str = ""
+
+
+def data_files(prefixes: Sequence[str]) -> list[DataFile]:
+    """Return the name and the file sizes of each prefix, or nothing if a file is missing."""
     try:
         return [
-            [Path(prefix).name, *(os.stat(f"{prefix}{end}").st_size for end in (".bin", ".idx"))]
-            for prefix in prefixes
+            (Path(p).name, os.stat(f"{p}.bin").st_size, os.stat(f"{p}.idx").st_size)
+            for p in prefixes
         ]
-    except OSError:  # the run has them open: it can go on, and save
+    except OSError:  # the run has the files open, so it can continue and save
         return []
-
-
-def _is_data_file(entry: Any) -> bool:
-    return isinstance(entry, list) and [type(part) for part in entry] == [str, int, int]

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint by name, and the reference model made from them."""
+"""The tensors of a checkpoint by name, and the reference model built from them."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from ee_llm.checkpoint.read import TensorReader
 
 
 class CheckpointTensors(LazyTensors):
-    """The tensors of a checkpoint by name, read on access and not kept."""
+    """The tensors of a checkpoint by name, read on every access and not cached."""
 
     def __init__(self, reader: TensorReader) -> None:
         self._reader = reader
@@ -36,7 +36,7 @@ class CheckpointTensors(LazyTensors):
 def load_reference(
     reader: TensorReader, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> ReferenceModel:
-    """Return the reference model of a checkpoint, whatever parallel layout saved it.
+    """Return the reference model of a checkpoint of any parallel layout.
 
     Raises CheckpointError if the checkpoint is damaged or does not fit its own configuration.
     """

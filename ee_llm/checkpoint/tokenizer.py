@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a checkpoint: its files, and the mark by which it is recognised."""
+"""The tokenizer of a checkpoint: its files and its fingerprint."""
 
 import json
 from pathlib import Path
@@ -18,29 +18,30 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
 )
-"""All that may come along: names in a folder of Hugging Face's, and in `ORIGIN`."""
+"""Names of the files of a Hugging Face model that a checkpoint keeps in `ORIGIN`."""
 
 _SETTINGS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "chat_template.jinja",
 )
-"""Those of `COMPANIONS` that belong to the tokenizer, but for its vocabulary."""
+"""The names in `COMPANIONS` of a tokenizer's settings, without its vocabulary."""
 
-# Classes of transformers that add the token unless add_bos_token says otherwise.
+# Classes of transformers that add the token unless add_bos_token is false.
 _ADDING = (
     *("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast"),
     *("GemmaTokenizer", "GemmaTokenizerFast"),
 )
 
 
-_MOST_BYTES = 256 * 2**20  # of a file that came along, a large tokenizer's among them
+_MOST_BYTES = 256 * 2**20  # of a companion file; large tokenizers need some tens of MiB
 
 
 def fingerprint(tokenizer: str) -> str:
-    """Return what two equal tokenizers share: "bytes", or the SHA-256 of the tokenizer's file.
+    """Return the fingerprint of a tokenizer: "bytes", or the SHA-256 of its file.
 
-    `tokenizer` is as in the configuration: "bytes" or the path of a file. A file that is kept
-    counts as it was then, see `keep`. Raises CheckpointError if there is no such file.
+    `tokenizer` is a value of `data.tokenizer`: "bytes" or the path of a file. The content of a file
+    that was passed to `keep` is its content at that time. Raises CheckpointError if there is no
+    such file.
     """
     if tokenizer == BYTES:
         return BYTES
@@ -48,26 +49,27 @@ def fingerprint(tokenizer: str) -> str:
 
 
 def store(tokenizer: str, checkpoint: Path) -> None:
-    """Copy the tokenizer's file into a checkpoint; the byte tokenizer has none."""
+    """Copy the tokenizer's file into a checkpoint. The byte tokenizer has none."""
     if tokenizer != BYTES:
         (checkpoint / DIRECTORY).mkdir()
         (checkpoint / DIRECTORY / Path(tokenizer).name).write_bytes(_content(tokenizer))
 
 
 def companions(checkpoint: Path) -> dict[str, bytes]:
-    """Return the files that came along with a checkpoint from Hugging Face, by their names in it.
+    """Return the Hugging Face files that a checkpoint keeps, by their names in it.
 
-    Only those that are on the list, no links, and none of more than 256 MiB.
+    Only files listed in `COMPANIONS` count, no links and no files of more than 256 MiB.
     """
     paths = [checkpoint / ORIGIN / name for name in COMPANIONS]
     return {f"{ORIGIN}/{path.name}": path.read_bytes() for path in paths if _is_own(path)}
 
 
 def settings_of(tokenizer: str) -> dict[str, bytes]:
-    """Return the files beside a tokenizer that state its special tokens and chat template.
+    """Return the files next to a tokenizer that state its special tokens and chat template.
 
-    By their names in a checkpoint, as `companions` gives them. `tokenizer` is as in the
-    configuration. A checkpoint needs them, as the tokenizer's own file does not say how texts end.
+    The keys are names in a checkpoint, as in `companions`. `tokenizer` is a value of
+    `data.tokenizer`. A checkpoint needs these files because the tokenizer's own file does not state
+    the token that ends a text.
     """
     if tokenizer == BYTES:
         return {}
@@ -82,25 +84,25 @@ def settings_of(tokenizer: str) -> dict[str, bytes]:
     }
 
 
-def present(checkpoint: Path) -> list[str]:
-    """Return the names of the files that are read as the tokenizer's or as companions."""
+def file_names(checkpoint: Path) -> list[str]:
+    """Return the names of the checkpoint's tokenizer and companion files."""
     own = [path for path in (checkpoint / DIRECTORY).glob("*") if path.is_file()]
     own += [path for name in COMPANIONS if _is_own(path := checkpoint / ORIGIN / name)]
     return [path.relative_to(checkpoint).as_posix() for path in own]
 
 
 def _is_own(path: Path) -> bool:
-    """Return whether a companion is a file of the checkpoint's own, no link and not too large."""
+    """Return whether a path is a regular file of the checkpoint, not a link and not too large."""
     if path.is_symlink() or path.parent.is_symlink() or not path.is_file():
         return False
     return path.stat().st_size <= _MOST_BYTES
 
 
 def keep(tokenizer: str) -> None:
-    """Keep a tokenizer's file as it is now, for the checkpoints of a run that begins.
+    """Keep the content of a tokenizer's file in memory for the checkpoints of this run.
 
-    They store the tokenizer that the run began with, even if the file changes or vanishes. Raises
-    ValueError if there is no such file.
+    The checkpoints then store the tokenizer with which the run started, even if the file changes
+    or is deleted. Raises CheckpointError if there is no such file.
     """
     if tokenizer != BYTES:
         _kept[tokenizer] = _read(tokenizer)
@@ -118,13 +120,13 @@ def _read(tokenizer: str) -> bytes:
         return Path(tokenizer).read_bytes()
     except OSError as error:
         raise CheckpointError(
-            f"data.tokenizer: can not read {tokenizer!r} ({error.strerror}); give 'bytes' or the "
-            "path of a SentencePiece .model or a tokenizer.json"
+            f"data.tokenizer: cannot read {tokenizer!r} ({error.strerror}). Set it to 'bytes' or "
+            "to the path of a SentencePiece .model or a tokenizer.json."
         ) from error
 
 
 def stored(checkpoint: Path) -> str:
-    """Return the checkpoint's own tokenizer as the configuration names one: "bytes" or a path."""
+    """Return the checkpoint's own tokenizer as a value of `data.tokenizer`: "bytes" or a path."""
     directory = checkpoint / DIRECTORY
     if not directory.is_dir():
         return BYTES
@@ -135,7 +137,7 @@ def stored(checkpoint: Path) -> str:
     return str(files[0])
 
 
-def proven(checkpoint: Path, expected: str) -> str:
+def verified(checkpoint: Path, expected: str) -> str:
     """Return `stored(checkpoint)` if its fingerprint is `expected`; raises CheckpointError."""
     found = stored(checkpoint)
     if found == BYTES and expected != BYTES:
@@ -152,10 +154,10 @@ def proven(checkpoint: Path, expected: str) -> str:
 
 
 def stated_bos(checkpoint: Path) -> bool | None:
-    """Return whether prompts begin with a beginning-of-sequence token, None if nothing says so.
+    """Return whether prompts start with a beginning-of-sequence token, or None if unknown.
 
-    What says so are the settings of the tokenizer of a model from Hugging Face: SentencePiece's
-    files have no place for it. Raises CheckpointError if they are damaged.
+    The tokenizer settings of a Hugging Face model state it; SentencePiece files cannot. Raises
+    CheckpointError if the settings are damaged.
     """
     path = checkpoint / ORIGIN / "tokenizer_config.json"
     if not _is_own(path):
@@ -172,14 +174,14 @@ def stated_bos(checkpoint: Path) -> bool | None:
 
 
 def check(tokenizer: str, expected: str, checkpoint: Path) -> None:
-    """Raise CheckpointError if `tokenizer` is not the one that the checkpoint was trained with."""
+    """Raise CheckpointError if the checkpoint was trained with another tokenizer."""
     found = fingerprint(tokenizer)
     if found != expected:
         raise CheckpointError(
             f"data.tokenizer: {tokenizer!r} ({_short(found)}) is not the tokenizer that "
-            f"{checkpoint} was trained with ({_short(expected)}); use {stored(checkpoint)!r}"
+            f"{checkpoint} was trained with ({_short(expected)}). Use {stored(checkpoint)!r}."
         )
 
 
-def _short(mark: str) -> str:
-    return mark[: len("sha256:") + 12]
+def _short(fingerprint: str) -> str:
+    return fingerprint[: len("sha256:") + 12]

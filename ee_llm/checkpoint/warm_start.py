@@ -1,8 +1,8 @@
-"""Begins a new run with a checkpoint's parameters; it may lack exits, and the run may build a part.
+"""Starts a new run with the parameters of a checkpoint, which may lack some of the exits.
 
 A tuning run (`config.is_tuning`) builds the model up to the last exit that it tunes, and no other
-exit. What it does not build has to be in the checkpoint all the same, in the right shape: a saved
-checkpoint is of the whole model.
+exits. The checkpoint must still have the tensors that the run does not build, in the right shapes,
+because the run saves checkpoints of the whole model.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.sharded import state_dict
-from ee_llm.checkpoint.sharded.agreement import together
+from ee_llm.checkpoint.sharded.agreement import fail_together
 from ee_llm.checkpoint.sharded.load import (
     Pairs,
     check_unread,
@@ -27,9 +27,11 @@ from ee_llm.errors import CheckpointError
 
 
 class WarmStart(NamedTuple):
-    """The checkpoint that a run began with, and its exits' shards on this rank that it lacks.
+    """The checkpoint from which a run started.
 
-    Those have the values that they were built with.
+    reader: The checkpoint.
+    lacking: The shards on this rank of exits that the checkpoint lacks. They still have the values
+        with which they were built.
     """
 
     reader: TensorReader
@@ -39,32 +41,32 @@ class WarmStart(NamedTuple):
 def warm_start(
     path: str | Path, stages: Sequence[state_dict.ShardedModule], config: Config
 ) -> WarmStart:
-    """Give the stages their parameters from a checkpoint, or the newest of a run directory.
+    """Load the parameters of the stages from a checkpoint, or from the newest one of a run.
 
-    Collective. Raises CheckpointError, before anything is changed, if a file is missing, truncated
-    or foreign, if model, heads or tokenizer are not those of `config`, if the checkpoint has an
-    exit that `config` has not, or if its tensors are not those of the model, exits that it lacks
-    left out.
+    Collective. Raises CheckpointError, before it changes anything, if a file is missing, truncated
+    or foreign, if the model, the heads or the tokenizer differ from those of `config`, if the
+    checkpoint has an exit that `config` does not have, or if its tensors are not those of the
+    model without the exits that it lacks.
     """
-    what = f"can not begin with {path}"
+    what = f"cannot start from {path}"
     opened: list[TensorReader] = []
-    together(what, lambda: opened.append(open_reader(path, config, compare_warm_start)))
+    fail_together(what, lambda: opened.append(open_reader(path, config, compare_warm_start)))
     [reader] = opened
     model = state_dict.model_state(stages)
     built: state_dict.Shapes = {}
-    for shapes in together(what, lambda: state_dict.tensor_shapes(model)):
+    for shapes in fail_together(what, lambda: state_dict.tensor_shapes(model)):
         built |= shapes
     new = tuple(f"exits.{b}." for b in set(config.exits.boundaries) - _exits_of(reader))
     present = _present(config, built, new)
-    together(what, lambda: compare_tensors(reader, present, {}))
-    together(what, lambda: check_unread(reader, present.keys() - built.keys()))
+    fail_together(what, lambda: compare_tensors(reader, present, {}))
+    fail_together(what, lambda: check_unread(reader, present.keys() - built.keys()))
 
     def fill() -> None:
         for shard in model.values():
             if not shard.key.startswith(new):
                 read_under(reader, shard, shard.key)
 
-    together(what, fill)
+    fail_together(what, fill)
     lacking = {path: shard for path, shard in model.items() if shard.key.startswith(new)}
     return WarmStart(reader, lacking)
 
@@ -79,35 +81,36 @@ def _present(config: Config, built: state_dict.Shapes, new: tuple[str, ...]) -> 
 
 
 def _untouched_temperatures(saved: Config, current: Config) -> Pairs:
-    """Exits that are not tuned are to compute what they did."""
+    """Return the temperatures of exits that are not tuned, which must not change."""
     old, new = (
         dict(zip(config.exits.boundaries, config.exits.temperatures, strict=True))
         for config in (saved, current)
     )
-    left = [b for b in old if b in new and b not in current.built_exits]
-    return [(f"exits.temperatures at {b}", old[b], new[b]) for b in left]
+    untuned = [b for b in old if b in new and b not in current.built_exits]
+    return [(f"exits.temperatures at {b}", old[b], new[b]) for b in untuned]
 
 
 def compare_warm_start(saved: Config, current: Config, source: Path) -> None:
-    """Raise CheckpointError unless `current` describes the saved model, or that with more exits."""
+    """Raise CheckpointError unless `current` is the saved model, possibly with more exits."""
     pairs = model_pairs(saved, current)
     if saved.exits.boundaries:
         pairs += exit_pairs(saved, current, ("head", "output"))
         pairs += _untouched_temperatures(saved, current)
     refuse_different(pairs, source)
-    gone = sorted(set(saved.exits.boundaries) - set(current.exits.boundaries))
-    if gone:
-        kept = sorted({*saved.exits.boundaries, *current.exits.boundaries})
-        others = "; those that are not in tuning.exits stay as they are" * current.is_tuning
+    missing = sorted(set(saved.exits.boundaries) - set(current.exits.boundaries))
+    if missing:
+        union = sorted({*saved.exits.boundaries, *current.exits.boundaries})
+        others = " Exits that are not in tuning.exits do not change." * current.is_tuning
         raise CheckpointError(
-            f"{source} has exits at {list(saved.exits.boundaries)}, of which exits.boundaries = "
-            f"{list(current.exits.boundaries)} leaves out {gone}; write {kept}{others}"
+            f"{source} has exits at {list(saved.exits.boundaries)}, but exits.boundaries = "
+            f"{list(current.exits.boundaries)} leaves out {missing}. Set exits.boundaries = "
+            f"{union}.{others}"
         )
     new = set(current.exits.boundaries) - set(saved.exits.boundaries)
     untouched = sorted(new - set(current.built_exits))
     if untouched:
         raise CheckpointError(
-            f"{source} has no exits at {untouched}, which tuning.exits = "
-            f"{list(current.tuning.exits)} leaves as they are; tune them as well, or leave them "
-            "out of exits.boundaries"
+            f"{source} has no exits at {untouched}, and tuning.exits = "
+            f"{list(current.tuning.exits)} does not tune them. Tune them as well, or remove them "
+            "from exits.boundaries."
         )

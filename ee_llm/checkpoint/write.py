@@ -1,8 +1,8 @@
 """Writes a checkpoint tensor by tensor, without a run, ranks or megatron-core.
 
-The files are those of `save`: torch_dist as torch's writer lays it out. That writer keeps every
-tensor until the last is on disk; this one keeps none, so that what is needed in memory is the
-tensor at hand.
+The files have the same format as those of `sharded.save`: torch_dist as written by torch. torch's
+writer keeps all tensors in memory until the last one is on disk; this one needs memory for a single
+tensor.
 """
 
 import io
@@ -30,23 +30,23 @@ from ee_llm.errors import CheckpointError
 
 FILE = "__0_0.distcp"
 BLOCK_BYTES = 32 * 2**20
-"""How much of a tensor lies together: who reads a part of it later reads that much at a time."""
+"""The size of a block, which is the smallest part of a tensor that can be read."""
 
 
 class TensorSpec(NamedTuple):
-    """What is known of a tensor before it is there."""
+    """The shape and the dtype of a tensor that is not loaded."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Its size in memory."""
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Block(NamedTuple):
-    """A part of a tensor: where it begins, its values, and the file it lies in."""
+    """A part of a tensor: its offsets, its values and the name of its file."""
 
     offsets: tuple[int, ...]
     data: Tensor
@@ -54,7 +54,7 @@ class Block(NamedTuple):
 
 
 Blocks = Callable[[str, Tensor], Iterator[Block]]
-"""Yields the blocks that a tensor of a name is stored in; together they are all of it."""
+"""Yields the blocks of a tensor, given its name and its values. They cover all of it."""
 
 
 def write_checkpoint(
@@ -70,27 +70,36 @@ def write_checkpoint(
     on_tensor: Callable[[str, int], None] | None = None,
     blocks: Blocks | None = None,
 ) -> Path:
-    """Return the checkpoint in the run directory `output` that holds the tensors `specs` names.
+    """Write a checkpoint of the given tensors and return its path.
 
-    `get` makes one tensor at a time, in the order of `specs`. The checkpoint gets its name when
-    all of it is on disk; whoever is interrupted leaves none. `tokenizer_file`: "bytes" or the path
-    of the file to copy, which the checkpoint's configuration then names. `state`: how far the model
-    was trained, by default not at all. `facts`: more for the manifest. `files`: what else to keep,
-    by name. `on_tensor`: called with the name and bytes of each tensor written. `blocks`: how
-    tensors are cut, by default into whole rows, all in one file.
+    The checkpoint gets its final name once all of it is on disk; an interruption leaves none.
 
-    Raises CheckpointError if the output holds a checkpoint already, if a tensor is not what its
-    spec says, or if writing fails; what `get` raises passes through.
+    Args:
+        output: The run directory.
+        config: The configuration of the model.
+        specs: The shape and the dtype of every tensor by name.
+        get: Returns a tensor by name. Called once per tensor, in the order of `specs`.
+        tokenizer_file: "bytes", or the path of the file to copy. The configuration of the
+            checkpoint names the copy.
+        state: The progress of training; by default the model is untrained.
+        facts: Further entries of the manifest.
+        files: The contents of further files by name.
+        on_tensor: Called with the name and the size in bytes of each written tensor.
+        blocks: Divides tensors into blocks; by default into groups of rows, all in one file.
+
+    Raises:
+        CheckpointError: The output already has a checkpoint, a tensor differs from its spec, or
+            writing fails. Exceptions of `get` propagate unchanged.
     """
     checkpoints = Path(output) / directory.CHECKPOINTS
     directory.check_output(output)
-    not_ours: list[OSError] = []
+    get_errors: list[OSError] = []
 
-    def made(name: str) -> Tensor:
+    def get_tensor(name: str) -> Tensor:
         try:
             return get(name)
         except OSError as error:
-            not_ours.append(error)
+            get_errors.append(error)
             raise
 
     lock = OutputLock(output)
@@ -102,7 +111,7 @@ def write_checkpoint(
         partial = directory.create_partial(checkpoints, state.step)
         try:
             tensors = partial / directory.TENSORS
-            checksums = write_tensors(tensors, specs, made, on_tensor, blocks)
+            checksums = write_tensors(tensors, specs, get_tensor, on_tensor, blocks)
             final = checkpoints / directory.step_name(state.step)
             config = _placed(config, Path(output), final, tokenizer_file)
             for name, content in (files or {}).items():
@@ -115,12 +124,12 @@ def write_checkpoint(
             directory.seal(partial, known, checksums)
             return directory.publish(partial, keep_last=0)
         except OSError as error:
-            if error in not_ours:
+            if error in get_errors:
                 raise
             space = directory.free_space(checkpoints)
-            raise CheckpointError(f"can not write {partial}: {error}{space}") from error
+            raise CheckpointError(f"cannot write {partial}: {error}{space}") from error
         finally:
-            directory.discard(partial)  # what was published has another name by now
+            directory.discard(partial)  # a published checkpoint has another name
     finally:
         lock.release()
 
@@ -132,10 +141,10 @@ def write_tensors(
     on_tensor: Callable[[str, int], None] | None = None,
     blocks: Blocks | None = None,
 ) -> dict[str, list[str]]:
-    """Write the directory of tensors of a checkpoint, and return the checksums of its blocks.
+    """Write the tensors of a checkpoint and return the checksums of its blocks.
 
-    They are those of what was to be written, in the form of `directory.seal`. Raises
-    CheckpointError as `write_checkpoint` does.
+    The checksums are of the bytes before writing, in the form that `directory.seal` expects. The
+    arguments and the exceptions are those of `write_checkpoint`; `path` is the directory.
     """
     checksums: dict[str, list[str]] = {}
     entries: dict[str, index.STORAGE_TYPES] = {}
@@ -166,13 +175,13 @@ def write_tensors(
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {f"{name}_version": 1 for name in backends}
     directory.write_json(path / "metadata.json", {**backends, **versions})
-    # Last: without its index it is no directory of tensors.
+    # The index is last: a directory without one has no tensors.
     (path / safe.METADATA).write_bytes(pickle.dumps(index.Metadata(entries, storage_data=places)))
     return checksums
 
 
 def rows(part: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield blocks of whole rows of at most BLOCK_BYTES, and the first row of each."""
+    """Yield blocks of whole rows of at most BLOCK_BYTES, with the index of their first row."""
     if part.dim() == 0:
         yield 0, part
         return
@@ -183,27 +192,27 @@ def rows(part: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def in_rows(name: str, tensor: Tensor) -> Iterator[Block]:
-    """Yield a tensor in blocks of whole rows, all in one file."""
+    """Yield blocks of whole rows of a tensor, all in one file."""
     for first, block in rows(tensor):
         yield Block((first, *(0,) * (tensor.dim() - 1))[: tensor.dim()], block, FILE)
 
 
 def _archive(block: Tensor) -> memoryview:
-    content = io.BytesIO()  # what torch.save raises where the disk is full does not say so
-    # A copy: torch.save writes all of the memory that a view looks at.
+    content = io.BytesIO()  # torch.save to a path does not say when the disk is full
+    # Copy the block: torch.save writes the whole storage of a view.
     torch.save(block.clone(memory_format=torch.contiguous_format), content)
     return content.getbuffer()
 
 
 def _append(path: Path, content: memoryview) -> _StorageInfo:
     with open(path, "ab") as file:
-        begin = file.tell()
+        start = file.tell()
         file.write(content)
-    return _StorageInfo(path.name, begin, len(content))
+    return _StorageInfo(path.name, start, len(content))
 
 
 def _placed(config: Config, output: Path, final: Path, tokenizer_file: str) -> Config:
-    """Return the configuration that the checkpoint states: where it is, with its own tokenizer."""
+    """Return the configuration with the checkpoint's own output directory and tokenizer."""
     name = tokenizer_file
     if name != tokenizer.BYTES:
         name = str(final / tokenizer.DIRECTORY / Path(tokenizer_file).name)

@@ -39,7 +39,7 @@ def _megatron(model: ParallelModel, resume: Path | None) -> tuple[Any, TrainStat
 def _deepspeed(model: ZeroModel, resume: Path | None) -> tuple[Any, TrainState]:
     state = TrainState()
     if resume is not None:
-        state = load(resume, model.stages, None, model.config, goes_on=True)
+        state = load(resume, model.stages, None, model.config, resumes=True)
     model.start()
     optimizer = ZeroOptimizer(model)
     if resume is not None:

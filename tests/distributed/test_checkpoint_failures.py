@@ -60,7 +60,7 @@ def _disk_full(output, failing_rank, limit):
     rank = run.grid.rank
     if rank == failing_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    _expect_failure(run, 2, r"can not save .*step-00000002: .*(large|Errno 27|fail)")
+    _expect_failure(run, 2, r"cannot save .*step-00000002: .*(large|Errno 27|fail)")
     if rank == failing_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     assert run.save(2).name == "step-00000002"
@@ -83,7 +83,7 @@ def _full_file_system(output):
             while file.write(b"x" * 4096):
                 pass
     torch.distributed.barrier()
-    _expect_failure(run, 2, r"can not save .*step-00000002: .* \(\d\.\d MiB are free there\)")
+    _expect_failure(run, 2, r"cannot save .*step-00000002: .* \(\d\.\d MiB are free there\)")
     torch.distributed.barrier()
     if run.grid.rank == 0:
         os.unlink(filler)

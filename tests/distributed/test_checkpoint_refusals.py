@@ -57,14 +57,14 @@ def test_another_tokenizer(checkpoint, tmp_path):
     other.write_text("{}")
     [message] = run_ranks(1, _load_errors, checkpoint, {"data.tokenizer": str(other)})
     assert "is not the tokenizer that" in message
-    assert "use 'bytes'" in message
+    assert "Use 'bytes'" in message
 
 
 def test_another_precision_says_so(checkpoint):
     messages = run_ranks(2, _load_errors, checkpoint, {}, (1, 2), torch.bfloat16)
     assert len(set(messages)) == 1
-    assert "are missing in it: optimizer.state.fp32_param.embedding.word.weight, " in messages[0]
-    assert "see training.dtype" in messages[0]
+    assert "are missing: optimizer.state.fp32_param.embedding.word.weight, " in messages[0]
+    assert "check training.dtype" in messages[0]
 
 
 def _load_other_tensors(output):
@@ -86,8 +86,8 @@ def _load_other_tensors(output):
 
 def test_names_and_shapes_that_differ_are_listed(checkpoint):
     for names in run_ranks(2, _load_other_tensors, checkpoint):
-        assert "4 tensors in it are not of this run: layers.4.fc1.weight, " in names["missing"]
-        assert "layers.4.norm.weight is [8] in it and [9] in this run" in names["shape"]
+        assert "4 tensors are not used by this run: layers.4.fc1.weight, " in names["missing"]
+        assert "layers.4.norm.weight has shape [8], but [9] in this run" in names["shape"]
 
 
 @pytest.mark.parametrize("place", [".metadata", "common.pt", "rng"])

@@ -341,5 +341,5 @@ def test_a_full_disk_ends_all_ranks(tmp_path, corpus):
     """The others do not wait for the tensors that the first no longer writes."""
     config = make_config(tmp_path, corpus, **MODEL | ZERO_3)
     ends = run_ranks(2, _full_disk, config, timeout_s=60)
-    assert all("No space left on device" in end and "can not save" in end for end in ends), ends
+    assert all("No space left on device" in end and "cannot save" in end for end in ends), ends
     assert not list((tmp_path / "checkpoints").glob("step-*"))

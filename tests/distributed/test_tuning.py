@@ -363,5 +363,5 @@ def test_another_model_in_the_place_of_the_first_is_not_saved_as_the_frozen_one(
     train_ranks(1, dense_config(other, corpus, **{"training.steps": 3, "training.seed": 5}))
     fault = functools.partial(_replace, there, other)
     [end] = train_ranks(1, tuning_config(tmp_path / "tuned", corpus, there), fault)
-    assert "is another model than the one this run began with" in end
+    assert "is not the model from which this run started" in end
     assert not list((tmp_path / "tuned").glob("checkpoints/step-????????"))

@@ -52,15 +52,15 @@ def test_an_exit_of_the_checkpoint_that_is_left_out(tmp_path, corpus, tuned):
     """Or the saved checkpoint would lack it in silence."""
     options = {"exits.boundaries": (2, 3), "exits.weights": (1.0, 1.0)}
     assert refused(tmp_path, corpus, tuned, **options).endswith(
-        "has exits at [2, 5], of which exits.boundaries = [2, 3] leaves out [5]; write [2, 3, 5]; "
-        "those that are not in tuning.exits stay as they are"
+        "has exits at [2, 5], but exits.boundaries = [2, 3] leaves out [5]. Set exits.boundaries ="
+        " [2, 3, 5]. Exits that are not in tuning.exits do not change."
     )
 
 
 def test_a_new_exit_that_is_not_tuned(tmp_path, corpus, dense):
     assert refused(tmp_path, corpus, dense, **{"tuning.exits": (5,)}).endswith(
-        "has no exits at [2], which tuning.exits = [5] leaves as they are; tune them as well, or "
-        "leave them out of exits.boundaries"
+        "has no exits at [2], and tuning.exits = [5] does not tune them. Tune them as well, or "
+        "remove them from exits.boundaries."
     )
 
 
@@ -78,8 +78,8 @@ def test_another_temperature_of_an_exit_that_is_left_alone(tmp_path, corpus, tun
 @pytest.mark.parametrize(
     ("stated", "expected"),
     [
-        (7, "7 tensors are missing in it: layers.7.input_layernorm.weight"),
-        (5, "7 tensors in it are not of this run: layers.6.input_layernorm.weight"),
+        (7, "7 tensors are missing: layers.7.input_layernorm.weight"),
+        (5, "7 tensors are not used by this run: layers.6.input_layernorm.weight"),
     ],
 )
 def test_tensors_behind_the_last_exit_are_compared_too(tmp_path, corpus, dense, stated, expected):
@@ -94,7 +94,7 @@ def test_tensors_behind_the_last_exit_are_compared_too(tmp_path, corpus, dense, 
     message = refused(tmp_path, corpus, source, **options)
     # The final norm carries the number of layers as well.
     assert f"exits.{stated}.norm.weight" in message
-    assert "tensors are missing in it" in message
+    assert "tensors are missing" in message
     assert f"layers.{max(stated, 6)}.input_layernorm.weight" in message
     assert expected.partition(":")[2].strip() in message
 
@@ -103,18 +103,20 @@ def test_a_run_does_not_become_one_of_the_other_kind(tmp_path, corpus, dense, tu
     here = tmp_path / "run"
     shutil.copytree(dense, here)
     assert refused(tmp_path, corpus, dense).endswith(
-        "is of a run that trained the whole model, and this one tunes exits; begin a new run with "
-        "its parameters: another --output, and the checkpoint in tuning.checkpoint alone"
+        "is from a run that trained the whole model, but this run tunes exits. To use it, start a "
+        "new run with its parameters: set another --output, and only tuning.checkpoint to the "
+        "checkpoint."
     )
     shutil.rmtree(here)
     shutil.copytree(tuned, here)
     options = {**SIX_LAYERS, **ONE_STEP, "exits.boundaries": (2, 5), "exits.output": "own"}
     [end] = train_ranks(1, make_config(here, corpus, **options))
     assert end.endswith(
-        "is of a run that tuned exits [2, 5], with no optimizer state of the rest; begin a new run "
-        "with its parameters: another --output, and the checkpoint in checkpoint.initial"
+        "is from a run that tuned exits [2, 5], so it has no optimizer state of the other "
+        "parameters. To use it, start a new run with its parameters: set another --output, and "
+        "checkpoint.initial to the checkpoint."
     )
-    assert "is of a run that tuned exits [2, 5], and tuning.exits = [2]; use the checkpoint's" in (
+    assert "is from a run that tuned exits [2, 5], but tuning.exits = [2]. Tune the same" in (
         refused(tmp_path, corpus, dense, **{"tuning.exits": (2,)})
     )
 
@@ -143,9 +145,9 @@ def test_a_checkpoint_that_goes_before_the_first_save(tmp_path, corpus, dense):
 
 def test_a_save_that_fails_while_it_copies(tmp_path, corpus, tuned, monkeypatch):
     """A checkpoint that can not be read to its end: the one before stays, whole."""
-    from ee_llm.checkpoint.sharded.save import Kept
+    from ee_llm.checkpoint.sharded.save import CopiedTensors
 
-    whole = Kept.tensor
+    whole = CopiedTensors.tensor
 
     def tensor(self, name):
         if name == "layers.6.mlp.linear_fc2.weight":
@@ -154,7 +156,7 @@ def test_a_save_that_fails_while_it_copies(tmp_path, corpus, tuned, monkeypatch)
 
     here = tmp_path / "run"
     tune(1, tuning_config(here, corpus, tuned, **ONE_STEP))
-    monkeypatch.setattr(Kept, "tensor", tensor)
+    monkeypatch.setattr(CopiedTensors, "tensor", tensor)
     options = {**ONE_STEP, **layout(1, 2), "training.steps": 2}
     for end in train_ranks(2, tuning_config(here, corpus, tuned, **options)):
         assert "No space left" in end  # and how much there is, which changes

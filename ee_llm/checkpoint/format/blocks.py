@@ -1,11 +1,11 @@
-"""Blocks of a tensor: where they lie, and whether two of them meet."""
+"""Blocks of a tensor: their positions, and a check for overlaps."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Chunk(NamedTuple):
-    """A block of a tensor: where it lies in the whole, and in which file."""
+    """A block of a tensor: its position in the tensor and in a file."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -22,9 +22,10 @@ def lies_in(offsets: tuple[int, ...], sizes: tuple[int, ...], shape: tuple[int, 
 
 
 def any_overlap(chunks: Sequence[Chunk]) -> bool:
-    """Return whether two blocks share an element, by a sweep along the most divided dimension.
+    """Return whether two blocks share an element.
 
-    A block is compared only with those that reach beyond its beginning in that dimension.
+    The search sweeps along the dimension with the most distinct offsets, and compares a block only
+    with those that extend beyond its offset in that dimension.
     """
     offsets = [set(along) for along in zip(*(chunk.offsets for chunk in chunks), strict=True)]
     if not offsets:  # a scalar
@@ -32,8 +33,8 @@ def any_overlap(chunks: Sequence[Chunk]) -> bool:
     axis = max(range(len(offsets)), key=lambda i: len(offsets[i]))
     reaching: list[Chunk] = []
     for chunk in sorted(chunks, key=lambda chunk: chunk.offsets[axis]):
-        begin = chunk.offsets[axis]
-        reaching = [other for other in reaching if other.offsets[axis] + other.sizes[axis] > begin]
+        start = chunk.offsets[axis]
+        reaching = [other for other in reaching if other.offsets[axis] + other.sizes[axis] > start]
         if any(_overlap(chunk, other) for other in reaching):
             return True
         reaching.append(chunk)

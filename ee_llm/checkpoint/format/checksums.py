@@ -1,8 +1,8 @@
-"""CRC-32 checksums of a checkpoint's files, kept in its manifest.
+"""CRC-32 checksums of a checkpoint's files, stored in its manifest.
 
 Each file is divided into consecutive ranges, and the manifest has one line, "<bytes> <CRC-32>", for
-each range. In a file of tensors a range is a block, so that a rank verifies what it reads without
-reading the rest of the file. Every other file is a single range.
+each range. In a tensor file a range is a block, so that a rank can verify the blocks that it reads
+without reading the rest of the file. Every other file is a single range.
 """
 
 import itertools
@@ -14,12 +14,12 @@ from typing import BinaryIO, NamedTuple
 from ee_llm.errors import CheckpointError
 
 RANGE_PATTERN = r"^(0|[1-9][0-9]{0,18}) [0-9a-f]{8}$"
-"""A range as the manifest states it."""
+"""The form of a range in the manifest."""
 
 Table = Mapping[str, Sequence[str]]
-"""The ranges of every file by its name, as the manifest states them."""
+"""The ranges of every file by its name, in the form of the manifest."""
 
-_MEND = "restore it from a copy, or use another checkpoint"
+_ADVICE = "Restore it from a copy, or use another checkpoint."
 _PIECE_BYTES = 16 * 2**20
 _SEAL = ',\n "checksum": "{:08x}"\n}}\n'
 
@@ -35,23 +35,23 @@ class Range(NamedTuple):
 
 
 def parse_range(text: str) -> Range:
-    """Return the range that a text of the form RANGE_PATTERN states."""
+    """Parse a range in the form of RANGE_PATTERN."""
     num_bytes, crc32 = text.split()
     return Range(int(num_bytes), int(crc32, 16))
 
 
 def checksum(data: bytes | memoryview) -> str:
-    """Return the text of the range that `data` is."""
+    """Return `data` as a range, in the form of the manifest."""
     return str(Range(len(data), zlib.crc32(data)))
 
 
 def checksums_of(path: Path, places: Iterable[tuple[int, int]] = ()) -> list[str]:
-    """Return the text of the ranges of a file, read now.
+    """Read a file and return its ranges, in the form of the manifest.
 
     Args:
         path: The file.
-        places: Position and length of blocks that do not overlap. Each becomes a range, and so
-            does what lies between them.
+        places: Position and length of blocks that do not overlap. Each block and each gap between
+            blocks becomes a range.
     """
     end = path.stat().st_size
     edges = sorted({0, end, *(edge for at, n in places for edge in (at, at + n))})
@@ -61,24 +61,24 @@ def checksums_of(path: Path, places: Iterable[tuple[int, int]] = ()) -> list[str
 
 
 def sealed(text: str) -> str:
-    """Return the text of a JSON object with its own checksum as the last member.
+    """Return the text of a JSON object with its own checksum added as the last member.
 
-    `text` ends with a line that holds the closing brace alone.
+    The last line of `text` must be the closing brace.
     """
     body = text.rstrip().removesuffix("}").rstrip()
     return body + _SEAL.format(zlib.crc32(body.encode()))
 
 
 def is_sealed(content: bytes) -> bool:
-    """Return whether `content` is what `sealed` returned, to the last byte."""
+    """Return whether `content` is, byte for byte, a result of `sealed`."""
     body = content[: -len(_SEAL.format(0))]
     return content == body + _SEAL.format(zlib.crc32(body)).encode()
 
 
 class Checksums:
-    """Verifies what is read from the files of one checkpoint.
+    """Verifies the files of one checkpoint while they are read.
 
-    A checkpoint from before there were checksums passes as it is; `exist` tells.
+    exist: whether the checkpoint has checksums. One without them is not verified.
     """
 
     def __init__(self, checkpoint: Path, table: Table | None) -> None:
@@ -90,25 +90,25 @@ class Checksums:
         self._places: dict[str, dict[int, Range]] = {}
 
     def read(self, name: str) -> bytes:
-        """Return the content of a file; raises CheckpointError if it is not what was written."""
+        """Return the content of a file; raises CheckpointError if it is damaged."""
         path = self._path / name
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_MEND}") from error
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}). {_ADVICE}") from error
         if self.exist:
             self._compare(path, 0, self._range(name, 0, len(data)), zlib.crc32(data))
         return data
 
     def check_block(self, name: str, position: int, data: bytes) -> None:
-        """Raise CheckpointError unless `data` is the range of a file that begins at `position`."""
+        """Raise CheckpointError if `data`, the range of a file at `position`, is damaged."""
         expected = self._range(name, position, len(data))
         self._compare(self._path / name, position, expected, zlib.crc32(data))
 
     def check_file(self, name: str, on_bytes: Callable[[int], None] | None = None) -> None:
         """Read a whole file; raises CheckpointError if it is missing, truncated or damaged.
 
-        `on_bytes` is called with the number of bytes of each piece that has been read.
+        `on_bytes` is called with the number of bytes of each piece that was read.
         """
         path, position = self._path / name, 0
         try:
@@ -118,7 +118,7 @@ class Checksums:
                     self._compare(path, position, expected, found)
                     position += expected.num_bytes
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read ({error.strerror}); {_MEND}") from error
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}). {_ADVICE}") from error
 
     def _range(self, name: str, position: int, num_bytes: int) -> Range:
         if name not in self._places:
@@ -129,7 +129,7 @@ class Checksums:
         if found is None or found.num_bytes != num_bytes:
             raise CheckpointError(
                 f"{self._path / name}: the manifest has no checksum of its bytes {position:,} to "
-                f"{position + num_bytes:,}; {_MEND}"
+                f"{position + num_bytes:,}. {_ADVICE}"
             )
         return found
 
@@ -138,7 +138,7 @@ class Checksums:
             raise CheckpointError(
                 f"{path} is damaged: the checksum of its bytes {position:,} to "
                 f"{position + expected.num_bytes:,} is {found:08x}, expected "
-                f"{expected.crc32:08x}; {_MEND}"
+                f"{expected.crc32:08x}. {_ADVICE}"
             )
 
 
@@ -146,13 +146,15 @@ def _crc32(
     file: BinaryIO, num_bytes: int, path: Path, on_bytes: Callable[[int], None] | None = None
 ) -> int:
     """Return the CRC-32 of the next bytes of a file; raises CheckpointError if they end early."""
-    crc32, left = 0, num_bytes
-    while left:
-        piece = file.read(min(left, _PIECE_BYTES))
+    crc32, remaining = 0, num_bytes
+    while remaining:
+        piece = file.read(min(remaining, _PIECE_BYTES))
         if not piece:
-            raise CheckpointError(f"{path} is truncated: it ends at byte {file.tell():,}; {_MEND}")
+            raise CheckpointError(
+                f"{path} is truncated: it ends at byte {file.tell():,}. {_ADVICE}"
+            )
         crc32 = zlib.crc32(piece, crc32)
-        left -= len(piece)
+        remaining -= len(piece)
         if on_bytes is not None:
             on_bytes(len(piece))
     return crc32

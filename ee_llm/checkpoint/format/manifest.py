@@ -1,13 +1,13 @@
-"""What a checkpoint's manifest states: its files, their sizes and checksums, facts of the run."""
+"""The manifest of a checkpoint: its files, their sizes and checksums, and facts about the run."""
 
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
-from ee_llm.checkpoint.directory import FORMAT, MANIFEST, VERSION, parse_json
+from ee_llm.checkpoint.directory import FORMAT, MANIFEST, VERSION
 from ee_llm.checkpoint.format.checksums import RANGE_PATTERN, is_sealed, parse_range
+from ee_llm.checkpoint.format.json_content import StrictModel, parse_json, validate
 from ee_llm.checkpoint.format.safe import is_plain_name
 from ee_llm.errors import CheckpointError
 
@@ -15,8 +15,8 @@ Count = Annotated[int, Field(ge=0)]
 RangeText = Annotated[str, Field(pattern=RANGE_PATTERN)]
 
 
-class _Layout(BaseModel):
-    """The sizes of the parallel layout that saved, of which older versions state fewer."""
+class _Layout(StrictModel):
+    """The sizes of the parallel layout that saved the checkpoint. Older versions state fewer."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Count]
@@ -24,23 +24,23 @@ class _Layout(BaseModel):
     world: Count
 
 
-class _Mean(BaseModel):
+class _Mean(StrictModel):
     step: Count
 
 
-class _Facts(BaseModel):
-    """What others rely on; a manifest may say more."""
+class _Facts(StrictModel):
+    """The entries that other modules rely on. A manifest may have more."""
 
     files: dict[str, Count]
     crc32: dict[str, list[RangeText]] | None = None
     tokenizer: str
     optimizer_steps: Count
     layout: _Layout
-    mean_of: list[_Mean] = []
+    mean_of: list[_Mean] = Field(default_factory=list)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint after comparing the size of every file with it.
+    """Return the manifest of a checkpoint after checking the size of every file.
 
     Raises CheckpointError naming the file that is missing, truncated, damaged or foreign.
     """
@@ -52,7 +52,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def parse_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint without looking at the files that it names.
+    """Return the manifest of a checkpoint without checking the files that it names.
 
     Raises CheckpointError if it is missing, damaged or foreign.
     """
@@ -63,32 +63,26 @@ def parse_manifest(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing: expected a JSON object in it") from None
     manifest = parse_json(content, path)
     version = manifest.get("version")
-    # No single damaged byte makes one that has checksums look like one from before there were any.
+    # A single damaged byte must not make a manifest with checksums pass for one of version 1.
     if (version == VERSION or {"crc32", "checksum"} & manifest.keys()) and not is_sealed(content):
         raise CheckpointError(
-            f"{path} is damaged, or was edited: it does not have the checksum that it states; "
-            "restore it from a copy, or use another checkpoint"
+            f"{path} is damaged or was edited: its content does not match its checksum. Restore it "
+            "from a copy, or use another checkpoint."
         )
     if manifest.get("format") != FORMAT or version not in (1, VERSION):
         found = f"{manifest.get('format')!r} version {version!r}"
         raise CheckpointError(f"{path}: expected {FORMAT!r} version 1 or {VERSION}, found {found}")
-    try:
-        facts = _Facts.model_validate(manifest, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        found = "" if first["type"] == "missing" else f", found {reprlib.repr(first['input'])}"
-        raise CheckpointError(f"{path}: {name}: {first['msg']}{found}") from None
+    facts = validate(_Facts, manifest, path)
     for name in facts.files:
         if not all(is_plain_name(part) for part in name.split("/")):
-            raise CheckpointError(f"{path} names {name!r}, outside of the checkpoint's directory")
+            raise CheckpointError(f"{path} names {name!r}, outside the checkpoint's directory")
     if version == VERSION and facts.files != _covered(facts):
         raise CheckpointError(f"{path}: its checksums (crc32) do not cover its files")
     return manifest
 
 
 def size_problem(file: Path, size: int) -> str | None:
-    """Return what is wrong with a file that should have `size` bytes, None if nothing is."""
+    """Return what is wrong with a file that should have `size` bytes, or None."""
     if not file.is_file():
         return f"{file} is missing: expected {size} bytes"
     if (found := file.stat().st_size) < size:
@@ -97,7 +91,7 @@ def size_problem(file: Path, size: int) -> str | None:
 
 
 def _covered(facts: _Facts) -> dict[str, int]:
-    """Return how many bytes of each file have a checksum."""
+    """Return the number of bytes of each file that its checksums cover."""
     return {
         name: sum(parse_range(text).num_bytes for text in texts)
         for name, texts in (facts.crc32 or {}).items()

@@ -1,11 +1,11 @@
-"""Reads the pickled parts of a torch_dist checkpoint without running anything they name.
+"""Reads the pickled parts of a torch_dist checkpoint without executing any code in them.
 
-Three kinds of files carry pickles: `.metadata` (the index, read by torch with a plain
+Three kinds of files contain pickles: `.metadata` (the index, which torch reads with a plain
 `pickle.load`), `common.pt` (megatron-core's non-tensor state) and the entries of `*.distcp`
 (tensors written with `torch.save`, and byte entries, which torch unpickles without restriction).
-Here the index goes through an unpickler that puts inert stand-ins in the place of an allow-list of
-classes, tensors and common.pt go through torch's weights-only unpickler, and byte entries are
-refused. Nothing is allocated or read that is larger than the files.
+This module reads the index with an unpickler that replaces an allow-list of classes by inert stubs,
+reads tensors and common.pt with torch's weights-only unpickler, and rejects byte entries. It never
+allocates or reads more than the size of the files.
 """
 
 import io
@@ -27,7 +27,7 @@ COMMON = "common.pt"
 
 
 class TensorEntry(NamedTuple):
-    """A tensor of the checkpoint: its shape, its dtype, the blocks that cover it."""
+    """A tensor of the checkpoint: its shape, its dtype and the blocks that cover it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -35,10 +35,10 @@ class TensorEntry(NamedTuple):
 
 
 CheckBlock = Callable[[Chunk, bytes], None]
-"""Raises CheckpointError if the bytes of a block are not those that were written."""
+"""Raises CheckpointError if the bytes of a block are damaged."""
 
 
-# What the index of a checkpoint names. None of it is imported: each becomes a stand-in.
+# The classes in the index of a checkpoint. None is imported: a stub replaces each of them.
 _METADATA_CLASSES = {
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
@@ -53,7 +53,7 @@ _METADATA_CLASSES = {
         "_MEM_FORMAT_ENCODING",
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
-    # Plans of all ranks, which megatron-core's own writer adds to the index.
+    # The save plans of all ranks, which megatron-core's writer adds to the index.
     "torch.distributed.checkpoint.planner": (
         "BytesIOWriteData",
         "SavePlan",
@@ -70,7 +70,7 @@ class _MetadataUnpickler(StubUnpickler):
     allowed = _METADATA_CLASSES
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a stand-in of an allowed class or dtype."""
+        """Return a stub for an allowed class or dtype."""
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return Stub(name)
         return super().find_class(module, name)
@@ -94,12 +94,12 @@ def parse_metadata(
     """Return the index of a torch_dist directory: tensor name -> shape, dtype and blocks.
 
     Args:
-        content: What the file `.metadata` holds.
+        content: The content of the file `.metadata`.
         directory: The directory of that file.
-        is_wanted: Says which names to look at; entries of other names may be anything.
+        is_wanted: Selects names. Entries of other names are skipped, whatever their type.
 
-    Raises CheckpointError if it is truncated, no index of tensors, names a class outside of the
-    allow-list, or points outside of the directory.
+    Raises CheckpointError if the content is truncated, is not an index of tensors, names a class
+    outside the allow-list, or points outside the directory.
     """
     path = directory / METADATA
     try:
@@ -110,7 +110,7 @@ def parse_metadata(
         return _plain_index(metadata, path, is_wanted)
     except CheckpointError:
         raise
-    except Exception as error:  # passive objects, but of any shape
+    except Exception as error:  # inert objects, but of any structure
         raise CheckpointError(f"{path} is not an index of tensors: {error!r}") from error
 
 
@@ -129,8 +129,8 @@ def _plain_index(
             continue
         if not hasattr(entry, "chunks"):
             raise CheckpointError(
-                f"{path}: {name!r} is an entry of pickled bytes, which is never read; expected "
-                "tensors only"
+                f"{path}: {name!r} is an entry of pickled bytes, which is never read. Expected "
+                "only tensors."
             )
         if (dtype := _dtype(entry.properties)) is None:
             raise CheckpointError(f"{path}: {name!r} has no dtype")
@@ -155,22 +155,23 @@ def _plain_index(
                     f"only {length} in its file"
                 )
             chunks.append(Chunk(offsets, sizes, file, position, length))
-        # Before anything of that shape is allocated.
+        # Check this before anything of that shape is allocated.
         covered, elements = sum(math.prod(chunk.sizes) for chunk in chunks), math.prod(shape)
         if covered != elements:
             raise CheckpointError(
-                f"{path}: of {name!r} {covered} of {elements} elements are stored, expected all"
+                f"{path}: {covered} of {elements} elements of {name!r} are stored, expected all"
             )
         if blocks.any_overlap(chunks):
-            raise CheckpointError(f"{path}: two blocks of {name!r} overlap, and leave a hole")
+            raise CheckpointError(f"{path}: two blocks of {name!r} overlap, which leaves a gap")
         entries[name] = TensorEntry(shape, dtype, tuple(chunks))
     return entries
 
 
 def check_sizes(directory: Path, entries: dict[str, TensorEntry]) -> None:
-    """Raise CheckpointError unless every block has bytes of its own in a file of `directory`.
+    """Raise CheckpointError unless every block has its own bytes in a file of `directory`.
 
-    With that, and an index that `read_metadata` returned, the tensors are no larger than the files.
+    Together with the checks of `parse_metadata` this bounds the size of the tensors by that of the
+    files.
     """
     places = sorted(
         (chunk.file, chunk.position, chunk.length, name)
@@ -195,7 +196,7 @@ def check_sizes(directory: Path, entries: dict[str, TensorEntry]) -> None:
 
 
 def _dtype(properties: Any) -> torch.dtype | None:
-    # torch pickles them as a tuple, its dtype first.
+    # torch pickles the properties as a tuple that starts with the dtype.
     value = properties.state[0]
     dtype = getattr(torch, value.args[0], None) if isinstance(value, Stub) else None
     return dtype if isinstance(dtype, torch.dtype) else None
@@ -211,14 +212,14 @@ def _sizes(values: Any) -> tuple[int, ...]:
 
 
 def is_plain_name(name: Any) -> bool:
-    """Return whether `name` is that of a file in a directory, and no way out of it."""
+    """Return whether `name` is a plain file name that cannot lead out of its directory."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\0"}
 
 
 def _inside(name: Any, path: Path) -> str:
     if not is_plain_name(name):
         shown = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
-        raise CheckpointError(f"{path} points at {shown}, outside of the checkpoint's directory")
+        raise CheckpointError(f"{path} points at {shown}, outside the checkpoint's directory")
     return name
 
 
@@ -231,15 +232,14 @@ def read_chunk(
 ) -> torch.Tensor:
     """Return one block of the tensor `name` on the CPU.
 
-    `check` raises CheckpointError if the block's bytes are damaged; without it, those checksums
-    are verified that the block carries itself, as a zip archive. Raises CheckpointError if the file
-    is missing, truncated or damaged, or holds anything but a tensor of the shape and dtype that the
-    index states.
+    `check` verifies the block's bytes; without it, the checksums within the block, a zip archive,
+    are verified. Raises CheckpointError if the file is missing, truncated or damaged, or if the
+    block is anything but a tensor of the shape and dtype that the index states.
     """
     path = directory / chunk.file
     end = chunk.position + chunk.length
     try:
-        # Asked first: a read allocates what it is asked for, whatever the file holds.
+        # Get the size first: a read allocates the requested length, however short the file is.
         found = path.stat().st_size
         with open(path, "rb") as file:
             file.seek(min(chunk.position, found))
@@ -269,7 +269,7 @@ def read_chunk(
 
 
 def check_common(directory: Path) -> None:
-    """Raise CheckpointError unless `common.pt` is what our checkpoints hold there: nothing."""
+    """Raise CheckpointError unless `common.pt` is an empty dictionary, as in our checkpoints."""
     path = directory / COMMON
     try:
         with open(path, "rb") as file:
@@ -283,15 +283,15 @@ def check_common(directory: Path) -> None:
 def _load_zip(file: BinaryIO, what: str, *, is_checked: bool = False) -> Any:
     """Return the content of a `torch.save` archive, read by torch's weights-only unpickler.
 
-    torch does not compare the CRC-32 that the archive has of each of its parts, so it is done here,
-    unless the archive `is_checked` already.
+    torch does not verify the CRC-32 of the parts of an archive, so this function does, unless the
+    archive `is_checked` already.
     """
-    # torch.load would take anything that is no zip archive for one of its two older formats.
+    # torch.load would read anything that is not a zip archive as one of its two older formats.
     if file.read(4) != b"PK\x03\x04":
-        raise CheckpointError(f"{what} is not an archive as torch.save writes it")
+        raise CheckpointError(f"{what} is not an archive written by torch.save")
     size = file.seek(0, io.SEEK_END)
     try:
-        # Deflated parts, which torch never writes and yet reads, could be a thousand times larger.
+        # torch never writes deflated parts but reads them. They could be a thousand times larger.
         archive = zipfile.ZipFile(file)
         if sum(part.file_size for part in archive.infolist()) > size:
             raise CheckpointError("its parts are larger than the archive")
@@ -300,4 +300,4 @@ def _load_zip(file: BinaryIO, what: str, *, is_checked: bool = False) -> Any:
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling errors, damaged archives, sizes that do not fit
-        raise CheckpointError(f"{what} can not be read as tensors: {error}") from error
+        raise CheckpointError(f"{what} cannot be read as tensors: {error}") from error

@@ -1,6 +1,6 @@
-"""Reads pickles without running anything they name: a stand-in takes the place of each class.
+"""Reads pickles without executing code: an inert stub replaces every class.
 
-A stand-in holds what the pickle gives the object, and does nothing. Nothing is imported.
+A stub stores the values that the pickle gives an object and has no behaviour. Nothing is imported.
 """
 
 import io
@@ -9,7 +9,7 @@ import pickletools
 from collections.abc import Container, Mapping
 from typing import IO, Any, ClassVar
 
-_MAX_ITEMS = 1000  # of a tuple and of all within it; real ones have some tens
+_MAX_ITEMS = 1000  # in a tuple, counting nested ones; real checkpoints have some tens
 
 
 class _Sealed(type):
@@ -18,7 +18,7 @@ class _Sealed(type):
 
 
 class Stub(metaclass=_Sealed):
-    """Holds the arguments and the state that a pickle gives an object, and does nothing."""
+    """Stores the arguments and the state that a pickle gives an object."""
 
     args: tuple[Any, ...] = ()
 
@@ -30,50 +30,48 @@ class Stub(metaclass=_Sealed):
 
 
 class StubDict(Stub, dict):
-    """The same with the items of a dictionary."""
+    """A stub that also stores the items of a dictionary."""
 
 
 class StubUnpickler(pickle.Unpickler):
-    """Unpickles plain values, and stand-ins for the classes of an allow-list.
+    """Unpickles plain values, and stubs for the classes of an allow-list.
 
-    Raises UnpicklingError, before anything is made, for a pickle that would exhaust the machine.
+    Raises UnpicklingError, before creating any object, for a pickle that would exhaust the machine.
     """
 
     allowed: ClassVar[Mapping[str, Container[str]]] = {}
     """Names of classes by module."""
 
-    # A pickle can set attributes of whatever it gets hold of, classes included (BUILD): it gets
-    # none that anything else knows.
+    # A pickle can set attributes of any object that it reaches, classes included (BUILD), so the
+    # stub classes belong to this unpickler only.
     def __init__(self, file: IO[bytes]) -> None:
         program = file.read()
         _check_bounds(program)
         super().__init__(io.BytesIO(program))
-        self._stand_ins: dict[tuple[str, str], Any] = {}
+        self._stubs: dict[tuple[str, str], Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a stand-in, made for this pickle; raises UnpicklingError naming what is refused.
-
-        The stand-in is called as the class is.
-        """
-        # No dots: "Size.__init__.__globals__" would walk from an allowed class to anything.
+        """Return a stub class of the same name; raises UnpicklingError for a class not allowed."""
+        # Names with dots are not allowed: "Size.__init__.__globals__" would reach any object.
         if not self.is_allowed(module, name):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
         base = StubDict if name in ("OrderedDict", "defaultdict") else Stub
-        return self._stand_ins.setdefault((module, name), _Sealed(name, (base,), {}))
+        return self._stubs.setdefault((module, name), _Sealed(name, (base,), {}))
 
     def is_allowed(self, module: str, name: str) -> bool:
-        """Return whether a pickle may name this."""
+        """Return whether a pickle may name this class."""
         return name in self.allowed.get(module, ())
 
 
 def _check_bounds(program: bytes) -> None:
-    """Raise UnpicklingError for a memo larger than the pickle, and for tuples of too many items.
+    """Raise UnpicklingError for a memo larger than the pickle or a tuple with too many items.
 
-    The memo is an array as long as its largest index. A tuple's hash goes through all within it,
-    each time anew, however deep, and however often the same tuple is within it: their number is
-    followed on a stack as the pickle machine has it. Lists and dictionaries have no hash.
+    The memo is an array as long as its largest index. Hashing a tuple visits all nested items, and
+    a shared nested tuple once per occurrence, so hashing can take exponential time in the size of a
+    pickle. This function counts nested items on a stack like that of the pickle machine. Lists and
+    dictionaries have no hash.
     """
-    stack: list[int | None] = []  # the items within each value; None is a mark
+    stack: list[int | None] = []  # the number of nested items of each value; None is a mark
     memo: dict[int, int] = {}
     for operation, argument, position in pickletools.genops(program):
         name = operation.name
@@ -82,7 +80,7 @@ def _check_bounds(program: bytes) -> None:
         elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             index = len(memo) if argument is None else int(argument)
             if index > len(program):
-                raise pickle.UnpicklingError(f"byte {position} asks for a memo of {index} values")
+                raise pickle.UnpicklingError(f"byte {position} requires a memo of {index} values")
             memo[index] = stack[-1] or 0
         elif name == "DUP":
             stack.append(stack[-1])
@@ -97,7 +95,7 @@ def _check_bounds(program: bytes) -> None:
 
 
 def _take(stack: list[int | None], operation: pickletools.OpcodeInfo) -> list[int]:
-    """Remove what an operation takes from the stack, and return the items within each of it."""
+    """Remove the operands of an operation from the stack and return their item counts."""
     kinds, taken = list(operation.stack_before), []
     if pickletools.markobject in kinds:
         while (items := stack.pop()) is not None:

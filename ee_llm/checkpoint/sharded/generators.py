@@ -1,4 +1,4 @@
-"""The random generators of a run, saved and restored rank by rank."""
+"""Saves and restores the states of the random number generators of each rank."""
 
 import random
 from pathlib import Path
@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 
 def save_generators(directory: Path, rank: int) -> None:
-    """Write the states of this rank's random generators: torch, megatron-core, NumPy, Python."""
+    """Write the states of this rank's torch, megatron-core, NumPy and Python generators."""
     tensors = {f"torch.{name}": state for name, state in distributed.rng_state().items()}
     for name, state in get_cuda_rng_tracker().get_states().items():
         tensors[f"megatron.{name}"] = state.cpu()
@@ -37,7 +37,7 @@ def save_generators(directory: Path, rank: int) -> None:
 
 
 def load_generators(reader: TensorReader, rank: int) -> None:
-    """Restore what `save_generators` wrote for this rank; raises CheckpointError."""
+    """Restore the states that `save_generators` wrote for this rank; raises CheckpointError."""
     path, content = reader.path / _name(rank), reader.checksums.read(_name(rank))
     try:
         tensors = load(content)
@@ -59,7 +59,7 @@ def load_generators(reader: TensorReader, rank: int) -> None:
         random.setstate((version, tuple(internal), python_gauss))
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: expected the random generators of rank {rank}: {error}"
+            f"{path}: expected the random generator states of rank {rank}: {error}"
         ) from error
 
 

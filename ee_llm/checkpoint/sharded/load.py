@@ -1,4 +1,4 @@
-"""Loads a run from a checkpoint under any layout, after proving that it is whole and fits."""
+"""Loads a run from a checkpoint under any parallel layout, after checking that it fits."""
 
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
@@ -14,7 +14,7 @@ from ee_llm.checkpoint.format.quantized import refuse_quantized
 from ee_llm.checkpoint.read import CONFIG, FREE_MODEL, MASTER, TensorReader
 from ee_llm.checkpoint.resume import is_path
 from ee_llm.checkpoint.sharded import state_dict
-from ee_llm.checkpoint.sharded.agreement import together
+from ee_llm.checkpoint.sharded.agreement import fail_together
 from ee_llm.checkpoint.sharded.generators import load_generators
 from ee_llm.checkpoint.sharded.save import layout
 from ee_llm.checkpoint.sharded.shard_reader import place, read
@@ -34,26 +34,33 @@ def load(
     optimizer: MegatronOptimizer | None,
     config: Config,
     *,
-    goes_on: bool | None = None,
+    resumes: bool | None = None,
 ) -> TrainState:
-    """Return the state of the run in a checkpoint; stages, optimizer and generators get theirs.
+    """Load the stages, the optimizer and the random generators, and return the run's state.
 
-    `path` is a checkpoint, or a run directory, whose newest is meant. Without an optimizer only
-    the parameters are loaded, as to begin a new run from them, or, if it `goes_on`, to give it an
-    optimizer afterwards. An optimizer that exists already must then be told
-    (`reload_model_params`): it may hold masters of its own. Random generators
-    are restored where the layout is the one that saved, for only then do they mean the same.
-    Collective.
+    Collective. The random generators are restored only if the parallel layout is the one that
+    saved the checkpoint, because their states depend on it.
 
-    Raises CheckpointError, before anything is changed, if a file is missing, truncated or foreign,
-    if the model, its exits or the tokenizer are not those of `config`, if with an optimizer the
-    order of its data is not, or if the checkpoint's tensors are not exactly those asked for.
+    Args:
+        path: A checkpoint, or a run directory for its newest one.
+        stages: The model's stages on this rank.
+        optimizer: The optimizer, or None to load only parameters. An existing optimizer may have
+            master weights and must then be updated with `reload_model_params`.
+        config: The configuration of this run.
+        resumes: Whether this run continues the saved one, so that its data must be the same; by
+            default if there is an optimizer. Pass True to load the optimizer's state later.
+
+    Raises:
+        CheckpointError: A file is missing, truncated or foreign; the model, its exits or the
+            tokenizer differ from those of `config`; the run resumes and the order of its data
+            differs; or the checkpoint does not have exactly the expected tensors. Nothing has been
+            changed then.
     """
-    what = f"can not load {path}"
+    what = f"cannot load {path}"
     opened: list[tuple[TensorReader, TrainState]] = []
-    if goes_on is None:
-        goes_on = optimizer is not None
-    together(what, lambda: opened.append(_open(path, config, goes_on=goes_on)))
+    if resumes is None:
+        resumes = optimizer is not None
+    fail_together(what, lambda: opened.append(_open(path, config, resumes=resumes)))
     reader, state = opened[0]
 
     model: state_dict.Flat = {}
@@ -68,13 +75,13 @@ def load(
 
     wanted: state_dict.Shapes = {}
     of_optimizer: state_dict.Shapes = {}
-    for shapes, more in together(what, describe):
+    for shapes, more in fail_together(what, describe):
         wanted |= shapes
         of_optimizer |= more
     unbuilt = state_dict.unbuilt_shapes(config, wanted)
     wanted |= unbuilt
-    together(what, lambda: compare_tensors(reader, wanted, of_optimizer))
-    together(what, lambda: check_unread(reader, unbuilt))
+    fail_together(what, lambda: compare_tensors(reader, wanted, of_optimizer))
+    fail_together(what, lambda: check_unread(reader, unbuilt))
 
     def fill() -> None:
         loaded = read(reader, _all_tensors(model, moments))
@@ -84,14 +91,15 @@ def load(
         if moments and saved_layout(reader) == layout(config):
             load_generators(reader, dist.get_rank())
 
-    together(what, fill)
+    fail_together(what, fill)
     return state
 
 
 def check_unread(reader: TensorReader, names: Iterable[str]) -> None:
-    """Verify this rank's share of tensors that no rank reads before the first save copies them.
+    """Verify this rank's share of the tensors that are first read when the next save copies them.
 
-    Raises CheckpointError if one is damaged: at the save the steps before it would be lost.
+    Raises CheckpointError if one is damaged. Without this check the save would fail, and the steps
+    before it would be lost.
     """
     for name in sorted(names)[dist.get_rank() :: dist.get_world_size()]:
         reader.check_tensor(name)
@@ -100,9 +108,9 @@ def check_unread(reader: TensorReader, names: Iterable[str]) -> None:
 def open_reader(
     path: str | Path, config: Config, compare: Callable[[Config, Config, Path], None]
 ) -> TensorReader:
-    """Return a checkpoint's reader after looking at all but its tensors; raises CheckpointError.
+    """Open a checkpoint and check everything but its tensors; raises CheckpointError.
 
-    `compare` is given the checkpoint's configuration, this run's and the file of the first.
+    `compare` is called with the checkpoint's configuration, this run's and the path of the former.
     """
     reader = TensorReader(path)
     refuse_quantized(reader)
@@ -112,13 +120,13 @@ def open_reader(
     return reader
 
 
-def _open(path: str | Path, config: Config, *, goes_on: bool) -> tuple[TensorReader, TrainState]:
-    reader = open_reader(path, config, _compare_runs if goes_on else compare_configs)
+def _open(path: str | Path, config: Config, *, resumes: bool) -> tuple[TensorReader, TrainState]:
+    reader = open_reader(path, config, _compare_runs if resumes else compare_configs)
     source, state = reader.path / STATE, reader.state()
-    if goes_on:
+    if resumes:
         compare_files(state, config, source)
     else:
-        state.data = []  # a new run's are its own
+        state.data = []  # a new run has its own data
     if is_path(config.checkpoint.resume):
         state.origin = config.checkpoint.resume
     return reader, state
@@ -126,7 +134,7 @@ def _open(path: str | Path, config: Config, *, goes_on: bool) -> tuple[TensorRea
 
 def saved_layout(reader: TensorReader) -> dict[str, int]:
     """Return the sizes of the parallel layout that wrote a checkpoint."""
-    # Older manifests do not state the stages; the configuration beside them does.
+    # Older manifests do not state the number of stages, but the configuration does.
     return {"stages": reader.config().parallel.num_stages, **reader.manifest["layout"]}
 
 
@@ -147,27 +155,28 @@ def _compare_runs(saved: Config, current: Config, source: Path) -> None:
 
 def compare_tuning(saved: Config, current: Config, source: Path) -> None:
     """Raise CheckpointError unless both runs train the same part of the model."""
-    afresh = "begin a new run with its parameters: another --output, and"
+    new_run = "start a new run with its parameters: set another --output, and"
     if current.is_tuning and not saved.is_tuning:
         raise CheckpointError(
-            f"{source} is of a run that trained the whole model, and this one tunes exits; "
-            f"{afresh} the checkpoint in tuning.checkpoint alone"
+            f"{source} is from a run that trained the whole model, but this run tunes exits. To "
+            f"use it, {new_run} only tuning.checkpoint to the checkpoint."
         )
     if saved.is_tuning and not current.is_tuning:
         raise CheckpointError(
-            f"{source} is of a run that tuned exits {list(saved.tuning.exits)}, with no optimizer "
-            f"state of the rest; {afresh} the checkpoint in checkpoint.initial"
+            f"{source} is from a run that tuned exits {list(saved.tuning.exits)}, so it has no "
+            f"optimizer state of the other parameters. To use it, {new_run} checkpoint.initial to "
+            "the checkpoint."
         )
     if saved.tuning.exits != current.tuning.exits:
         raise CheckpointError(
-            f"{source} is of a run that tuned exits {list(saved.tuning.exits)}, and tuning.exits = "
-            f"{list(current.tuning.exits)}; use the checkpoint's, or {afresh} the checkpoint in "
-            "tuning.checkpoint"
+            f"{source} is from a run that tuned exits {list(saved.tuning.exits)}, but tuning.exits "
+            f"= {list(current.tuning.exits)}. Tune the same exits, or {new_run} tuning.checkpoint "
+            "to the checkpoint."
         )
 
 
 def compare_configs(saved: Config, current: Config, source: Path) -> None:
-    """Raise CheckpointError, naming the options that differ, unless both describe one model."""
+    """Raise CheckpointError naming the options that differ, unless both describe the same model."""
     pairs = model_pairs(saved, current)
     if saved.exits.boundaries or current.exits.boundaries:
         pairs += exit_pairs(saved, current, _FIXED_EXITS)
@@ -178,7 +187,7 @@ Pairs = list[tuple[str, Any, Any]]  # option, its value in the checkpoint, in th
 
 
 def model_pairs(saved: Config, current: Config) -> Pairs:
-    """Return the options that decide the model's tensors without exits, and its function."""
+    """Return the options that determine the tensors and the function of the model without exits."""
     return [
         (f"model.{name}", value, getattr(current.model, name))
         for name, value in saved.model.model_dump().items()
@@ -187,24 +196,25 @@ def model_pairs(saved: Config, current: Config) -> Pairs:
 
 
 def exit_pairs(saved: Config, current: Config, names: Sequence[str]) -> Pairs:
-    """Return the named options of exits."""
+    """Return the named options of `exits`."""
     return [(f"exits.{n}", getattr(saved.exits, n), getattr(current.exits, n)) for n in names]
 
 
 def refuse_different(pairs: Pairs, source: Path) -> None:
-    """Raise CheckpointError, naming them, if options differ."""
+    """Raise CheckpointError naming the options that differ, if any."""
     if different := _differences(pairs):
         raise CheckpointError(
-            f"{source} describes another model: {different}; use the checkpoint's values"
+            f"{source} describes another model: {different}. Use the checkpoint's values."
         )
 
 
 def compare_data(saved: Config, current: Config, source: Path) -> None:
-    """Raise CheckpointError unless the same sample comes at every position of the data.
+    """Raise CheckpointError unless both runs read the same sample at every position of the data.
 
-    A run that goes on takes the position from the checkpoint, in samples: of another order it
-    would meet some a second time and others never. All shares of the split count: a small one
-    takes a document from the largest. Batch sizes and the folders of the prefixes are free.
+    A resumed run takes its position in the data, in samples, from the checkpoint. In another order
+    it would read some samples twice and others never. All shares of the split matter, because a
+    small share takes a document from the largest one. Batch sizes and the directories of the
+    prefixes may differ.
     """
 
     def order(config: Config) -> dict[str, Any]:
@@ -223,31 +233,32 @@ def compare_data(saved: Config, current: Config, source: Path) -> None:
             del old[name]
     if different := _differences([(name, old[name], new[name]) for name in old]):
         raise CheckpointError(
-            f"{source} is of a run that reads its data in another order: {different}; some samples "
-            f"would come twice and others never: use the checkpoint's values, {_afresh(current)}"
+            f"{source} is from a run that reads its data in another order: {different}. Some "
+            "samples would be read twice and others never. Use the checkpoint's values, or "
+            f"{_new_run(current)}."
         )
 
 
 def compare_files(saved: TrainState, current: Config, source: Path) -> None:
-    """Raise CheckpointError if the data's files are not as large as when the run first saved.
+    """Raise CheckpointError if the sizes of the data files differ from those at the first save.
 
-    Nothing is compared where the checkpoint does not state it, as older ones do not.
+    Older checkpoints do not state the sizes, and are not compared.
     """
     prefixes = current.data.prefixes
     for prefix, old, new in zip(prefixes, saved.data, data_files(prefixes), strict=False):
         for suffix, before, now in zip((".bin", ".idx"), old[1:], new[1:], strict=True):
             if before != now:
                 raise CheckpointError(
-                    f"{source} is of a run on other data: {prefix}{suffix} had {before} bytes and "
-                    f"has {now}; some samples would come twice and others never: use the data of "
-                    f"before, {_afresh(current)}"
+                    f"{source} is from a run on other data: {prefix}{suffix} had {before} bytes "
+                    f"and now has {now}. Some samples would be read twice and others never. Use "
+                    f"the original data, or {_new_run(current)}."
                 )
 
 
-def _afresh(config: Config) -> str:
-    # A path would load the position again, whatever the output.
+def _new_run(config: Config) -> str:
+    # A path in checkpoint.resume would load the position again, whatever the output.
     without = " and without checkpoint.resume" * is_path(config.checkpoint.resume)
-    return f"or begin a new run with another --output{without}"
+    return f"start a new run with another --output{without}"
 
 
 def _proportions(shares: Sequence[float]) -> list[Fraction]:
@@ -270,9 +281,9 @@ def _shown(value: Any) -> str:
 def compare_tensors(
     reader: TensorReader, model: state_dict.Shapes, optimizer: state_dict.Shapes
 ) -> None:
-    """Raise CheckpointError unless the checkpoint's tensors are exactly these, by name and shape.
+    """Raise CheckpointError unless the checkpoint's tensors have exactly these names and shapes.
 
-    Without any of an optimizer's, the checkpoint's are not looked at.
+    The optimizer's tensors are ignored if `optimizer` is empty.
     """
     wanted, with_optimizer = model | optimizer, bool(optimizer)
     stored = set(reader.names()) | set(reader.names(optimizer=True) if with_optimizer else ())
@@ -281,22 +292,22 @@ def compare_tensors(
         parts = [
             f"{len(names)} tensors {words}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}"
             for names, words in (
-                (missing, "are missing in it"),
-                (unexpected, "in it are not of this run"),
+                (missing, "are missing"),
+                (unexpected, "are not used by this run"),
             )
             if names
         ]
         hint = ""
         if any(name.startswith(MASTER) for name in (*missing, *unexpected)):
-            hint = "; one of both was trained in bfloat16, the other not: see training.dtype"
+            hint = ". Only one of the two runs uses bfloat16: check training.dtype."
         elif not reader.names(optimizer=True) and with_optimizer:
             hint = (
-                "; it was saved without an optimizer, so that no run can go on from it: begin a new"
-                " one with checkpoint.initial and another --output"
+                ". It was saved without an optimizer, so training cannot be resumed from it. Start "
+                "a new run with checkpoint.initial and another --output."
             )
         raise CheckpointError(f"{reader.path} does not fit: {'; '.join(parts)}{hint}")
     shapes = [
-        f"{name} is {list(reader.shape(name))} in it and {list(shape)} in this run"
+        f"{name} has shape {list(reader.shape(name))}, but {list(shape)} in this run"
         for name, shape in sorted(wanted.items())
         if tuple(reader.shape(name)) != shape
     ]

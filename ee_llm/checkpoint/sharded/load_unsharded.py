@@ -1,11 +1,11 @@
-"""Restores an optimizer that splits tensors its own way, one whole tensor at a time."""
+"""Restores an optimizer with its own sharding of tensors, one unsharded tensor at a time."""
 
 from pathlib import Path
 
 import torch.distributed as dist
 
 from ee_llm.checkpoint.read import OPTIMIZER_PREFIX, TensorReader
-from ee_llm.checkpoint.sharded.agreement import together
+from ee_llm.checkpoint.sharded.agreement import fail_together
 from ee_llm.checkpoint.sharded.generators import load_generators
 from ee_llm.checkpoint.sharded.load import compare_tensors, saved_layout
 from ee_llm.checkpoint.sharded.save import layout
@@ -14,13 +14,13 @@ from ee_llm.config import Config
 
 
 def load_optimizer(path: str | Path, tensors: UnshardedTensors, config: Config) -> None:
-    """Give an optimizer its state from a checkpoint, and this rank its random generators.
+    """Load the state of an optimizer and this rank's random generators from a checkpoint.
 
-    The parameters are loaded already, and the checkpoint is known to fit the run (`load`).
-    Collective. Raises CheckpointError, before anything is changed, if the checkpoint's state is
-    not of exactly the parameters that the run trains.
+    Call `load` first: it loads the parameters and checks that the checkpoint fits the run.
+    Collective. Raises CheckpointError, before it changes anything, if the checkpoint's optimizer
+    state does not cover exactly the parameters that the run trains.
     """
-    what = f"can not load {path}"
+    what = f"cannot load {path}"
     wanted = {
         name: spec.shape
         for name, spec in tensors.specs().items()
@@ -35,7 +35,7 @@ def load_optimizer(path: str | Path, tensors: UnshardedTensors, config: Config) 
         )
         opened.append(reader)
 
-    together(what, check)
+    fail_together(what, check)
     [reader] = opened
 
     def fill() -> None:
@@ -45,4 +45,4 @@ def load_optimizer(path: str | Path, tensors: UnshardedTensors, config: Config) 
         if saved_layout(reader) == layout(config):
             load_generators(reader, dist.get_rank())
 
-    together(what, fill)
+    fail_together(what, fill)

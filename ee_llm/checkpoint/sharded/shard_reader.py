@@ -1,4 +1,4 @@
-"""Reads a checkpoint's tensors into the shards of this rank; nothing in the files is run."""
+"""Reads the shards of this rank from a checkpoint without executing code in its files."""
 
 from dataclasses import replace
 from typing import Any
@@ -22,9 +22,10 @@ from megatron.core.dist_checkpointing.strategies.base import (
 
 
 def read(reader: TensorReader, flat: Flat) -> dict[str, torch.Tensor]:
-    """Return the tensors of `flat` from a checkpoint, in their own memory where they lie in one.
+    """Read the shards of `flat` from a checkpoint and return them as tensors.
 
-    Checks that the shards of all ranks cover every tensor. Collective.
+    A shard that is a single block of memory is read in place. Checks that the shards of all ranks
+    cover every tensor. Collective.
     """
     return dist_checkpointing.load(
         dict(flat),
@@ -35,7 +36,7 @@ def read(reader: TensorReader, flat: Flat) -> dict[str, torch.Tensor]:
 
 
 def place(model: Flat, loaded: dict[str, torch.Tensor]) -> None:
-    """Copy what was not read in place: parameters that are stored in several parts."""
+    """Copy the parameters that were not read in place because they are stored in several parts."""
     with torch.no_grad():
         for path, shard in model.items():
             if loaded[path].data_ptr() != shard.data.data_ptr():
@@ -43,7 +44,7 @@ def place(model: Flat, loaded: dict[str, torch.Tensor]) -> None:
 
 
 def read_under(reader: TensorReader, shard: Any, name: str) -> None:
-    """Fill a parameter's shard with the same part of the checkpoint's tensor `name`."""
+    """Fill a parameter's shard with the corresponding part of the checkpoint's tensor `name`."""
     other = replace(shard, key=name)
     is_in_parts = isinstance(other, ShardedTensorFactory)
     parts = other.build() if is_in_parts else [other]
@@ -52,7 +53,7 @@ def read_under(reader: TensorReader, shard: Any, name: str) -> None:
 
 
 class _SafeTensors(LoadShardedStrategy):
-    """Reads shards through `TensorReader`, which unpickles nothing but passive data."""
+    """Reads shards with `TensorReader`, which unpickles only inert data."""
 
     can_handle_sharded_objects = True  # there are none
 
@@ -63,9 +64,9 @@ class _SafeTensors(LoadShardedStrategy):
         return dict_list_map_outplace(self.shard, sharded_state_dict)
 
     def shard(self, shard: ShardedTensor) -> torch.Tensor:
-        """Return a shard's own memory, filled."""
-        assert not shard.prepend_axis_num, f"{shard.key}: every layer has names of its own"
-        assert shard.flattened_range is None, f"{shard.key}: only whole shards are stored"
+        """Fill the memory of a shard and return it."""
+        assert not shard.prepend_axis_num, f"{shard.key}: layers must not share names"
+        assert shard.flattened_range is None, f"{shard.key}: flattened shards are not supported"
         if shard.data is None:
             shard.init_data(distributed.device())
         target = shard.data.detach()
@@ -85,7 +86,7 @@ class _SafeTensors(LoadShardedStrategy):
 
 
 class _NothingInCommon(LoadCommonStrategy):
-    """Leaves `common.pt` alone: ours is empty, which was checked, and it is a pickle."""
+    """Skips `common.pt`, a pickle that `check_common` has found to be empty."""
 
     can_handle_sharded_objects = True
 

@@ -1,13 +1,16 @@
-"""What is stored of a model and its optimizer: named, sharded tensors and one step count.
+"""The sharded tensors of a model and its optimizer under canonical names.
 
-megatron-core's three optimizers describe their state in three ways, and a run's layout decides
-which one it has. Here all of them become the same tensors, so that a checkpoint does not depend
-on the layout that wrote it:
+megatron-core's three optimizers describe their state in three ways, and the parallel layout of a
+run determines its optimizer. This module maps all of them to the same tensors, so that a checkpoint
+does not depend on the layout that wrote it:
 
     <name>                               the parameter
     optimizer.state.exp_avg.<name>       first moment, float32 (float64 in a float64 run)
     optimizer.state.exp_avg_sq.<name>    second moment
     optimizer.state.fp32_param.<name>    the master weight of a parameter that is not float32
+
+The modules of megatron-core state how tensor ranks split the parameters; `model.initialize` asserts
+that this agrees with `architecture.tensor_parallel`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,15 +34,15 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 
-# What the distributed optimizer calls a master weight; it has one for float32 parameters too.
+# The distributed optimizer's prefix of a master weight. It has one for float32 parameters too.
 _DISTRIBUTED_MASTER = "optimizer.state.param."
 
-Flat = dict[str, Any]  # path in a state -> ShardedTensor or ShardedTensorFactory
-Shapes = dict[str, tuple[int, ...]]  # name -> shape of the whole tensor
+Flat = dict[str, Any]  # path in a state dict -> ShardedTensor or ShardedTensorFactory
+Shapes = dict[str, tuple[int, ...]]  # name -> shape of the unsharded tensor
 
 
 class ShardedModule(Protocol):
-    """A stage: it describes its live parameters as sharded tensors by canonical name."""
+    """A stage, which describes its parameters as sharded tensors under canonical names."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -47,7 +50,7 @@ class ShardedModule(Protocol):
 
 
 class Leaf(NamedTuple):
-    """A value of a nested state, and where it is."""
+    """A value of a nested state dict, its container and its key."""
 
     path: str
     container: dict | list
@@ -56,7 +59,7 @@ class Leaf(NamedTuple):
 
 
 def leaves(state: dict | list, path: str = "") -> Iterator[Leaf]:
-    """Yield the values of nested dictionaries and lists; containers may be changed meanwhile."""
+    """Yield the values of nested dictionaries and lists, which may change during iteration."""
     items = list(state.items()) if isinstance(state, dict) else list(enumerate(state))
     for key, value in items:
         here = f"{path}/{key}"
@@ -67,10 +70,10 @@ def leaves(state: dict | list, path: str = "") -> Iterator[Leaf]:
 
 
 def metadata() -> dict[str, Any]:
-    """Return what megatron-core's `sharded_state_dict` methods want to know.
+    """Return the metadata for megatron-core's `sharded_state_dict` methods.
 
-    `fully_reshardable` is the one format of the distributed optimizer that loads under any other
-    layout; gathering it over gloo keeps it on one rank per group instead of on every GPU.
+    `fully_reshardable` is the only format of the distributed optimizer that loads under any other
+    layout. Gathering it over gloo keeps it on one rank per group instead of on every GPU.
     """
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -81,9 +84,9 @@ def metadata() -> dict[str, Any]:
 
 
 def model_state(stages: Sequence[ShardedModule]) -> Flat:
-    """Return the sharded tensors of this rank's stages; their data are the live parameters.
+    """Return the sharded tensors of this rank's stages, which share memory with the parameters.
 
-    Non-tensor extras of layers (Transformer Engine's `_extra_state`, pickled bytes) are left out.
+    Other extra state of layers (Transformer Engine's `_extra_state`, pickled bytes) is omitted.
     """
     flat: Flat = {}
     for index, stage in enumerate(stages):
@@ -93,20 +96,20 @@ def model_state(stages: Sequence[ShardedModule]) -> Flat:
                 flat[leaf.path] = leaf.value
             else:
                 assert isinstance(leaf.value, ShardedObject), f"{leaf.path}: {type(leaf.value)}"
-                assert leaf.value.key.endswith("_extra_state"), f"{leaf.value.key} is no tensor"
+                assert leaf.value.key.endswith("_extra_state"), f"{leaf.value.key} is not a tensor"
     return flat
 
 
 def trained(model: Flat) -> Flat:
-    """Return the shards of `model` whose parameters are trained; the others are frozen."""
+    """Return the shards of `model` whose parameters are not frozen."""
     return {path: shard for path, shard in model.items() if shard.data.requires_grad}
 
 
 class OptimizerState:
-    """The state of megatron-core's optimizer, as sharded tensors and as itself."""
+    """The state of a megatron-core optimizer as sharded tensors under canonical names."""
 
     def __init__(self, optimizer: MegatronOptimizer, model: Flat, *, is_loading: bool) -> None:
-        """Describe `optimizer`, whose parameters `model` holds. Collective when saving."""
+        """Describe `optimizer`, which updates the parameters in `model`. Collective when saving."""
         self._optimizer = optimizer
         self._dtypes = {shard.key: shard.data.dtype for shard in model.values()}
         self._is_loading = is_loading
@@ -119,7 +122,7 @@ class OptimizerState:
                 leaf.container[leaf.key] = self._canonical(leaf.value)
 
     def tensors(self) -> Flat:
-        """Return the sharded tensors that are to be saved or loaded."""
+        """Return the sharded tensors to save or load."""
         return {
             f"optimizer{leaf.path}": leaf.value
             for leaf in leaves(self._state)
@@ -127,7 +130,7 @@ class OptimizerState:
         }
 
     def load(self, loaded: dict[str, torch.Tensor], step: int) -> None:
-        """Give the optimizer the loaded `tensors()` and the number of steps it has taken."""
+        """Load the values of `tensors()` and the number of steps into the optimizer."""
         for leaf in leaves(self._state):
             if isinstance(leaf.value, ShardedBase):
                 leaf.container[leaf.key] = loaded[f"optimizer{leaf.path}"]
@@ -147,24 +150,24 @@ class OptimizerState:
             return replace(shard, key=MASTER + name)
         if not self._is_loading:
             return LocalNonpersistentObject(None)  # equal to the parameter, which is saved
-        # Read once more from the parameter's own tensor; as a replica, for it has an owner already.
+        # Read it from the parameter's tensor, as a replica, because the parameter is its owner.
         return replace(shard, key=name, replica_id=(0, 0, 1))
 
 
 def optimizer_steps(optimizer: MegatronOptimizer) -> int:
-    """Return the number of updates that this rank's optimizer has made."""
+    """Return the number of updates made by this rank's optimizer."""
     return max((int(group.get("step", 0)) for group in optimizer.param_groups), default=0)
 
 
 def _allocate_moments(optimizer: MegatronOptimizer) -> None:
-    # Before the first step there are none, and a checkpoint without them would not load.
+    # They do not exist before the first step, and a checkpoint without them would not load.
     for part in optimizer.chained_optimizers:
         if part.optimizer is not None:
             part.init_state_fn(part.optimizer, part.config)
 
 
 def tensor_shapes(flat: Flat) -> Shapes:
-    """Return the names under which `flat` is stored, with the global shapes."""
+    """Return the unsharded shapes of the tensors in `flat` by their stored names."""
     shapes: Shapes = {}
     for value in flat.values():
         built = value.build() if isinstance(value, ShardedTensorFactory) else [value]
@@ -174,10 +177,10 @@ def tensor_shapes(flat: Flat) -> Shapes:
 
 
 def unbuilt_shapes(config: Config, built: Shapes) -> Shapes:
-    """Return names and shapes of what a tuning run leaves out of the model, given all it builds.
+    """Return the names and shapes of the tensors that a tuning run does not build.
 
-    Every layer has the tensors of layer 1, every early exit those of one that is tuned. Where the
-    whole model is trained nothing is left out.
+    `built` has all tensors that it builds. The other layers have the tensors of layer 1, and the
+    other early exits those of a tuned one. A run that trains the whole model builds all tensors.
     """
     if not config.is_tuning:
         return {}

@@ -1,5 +1,5 @@
-"""Checkpoints made of checkpoints: other exits, another layout, a mean of several.
+"""Derives checkpoints from checkpoints: with other exits, another layout or averaged weights.
 
-Everything is read and written tensor by tensor, on the CPU, by one process; only class-aware
-initialization runs the model.
+A single process reads and writes one tensor at a time on the CPU. Only class-aware initialization
+runs the model.
 """

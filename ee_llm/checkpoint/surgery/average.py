@@ -1,4 +1,4 @@
-"""The mean of the weights of several checkpoints (Izmailov et al., arXiv 1803.05407)."""
+"""Averages the weights of several checkpoints (Izmailov et al., arXiv 1803.05407)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,44 +16,42 @@ from ee_llm.errors import CheckpointError
 
 
 def open_all(sources: Sequence[Path], last: int | None = None) -> list[TensorReader]:
-    """Return the checkpoints to average: those named, or the newest `last` of one run directory.
+    """Return the checkpoints to average: the given ones, or the newest `last` of one run directory.
 
-    Raises CheckpointError for fewer than two, or for one that is named twice.
+    Raises CheckpointError for fewer than two checkpoints, or for one that is given twice.
     """
     if last is not None:
         if len(sources) != 1 or last < 2:
             raise CheckpointError(
-                f"--last {last}: give one run directory, and a number of 2 or more"
+                f"--last {last}: pass one run directory and a number of at least 2"
             )
         [run] = sources
-        there = directory.complete_steps(run / directory.CHECKPOINTS)
+        steps = directory.complete_steps(run / directory.CHECKPOINTS)
         newest = directory.find_latest(run)
-        # A run that went back to an older step has left what is above its newest one.
-        there = there[: there.index(newest) + 1] if newest in there else there
-        if len(there) < last:
-            found = ", ".join(path.name for path in there) or "none"
+        # Steps above the newest one are from before the run was resumed from an older checkpoint.
+        steps = steps[: steps.index(newest) + 1] if newest in steps else steps
+        if len(steps) < last:
+            found = ", ".join(path.name for path in steps) or "none"
             raise CheckpointError(f"--last {last}: {run} has fewer checkpoints: {found}")
-        return [TensorReader(path) for path in there[-last:]]
+        return [TensorReader(path) for path in steps[-last:]]
     readers = [TensorReader(path) for path in sources]
     if len(readers) < 2:
         raise CheckpointError(
-            "a mean needs two checkpoints or more; name them, or give a run directory and --last 3"
+            "averaging needs at least two checkpoints. Pass them, or a run directory and --last 3."
         )
     paths = [reader.path.resolve() for reader in readers]
     for path in paths:
         if paths.count(path) > 1:
-            raise CheckpointError(
-                f"{path} is given more than once; a mean counts each checkpoint once"
-            )
+            raise CheckpointError(f"{path} is given more than once. Pass each checkpoint once.")
     return readers
 
 
 def averaged(readers: Sequence[TensorReader]) -> Rewrite:
-    """Return the checkpoint whose weights are the means of those of `readers`.
+    """Return a checkpoint with the means of the weights of `readers`.
 
-    Sums are made in float64, or in float32 where weights have 16 bits; the rest comes from the last
-    one. There is no optimizer's state: a run begins with it, it does not go on. Raises
-    CheckpointError, naming what differs, unless all are of one model.
+    Sums are computed in float64, or in float32 for 16-bit weights. Everything else comes from the
+    last checkpoint. There is no optimizer state, so a run can start from the result but not resume.
+    Raises CheckpointError naming a difference, unless all checkpoints are of the same model.
     """
     last = readers[-1]
     for reader in readers[:-1]:
@@ -70,21 +68,21 @@ def averaged(readers: Sequence[TensorReader]) -> Rewrite:
         return total.div_(len(readers)).to(dtype)
 
     sources = [{"checkpoint": str(r.path), "step": r.state().step} for r in readers]
-    notes = ["the mean has no optimizer's state: a run that is given it begins with it, at step 0"]
+    notes = ["The averaged checkpoint has no optimizer state: a new run starts from it at step 0."]
     return replace(
         copy_of(last),
         config=model_of(last.config()),
         specs=specs,
         get=get,
-        goes_on=False,
+        is_resumable=False,
         facts={"mean_of": sources},
         notes=notes,
     )
 
 
 def _check_same(one: TensorReader, other: TensorReader) -> None:
-    """Raise CheckpointError unless both hold the same model, if not the same weights."""
-    mine, theirs = _described(one.config()), _described(other.config())
+    """Raise CheckpointError unless both are the same model, with the same or other weights."""
+    mine, theirs = _options(one.config()), _options(other.config())
     differing = [name for name in mine if mine[name] != theirs[name]]
     if one.manifest["tokenizer"] != other.manifest["tokenizer"]:
         differing.append("tokenizer")
@@ -101,16 +99,16 @@ def _check_same(one: TensorReader, other: TensorReader) -> None:
         name = differing[0]
         more = f" (and {len(differing) - 1} more)" if differing[1:] else ""
         raise CheckpointError(
-            f"{one.path} and {other.path} are not of one model: {name} is {mine[name]} in the "
-            f"first and {theirs[name]} in the second{more}; average checkpoints of one run"
+            f"{one.path} and {other.path} are different models: {name} is {mine[name]} in the "
+            f"first and {theirs[name]} in the second{more}. Average checkpoints of one run."
         )
 
 
-def _described(config: Config) -> dict[str, Any]:
+def _options(config: Config) -> dict[str, Any]:
     model = config.model.model_dump(exclude=set(FREE_MODEL))
     exits = (
         config.exits.model_dump(include=set(FUNCTION_OF_EXITS)) if config.exits.boundaries else {}
     )
-    found = {f"model.{name}": value for name, value in model.items()}
-    found["exits.boundaries"] = config.exits.boundaries
-    return found | {f"exits.{name}": value for name, value in exits.items()}
+    options = {f"model.{name}": value for name, value in model.items()}
+    options["exits.boundaries"] = config.exits.boundaries
+    return options | {f"exits.{name}": value for name, value in exits.items()}

@@ -1,4 +1,4 @@
-"""Exits added to a checkpoint, moved between stages, taken out of it; all else stays bit for bit.
+"""Adds, moves and removes exits of a checkpoint; all other tensors are copied bit for bit.
 
 Legend of shapes: h hidden, v vocabulary.
 """
@@ -39,21 +39,29 @@ def config_with(
 ) -> Config:
     """Return the configuration of a checkpoint's model with exits added at `boundaries`.
 
-    head, output: as in the configuration; None for what the exits there have, or the defaults. A
-    new exit's loss weighs 1, and its temperature is 1. Raises CheckpointError for boundaries that
-    can have no new exit, or another head or output than that of the exits there.
+    New exits have a loss weight and a temperature of 1.
+
+    Args:
+        reader: The checkpoint.
+        boundaries: The boundaries of the new exits.
+        head, output: The options of `exits`. None uses those of the existing exits, or the
+            defaults.
+
+    Raises:
+        CheckpointError: A boundary cannot have a new exit, or the head or the output differs from
+            that of the existing exits.
     """
     config = model_of(reader.config())
     exits = config.exits
     _check_new(reader, config, boundaries)
-    asked = {"head": head, "output": output}
-    options = {name: value for name, value in asked.items() if value is not None}
+    given = {"head": head, "output": output}
+    options = {name: value for name, value in given.items() if value is not None}
     for name, value in options.items():
         if exits.boundaries and value != getattr(exits, name):
             option = {"head": "--head", "output": "--exit-output"}[name]
             raise CheckpointError(
-                f"{option} {_shown(value)}: the exits that {reader.path} has are "
-                f"{_shown(getattr(exits, name))}, and all are alike; leave {option} out"
+                f"{option} {_shown(value)}: the exits of {reader.path} have "
+                f"{_shown(getattr(exits, name))}, and all exits must be alike. Leave {option} out."
             )
     return _with_exits(config, sorted({*exits.boundaries, *boundaries}), options)
 
@@ -64,12 +72,18 @@ def added(
     initialization: Initialization,
     output_weights: Mapping[int, Tensor] | None = None,
 ) -> Rewrite:
-    """Return the checkpoint with the exits that `config` (of `config_with`) has and it lacks.
+    """Return the checkpoint with the exits that `config` (from `config_with`) adds.
 
-    copy: their parameters are those of `copy_source`. random: they are drawn from (training.seed,
-    name), as a new model's are. class-aware: as copy, but for the output weights [v, h] of
-    `output_weights` by boundary. The optimizer's moments of new parameters are 0; an optimizer that
-    has a part of the parameters alone is left out.
+    The optimizer's moments of new parameters are 0. The state of an optimizer that covers only a
+    part of the parameters is omitted.
+
+    Args:
+        reader: The checkpoint.
+        config: The configuration with the new exits.
+        initialization: `copy` copies the parameters named by `copy_source`; `random` draws them as
+            functions of (training.seed, name), as in a new model; `class-aware` is `copy` except
+            for the output weights.
+        output_weights: The output weights [v, h] for `class-aware`, by boundary.
     """
     whole = model_copy_of(reader)
     shapes = tensor_shapes(config)
@@ -103,16 +117,16 @@ def added(
     optimizer = [name for name in whole.specs if name != parameter_of(name)]
     kinds = {name.removeprefix(OPTIMIZER).partition(".")[0] for name in optimizer}
     for kind in sorted(kinds):
-        of_kind = reader.dtype(f"{OPTIMIZER}{kind}.{like}")
+        dtype = reader.dtype(f"{OPTIMIZER}{kind}.{like}")
         for name, shape in new.items():
-            specs[f"{OPTIMIZER}{kind}.{name}"] = TensorSpec(shape, of_kind)
+            specs[f"{OPTIMIZER}{kind}.{name}"] = TensorSpec(shape, dtype)
     return replace(whole, config=config, specs=specs, get=get)
 
 
 def moved(reader: TensorReader, placement: Literal["post", "pre"]) -> Rewrite:
-    """Return the checkpoint with its exits placed before or behind the edges of stages.
+    """Return the checkpoint with its exits placed at the ends or the starts of pipeline stages.
 
-    Raises CheckpointError if there is nothing to move, or if a head can not be there.
+    Raises CheckpointError if there is nothing to move, or if a head cannot have that placement.
     """
     whole = copy_of(reader)
     exits = whole.config.exits
@@ -120,7 +134,7 @@ def moved(reader: TensorReader, placement: Literal["post", "pre"]) -> Rewrite:
         raise CheckpointError(f"--placement {placement}: {reader.path} has no exits to move")
     if exits.placement == placement:
         raise CheckpointError(
-            f"--placement {placement}: the exits of {reader.path} are placed so already"
+            f"--placement {placement}: the exits of {reader.path} already have this placement"
         )
     try:
         config = with_options(whole.config, exits={"placement": placement})
@@ -130,58 +144,59 @@ def moved(reader: TensorReader, placement: Literal["post", "pre"]) -> Rewrite:
 
 
 def removed(reader: TensorReader, boundaries: Sequence[int]) -> Rewrite:
-    """Return the checkpoint without some exits, and without the optimizer's state of those.
+    """Return the checkpoint without some of its exits and their optimizer state.
 
-    Raises CheckpointError for a boundary that has no exit, or the final one.
+    Raises CheckpointError for a boundary without an exit, or for the final exit.
     """
     whole = model_copy_of(reader)
     config = whole.config
-    there = config.exits.boundaries
-    _check_named(boundaries)
+    existing = config.exits.boundaries
+    _check_unique(boundaries)
     for boundary in boundaries:
         if boundary == config.model.num_layers:
             raise CheckpointError(
-                f"--exits {boundary} is the final exit, the output of the model itself; 'ee-llm "
-                "convert --truncate-at' ends a model at an earlier one"
+                f"--exits {boundary} is the final exit, which cannot be removed. Use 'ee-llm "
+                "convert --truncate-at' to make an earlier exit the final one."
             )
-        if boundary not in there:
+        if boundary not in existing:
             raise CheckpointError(
-                f"--exits {boundary}: {reader.path} has no exit there, it has them at {list(there)}"
+                f"--exits {boundary}: {reader.path} has no exit there, only at {list(existing)}"
             )
-    own = tuple(f"exits.{boundary}." for boundary in boundaries)
-    left = [boundary for boundary in there if boundary not in boundaries]
+    prefixes = tuple(f"exits.{boundary}." for boundary in boundaries)
+    remaining = [boundary for boundary in existing if boundary not in boundaries]
     specs = {
-        name: spec for name, spec in whole.specs.items() if not parameter_of(name).startswith(own)
+        name: spec
+        for name, spec in whole.specs.items()
+        if not parameter_of(name).startswith(prefixes)
     }
-    return replace(whole, config=_with_exits(config, left, {}), specs=specs)
+    return replace(whole, config=_with_exits(config, remaining, {}), specs=specs)
 
 
 def _check_new(reader: TensorReader, config: Config, boundaries: Sequence[int]) -> None:
-    last, there = config.model.num_layers, config.exits.boundaries
-    _check_named(boundaries)
+    last, existing = config.model.num_layers, config.exits.boundaries
+    _check_unique(boundaries)
     for boundary in boundaries:
         if not 1 <= boundary < last:
             raise CheckpointError(
-                f"--exits {boundary}: {reader.path} has {last} layers, and an early exit is after "
-                f"one of 1 to {last - 1}"
+                f"--exits {boundary}: {reader.path} has {last} layers. Choose layers from 1 to "
+                f"{last - 1}."
             )
-        if boundary in there:
+        if boundary in existing:
             raise CheckpointError(
-                f"--exits {boundary}: {reader.path} has an exit there already, it has them at "
-                f"{list(there)}; leave it out, or take it out first with 'ee-llm checkpoint "
-                "remove-exits'"
+                f"--exits {boundary}: {reader.path} already has exits at {list(existing)}. Leave "
+                f"{boundary} out, or remove that exit first with 'ee-llm checkpoint remove-exits'."
             )
 
 
-def _check_named(boundaries: Sequence[int]) -> None:
+def _check_unique(boundaries: Sequence[int]) -> None:
     if not boundaries:
-        raise CheckpointError("--exits names none; give the layers, as --exits 8 16")
+        raise CheckpointError("--exits is empty. Pass layers, for example --exits 8 16.")
     if len(set(boundaries)) != len(boundaries):
-        raise CheckpointError(f"--exits {_shown(boundaries)}: name each exit once")
+        raise CheckpointError(f"--exits {_shown(boundaries)}: pass each exit once")
 
 
 def _with_exits(config: Config, boundaries: Sequence[int], options: Mapping[str, Any]) -> Config:
-    """Return the configuration with exits at `boundaries`; those there keep what is theirs."""
+    """Return the configuration with exits at `boundaries`; existing ones keep their options."""
     exits = config.exits
     values: dict[str, Any] = {"boundaries": tuple(boundaries), **options}
     for name, new in _PER_EXIT.items():

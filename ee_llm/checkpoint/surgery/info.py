@@ -1,4 +1,4 @@
-"""What is in a checkpoint, for people and as JSON."""
+"""Describes the contents of a checkpoint, as a table or as JSON."""
 
 import math
 from collections import Counter
@@ -20,7 +20,7 @@ Facts = dict[str, Any]
 
 
 def describe(reader: TensorReader) -> Facts:
-    """Return what a checkpoint holds, all of it JSON's own types.
+    """Return a description of a checkpoint, of JSON types only.
 
     Raises CheckpointError if a file is missing or damaged.
     """
@@ -69,7 +69,7 @@ def describe(reader: TensorReader) -> Facts:
 
 
 def tensors_of(reader: TensorReader) -> list[Facts]:
-    """Return name, dtype, shape and number of blocks of every tensor, the optimizer's behind."""
+    """Return the name, dtype and shape of every tensor, the optimizer's last."""
     return [
         {
             "name": name,
@@ -81,7 +81,7 @@ def tensors_of(reader: TensorReader) -> list[Facts]:
 
 
 def verification(report: Report) -> Facts:
-    """Return what reading all of a checkpoint showed, all of it JSON's own types."""
+    """Return the result of verifying a checkpoint, of JSON types only."""
     return {
         "ok": not report.problems,
         "files": report.num_files,
@@ -93,7 +93,7 @@ def verification(report: Report) -> Facts:
 
 
 def _exits(reader: TensorReader) -> list[Facts]:
-    """Return the exits, shallow to deep, the final one last."""
+    """Return the exits from shallow to deep, the final one last."""
     config = reader.config()
     exits, last = config.exits, config.model.num_layers
     temperatures = {
@@ -118,7 +118,7 @@ def _exits(reader: TensorReader) -> list[Facts]:
 
 
 def show(facts: Facts, console: Console) -> None:
-    """Print what `describe` found, and the tensors if they are among it."""
+    """Print a description from `describe`, with its tensors if it has them."""
     model, optimizer = facts["model"], facts["optimizer"]
     rows = [
         ("checkpoint", facts["path"]),
@@ -157,23 +157,23 @@ def _exit_table(facts: Facts) -> Table:
         is_text = column in ("head", "output weight")
         table.add_column(column, justify="left" if is_text else "right")
     last = facts["model"]["num_layers"]
-    for one in facts["exits"]:
-        final = " (final)" if one["boundary"] == last else ""
+    for row in facts["exits"]:
+        final = " (final)" if row["boundary"] == last else ""
         table.add_row(
-            f"layer {one['boundary']}{final}",
-            str(one["stage"]),
-            ", ".join(one["head"]) or "none",
-            one["output_weight"],
-            f"{one['temperature']:g}",
-            f"{one['parameters']:,}",
+            f"layer {row['boundary']}{final}",
+            str(row["stage"]),
+            ", ".join(row["head"]) or "none",
+            row["output_weight"],
+            f"{row['temperature']:g}",
+            f"{row['parameters']:,}",
         )
     return table
 
 
 def _trained(facts: Facts) -> str:
     if facts["mean_of"]:
-        steps = ", ".join(str(one["step"]) for one in facts["mean_of"])
-        return f"the mean of {len(facts['mean_of'])} checkpoints, of steps {steps}"
+        steps = ", ".join(str(source["step"]) for source in facts["mean_of"])
+        return f"the mean of {len(facts['mean_of'])} checkpoints, at steps {steps}"
     skipped = f", {facts['skipped_steps']} of them skipped" if facts["skipped_steps"] else ""
     return (
         f"step {facts['step']:,}{skipped}: {facts['consumed_samples']:,} sequences, "
@@ -183,7 +183,7 @@ def _trained(facts: Facts) -> str:
 
 def _optimizer(optimizer: Facts) -> str:
     if not optimizer["tensors"]:
-        return "none: a run can begin with the model, not go on"
+        return "none: weights only; training cannot be resumed from it"
     return (
         f"{optimizer['steps']:,} steps, {_size(optimizer['bytes'])} for "
         f"{optimizer['parameters']} parameters"
@@ -191,14 +191,14 @@ def _optimizer(optimizer: Facts) -> str:
 
 
 def _verification(found: Facts) -> str:
-    text = f"{found['files']} files, {_size(found['bytes'])}: every byte is what was written"
+    text = f"{found['files']} files, {_size(found['bytes'])}: all checksums match"
     if found["checksums"] != "all files":
         text = (
-            "all tensors are what was written; other files by their sizes and form alone, because "
-            "an older version of ee-llm wrote this checkpoint without checksums"
+            "all tensors match their checksums; other files only by size and form, because an "
+            "older version of ee-llm wrote this checkpoint without checksums"
         )
     if found["extra_files"]:
-        text += f"; not of the checkpoint, and not read: {', '.join(found['extra_files'][:8])}"
+        text += f"; extra files, which are not read: {', '.join(found['extra_files'][:8])}"
     return text
 
 
@@ -209,7 +209,7 @@ def _layout(facts: Facts) -> str:
         text += f" x virtual {parallel['virtual']}"
     text += f", exits placed {facts['exits_placement']}"
     if facts["blocks_for"]:
-        text += ", blocks cut for it"
+        text += ", with blocks for this layout"
     return f"{text}; saved by {saved['world']} rank{'s' * (saved['world'] != 1)}"
 
 

@@ -1,8 +1,8 @@
-"""A checkpoint's blocks cut anew, so that the ranks of another layout read no more than theirs.
+"""Divides a checkpoint into new blocks, so that each rank of another layout reads only its own.
 
-Any layout reads any checkpoint: a rank picks its part out of the blocks that it lies in. Where
-blocks reach over many ranks' parts, as after conversion or a run on few ranks, each of them reads
-all of it.
+Any layout can load any checkpoint, because a rank extracts its part from the blocks that contain
+it. But if a block spans the parts of many ranks, as after conversion or a run on few ranks, each of
+these ranks reads all of it.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from ee_llm.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread: see the options of `parallel`."""
+    """A parallel layout; see the options of `parallel`."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -30,13 +30,13 @@ class Layout:
 
 
 def resharded(reader: TensorReader, layout: Layout) -> Rewrite:
-    """Return the checkpoint with blocks as ranks of `layout` read them, in a file for each of them.
+    """Return the checkpoint with the blocks of the ranks of `layout`, in one file per rank.
 
-    Its configuration states the layout. What a run went on with is the same: parameters, the
-    optimizer's state, the place in the data, the generators of the ranks that saved (which count
-    under their own layout alone). Of the tuning of exits the model alone is kept: no run of it has
-    the layers behind the last of them. Raises CheckpointError for a layout that the model can not
-    have.
+    Its configuration states the layout. A run resumes from it as from the original: the parameters,
+    the optimizer's state, the position in the data and the random generators of the ranks are the
+    same (the generators apply only to the layout that saved them). Of a tuning run only the model
+    is kept, because it does not build the layers behind its last exit. Raises CheckpointError if
+    the model cannot have this layout.
     """
     whole = model_copy_of(reader)
     parallel = vars(layout) | {"sequence": whole.config.parallel.sequence and layout.tensor > 1}
@@ -45,15 +45,15 @@ def resharded(reader: TensorReader, layout: Layout) -> Rewrite:
     try:
         config = with_options(whole.config, parallel=parallel)
     except ConfigError as error:
-        raise CheckpointError(f"this layout can not be: {error}") from None
+        raise CheckpointError(f"invalid layout: {error}") from None
 
     def blocks(name: str, tensor: Tensor) -> Iterator[Block]:
         parameter = parameter_of(name)
         first = layout.tensor * stage_of(parameter, config)
         for rank, offsets, part in parts_of(parameter, tensor, config):
             for row, block in rows(part):
-                begin = (offsets[0] + row, *offsets[1:]) if offsets else ()
-                yield Block(begin, block, f"__{first + rank}_0.distcp")
+                start = (offsets[0] + row, *offsets[1:]) if offsets else ()
+                yield Block(start, block, f"__{first + rank}_0.distcp")
 
     stages = config.parallel.num_stages
     facts = {"blocks": {"tensor": layout.tensor, "stages": stages}}
@@ -61,15 +61,15 @@ def resharded(reader: TensorReader, layout: Layout) -> Rewrite:
 
 
 def stage_of(parameter: str, config: Config) -> int:
-    """Return the pipeline stage (from 0) that a parameter is on, the first of them if on more."""
-    room, _, rest = parameter.partition(".")
-    if room == "layers":
+    """Return the first pipeline stage (from 0) that has a parameter."""
+    section, _, rest = parameter.partition(".")
+    if section == "layers":
         number = int(rest.partition(".")[0])
         stages = range(config.parallel.num_stages)
         return next(stage for stage in stages if number in stage_layers(config, stage))
-    if room == "exits":
+    if section == "exits":
         return exit_stage(config, int(rest.partition(".")[0]))
-    return 0 if room == "embedding" else config.parallel.num_stages - 1
+    return 0 if section == "embedding" else config.parallel.num_stages - 1
 
 
 def parts_of(

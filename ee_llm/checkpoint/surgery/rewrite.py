@@ -1,4 +1,4 @@
-"""A checkpoint that is to be written, described by another: its tensors come one at a time."""
+"""Describes a new checkpoint derived from another one, and writes it tensor by tensor."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,61 +14,66 @@ from ee_llm.checkpoint.write import Blocks, TensorSpec, write_checkpoint
 from ee_llm.config import Config
 
 OPTIMIZER = f"{OPTIMIZER_PREFIX}state."
-"""What the name of a tensor of the optimizer begins with; its kind and the parameter's follow."""
+"""The prefix of the names of optimizer tensors. The kind and the parameter's name follow."""
 
 
 @dataclass
 class Rewrite:
-    """A checkpoint to be made of the one that `reader` opened.
+    """A checkpoint to write, derived from the one of `reader`.
 
-    config: of the model as it is to be. specs: its tensors, those of the optimizer too; `get` makes
-    one. goes_on: whether a run can go on from it as from the other, with the optimizer's state.
-    facts: more for the manifest. blocks: see `write_checkpoint`. notes: what to tell the user.
+    config: the configuration of the new checkpoint.
+    specs: its tensors, including those of the optimizer.
+    get: returns a tensor by name.
+    is_resumable: whether a run can resume from it, with the optimizer's state.
+    facts: further entries of the manifest.
+    blocks: see `write_checkpoint`.
+    notes: messages to the user.
     """
 
     reader: TensorReader
     config: Config
     specs: dict[str, TensorSpec]
     get: Callable[[str], Tensor]
-    goes_on: bool = True
+    is_resumable: bool = True
     facts: dict[str, Any] = field(default_factory=dict)
     blocks: Blocks | None = None
     notes: list[str] = field(default_factory=list)
 
 
 def copy_of(reader: TensorReader) -> Rewrite:
-    """Return the checkpoint as it is, the optimizer's state included.
+    """Return an unchanged copy of the checkpoint, including the optimizer's state.
 
-    Raises CheckpointError for one that is to decode with alone.
+    Raises CheckpointError for a quantized checkpoint.
     """
     refuse_quantized(reader)
     return Rewrite(reader, reader.config(), specs_of(reader), reader.tensor)
 
 
 def model_copy_of(reader: TensorReader) -> Rewrite:
-    """Return the checkpoint as it is, or of the tuning of exits the model alone.
+    """Return a copy of the checkpoint, or of only its model if it is from a tuning run.
 
-    An optimizer that has a part of the parameters, as that of tuning, is left out: neither a run
-    nor the tuning could go on with it. Raises CheckpointError as `copy_of` does.
+    The state of an optimizer that covers only a part of the parameters, such as that of a tuning
+    run, is omitted, because no run could resume with it. Raises CheckpointError for a quantized
+    checkpoint.
     """
     whole = copy_of(reader)
     whole = replace(whole, config=model_of(whole.config))
-    have = {parameter_of(name) for name in reader.names(optimizer=True)}
-    if not have or have >= set(reader.names()):
+    optimized = {parameter_of(name) for name in reader.names(optimizer=True)}
+    if not optimized or optimized >= set(reader.names()):
         return whole
     specs = {name: spec for name, spec in whole.specs.items() if name == parameter_of(name)}
-    note = "the optimizer has a part of the parameters alone, and is left out"
-    return replace(whole, specs=specs, goes_on=False, notes=[note])
+    note = "The optimizer state is omitted because it covers only a part of the parameters."
+    return replace(whole, specs=specs, is_resumable=False, notes=[note])
 
 
 def specs_of(reader: TensorReader) -> dict[str, TensorSpec]:
-    """Return the shape and dtype of every tensor, the optimizer's behind the model's."""
+    """Return the shape and dtype of every tensor, the model's before the optimizer's."""
     names = (*reader.names(), *reader.names(optimizer=True))
     return {name: TensorSpec(tuple(reader.shape(name)), reader.dtype(name)) for name in names}
 
 
 def parameter_of(name: str) -> str:
-    """Return the parameter that a tensor belongs to: itself, or what the optimizer has it for."""
+    """Return the name of the parameter to which a tensor of the model or optimizer belongs."""
     return name.removeprefix(OPTIMIZER).partition(".")[2] if name.startswith(OPTIMIZER) else name
 
 
@@ -81,10 +86,10 @@ def with_options(config: Config, **sections: Mapping[str, Any]) -> Config:
 
 
 def model_of(config: Config) -> Config:
-    """Return the configuration of the whole model, if `config` is of the tuning of its exits.
+    """Return the configuration of the whole model, without the options of tuning.
 
-    Tuning spreads the layers up to the last exit that it trains over the ranks; the model that
-    comes of it has the default layout.
+    A tuning run divides only the layers up to its last exit among the ranks, so the whole model
+    gets the default layout.
     """
     if not config.is_tuning:
         return config
@@ -93,7 +98,7 @@ def model_of(config: Config) -> Config:
 
 
 def _generators(reader: TensorReader) -> dict[str, bytes]:
-    """Return the files of random generators that the manifest names, no links among them."""
+    """Return the files of random generators that the manifest names, without links."""
     names = [name for name in sorted(reader.manifest["files"]) if name.startswith(f"{RNG}/")]
     return {
         name: reader.checksums.read(name) for name in names if not (reader.path / name).is_symlink()
@@ -103,16 +108,16 @@ def _generators(reader: TensorReader) -> dict[str, bytes]:
 def write_rewrite(
     rewrite: Rewrite, output: str | Path, on_tensor: Callable[[str, int], None] | None = None
 ) -> Path:
-    """Return the checkpoint in the run directory `output`, whole or not there at all.
+    """Write the checkpoint to the run directory `output`, atomically, and return its path.
 
-    Its place in the training data, the generators of its ranks, its tokenizer and what else came
-    with the model are those of the original. Raises CheckpointError as `write_checkpoint` does.
+    The position in the training data, the random generators of the ranks, the tokenizer and the
+    companion files are those of the original. Raises CheckpointError as `write_checkpoint` does.
     """
     reader = rewrite.reader
-    files = companions(reader.path) | (_generators(reader) if rewrite.goes_on else {})
+    files = companions(reader.path) | (_generators(reader) if rewrite.is_resumable else {})
     facts: dict[str, Any] = {}
-    if rewrite.goes_on:
-        # The layout that saved stays: it is the one that the generators are for.
+    if rewrite.is_resumable:
+        # Keep the layout that saved the original: the random generators belong to it.
         stages = {"stages": reader.config().parallel.num_stages}
         facts = {
             "optimizer_steps": reader.manifest["optimizer_steps"],
@@ -124,7 +129,7 @@ def write_rewrite(
         rewrite.specs,
         rewrite.get,
         tokenizer_file=reader.tokenizer(),
-        state=reader.state() if rewrite.goes_on else None,
+        state=reader.state() if rewrite.is_resumable else None,
         facts=facts | rewrite.facts,
         files=files,
         on_tensor=on_tensor,

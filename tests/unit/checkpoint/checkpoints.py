@@ -1,4 +1,4 @@
-"""Checkpoints for tests: written by torch's own writer, sealed as ours, no megatron-core needed."""
+"""Checkpoints for tests, written by torch's writer and sealed by ours, without megatron-core."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TENSORS = {
 
 
 def write_checkpoint(output: Path, step: int = 7, tensors=None, publish: bool = True) -> Path:
-    """Return a complete checkpoint below `output` (or, not published, a sealed partial one)."""
+    """Write a complete checkpoint below `output`, or only a sealed partial one."""
     partial = directory.create_partial(output / directory.CHECKPOINTS, step)
     dcp.save(
         dict(TENSORS if tensors is None else tensors),
@@ -41,7 +41,7 @@ def write_checkpoint(output: Path, step: int = 7, tensors=None, publish: bool = 
 
 
 def block_checksums(checkpoint: Path) -> dict[str, list[str]]:
-    """Return the checksums of every block that the index names."""
+    """Return the checksums of every block in the index."""
     tensors, places = checkpoint / directory.TENSORS, {}
     for entry in safe.read_metadata(tensors).values():
         for chunk in entry.chunks:
@@ -53,7 +53,7 @@ def block_checksums(checkpoint: Path) -> dict[str, list[str]]:
 
 
 def reseal(checkpoint: Path, change=lambda facts: None) -> None:
-    """Write the manifest once more, for files that a test has changed; `change` edits its facts."""
+    """Write the manifest again for files that a test has changed; `change` edits its facts."""
     facts = json.loads((checkpoint / directory.MANIFEST).read_text())
     for name in ("format", "version", "files", "crc32", "checksum"):
         facts.pop(name, None)
@@ -62,13 +62,13 @@ def reseal(checkpoint: Path, change=lambda facts: None) -> None:
 
 
 def write_manifest(checkpoint: Path, text: str) -> None:
-    """Write a manifest with another content, and the checksum of that, as an attacker would."""
+    """Write a manifest with other content and a matching checksum, as an attacker would."""
     content = sealed(text) if text.endswith("}") else text
     (checkpoint / directory.MANIFEST).write_text(content)
 
 
 def forget_checksums(checkpoint: Path) -> None:
-    """Make the manifest one of version 1, which has no checksums, for the files that are there."""
+    """Rewrite the manifest as version 1, which has no checksums, for the current files."""
     path = checkpoint / directory.MANIFEST
     manifest = json.loads(path.read_text())
     for name in ("crc32", "checksum"):
@@ -88,7 +88,7 @@ def edit_metadata(checkpoint: Path, change) -> None:
 
 
 class Payload:
-    """Creates a file when it is unpickled without care."""
+    """Creates a file when it is unpickled without restrictions."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -1,4 +1,4 @@
-"""Damage for tests: one byte of a file at a time, put right again afterwards."""
+"""Damages one byte of a file at a time, and repairs it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,9 +16,10 @@ def files_of(checkpoint: Path) -> list[str]:
 
 
 def offsets_of(checkpoint: Path, name: str) -> list[int]:
-    """Return where to damage a file: its ends and, of a file of tensors, every part of a block.
+    """Return the offsets at which to damage a file.
 
-    These are the first block's zip header, pickle, data and directory, and the last block's data.
+    For every file these are its ends; for a tensor file also the zip header, the pickle, the data
+    and the directory of the first and the last block.
     """
     size = (checkpoint / name).stat().st_size
     offsets = {0, size // 3, size // 2, size - 1}
@@ -29,7 +30,7 @@ def offsets_of(checkpoint: Path, name: str) -> list[int]:
 
 
 def blocks_of(checkpoint: Path, is_wanted=lambda name: True) -> dict[str, list[tuple[int, int]]]:
-    """Return position and length of the blocks of tensors, by the file that they are in."""
+    """Return the position and length of the blocks of tensors by file."""
     found: dict[str, list[tuple[int, int]]] = {}
     for name, entry in safe.read_metadata(checkpoint / directory.TENSORS).items():
         for chunk in entry.chunks if is_wanted(name) else ():
@@ -48,7 +49,7 @@ def flip(path: Path, offset: int) -> None:
 
 @contextlib.contextmanager
 def flipped(path: Path, offset: int) -> Iterator[None]:
-    """Invert one byte for the time of a `with` block."""
+    """Invert one byte within a `with` block."""
     flip(path, offset)
     try:
         yield

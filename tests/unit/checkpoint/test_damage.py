@@ -1,7 +1,7 @@
-"""One damaged byte in any file of a checkpoint is found by whatever reads it, and the file named.
+"""Whatever reads a checkpoint detects a damaged byte in any of its files and names the file.
 
-`reseal` and `write_manifest` stand for what a person or an attacker does on purpose: those change
-the checksums as well.
+Deliberate changes by a person or an attacker also change the checksums: `reseal` and
+`write_manifest`.
 """
 
 import json
@@ -35,7 +35,7 @@ def converted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rewritten(tmp_path_factory):
-    """A checkpoint with an optimizer's state and generators, in several files of tensors."""
+    """A checkpoint with optimizer state and generators, in several tensor files."""
     path = tmp_path_factory.mktemp("rewritten")
     save(path / "whole")
     arguments = ["--tensor", "2", "--pipeline", "2", "--output", str(path / "cut"), "--json"]
@@ -46,7 +46,7 @@ def rewritten(tmp_path_factory):
 
 
 def error_of(capsys, *arguments):
-    """Return what a command refused with, "" if it did not."""
+    """Return the error of a command, or "" if it succeeds."""
     capsys.readouterr()
     status = main([str(argument) for argument in arguments])
     message = " ".join(capsys.readouterr().err.split())
@@ -55,7 +55,7 @@ def error_of(capsys, *arguments):
 
 
 def is_unread(checkpoint, name, offset, is_wanted):
-    """Return whether a byte is of a block of none but tensors that are not wanted."""
+    """Return whether a byte lies only in blocks of tensors that are not wanted."""
     file = name.removeprefix(f"{directory.TENSORS}/")
     blocks = blocks_of(checkpoint, is_wanted).get(file, [])
     return name.endswith(".distcp") and not any(a <= offset < a + n for a, n in blocks)
@@ -63,7 +63,7 @@ def is_unread(checkpoint, name, offset, is_wanted):
 
 @pytest.mark.parametrize("kind", ["converted", "rewritten"])
 def test_verify_finds_one_flipped_byte_anywhere(kind, request):
-    """No byte of a checkpoint is unused to it: padding within a block has a checksum as well."""
+    """Checksums cover every byte, including the padding within a block."""
     checkpoint = request.getfixturevalue(kind)
     assert verify(checkpoint).problems == []
     for name in files_of(checkpoint):
@@ -79,8 +79,8 @@ def test_verify_finds_one_flipped_byte_anywhere(kind, request):
     assert verify(checkpoint).problems == []
 
 
-def test_every_byte_of_a_manifest_counts(tmp_path):
-    """Its own checksum is its last line, of which no byte may change either."""
+def test_any_changed_byte_of_a_manifest_is_detected(tmp_path):
+    """This includes its last line, which is its own checksum."""
     checkpoint = write_checkpoint(tmp_path)
     path = checkpoint / MANIFEST
     whole = path.read_bytes()
@@ -140,7 +140,7 @@ def is_any(name):
     ],
 )
 def test_commands_name_the_file_with_a_flipped_byte(kind, command, reads, request, capsys):
-    """Only the optimizer's blocks and the generators may be damaged for those that read neither."""
+    """Damage to optimizer blocks and generators does not matter to commands that skip them."""
     checkpoint = request.getfixturevalue(kind)
     output = checkpoint.parent / "output"
     for name in files_of(checkpoint):
@@ -181,7 +181,7 @@ def test_files_of_another_size_are_named(rewritten, tmp_path, change):
 
 
 def test_swapped_files_are_named(tmp_path):
-    """Two files of one size, each whole in itself: another run's, or two ranks' of one run."""
+    """Two intact files of equal size, for example of two runs or of two ranks of one run."""
     one, other = (save(tmp_path / str(seed), seed=seed).path for seed in (1, 2))
     assert verify(one).problems == verify(other).problems == []
     for name in ("tensors/__0_0.distcp", "config.toml"):
@@ -194,8 +194,8 @@ def test_swapped_files_are_named(tmp_path):
     assert verify(one).problems == []
 
 
-def test_blocks_that_changed_places_are_named(tmp_path):
-    """Each block is whole, but not where the index has it."""
+def test_swapped_blocks_are_detected(tmp_path):
+    """Each block is intact, but not at its position in the index."""
     checkpoint = write_checkpoint(tmp_path, tensors={"a": torch.zeros(4), "b": torch.ones(4)})
     [(file, [first, second])] = blocks_of(checkpoint).items()
     path = checkpoint / directory.TENSORS / file
@@ -208,7 +208,7 @@ def test_blocks_that_changed_places_are_named(tmp_path):
             reader.tensor(name)
 
 
-def test_extra_files_are_told_and_never_read(rewritten, tmp_path):
+def test_extra_files_are_reported_and_never_read(rewritten, tmp_path):
     checkpoint = shutil.copytree(rewritten, tmp_path / rewritten.name)
     for name in (".DS_Store", "tensors/__9_0.distcp", "huggingface/notes.txt"):
         (checkpoint / name).write_bytes(b"x")
@@ -216,14 +216,14 @@ def test_extra_files_are_told_and_never_read(rewritten, tmp_path):
     assert report.problems == []
     assert report.extra == [".DS_Store", "huggingface/notes.txt", "tensors/__9_0.distcp"]
     (checkpoint / "huggingface" / "generation_config.json").write_text('{"eos_token_id": 0}')
-    with pytest.raises(CheckpointError, match=r"generation_config\.json is not a file of this"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json does not belong"):
         TensorReader(checkpoint)
     [problem] = verify(checkpoint).problems
     assert "generation_config.json" in problem
 
 
 def test_only_blocks_that_are_read_are_verified(rewritten, tmp_path):
-    """A rank verifies what it reads: damage elsewhere does not stop it, nor does it read all."""
+    """A rank verifies only what it reads; damage elsewhere does not stop it."""
     checkpoint = shutil.copytree(rewritten, tmp_path / rewritten.name)
     blocks = blocks_of(checkpoint, lambda name: name == "output.weight")["__3_0.distcp"]
     flip(checkpoint / "tensors" / "__3_0.distcp", blocks[0][0] + 300)
@@ -236,18 +236,18 @@ def test_only_blocks_that_are_read_are_verified(rewritten, tmp_path):
 
 
 @pytest.mark.parametrize("has_checksums", [True, False])
-def test_a_model_with_one_other_number_is_another(tmp_path, has_checksums):
-    """A sample of each file would pass a small head that was tuned once more."""
+def test_one_changed_number_changes_the_fingerprint(tmp_path, has_checksums):
+    """A fingerprint of samples of each file would miss a small head that was tuned again."""
     path = save(tmp_path, tiny(vocab_size=20_000), optimizer=False).path
 
     def fingerprint():
-        # As a run would write it: with checksums of what is there.
+        # With checksums of the current content, as a run would write it.
         (reseal if has_checksums else forget_checksums)(path)
         return TensorReader(path).fingerprint()
 
     kept = fingerprint()
     file = path / "tensors" / "__0_0.distcp"
-    assert file.stat().st_size > 2 * 64 * 4096  # more than was sampled once
+    assert file.stat().st_size > 2 * 64 * 4096  # larger than a sample
     blocks = blocks_of(path)[file.name]
     offsets = {at + length * part // 7 for at, length in blocks[::3] for part in (3, 4)}
     for offset in offsets:
@@ -256,8 +256,8 @@ def test_a_model_with_one_other_number_is_another(tmp_path, has_checksums):
     assert fingerprint() == kept
 
 
-def test_a_checkpoint_without_checksums_is_verified_as_far_as_it_goes(tmp_path):
-    """Version 1 has none, but each tensor's archive has: in all parts but padding and headers."""
+def test_a_checkpoint_without_checksums_is_verified_as_far_as_possible(tmp_path):
+    """Version 1 has none, but the archive of a tensor has: of all but padding and headers."""
     checkpoint = write_checkpoint(tmp_path)
     forget_checksums(checkpoint)
     assert (TensorReader(checkpoint).tensor("layers.1.norm.weight") == 1).all()
@@ -279,10 +279,10 @@ def test_a_checkpoint_without_checksums_is_verified_as_far_as_it_goes(tmp_path):
     assert len(verify(checkpoint).problems) == 1
 
 
-def test_info_tells_what_it_verified(rewritten, tmp_path, capsys):
+def test_info_reports_the_verification(rewritten, tmp_path, capsys):
     arguments = ["checkpoint", "info", str(rewritten), "--verify"]
     assert main(arguments) == 0
-    assert "every byte is what was written" in " ".join(capsys.readouterr().out.split())
+    assert "all checksums match" in " ".join(capsys.readouterr().out.split())
     assert main([*arguments, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["verification"]["ok"] is True

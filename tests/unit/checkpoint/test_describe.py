@@ -1,4 +1,4 @@
-"""What a checkpoint says so that a configuration need not."""
+"""The options that a checkpoint states, so that a configuration need not."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def checkpoint_of(output, **options):
     return path, config
 
 
-def test_a_model_without_exits_leaves_them_free(tmp_path):
+def test_a_model_without_exits_does_not_state_any(tmp_path):
     path, config = checkpoint_of(tmp_path)
     options = described_options(path, {})
     assert options["model"] == config.model.model_dump()
@@ -27,21 +27,19 @@ def test_a_model_without_exits_leaves_them_free(tmp_path):
 
 
 @pytest.mark.parametrize(("context", "expected"), [(256, 256), (2048, 2048), (131072, 2048)])
-def test_the_tokenizer_is_the_checkpoints_own_and_sequences_are_of_bounded_length(
-    tmp_path, context, expected
-):
-    """A context of 131072 tokens, taken as it is, kept the first step from ending for minutes."""
+def test_tokenizer_and_bounded_sequence_length(tmp_path, context, expected):
+    """With sequences of 131072 tokens, the model's context, the first step took minutes."""
     path, _ = checkpoint_of(tmp_path, **{"model.max_seq_length": context})
     assert described_options(path, {})["data"] == {"tokenizer": "bytes", "seq_length": expected}
 
 
-def test_an_end_token_goes_with_the_checkpoints_tokenizer_alone(tmp_path):
+def test_the_end_token_applies_only_to_the_checkpoints_tokenizer(tmp_path):
     path, _ = checkpoint_of(tmp_path, **{"data.eos_token": "<end>"})
     assert described_options(path, {})["data"]["eos_token"] == "<end>"
     assert "eos_token" not in described_options(path, {"data": {"tokenizer": "bytes"}})["data"]
 
 
-def test_a_run_directory_names_its_tokenizer(tmp_path):
+def test_tokenizer_of_a_run_directory(tmp_path):
     path, _ = checkpoint_of(tmp_path / "run")
     other = tmp_path / "folder"
     other.mkdir()
@@ -51,7 +49,7 @@ def test_a_run_directory_names_its_tokenizer(tmp_path):
         assert tokenizer_spec(spec) == spec
 
 
-def test_exits_come_with_their_heads_and_temperatures(tmp_path):
+def test_exits_keep_heads_and_temperatures(tmp_path):
     path, config = checkpoint_of(tmp_path, **EXITS)
     tuned = load_config(None, {"tuning.checkpoint": "runs/a"}, described_options(tmp_path, {}))
     assert tuned.model == config.model
@@ -59,7 +57,7 @@ def test_exits_come_with_their_heads_and_temperatures(tmp_path):
     assert directory.find_latest(tmp_path) == path
 
 
-def test_exits_that_are_added_have_none(tmp_path):
+def test_added_exits_have_temperature_one(tmp_path):
     checkpoint_of(tmp_path, **EXITS)
     below = described_options(tmp_path, {"exits": {"boundaries": [2, 3, 4]}})
     assert below["exits"]["temperatures"] == (1.5, 1.0, 0.5)

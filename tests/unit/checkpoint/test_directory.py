@@ -1,4 +1,4 @@
-"""A checkpoint has its name when it is whole, and never before; `latest` follows last."""
+"""A checkpoint gets its name only when it is complete, and `latest` is updated last."""
 
 import os
 import shutil
@@ -37,15 +37,15 @@ def test_keeps_the_last(tmp_path):
     assert find_latest(tmp_path).name == "step-00000200"
 
 
-def test_keeps_all_if_asked(tmp_path):
+def test_keep_last_zero_keeps_all(tmp_path):
     for step in (1, 2, 3):
         add(tmp_path, step, keep_last=0)
     assert len(directory.complete_steps(tmp_path / directory.CHECKPOINTS)) == 3
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["copied-in-order", "copied-in-reverse"])
-def test_the_last_steps_are_kept_whatever_the_times_of_files(tmp_path, order):
-    """A directory that was copied has other times: the oldest step may be the newest file."""
+def test_the_last_steps_are_kept_regardless_of_file_times(tmp_path, order):
+    """In a copied directory the oldest step may be the newest file."""
     for step in (100, 200, 300, 400):
         path = add(tmp_path, step)
         for file in (path / directory.MANIFEST, path):
@@ -54,8 +54,8 @@ def test_the_last_steps_are_kept_whatever_the_times_of_files(tmp_path, order):
     assert names(tmp_path) == ["latest", "step-00000300", "step-00000400", "step-00000500"]
 
 
-def test_steps_of_a_branch_that_was_left_go_first(tmp_path):
-    """The run went back from 500 to 200: 300 must not push 200 out."""
+def test_steps_of_an_abandoned_branch_are_removed_first(tmp_path):
+    """The run went back from 500 to 200: saving 300 must not remove 200."""
     for step in (100, 200, 400, 500):
         add(tmp_path, step)
     add(tmp_path, 300, keep_last=3)
@@ -64,14 +64,14 @@ def test_steps_of_a_branch_that_was_left_go_first(tmp_path):
     assert names(tmp_path) == ["latest", "step-00000200", "step-00000300", "step-00000350"]
 
 
-def test_a_step_that_is_reached_again_replaces(tmp_path):
+def test_a_step_that_is_reached_again_is_replaced(tmp_path):
     first = add(tmp_path, 5)
     (first / "tensors" / "data").write_text("old")
     assert (add(tmp_path, 5) / "tensors" / "data").read_text() == "step 5"
     assert names(tmp_path) == ["latest", "step-00000005"]
 
 
-def test_replacing_that_fails_leaves_the_old(tmp_path, monkeypatch):
+def test_a_failed_replacement_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     first = add(tmp_path, 5)
     (first / "tensors" / "data").write_text("old")
     rename = Path.rename
@@ -88,8 +88,8 @@ def test_replacing_that_fails_leaves_the_old(tmp_path, monkeypatch):
     assert names(tmp_path) == ["latest", "step-00000005", "step-00000005.partial"]
 
 
-def test_replacing_that_is_cut_short_loses_nothing(tmp_path):
-    """Died between the renames: the next run reads the old one, and its first save keeps it."""
+def test_an_interrupted_replacement_loses_nothing(tmp_path):
+    """After a death between the renames, the next run reads the old one and restores its name."""
     first = add(tmp_path, 5)
     (first / "tensors" / "data").write_text("old")
     directory.seal(directory.create_partial(first.parent, 5), {"step": 5})
@@ -100,17 +100,17 @@ def test_replacing_that_is_cut_short_loses_nothing(tmp_path):
     assert (first / "tensors" / "data").read_text() == "old"
 
 
-def test_a_checkpoint_is_found_again_after_it_got_its_name_back(tmp_path):
-    """What is not trained is copied from it while the next one is being written."""
+def test_a_checkpoint_is_found_after_its_name_is_restored(tmp_path):
+    """Frozen tensors are copied from it while the next checkpoint is written."""
     path = add(tmp_path, 5)
     waiting = path.rename(path.with_name("step-00000005.replaced.partial"))
-    assert find_latest(tmp_path) == waiting == directory.settled(waiting)
+    assert find_latest(tmp_path) == waiting == directory.restored_path(waiting)
     directory.create_partial(path.parent, 6)
-    assert directory.settled(waiting) == path
-    assert directory.settled(path) == path
+    assert directory.restored_path(waiting) == path
+    assert directory.restored_path(path) == path
 
 
-def test_a_replaced_checkpoint_that_is_no_longer_whole_does_not_come_back(tmp_path, monkeypatch):
+def test_an_incomplete_replaced_checkpoint_is_not_restored(tmp_path, monkeypatch):
     add(tmp_path, 5)
     monkeypatch.setattr(shutil, "rmtree", lambda *given, **options: None)
     checkpoints = tmp_path / directory.CHECKPOINTS
@@ -124,7 +124,7 @@ def test_a_replaced_checkpoint_that_is_no_longer_whole_does_not_come_back(tmp_pa
     assert names(tmp_path) == ["latest", "step-00000006"]
 
 
-def test_what_a_dead_run_left_is_no_checkpoint_and_is_cleared(tmp_path):
+def test_a_partial_checkpoint_of_a_dead_run_is_cleared(tmp_path):
     add(tmp_path, 1)
     write_checkpoint(tmp_path, step=2, publish=False)
     assert find_latest(tmp_path).name == "step-00000001"
@@ -133,8 +133,8 @@ def test_what_a_dead_run_left_is_no_checkpoint_and_is_cleared(tmp_path):
     assert names(tmp_path) == ["latest", "step-00000001", "step-00000003"]
 
 
-def test_half_a_directory_with_a_final_name_is_not_complete(tmp_path):
-    """A copy that was interrupted has the name, but not the manifest, which is written last."""
+def test_a_directory_without_a_manifest_is_not_complete(tmp_path):
+    """An interrupted copy has the final name, but not the manifest, which is written last."""
     add(tmp_path, 1)
     (add(tmp_path, 2) / directory.MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=r"latest names step-00000002.*step-00000001"):
@@ -146,11 +146,11 @@ def test_half_a_directory_with_a_final_name_is_not_complete(tmp_path):
 def test_latest_must_be_a_name(tmp_path):
     add(tmp_path, 1)
     (tmp_path / directory.CHECKPOINTS / "latest").write_text("../../elsewhere")
-    with pytest.raises(CheckpointError, match=r"expected a name such .*here: step-00000001"):
+    with pytest.raises(CheckpointError, match=r"expected a name such .*: step-00000001"):
         find_latest(tmp_path)
 
 
-def test_resolves_what_a_person_would_point_at(tmp_path, monkeypatch):
+def test_resolves_runs_and_checkpoints(tmp_path, monkeypatch):
     step = add(tmp_path, 1)
     newest = add(tmp_path, 2)
     assert resolve_checkpoint(tmp_path) == newest
@@ -166,14 +166,14 @@ def test_resolves_what_a_person_would_point_at(tmp_path, monkeypatch):
     assert find_latest(tmp_path / "empty") is None
 
 
-def test_unwritable_output_is_said_at_the_start(tmp_path):
+def test_unwritable_output_raises(tmp_path):
     check_output(tmp_path / "new" / "run")
     assert list((tmp_path / "new" / "run").iterdir()) == []
-    with tempfile.TemporaryDirectory(dir=tmp_path) as other:  # as of a process with the same id
+    with tempfile.TemporaryDirectory(dir=tmp_path) as other:  # as by a process with the same id
         (Path(other) / f".write-test-{os.getpid()}").mkdir()
         check_output(other)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"output: the directory '.*file/run' can not be written"):
+    with pytest.raises(ValueError, match=r"output: the directory '.*file/run' cannot be written"):
         check_output(tmp_path / "file" / "run")
     if os.geteuid() != 0:  # root may write anywhere
         (tmp_path / "closed").mkdir(mode=0o500)

@@ -1,4 +1,4 @@
-"""Two runs in one directory: the second is refused as long as the first lives, and no longer."""
+"""A second run in a directory is refused while the first one lives, and no longer."""
 
 import errno
 import fcntl
@@ -20,12 +20,12 @@ time.sleep(600)
 """
 
 
-def test_a_directory_is_one_runs_at_a_time(tmp_path):
+def test_only_one_run_at_a_time_uses_a_directory(tmp_path):
     first, second = OutputLock(tmp_path), OutputLock(tmp_path)
     first.take()
     with pytest.raises(ValueError, match=rf"process {os.getpid()} on .*'{tmp_path}'.* --output"):
         second.take()
-    second.release()  # which never had it
+    second.release()  # without having the lock
     with pytest.raises(ValueError, match="another run"):
         second.take()
     first.release()
@@ -33,7 +33,7 @@ def test_a_directory_is_one_runs_at_a_time(tmp_path):
     second.release()
 
 
-def test_a_run_that_was_killed_leaves_no_lock(tmp_path):
+def test_a_killed_run_leaves_no_lock(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True
     ) as holder:
@@ -47,7 +47,7 @@ def test_a_run_that_was_killed_leaves_no_lock(tmp_path):
     lock.release()
 
 
-def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_not_an_error(tmp_path, monkeypatch, caplog):
     def fail(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 

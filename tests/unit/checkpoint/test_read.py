@@ -1,4 +1,4 @@
-"""Tensors by name, and every way in which a checkpoint can be incomplete."""
+"""Reading tensors by name, and errors for incomplete checkpoints."""
 
 import json
 import subprocess
@@ -42,26 +42,26 @@ def test_part_of_a_tensor(tmp_path):
 
 
 def test_unknown_tensor(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no tensor 'output\.weight'"):
+    with pytest.raises(CheckpointError, match=r"has no tensor 'output\.weight'"):
         TensorReader(write_checkpoint(tmp_path)).tensor("output.weight")
 
 
-def test_tensor_with_a_hole_is_refused(tmp_path):
-    """Otherwise the rows that no rank wrote would be whatever the memory held."""
+def test_tensor_with_a_gap_is_refused(tmp_path):
+    """Otherwise the rows that no rank wrote would be uninitialised memory."""
     checkpoint = write_checkpoint(tmp_path)
 
     def change(metadata):
         metadata.state_dict_metadata["embedding.word.weight"].size = torch.Size([6, 3])
 
     edit_metadata(checkpoint, change)
-    with pytest.raises(CheckpointError, match="12 of 18 elements are stored"):
+    with pytest.raises(CheckpointError, match="12 of 18 elements"):
         TensorReader(checkpoint)
 
 
 @pytest.mark.parametrize(
     ("offsets", "sizes"), [((2, 0), (4, 3)), ((-1, 0), (4, 3)), ((0,), (12,)), ((0, 0), (-4, -3))]
 )
-def test_block_outside_of_its_tensor_is_refused(tmp_path, offsets, sizes):
+def test_block_outside_its_tensor_is_refused(tmp_path, offsets, sizes):
     checkpoint = write_checkpoint(tmp_path)
 
     def change(metadata):
@@ -79,7 +79,7 @@ def test_block_outside_of_its_tensor_is_refused(tmp_path, offsets, sizes):
 
 
 def test_overlapping_blocks_are_refused(tmp_path):
-    """Two blocks in one place leave another place empty."""
+    """Overlapping blocks leave a gap elsewhere."""
     checkpoint = write_checkpoint(tmp_path, tensors={"a": torch.ones(2), "b": torch.zeros(4)})
 
     def change(metadata):
@@ -106,7 +106,7 @@ def test_missing_and_truncated_files_are_named(tmp_path, name):
         TensorReader(checkpoint)
 
 
-def test_foreign_checkpoints_say_what_was_expected(tmp_path):
+def test_errors_for_foreign_manifests(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "run")
     text = json.dumps(json.loads((checkpoint / directory.MANIFEST).read_text()), indent=1)
     for old, new, expected in [
@@ -115,17 +115,17 @@ def test_foreign_checkpoints_say_what_was_expected(tmp_path):
         (text, "[1]", "expected a JSON object, found list"),
         (text, "{", "expected a JSON object"),
         (text, "[" * 200_000, "expected a JSON object"),
-        ('"version": 2', '"version": 1' + "0" * 5000, "5001 digits is more than 64 bits"),
-        ('"version": 2', f'"version": {2**63}', "19 digits is more than 64 bits"),
+        ('"version": 2', '"version": 1' + "0" * 5000, "5001 digits"),
+        ('"version": 2', f'"version": {2**63}', "19 digits"),
         ('"config.toml": 1', '"config.toml": -1', "files.config.toml: Input should be greater"),
         ('"tokenizer": "', '"tokenizer": 5, "t": "', "tokenizer: Input should be a valid string"),
         ('"world": 1', '"size": 1', "layout.world: Field required"),
         ('"world": 1', '"world": 1, "data": "two"', "layout.data: Input should be a valid integer"),
         ('"format"', '"mean_of": 5, "format"', "mean_of: Input should be a valid list, found 5"),
         ('"optimizer_steps": ', '"optimizer_steps": -1, "o": ', "optimizer_steps: Input should"),
-        ('"config.toml"', '"../config.toml"', "outside of the checkpoint's directory"),
-        ('"config.toml"', '"/etc/passwd"', "outside of the checkpoint's directory"),
-        ('"config.toml"', '"tensors/../config.toml"', "outside of the checkpoint's directory"),
+        ('"config.toml"', '"../config.toml"', "outside the checkpoint's directory"),
+        ('"config.toml"', '"/etc/passwd"', "outside the checkpoint's directory"),
+        ('"config.toml"', '"tensors/../config.toml"', "outside the checkpoint's directory"),
         ('"crc32"', '"crc"', r"its checksums \(crc32\) do not cover its files"),
         ('"state.json": [', '"state.json": ["5 00000000",', "do not cover its files"),
         ('"state.json": [', '"state.json": ["5 0000000g",', r"crc32.state.json.0: String should"),
@@ -138,31 +138,31 @@ def test_foreign_checkpoints_say_what_was_expected(tmp_path):
     megatron = tmp_path / "iter_0000100"
     megatron.mkdir()
     (megatron / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
-    with pytest.raises(CheckpointError, match="no complete checkpoint of ee_llm"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint of ee_llm"):
         TensorReader(megatron)
 
 
-def test_tokenizer_must_be_the_one_it_was_trained_with(tmp_path):
+def test_tokenizer_must_match_the_manifest(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "run")
     source = tmp_path / "spm.model"
     source.write_bytes(b"model")
 
-    def state(mark):
-        reseal(checkpoint, lambda facts: facts.update(tokenizer=mark))
+    def set_tokenizer(fingerprint):
+        reseal(checkpoint, lambda facts: facts.update(tokenizer=fingerprint))
 
-    mark = tokenizer.fingerprint(str(source))
-    state(mark)
+    fingerprint = tokenizer.fingerprint(str(source))
+    set_tokenizer(fingerprint)
     with pytest.raises(CheckpointError, match="tokenizer is missing: expected the tokenizer sha2"):
         TensorReader(checkpoint).tokenizer()
     tokenizer.store(str(source), checkpoint)
-    with pytest.raises(CheckpointError, match=r"spm\.model is not a file of this checkpoint"):
+    with pytest.raises(CheckpointError, match=r"spm\.model does not belong to this checkpoint"):
         TensorReader(checkpoint)
-    state(mark)
+    set_tokenizer(fingerprint)
     stored = TensorReader(checkpoint).tokenizer()
     assert stored == str(checkpoint / "tokenizer" / "spm.model")
     (checkpoint / "tokenizer" / "spm.model").write_bytes(b"other")
-    for stated in (mark, "bytes"):
-        state(stated)
+    for stated in (fingerprint, "bytes"):
+        set_tokenizer(stated)
         with pytest.raises(CheckpointError, match=r"spm\.model .* is not the tokenizer that"):
             TensorReader(checkpoint).tokenizer()
     reseal(checkpoint, lambda facts: facts.pop("tokenizer"))
@@ -171,7 +171,7 @@ def test_tokenizer_must_be_the_one_it_was_trained_with(tmp_path):
 
 
 def test_reading_needs_no_megatron(tmp_path):
-    """Inference loads what training saved, on machines without megatron-core."""
+    """Inference reads checkpoints on machines without megatron-core."""
     write_checkpoint(tmp_path)
     program = (
         "import sys; sys.modules['megatron'] = None; sys.modules['megatron.core'] = None\n"

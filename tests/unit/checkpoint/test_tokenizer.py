@@ -1,4 +1,4 @@
-"""A checkpoint carries its tokenizer and knows another one when it sees it."""
+"""A checkpoint stores its tokenizer and detects a different one."""
 
 import pytest
 
@@ -19,31 +19,31 @@ def test_stored_file_is_the_tokenizer(tmp_path):
     tokenizer.check(stored, tokenizer.fingerprint(str(source)), checkpoint)
 
 
-def test_the_run_keeps_the_tokenizer_it_began_with(tmp_path):
-    """A save after hours must not fail, or store another vocabulary, because a file has changed."""
+def test_a_run_keeps_its_first_tokenizer(tmp_path):
+    """A save after hours must not fail or store another vocabulary because a file has changed."""
     source = tmp_path / "spm.model"
     source.write_bytes(b"first")
     tokenizer.keep(str(source))
-    mark = tokenizer.fingerprint(str(source))
+    fingerprint = tokenizer.fingerprint(str(source))
     source.write_bytes(b"second")
-    assert tokenizer.fingerprint(str(source)) == mark
+    assert tokenizer.fingerprint(str(source)) == fingerprint
     source.unlink()
     (tmp_path / "checkpoint").mkdir()
     tokenizer.store(str(source), tmp_path / "checkpoint")
     assert (tmp_path / "checkpoint" / "tokenizer" / "spm.model").read_bytes() == b"first"
 
 
-def test_the_next_run_begins_with_the_tokenizer_as_it_is_then(tmp_path):
+def test_the_next_run_reads_the_tokenizer_again(tmp_path):
     source = tmp_path / "spm.model"
-    marks = []
+    fingerprints = []
     for content in (b"first", b"second"):
         source.write_bytes(content)
         tokenizer.keep(str(source))
-        marks.append(tokenizer.fingerprint(str(source)))
-    assert marks[0] != marks[1]
+        fingerprints.append(tokenizer.fingerprint(str(source)))
+    assert fingerprints[0] != fingerprints[1]
 
 
-def test_bytes_needs_no_file(tmp_path):
+def test_the_byte_tokenizer_needs_no_file(tmp_path):
     tokenizer.store("bytes", tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert tokenizer.stored(tmp_path) == "bytes"
@@ -61,11 +61,11 @@ def test_another_tokenizer_is_an_error(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.tokenizer: can not read .*none\.model"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer: cannot read .*none\.model"):
         tokenizer.fingerprint(str(tmp_path / "none.model"))
 
 
-def test_two_files_are_not_guessed_between(tmp_path):
+def test_two_tokenizer_files_raise(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     for name in "ab":
         (tmp_path / "tokenizer" / name).touch()

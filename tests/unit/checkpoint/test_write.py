@@ -1,4 +1,4 @@
-"""Checkpoints written tensor by tensor are those that everything else reads."""
+"""Checkpoints written tensor by tensor can be read by everything else."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def written(output: Path, **options) -> Path:
 
 @pytest.mark.parametrize("block_bytes", [1, 24, 32 * 2**20])
 def test_tensors_come_back_bit_for_bit(tmp_path, monkeypatch, block_bytes):
-    """Through our reader, whole and in part, and through torch's own."""
+    """Read by our reader, as a whole and in part, and by torch."""
     monkeypatch.setattr(write, "BLOCK_BYTES", block_bytes)
     path = written(tmp_path / "run")
     reader = TensorReader(tmp_path / "run")
@@ -52,7 +52,7 @@ def test_tensors_come_back_bit_for_bit(tmp_path, monkeypatch, block_bytes):
     safe.check_common(path / directory.TENSORS)
 
 
-def test_the_tokenizer_and_files_come_along(tmp_path):
+def test_the_tokenizer_and_further_files_are_stored(tmp_path):
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
     path = written(
@@ -69,7 +69,7 @@ def test_the_tokenizer_and_files_come_along(tmp_path):
     assert reader.manifest["x"] == 2
 
 
-def test_what_is_asked_for_is_read_one_after_the_other_and_not_kept(tmp_path):
+def test_only_one_tensor_at_a_time_is_in_memory(tmp_path):
     """A writer that collects tensors needs as much memory as the model."""
     alive: list[int] = []
 
@@ -83,25 +83,25 @@ def test_what_is_asked_for_is_read_one_after_the_other_and_not_kept(tmp_path):
     def get(name: str) -> Tensor:
         tensor = torch.zeros(2, 2)
         tensor.counted = Counted()
-        assert len(alive) <= 2  # this one, and the last until its name is taken over
+        assert len(alive) <= 2  # this one, and the previous one until its variable is reassigned
         return tensor
 
     specs = {f"t{i}": TensorSpec((2, 2), torch.float32) for i in range(6)}
-    told: list[tuple[str, int]] = []
-    write_checkpoint(tmp_path, CONFIG, specs, get, on_tensor=lambda *one: told.append(one))
-    assert told == [(name, 16) for name in specs]
+    calls: list[tuple[str, int]] = []
+    write_checkpoint(tmp_path, CONFIG, specs, get, on_tensor=lambda *call: calls.append(call))
+    assert calls == [(name, 16) for name in specs]
 
 
-def test_a_checkpoint_that_is_there_is_left_alone(tmp_path):
+def test_an_existing_checkpoint_is_not_overwritten(tmp_path):
     path = written(tmp_path)
     before = (path / "manifest.json").stat()
-    with pytest.raises(CheckpointError, match="is there already; choose another --output"):
+    with pytest.raises(CheckpointError, match="already exists.*--output"):
         written(tmp_path)
     assert (path / "manifest.json").stat() == before
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(4, 2), torch.zeros(4, 3, dtype=torch.float64)])
-def test_a_tensor_that_is_not_as_announced_leaves_nothing(tmp_path, wrong):
+def test_a_tensor_that_differs_from_its_spec_raises(tmp_path, wrong):
     def get(name: str) -> Tensor:
         return wrong if name == "embedding.word.weight" else TENSORS[name]
 
@@ -124,7 +124,7 @@ write_checkpoint(sys.argv[1], CONFIG, SPECS, get)
 """
 
 
-def test_killed_in_between_it_leaves_no_checkpoint_and_can_be_repeated(tmp_path):
+def test_a_killed_writer_leaves_no_checkpoint(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], env=os.environ, timeout=60, check=False
     )
@@ -152,7 +152,7 @@ except CheckpointError as error:
 """
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
+def test_a_full_disk_raises_and_leaves_nothing(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path)],
         env=os.environ,
@@ -161,6 +161,6 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert "can not write" in run.stdout
+    assert "cannot write" in run.stdout
     assert "MiB are free there" in run.stdout
     assert list((tmp_path / "checkpoints").iterdir()) == []

@@ -86,8 +86,8 @@ def test_commands_for_checkpoints_say_how_to_convert(tmp_path, capsys, command):
     folder = make_folder(tmp_path / "theirs")
     assert main([*command, str(folder)]) == 2
     found = capsys.readouterr().err.strip()
-    mend = f"convert it first: ee-llm convert {folder} --output runs/theirs"
-    assert found.endswith(f"{folder} is not an ee-llm checkpoint; {mend}")
+    mend = f"Convert it first: ee-llm convert {folder} --output runs/theirs"
+    assert found.endswith(f"{folder} is not an ee-llm checkpoint. {mend}")
 
 
 def test_so_they_do_for_files_and_ids_of_the_hub(tmp_path, capsys, monkeypatch):
@@ -96,7 +96,7 @@ def test_so_they_do_for_files_and_ids_of_the_hub(tmp_path, capsys, monkeypatch):
     assert main(["checkpoint", "info", "model.gguf"]) == 2
     assert "ee-llm convert model.gguf --output runs/model" in capsys.readouterr().err
     assert main(["checkpoint", "info", "org/model"]) == 2
-    assert "convert a model of the Hugging Face hub first" in capsys.readouterr().err
+    assert "Convert a model of the Hugging Face Hub first" in capsys.readouterr().err
 
 
 def test_a_local_folder_goes_before_the_hub(tmp_path, capsys, monkeypatch):

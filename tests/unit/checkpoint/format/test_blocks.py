@@ -1,4 +1,4 @@
-"""Blocks of a tensor that meet are found, and soon."""
+"""Overlapping blocks of a tensor are found, in reasonable time."""
 
 import random
 import time
@@ -9,15 +9,15 @@ from ee_llm.checkpoint.format import blocks
 
 
 def grid_of_blocks(rows, columns):
-    """The blocks of a tensor of shape [2 rows, 3 columns], each [2, 3], in no order."""
+    """Return the [2, 3] blocks of a tensor [2 rows, 3 columns] in random order."""
     corners = [(2 * i, 3 * j) for i in range(rows) for j in range(columns)]
     random.Random(0).shuffle(corners)
     return [blocks.Chunk(corner, (2, 3), "", 0, 0) for corner in corners]
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(20_000, 1), (1, 20_000), (150, 150)])
-def test_many_blocks_are_compared_soon(rows, columns):
-    """An index of a few MB is read before it is trusted: each with each would take minutes."""
+def test_many_blocks_are_compared_quickly(rows, columns):
+    """The index of an untrusted file has any number of blocks; comparing all pairs is too slow."""
     chunks = grid_of_blocks(rows, columns)
     start = time.perf_counter()
     assert not blocks.any_overlap(chunks)

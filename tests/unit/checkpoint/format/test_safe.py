@@ -1,4 +1,4 @@
-"""Nothing that a checkpoint holds is run, wherever it is planted."""
+"""No code in a checkpoint is executed, wherever it is planted."""
 
 import builtins
 import importlib
@@ -27,16 +27,16 @@ NAME = "embedding.word.weight"
 
 @pytest.fixture
 def marker(tmp_path):
-    """A path that a payload creates; the payload is shown to work before the test begins."""
+    """A path that a payload creates. The fixture first checks that the payload works."""
     path = tmp_path / "executed"
     pickle.loads(pickle.dumps(Payload(path)))
-    assert path.exists(), "the payload does nothing, so that this test would prove nothing"
+    assert path.exists(), "the payload has no effect, so this test would prove nothing"
     path.unlink()
     return path
 
 
 def plant_entry(checkpoint, data, is_bytes):
-    """Append `data` to a .distcp file and let the index say that `NAME` is there."""
+    """Append `data` to a .distcp file and make the index refer to it as `NAME`."""
     tensors = checkpoint / directory.TENSORS
     file = next(tensors.glob("*.distcp"))
     position = file.stat().st_size
@@ -78,7 +78,7 @@ def read_all(checkpoint):
         "bytes",
     ],
 )
-def test_planted_pickle_is_refused_and_not_run(tmp_path, marker, place):
+def test_planted_pickle_is_refused_and_not_executed(tmp_path, marker, place):
     checkpoint = write_checkpoint(tmp_path / "run")
     tensors = checkpoint / directory.TENSORS
     payload = Payload(marker)
@@ -108,20 +108,20 @@ def test_planted_pickle_is_refused_and_not_run(tmp_path, marker, place):
 
 
 def test_untouched_checkpoint_is_read(tmp_path):
-    """The control of the test above: it is the planting that is refused."""
+    """The control of the test above: without planted data, the checkpoint is read."""
     assert len(read_all(write_checkpoint(tmp_path))) == 2
 
 
 @pytest.mark.parametrize("name", ["Size.__class__", "Size.__init__.__globals__", "load"])
-def test_allowed_classes_are_no_way_to_others(name):
-    """A dotted name would walk from an allowed class to anything; torch.load unpickles files."""
+def test_allowed_classes_do_not_lead_to_others(name):
+    """A dotted name could reach any object from an allowed class; torch.load unpickles files."""
     program = b"\x80\x04\x8c\x05torch\x8c" + bytes([len(name)]) + name.encode() + b"\x93."
     with pytest.raises(pickle.UnpicklingError, match="it names torch"):
         safe._MetadataUnpickler(io.BytesIO(program)).load()
 
 
 def build(module, name, attribute):
-    """A pickle whose BUILD sets an attribute of a class (the "slots" half of a state)."""
+    """Return a pickle whose BUILD sets an attribute of a class (the "slots" half of a state)."""
     program = b"\x80\x04"
     for text in (module, name):
         program += b"\x8c" + bytes([len(text)]) + text.encode()
@@ -138,8 +138,8 @@ def build(module, name, attribute):
         ("torch.distributed.checkpoint.metadata", "Metadata", "storage_data"),
     ],
 )
-def test_classes_of_the_process_can_not_be_changed(tmp_path, module, name, attribute):
-    """BUILD is setattr on whatever is on the stack: here on classes that all of Python uses."""
+def test_classes_of_the_process_cannot_be_changed(tmp_path, module, name, attribute):
+    """BUILD is setattr on the top of the stack: here a class that the whole process uses."""
     checkpoint = write_checkpoint(tmp_path)
     program = build(module, name, attribute)
     control = pickletools.genops(program)
@@ -151,13 +151,13 @@ def test_classes_of_the_process_can_not_be_changed(tmp_path, module, name, attri
     with pytest.raises(CheckpointError, match=r"\.metadata"):
         TensorReader(checkpoint)
     assert dict(vars(real)) == before
-    stand_in = safe._MetadataUnpickler(io.BytesIO(program)).find_class(module, name)
-    assert stand_in is not real
+    stub = safe._MetadataUnpickler(io.BytesIO(program)).find_class(module, name)
+    assert stub is not real
     with pytest.raises(pickle.UnpicklingError, match=f"it sets 'planted' of the class {name}"):
-        stand_in.planted = True
+        stub.planted = True
 
 
-def test_build_does_set_attributes_of_classes():
+def test_build_sets_attributes_of_real_classes():
     """The control of the test above: with real classes, such a pickle changes them."""
     name = "Victim"
     globals()[name] = type(name, (), {})
@@ -178,8 +178,8 @@ def nested(depth):
 @pytest.mark.parametrize(
     ("program", "expected"),
     [
-        (b"\x80\x02Nr\xff\xff\xff\x7f.", "asks for a memo of 2147483647 values"),
-        (b"Np2147483647\n.", "asks for a memo of 2147483647 values"),
+        (b"\x80\x02Nr\xff\xff\xff\x7f.", "requires a memo of 2147483647 values"),
+        (b"Np2147483647\n.", "requires a memo of 2147483647 values"),
         (b"\x80\x02}" + nested(10**6)[2:] + b"Ns.", "a tuple of 1001 items"),
         (nested(600) + b"q\x00" + b"h\x00" + b"\x85" * 600 + b".", "a tuple of 1001 items"),
         (nested(600) + b"2" + b"\x85" * 600 + b".", "a tuple of 1001 items"),
@@ -190,13 +190,13 @@ def nested(depth):
     ],
 )
 def test_pickles_that_would_exhaust_the_machine_are_refused(program, expected):
-    """The memo is an array that long; the hash of such a key ends the process, or never ends."""
+    """The memo is an array of that length; hashing such a key crashes the process or never ends."""
     with pytest.raises(pickle.UnpicklingError, match=expected):
         safe._MetadataUnpickler(io.BytesIO(program))
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_plain_values_come_through_as_they_are(protocol):
+def test_plain_values_are_unchanged(protocol):
     shared = [1, ("a", (2.5, None))]
     value = {(1, (2, 3)): shared, "b": (shared, {}, (), True), "c": list(range(2000))}
     program = pickle.dumps(value, protocol)
@@ -204,7 +204,7 @@ def test_plain_values_come_through_as_they_are(protocol):
 
 
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "..", ".", "", "a/b", "a/", "a\0b"])
-def test_index_that_points_outside_of_the_directory_is_refused(tmp_path, path):
+def test_index_that_points_outside_the_directory_is_refused(tmp_path, path):
     checkpoint = write_checkpoint(tmp_path)
 
     def change(metadata):
@@ -212,11 +212,11 @@ def test_index_that_points_outside_of_the_directory_is_refused(tmp_path, path):
             info.relative_path = path
 
     edit_metadata(checkpoint, change)
-    with pytest.raises(CheckpointError, match="outside of the checkpoint's directory"):
+    with pytest.raises(CheckpointError, match="outside the checkpoint's directory"):
         TensorReader(checkpoint)
 
 
-def test_content_of_common_is_refused(tmp_path):
+def test_nonempty_common_is_refused(tmp_path):
     checkpoint = write_checkpoint(tmp_path)
     torch.save({"args": 1}, checkpoint / directory.TENSORS / "common.pt")
     with pytest.raises(CheckpointError, match=r"common\.pt: expected an empty dictionary"):
@@ -254,8 +254,8 @@ def test_damaged_index_names_the_file(tmp_path):
             TensorReader(checkpoint)
 
 
-def test_shape_that_the_file_is_too_small_for_is_refused(tmp_path):
-    """12 EiB would be allocated before anything is read."""
+def test_shape_larger_than_the_file_is_refused(tmp_path):
+    """Otherwise 12 EiB would be allocated before anything is read."""
     checkpoint = write_checkpoint(tmp_path)
 
     def change(metadata):
@@ -285,7 +285,7 @@ def test_length_beyond_the_file_is_refused(tmp_path, field):
             read()
 
 
-def test_integers_that_no_tensor_can_have_are_refused(tmp_path):
+def test_oversized_integers_are_refused(tmp_path):
     checkpoint = write_checkpoint(tmp_path)
 
     def change(metadata):
@@ -297,8 +297,8 @@ def test_integers_that_no_tensor_can_have_are_refused(tmp_path):
         TensorReader(checkpoint)
 
 
-def test_blocks_that_share_their_bytes_are_refused(tmp_path):
-    """A thousand tensors in the bytes of one would be a thousand times the file in memory."""
+def test_blocks_that_share_bytes_are_refused(tmp_path):
+    """A thousand tensors in the bytes of one would need a thousand times the file's memory."""
     checkpoint = write_checkpoint(tmp_path)
 
     def change(metadata):

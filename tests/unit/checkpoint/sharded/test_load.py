@@ -1,5 +1,6 @@
-"""Which options a run may change when it goes on from a checkpoint."""
+"""The options that a run may change when it resumes from a checkpoint."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,9 +45,9 @@ def test_another_order_of_the_data_is_refused(name: str, value: object, expected
         compare_data(saved, current, SOURCE)
     found = str(caught.value)
     first, _, second = expected.partition(".*")
-    assert found.startswith(f"{SOURCE} is of a run that reads its data in another order: {first}")
+    assert found.startswith(f"{SOURCE} is from a run that reads its data in another order: {first}")
     assert second in found
-    assert found.endswith("--output")
+    assert found.endswith("--output.")
 
 
 @pytest.mark.parametrize(
@@ -62,20 +63,20 @@ def test_another_order_of_the_data_is_refused(name: str, value: object, expected
         ("optimizer.lr", 1e-4),
     ],
 )
-def test_what_leaves_the_order_alone_is_free(name: str, value: object) -> None:
+def test_options_that_keep_the_order_may_change(name: str, value: object) -> None:
     compare_data(make(), make(**{name: value}), SOURCE)
 
 
-def test_splits_are_compared_as_they_are_read() -> None:
-    """In proportion: they need add up to 1 only nearly."""
+def test_splits_are_compared_in_proportion() -> None:
+    """They need to add up to 1 only approximately."""
     saved = make(**{"data.split": (0.33333333, 0.33333333, 0.33333333)})
     compare_data(saved, make(**{"data.split": (1 / 3, 1 / 3, 1 / 3)}), SOURCE)
 
 
-def test_the_mend_for_a_run_that_goes_on_from_a_path() -> None:
-    """A path loads the position as well: another output alone would end at the same refusal."""
+def test_advice_for_a_run_that_resumes_from_a_path() -> None:
+    """A path loads the position as well, so another output alone would not help."""
     current = make(**{"training.seed": 5, "checkpoint.resume": "runs/a"})
-    with pytest.raises(CheckpointError, match="another --output and without checkpoint.resume$"):
+    with pytest.raises(CheckpointError, match="another --output and without checkpoint.resume.$"):
         compare_data(make(), current, SOURCE)
 
 
@@ -84,41 +85,43 @@ def write_data(prefix: Path, num_bytes: int) -> None:
         Path(f"{prefix}{suffix}").write_bytes(bytes(size))
 
 
-def test_data_that_was_prepared_anew_is_refused(tmp_path: Path) -> None:
-    """Under the same name the other documents come in another order."""
+def test_data_of_another_size_is_refused(tmp_path: Path) -> None:
+    """Data that was prepared again under the same name has another order."""
     prefixes = (str(tmp_path / "a"), str(tmp_path / "b"))
     for prefix in prefixes:
         write_data(Path(prefix), 1000)
     config = make(**{"data.prefixes": prefixes})
     state = TrainState(data=data_files(prefixes))
-    assert state.data == [["a", 1000, 54], ["b", 1000, 54]]
+    assert state.data == [("a", 1000, 54), ("b", 1000, 54)]
     compare_files(state, config, SOURCE)
     write_data(tmp_path / "b", 1200)
     with pytest.raises(CheckpointError) as caught:
         compare_files(state, config, SOURCE)
-    assert f"other data: {prefixes[1]}.bin had 1000 bytes and has 1200; some" in str(caught.value)
-    compare_files(TrainState(), config, SOURCE)  # of an older checkpoint
+    assert f"other data: {prefixes[1]}.bin had 1000 bytes and now has 1200" in str(caught.value)
+    compare_files(TrainState(), config, SOURCE)  # an older checkpoint
 
 
-def test_data_that_is_gone_does_not_keep_a_run_from_saving(tmp_path: Path) -> None:
+def test_deleted_data_does_not_prevent_saving(tmp_path: Path) -> None:
     assert data_files([str(tmp_path / "gone")]) == []
 
 
 def test_states_of_older_checkpoints_are_read() -> None:
     older = {"step": 7, "consumed_samples": 56, "skipped_steps": 1, "extra": {}}
     assert TrainState.from_json(dict(older), SOURCE) == TrainState(**older)  # type: ignore[arg-type]
-    whole = TrainState(step=7, data=[["a", 10, 54]], origin="runs/a")
-    assert TrainState.from_json(whole.to_json(), SOURCE) == whole
+    state = TrainState(step=7, data=[("a", 10, 54)], origin="runs/a")
+    assert TrainState.from_json(json.loads(json.dumps(state.to_json())), SOURCE) == state
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"steps": 1}, "expected the fields"),
-        ({"step": -1}, "step is -1, expected a count"),
-        ({"origin": 1}, "origin is 1, expected a path"),
-        ({"data": [["a", 10]]}, "expected a name and two sizes"),
-        ({"data": 5}, "expected a name and two sizes"),
+        ({"steps": 1}, "config.toml: steps: Extra inputs"),
+        ({"step": -1}, "step: Input should be greater than or equal to 0, found -1"),
+        ({"step": True}, "step: Input should be a valid integer, found True"),
+        ({"origin": 1}, "origin: Input should be a valid string, found 1"),
+        ({"data": [["a", 10]]}, "data.0.2: Field required"),
+        ({"data": [["a", 10, "5"]]}, "data.0.2: Input should be a valid integer, found '5'"),
+        ({"data": 5}, "data: Input should be a valid list, found 5"),
     ],
 )
 def test_a_damaged_state_is_refused(change: dict[str, Any], expected: str) -> None:
@@ -126,10 +129,17 @@ def test_a_damaged_state_is_refused(change: dict[str, Any], expected: str) -> No
         TrainState.from_json(TrainState().to_json() | change, SOURCE)
 
 
-def test_random_generators_mean_the_same_with_the_same_stages_only(
+def test_a_state_without_a_field_is_refused() -> None:
+    state = TrainState().to_json()
+    del state["step"]
+    with pytest.raises(CheckpointError, match="step: Field required"):
+        TrainState.from_json(state, SOURCE)
+
+
+def test_the_layout_of_random_generators_includes_the_stages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Virtual stages divide the layers anew over the same ranks."""
+    """Virtual stages divide the layers among the same ranks in another way."""
     monkeypatch.setattr(save.dist, "get_world_size", lambda: 2)
     for size, ranks in (("tensor_model_parallel", 1), ("pipeline_model_parallel", 2)):
         name = f"get_{size}_world_size"

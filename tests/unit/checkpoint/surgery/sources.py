@@ -1,4 +1,4 @@
-"""Checkpoints with an optimizer's state, generators and a place in the data, made without a run."""
+"""Writes checkpoints with optimizer state, generators and a data position, without a run."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def save(
     optimizer: bool = True,
     state: TrainState = STATE,
 ) -> TensorReader:
-    """Return a checkpoint of random tensors, the optimizer's too, with the byte tokenizer."""
+    """Write a checkpoint of random tensors, optimizer state included, with the byte tokenizer."""
     config = config or tiny()
     tensors = random_tensors(config, seed, dtype)
     if optimizer:
@@ -60,7 +60,7 @@ def save(
 
 
 def save_tuned(output: Path, **parallel: Any) -> TensorReader:
-    """Return a checkpoint of tuning exits 1 and 3 of 4 layers, whose optimizer has them alone."""
+    """Write a checkpoint of a run that tuned exits 1 and 3, which has only their moments."""
     values = tiny(boundaries=(1, 3)).model_dump()
     values["tuning"] = {"checkpoint": "before", "exits": (1, 3)}
     values["parallel"] |= parallel
@@ -84,8 +84,8 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-def assert_goes_on(found: TensorReader, source: TensorReader) -> None:
-    """A run goes on from the first as from the second."""
+def assert_resumes_alike(found: TensorReader, source: TensorReader) -> None:
+    """Assert that a run resumes from the first checkpoint as from the second."""
     for name in ("state.json", *FILES):
         assert (found.path / name).read_bytes() == (source.path / name).read_bytes()
     for name in ("step", "optimizer_steps", "layout", "tokenizer"):

@@ -1,4 +1,4 @@
-"""The mean of checkpoints is the mean, and of one model only."""
+"""Averaging checkpoints of one model."""
 
 import json
 
@@ -18,8 +18,8 @@ from tests.unit.checkpoint.surgery.sources import HEADS, refusal, run, save, tin
         (torch.float64, torch.float64),
     ],
 )
-def test_it_is_the_mean(tmp_path, dtype, sums):
-    """Summed in more digits than the weights have: theirs alone would be off in the last one."""
+def test_weights_are_the_mean(tmp_path, dtype, sums):
+    """Sums need more precision than the weights have."""
     readers = [save(tmp_path / str(seed), seed=seed, dtype=dtype) for seed in range(3)]
     run("average", *(r.path for r in readers), "--output", tmp_path / "mean")
     mean = TensorReader(tmp_path / "mean")
@@ -34,8 +34,7 @@ def test_it_is_the_mean(tmp_path, dtype, sums):
     assert narrow > 100 or dtype == torch.float64
 
 
-def test_a_run_begins_with_it(tmp_path, capsys):
-    """No optimizer, step 0: the moments are of none of the checkpoints; what it is of is said."""
+def test_the_average_has_no_optimizer_and_step_zero(tmp_path, capsys):
     readers = [
         save(tmp_path / str(step), seed=step, state=TrainState(step=step)) for step in (4, 9)
     ]
@@ -44,14 +43,14 @@ def test_a_run_begins_with_it(tmp_path, capsys):
     run("info", tmp_path / "mean", "--json")
     facts = json.loads(capsys.readouterr().out)
     assert facts["optimizer"]["tensors"] == 0
-    assert (facts["step"], [one["step"] for one in facts["mean_of"]]) == (0, [4, 9])
+    assert (facts["step"], [source["step"] for source in facts["mean_of"]]) == (0, [4, 9])
     mean = TensorReader(tmp_path / "mean")
     assert not (mean.path / "rng").exists()
     assert (mean.path / "huggingface" / "config.json").is_file()
 
 
 def test_the_newest_of_a_run(tmp_path):
-    """Written one after another into one run, as training does."""
+    """Checkpoints of one run directory, as written by training."""
     run_directory = tmp_path / "run"
     readers = []
     for step in (1, 2, 3):
@@ -66,8 +65,8 @@ def test_the_newest_of_a_run(tmp_path):
         assert torch.equal(one.tensor(name), other.tensor(name))
 
 
-def test_the_last_of_a_run_that_went_back(tmp_path):
-    """Steps above the newest are of a branch that the run left."""
+def test_steps_above_the_newest_are_ignored(tmp_path):
+    """They are from before the run went back to an older checkpoint."""
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
     for step in (1, 2, 5):
@@ -76,7 +75,7 @@ def test_the_last_of_a_run_that_went_back(tmp_path):
     (checkpoints / "latest").write_text("step-00000002\n")
     run("average", tmp_path / "run", "--last", 2, "--output", tmp_path / "mean")
     mean = TensorReader(tmp_path / "mean").manifest["mean_of"]
-    assert sorted(one["step"] for one in mean) == [1, 2]
+    assert sorted(source["step"] for source in mean) == [1, 2]
 
 
 OTHERS = {
@@ -93,7 +92,7 @@ def test_other_models_are_refused(tmp_path, capsys, case):
     one, other = save(tmp_path / "one"), save(tmp_path / "other", config)
     found = refusal(capsys, "average", one.path, other.path, "--output", tmp_path / "mean")
     assert expected in found
-    assert "average checkpoints of one run" in found
+    assert "Average checkpoints of one run" in found
     assert not (tmp_path / "mean").exists()
 
 
@@ -106,10 +105,10 @@ def test_other_dtypes_are_refused(tmp_path, capsys):
 def test_fewer_than_two_are_refused(tmp_path, capsys):
     one = save(tmp_path / "one")
     output = ("--output", tmp_path / "mean")
-    assert "needs two checkpoints or more" in refusal(capsys, "average", one.path, *output)
+    assert "at least two checkpoints" in refusal(capsys, "average", one.path, *output)
     twice = refusal(capsys, "average", one.path, tmp_path / "one", *output)
     assert "is given more than once" in twice
     last = refusal(capsys, "average", tmp_path / "one", "--last", 2, *output)
     assert "has fewer checkpoints: step-00000007" in last
     both = refusal(capsys, "average", one.path, one.path, "--last", 2, *output)
-    assert "give one run directory" in both
+    assert "--last 2: pass one run directory" in both

@@ -1,4 +1,4 @@
-"""Exits come, move and go, and nothing else of a checkpoint changes by a bit."""
+"""Adding, moving and removing exits changes no other bit of a checkpoint."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.unit.checkpoint.surgery.sources import (
     HEADS,
     KINDS,
     all_tensors,
-    assert_goes_on,
+    assert_resumes_alike,
     assert_same,
     refusal,
     run,
@@ -31,8 +31,8 @@ def logits(reader: TensorReader) -> dict[int, torch.Tensor]:
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", ["llama", "gpt"])
-def test_added_and_removed_again_is_as_before(tmp_path, family, head):
-    """The optimizer's state, the generators, the place in the data and other files included."""
+def test_adding_and_removing_restores_the_checkpoint(tmp_path, family, head):
+    """This includes optimizer state, generators, the data position and other files."""
     source = save(
         tmp_path / "source", tiny(family, boundaries=(1, 3), temperatures=(2.0, 0.5), **HEADS[head])
     )
@@ -45,7 +45,7 @@ def test_added_and_removed_again_is_as_before(tmp_path, family, head):
     assert back.config().model == source.config().model
     assert_same(all_tensors(back), all_tensors(source))
     for found in (more, back):
-        assert_goes_on(found, source)
+        assert_resumes_alike(found, source)
     before, after = logits(source), logits(more)
     assert after.keys() == before.keys() | {2}
     for boundary, expected in before.items():
@@ -53,7 +53,7 @@ def test_added_and_removed_again_is_as_before(tmp_path, family, head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_what_is_added_fits_the_model_and_its_optimizer(tmp_path, head):
+def test_added_exits_have_weights_and_optimizer_state(tmp_path, head):
     source = save(tmp_path / "source", tiny(boundaries=(1,), **HEADS[head]))
     run("add-exits", source.path, "--exits", 3, "--output", tmp_path / "more")
     more = TensorReader(tmp_path / "more")
@@ -71,8 +71,8 @@ def test_what_is_added_fits_the_model_and_its_optimizer(tmp_path, head):
                 assert not moment.any()
 
 
-def test_a_copied_exit_is_the_models_own_head(tmp_path):
-    """An MLP's, too: copied from its layer, the exit begins as the plain one."""
+def test_a_copied_exit_equals_the_models_head(tmp_path):
+    """An exit with an MLP copied from its layer equals the plain exit."""
     dense = save(tmp_path / "dense", tiny(boundaries=()), dtype=torch.float32)
     run("add-exits", dense.path, "--exits", 2, 3, "--output", tmp_path / "plain")
     run(
@@ -88,7 +88,7 @@ def test_a_copied_exit_is_the_models_own_head(tmp_path):
 
 
 def test_a_copied_block_is_the_next_layer(tmp_path):
-    """With the final norm behind it an exit after layer 3 of 4 is then the model itself."""
+    """With the final norm, an exit after layer 3 of 4 then equals the model."""
     dense = save(tmp_path / "dense", tiny(boundaries=()), dtype=torch.float32)
     head = ("--head", "block", "norm")
     run("add-exits", dense.path, "--exits", 3, *head, "--output", tmp_path / "more")
@@ -96,7 +96,7 @@ def test_a_copied_block_is_the_next_layer(tmp_path):
     torch.testing.assert_close(found[3], found[4])
 
 
-def test_random_exits_are_those_that_a_new_model_is_drawn_with(tmp_path):
+def test_random_exits_equal_those_of_a_new_model(tmp_path):
     source = save(tmp_path / "source", tiny(boundaries=(1,), **HEADS["block"]), dtype=torch.float32)
     how = ("--exits", 2, "--initialization", "random")
     run("add-exits", source.path, *how, "--output", tmp_path / "more")
@@ -108,8 +108,8 @@ def test_random_exits_are_those_that_a_new_model_is_drawn_with(tmp_path):
         assert torch.equal(more.tensor(name), expected)
 
 
-def test_an_optimizer_of_some_parameters_alone_is_left_out(tmp_path, capsys):
-    """As a run that tuned exits has it: the others' moments can not be made up."""
+def test_partial_optimizer_state_is_omitted(tmp_path, capsys):
+    """A run that tuned exits has only their moments; the others cannot be reconstructed."""
     source = save(tmp_path / "source")
     kept = {n: t for n, t in all_tensors(source).items() if ".layers." not in n}
     assert len(kept) < len(all_tensors(source))
@@ -118,7 +118,7 @@ def test_an_optimizer_of_some_parameters_alone_is_left_out(tmp_path, capsys):
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in kept.items()}
     part = write_checkpoint(tmp_path / "part", source.config(), specs, kept.__getitem__)
     run("add-exits", part, "--exits", 3, "--output", tmp_path / "more")
-    assert "the optimizer has a part of the parameters alone" in capsys.readouterr().out
+    assert "it covers only a part of the parameters" in capsys.readouterr().out
     more = TensorReader(tmp_path / "more")
     assert more.names(optimizer=True) == []
     assert more.path.name == "step-00000000"
@@ -136,7 +136,7 @@ def test_moving_exits_changes_the_stage_and_no_bit(tmp_path):
     assert post.config().exits == source.config().exits
     for found in (pre, post):
         assert_same(all_tensors(found), all_tensors(source))
-        assert_goes_on(found, source)
+        assert_resumes_alike(found, source)
         for boundary, expected in logits(source).items():
             assert torch.equal(logits(found)[boundary], expected)
 
@@ -151,14 +151,17 @@ def test_all_exits_may_go(tmp_path):
 
 
 REFUSED = {
-    "beyond the depth": (("add-exits", "--exits", 4), "4 layers, and an early exit is after one"),
+    "beyond the depth": (("add-exits", "--exits", 4), "4 layers. Choose layers from 1 to 3."),
     "zero": (("add-exits", "--exits", 0), "--exits 0:"),
-    "there already": (("add-exits", "--exits", 2), "has an exit there already, it has them at"),
-    "twice": (("add-exits", "--exits", 3, 3), "--exits 3 3: name each exit once"),
-    "another head": (("add-exits", "--exits", 3, "--head", "mlp"), "are norm, and all are alike"),
+    "there already": (("add-exits", "--exits", 2), "already has exits at [1, 2]"),
+    "twice": (("add-exits", "--exits", 3, 3), "--exits 3 3: pass each exit once"),
+    "another head": (
+        ("add-exits", "--exits", 3, "--head", "mlp"),
+        "have norm, and all exits must be alike",
+    ),
     "another output": (
         ("add-exits", "--exits", 3, "--exit-output", "own"),
-        "--exit-output own: the exits that",
+        "--exit-output own: the exits of",
     ),
     "data for a copy": (
         ("add-exits", "--exits", 3, "--data", "x"),
@@ -168,14 +171,14 @@ REFUSED = {
         ("add-exits", "--exits", 3, "--initialization", "class-aware"),
         "(exits.output = shared); give --exit-output own",
     ),
-    "no exit there": (("remove-exits", "--exits", 3), "has no exit there, it has them at [1, 2]"),
-    "the final exit": (("remove-exits", "--exits", 4), "the output of the model itself"),
-    "placed so": (("move-exits", "--placement", "post"), "are placed so already"),
+    "no exit there": (("remove-exits", "--exits", 3), "has no exit there, only at [1, 2]"),
+    "the final exit": (("remove-exits", "--exits", 4), "--exits 4 is the final exit"),
+    "placed so": (("move-exits", "--placement", "post"), "already have this placement"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_mistakes_are_answered_and_leave_nothing(tmp_path, capsys, case):
+def test_user_mistakes_raise_and_leave_nothing(tmp_path, capsys, case):
     (command, *options), expected = REFUSED[case]
     source = save(tmp_path / "source")
     found = refusal(capsys, command, source.path, *options, "--output", tmp_path / "made")
@@ -183,7 +186,7 @@ def test_mistakes_are_answered_and_leave_nothing(tmp_path, capsys, case):
     assert not (tmp_path / "made").exists()
 
 
-def test_an_mlp_can_not_be_placed_before(tmp_path, capsys):
+def test_an_mlp_cannot_be_a_pre_exit(tmp_path, capsys):
     source = save(tmp_path / "source", tiny(**HEADS["mlp"]))
     made = ("--placement", "pre", "--output", tmp_path / "made")
     assert "exits.placement = pre" in refusal(capsys, "move-exits", source.path, *made)
@@ -195,15 +198,15 @@ def test_a_model_without_exits_has_none_to_move(tmp_path, capsys):
     assert "has no exits to move" in refusal(capsys, "move-exits", source.path, *made)
 
 
-def test_no_checkpoint_and_a_full_output(tmp_path, capsys):
+def test_a_missing_checkpoint_and_a_used_output(tmp_path, capsys):
     gone = refusal(capsys, "remove-exits", tmp_path / "x", "--exits", 1, "--output", tmp_path / "y")
     assert "x does not exist: expected a run directory or a checkpoint" in gone
     source = save(tmp_path / "source")
     full = ("add-exits", source.path, "--exits", 3, "--output", tmp_path / "source")
-    assert "is there already; choose another --output" in refusal(capsys, *full)
+    assert "already exists. Choose another --output" in refusal(capsys, *full)
 
 
-def test_interrupted_it_leaves_no_checkpoint(tmp_path, monkeypatch):
+def test_an_interruption_leaves_no_checkpoint(tmp_path, monkeypatch):
     source = save(tmp_path / "source")
     read = TensorReader.tensor
 
@@ -221,8 +224,8 @@ def test_interrupted_it_leaves_no_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"pipeline": 2, "layer_split": (2, 1)}])
-def test_a_tuned_model_is_changed_without_its_optimizer_and_layout(tmp_path, capsys, parallel):
-    """These are of the layers up to the last tuned exit, and nothing else could go on with them."""
+def test_a_tuned_model_loses_its_optimizer_and_layout(tmp_path, capsys, parallel):
+    """Both cover only the layers up to the last tuned exit, so no other run can use them."""
     source = save_tuned(tmp_path / "tuned", **parallel)
     for number, (command, expected) in enumerate(
         {
@@ -233,7 +236,7 @@ def test_a_tuned_model_is_changed_without_its_optimizer_and_layout(tmp_path, cap
     ):
         name, *options = command
         run(name, source.path, *options, "--output", tmp_path / str(number))
-        assert "a part of the parameters alone, and is left out" in capsys.readouterr().out
+        assert "covers only a part of the parameters" in capsys.readouterr().out
         found = TensorReader(tmp_path / str(number))
         assert found.names(optimizer=True) == []
         assert not found.config().is_tuning
@@ -243,8 +246,8 @@ def test_a_tuned_model_is_changed_without_its_optimizer_and_layout(tmp_path, cap
             assert torch.equal(found.tensor(tensor), source.tensor(tensor))
 
 
-def test_copies_have_the_type_of_what_they_are_copies_of(tmp_path):
-    """Norms in float32 beside weights in bfloat16."""
+def test_copies_keep_the_dtype(tmp_path):
+    """Norms are float32 and other weights bfloat16."""
     source = save(tmp_path / "source", tiny(boundaries=()), optimizer=False)
     tensors = all_tensors(source)
     norms = {n: torch.randn(t.shape) for n, t in tensors.items() if n.endswith("norm.weight")}
@@ -257,16 +260,16 @@ def test_copies_have_the_type_of_what_they_are_copies_of(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["add-exits", "remove-exits"])
-def test_exits_are_named_once(tmp_path, capsys, name):
+def test_exits_must_be_given_once(tmp_path, capsys, name):
     source = save(tmp_path / "source", tiny(boundaries=(1,)))
     output = ("--output", tmp_path / "made")
-    assert "--exits names none" in refusal(capsys, name, source.path, "--exits", *output)
+    assert "--exits is empty" in refusal(capsys, name, source.path, "--exits", *output)
     exits = ("--exits", 1, 1) if name == "remove-exits" else ("--exits", 2, 2)
-    assert "name each exit once" in refusal(capsys, name, source.path, *exits, *output)
+    assert "pass each exit once" in refusal(capsys, name, source.path, *exits, *output)
 
 
-def test_nothing_is_copied_but_what_belongs_to_a_checkpoint(tmp_path):
-    """A link in a checkpoint from elsewhere could lead to any file of this machine."""
+def test_only_files_of_the_checkpoint_are_copied(tmp_path):
+    """A link in a downloaded checkpoint could point to any file of this machine."""
     source = save(tmp_path / "source")
     (tmp_path / "secret").write_text("TOP SECRET")
     (source.path / "huggingface" / "evil").symlink_to(tmp_path / "secret")

@@ -1,4 +1,4 @@
-"""What is in a checkpoint is told: to people, and as JSON."""
+"""The description of a checkpoint, as text and as JSON."""
 
 import json
 
@@ -21,7 +21,7 @@ def test_as_json(tmp_path, capsys):
         "bytes": 12 * num,
         "parameters": len(source.names()),
     }
-    assert [one["boundary"] for one in facts["exits"]] == [1, 2, 4]
+    assert [row["boundary"] for row in facts["exits"]] == [1, 2, 4]
     assert facts["exits"][0] == {
         "boundary": 1,
         "stage": 0,
@@ -42,7 +42,7 @@ def test_as_json(tmp_path, capsys):
     assert output in facts["all_tensors"]
 
 
-def test_for_people(tmp_path, capsys):
+def test_as_text(tmp_path, capsys):
     save(tmp_path / "run")
     run("info", tmp_path / "run", "--tensors")
     text = " ".join(capsys.readouterr().out.split())
@@ -63,10 +63,10 @@ def test_a_converted_model_has_no_steps(tmp_path, capsys):
     run("info", tmp_path / "run")
     text = " ".join(capsys.readouterr().out.split())
     assert "step 0: 0 sequences, 0 tokens" in text
-    assert "none: a run can begin with the model, not go on" in text
+    assert "none: weights only; training cannot be resumed" in text
 
 
-def test_no_checkpoint_and_a_damaged_one(tmp_path, capsys):
+def test_missing_and_damaged_checkpoints(tmp_path, capsys):
     assert "does not exist: expected a run directory" in refusal(capsys, "info", tmp_path / "x")
     source = save(tmp_path / "run")
     (source.path / "state.json").unlink()

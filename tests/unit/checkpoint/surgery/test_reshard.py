@@ -1,4 +1,4 @@
-"""Blocks cut for a layout: every rank's part is its own blocks, in its own file, the same bits."""
+"""Resharding: each rank's part has its own blocks in its own file, with the same bits."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from ee_llm.config import Config
 from tests.unit.checkpoint.surgery.sources import (
     HEADS,
     all_tensors,
-    assert_goes_on,
+    assert_resumes_alike,
     assert_same,
     refusal,
     run,
@@ -35,13 +35,13 @@ def test_no_bit_changes(tmp_path, monkeypatch, family, options):
     run("reshard", source.path, *LAYOUTS[options], "--output", tmp_path / "cut")
     found = TensorReader(tmp_path / "cut")
     assert_same(all_tensors(found), all_tensors(source))
-    assert_goes_on(found, source)
+    assert_resumes_alike(found, source)
     for section in ("model", "exits", "training", "optimizer"):
         assert getattr(found.config(), section) == getattr(source.config(), section)
 
 
-def test_a_rank_reads_its_own_file_alone(tmp_path, monkeypatch):
-    """TP2 x PP2: the parts that megatron-core's layers have on a rank, one by one."""
+def test_a_rank_reads_only_its_own_file(tmp_path, monkeypatch):
+    """TP2 x PP2: the parts of megatron-core's layers on a rank."""
     source = save(tmp_path / "source", tiny())
     run("reshard", source.path, "--tensor", 2, "--pipeline", 2, "--output", tmp_path / "cut")
     found = TensorReader(tmp_path / "cut")
@@ -54,7 +54,7 @@ def test_a_rank_reads_its_own_file_alone(tmp_path, monkeypatch):
         return read(directory, name, entry, chunk, check)
 
     monkeypatch.setattr(safe, "read_chunk", note)
-    # Of rank 1 of 2, [rows, columns] from there on; layers 1 and 2 are on stage 0.
+    # Shape, offsets and file of the part of rank 1 of 2; layers 1 and 2 are on stage 0.
     parts = {
         "embedding.word.weight": ((130, 32), (130, 0), 1),
         "layers.2.self_attention.linear_qkv.weight": ((32, 32), (32, 0), 1),
@@ -72,14 +72,14 @@ def test_a_rank_reads_its_own_file_alone(tmp_path, monkeypatch):
             found.read_into(part, kind + name, offsets)
             assert torch.equal(part, whole)
             assert files == [f"__{file}_0.distcp"]
-    # The other half of a gated MLP's first linear, behind the gates of both ranks.
+    # The second half of a gated MLP's first weight, behind the gates of both ranks.
     part = torch.empty(24, 32, dtype=torch.bfloat16)
     files.clear()
     found.read_into(part, "layers.1.mlp.linear_fc1.weight", (72, 0))
     assert files == ["__1_0.distcp"]
 
 
-def test_what_the_last_run_could_not_have_with_fewer_ranks_is_put_off(tmp_path):
+def test_options_that_need_more_ranks_are_switched_off(tmp_path):
     parallel = {"tensor": 2, "sequence": True, "pipeline": 2, "fill_warmup": 1}
     config = Config(**tiny().model_dump() | {"parallel": parallel})
     source = save(tmp_path / "source", config)
@@ -102,7 +102,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_layouts_that_can_not_be_are_refused(tmp_path, capsys, case):
+def test_impossible_layouts_raise(tmp_path, capsys, case):
     options, expected = REFUSED[case]
     source = save(tmp_path / "source")
     found = refusal(capsys, "reshard", source.path, *options, "--output", tmp_path / "cut")

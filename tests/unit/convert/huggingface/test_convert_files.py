@@ -105,7 +105,7 @@ def test_of_two_exports_to_one_output_one_wins(tmp_path, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted("choose another --output" in end for end in ends) == [False, True]
+    assert sorted("hoose another --output" in end for end in ends) == [False, True]
     assert len(tensors_of(tmp_path / "back")) > 5
     assert {p.name for p in tmp_path.iterdir()} == {"ours", "back"}
 
@@ -118,7 +118,7 @@ def test_an_output_without_a_name_is_refused(tmp_path, capsys, monkeypatch):
     assert "--output . is the directory that you are in" in found
     (tmp_path / "file").write_text("")
     found = refusal(capsys, reader.path, "--to", "hf", "--output", tmp_path / "file" / "x")
-    assert f"the directory '{tmp_path / 'file'}' can not be written to" in found
+    assert f"the directory '{tmp_path / 'file'}' cannot be written to" in found
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors"])

@@ -81,10 +81,10 @@ def test_it_is_for_decoding_alone(made, tmp_path, capsys):
     _, small = made
     for options in (("--to", "hf"), ("--dense",), ("--to", "int8")):
         found = refusal(capsys, small.path, *options, "--output", tmp_path / "made")
-        assert "has weights of 8 bits, which are to decode with" in found
+        assert "has 8-bit weights" in found
     command = ["checkpoint", "remove-exits", str(small.path), "--exits", "1"]
     assert main([*command, "--output", str(tmp_path / "made")]) == 2
-    assert "has weights of 8 bits" in " ".join(capsys.readouterr().err.split())
+    assert "has 8-bit weights" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "made").exists()
     assert main(["checkpoint", "info", str(small.path)]) == 0
     assert "of int8" in capsys.readouterr().out

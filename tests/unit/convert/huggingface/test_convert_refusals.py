@@ -450,9 +450,9 @@ def test_what_is_there_is_left_alone(tmp_path, capsys):
     for _ in range(2):
         status = main(["convert", str(folder), "--output", str(tmp_path / "ours")])
     assert status == 2
-    assert "is there already; choose another --output" in capsys.readouterr().err
+    assert "already exists. Choose another --output" in capsys.readouterr().err
     found = refusal(capsys, tmp_path / "ours", "--to", "hf", "--output", folder)
-    assert "theirs is there already; choose another --output" in found
+    assert "theirs already exists. Choose another --output" in found
     assert refusal(capsys, tmp_path / "ours", "--output", tmp_path / "x").endswith(
         "is an ee-llm checkpoint already; give --to hf, --to int8, --dense or --truncate-at"
     )
