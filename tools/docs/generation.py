@@ -26,6 +26,7 @@ COMMAND = (
 EXIT_COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#f0e442")
 FINAL_COLOR, PROMPT_COLOR = "#ececec", "none"
 COLUMNS = 100
+LINE_BREAK = "\u21b5"  # shows which exit decided a line break
 CHAR_WIDTH, LINE_HEIGHT, MARGIN, FONT_SIZE = 8.4, 26, 14, 14
 BAR_HEIGHT = 5  # of a token that passes all layers
 
@@ -47,13 +48,17 @@ def lay_out(record: dict[str, Any]) -> list[list[Span]]:
     lines: list[list[Span]] = [[]]
     column = 0
     for text, depth in pieces:
-        for number, part in enumerate(text.expandtabs(4).split("\n")):
-            if number > 0 or column + len(part) > COLUMNS:
+        for part in text.expandtabs(4).splitlines(keepends=True):
+            shown = part.replace("\n", LINE_BREAK if depth else "")
+            if column + len(shown) > COLUMNS:
                 lines.append([])
                 column = 0
-            if part:
-                lines[-1].append((part, depth))
-                column += len(part)
+            if shown:
+                lines[-1].append((shown, depth))
+                column += len(shown)
+            if part.endswith("\n"):
+                lines.append([])
+                column = 0
     while lines and not lines[-1]:
         lines.pop()
     return lines
@@ -81,9 +86,9 @@ def draw(record: dict[str, Any]) -> str:
     """Return the picture of a record as SVG."""
     lines = lay_out(record)
     color_of = {**colors(record), 0: PROMPT_COLOR}
-    width = max(
-        MARGIN * 2 + CHAR_WIDTH * max(sum(len(text) for text, _ in line) for line in lines), 640
-    )
+    columns = max(sum(len(text) for text, _ in line) for line in lines)
+    legend_columns = sum(len(label) + 6 for _, label in legend(record))
+    width = MARGIN * 2 + CHAR_WIDTH * max(columns, legend_columns)
     height = MARGIN * 2 + LINE_HEIGHT * len(lines) + 56
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}"'
@@ -101,7 +106,7 @@ def draw(record: dict[str, Any]) -> str:
     for color, label in legend(record):
         parts.append(f'<rect x="{x:.1f}" y="{top}" width="14" height="14" fill="{color}"/>')
         parts.append(_text(label, x + 20, top + 12, "#1f2328"))
-        x += 20 + CHAR_WIDTH * (len(label) + 3)
+        x += CHAR_WIDTH * (len(label) + 6)
     summary = f"mean depth {record['mean_depth']:.2f} of {record['num_layers']} layers"
     parts.append(_text(f"{summary}; no background: the prompt", MARGIN, height - 12, "#57606a"))
     return "\n".join([*parts, "</svg>", ""])
