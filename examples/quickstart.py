@@ -1,9 +1,10 @@
-"""Trains a small early-exit model on Python's own source code and generates from it.
+"""Train a small early-exit model on Python's own source code and generate text with it.
 
     python examples/quickstart.py
 
-Real text that every machine has, a vocabulary made from it, two pipeline stages, a few minutes on
-two CPU cores. What it does are commands that you can give yourself; it prints each of them.
+Every machine with Python has this text. The script makes a vocabulary from it, trains on two
+pipeline stages for a few minutes on two CPU cores, and generates. It prints every ee-llm command
+that it runs.
 """
 
 import os
@@ -27,17 +28,17 @@ from ee_llm.training.reporting.curves import plot_losses, read_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "examples/quickstart.toml"
-# Tests and what others wrote: neither reads like the library's own code.
-LEFT_OUT = "__pycache__ _distutils_hack dist-packages ensurepip idlelib idle_test lib2to3 pip "
-LEFT_OUT += "site-packages test tests turtledemo"
+# Tests and third-party packages do not read like the library's own code.
+EXCLUDED = "__pycache__ _distutils_hack dist-packages ensurepip idlelib idle_test lib2to3 pip "
+EXCLUDED += "site-packages test tests turtledemo"
 PROMPT = "def read_lines(self, filename, encoding=None):\n"
 console = Console(highlight=False)
 
 
 def run(*arguments: str) -> None:
-    """Print an ee-llm command and give it; exits with its status if it fails."""
+    """Print and run an ee-llm command; exit with its status if it fails."""
     console.print(f"\n[bold]$ ee-llm {escape(shlex.join(arguments))}[/]", soft_wrap=True)
-    if arguments[0] == "train":  # ends its process in the ranks' name
+    if arguments[0] == "train":  # exits with the status of its ranks
         status = subprocess.run([sys.executable, "-m", "ee_llm", *arguments]).returncode
     else:
         status = ee_llm(arguments)
@@ -46,11 +47,11 @@ def run(*arguments: str) -> None:
 
 
 def prepare_data(config: Config) -> float:
-    """Make the vocabulary and the token files, once; return the unigram entropy in nats."""
+    """Make missing vocabulary and token files; return the unigram entropy in nats."""
     tokenizer, prefix = config.data.tokenizer, config.data.prefixes[0]
     if not Path(f"{prefix}.idx").exists():
         text = ["--inputs", sysconfig.get_path("stdlib"), "--suffixes", ".py"]
-        text += ["--exclude", *LEFT_OUT.split()]
+        text += ["--exclude", *EXCLUDED.split()]
         size = ["--vocab-size", str(config.model.vocab_size)]
         run("data", "train-tokenizer", *text, *size, "--output", tokenizer)
         run("data", "prepare", *text, "--tokenizer", tokenizer, "--output", prefix)
@@ -58,7 +59,7 @@ def prepare_data(config: Config) -> float:
 
 
 def report(config: Config, entropy: float, train: list[str]) -> None:
-    """Show how well each exit has learned, and where to go from here."""
+    """Print the validation loss of each exit and commands to try next."""
     picture = Path(config.output) / "losses.png"
     plot_losses(config.output, picture, entropy)
     table = Table("prediction", "layers", "validation loss (nats)", box=None, pad_edge=False)
@@ -89,11 +90,11 @@ def report(config: Config, entropy: float, train: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the whole story; options of `ee-llm train` override the configuration's."""
+    """Train, generate and report; options of `ee-llm train` override the configuration."""
     start = time.monotonic()
     overrides = parse(train_options(), "quickstart", arguments, use_underscores=True)
     os.chdir(ROOT)
-    if output := overrides.get("output"):  # another run directory has data of its own
+    if output := overrides.get("output"):  # another run directory gets its own data
         arguments = [*arguments, "--data.tokenizer", f"{output}/data/tokenizer.model"]
         arguments += ["--data.prefixes", f"{output}/data/corpus"]
         overrides = parse(train_options(), "quickstart", arguments, use_underscores=True)
