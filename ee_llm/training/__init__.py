@@ -1,1 +1,1 @@
-"""Training: the loop, the optimizer and its schedules, logging; `trainer.train` runs it all."""
+"""Train and tune models: the loop, the optimizer, schedules and reports (`trainer.train`)."""

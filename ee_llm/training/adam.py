@@ -1,8 +1,9 @@
-"""Adam for machines without Transformer Engine and apex, in the state layout of their FusedAdam.
+"""Adam with the state layout of FusedAdam, for machines without Transformer Engine and apex.
 
-megatron-core falls back to torch's AdamW there, whose per-parameter step tensors its distributed
-optimizer cannot save and load: a load fails on the missing 'step', or all parameters come back
-with one shared step tensor (distrib_optimizer.py of 0.16.1, where HAVE_APEX_OR_TE is False).
+On such machines megatron-core falls back to torch's AdamW, whose per-parameter step tensors its
+distributed optimizer cannot save and load: a load fails on the missing 'step', or returns all
+parameters with one shared step tensor (distrib_optimizer.py of 0.16.1, where HAVE_APEX_OR_TE is
+False).
 """
 
 from collections.abc import Callable, Iterable
@@ -17,11 +18,11 @@ from ee_llm.errors import UserError
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam whose state per parameter is exp_avg and exp_avg_sq, and whose step lies in the group.
+    """Adam with exp_avg and exp_avg_sq per parameter, and the step count per group.
 
-    Interface and layout are those of Transformer Engine's FusedAdam; the arithmetic is torch's
-    fused kernel. With `adam_w_mode` weight decay is decoupled (Loshchilov and Hutter, arXiv
-    1711.05101), else it is added to the gradient.
+    The interface and the state layout are those of Transformer Engine's FusedAdam, the arithmetic
+    is torch's fused kernel. With `adam_w_mode` weight decay is decoupled (Loshchilov and Hutter,
+    arXiv 1711.05101), otherwise it is added to the gradient.
     """
 
     def __init__(
@@ -34,29 +35,32 @@ class FusedAdam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         weight_decay: float = 0.0,
     ) -> None:
-        """Raise UserError without bias correction: torch's kernels always apply it."""
+        """Raise UserError if `bias_correction` is False: torch's kernels always apply it."""
         if not bias_correction:
-            raise UserError("bias_correction=False is not supported: torch's kernels apply it")
+            raise UserError(
+                "bias_correction=False is not supported, because torch's kernels always apply it. "
+                "Use bias_correction=True."
+            )
         self.adam_w_mode = adam_w_mode
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
 
     def initialize_state(self, param: torch.Tensor) -> None:
-        """Give `param` zero moments, as before its first step."""
+        """Set the moments of `param` to zero, as before its first step."""
         zeros = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
         self.state[param] = zeros
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient; return what `closure` returns, if given."""
+        """Update every parameter that has a gradient; return the result of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             if not group["params"]:
-                continue  # FusedAdam counts no steps for an empty group either
+                continue  # FusedAdam does not count steps of an empty group either
             group["step"] = group.get("step", 0) + 1
             self._step_group(group)
         return loss
@@ -68,8 +72,8 @@ class FusedAdam(torch.optim.Optimizer):
         for param in params:
             if not self.state[param]:
                 self.initialize_state(param)
-        # The kernels count each parameter's steps in a tensor of its own, which they increment.
-        # These live only during the call: the group's integer is the truth.
+        # The kernels increment one step tensor per parameter. These tensors exist only during the
+        # call; the step count of the group is authoritative.
         steps = torch.full((len(params),), float(group["step"] - 1), device=params[0].device)
         update = adamw if self.adam_w_mode else adam
         update(
@@ -92,9 +96,10 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def install() -> bool:
-    """Return whether megatron-core was given this Adam: only where it found neither TE nor apex.
+    """Make megatron-core use this Adam if it found neither TE nor apex; return whether it does.
 
-    It then takes the same branches as with Transformer Engine. Calling it again changes nothing.
+    megatron-core then takes the same branches as with Transformer Engine. Further calls change
+    nothing.
     """
     distributed.enable_megatron()
     import megatron.core.optimizer as optimizers

@@ -1,4 +1,4 @@
-"""The engines of `parallel.engine`: what sums gradients and updates parameters, behind one seam."""
+"""The backends of `parallel.engine`, which reduce gradients and update parameters."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +18,11 @@ from ee_llm.training.zero.state import ZeroOptimizer
 
 
 class TrainingBackend(NamedTuple):
-    """How a model is built and gets its optimizer, and how a step is taken."""
+    """Functions that build the model and its optimizer, and that take an optimizer step."""
 
     build_model: Callable[[Config, distributed.Grid, torch.dtype], Any]
     build_optimizer: Callable[[Any, Path | None], tuple[Any, TrainState]]
-    """Given the model, with its parameters unless the run goes on from the checkpoint."""
+    """Takes the model and the checkpoint to resume from, None if the model is initialized."""
     take_step: Callable[[Any, Config], StepResult]
 
 

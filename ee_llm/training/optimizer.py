@@ -1,6 +1,6 @@
-"""megatron-core's optimizer for our stages: masters, weight decay groups, clipping, one step.
+"""Build megatron-core's optimizer for the stages of a model, and take optimizer steps.
 
-Gradients arrive finalised (summed over data-parallel ranks and over copies of tied weights).
+Gradients are final: summed over data-parallel ranks and over copies of tied weights.
 """
 
 import math
@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class OptimizerOptions(Protocol):
-    """What is read of the optimizer's configuration."""
+    """The options of the optimizer's configuration that this module reads."""
 
     @property
     def lr(self) -> float: ...
@@ -46,18 +46,19 @@ class OptimizerOptions(Protocol):
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step did."""
+    """The result of one optimizer step."""
 
     updated: bool
-    """False when the gradients were not finite: then nothing changed, the step count included."""
+    """False if the gradients were not finite. Then nothing changed, not even the step count."""
     grad_norm: float
-    """Global norm before clipping; tied weights count once."""
+    """Global norm before clipping, in which tied weights count once."""
 
 
 def use_distributed_optimizer(data_size: int, dtype: torch.dtype) -> bool:
-    """Return whether the optimizer's state is split over the data-parallel ranks.
+    """Return whether the optimizer's state is sharded over the data-parallel ranks.
 
-    float64 keeps a whole copy per rank: megatron-core's distributed optimizer has no float64.
+    In float64 every rank keeps a full copy, because megatron-core's distributed optimizer does not
+    support float64.
     """
     return data_size > 1 and dtype != torch.float64
 
@@ -69,15 +70,15 @@ def wrap_stages(
     data_size: int,
     dtype: torch.dtype,
 ) -> list[DistributedDataParallel]:
-    """Return the stages in megatron-core's DDP, which holds their gradients in contiguous buffers.
+    """Wrap the stages in megatron-core's DDP, which keeps gradients in contiguous buffers.
 
-    Gradients are summed, in float32 for bfloat16 parameters; our losses are normalised already, so
-    nothing may divide them by the number of ranks (`config.calculate_per_token_loss`).
+    Gradients are summed, in float32 for bfloat16 parameters. They must not be divided by the number
+    of ranks, because the losses are already normalized (`config.calculate_per_token_loss`).
     """
     if not config.calculate_per_token_loss:
         raise UserError(
-            "TransformerConfig.calculate_per_token_loss must be True: without it megatron-core "
-            "divides gradients by the data-parallel size, and ours are normalised already"
+            "TransformerConfig.calculate_per_token_loss = False is not supported, because "
+            "megatron-core then divides the gradients by the data-parallel size. Set it to True."
         )
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype == torch.bfloat16,
@@ -86,19 +87,19 @@ def wrap_stages(
     )
     chunks = [DistributedDataParallel(config, ddp_config, stage) for stage in stages]
     for chunk in chunks:
-        # With several, the distributed optimizer of 0.16.1 saves moments at the wrong offsets.
+        # With several buckets the distributed optimizer of 0.16.1 saves moments at wrong offsets.
         assert all(len(buffer.buckets) == 1 for buffer in chunk.buffers), "one bucket per buffer"
         if _accumulates_in_place(chunk):
-            chunk.grad_accs.clear()  # DDP's hooks live on these nodes, and would add once more
+            chunk.grad_accs.clear()  # DDP's hooks on these nodes would add a second time
         clear_gradients(chunk)
     return chunks
 
 
 def clear_gradients(chunk: DistributedDataParallel) -> None:
-    """Set all gradients of a stage to zero, ready for the next step's first backward pass.
+    """Set all gradients of a stage to zero before the first backward pass of a step.
 
-    Where the buffers have the parameters' type, autograd itself adds to them. DDP's hooks would do
-    it in Python, one parameter after the other (docs/reference/benchmarks.md).
+    If the buffers have the dtype of the parameters, autograd adds to them directly. DDP's hooks
+    would do it in Python, parameter by parameter (docs/reference/benchmarks.md).
     """
     chunk.zero_grad_buffer()
     if _accumulates_in_place(chunk):
@@ -120,10 +121,10 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """Return megatron-core's AdamW over the trainable parameters of the DDP-wrapped `stages`.
 
-    Parameters of `dtype` bfloat16 have float32 masters. Biases and norms (one-dimensional
-    parameters) have no weight decay. Parameters marked `shared` (copies of a tied weight on other
-    pipeline stages) are updated but do not count in the gradient's norm.
-    Collective: every rank calls it, a rank without trainable parameters included.
+    bfloat16 parameters have float32 master weights. Biases and norms (one-dimensional parameters)
+    have no weight decay. Parameters marked `shared` (copies of a tied weight on other pipeline
+    stages) are updated but do not count in the gradient norm. Collective over all ranks, including
+    those without trainable parameters.
     """
     adam.install()
     config = OptimizerConfig(
@@ -134,7 +135,7 @@ def build_optimizer(
         adam_beta1=options.beta1,
         adam_beta2=options.beta2,
         adam_eps=options.eps,
-        clip_grad=0.0,  # `take_step` clips: it must see the norm before anything is updated
+        clip_grad=0.0,  # `take_step` clips, because it checks the norm before the update
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=use_distributed_optimizer(data_size, dtype),
@@ -148,36 +149,36 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
-    """Make every parameter group use `learning_rate` from the next step on."""
+    """Set the learning rate of every parameter group, starting with the next step."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_mult"]
 
 
 @torch.no_grad()
 def take_step(optimizer: MegatronOptimizer, *, clip_grad: float) -> StepResult:
-    """Update the parameters from the finalised gradients, clipped to the global norm `clip_grad`.
+    """Update the parameters from the final gradients, clipped to the global norm `clip_grad`.
 
-    `clip_grad` 0 leaves gradients as they are. If their norm is not finite, which all ranks see
-    alike, parameters, moments and step counts stay untouched. Collective over all ranks.
+    `clip_grad` 0 disables clipping. If the norm is not finite, which is then so on all ranks,
+    parameters, moments and step counts do not change. Collective over all ranks.
     """
     if optimizer.prepare_grads():
-        return StepResult(False, math.inf)  # a gradient scaler found an overflow
+        return StepResult(False, math.inf)  # the gradient scaler found an overflow
     grad_norm = _grad_norm(optimizer)
     if not math.isfinite(grad_norm):
         return StepResult(False, grad_norm)
     if clip_grad > 0 and grad_norm > clip_grad:
         gradients = list(_gradients(optimizer))
         if gradients:
-            # The small constant is megatron-core's and torch's: it guards a norm of zero.
+            # megatron-core and torch add the same small constant against a norm of zero.
             torch._foreach_mul_(gradients, clip_grad / (grad_norm + 1e-6))
     return StepResult(bool(optimizer.step_with_ready_grads()), grad_norm)
 
 
 def _grad_norm(optimizer: MegatronOptimizer) -> float:
-    """Return the global norm of the gradients, in the precision that they are in.
+    """Return the global norm of the gradients, computed in their own precision.
 
-    megatron-core computes in float32, and so would limit float64 runs, which compare layouts, to
-    seven digits wherever gradients are clipped. Collective over all ranks.
+    megatron-core computes it in float32. With clipped gradients that would limit float64 runs,
+    which compare layouts, to seven digits. Collective over all ranks.
     """
     if optimizer.config.params_dtype != torch.float64:
         return float(optimizer.get_grad_norm())

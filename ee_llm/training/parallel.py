@@ -1,4 +1,4 @@
-"""The model as the trainer sees it: one object, whatever ranks its stages live on.
+"""The model that the trainer drives: the stages of this rank, connected to those of the others.
 
 Shapes: s sequence, b microbatch, h hidden.
 """
@@ -30,7 +30,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 
 def exit_weights(config: Config, step: int) -> dict[int, float]:
-    """Return every exit's loss weight at `step` (from 0) by boundary; the final exit's is 1."""
+    """Return each exit's loss weight at `step` (from 0) by boundary; the final exit has 1."""
     exits = config.exits
     weights = {
         boundary: scheduled_weight(
@@ -44,10 +44,11 @@ def exit_weights(config: Config, step: int) -> dict[int, float]:
 
 
 class StageOnData:
-    """A stage with the microbatches and weights of the step at hand: what the runtime drives.
+    """A stage with the microbatches and loss weights of the current step, for the runtime.
 
-    `sums` gathers each exit's loss, unweighted and summed over valid tokens, and their number.
-    With `all_train` an exit of weight 0 has a graph as well, which gives it gradients of 0.
+    `sums` accumulates, per exit, the unweighted loss summed over valid tokens, and the number of
+    these tokens. With `all_train` an exit of weight 0 has an autograd graph as well, which produces
+    gradients of 0.
     """
 
     def __init__(
@@ -62,15 +63,20 @@ class StageOnData:
         self.scaling: Sequence[float] = ()
         self.sums: dict[int, torch.Tensor] = {}
 
-    def begin(
+    def set_microbatches(
         self,
         microbatches: Sequence[Microbatch],
         factors: dict[int, float],
         scaling: Sequence[float] | None = None,
     ) -> None:
-        """Take the step's data and the factors from an exit's loss sum to its loss.
+        """Set the data of the next step and reset `sums`.
 
-        One is the exit's, by boundary, the other, if there is one, the microbatch's.
+        An exit's loss is its loss sum times both factors.
+
+        Args:
+            microbatches: The step's microbatches.
+            factors: Factor of each exit, by boundary.
+            scaling: Factor of each microbatch, by default 1.
         """
         self.microbatches = microbatches
         self.factors = factors
@@ -78,7 +84,7 @@ class StageOnData:
         self.sums = {}
 
     def defer_weight_gradients(self) -> AbstractContextManager[Callable[[], None]]:
-        """Keep the weights that the schedule puts off out of the backward passes within."""
+        """Defer the weight gradients of the backward passes within, as the schedule demands."""
         return self.stage.weight_gradients.defer()
 
     def forward(
@@ -91,8 +97,8 @@ class StageOnData:
     def exit_loss(self, microbatch: int, index: int, tap: torch.Tensor) -> torch.Tensor:
         """Return an exit's weighted loss of one microbatch, over the step's valid tokens.
 
-        An exit of weight 0 is reported and has no graph: it would add zeros to the gradients, which
-        `all_train` asks for.
+        An exit of weight 0 is reported but has no graph, because it would add zeros to the
+        gradients; with `all_train` it has one.
         """
         batch = self.microbatches[microbatch]
         boundary = self.stage.boundaries[index]
@@ -108,25 +114,25 @@ class StageOnData:
                 dynamic_token_weights=self.dynamic_token_weights,
             )
         reported = torch.stack([loss.reported.double(), batch.loss_mask.sum(dtype=torch.float64)])
-        seen = self.sums.get(boundary)
-        self.sums[boundary] = reported if seen is None else seen + reported
+        total = self.sums.get(boundary)
+        self.sums[boundary] = reported if total is None else total + reported
         return loss.objective * factor
 
 
 class ParallelModel:
-    """This rank's stages, their place in the pipeline, and the sums that join the ranks.
+    """This rank's stages, their pipeline runtimes, and the reductions over the ranks.
 
-    `chunks` are the stages in megatron-core's DDP, which holds their gradients (`main_grad`).
+    `chunks` are the stages in megatron-core's DDP, which keeps their gradients (`main_grad`).
     """
 
     def __init__(self, config: Config, grid: distributed.Grid, dtype: torch.dtype) -> None:
-        """Build, initialise and connect the stages; collective over all ranks."""
+        """Build, initialize and connect the stages. Collective over all ranks."""
         self.config = config
         self.grid = grid
         self.dtype = dtype
         self.num_microbatches = config.num_microbatches(grid.world_size)
-        held = range(grid.pipeline_rank, config.parallel.num_stages, grid.pipeline_size)
-        self.stages = [Stage(config, index, dtype) for index in held]
+        indices = range(grid.pipeline_rank, config.parallel.num_stages, grid.pipeline_size)
+        self.stages = [Stage(config, index, dtype) for index in indices]
         self.chunks = wrap_stages(
             self.stages, self.stages[0].config, data_size=grid.data_size, dtype=dtype
         )
@@ -158,7 +164,7 @@ class ParallelModel:
         )
 
     def hidden_spec(self) -> MessageSpec:
-        """Return shape, type and device of the hidden states that stages hand on."""
+        """Return shape, dtype and device of the hidden states that stages pass on."""
         config = self.config
         length = config.data.seq_length
         if config.parallel.sequence:
@@ -169,21 +175,27 @@ class ParallelModel:
     def forward_backward(
         self, microbatches: Sequence[Microbatch], step: int, spans: list[Span] | None = None
     ) -> dict[int, float]:
-        """Compute the gradients of one step (from 0) and return every exit's mean loss in nats.
+        """Compute the gradients of one step and return every exit's mean loss in nats.
 
-        Takes this data-parallel rank's microbatches, those that fill bubbles last. An exit's loss
-        is over the valid tokens it saw on all ranks, gradients are those of the mean over the
-        step's, in `main_grad`, whole on return (where the optimizer is distributed, in this data
-        rank's share of them); without a valid token losses are NaN and gradients 0. Every rank gets
-        the same numbers; a loss that is not finite on one rank is not finite on any. `spans`
-        gathers the times of this rank's actions (`Runtime.step`).
+        The gradients are those of the mean over the step's valid tokens on all ranks. They are
+        complete in `main_grad` on return; with a distributed optimizer, in this data rank's shard
+        of it. Without a valid token losses are NaN and gradients 0. Collective over all ranks.
+
+        Args:
+            microbatches: This data-parallel rank's microbatches, those that fill bubbles last.
+            step: Number of the step, from 0.
+            spans: A list to which the times of this rank's actions are added (`Runtime.step`).
+
+        Returns:
+            By boundary, the mean loss over the valid tokens that the exit saw on all ranks. It is
+            equal on all ranks, so that a loss that is not finite on one rank is finite on none.
         """
         for chunk in self.chunks:
             chunk.train()
             clear_gradients(chunk)
-        self._begin(microbatches, exit_weights(self.config, step), self._scaling.losses)
+        self._set_microbatches(microbatches, exit_weights(self.config, step), self._scaling.losses)
         if spans is not None:
-            dist.barrier()  # clocks start together
+            dist.barrier()  # starts the clocks of all ranks together
         self._train.step(spans)
         for chunk, stage in zip(self.chunks, self.stages, strict=True):
             if (factor := self._scaling.gradients[stage.index]) != 1:
@@ -192,31 +204,31 @@ class ParallelModel:
         return mean_losses(self._loss_sums())
 
     def evaluate(self, steps: Iterable[Sequence[Microbatch]]) -> dict[int, float]:
-        """Return every exit's mean loss in nats over the valid tokens of some global batches.
+        """Return every exit's mean loss in nats over the valid tokens of the given global batches.
 
-        NaN if there is no valid token. Every rank gets the same numbers.
+        The losses are equal on all ranks, and NaN without a valid token. Collective.
         """
         totals = dict.fromkeys(self.boundaries, (0.0, 0.0))
         for chunk in self.chunks:
             chunk.eval()
         for microbatches in steps:
-            self._begin(microbatches, dict.fromkeys(self.boundaries, 1.0))
+            self._set_microbatches(microbatches, dict.fromkeys(self.boundaries, 1.0))
             self._evaluate.step()
             for boundary, (loss, tokens) in self._loss_sums().items():
                 totals[boundary] = (totals[boundary][0] + loss, totals[boundary][1] + tokens)
         return mean_losses(totals)
 
-    def _begin(
+    def _set_microbatches(
         self,
         microbatches: Sequence[Microbatch],
         weights: dict[int, float],
         scaling: Sequence[Sequence[float]] | None = None,
     ) -> None:
-        """Hand the data to the stages, losses normalised by the valid tokens of all ranks."""
-        here, tokens = on_device(microbatches, self.grid)
+        """Set the data of the stages, with losses normalized by the valid tokens of all ranks."""
+        batches, tokens = on_device(microbatches, self.grid)
         factors = {boundary: weight / tokens for boundary, weight in weights.items()}
         for index, stage in self._on_data.items():
-            stage.begin(here, factors, None if scaling is None else scaling[index])
+            stage.set_microbatches(batches, factors, None if scaling is None else scaling[index])
 
     def _loss_sums(self) -> dict[int, list[float]]:
         return summed_losses(self._on_data.values(), self.boundaries, self.grid)
@@ -225,19 +237,19 @@ class ParallelModel:
 def on_device(
     microbatches: Sequence[Microbatch], grid: distributed.Grid
 ) -> tuple[list[Microbatch], float]:
-    """Return the data on this rank's device, and the valid tokens of all data ranks, 1 if none."""
-    here = [Microbatch(*(x.to(distributed.device()) for x in batch)) for batch in microbatches]
-    count = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in here]).sum()
+    """Move the data to this rank's device; also return the valid tokens of all data ranks, or 1."""
+    batches = [Microbatch(*(x.to(distributed.device()) for x in batch)) for batch in microbatches]
+    count = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
     dist.all_reduce(count, group=grid.data_group)
-    return here, max(count.item(), 1.0)
+    return batches, max(count.item(), 1.0)
 
 
 def summed_losses(
     stages: Iterable[StageOnData], boundaries: Sequence[int], grid: distributed.Grid
 ) -> dict[int, list[float]]:
-    """Return by exit its loss sum and valid tokens, over microbatches and all ranks."""
+    """Return each exit's loss sum and number of valid tokens, over microbatches and all ranks."""
     sums = torch.zeros((len(boundaries), 2), dtype=torch.float64, device=distributed.device())
-    if grid.tensor_rank == 0:  # its peers have the same sums
+    if grid.tensor_rank == 0:  # other tensor ranks have the same sums
         for stage in stages:
             for boundary, total in stage.sums.items():
                 sums[boundaries.index(boundary)] = total
@@ -246,7 +258,7 @@ def summed_losses(
 
 
 def mean_losses(sums: Mapping[int, Sequence[float]]) -> dict[int, float]:
-    """Return every exit's loss per valid token from its sum and their number, NaN for none."""
+    """Return each exit's loss per valid token, NaN without valid tokens."""
     return {
         boundary: total / tokens if tokens else math.nan
         for boundary, (total, tokens) in sums.items()

@@ -1,4 +1,4 @@
-"""The precision to train in: on a CPU, whichever of bfloat16 and float32 multiplies faster."""
+"""Choose the dtype to train in: on a CPU, the faster one of bfloat16 and float32."""
 
 import time
 
@@ -8,14 +8,14 @@ import torch.distributed as dist
 from ee_llm import distributed
 from ee_llm.config import Config
 
-_PATIENCE_S = 2.0  # after which one measurement is enough
-_MAX_ROWS = 2048  # more rows take longer and do not change the ratio
+_TIME_LIMIT_S = 2.0  # after which no further measurement starts
+_MAX_ROWS = 2048  # more rows take longer but do not change the ratio
 
 
 def choose_dtype(config: Config) -> str:
-    """Return the name of the dtype that `training.dtype` asks for, measured where it says "auto".
+    """Return the name of the dtype in `training.dtype`, or the fastest one for "auto".
 
-    Collective: rank 0 measures, so that all ranks agree.
+    Rank 0 measures, so that all ranks use the same dtype. Collective over all ranks.
     """
     if config.training.dtype != "auto":
         return config.training.dtype
@@ -41,10 +41,10 @@ def choose_dtype(config: Config) -> str:
 
 def _seconds(dtype: torch.dtype, rows: int, width: int, inner: int) -> float:
     """Return the time of a linear layer's three products: output, input and weight gradient."""
-    # No random numbers: drawn here, on one rank, they would set its dropout apart from that of
-    # its tensor-parallel peers.
+    # Random numbers would advance the generator of this rank only, so that its dropout would differ
+    # from that of the other tensor ranks.
     x, weight = torch.ones(rows, width, dtype=dtype), torch.ones(inner, width, dtype=dtype)
-    best, until = float("inf"), time.perf_counter() + _PATIENCE_S
+    best, until = float("inf"), time.perf_counter() + _TIME_LIMIT_S
     for _ in range(5):
         start = time.perf_counter()
         y = x @ weight.t()

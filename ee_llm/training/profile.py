@@ -1,4 +1,4 @@
-"""Times the pieces of a model on this device, so that any pipeline of it can be simulated.
+"""Measure the pieces of a model on this device, so that any pipeline of it can be simulated.
 
 Shapes: s sequence, b microbatch, h hidden.
 """
@@ -22,19 +22,20 @@ from ee_llm.training.parallel import StageOnData
 from ee_llm.training.precision import choose_dtype
 
 NUM_ROUNDS = 10
-MIDDLE_LAYERS = 2  # of the stage whose layers are timed
+MIDDLE_LAYERS = 2  # in the stage whose layers are timed
 
 
 def profile(config: Config, num_rounds: int = NUM_ROUNDS) -> Pieces:
-    """Return the median costs of the configuration's pieces, in its precision on this device.
+    """Return the median costs of the configuration's pieces, in its dtype on this device.
 
-    Raises ConfigError where one process cannot measure them.
+    Raises:
+        ConfigError: One process cannot measure the pieces of this model.
     """
     return median_pieces(measure_pieces(config, random_batch(config), num_rounds))
 
 
 def random_batch(config: Config) -> Microbatch:
-    """Return a microbatch of random tokens, all of them valid; each field is [b, s]."""
+    """Return a microbatch of random tokens, all valid. Every field is [b, s]."""
     rows, length = config.training.micro_batch_size, config.data.seq_length
     tokens = torch.randint(
         config.model.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(1)
@@ -44,7 +45,7 @@ def random_batch(config: Config) -> Microbatch:
 
 
 def median_pieces(rounds: Sequence[Pieces]) -> Pieces:
-    """Return the median over rounds of every cost by itself."""
+    """Return the median over the rounds of each cost separately."""
 
     def median(costs: Sequence[tuple[float, ...]]) -> list[float]:
         return [statistics.median(side) for side in zip(*costs, strict=True)]
@@ -59,19 +60,21 @@ def median_pieces(rounds: Sequence[Pieces]) -> Pieces:
 
 
 def measure_pieces(config: Config, batch: Microbatch, num_rounds: int) -> list[Pieces]:
-    """Return the costs measured in each round, all pieces in turn, in one process.
+    """Return the costs measured in each round. A round measures every piece once, in one process.
 
-    Gradients go into megatron-core's buffers, as in training. The part of the weights is 0 where
-    the layers' backward cannot be split (with Transformer Engine). Raises ConfigError for a
-    tensor-parallel model.
+    Gradients are added to megatron-core's buffers, as in training. The weight part of a cost is 0
+    if the backward pass of the layers cannot be split (with Transformer Engine).
+
+    Raises:
+        ConfigError: The model is tensor parallel.
     """
     tensor = config.parallel.tensor
     if tensor > 1:
         raise ConfigError(
-            f"parallel.tensor = {tensor}: one process measures, and {tensor} compute a layer; "
-            "measure a copy of the configuration with parallel.tensor = 1 (ee-llm plan --profile "
-            f"--costs-output costs.json), divide the costs by what {tensor} processes gain, and "
-            "give them to this one with --costs costs.json"
+            f"parallel.tensor = {tensor}: the costs are measured in one process, but {tensor} "
+            "processes compute a layer. Measure a copy of the configuration with "
+            "parallel.tensor = 1 (ee-llm plan --profile --costs-output costs.json), divide the "
+            f"costs by the speed-up of {tensor} processes, and pass them with --costs costs.json."
         )
     distributed.initialize(seed=config.training.seed)
     try:
@@ -89,7 +92,7 @@ def measure_pieces(config: Config, batch: Microbatch, num_rounds: int) -> list[P
 
 
 def _probe(config: Config, *, splits_backward: bool) -> Config:
-    """Return a model of the same pieces in three stages, whose middle one ends with an exit."""
+    """Return a model of the same pieces in three stages. The middle stage ends with an exit."""
     values = config.model_dump()
     values["model"]["num_layers"] = MIDDLE_LAYERS + 2
     values["parallel"] |= {
@@ -114,7 +117,7 @@ def _probe(config: Config, *, splits_backward: bool) -> Config:
 def _timers(
     config: Config, batch: Microbatch, dtype: torch.dtype
 ) -> tuple[Callable[[], PieceCost], ...]:
-    """Return what times a layer, the embedding, an exit and the final exit."""
+    """Return functions that measure a layer, the embedding, an exit and the final exit."""
     plain, split = (_probe(config, splits_backward=splits) for splits in (False, True))
     stages = [Stage(plain, index, dtype) for index in range(3)]
     can_split = not uses_transformer_engine(stages[0].config)
@@ -122,19 +125,21 @@ def _timers(
         stages += [Stage(split, index, dtype) for index in (1, 2)]
     chunks = wrap_stages(stages, stages[0].config, data_size=1, dtype=dtype)
     on_data = [StageOnData(chunk, plain) for chunk in chunks]
-    here = Microbatch(*(x.to(distributed.device()) for x in batch))
+    batch = Microbatch(*(x.to(distributed.device()) for x in batch))
     for stage in on_data:
-        stage.begin([here], dict.fromkeys(range(MIDDLE_LAYERS + 3), 1.0 / here.tokens.numel()))
+        stage.set_microbatches(
+            [batch], dict.fromkeys(range(MIDDLE_LAYERS + 3), 1.0 / batch.tokens.numel())
+        )
     first, middle, last = on_data[:3]
     split_middle, split_last = on_data[3:] if can_split else (None, None)
-    length, width = here.tokens.shape[1], config.model.hidden_size
-    hidden = torch.randn(length, len(here.tokens), width, dtype=dtype, device=distributed.device())
+    length, width = batch.tokens.shape[1], config.model.hidden_size
+    hidden = torch.randn(length, len(batch.tokens), width, dtype=dtype, device=distributed.device())
 
     def leaf() -> torch.Tensor:
         return hidden.detach().requires_grad_()
 
     def layer() -> PieceCost:
-        # Taps are handed out, but no exit is computed: this is the backbone alone.
+        # The forward pass returns taps but computes no exit, so this measures the layers only.
         def output(stage: StageOnData) -> torch.Tensor:
             return stage.forward(0, leaf())[0]
 
@@ -144,7 +149,7 @@ def _timers(
     def embedding() -> PieceCost:
         words = first.stage.embedding
         assert words is not None, "the first stage has the embedding"
-        return _time(lambda _: words(here.tokens, here.positions), first, None, hidden)
+        return _time(lambda _: words(batch.tokens, batch.positions), first, None, hidden)
 
     def exit_on(stage: StageOnData, split_stage: StageOnData | None) -> Callable[[], PieceCost]:
         index = len(stage.stage.boundaries) - 1
@@ -159,9 +164,10 @@ def _time(
     split_stage: StageOnData | None,
     gradient: torch.Tensor | None,
 ) -> PieceCost:
-    """Return the seconds of what `compute` makes on a stage, the weights' part on its twin.
+    """Return the seconds of `compute` and its backward pass on a stage.
 
-    `split_stage` puts the weights' gradients off; without one their part is 0.
+    The weight part is measured on `split_stage`, a copy of the stage that defers its weight
+    gradients. It is 0 without one.
     """
     distributed.synchronize()
     start = time.perf_counter()
@@ -179,5 +185,5 @@ def _time(
     start = time.perf_counter()
     add_weights()
     distributed.synchronize()
-    # A part is never above its whole, whatever the clock says.
+    # Clock noise must not make the part exceed the whole.
     return PieceCost(forward, backward, min(time.perf_counter() - start, backward))

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to resume."""
+"""The learning rate as a pure function of the step, so that checkpoints need no scheduler state."""
 
 import math
 from typing import Protocol
@@ -9,7 +9,7 @@ SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
 class ScheduleOptions(Protocol):
-    """What the schedule reads of the optimizer's configuration."""
+    """The options of the optimizer's configuration that the schedule reads."""
 
     @property
     def lr(self) -> float: ...
@@ -26,27 +26,30 @@ class ScheduleOptions(Protocol):
 
 
 def learning_rate(step: int, options: ScheduleOptions, total_steps: int) -> float:
-    """Return the learning rate of step 1, 2, ... of a run of `total_steps` steps.
+    """Return the learning rate of `step` (from 1) in a run of `total_steps` steps.
 
-    Warm-up is lr * step / warmup_steps. After it, with u = (step - 1 - warmup_steps) / (end -
-    warmup_steps) and end = `decay_steps` (default `total_steps`). So the lowest rate is reached
-    when step `end` is done, as in Megatron-LM and torchtitan: the last step trains, even if the
-    lowest rate is 0, and so does a run of one step.
+    During the warm-up the rate is lr * step / warmup_steps. After it, the rate is a function of
+    u = (step - 1 - warmup_steps) / (end - warmup_steps) with end = `decay_steps` (by default
+    `total_steps`):
 
     - cosine: min_lr + (lr - min_lr) * (1 + cos(pi u)) / 2 (Loshchilov and Hutter, 1608.03983)
     - linear: lr - (lr - min_lr) * u
     - constant: lr
     - wsd: lr up to `wsd_decay_steps` before the end, then linear (MiniCPM, 2404.06395)
 
-    After `end` every decaying schedule stays at `min_lr`.
+    After `end` every decaying schedule stays at `min_lr`. As in Megatron-LM and torchtitan, this
+    rate is reached after step `end`, so that the last step trains even if `min_lr` is 0, and so
+    does a run of one step.
 
-    Raises UserError for an unknown schedule and for a step below 1.
+    Raises:
+        UserError: The schedule is unknown, or the step is below 1.
     """
     if step < 1:
-        raise UserError(f"steps are counted from 1, got {step}")
+        raise UserError(f"step = {step} is below 1. Count steps from 1.")
     if options.schedule not in SCHEDULES:
         raise UserError(
-            f"optimizer.schedule: {options.schedule!r} is not one of {', '.join(SCHEDULES)}"
+            f"optimizer.schedule = {options.schedule!r} is not a schedule. Use one of "
+            f"{', '.join(SCHEDULES)}."
         )
     if step < options.warmup_steps:
         return options.lr * step / options.warmup_steps
@@ -60,19 +63,21 @@ def learning_rate(step: int, options: ScheduleOptions, total_steps: int) -> floa
         return options.min_lr
     if step - 1 <= start:
         return options.lr
-    behind = (step - 1 - start) / (end - start)
+    progress = (step - 1 - start) / (end - start)
     if options.schedule == "cosine":
-        return options.min_lr + (options.lr - options.min_lr) * (1 + math.cos(math.pi * behind)) / 2
-    return options.lr - (options.lr - options.min_lr) * behind
+        return (
+            options.min_lr + (options.lr - options.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+        )
+    return options.lr - (options.lr - options.min_lr) * progress
 
 
 def wasted_steps(options: ScheduleOptions, total_steps: int) -> str:
-    """Return a warning if the last steps of a run have a learning rate of 0, "" if they train."""
+    """Return a warning if the learning rate of the last steps of a run is 0, otherwise ""."""
     end = options.decay_steps
     if end is None or end >= total_steps or learning_rate(total_steps, options, total_steps) > 0:
         return ""
     return (
-        f"steps {end + 1} to {total_steps} train nothing: their learning rate is optimizer.min_lr "
-        f"= 0, as optimizer.decay_steps = {end}; give optimizer.min_lr, or leave "
-        "optimizer.decay_steps out"
+        f"steps {end + 1} to {total_steps} train nothing: with optimizer.decay_steps = {end} their "
+        "learning rate is optimizer.min_lr = 0. Set optimizer.min_lr, or omit "
+        "optimizer.decay_steps."
     )

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO in the place of megatron-core's DDP and optimizer: data parallel alone.
+"""Data-parallel training with DeepSpeed's ZeRO instead of megatron-core's DDP and optimizer.
 
 Every process runs the whole model. A microbatch is one forward and one backward pass, in which
-DeepSpeed gathers parameters (stage 3) and adds gradients up where they belong (stages 2 and 3).
+DeepSpeed gathers parameters (stage 3) and reduces gradients to their owners (stages 2 and 3).
 ZeRO: Rajbhandari et al., arXiv 1910.02054.
 """
 
@@ -28,16 +28,16 @@ from ee_llm.training.parallel import (
 
 
 class Losses(torch.nn.Module):
-    """The model and the losses of its exits as one forward pass, which is what DeepSpeed drives."""
+    """The model and the losses of its exits as one module with one forward pass, for DeepSpeed."""
 
     def __init__(self, stage: Stage, config: Config) -> None:
         super().__init__()
         self.stage = stage
-        # All parameters take part in each step: ZeRO does not notice one that sits a step out.
+        # ZeRO does not handle a parameter without a gradient in a step.
         self.on_data = StageOnData(stage, config, all_train=True)
 
     def forward(self, microbatch: int) -> torch.Tensor:
-        """Return the weighted sum of all exits' losses of one microbatch of the step at hand."""
+        """Return the weighted sum of all exits' losses for one microbatch of the current step."""
         trains_backbone = torch.is_grad_enabled() and not self.stage.is_frozen
         with torch.set_grad_enabled(trains_backbone):
             _, taps = self.on_data.forward(microbatch, None)
@@ -46,13 +46,13 @@ class Losses(torch.nn.Module):
 
 
 class ZeroModel:
-    """The whole model, its data and its losses, with the interface of `ParallelModel`.
+    """The whole model and its losses, with the interface of `ParallelModel`.
 
-    `engine` is DeepSpeed's, built by `start` when the parameters have their first values.
+    `engine` is DeepSpeed's engine, which `start` builds after the parameters are initialized.
     """
 
     def __init__(self, config: Config, grid: distributed.Grid, dtype: torch.dtype) -> None:
-        """Build and initialise the model; raises UserError where deepspeed can not be imported."""
+        """Build and initialize the model. Raises UserError if deepspeed cannot be imported."""
         distributed.deepspeed()
         self.config, self.grid, self.dtype = config, grid, dtype
         self.num_microbatches = config.num_microbatches(grid.world_size)
@@ -60,10 +60,10 @@ class ZeroModel:
         self.boundaries = tuple(stages_of_exits(config))
         self.losses = Losses(self.stages[0], config)
         self.engine: Any = None
-        self._left_over = False  # gradients of a step that was not taken
+        self._has_gradients = False  # of a step that was not taken
 
     def start(self) -> None:
-        """Hand the parameters, which have their values, over to DeepSpeed. Collective."""
+        """Pass the initialized parameters to DeepSpeed. Collective."""
         trained = [p for p in self.losses.parameters() if p.requires_grad]
         settings = engine_settings(
             self.config, self.num_microbatches, sum(parameter.numel() for parameter in trained)
@@ -81,14 +81,14 @@ class ZeroModel:
     ) -> dict[int, float]:
         """Compute the gradients of one step (from 0) and return every exit's mean loss in nats.
 
-        Losses and gradients are those of `ParallelModel.forward_backward`; the gradients stay with
-        DeepSpeed until `take_step`. If a loss is not finite they become NaN on all ranks.
+        Losses and gradients equal those of `ParallelModel.forward_backward`. The gradients stay in
+        DeepSpeed until `take_step`. If a loss is not finite, they become NaN on all ranks.
         """
-        assert spans is None, "logging.trace_steps is refused with this engine"
+        assert spans is None, "the configuration excludes logging.trace_steps with this engine"
         self.drop_gradients()
         self.engine.train()
-        # DeepSpeed divides sums over ranks by their number.
-        self._begin(microbatches, exit_weights(self.config, step), self.grid.data_size)
+        # The scale compensates for DeepSpeed, which averages gradients over the ranks.
+        self._set_microbatches(microbatches, exit_weights(self.config, step), self.grid.data_size)
         means: dict[int, float] = {}
         for index in range(len(microbatches)):
             loss = self.engine(index)
@@ -99,15 +99,15 @@ class ZeroModel:
                     loss = loss * math.nan
             self.engine.set_gradient_accumulation_boundary(is_last)
             self.engine.backward(loss, scale_wrt_gas=False)
-        self._left_over = True
+        self._has_gradients = True
         return means
 
     def evaluate(self, steps: Iterable[Sequence[Microbatch]]) -> dict[int, float]:
-        """Return what `ParallelModel.evaluate` does."""
+        """Return the losses that `ParallelModel.evaluate` returns."""
         totals = dict.fromkeys(self.boundaries, (0.0, 0.0))
         self.engine.eval()
         for microbatches in steps:
-            self._begin(microbatches, dict.fromkeys(self.boundaries, 1.0))
+            self._set_microbatches(microbatches, dict.fromkeys(self.boundaries, 1.0))
             with torch.no_grad():
                 for index in range(len(microbatches)):
                     self.engine(index)
@@ -116,47 +116,44 @@ class ZeroModel:
         return mean_losses(totals)
 
     def take_step(self) -> StepResult:
-        """Update the parameters from the gradients, clipped, unless these are not finite.
-
-        Collective.
-        """
+        """Update the parameters from the clipped gradients if these are finite. Collective."""
         self.engine.step()
-        self._left_over = False
+        self._has_gradients = False
         return StepResult(self.engine.was_step_applied(), float(self.engine.get_global_grad_norm()))
 
     def drop_gradients(self) -> None:
-        """Make DeepSpeed forget the gradients of a step that was not taken.
+        """Discard the gradients of a step that was not taken.
 
-        They are NaN, and skipping them is the one way to do so that all of its stages have.
+        They are NaN, so DeepSpeed skips the step. No other way works with all ZeRO stages.
         """
-        if self._left_over:
+        if self._has_gradients:
             result = self.take_step()
-            assert not result.updated, "a step was left that could have been taken"
+            assert not result.updated, "discarded gradients that were finite"
 
-    def _begin(
+    def _set_microbatches(
         self, microbatches: Sequence[Microbatch], weights: dict[int, float], scale: int = 1
     ) -> None:
-        here, tokens = on_device(microbatches, self.grid)
+        batches, tokens = on_device(microbatches, self.grid)
         factors = {boundary: scale * weight / tokens for boundary, weight in weights.items()}
-        self.losses.on_data.begin(here, factors)
+        self.losses.on_data.set_microbatches(batches, factors)
 
     def _loss_sums(self) -> dict[int, list[float]]:
         return summed_losses([self.losses.on_data], self.boundaries, self.grid)
 
 
 def engine_settings(config: Config, num_microbatches: int, num_trained: int) -> dict[str, Any]:
-    """Return DeepSpeed's own configuration for a run that trains `num_trained` numbers.
+    """Return DeepSpeed's configuration for a run that trains `num_trained` parameters.
 
-    Gradients are added and sent in float32, as megatron-core's are here.
+    Gradients are accumulated and reduced in float32, as with megatron-core.
     """
     zero: dict[str, Any] = {
         "stage": config.deepspeed.zero_stage,
-        # Buffers are as large as this even where less is ever in them.
+        # DeepSpeed allocates buffers of this size even for smaller models.
         "reduce_bucket_size": min(500_000_000, num_trained),
         "allgather_bucket_size": min(500_000_000, num_trained),
-        # Norms and biases are cheaper to keep than to gather.
+        # Norms and biases are cheaper to replicate than to gather.
         "stage3_param_persistence_threshold": 4 * config.model.hidden_size,
-        # One part per group: Adam counts a group's steps each time that it meets a part of it.
+        # One subgroup per group: Adam would count a step for each subgroup.
         "sub_group_size": 10**15,
     }
     if config.deepspeed.offload_optimizer:
@@ -167,7 +164,7 @@ def engine_settings(config: Config, num_microbatches: int, num_trained: int) -> 
         "gradient_clipping": config.optimizer.clip_grad,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        # Our Adam is torch's fused kernel, on a CPU too: nothing has to be compiled.
+        # FusedAdam uses torch's fused kernel, also on a CPU, so that nothing has to be compiled.
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.training.dtype == "bfloat16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -177,7 +174,7 @@ def engine_settings(config: Config, num_microbatches: int, num_trained: int) -> 
 
 
 def _adam(trained: Sequence[torch.nn.Parameter], config: Config) -> FusedAdam:
-    """Return Adam over two groups; norms and biases (one-dimensional) have no weight decay."""
+    """Return Adam with two groups. Norms and biases (one-dimensional) have no weight decay."""
     options = config.optimizer
     groups = [
         {
@@ -196,9 +193,9 @@ def _adam(trained: Sequence[torch.nn.Parameter], config: Config) -> FusedAdam:
 
 
 class _Groups:
-    """The process groups of a grid under the names that DeepSpeed asks for.
+    """The process groups of a grid, with the interface that DeepSpeed expects.
 
-    Without them it would make its own, whose waits parallel.timeout_s does not bound.
+    Without it DeepSpeed would create its own groups, to which parallel.timeout_s does not apply.
     """
 
     def __init__(self, grid: distributed.Grid) -> None:

@@ -1,6 +1,6 @@
-"""What DeepSpeed's optimizers hold, as whole tensors under the names of our checkpoints.
+"""The state of DeepSpeed's optimizers as unsharded tensors, under their names in checkpoints.
 
-Parts are gathered and set by DeepSpeed's own functions for it (deepspeed.utils, `safe_*`).
+DeepSpeed's own functions gather and set the shards (deepspeed.utils, `safe_*`).
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ MOMENTS = {
     "exp_avg": "optimizer.state.exp_avg.",
     "exp_avg_sq": "optimizer.state.exp_avg_sq.",
 }
-# Where DeepSpeed's optimizers keep this rank's part of the float32 parameters, group by group.
-_PARTS = (
+# Attributes of DeepSpeed's optimizers with this rank's shard of the float32 parameters, by group.
+_SHARDS = (
     "fp32_partitioned_groups_flat",  # stage 3
     "single_partition_of_fp32_groups",  # stages 1 and 2
     "fp32_groups_flat_partition",  # stage 1 in bfloat16
@@ -28,10 +28,10 @@ _PARTS = (
 
 
 class ZeroOptimizer:
-    """The optimizer of a `ZeroModel` that was started; `checkpoint.whole.WholeTensors`."""
+    """The optimizer of a started `ZeroModel`, which implements `UnshardedTensors`."""
 
     def __init__(self, model: ZeroModel) -> None:
-        """Make room for the moments, which DeepSpeed would not have before the first step."""
+        """Allocate the moments, which DeepSpeed would allocate in the first step."""
         self.model = model
         self._zero = distributed.deepspeed().utils
         self._optimizer: Any = model.engine.optimizer
@@ -41,18 +41,18 @@ class ZeroOptimizer:
             if parameter.requires_grad
         }
         adam = self._optimizer.optimizer
-        [parts] = [
-            getattr(self._optimizer, name) for name in _PARTS if hasattr(self._optimizer, name)
+        [shards] = [
+            getattr(self._optimizer, name) for name in _SHARDS if hasattr(self._optimizer, name)
         ]
-        for part in parts:
-            adam.initialize_state(part)
+        for shard in shards:
+            adam.initialize_state(shard)
         if hasattr(self._optimizer, "_lazy_init_hp_params_optimizer_state"):
             self._optimizer._lazy_init_hp_params_optimizer_state()
         self.steps = 0
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of parameters, whose learning rates are set in them."""
+        """The parameter groups, which carry the learning rates."""
         return self._optimizer.param_groups
 
     @property
@@ -66,7 +66,7 @@ class ZeroOptimizer:
             group["step"] = steps
 
     def specs(self) -> Mapping[str, TensorSpec]:
-        """Return the trained parameters, their masters unless they are float32, and moments."""
+        """Return the specs of trained parameters, moments, and master weights if not in float32."""
         specs: dict[str, TensorSpec] = {}
         for name, parameter in self._parameters.items():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -76,37 +76,37 @@ class ZeroOptimizer:
         return specs
 
     def tensor(self, name: str) -> Tensor:
-        """Return a whole tensor on the CPU. Collective."""
-        parameter, key = self._found(name)
+        """Return an unsharded tensor on the CPU. Collective."""
+        parameter, key = self._parameter(name)
         if key is not None:
             return self._zero.safe_get_full_optimizer_state(parameter, key).cpu()
         master = self._zero.safe_get_full_fp32_param(parameter)
         return (master if name.startswith(MASTER) else master.to(parameter.dtype)).cpu()
 
-    def set_tensor(self, name: str, whole: Tensor) -> None:
-        """Take this rank's part of a moment or a master."""
-        parameter, key = self._found(name)
-        assert name not in self._parameters, f"{name} has its value since before `start`"
-        whole = whole.to(parameter.device)
+    def set_tensor(self, name: str, tensor: Tensor) -> None:
+        """Set this rank's shard of a moment or a master weight from the unsharded tensor."""
+        parameter, key = self._parameter(name)
+        assert name not in self._parameters, f"{name} is set before `start`"
+        tensor = tensor.to(parameter.device)
         if not hasattr(parameter, "ds_id"):
             if key is None:
-                self._zero.safe_set_full_fp32_param(parameter, whole)
+                self._zero.safe_set_full_fp32_param(parameter, tensor)
             else:
-                self._zero.safe_set_full_optimizer_state(parameter, whole, key)
+                self._zero.safe_set_full_optimizer_state(parameter, tensor, key)
             return
-        # Stage 3: the last rank's part is padded to the length of the others.
+        # Stage 3: the shard of the last rank is padded to the length of the others.
         length = parameter.partition_numel()
         first = self.model.grid.data_rank * length
-        part = torch.zeros(length, dtype=whole.dtype, device=whole.device)
-        values = whole.flatten()[first : first + length]
-        part[: len(values)] = values
+        shard = torch.zeros(length, dtype=tensor.dtype, device=tensor.device)
+        values = tensor.flatten()[first : first + length]
+        shard[: len(values)] = values
         if key is None:
-            self._zero.safe_set_local_fp32_param(parameter, part)
+            self._zero.safe_set_local_fp32_param(parameter, shard)
         else:
-            self._zero.safe_set_local_optimizer_state(parameter, part, key)
+            self._zero.safe_set_local_optimizer_state(parameter, shard, key)
 
-    def _found(self, name: str) -> tuple[Any, str | None]:
-        """Return the parameter that a tensor is of, and which moment it is, if it is one."""
+    def _parameter(self, name: str) -> tuple[Any, str | None]:
+        """Return the parameter of a tensor, and the key of the moment if the tensor is one."""
         for key, prefix in MOMENTS.items():
             if name.startswith(prefix):
                 return self._parameters[name.removeprefix(prefix)], key

@@ -1,4 +1,4 @@
-"""Our Adam against torch's, and the state layout that megatron-core's checkpoints rely on."""
+"""FusedAdam against torch's Adam, and the state layout that megatron-core's checkpoints expect."""
 
 from copy import deepcopy
 
@@ -43,15 +43,15 @@ def test_equals_torch_step_by_step(dtype, decoupled):
             ours[1].grad = theirs[1].grad = None
         adam.step()
         reference.step()
-        if step < 4:  # after it torch's Adam counts the missing gradient's steps apart
+        if step < 4:  # later, torch's Adam counts fewer steps for the missing gradient
             for one, other in zip(ours, theirs, strict=True):
                 assert torch.equal(one, other)
     for one, other in zip(ours[2:], theirs[2:], strict=True):
         assert torch.equal(one, other)
 
 
-def test_against_the_plain_formula():
-    """Guards against an error that our Adam would share with torch's fused kernel's caller."""
+def test_equals_the_formula():
+    """Guards against an error that FusedAdam shares with torch's own Adam."""
     param = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
     adam = FusedAdam([param], lr=0.1, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.5)
     x, m, v = param.detach().clone(), torch.zeros(2).double(), torch.zeros(2).double()
@@ -79,8 +79,8 @@ def test_state_layout_is_that_of_fused_adam():
         assert adam.state[param]["exp_avg"].dtype == param.dtype
 
 
-def test_going_on_from_a_state_dict_is_bit_identical():
-    """Trap: with torch's AdamW in megatron-core, step counts were lost or shared after a reload."""
+def test_resuming_from_a_state_dict_is_bit_identical():
+    """With torch's AdamW in megatron-core, step counts are lost or shared after a reload."""
     params, copies = make_params(torch.float32), make_params(torch.float32)
     adam, copy = FusedAdam(groups(params)), FusedAdam(groups(copies))
     for step in range(3):
@@ -89,7 +89,7 @@ def test_going_on_from_a_state_dict_is_bit_identical():
     with torch.no_grad():
         for param, target in zip(params, copies, strict=True):
             target.copy_(param)
-    copy.load_state_dict(deepcopy(adam.state_dict()))  # else both would share moments
+    copy.load_state_dict(deepcopy(adam.state_dict()))  # a copy, so that they do not share moments
     for step in (3, 4):
         for optimizer, those in ((adam, params), (copy, copies)):
             set_gradients(those, step)
@@ -98,7 +98,7 @@ def test_going_on_from_a_state_dict_is_bit_identical():
     assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
 
 
-def test_no_bias_correction_is_refused():
+def test_bias_correction_is_required():
     with pytest.raises(ValueError, match="bias_correction"):
         FusedAdam([torch.nn.Parameter(torch.zeros(1))], bias_correction=False)
 
@@ -125,6 +125,6 @@ def test_installed_only_in_place_of_torch(monkeypatch):
         pytest.skip("Transformer Engine or apex is here, and its Adam is used")
     assert optimizers.Adam is distrib_optimizer.Adam is FusedAdam
     assert install()
-    monkeypatch.setattr(optimizers, "Adam", torch.optim.AdamW)  # stands for TE's FusedAdam
+    monkeypatch.setattr(optimizers, "Adam", torch.optim.AdamW)  # stands in for TE's FusedAdam
     assert not install()
     assert optimizers.Adam is torch.optim.AdamW

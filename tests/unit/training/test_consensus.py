@@ -1,4 +1,4 @@
-"""What one rank meets, all hear of: results and errors shared, lost ranks recognised."""
+"""Sharing results and errors among ranks, and recognizing lost ranks."""
 
 import pytest
 import torch.distributed as dist
@@ -38,13 +38,13 @@ def test_each_rank_gets_its_own_result():
 
 
 @pytest.mark.parametrize("failing", [(0,), (1,), (0, 1)])
-def test_one_error_is_everybodys(failing):
+def test_error_of_one_rank_is_raised_on_all(failing):
     for rank, found in enumerate(run_ranks(2, _fail_on, failing, ValueError("bad"))):
         said = "bad" if rank in failing else f"rank {failing[0]}: bad"
         assert found == ("ValueError" if rank in failing else "UserError", said)
 
 
-def test_an_error_that_is_no_message_keeps_its_type():
+def test_message_of_an_unexpected_error_names_its_type():
     ends = run_ranks(2, _fail_on, (1,), FileNotFoundError(2, "No such file", "x"))
     assert ends[0] == ("UserError", "rank 1: FileNotFoundError: [Errno 2] No such file: 'x'")
     assert ends[1][0] == "FileNotFoundError"
@@ -64,7 +64,7 @@ def _run_on_rank_zero(fails):
         return str(error)
 
 
-def test_the_first_rank_decides():
+def test_all_ranks_get_the_result_of_rank_zero():
     assert run_ranks(2, _run_on_rank_zero, False) == ["of rank 0"] * 2
     assert run_ranks(2, _run_on_rank_zero, True) == ["bad"] * 2
 
@@ -78,7 +78,7 @@ def test_max_over_ranks():
     assert run_ranks(2, _max_over_ranks) == [[1, 7, 0]] * 2
 
 
-def _peer_leaves():
+def _peer_exits():
     if _rank() == 1:
         distributed.shutdown()
         return None
@@ -89,9 +89,9 @@ def _peer_leaves():
     return "no error", False
 
 
-def test_a_peer_that_leaves_is_recognised():
-    """The words are the backend's: another torch may choose others."""
-    message, is_lost = run_ranks(2, _peer_leaves)[0]
+def test_exit_of_a_peer_is_recognized():
+    """The message is the backend's, and may differ in another version of torch."""
+    message, is_lost = run_ranks(2, _peer_exits)[0]
     assert is_lost, message
 
 
@@ -102,7 +102,7 @@ def _failed_because_of(cause):
         return error
 
 
-def test_causes_are_looked_through():
+def test_causes_are_searched():
     assert is_lost_contact(_failed_because_of(TransportError("gone")))
     assert not is_lost_contact(_failed_because_of(ValueError("the shapes differ")))
     assert not is_lost_contact(ValueError("the run timed out"))

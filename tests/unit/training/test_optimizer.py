@@ -1,4 +1,4 @@
-"""megatron-core's optimizer as we build it, against torch's AdamW on whole tensors."""
+"""megatron-core's optimizer against torch's AdamW on unsharded tensors."""
 
 import math
 
@@ -25,7 +25,7 @@ OPTIONS = OptimizerConfig(lr=0.1, weight_decay=0.5, beta1=0.8, beta2=0.9, eps=1e
 
 
 class Two(MegatronModule):
-    """A matrix, which decays, and a bias, which does not."""
+    """A matrix with weight decay, and a bias without."""
 
     def __init__(self, config, dtype, shared=False):
         super().__init__(config)
@@ -55,7 +55,7 @@ def make(dtype, pipeline=1, **config):
 
 
 def set_gradients(module, step):
-    """Small numbers that bfloat16 holds exactly, whose norm is above the clipping at step 2."""
+    """Set gradients that bfloat16 represents exactly; their norm exceeds the limit at step 2."""
     for number, param in enumerate(module.parameters()):
         values = torch.arange(param.numel()).reshape(param.shape) + number + 1
         param.main_grad.copy_(values / 64 * (1 if step == 1 else 16))
@@ -113,7 +113,7 @@ def test_equals_adamw_with_clipping_and_decay_groups(world, dtype, kind, toleran
             torch.testing.assert_close(one, other.detach(), rtol=tolerance, atol=tolerance)
 
 
-def test_which_optimizer():
+def test_class_of_the_optimizer():
     assert use_distributed_optimizer(2, torch.float32)
     assert not use_distributed_optimizer(1, torch.bfloat16)
     assert not use_distributed_optimizer(2, torch.float64)
@@ -131,7 +131,7 @@ def _masters():
     return moved
 
 
-def test_bfloat16_masters_add_up_what_is_below_their_precision():
+def test_masters_accumulate_updates_below_the_precision_of_bfloat16():
     [moved] = run_ranks(1, _masters)
     assert not moved[0]
     assert moved[-1]
@@ -144,7 +144,7 @@ def _tied():
     return result.grad_norm, module.weight.detach()
 
 
-def test_copy_of_a_tied_weight_counts_once_and_moves_alike():
+def test_copies_of_a_tied_weight_count_once_and_get_equal_updates():
     (norm, first), (other_norm, second) = run_ranks(2, _tied)
     weight = sum((i / 64) ** 2 for i in range(1, 7))
     bias = sum((i / 64) ** 2 for i in range(2, 5))
@@ -172,7 +172,7 @@ def _not_finite(bad, pipeline, dtype):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize(("world", "pipeline"), [(2, 2), (2, 1), (1, 1)])
-def test_gradient_that_is_not_finite_skips_the_step_on_all_ranks(bad, world, pipeline):
+def test_non_finite_gradient_skips_the_step_on_all_ranks(bad, world, pipeline):
     assert run_ranks(world, _not_finite, bad, pipeline, torch.float32) == [True] * world
 
 
@@ -180,8 +180,8 @@ def _dividing():
     make(torch.float32, calculate_per_token_loss=False)
 
 
-def test_gradients_may_not_be_divided_by_the_data_parallel_size():
-    with pytest.raises(AssertionError, match="calculate_per_token_loss must be True"):
+def test_gradients_must_not_be_divided_by_the_data_parallel_size():
+    with pytest.raises(AssertionError, match="calculate_per_token_loss = False"):
         run_ranks(1, _dividing)
 
 
@@ -189,7 +189,7 @@ def _gradients_after_zero_grad(dtype):
     _, chunk, optimizer = wrap(dtype)
     module = chunk.module
     for _ in range(2):
-        optimizer.zero_grad()  # lets go of `grad`
+        optimizer.zero_grad()  # sets `grad` to None
         clear_gradients(chunk)
         for _ in range(2):
             (3 * module.weight.sum()).backward()
@@ -199,6 +199,6 @@ def _gradients_after_zero_grad(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_reach_their_buffer_once(dtype):
-    """By autograd itself or by DDP's hooks, in every step, whatever became of `grad`."""
+def test_gradients_are_added_to_their_buffer_once(dtype):
+    """Either by autograd or by DDP's hooks, in every step, even if `grad` was reset."""
     run_ranks(1, _gradients_after_zero_grad, dtype)

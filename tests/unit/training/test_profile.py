@@ -1,4 +1,4 @@
-"""Costs are measured of the configured model, in one process, and can be given again."""
+"""Costs of the configured model are measured in one process, and can be read from a file."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ recompute = "{recompute}"
 
 
 @pytest.mark.parametrize(("head", "recompute"), [('["norm"]', "none"), ('["mlp"]', "full")])
-def test_costs_are_measured_written_and_given_again(tmp_path, head, recompute):
+def test_measured_costs_are_written_and_read_again(tmp_path, head, recompute):
     path, costs = tmp_path / "run.toml", tmp_path / "costs.json"
     path.write_text(MODEL.format(head=head, recompute=recompute))
     command = [
@@ -62,19 +62,19 @@ def test_costs_are_measured_written_and_given_again(tmp_path, head, recompute):
     times = (*pieces.layer, *pieces.embedding[:2], *pieces.exit, *pieces.final)
     assert min(times) > 0
     assert pieces.communication == 0
-    # A vocabulary 1024 times as wide as the model: a head has 80 times a layer's work.
+    # The vocabulary is 1024 times as wide as the model: a head takes 80 times a layer's work.
     assert pieces.final.total > pieces.layer.total
     assert measured["unit"] in ("s", "ms")
     assert run("--costs", str(costs)) == measured
 
 
-def test_tensor_parallel_models_are_not_measured_in_one_process():
+def test_tensor_parallel_models_cannot_be_measured():
     values = {"model.shape": "llama-tiny", "parallel.tensor": 2}
-    with pytest.raises(ConfigError, match=r"parallel\.tensor = 2: .* copy .* --costs costs\.json"):
+    with pytest.raises(ConfigError, match=r"parallel\.tensor = 2: .* --costs costs\.json"):
         profile(load_config(None, values))
 
 
-def test_random_batches_are_the_same_every_time():
+def test_random_batches_are_deterministic():
     config = load_config(None, {"model.shape": "llama-tiny", "training.micro_batch_size": 4})
     one, other = random_batch(config), random_batch(config)
     assert one.tokens.shape == one.labels.shape == one.positions.shape == (4, 256)

@@ -1,4 +1,4 @@
-"""The precision that `auto` stands for, and that measuring it leaves no trace."""
+"""The dtype that "auto" selects, and that the measurement has no side effects."""
 
 import pytest
 import torch
@@ -32,18 +32,18 @@ def _choose(dtype, seconds):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_what_is_asked_for(dtype):
+def test_named_dtype_is_used(dtype):
     assert run_ranks(1, _choose, dtype, None) == [(dtype, True)]
 
 
 @pytest.mark.parametrize("faster", ["float32", "bfloat16"])
-def test_auto_is_the_faster(faster):
+def test_auto_selects_the_faster_dtype(faster):
     seconds = {"float32": 2.0, "bfloat16": 2.0, faster: 1.0}
     assert run_ranks(1, _choose, "auto", seconds) == [(faster, True)]
 
 
-def test_measuring_leaves_the_random_generator_alone():
-    """Rank 0 alone measures; numbers drawn for it would set its dropout apart from its peers'."""
+def test_measurement_does_not_advance_the_random_generator():
+    """Only rank 0 measures; random numbers would make its dropout differ from that of its peers."""
     results = run_ranks(2, _choose, "auto", None)
     assert len({chosen for chosen, _ in results}) == 1
     assert results[0][1]

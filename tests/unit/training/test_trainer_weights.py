@@ -1,4 +1,4 @@
-"""The weights of exit losses over a run, as the trainer asks for them."""
+"""The weights of exit losses over the steps of a run."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_constant():
         assert weights(step) == {2: 0.25, 4: 0.5, 6: 1.0}
 
 
-def test_linear_begins_and_ends_where_it_says():
+def test_linear_starts_and_ends_at_the_configured_weights():
     options = {
         "exits.weight_schedule": "linear",
         "exits.initial_weights": (0.0, 1.0),
@@ -35,6 +35,6 @@ def test_linear_begins_and_ends_where_it_says():
     assert weights(10, **options) == weights(11, **options) == {2: 0.25, 4: 0.5, 6: 1.0}
 
 
-def test_a_model_without_exits_has_the_final_one():
+def test_model_without_early_exits_has_the_final_exit():
     options = {"exits.boundaries": (), "exits.weights": ()}
     assert weights(0, **options) == {6: 1.0}

@@ -1,4 +1,4 @@
-"""What exits are copied from, and what a tuning run says of itself."""
+"""The source of copied exits, and the description of a tuning run."""
 
 import pytest
 
@@ -26,11 +26,11 @@ def make(**overrides: object) -> Config:
         ("exits.2.mlp_norm.weight", ("block", "mlp"), None),
     ],
 )
-def test_what_parameters_are_copied_from(name: str, head: tuple, source: str | None) -> None:
+def test_source_of_copied_parameters(name: str, head: tuple, source: str | None) -> None:
     assert copy_source(name, make(**{"exits.head": head})) == source
 
 
-def test_an_output_weight_is_the_final_exits() -> None:
+def test_tied_output_weight_is_copied_from_the_embedding() -> None:
     tied = make(**{"model.tie_embeddings": True})
     assert copy_source("exits.2.output.weight", tied) == "embedding.word.weight"
 
@@ -40,7 +40,7 @@ def test_every_initialization_of_the_configuration_exists() -> None:
         assert make(**{"exits.initialization": name}).exits.initialization in INITIALIZATIONS
 
 
-def test_a_run_says_what_it_trains() -> None:
+def test_description_names_what_is_trained() -> None:
     own = make(**{"exits.head": ("mlp", "norm"), "tuning.exits": (2,)})
     assert describe_tuning(own) == (
         "tuning exits at [2]: mlp, norm, output weight; 2 of 8 layers are computed"
