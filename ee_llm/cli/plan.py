@@ -288,7 +288,7 @@ def _print(
     print(describe.readable_grid(prediction, width), end="\n\n")
     print(describe.summary(prediction, clock, options.logits_size))
     if options.profile:
-        print(f"\nmeasured: {describe.shown_pieces(prediction.pieces)}")
+        print(f"\nmeasured: {describe.format_pieces(prediction.pieces)}")
     used = prediction.config.parallel.forward_over_backward
     if prediction.pieces is not NOMINAL and (ratio := _ratio(prediction.pieces)) != used:
         print(

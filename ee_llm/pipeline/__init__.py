@@ -1,6 +1,6 @@
-"""Pipeline schedules: plans as data, their lowering, simulation and (`pipeline.runtime`) execution.
+"""Pipeline schedules: plans as data, their lowering, simulation and execution.
 
-Importing this package does not import torch; `ee_llm.pipeline.runtime` does.
+Importing this package does not import torch. `ee_llm.pipeline.runtime`, which executes plans, does.
 """
 
 from ee_llm.errors import PlanError

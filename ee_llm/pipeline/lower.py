@@ -1,8 +1,8 @@
-"""Lowering: adds sends and receives to a plan and proves that it can be carried out. Pure Python.
+"""Add sends and receives to a plan and prove that it can be executed. Pure Python.
 
-The proof has three parts (docs/explanation/pipeline.md): every action that the visits call for is
-there once; between any two ranks messages are sent in the order in which they are received; and the
-lists run to their end even if every send blocked until its receive is posted.
+The proof has three parts (docs/explanation/pipeline.md): every action that the visits require is
+present once; between any two ranks messages are sent in the order in which they are received; and
+the lists run to their end even if every send blocks until its receive is posted.
 """
 
 from collections import defaultdict
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ee_llm.errors import PlanError
 from ee_llm.pipeline.plan import Action, Op, Plan, step_grid
-from ee_llm.pipeline.simulate import Duration, nominal, timeline
+from ee_llm.pipeline.simulate import Duration, nominal_duration, timeline
 
 _SEND = {Op.FORWARD: Op.SEND_FORWARD, Op.BACKWARD: Op.SEND_BACKWARD}
 _RECEIVE = {Op.FORWARD: Op.RECV_FORWARD, Op.BACKWARD: Op.RECV_BACKWARD}
@@ -22,9 +22,10 @@ Place = tuple[int, int]  # (rank, step)
 
 @dataclass(frozen=True)
 class LoweredPlan(Plan):
-    """A plan with its communication; made only by proving it, so that who has one may trust it.
+    """A plan with communication, proved to be executable on construction.
 
-    Raises PlanError if it cannot be carried out.
+    Raises:
+        PlanError: The plan cannot be executed.
     """
 
     def __post_init__(self) -> None:
@@ -32,24 +33,26 @@ class LoweredPlan(Plan):
 
 
 def lower(plan: Plan) -> LoweredPlan:
-    """Return the plan with its communication, proved sound.
+    """Return the plan with communication, proved to be executable.
 
-    A send stands behind its F or B, before the next action. The receive is posted before whatever
-    ends later on its own rank, at the nominal costs of the plan's timeline: where the rank computes
-    when the message comes, before that action. Both ends of every message take their places from
-    one sequence, so the lists agree on the order of all messages, whatever the plan.
+    A send directly follows its F or B. A receive is posted before the first action of its rank that
+    ends later than the send's action in the timeline of nominal costs, so that it precedes the
+    action during which the message arrives. Both ends of every message are placed from one sequence
+    of actions, so that the ranks agree on the order of all messages, whatever the plan is.
 
-    Raises PlanError, with the place marked in the grid, if the plan is already lowered, misses or
-    repeats an action, or deadlocks.
+    Raises:
+        PlanError: The plan is already lowered, lacks or repeats an action, or deadlocks. The
+            message marks the place in the grid.
     """
     if isinstance(plan, LoweredPlan):
-        raise PlanError("the plan already has communication: lower the plan it was made from")
+        raise PlanError("the plan already has communication. Pass the plan before lowering.")
     _check_actions(plan, plan.work)
-    spans = [span for spans in timeline(plan, _paced(plan)).ranks for span in spans]
-    # A rank keeps its order, because every action takes time. Of what ends together B goes first:
-    # of two messages that cross, the gradient's receive is then posted an action ahead.
-    first = (Op.BACKWARD, Op.FORWARD, Op.WEIGHT).index
-    spans.sort(key=lambda span: (span.end, first(span.action.op), span.action))
+    spans = [span for spans in timeline(plan, _balanced_durations(plan)).ranks for span in spans]
+    # Every action takes time, so sorting keeps the order within a rank. Among actions that end
+    # together B comes first: of two messages that cross, the gradient's receive is then posted one
+    # action ahead.
+    priority = (Op.BACKWARD, Op.FORWARD, Op.WEIGHT).index
+    spans.sort(key=lambda span: (span.end, priority(span.action.op), span.action))
     ranks: list[list[Action]] = [[] for _ in plan.ranks]
     for span in spans:
         for action in (span.action, *_messages(plan, span.action)):
@@ -65,25 +68,29 @@ def lower(plan: Plan) -> LoweredPlan:
     )
 
 
-def _paced(plan: Plan) -> Callable[[Action], Duration]:
-    """Return nominal durations with which no stage gets far ahead of the next one.
+def _balanced_durations(plan: Plan) -> Callable[[Action], Duration]:
+    """Return nominal durations with which no stage runs far ahead of the next one.
 
-    With local backwards, a stage that has none would by its nominal costs, and its neighbour would
-    post a receive, with its buffer, for all that it sends meanwhile.
+    With local backwards, a stage without one would run ahead at its nominal costs, and its
+    neighbour would post a receive, with its buffer, for each of its messages.
     """
-    usual = nominal(plan)
+    nominal = nominal_duration(plan)
 
     def duration(action: Action) -> Duration:
-        early, late = usual(action)
+        early, late = nominal(action)
         if plan.local_backwards and not plan.has_backward(action):
-            late += usual(action._replace(op=Op.BACKWARD)).late
+            late += nominal(action._replace(op=Op.BACKWARD)).late
         return Duration(early, late)
 
     return duration
 
 
 def verify(plan: Plan) -> None:
-    """Prove that a plan with messages can be carried out; PlanError, its place marked, if not."""
+    """Prove that a plan with communication can be executed.
+
+    Raises:
+        PlanError: It cannot. The message marks the place in the grid.
+    """
     messages = (_messages(plan, action) for action in plan.work)
     _check_actions(plan, plan.work.union(*messages))
     _check_order(plan)
@@ -91,7 +98,7 @@ def verify(plan: Plan) -> None:
 
 
 def counterpart(action: Action) -> Action:
-    """Return the receive that belongs to a send, and the send that belongs to a receive."""
+    """Return the receive that matches a send, or the send that matches a receive."""
     match action.op:
         case Op.SEND_FORWARD:
             return Action(action.stage + 1, Op.RECV_FORWARD, action.microbatch)
@@ -101,11 +108,11 @@ def counterpart(action: Action) -> Action:
             return Action(action.stage - 1, Op.RECV_BACKWARD, action.microbatch)
         case Op.RECV_BACKWARD:
             return Action(action.stage + 1, Op.SEND_BACKWARD, action.microbatch)
-    raise AssertionError(f"{action} is no communication")
+    raise AssertionError(f"{action} is not a communication action")
 
 
 def _messages(plan: Plan, action: Action) -> tuple[Action, ...]:
-    # The send and the receive that carry the result of an F or B to another rank; none if it stays.
+    """Return the send and the receive of the result of an F or B, if it goes to another rank."""
     target = plan.target(action)
     if target is None or not plan.crosses_ranks(action, target):
         return ()
@@ -119,20 +126,24 @@ def _check_actions(plan: Plan, expected: frozenset[Action]) -> None:
         )
     for microbatch, visit in enumerate(plan.visits):
         if not 0 <= visit.first_backward <= visit.depth <= plan.num_stages or visit.depth == 0:
-            raise PlanError(f"microbatch {microbatch}: {visit} with {plan.num_stages} stages")
+            raise PlanError(
+                f"microbatch {microbatch}: {visit} is not valid for {plan.num_stages} stages"
+            )
     places: dict[Action, list[Place]] = defaultdict(list)
     for rank, actions in enumerate(plan.ranks):
         for step, action in enumerate(actions):
             places[action].append((rank, step))
-    for action, found in places.items():
+    for action, found_at in places.items():
         if action not in expected:
-            raise _error(plan, f"{action} is not called for by any visit", found)
-        if len(found) > 1:
-            raise _error(plan, f"{action} stands {len(found)} times", found)
-        if found[0][0] != plan.stage_ranks[action.stage]:
+            raise _error(plan, f"{action} is not required by any visit", found_at)
+        if len(found_at) > 1:
+            raise _error(plan, f"{action} appears {len(found_at)} times", found_at)
+        if found_at[0][0] != plan.stage_ranks[action.stage]:
             owner = plan.stage_ranks[action.stage]
             raise _error(
-                plan, f"{action} stands on rank {found[0][0]}, its stage on {owner}", found
+                plan,
+                f"{action} is on rank {found_at[0][0]}, but its stage is on rank {owner}",
+                found_at,
             )
     for action in sorted(expected - places.keys()):
         owner = plan.stage_ranks[action.stage]
@@ -142,7 +153,7 @@ def _check_actions(plan: Plan, expected: frozenset[Action]) -> None:
 
 
 def _check_order(plan: Plan) -> None:
-    # NCCL matches messages between two ranks by order alone: tags do not exist there.
+    # NCCL matches the messages between two ranks only by their order, because it has no tags.
     sent: dict[tuple[int, int, Op], list[Place]] = defaultdict(list)
     received: dict[tuple[int, int, Op], list[Place]] = defaultdict(list)
     for rank, actions in enumerate(plan.ranks):
@@ -156,19 +167,19 @@ def _check_order(plan: Plan) -> None:
                 received[peer, rank, _COMPUTES[action.op]].append((rank, step))
     for key, sends in sent.items():
         for nth, (send, receive) in enumerate(zip(sends, received[key], strict=True)):
-            one, other = _at(plan, send), _at(plan, receive)
-            if counterpart(one) != other:
+            sent_by, received_by = _at(plan, send), _at(plan, receive)
+            if counterpart(sent_by) != received_by:
                 raise _error(
                     plan,
-                    f"message {nth} from rank {key[0]} to rank {key[1]} is sent by {one} and taken "
-                    f"by {other}: the order of sends must be that of receives",
+                    f"message {nth} from rank {key[0]} to rank {key[1]} is sent by {sent_by} but "
+                    f"received by {received_by}: sends and receives must have the same order",
                     [send, receive],
                 )
 
 
 def _dry_run(plan: Plan) -> None:
-    # A message moves only when both of its ranks have come to it. This is the strictest meaning a
-    # backend can give to the lists; whatever runs so also runs with buffers and threads.
+    # A message moves only when both of its ranks have reached it. No backend is stricter: a plan
+    # that runs this way also runs with buffers and threads.
     position = [0] * plan.num_ranks
     done: set[Action] = set()
 
@@ -178,7 +189,7 @@ def _dry_run(plan: Plan) -> None:
 
     def is_ready(action: Action) -> bool:
         if action.op.computes:
-            return all(need in done for need in _local_needs(plan, action))
+            return all(need in done for need in _local_dependencies(plan, action))
         other = counterpart(action)
         is_send = action.op in _SEND.values()
         send = action if is_send else other
@@ -203,11 +214,11 @@ def _dry_run(plan: Plan) -> None:
         raise _error(plan, f"the plan deadlocks: {waits}", stuck)
 
 
-def _local_needs(plan: Plan, action: Action) -> list[Action]:
-    # What must have happened on the action's own rank: a receive stands for the peer's result.
+def _local_dependencies(plan: Plan, action: Action) -> list[Action]:
+    """Return the dependencies on the action's own rank: a receive for the result of a peer."""
     return [
         action._replace(op=_RECEIVE[action.op]) if plan.crosses_ranks(need, action) else need
-        for need in plan.needs(action)
+        for need in plan.dependencies(action)
     ]
 
 

@@ -1,7 +1,8 @@
 """Pipeline schedules as data: per rank, a list of actions such as `2F0`.
 
-A plan says who computes what in which order and nothing else. `lower` adds the communication and
-proves the plan sound, `simulate` times it, `runtime` carries it out. Pure Python.
+A plan defines which rank computes which action in which order, and nothing else. `lower` adds the
+communication and proves that the plan can be executed, `simulate` predicts its time and memory,
+`runtime` executes it. Pure Python.
 """
 
 import re
@@ -15,9 +16,9 @@ from ee_llm.errors import PlanError
 
 
 class Op(StrEnum):
-    """What an action does. Only F, B and W compute; the others are added by lowering.
+    """The kind of an action. Only F, B and W compute; lowering adds the others.
 
-    Where a plan has W, the gradients of weights, B leaves them to it.
+    In a plan with W, which computes the weight gradients, B does not compute them.
     """
 
     FORWARD = "F"
@@ -30,7 +31,7 @@ class Op(StrEnum):
 
     @property
     def computes(self) -> bool:
-        """Whether this is work of a stage, not communication."""
+        """Return whether the action is computation of a stage, not communication."""
         return self in (Op.FORWARD, Op.BACKWARD, Op.WEIGHT)
 
 
@@ -41,7 +42,7 @@ class Action(NamedTuple):
     """One step of one rank: `2F0` is the forward of microbatch 0 on stage 2.
 
     The stage is always the one that acts: `2SF0` sends the output of 2F0, `3RF0` receives it, and
-    `3SB0` returns to `2RB0` the gradient of that output.
+    `3SB0` sends the gradient of that output back to `2RB0`.
     """
 
     stage: int
@@ -56,22 +57,22 @@ class Action(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Action":
-        """Return the action that prints as `text`; ValueError if there is none."""
+        """Return the action that prints as `text`. Raises PlanError if there is none."""
         match = _ACTION.fullmatch(text)
         if match is None:
             raise PlanError(
-                f"{text!r} is no action: expected stage, operation ({', '.join(Op)}) and "
-                f"microbatch, as in 2F0"
+                f"{text!r} is not an action. Give stage, operation ({', '.join(Op)}) and "
+                "microbatch, as in 2F0."
             )
         stage, op, microbatch = match.groups()
         return cls(int(stage), Op(op), int(microbatch))
 
 
 class Visit(NamedTuple):
-    """How far one microbatch travels: down to `depth`, and how far back.
+    """The stages that one microbatch visits.
 
-    Forward on stages 0 .. depth-1, then backward on stages depth-1 .. first_backward;
-    first_backward == depth means that there is no backward at all.
+    It runs forward on stages 0 .. depth-1, then backward on stages depth-1 .. first_backward.
+    first_backward == depth means no backward.
     """
 
     depth: int
@@ -80,15 +81,18 @@ class Visit(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What every rank does, in order, and the visits that this is to accomplish.
+    """The actions of every rank, in order, and the visits that they must accomplish.
 
-    ranks: per rank, its actions. stage_ranks: per stage, the rank that holds it (a rank may hold
-    several). visits: per microbatch, which stages it has to see; stated apart from the lists so
-    that an action missing from them is known to be missing. splits_backward: whether every B, the
-    gradient of the stage's input, has a W of its own, the gradients of its layers' weights;
-    splits_exits: whether that W also makes those of its exits' weights. local_backwards: stages
-    where every microbatch has a B of its exits alone, whose gradient goes no further, not even into
-    the stage's own layers (EE-Tuning); its visits then have no backward.
+    Attributes:
+        ranks: The actions of each rank.
+        stage_ranks: The rank of each stage. A rank may have several stages.
+        visits: The stages that each microbatch must visit. They are redundant with the actions, so
+            that a missing action is noticed.
+        splits_backward: Whether each B computes only the gradient of the stage's input, and a
+            separate W the gradients of its layers' weights.
+        splits_exits: Whether W also computes the gradients of the exits' weights.
+        local_backwards: Stages on which every microbatch has a B of the exits only, whose gradient
+            does not reach the stage's own layers (EE-Tuning). The visits then have no backward.
     """
 
     ranks: tuple[tuple[Action, ...], ...]
@@ -110,40 +114,40 @@ class Plan:
 
     @property
     def num_microbatches(self) -> int:
-        """Return the number of microbatches, those that visit few stages included."""
+        """Return the number of microbatches, including those that visit few stages."""
         return len(self.visits)
 
     @property
-    def whole_visit(self) -> Visit:
-        """The visit that sees every stage, forward and back, where there is a way back."""
+    def full_visit(self) -> Visit:
+        """Return the visit of every stage, forward and, unless backwards are local, backward."""
         first_backward = self.num_stages if self.local_backwards else 0
         return Visit(depth=self.num_stages, first_backward=first_backward)
 
     @cached_property
     def work(self) -> frozenset[Action]:
-        """The F, B and W actions that the visits call for."""
-        back = (Op.BACKWARD, Op.WEIGHT) if self.splits_backward else (Op.BACKWARD,)
+        """Return the F, B and W actions that the visits require."""
+        backward = (Op.BACKWARD, Op.WEIGHT) if self.splits_backward else (Op.BACKWARD,)
 
-        def turns(stage: int, visit: Visit) -> bool:
+        def has_backward(stage: int, visit: Visit) -> bool:
             return stage >= visit.first_backward or stage in self.local_backwards
 
         return frozenset(
             Action(stage, op, microbatch)
             for microbatch, visit in enumerate(self.visits)
             for stage in range(visit.depth)
-            for op in (Op.FORWARD, *(back if turns(stage, visit) else ()))
+            for op in (Op.FORWARD, *(backward if has_backward(stage, visit) else ()))
         )
 
     def source(self, action: Action) -> Action | None:
-        """Return the action on the neighbouring stage whose result this one takes, if any."""
+        """Return the action on the neighbouring stage whose result this one receives, if any."""
         return self._neighbour(action, {Op.FORWARD: -1, Op.BACKWARD: 1, Op.WEIGHT: 0}[action.op])
 
     def target(self, action: Action) -> Action | None:
-        """Return the action on the neighbouring stage that takes this one's result, if any."""
+        """Return the action on the neighbouring stage that receives this one's result, if any."""
         return self._neighbour(action, {Op.FORWARD: 1, Op.BACKWARD: -1, Op.WEIGHT: 0}[action.op])
 
-    def needs(self, action: Action) -> tuple[Action, ...]:
-        """Return the actions that must be over before this F, B or W can be completed."""
+    def dependencies(self, action: Action) -> tuple[Action, ...]:
+        """Return the actions that must end before this F, B or W can end."""
         before = {Op.BACKWARD: Op.FORWARD, Op.WEIGHT: Op.BACKWARD}
         own = (action._replace(op=before[action.op]),) if action.op in before else ()
         source = self.source(action)
@@ -153,17 +157,17 @@ class Plan:
         """Return whether the action's microbatch runs backward on the action's stage."""
         return action._replace(op=Op.BACKWARD) in self.work
 
-    def goes_back(self, microbatch: int) -> bool:
+    def has_any_backward(self, microbatch: int) -> bool:
         """Return whether the microbatch runs backward on any stage."""
         visit = self.visits[microbatch]
         return visit.first_backward < visit.depth or bool(self.local_backwards)
 
-    def crosses_ranks(self, one: Action, other: Action) -> bool:
-        """Return whether the two actions' stages lie on different ranks."""
-        return self.stage_ranks[one.stage] != self.stage_ranks[other.stage]
+    def crosses_ranks(self, first: Action, second: Action) -> bool:
+        """Return whether the stages of two actions are on different ranks."""
+        return self.stage_ranks[first.stage] != self.stage_ranks[second.stage]
 
     def without_communication(self) -> "Plan":
-        """Return the plan as it was before lowering."""
+        """Return the plan before lowering."""
         ranks = tuple(tuple(a for a in actions if a.op.computes) for actions in self.ranks)
         return Plan(
             ranks,
@@ -174,20 +178,20 @@ class Plan:
             self.local_backwards,
         )
 
-    def _neighbour(self, action: Action, towards: int) -> Action | None:
-        if towards == 0:  # the work of W stays on its stage
+    def _neighbour(self, action: Action, offset: int) -> Action | None:
+        if offset == 0:  # the result of W stays on its stage
             return None
         if action.op is Op.BACKWARD and self.local_backwards:
             return None
-        neighbour = action._replace(stage=action.stage + towards)
+        neighbour = action._replace(stage=action.stage + offset)
         return neighbour if neighbour in self.work else None
 
 
 def one_f_one_b(num_stages: int, num_microbatches: int) -> Plan:
     """Return the 1F1B plan, one stage per rank (Narayanan et al., arXiv 2104.04473, section 2.2).
 
-    Rank i runs P-1-i forwards ahead and then alternates, so that it holds the activations of at
-    most P-i microbatches, however many there are.
+    Rank i runs P-1-i forwards and then alternates, so that it keeps the activations of at most P-i
+    microbatches, regardless of their number.
     """
     _check_counts(num_stages, num_microbatches)
     ranks = []
@@ -204,10 +208,10 @@ def one_f_one_b(num_stages: int, num_microbatches: int) -> Plan:
 
 
 def forward_only(num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> Plan:
-    """Return the plan that runs every microbatch forward and nothing backward (evaluation).
+    """Return the plan that runs every microbatch forward only (evaluation).
 
-    Rank r holds the stages r, r + num_ranks, ..., `num_chunks` of them; as in interleaved 1F1B,
-    groups of `num_ranks` microbatches pass one after the other.
+    Rank r has the `num_chunks` stages r, r + num_ranks, .... As in interleaved 1F1B, groups of
+    `num_ranks` microbatches pass one after the other.
     """
     _check_counts(num_ranks, num_microbatches)
     num_stages = num_ranks * num_chunks
@@ -227,16 +231,16 @@ def forward_only(num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> 
 def _check_counts(num_stages: int, num_microbatches: int) -> None:
     for name, value in (("num_stages", num_stages), ("num_microbatches", num_microbatches)):
         if value < 1:
-            raise PlanError(f"{name} is {value}: a plan needs at least 1")
+            raise PlanError(f"{name} = {value} is not valid. Give at least 1.")
 
 
 def step_grid(
     ranks: Sequence[Sequence[Action]], marked: Collection[tuple[int, int]] = (), around: int = 6
 ) -> str:
-    """Return the rank x step grid, the `marked` (rank, step) cells in >arrows<.
+    """Return the rank x step grid, with the `marked` (rank, step) cells in >arrows<.
 
-    With marks, only steps up to `around` away from one are shown. A mark one past a rank's last
-    action shows as >end<.
+    With marks, only steps at most `around` away from a mark are shown. A mark one past the last
+    action of a rank shows as >end<.
     """
     columns = max((len(actions) for actions in ranks), default=0)
     columns = max([columns, *(step + 1 for _, step in marked)])

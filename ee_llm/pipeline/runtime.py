@@ -1,8 +1,8 @@
-"""The one interpreter of plans: carries out a rank's actions on its stages.
+"""Execute plans: run the actions of a rank on its stages.
 
-Schedules differ by their plans alone. Losses sit on every stage that has exits; each stage's
-backward differentiates its own losses plus <g, x>, g being the gradient received for its output x
-(EE-LLM, arXiv 2312.04916, Prop. 3.1; derived in docs/explanation/pipeline.md).
+This is the interpreter of all schedules, which differ only in their plans. Every stage with exits
+has losses. Its backward differentiates its own losses plus <g, x>, where g is the received gradient
+of its output x (EE-LLM, arXiv 2312.04916, Prop. 3.1; derived in docs/explanation/pipeline.md).
 """
 
 import time
@@ -24,11 +24,11 @@ from ee_llm.pipeline.simulate import Span
 
 
 class PipelineError(RuntimeError):
-    """An action that failed; the message shows it in the plan, the cause is chained."""
+    """An action failed. The message shows its place in the plan; the cause is chained."""
 
 
 class MessageSpec(NamedTuple):
-    """Shape, type and device of the hidden state that stages hand on."""
+    """Shape, dtype and device of the hidden state that stages pass on."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -36,25 +36,26 @@ class MessageSpec(NamedTuple):
 
 
 class PipelineStage(Protocol):
-    """What the runtime asks of a stage."""
+    """The interface of a stage to the runtime."""
 
     def forward(
         self, microbatch: int, hidden: Tensor | None
     ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """Return the output and the taps, the inputs of the exits on this stage.
+        """Return the output and the taps, which are the inputs of the exits on this stage.
 
-        hidden is None on the first stage; the output may be None on the last. A tap may be the
-        output itself, or the given hidden state.
+        `hidden` is None on the first stage. The output may be None on the last stage. A tap may be
+        the output itself, or `hidden`.
         """
 
     def exit_loss(self, microbatch: int, index: int, tap: Tensor) -> Tensor:
-        """Return the scalar loss of exit `index`, weighted and normalised, ready to be added."""
+        """Return the scalar loss of exit `index`, weighted and normalized for summation."""
 
     def defer_weight_gradients(self) -> AbstractContextManager[Callable[[], None]]:
-        """Keep weights out of the backward passes within; the function given adds them later.
+        """Defer the weight gradients of the backward passes within the context.
 
-        Asked for by plans that split the backward pass alone. Weights of exits among them, if and
-        only if the plan splits those of exits too.
+        The function that the context yields computes and adds them. Only plans that split the
+        backward pass use this. The weights of exits are included if and only if the plan also
+        splits the backward pass of exits.
         """
 
 
@@ -63,21 +64,21 @@ Key = tuple[int, int]  # (stage, microbatch)
 
 @dataclass
 class _Visit:
-    """What a stage keeps of a microbatch between its forward and its backward."""
+    """The state of a microbatch on a stage between its forward and its backward."""
 
-    hidden: Tensor | None  # the input, a leaf that collects the gradient to be returned
-    output: GradientEdge | None  # where the received gradient enters; holds no data of the output
-    taps: tuple[Tensor, ...]  # of exits still to be computed
-    losses: tuple[Tensor, ...]  # of exits already computed
+    hidden: Tensor | None  # the input, a leaf that accumulates the gradient to return
+    output: GradientEdge | None  # the root of the received gradient; keeps no data of the output
+    taps: tuple[Tensor, ...]  # of exits that are not computed yet
+    losses: tuple[Tensor, ...]  # of exits that are computed
 
 
 class _Clock:
-    """Seconds since it was made, the device's work included."""
+    """Measures seconds since its construction, including the device's work."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self.began = 0.0
-        self.exits = 0.0  # of what began then
+        self.start_of_action = 0.0
+        self.exits = 0.0  # seconds of exits at the start of the action
 
     def now(self) -> float:
         synchronize_stream()
@@ -85,7 +86,7 @@ class _Clock:
 
 
 class Runtime:
-    """Carries out one rank's part of a plan, over and over."""
+    """Executes one rank's actions of a plan, once per step."""
 
     def __init__(
         self,
@@ -96,27 +97,37 @@ class Runtime:
         hidden: MessageSpec,
         deferred: bool = True,
     ) -> None:
-        """Take what `lower` returned, this pipeline rank and its stages by their number.
+        """Set the plan and the stages of a rank.
 
-        transport may be None where the rank has nobody to talk to. deferred computes the exits of
-        a microbatch in its backward action, one at a time, so that at most one exit's graph is
-        alive per stage; otherwise in its forward action, for comparison. A microbatch that has no
-        backward on a stage runs there without a graph; its exits are computed, at once, if it has
-        none on any stage. Where the plan's backwards are local, only exits have a graph, and their
-        stage runs without one.
+        A microbatch without a backward on a stage runs there without an autograd graph. Its exits
+        are computed in the forward action if it has no backward on any stage. If the plan's
+        backwards are local, only exits have a graph.
 
-        Raises PlanError if the plan was not lowered, hence not proved, ValueError if the stages are
-        not those of the rank.
+        Args:
+            plan: The plan that `lower` returned.
+            rank: This pipeline rank.
+            stages: The stages of this rank by number.
+            transport: Sends and receives messages. May be None if the rank has none.
+            hidden: The hidden states that stages pass on.
+            deferred: Whether the exits of a microbatch are computed in its backward action, one
+                after the other, so that at most one exit's graph is alive per stage. Otherwise they
+                are computed in its forward action, for comparison.
+
+        Raises:
+            PlanError: The plan is not lowered, hence not proved, or the stages are not those of the
+                rank.
         """
         if not isinstance(plan, LoweredPlan):
-            raise PlanError("the plan has not been proved sound: pass what `lower(plan)` returns")
+            raise PlanError("the plan is not lowered. Pass `lower(plan)`.")
         expected = {stage for stage, owner in enumerate(plan.stage_ranks) if owner == rank}
         if set(stages) != expected:
-            raise PlanError(f"rank {rank} holds stages {sorted(expected)}, got {sorted(stages)}")
+            raise PlanError(
+                f"stages {sorted(stages)} are not those of rank {rank}: pass {sorted(expected)}"
+            )
         self._plan, self._rank, self._stages = plan, rank, stages
         self._transport, self._hidden, self._deferred = transport, hidden, deferred
         self._visits: dict[Key, _Visit] = {}
-        # Results on their way to the neighbouring stage, keyed by the stage that made them.
+        # Results for the neighbouring stage, by the stage that computed them.
         self._outputs: dict[Key, Tensor] = {}
         self._gradients: dict[Key, Tensor] = {}
         self._weights: dict[Key, Callable[[], None]] = {}
@@ -132,29 +143,32 @@ class Runtime:
         }
 
     def step(self, spans: list[Span] | None = None) -> None:
-        """Run the whole plan once; gradients are added to the parameters' `.grad`.
+        """Run all actions of the plan once and add gradients to the parameters' `.grad`.
 
-        To `spans`, if given, are added the actions that compute and their times in seconds, from
-        this call on; an action begins when what it waits for is there, or as much earlier as took
-        the exits that it computed before. The device is then waited for around each action.
+        Args:
+            spans: A list to which the F, B and W actions and their times are added, in seconds
+                since the start of the call. An action starts when its dependencies are complete,
+                or earlier by the time of the exits that it computes before it needs them. The
+                device is synchronized around each action.
 
-        Raises PipelineError, which shows the place in the plan. The transport cannot be used
-        after that: messages of the failed step may still be under way.
+        Raises:
+            PipelineError: An action failed. The transport cannot be used any more, because messages
+                of the failed step may still be in flight.
         """
         actions = self._plan.ranks[self._rank]
         step = 0
         self._clock = None if spans is None else _Clock()
         try:
-            for step, action in enumerate(actions):  # noqa: B007 (the place of a failure)
+            for step, action in enumerate(actions):  # noqa: B007 (used when an action fails)
                 self._handlers[action.op](action)
                 if spans is not None and self._clock is not None and action.op.computes:
                     clock = self._clock
-                    spans.append(Span(action, clock.began, clock.now(), clock.exits))
+                    spans.append(Span(action, clock.start_of_action, clock.now(), clock.exits))
             step = len(actions)
             if self._transport is not None:
                 self._transport.flush()
-            left_over = [*self._visits, *self._outputs, *self._gradients, *self._weights]
-            assert not left_over, f"results of (stage, microbatch) {left_over} were not used"
+            unused = [*self._visits, *self._outputs, *self._gradients, *self._weights]
+            assert not unused, f"results of (stage, microbatch) {unused} were not used"
         except Exception as error:
             raise self._failure(step, error) from error
         finally:
@@ -167,7 +181,7 @@ class Runtime:
         stage, key = self._stages[action.stage], (action.stage, action.microbatch)
         trains = self._plan.has_backward(action)
         hidden = self._result(action, self._outputs)
-        self._begins()
+        self._mark_start()
         if hidden is not None and self._returns_gradient(action):
             hidden.requires_grad_()
         with torch.set_grad_enabled(trains and not self._plan.local_backwards):
@@ -176,7 +190,7 @@ class Runtime:
             if self._plan.target(action) is not None:
                 self._outputs[key] = self._checked(output).detach()
             if not trains:
-                if not self._plan.goes_back(action.microbatch):  # an evaluation: its losses count
+                if not self._plan.has_any_backward(action.microbatch):  # an evaluation
                     for index, tap in enumerate(taps):
                         stage.exit_loss(action.microbatch, index, tap)
                 return
@@ -192,28 +206,28 @@ class Runtime:
     def _backward(self, action: Action) -> None:
         key = (action.stage, action.microbatch)
         visit = self._visits.pop(key)
-        self._begins()
-        with self._split_off_weights(action):
-            # The exits come before the received gradient is waited for: they do not need it.
+        self._mark_start()
+        with self._deferred_weights(action):
+            # Exits do not need the received gradient, so they run before the wait for it.
             has_exits = bool(visit.taps)
             roots, gradients = self._exit_roots(action, visit)
-            ahead = self._elapsed() if has_exits else 0.0
+            early = self._elapsed() if has_exits else 0.0
             received = self._result(action, self._gradients)
-            self._begins(ahead)
+            self._mark_start(early)
             if received is not None and visit.output is not None:
                 roots.append(visit.output)
                 gradients.append(received)
             if roots:
-                # Roots that coincide (a tap is the output, or the input) are summed by autograd.
+                # Autograd sums the gradients of equal roots: a tap may be the output or the input.
                 torch.autograd.backward(roots, gradients)
         if self._returns_gradient(action):
-            assert visit.hidden is not None, f"{action} has no input to return a gradient of"
+            assert visit.hidden is not None, f"{action} has no input whose gradient it could return"
             gradient = visit.hidden.grad
-            # Nothing here depends on the input in a differentiable way; the neighbour still waits.
+            # The gradient is None if nothing here depends on the input; the neighbour expects one.
             self._gradients[key] = torch.zeros_like(visit.hidden) if gradient is None else gradient
 
     @contextmanager
-    def _split_off_weights(self, action: Action) -> Iterator[None]:
+    def _deferred_weights(self, action: Action) -> Iterator[None]:
         if not self._plan.splits_backward:
             yield
             return
@@ -222,12 +236,12 @@ class Runtime:
         self._weights[action.stage, action.microbatch] = add_weights
 
     def _weight(self, action: Action) -> None:
-        self._begins()
+        self._mark_start()
         self._weights.pop((action.stage, action.microbatch))()
 
     def _exit_roots(self, action: Action, visit: _Visit) -> tuple[list[GradientEdge], list[Tensor]]:
-        # Where the exits' gradients enter the stage's graph. Edges hold no data, so that taps and
-        # losses are let go before the stage's own backward.
+        # The exits' gradients enter the stage's graph at these edges. Edges keep no data, so that
+        # taps and losses are freed before the stage's own backward.
         roots: list[GradientEdge] = []
         gradients: list[Tensor] = []
         for loss in visit.losses:
@@ -243,7 +257,7 @@ class Runtime:
         return roots, gradients
 
     def _exit_gradient(self, action: Action, index: int, tap: Tensor) -> Tensor | None:
-        # Cut off from the stage's graph, so that the exit's own graph dies before the next one's.
+        # Detached from the stage's graph, so that the exit's graph is freed before the next exit's.
         leaf = tap.detach().requires_grad_(tap.requires_grad)
         with torch.enable_grad():
             loss = self._stages[action.stage].exit_loss(action.microbatch, index, leaf)
@@ -251,28 +265,29 @@ class Runtime:
             loss.backward()
         return leaf.grad
 
-    def _begins(self, exits: float = 0.0) -> None:
-        # The action begins now, less the exits before it had to wait: the wait is idle time.
+    def _mark_start(self, exits: float = 0.0) -> None:
+        # The action starts now, or `exits` seconds earlier if it computed exits before it waited.
+        # The wait itself is idle time.
         if self._clock is not None:
-            self._clock.began, self._clock.exits = self._clock.now() - exits, exits
+            self._clock.start_of_action, self._clock.exits = self._clock.now() - exits, exits
 
     def _elapsed(self) -> float:
-        return 0.0 if self._clock is None else self._clock.now() - self._clock.began
+        return 0.0 if self._clock is None else self._clock.now() - self._clock.start_of_action
 
     def _returns_gradient(self, action: Action) -> bool:
-        # Whether the stage before wants the gradient of this stage's input.
+        # Whether the previous stage needs the gradient of this stage's input.
         return self._plan.target(action._replace(op=Op.BACKWARD)) is not None and (
             self._plan.has_backward(action)
         )
 
-    def _result(self, action: Action, handed_over: dict[Key, Tensor]) -> Tensor | None:
-        # What the neighbouring stage made for this action: on this rank, or sent by another.
+    def _result(self, action: Action, local: dict[Key, Tensor]) -> Tensor | None:
+        # The result of the neighbouring stage: from `local`, or received from another rank.
         source = self._plan.source(action)
         if source is None:
             return None
         if not self._plan.crosses_ranks(source, action):
-            return handed_over.pop((source.stage, source.microbatch))
-        return self._wire().wait_receive(
+            return local.pop((source.stage, source.microbatch))
+        return self._require_transport().wait_receive(
             peer=self._plan.stage_ranks[source.stage],
             channel=_channel(source),
             tag=self._tag(source),
@@ -280,7 +295,7 @@ class Runtime:
 
     def _send(self, action: Action) -> None:
         results = self._outputs if action.op is Op.SEND_FORWARD else self._gradients
-        self._wire().send(
+        self._require_transport().send(
             results.pop((action.stage, action.microbatch)),
             peer=self._plan.stage_ranks[counterpart(action).stage],
             channel=_channel(action),
@@ -290,7 +305,7 @@ class Runtime:
     def _post_receive(self, action: Action) -> None:
         source = counterpart(action)
         shape, dtype, device = self._hidden
-        self._wire().post_receive(
+        self._require_transport().post_receive(
             torch.empty(shape, dtype=dtype, device=device),
             peer=self._plan.stage_ranks[source.stage],
             channel=_channel(action),
@@ -298,23 +313,25 @@ class Runtime:
         )
 
     def _tag(self, source: Action) -> int:
-        # Names a message by the stage that made it.
+        # Identifies a message by the microbatch and the stage that computed it.
         return source.microbatch * self._plan.num_stages + source.stage
 
-    def _wire(self) -> Transport:
-        assert self._transport is not None, "this rank has messages and no transport"
+    def _require_transport(self) -> Transport:
+        assert self._transport is not None, "this rank has messages but no transport"
         return self._transport
 
     def _checked(self, output: Tensor | None) -> Tensor:
         shape, dtype, _ = self._hidden
         if output is None or tuple(output.shape) != tuple(shape) or output.dtype != dtype:
-            got = "nothing" if output is None else f"{tuple(output.shape)} {output.dtype}"
-            raise PlanError(f"the stage's output is {got}, its successor expects {shape} {dtype}")
+            actual = "None" if output is None else f"{tuple(output.shape)} {output.dtype}"
+            raise PlanError(
+                f"the stage's output is {actual}, but the next stage expects {shape} {dtype}"
+            )
         return output
 
     def _failure(self, step: int, error: Exception) -> PipelineError:
         actions = self._plan.ranks[self._rank]
-        place = str(actions[step]) if step < len(actions) else "the end, with sends under way"
+        place = str(actions[step]) if step < len(actions) else "the end, with sends in flight"
         picture = step_grid(self._plan.ranks, [(self._rank, step)])
         return PipelineError(
             f"pipeline rank {self._rank} failed at {place}: "

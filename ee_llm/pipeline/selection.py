@@ -1,4 +1,4 @@
-"""The training schedule that a configuration asks for."""
+"""Select the plan of a configuration."""
 
 from collections.abc import Callable
 
@@ -9,8 +9,8 @@ from ee_llm.pipeline.plan import Plan, Visit
 from ee_llm.pipeline.schedules.bubble_filling import (
     cooldown_visits,
     filled_1f1b,
-    most_fills,
-    most_useful_warmup_fills,
+    max_fills,
+    max_useful_warmup_fills,
     warmup_visits,
 )
 from ee_llm.pipeline.schedules.interleaved import interleaved
@@ -21,9 +21,10 @@ FILLS = ("parallel.fill_warmup", "parallel.fill_cooldown")
 
 
 def select_plan(config: Config, num_microbatches: int) -> Plan:
-    """Return the plan of `num_microbatches` and those that fill bubbles beside them.
+    """Return the plan for `num_microbatches` ordinary microbatches and those that fill bubbles.
 
-    Raises PlanError where microbatches or fills do not suit the schedule.
+    Raises:
+        PlanError: The number of microbatches or of fills does not fit the schedule.
     """
     parallel = config.parallel
     if config.is_tuning:
@@ -37,56 +38,60 @@ def select_plan(config: Config, num_microbatches: int) -> Plan:
 
 
 def select_fills(config: Config) -> tuple[int, int]:
-    """Return how many further microbatches fill the warm-up and the cool-down of each step.
+    """Return the numbers of microbatches that fill the warm-up and the cool-down of each step.
 
-    Raises ConfigError for more than are useful.
+    Raises:
+        ConfigError: More fills are configured than are useful.
     """
     warmup, cooldown = _fill_visits(config)
     return len(warmup), len(cooldown)
 
 
 def _fill_visits(config: Config) -> tuple[tuple[Visit, ...], tuple[Visit, ...]]:
-    if not _has_room(config):
+    if not _has_fillable_bubbles(config):
         return (), ()
     size, ratio = config.parallel.pipeline, config.parallel.forward_over_backward
     stages = exit_stages(config)
-    most_warmup, most_cooldown = largest_fills(config)
+    max_warmup, max_cooldown = largest_fills(config)
 
-    def visits(name: str, most: int, make: Callable[[int], tuple[Visit, ...]]) -> tuple[Visit, ...]:
-        asked = getattr(config.parallel, name)
+    def visits(
+        name: str, largest: int, make: Callable[[int], tuple[Visit, ...]]
+    ) -> tuple[Visit, ...]:
+        value = getattr(config.parallel, name)
         try:
-            return make(most if asked == "auto" else asked)
+            return make(largest if value == "auto" else value)
         except ValueError as error:
             raise ConfigError(
-                f"parallel.{name} = {asked}: {error}; set it to {most} or auto"
+                f"parallel.{name} = {value}: {error}. Set it to {largest} or auto."
             ) from None
 
     return (
-        visits("fill_warmup", most_warmup, lambda n: warmup_visits(size, n, ratio, stages)),
-        visits("fill_cooldown", most_cooldown, lambda n: cooldown_visits(size, n, ratio)),
+        visits("fill_warmup", max_warmup, lambda n: warmup_visits(size, n, ratio, stages)),
+        visits("fill_cooldown", max_cooldown, lambda n: cooldown_visits(size, n, ratio)),
     )
 
 
 def largest_fills(config: Config) -> tuple[int, int]:
-    """Return how many fills are useful in warm-up and in cool-down: (0, 0) but with plain 1F1B.
+    """Return the largest useful numbers of fills in warm-up and cool-down.
 
-    Useful are those that fit into the bubble and, in the warm-up, meet an early exit, each of them.
+    A fill is useful if it fits into the bubble and, in the warm-up, reaches an early exit. The
+    numbers are (0, 0) for schedules other than plain 1F1B.
     """
-    if not _has_room(config):
+    if not _has_fillable_bubbles(config):
         return 0, 0
     size, ratio = config.parallel.pipeline, config.parallel.forward_over_backward
-    useful = most_useful_warmup_fills(size, ratio, exit_stages(config))
-    return useful, most_fills(size, ratio)
+    useful = max_useful_warmup_fills(size, ratio, exit_stages(config))
+    return useful, max_fills(size, ratio)
 
 
-def _has_room(config: Config) -> bool:
-    # Other schedules have no bubbles that visits of these forms would fit into.
+def _has_fillable_bubbles(config: Config) -> bool:
+    # The bubbles of other schedules do not fit these visits.
     return (
         not config.is_tuning and config.parallel.schedule == "1f1b" and config.parallel.virtual == 1
     )
 
 
 def exit_stages(config: Config) -> list[int]:
-    """Return the stage of every early exit; in tuning, of those that are tuned."""
+    """Return the stage of every early exit, or in tuning of every tuned exit."""
     boundaries = config.tuning.exits if config.is_tuning else config.exits.boundaries
     return [exit_stage(config, boundary) for boundary in boundaries]

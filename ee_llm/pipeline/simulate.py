@@ -1,4 +1,4 @@
-"""Timing and memory of a plan for given costs, worked out without running it. Pure Python."""
+"""Predict the time and memory of a plan from the costs of its stages. Pure Python."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,9 +10,10 @@ from ee_llm.pipeline.plan import Action, Op, Plan, step_grid
 
 
 class PieceCost(NamedTuple):
-    """Seconds that a layer, the embedding or an exit with its loss takes for one microbatch.
+    """Seconds of a layer, the embedding, or an exit with its loss, for one microbatch.
 
-    weight is the part of backward that makes the weights' gradients, which some plans do apart (W).
+    `weight` is the part of `backward` that computes the weight gradients, which some plans do in a
+    separate action (W).
     """
 
     forward: float
@@ -21,17 +22,17 @@ class PieceCost(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Return the seconds of both passes."""
+        """Return the seconds of forward and backward."""
         return self.forward + self.backward
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """Seconds that one stage takes for one microbatch.
+    """Seconds of one stage for one microbatch.
 
-    forward, backward and weight, which is a part of backward, are those of the layers, on the first
-    stage with the embedding; exits are the heads that live there, in order. The final head is the
-    last stage's last exit.
+    `forward`, `backward` and `weight` (a part of `backward`) are the costs of the layers, and on
+    the first stage of the embedding. `exits` are the costs of the stage's exits, in order. The
+    final exit is the last one of the last stage.
     """
 
     forward: float
@@ -42,13 +43,13 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of each stage, and the seconds a message travels between two ranks."""
+    """Costs of every stage, and the seconds of a message between two ranks."""
 
     stages: tuple[StageCost, ...]
     communication: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise PlanError for a negative or infinite cost, or a part above its whole."""
+        """Raise PlanError if a cost is negative or infinite, or `weight` exceeds `backward`."""
         for index, stage in enumerate(self.stages):
             layers = PieceCost(stage.forward, stage.backward, stage.weight)
             for cost in (layers, *stage.exits):
@@ -56,17 +57,17 @@ class Costs:
                     _check_cost(f"a cost of stage {index}", value)
                 if cost.weight > cost.backward:
                     raise PlanError(
-                        f"stage {index}: weight {cost.weight} is a part of backward "
-                        f"{cost.backward} and cannot be above it"
+                        f"stage {index}: weight = {cost.weight} exceeds backward = "
+                        f"{cost.backward}, which includes it"
                     )
         _check_cost("communication", self.communication)
 
 
 class Duration(NamedTuple):
-    """How long an action takes: `early` of it can be done before its neighbour's result is there.
+    """The duration of an action. Its `early` part can run before the neighbour's result arrives.
 
-    A deferred exit is early work: it needs its own stage's hidden state and not the gradient that
-    comes from the next stage, so it runs while the rank would otherwise wait for that gradient.
+    A deferred exit is early work: it needs the hidden state of its own stage but not the gradient
+    from the next stage, so it runs while the rank would otherwise wait for that gradient.
     """
 
     early: float
@@ -74,9 +75,9 @@ class Duration(NamedTuple):
 
 
 class Span(NamedTuple):
-    """One action on its rank's clock; `end` excludes the journey of its result.
+    """The times of one action on its rank. `end` excludes the transfer of its result.
 
-    `exits` is how long it began with exits, where that was measured.
+    `exits` is the time of the exits at the start of the action, if it was measured.
     """
 
     action: Action
@@ -87,23 +88,27 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """Per rank, its F, B and W actions in order with their times."""
+    """The F, B and W actions of each rank, in order, with their times."""
 
     ranks: tuple[tuple[Span, ...], ...]
 
     @property
     def makespan(self) -> float:
-        """Return the time from the first action's start (0) to the last one's end."""
+        """Return the time from the start of the first action (0) to the end of the last one."""
         return max((spans[-1].end for spans in self.ranks if spans), default=0.0)
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a plan would cost.
+    """The predicted time and memory of a plan.
 
-    makespan in the costs' unit; bubble_share per rank, the part of the makespan it is idle;
-    peak_activations and peak_exit_logits per stage, in microbatches and in logits of one exit for
-    one microbatch ([s, b, v]), as `Kept` counts them.
+    Attributes:
+        makespan: Time of the plan in the unit of the costs.
+        bubble_share: The idle share of the makespan, per rank.
+        peak_activations: Peak number of live microbatches, per stage (`StageMemory`).
+        peak_exit_logits: Peak number of live exit logits, per stage, each [s, b, v] of one exit
+            for one microbatch (`StageMemory`).
+        timeline: The times of all actions.
     """
 
     makespan: float
@@ -113,8 +118,8 @@ class Simulation:
     timeline: Timeline
 
 
-def nominal(plan: Plan) -> Callable[[Action], Duration]:
-    """Return the usual proportions: a forward takes 1, a backward 2 (or 1 and its W 1)."""
+def nominal_duration(plan: Plan) -> Callable[[Action], Duration]:
+    """Return nominal durations: 1 for a forward, 2 for a backward (or 1, and 1 for its W)."""
     backward = 1.0 if plan.splits_backward else 2.0
     return lambda action: Duration(0.0, backward if action.op is Op.BACKWARD else 1.0)
 
@@ -124,12 +129,17 @@ def timeline(
     duration: Callable[[Action], Duration] | None = None,
     communication: float = 0.0,
 ) -> Timeline:
-    """Return when each F, B and W runs if every rank starts its next action as soon as it can.
+    """Return the times of F, B and W if every rank starts each action as early as possible.
 
-    duration is `nominal(plan)` unless given. Messages do not occupy their sender. Raises PlanError,
-    with the places marked in the grid, if the ranks come to wait for each other for ever.
+    Args:
+        plan: The plan, lowered or not.
+        duration: Returns the duration of an action. By default `nominal_duration(plan)`.
+        communication: Time of a message between two ranks. A message does not block its sender.
+
+    Raises:
+        PlanError: The plan deadlocks. The message marks the places in the grid.
     """
-    duration = duration or nominal(plan)
+    duration = duration or nominal_duration(plan)
     queues = plan.without_communication().ranks
     position = [0] * len(queues)
     ranks: list[list[Span]] = [[] for _ in queues]
@@ -144,13 +154,13 @@ def timeline(
         for rank, queue in enumerate(queues):
             while position[rank] < len(queue):
                 action = queue[position[rank]]
-                needs = plan.needs(action)
+                needs = plan.dependencies(action)
                 if not all(need in ended for need in needs):
                     break
                 early, late = duration(action)
                 free = ranks[rank][-1].end if ranks[rank] else 0.0
                 ready = max((arrival(need, action) for need in needs), default=0.0)
-                # The early part may run ahead of what is awaited, but not of this rank's clock.
+                # The early part does not need the dependencies, but the rank must be free.
                 start = max(free, ready - early)
                 ended[action] = start + early + late
                 ranks[rank].append(Span(action, start, ended[action]))
@@ -160,7 +170,7 @@ def timeline(
     if stuck:
         waits = "; ".join(
             f"rank {rank} at {queues[rank][at]} waits for "
-            + ", ".join(str(n) for n in plan.needs(queues[rank][at]) if n not in ended)
+            + ", ".join(str(n) for n in plan.dependencies(queues[rank][at]) if n not in ended)
             for rank, at in stuck
         )
         raise PlanError(f"the plan deadlocks: {waits}\n{step_grid(queues, stuck)}")
@@ -168,11 +178,14 @@ def timeline(
 
 
 def grid(source: Plan | Timeline, slot: float | None = None) -> str:
-    """Return the rank x time grid, one column per `slot` of time.
+    """Return the rank x time grid, with one column per `slot` of time.
 
-    A plan is shown at nominal costs (backward = 2 forwards). The slot is the shortest action
-    unless given; dashes show how long actions last, to a fraction of a column, dots idle time. An
-    action shorter than the slot has its name whole, and may hide what comes before.
+    Dashes show the duration of actions, to a fraction of a column, and dots show idle time. An
+    action that is shorter than a slot still shows its full name, and may cover its predecessor.
+
+    Args:
+        source: A timeline, or a plan, which is shown at nominal costs (backward = 2 forwards).
+        slot: Time of a column. By default the duration of the shortest action.
     """
     line = timeline(source) if isinstance(source, Plan) else source
     spans = [span for rank in line.ranks for span in rank]
@@ -185,25 +198,32 @@ def grid(source: Plan | Timeline, slot: float | None = None) -> str:
         row = list(".".ljust(width) * (total // width))
         for span in actions:
             text = str(span.action)
-            begin = min(math.floor(width * span.start / slot + 0.5), total - width)
-            end = max(math.floor(width * span.end / slot + 0.5) - 1, begin + len(text))
-            row[begin:end] = text.ljust(end - begin, "-")
+            start = min(math.floor(width * span.start / slot + 0.5), total - width)
+            end = max(math.floor(width * span.end / slot + 0.5) - 1, start + len(text))
+            row[start:end] = text.ljust(end - start, "-")
             row[end : end + 1] = " "
-            if begin and row[begin - 1] == ".":
-                row[begin - 1] = " "
+            if start and row[start - 1] == ".":
+                row[start - 1] = " "
         rows.append(f"rank {rank:>{len(str(len(line.ranks) - 1))}}  {''.join(row)}".rstrip())
     return "\n".join(rows)
 
 
 def simulate(plan: Plan, costs: Costs, *, deferred: bool = True) -> Simulation:
-    """Return time, bubbles and peak memory of a plan (lowered or not) for given costs.
+    """Return the time, the bubbles and the peak memory of a plan for the given costs.
 
-    deferred: exits run inside their microbatch's backward, one at a time; otherwise inside its
-    forward, their logits alive until its backward. Raises PlanError if costs and plan differ in
-    their number of stages, PlanError if the plan deadlocks.
+    Args:
+        plan: The plan, lowered or not.
+        costs: The costs of its stages.
+        deferred: Whether exits run in their microbatch's backward, one at a time. Otherwise they
+            run in its forward, and their logits stay alive until its backward.
+
+    Raises:
+        PlanError: The costs have another number of stages than the plan, or the plan deadlocks.
     """
     if len(costs.stages) != plan.num_stages:
-        raise PlanError(f"costs of {len(costs.stages)} stages, but {plan.num_stages} in the plan")
+        raise PlanError(
+            f"the costs have {len(costs.stages)} stages, but the plan has {plan.num_stages}"
+        )
     line = timeline(plan, lambda a: _duration(plan, costs, a, deferred), costs.communication)
     makespan = line.makespan
     idle = tuple(
@@ -214,18 +234,18 @@ def simulate(plan: Plan, costs: Costs, *, deferred: bool = True) -> Simulation:
     return Simulation(makespan, idle, activations, logits, line)
 
 
-def exits_begin_in(plan: Plan, action: Action, deferred: bool) -> bool:
-    """Return whether the exits of the action's stage, if it has any, are computed forward in it."""
+def computes_exits(plan: Plan, action: Action, deferred: bool) -> bool:
+    """Return whether the action runs the forward pass of its stage's exits, if there are any."""
     if plan.has_backward(action):
         return action.op is (Op.BACKWARD if deferred else Op.FORWARD)
-    return action.op is Op.FORWARD and not plan.goes_back(action.microbatch)  # an evaluation
+    return action.op is Op.FORWARD and not plan.has_any_backward(action.microbatch)  # an evaluation
 
 
-def time_of_exits(plan: Plan, costs: Costs, action: Action, deferred: bool) -> float:
-    """Return the part of an action's time that the exits of its stage take."""
+def exit_duration(plan: Plan, costs: Costs, action: Action, deferred: bool) -> float:
+    """Return the part of an action's duration that the exits of its stage take."""
     exits = costs.stages[action.stage].exits
-    begins = exits_begin_in(plan, action, deferred)
-    forward = math.fsum(cost.forward for cost in exits) if begins else 0.0
+    has_forward = computes_exits(plan, action, deferred)
+    forward = math.fsum(cost.forward for cost in exits) if has_forward else 0.0
     weight = math.fsum(cost.weight for cost in exits) if plan.splits_exits else 0.0
     match action.op:
         case Op.BACKWARD:
@@ -235,42 +255,44 @@ def time_of_exits(plan: Plan, costs: Costs, action: Action, deferred: bool) -> f
     return forward
 
 
-class Kept(NamedTuple):
-    """What a stage keeps in memory while its rank is at an action.
+class StageMemory(NamedTuple):
+    """The memory of a stage during an action of its rank.
 
-    microbatches: those whose forward has begun and whose backward, the weights' part included, has
-    not ended. logits: those of exits, or their gradient, that are computed or still needed.
+    Attributes:
+        microbatches: Number of microbatches whose forward has started and whose backward,
+            including W, has not ended.
+        logits: Number of exit logits, or their gradients, that exist or are still needed.
     """
 
     microbatches: int
     logits: int
 
 
-def kept(
+def stage_memory(
     plan: Plan, costs: Costs, spans: Sequence[Span], deferred: bool
-) -> Iterator[dict[int, Kept]]:
-    """Yield, for one rank's actions in turn, what each of its stages keeps meanwhile."""
-    stages = {span.action.stage: Kept(0, 0) for span in spans}
+) -> Iterator[dict[int, StageMemory]]:
+    """Yield, for each action of a rank, the memory of each of its stages during the action."""
+    stages = {span.action.stage: StageMemory(0, 0) for span in spans}
     last = Op.WEIGHT if plan.splits_backward else Op.BACKWARD
     exits_end = Op.WEIGHT if plan.splits_exits else Op.BACKWARD
     for action in (span.action for span in spans):
         trains = plan.has_backward(action)
-        begin = exits_begin_in(plan, action, deferred)
-        end = action.op is exits_end if trains else begin
+        start = computes_exits(plan, action, deferred)
+        end = action.op is exits_end if trains else start
         exits = len(costs.stages[action.stage].exits)
-        if begin and end:
-            exits = min(1, exits)  # one after the other
+        if start and end:
+            exits = min(1, exits)  # the exits run one after the other
         live, logits = stages[action.stage]
-        live, logits = live + (action.op is Op.FORWARD), logits + exits * begin
-        stages[action.stage] = Kept(live, logits)
+        live, logits = live + (action.op is Op.FORWARD), logits + exits * start
+        stages[action.stage] = StageMemory(live, logits)
         yield dict(stages)
         live -= action.op is last or not trains
-        stages[action.stage] = Kept(live, logits - exits * end)
+        stages[action.stage] = StageMemory(live, logits - exits * end)
 
 
 def _duration(plan: Plan, costs: Costs, action: Action, deferred: bool) -> Duration:
     stage = costs.stages[action.stage]
-    exits = time_of_exits(plan, costs, action, deferred)
+    exits = exit_duration(plan, costs, action, deferred)
     match action.op:
         case Op.FORWARD:
             return Duration(0.0, stage.forward + exits)
@@ -283,14 +305,14 @@ def _duration(plan: Plan, costs: Costs, action: Action, deferred: bool) -> Durat
 def _peaks(
     plan: Plan, costs: Costs, line: Timeline, deferred: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    peaks = [Kept(0, 0)] * plan.num_stages
+    peaks = [StageMemory(0, 0)] * plan.num_stages
     for spans in line.ranks:
-        for moment in kept(plan, costs, spans, deferred):
+        for moment in stage_memory(plan, costs, spans, deferred):
             for stage, now in moment.items():
-                peaks[stage] = Kept(*map(max, peaks[stage], now))
+                peaks[stage] = StageMemory(*map(max, peaks[stage], now))
     return tuple(peak.microbatches for peak in peaks), tuple(peak.logits for peak in peaks)
 
 
 def _check_cost(name: str, value: float) -> None:
     if not 0.0 <= value < math.inf:
-        raise PlanError(f"{name} is {value}: expected seconds, finite and not negative")
+        raise PlanError(f"{name} = {value} is not valid. Give finite seconds of at least 0.")

@@ -32,7 +32,7 @@ from ee_llm.pipeline.runtime import MessageSpec, Runtime
 from ee_llm.pipeline.schedules.bubble_filling import (
     cooldown_visits,
     filled_1f1b,
-    most_fills,
+    max_fills,
     warmup_visits,
 )
 from ee_llm.pipeline.schedules.interleaved import interleaved
@@ -117,7 +117,7 @@ def schedules(num_ranks: int, num_microbatches: int, forward: float) -> list[Sch
     if num_ranks < 4:
         return found
     learning = (StageCost(forward, backward, free),) * num_ranks
-    fills = most_fills(num_ranks, forward / backward)
+    fills = max_fills(num_ranks, forward / backward)
     warmup = warmup_visits(num_ranks, fills, forward / backward, range(num_ranks))
     cooldown = cooldown_visits(num_ranks, fills, forward / backward)
     for part, visits in (

@@ -1,4 +1,4 @@
-"""A small, deterministic search for the fastest plan that fits into memory."""
+"""Search for the fastest plan that fits into memory. The search is deterministic."""
 
 import itertools
 import math
@@ -11,14 +11,14 @@ from ee_llm.pipeline.planner.costs import Pieces
 from ee_llm.pipeline.planner.predict import Prediction, predict, rank_memory
 from ee_llm.pipeline.selection import FILLS, largest_fills, select_fills
 
-MOST_CHUNKS = 8  # stages per rank that are tried
+MAX_CHUNKS = 8  # largest number of stages per rank in the search
 
 Options = dict[str, object]  # configuration values by dotted name
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A candidate: the options that make it, what it is predicted to do, its fullest rank."""
+    """A candidate: its options, its prediction, and the peak memory of its fullest rank."""
 
     options: Options
     prediction: Prediction
@@ -34,53 +34,67 @@ def advise(
     logits: float = 1.0,
     limit: float = math.inf,
 ) -> list[Advice]:
-    """Return all candidates, the best first: least time for an ordinary microbatch.
+    """Return all candidates, ordered by their time per ordinary microbatch, the fastest first.
 
-    Equal times are ordered by memory, then by how plain the plan is. `base` has the model, the
-    exits and the ranks, `configure` makes the configuration that has these options; those in
-    `fixed` are kept as they are, the others searched: schedule, stages per rank, placement of
-    exits, layers per stage, filling. For those that need more memory than `limit`, layers are moved
-    to where there is room. Raises ConfigError if nothing goes with what is fixed: that of the
-    plainest candidate.
+    Candidates of equal time are ordered by memory, then by simplicity. The search covers the
+    schedule, the stages per rank, the placement of exits, the layers per stage, and filling. For
+    candidates that need more memory than `limit` it also tries to move layers to other ranks.
+
+    Args:
+        base: The model, the exits and the ranks.
+        configure: Returns the configuration with the given options.
+        fixed: Options that the search does not change.
+        num_microbatches: Number of ordinary microbatches per step.
+        pieces: Costs of the pieces of the model.
+        logits: Memory of one exit's logits, in activations of one layer for one microbatch.
+        limit: Memory limit of a rank in that unit.
+
+    Raises:
+        ConfigError: No candidate is possible with the fixed options. The error is that of the
+            simplest candidate.
     """
-    found: list[Advice] = []
-    refusals = []
-    tried = list(_candidates(base, configure, fixed, num_microbatches, pieces))
-    for options in tried:  # it grows
+    candidates: list[Advice] = []
+    errors = []
+    queue = list(_candidates(base, configure, fixed, num_microbatches, pieces))
+    for options in queue:  # the loop appends to it
         try:
             prediction = predict(configure(options), num_microbatches, pieces)
         except ConfigError as error:
-            refusals.append(error)
+            errors.append(error)
         else:
-            found.append(Advice(options, prediction, max(rank_memory(prediction, logits))))
+            candidates.append(Advice(options, prediction, max(rank_memory(prediction, logits))))
             if "parallel.layer_split" not in fixed:
-                splits = _leaner_splits(found[-1], logits, limit)
+                splits = _leaner_splits(candidates[-1], logits, limit)
                 leaner = [{**options, "parallel.layer_split": split} for split in splits]
-                tried += [other for other in leaner if other not in tried]
-    if not found:
-        nothing = ConfigError(
-            f"no plan for {num_microbatches} microbatches goes with all that is given; leave some "
-            "of it to the search"
+                queue += [other for other in leaner if other not in queue]
+    if not candidates:
+        no_candidate = ConfigError(
+            f"no plan for {num_microbatches} microbatches fits the given options. Omit some of "
+            "them, so that the search chooses their values."
         )
-        raise next(iter(refusals), nothing)
-    return sorted(found, key=_order)
+        raise next(iter(errors), no_candidate)
+    return sorted(candidates, key=_order)
 
 
-def within_limit(found: Sequence[Advice], limit: float | None) -> list[Advice]:
-    """Return the candidates whose fullest rank keeps to `limit`; ValueError if none does."""
-    fitting = [advice for advice in found if limit is None or advice.memory <= limit + 1e-9]
+def within_limit(candidates: Sequence[Advice], limit: float | None) -> list[Advice]:
+    """Return the candidates whose fullest rank does not exceed `limit`.
+
+    Raises:
+        PlanError: All candidates exceed it.
+    """
+    fitting = [advice for advice in candidates if limit is None or advice.memory <= limit + 1e-9]
     if not fitting:
-        leanest = min(found, key=lambda advice: advice.memory)
+        leanest = min(candidates, key=lambda advice: advice.memory)
         raise PlanError(
-            f"--memory-limit {limit:g} is below what each of the {len(found)} plans tried needs: "
-            f"the leanest takes {leanest.memory:g} layer activations; raise it to that, or give "
-            "more --stages"
+            f"--memory-limit {limit:g} is below the memory of all {len(candidates)} plans. Raise "
+            f"it to {leanest.memory:g} layer activations, which the leanest plan needs, or give "
+            "more --stages."
         )
     return fitting
 
 
 def config_lines(prediction: Prediction) -> str:
-    """Return the TOML of the sections that make `ee-llm train` run this plan."""
+    """Return the TOML sections with which `ee-llm train` runs this plan."""
     config = prediction.config
     names = ["pipeline", "virtual", "schedule", "layer_split"]
     if any(select_fills(config)):
@@ -99,15 +113,25 @@ def balanced_split(
     pieces: Pieces,
     exits: Sequence[int],
     placement: str,
-    most: Sequence[int] | None = None,
+    max_layers: Sequence[int] | None = None,
 ) -> tuple[int, ...] | None:
-    """Return layers per stage such that the slowest stage is as fast as it can be.
+    """Return the layers per stage that minimize the time of the slowest stage.
 
-    The embedding counts on the first stage, the final exit on the last, and `exits` where
-    `placement` puts them. Among equals the split is the one with the most even costs. No stage has
-    more layers than `most` says, if it is given; None if that leaves no room for all of them.
+    The costs include the embedding on the first stage, the final exit on the last stage, and
+    `exits` on the stages of their `placement`. Among equal splits the most even one is returned.
+
+    Args:
+        num_layers: Number of layers of the model.
+        num_stages: Number of stages.
+        pieces: Costs of the pieces of the model.
+        exits: Boundaries of the early exits that count.
+        placement: "post" or "pre".
+        max_layers: Largest number of layers of each stage. By default there is no limit.
+
+    Returns:
+        The number of layers of each stage, None if `max_layers` leaves too few layers.
     """
-    most = [num_layers] * num_stages if most is None else most
+    max_layers = [num_layers] * num_stages if max_layers is None else max_layers
     shift = 0 if placement == "post" else 1
     before = [sum(b + shift <= layer for b in exits) for layer in range(num_layers + 1)]
 
@@ -124,11 +148,9 @@ def balanced_split(
         for end in range(stage + 1, num_layers - (num_stages - 1 - stage) + 1):
             options = []
             for start, (slowest, squares, split) in best.items():
-                if start < end <= start + most[stage]:
-                    here = cost(stage, start, end)
-                    options.append(
-                        (max(slowest, here), squares + here * here, (*split, end - start))
-                    )
+                if start < end <= start + max_layers[stage]:
+                    own = cost(stage, start, end)
+                    options.append((max(slowest, own), squares + own * own, (*split, end - start)))
             if options:
                 longer[end] = min(options)
         best = longer
@@ -140,32 +162,35 @@ def _balanced_splits(
     num_stages: int,
     pieces: Pieces,
     placement: str,
-    most: Sequence[int] | None = None,
+    max_layers: Sequence[int] | None = None,
 ) -> list[tuple[int, ...]]:
-    # Exits can hide in bubbles: then they should not count.
+    # Exits that run in bubbles should not count, so the second split ignores them.
     splits = (
-        balanced_split(config.model.num_layers, num_stages, pieces, exits, placement, most)
+        balanced_split(config.model.num_layers, num_stages, pieces, exits, placement, max_layers)
         for exits in (config.exits.boundaries, ())
     )
     return list(dict.fromkeys(split for split in splits if split is not None))
 
 
 def _leaner_splits(advice: Advice, logits: float, limit: float) -> list[tuple[int, ...]]:
-    """Return the splits that balance what is within `limit`, if `advice` is not.
+    """Return balanced splits whose memory is within `limit`, if `advice` exceeds it.
 
-    How many microbatches a rank keeps does not depend on how long they take: with one stage per
-    rank that says how many layers it may have. None are sought for more stages per rank.
+    The number of live microbatches of a rank does not depend on their duration. With one stage per
+    rank it determines how many layers the rank may have. With several stages per rank no split is
+    returned.
     """
-    found = advice.prediction
-    config, peaks = found.config, found.simulation
+    prediction = advice.prediction
+    config, peaks = prediction.config, prediction.simulation
     if advice.memory <= limit + 1e-9 or config.parallel.virtual > 1:
         return []
-    most = [
+    max_layers = [
         math.floor((limit - logits * exits) / microbatches + 1e-9)
         for microbatches, exits in zip(peaks.peak_activations, peaks.peak_exit_logits, strict=True)
     ]
     placement = config.exits.placement
-    return _balanced_splits(config, config.parallel.pipeline, found.pieces, placement, most)
+    return _balanced_splits(
+        config, config.parallel.pipeline, prediction.pieces, placement, max_layers
+    )
 
 
 def _candidates(
@@ -177,24 +202,24 @@ def _candidates(
 ) -> Iterator[Options]:
     exits, size = base.exits, base.parallel.pipeline
 
-    def tried(name: str, values: Sequence[object]) -> Sequence[object]:
+    def choices(name: str, values: Sequence[object]) -> Sequence[object]:
         return [fixed[name]] if name in fixed else values
 
-    whole_groups = size > 1 and num_microbatches % size == 0
-    chunks = range(1, min(MOST_CHUNKS, base.model.num_layers // size) + 1 if whole_groups else 2)
+    has_full_groups = size > 1 and num_microbatches % size == 0
+    chunks = range(1, min(MAX_CHUNKS, base.model.num_layers // size) + 1 if has_full_groups else 2)
     needs_own_layer = "mlp" in exits.head and "block" not in exits.head
     placements = ("post",) if needs_own_layer or not exits.boundaries else ("post", "pre")
-    # Where the weights' part is not known apart, layers may not be able to put it off.
+    # Without a separate cost of weight gradients the layers may not be able to defer them.
     schedules = ("1f1b", "zero-bubble", "zero-bubble-exits") if pieces.layer.weight else ("1f1b",)
     if any(fixed.get(name) for name in FILLS):
-        chunks, schedules = range(1, 2), ("1f1b",)  # filling that is asked for is advised
+        chunks, schedules = range(1, 2), ("1f1b",)  # the only schedule with fills
     shapes = itertools.product(
-        tried("parallel.schedule", schedules),
-        tried("parallel.virtual", chunks),
-        tried("exits.placement", placements),
+        choices("parallel.schedule", schedules),
+        choices("parallel.virtual", chunks),
+        choices("exits.placement", placements),
     )
     for schedule, virtual, placement in shapes:
-        if virtual != 1 and (schedule != "1f1b" or not whole_groups):
+        if virtual != 1 and (schedule != "1f1b" or not has_full_groups):
             continue
         options: Options = {
             "parallel.schedule": schedule,
@@ -211,26 +236,28 @@ def _splits(
     base: Config, fixed: Mapping[str, object], num_stages: int, pieces: Pieces, placement: str
 ) -> list[tuple[int, ...]]:
     num_layers = base.model.num_layers
-    kept = fixed.get("parallel.layer_split")
-    if isinstance(kept, tuple):
-        return [kept] if len(kept) == num_stages else []
+    given = fixed.get("parallel.layer_split")
+    if isinstance(given, tuple):
+        return [given] if len(given) == num_stages else []
     if num_layers < num_stages:
-        raise ConfigError(f"{num_layers} layers cannot be split over {num_stages} stages")
-    found = _balanced_splits(base, num_stages, pieces, placement)
+        raise ConfigError(
+            f"{num_layers} layers cannot be split over {num_stages} stages. Use fewer stages."
+        )
+    splits = _balanced_splits(base, num_stages, pieces, placement)
     if num_layers % num_stages == 0:
         even = (num_layers // num_stages,) * num_stages
-        found = [(), *(split for split in found if split != even)]
-    return list(dict.fromkeys(found))
+        splits = [(), *(split for split in splits if split != even)]
+    return list(dict.fromkeys(splits))
 
 
 def _fills(config: Config, fixed: Mapping[str, object]) -> list[Options]:
     choices: list[Sequence[object]] = []
     for name, largest in zip(FILLS, largest_fills(config), strict=True):
-        asked = fixed.get(name)
-        if asked is None:
+        given = fixed.get(name)
+        if given is None:
             choices.append(sorted({0, largest}))
         else:
-            choices.append([largest if asked == "auto" else asked])
+            choices.append([largest if given == "auto" else given])
     return [dict(zip(FILLS, fills, strict=True)) for fills in itertools.product(*choices)]
 
 

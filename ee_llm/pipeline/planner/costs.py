@@ -1,4 +1,4 @@
-"""Costs of a model's pieces, and the stages that are made of them; as a JSON file too."""
+"""Costs of the pieces of a model and of its stages, and their JSON file."""
 
 import difflib
 import json
@@ -17,7 +17,7 @@ from ee_llm.pipeline.simulate import Costs, PieceCost, StageCost
 class Pieces:
     """Costs of one layer, the embedding, an early exit and the final exit.
 
-    `communication` is the seconds of a hidden state's journey to the next rank.
+    `communication` is the time in seconds to send a hidden state to the next rank.
     """
 
     layer: PieceCost
@@ -27,7 +27,7 @@ class Pieces:
     communication: float = 0.0
 
     def costs(self, config: Config) -> Costs:
-        """Return the costs of every stage of `config`, a model made of these pieces."""
+        """Return the costs of every stage of the model of `config`."""
         last = config.parallel.num_stages - 1
         stages = []
         for index in range(last + 1):
@@ -49,9 +49,9 @@ NOMINAL = Pieces(
     exit=PieceCost(forward=1.0, backward=2.0, weight=1.0),
     final=PieceCost(forward=1.0, backward=2.0, weight=1.0),
 )
-"""Costs where none are known: a head costs what a layer does, as in models of about 1B."""
+"""Costs without a measurement: a head costs as much as a layer, as in models of about 1B."""
 
-# The file's keys, and what the numbers of each are.
+# The keys of the file, and the names of the numbers under each key.
 KEYS: dict[str, tuple[str, ...]] = {
     "layer": ("forward", "backward", "weight"),
     "embedding": ("forward", "backward"),
@@ -62,14 +62,15 @@ KEYS: dict[str, tuple[str, ...]] = {
 
 
 def read_pieces(path: Path) -> Pieces:
-    """Return the costs in the JSON file `path`, in seconds; `communication` may be left out.
+    """Return the costs in the JSON file `path`, in seconds. `communication` is optional.
 
-    Raises PlanError, naming file and key, for whatever is not as `KEYS` says.
+    Raises:
+        PlanError: The file cannot be read, or a key or value differs from `KEYS`.
     """
     try:
         given = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise PlanError(f"{path}: no such file; --costs-output writes one") from None
+        raise PlanError(f"{path}: no such file. Write one with --costs-output.") from None
     except OSError as error:
         raise PlanError(f"{path}: cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -79,8 +80,8 @@ def read_pieces(path: Path) -> Pieces:
     for key in given:
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=1)
-            mend = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(KEYS)}"
-            raise PlanError(f"{path}: no such key: {key!r}; {mend}")
+            hint = f"Did you mean {near[0]!r}?" if near else f"The keys are {', '.join(KEYS)}."
+            raise PlanError(f"{path}: unknown key {key!r}. {hint}")
     layer, embedding, exit_, final = (
         _piece(path, given, key) for key in ("layer", "embedding", "exit", "final")
     )
@@ -91,7 +92,7 @@ def read_pieces(path: Path) -> Pieces:
 
 
 def write_pieces(path: Path, pieces: Pieces) -> None:
-    """Write costs as the JSON file that `read_pieces` reads."""
+    """Write costs to a JSON file that `read_pieces` reads."""
     lines = []
     for key, names in KEYS.items():
         value = getattr(pieces, key)
@@ -103,8 +104,8 @@ def _piece(path: Path, given: Mapping[str, object], key: str) -> PieceCost:
     piece = PieceCost(*_numbers(path, given, key))
     if piece.weight > piece.backward:
         raise PlanError(
-            f"{path}: {key}: weight {piece.weight:g} is a part of backward {piece.backward:g} and "
-            "cannot be above it"
+            f"{path}: {key}: weight = {piece.weight:g} exceeds backward = {piece.backward:g}, "
+            "which includes it"
         )
     return piece
 
@@ -118,11 +119,11 @@ def _numbers(path: Path, given: Mapping[str, object], key: str) -> list[float]:
     values = value if isinstance(value, list) and names else [value]
     numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     if not len(values) == len(numbers) == (len(names) or 1):
-        raise PlanError(f"{path}: {key} is {json.dumps(value)}: it {wanted}")
+        raise PlanError(f"{path}: {key} = {json.dumps(value)} is not valid: it {wanted}")
     for name, number in zip(names or ("",), numbers, strict=True):
         if not 0 <= number < math.inf:
-            what = f"{key}: {name}" if name else key
+            where = f"{key}: {name}" if name else key
             raise PlanError(
-                f"{path}: {what} is {number:g}: expected seconds, finite and not negative"
+                f"{path}: {where} = {number:g} is not valid. Give finite seconds of at least 0."
             )
     return numbers

@@ -1,4 +1,4 @@
-"""Predictions in words and numbers: the grid, the tables, and what a script reads."""
+"""Describe predictions: a grid and tables for people, JSON for scripts."""
 
 import itertools
 import statistics
@@ -13,26 +13,26 @@ from ee_llm.pipeline.planner.predict import Prediction, rank_memory
 from ee_llm.pipeline.selection import select_fills
 from ee_llm.pipeline.simulate import grid
 
-MOST_RANKS = 16  # rows of the grid
-MOST_CANDIDATES = 10  # rows of the table
-MOST_STAGES = 16  # whose layers are written out one by one
+MAX_RANKS = 16  # rows of the grid
+MAX_CANDIDATES = 10  # rows of the table
+MAX_STAGES = 16  # in a list of layers per stage
 
 
 @dataclass(frozen=True)
 class Clock:
-    """How times are shown: what a unit is called, and the costs' time that it is."""
+    """The unit of times in the output: its name, and its length in the time of the costs."""
 
     unit: str
     scale: float
 
     def show(self, time: float, signed: bool = False) -> str:
-        """Return a time with its unit, if that is short."""
+        """Return a time as text, with its unit if that is short."""
         number = f"{time / self.scale:{'+' if signed else ''}.4g}"
         return f"{number} {self.unit}" if self.unit in ("s", "ms") else number
 
 
 def clock_of(prediction: Prediction, in_seconds: bool) -> Clock:
-    """Return seconds or milliseconds, or where costs are nominal a rank's forward pass."""
+    """Return the unit of times: seconds, milliseconds, or for nominal costs a forward pass."""
     if in_seconds:
         return Clock("s", 1.0) if prediction.simulation.makespan >= 1 else Clock("ms", 1e-3)
     config = prediction.config
@@ -42,10 +42,10 @@ def clock_of(prediction: Prediction, in_seconds: bool) -> Clock:
 
 
 def schedule_name(prediction: Prediction) -> str:
-    """Return what a reader calls the schedule."""
+    """Return the name of the schedule for readers."""
     parallel = prediction.config.parallel
     if parallel.schedule != "1f1b":
-        exits = ", exits' weights put off too" if prediction.plan.splits_exits else ""
+        exits = ", exits' weights deferred too" if prediction.plan.splits_exits else ""
         return f"zero bubble (ZB-H1{exits})"
     if parallel.virtual > 1:
         return f"interleaved 1F1B, {parallel.virtual} stages per rank"
@@ -61,17 +61,17 @@ def schedule_name(prediction: Prediction) -> str:
 
 
 def title(prediction: Prediction, clock: Clock) -> str:
-    """Return the picture's headline: schedule, makespan and bubble share."""
+    """Return the title of the picture: schedule, makespan and bubble share."""
     makespan = prediction.simulation.makespan / clock.scale
     name, unit = schedule_name(prediction), clock.unit
     return f"{name}: {makespan:.4g} {unit}, {100 * prediction.bubble_share:.1f} % idle"
 
 
 def layout_lines(prediction: Prediction) -> str:
-    """Return in one line each what is planned and where the exits are."""
+    """Return a line about the plan and a line about the placement of exits."""
     config = prediction.config
     split = [len(stage_layers(config, s)) for s in range(config.parallel.num_stages)]
-    layers = f"{split[0]} each" if len(set(split)) == 1 else f"per stage {shown_split(split)}"
+    layers = f"{split[0]} each" if len(set(split)) == 1 else f"per stage {format_split(split)}"
     ranks, microbatches = prediction.plan.num_ranks, prediction.num_microbatches
     lines = [
         f"{schedule_name(prediction)}: {ranks} rank{'s' * (ranks > 1)}, "
@@ -85,16 +85,16 @@ def layout_lines(prediction: Prediction) -> str:
     return "\n".join(lines)
 
 
-def shown_split(split: Sequence[int]) -> str:
-    """Return layers per stage as 7-6-6-5; of many stages as 2x12-3x4, twelve of 2 and four of 3."""
-    if len(split) <= MOST_STAGES:
+def format_split(split: Sequence[int]) -> str:
+    """Return layers per stage as text: 7-6-6-5, or for many stages 2x12-3x4 (twelve of 2, ...)."""
+    if len(split) <= MAX_STAGES:
         return "-".join(map(str, split))
     runs = [(number, len(list(group))) for number, group in itertools.groupby(split)]
     return "-".join(f"{number}x{count}" if count > 1 else str(number) for number, count in runs)
 
 
 def readable_grid(prediction: Prediction, width: int) -> str:
-    """Return the rank x time grid in lines of at most `width`, and what was left out of it."""
+    """Return the rank x time grid in lines of at most `width`, and a note on omitted parts."""
     line = prediction.simulation.timeline
     lengths = [s.end - s.start for spans in line.ranks for s in spans if s.end > s.start]
     notes = []
@@ -104,9 +104,9 @@ def readable_grid(prediction: Prediction, width: int) -> str:
         slot = coarse
         notes.append("columns are wider than the shortest actions, which may be hidden")
     rows = grid(line, slot).splitlines()
-    if len(rows) > MOST_RANKS:
-        half = MOST_RANKS // 2
-        notes.append(f"ranks {half} to {len(rows) - half - 1} left out")
+    if len(rows) > MAX_RANKS:
+        half = MAX_RANKS // 2
+        notes.append(f"ranks {half} to {len(rows) - half - 1} omitted")
         rows = [*rows[:half], "...", *rows[-half:]]
     cell = max(len(str(s.action)) for spans in line.ranks for s in spans) + 1
     label = max(row.index("  ") for row in rows if "  " in row) + 2
@@ -115,17 +115,17 @@ def readable_grid(prediction: Prediction, width: int) -> str:
         columns = -(-(longest - label) // cell)
         kept = max(2, (width - label - 4) // cell)
         first, last = kept - kept // 2, kept // 2
-        begin, end = label + first * cell, label + (columns - last) * cell
+        start, end = label + first * cell, label + (columns - last) * cell
         rows = [
-            row if row == "..." else f"{row[:begin].ljust(begin)}... {row[end:]}" for row in rows
+            row if row == "..." else f"{row[:start].ljust(start)}... {row[end:]}" for row in rows
         ]
-        notes.append(f"{columns - kept} of {columns} columns left out")
+        notes.append(f"{columns - kept} of {columns} columns omitted")
     note = f"({'; '.join(notes)}: --picture shows all)" if notes else ""
     return "\n".join([*(row.rstrip() for row in rows), *([note] if note else [])])
 
 
 def summary(prediction: Prediction, clock: Clock, logits: float) -> str:
-    """Return makespan, what the exits add, and a table of the ranks."""
+    """Return the makespan, the time that exits add, and a table of the ranks."""
     found = prediction.simulation
     note = "" if clock.unit in ("s", "ms") else f"   (unit: {clock.unit})"
     lines = [
@@ -154,16 +154,16 @@ def summary(prediction: Prediction, clock: Clock, logits: float) -> str:
             ]
         )
     legend = (
-        "peaks: microbatches and exits' logits alive, by stage; memory in activations of a layer "
-        f"for a\nmicrobatch, an exit's logits counting as {logits:g}"
+        "peaks: live microbatches and exit logits, by stage; memory: in activations of one layer "
+        f"for one\nmicrobatch, where the logits of an exit count as {logits:g}"
     )
     return "\n".join([*lines, "", table(rows), legend])
 
 
-def candidates_table(found: Sequence[Advice], fitting: Sequence[Advice], clock: Clock) -> str:
-    """Return the best candidates, one row each, and how many there were."""
+def candidates_table(candidates: Sequence[Advice], fitting: Sequence[Advice], clock: Clock) -> str:
+    """Return a table of the best candidates, and their number."""
     rows = [["", "a microbatch", "idle", "memory", "schedule", "exits", "layers", "fills"]]
-    for number, advice in enumerate(fitting[:MOST_CANDIDATES], 1):
+    for number, advice in enumerate(fitting[:MAX_CANDIDATES], 1):
         config = advice.prediction.config
         parallel = config.parallel
         name = parallel.schedule + (f" x {parallel.virtual}" if parallel.virtual > 1 else "")
@@ -176,19 +176,19 @@ def candidates_table(found: Sequence[Advice], fitting: Sequence[Advice], clock: 
                 f"{advice.memory:g}",
                 name,
                 config.exits.placement if config.exits.boundaries else "",
-                shown_split(parallel.layer_split) or "even",
+                format_split(parallel.layer_split) or "even",
                 "+".join(map(str, fills)) if any(fills) else "",
             ]
         )
     shown = f"the best {len(rows) - 1} of " if len(fitting) > len(rows) - 1 else ""
     lines = [f"{shown}{len(fitting)} plans, the best first:", table(rows)]
-    if len(found) > len(fitting):
-        lines.append(f"{len(found) - len(fitting)} more need more memory than --memory-limit")
+    if len(candidates) > len(fitting):
+        lines.append(f"{len(candidates) - len(fitting)} more need more memory than --memory-limit")
     return "\n".join(lines)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of text in columns; the first row is the heading."""
+    """Return rows of text as a table; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
@@ -196,18 +196,18 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def shown_pieces(pieces: Pieces) -> str:
-    """Return the costs of all pieces in milliseconds: forward, backward, its weights' part."""
+def format_pieces(pieces: Pieces) -> str:
+    """Return the costs of all pieces in milliseconds: forward, backward, weight."""
     rows = {"layer": pieces.layer, "embedding": pieces.embedding, "exit": pieces.exit}
     rows["final exit"] = pieces.final
     shown = [f"{name} {', '.join(f'{1e3 * t:.3g}' for t in row)}" for name, row in rows.items()]
-    return f"{'; '.join(shown)} ms (forward, backward, of which weights')"
+    return f"{'; '.join(shown)} ms (forward, backward, of which weight gradients)"
 
 
 def as_json(
     prediction: Prediction, clock: Clock, logits: float, *, timeline: bool = True
 ) -> dict[str, Any]:
-    """Return a prediction for scripts; times are in the clock's unit."""
+    """Return a prediction as JSON data, with times in the unit of the clock."""
     found, config = prediction.simulation, prediction.config
     figures: dict[str, Any] = {
         "schedule": config.parallel.schedule,

@@ -1,4 +1,4 @@
-"""A picture of a plan's timeline: one row per rank, time from left to right."""
+"""Draw the timeline of a plan, with one row per rank and time from left to right."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, one paler; and the text on each.
+# The color of each kind and of the text on it: the palette of Okabe and Ito, which is safe for
+# color-blind readers, with one paler variant.
 KINDS = {
     "forward": ("#56B4E9", "#10222e"),
     "backward": ("#0072B2", "#ffffff"),
@@ -22,41 +23,47 @@ KINDS = {
     "filling, backward": ("#CC79A7", "#2b0f1d"),
 }
 IDLE = "#ECECEC"
-# How far the last of a rank's stages is on the way to white: a paler backward would be a forward.
+# The share of white in the color of a rank's last stage. A backward must not look like a forward.
 _FADING = {"forward": 0.55, "backward": 0.15, "exits": 0.55}
 SUFFIXES = (".png", ".svg")
 
-_ROW = 0.84  # of the distance between rows
+_ROW = 0.84  # height, relative to the distance between rows
 _INCHES_PER_ROW = 0.42
-_WIDTHS = (8.0, 22.0)  # inches, of plans with little and with much in them
-_CHARACTER = 0.075  # inches, of a microbatch's number
+_WIDTHS = (8.0, 22.0)  # inches, smallest and largest
+_CHARACTER = 0.075  # inches, width of a digit of a microbatch's number
 
 
 def check_suffix(path: Path) -> None:
-    """Raise PlanError for a file that is neither PNG nor SVG."""
+    """Raise PlanError if the suffix of `path` is neither .png nor .svg."""
     if path.suffix.lower() not in SUFFIXES:
         raise PlanError(
-            f"--picture {path}: its name must end in {' or '.join(SUFFIXES)}, as in plan.png"
+            f"--picture {path} is not a picture. Use a name that ends in {' or '.join(SUFFIXES)}."
         )
 
 
 def save_picture(prediction: Prediction, path: Path, title: str, unit: str, scale: float) -> None:
-    """Write the picture of a prediction to `path`, PNG or SVG by its ending."""
+    """Write the picture of a prediction to `path`, as PNG or SVG by its suffix."""
     check_suffix(path)
     import matplotlib
 
     figure = draw(prediction, title, unit, scale)
-    # Text stays text and a file stays the same if nothing changed.
+    # Text stays text, and equal predictions give equal files.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ee_llm"}):
         metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {}
         figure.savefig(path, dpi=130, metadata=metadata)
 
 
 def draw(prediction: Prediction, title: str, unit: str, scale: float = 1.0) -> "Figure":
-    """Return the figure; times are divided by `scale` and then are in `unit`.
+    """Return the figure of a prediction.
 
-    Stages after a rank's first one are lighter. A deferred exit is drawn where it runs, at the
-    beginning of its backward.
+    The later stages of a rank are lighter than its first. A deferred exit is drawn where it runs,
+    at the start of its backward.
+
+    Args:
+        prediction: The plan and its times.
+        title: Title of the figure.
+        unit: Name of the unit of time.
+        scale: Length of that unit in the time of the prediction.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What a configuration's pipeline plan is predicted to do: its plan, its times, its memory."""
+"""Predict the times and the memory of a configuration's pipeline plan."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from ee_llm.pipeline.lower import lower
 from ee_llm.pipeline.plan import Op, Plan
 from ee_llm.pipeline.planner.costs import Pieces
 from ee_llm.pipeline.selection import select_plan
-from ee_llm.pipeline.simulate import Costs, Simulation, Span, kept, simulate, time_of_exits
+from ee_llm.pipeline.simulate import Costs, Simulation, Span, exit_duration, simulate, stage_memory
 
 
 @dataclass(frozen=True)
@@ -19,38 +19,38 @@ class Prediction:
 
     config: Config
     num_microbatches: int
-    """Ordinary ones; those that fill bubbles come on top."""
+    """Number of ordinary microbatches, without those that fill bubbles."""
     pieces: Pieces
     plan: Plan
     costs: Costs
     simulation: Simulation
     exit_time: float
-    """What early exits add to the makespan of the same plan."""
+    """Time that early exits add to the makespan of the same plan."""
 
     @property
     def time_per_microbatch(self) -> float:
-        """Return the makespan over the number of ordinary microbatches."""
+        """Return the makespan divided by the number of ordinary microbatches."""
         return self.simulation.makespan / self.num_microbatches
 
     @cached_property
     def bubble_share(self) -> float:
-        """The part of all ranks' time that is idle."""
+        """Return the idle share of the time of all ranks."""
         shares = self.simulation.bubble_share
         return math.fsum(shares) / len(shares)
 
     @cached_property
     def filling(self) -> frozenset[int]:
-        """The microbatches that fill bubbles: they see less of the model than the others do."""
-        whole = self.plan.whole_visit
-        return frozenset(m for m, visit in enumerate(self.plan.visits) if visit != whole)
+        """Return the microbatches that fill bubbles, which do not visit all stages."""
+        full = self.plan.full_visit
+        return frozenset(m for m, visit in enumerate(self.plan.visits) if visit != full)
 
     def stages_of(self, rank: int) -> list[int]:
-        """Return the stages on a rank."""
+        """Return the stages of a rank."""
         return [stage for stage, owner in enumerate(self.plan.stage_ranks) if owner == rank]
 
     def exit_part(self, span: Span) -> tuple[float, float] | None:
-        """Return when within `span` the exits are computed, the final one among them, if at all."""
-        length = time_of_exits(self.plan, self.costs, span.action, self.config.exits.deferred)
+        """Return when the exits run within `span`, including the final one, None if they do not."""
+        length = exit_duration(self.plan, self.costs, span.action, self.config.exits.deferred)
         if not length:
             return None
         if span.action.op is Op.FORWARD:
@@ -59,7 +59,7 @@ class Prediction:
 
 
 def predict(config: Config, num_microbatches: int, pieces: Pieces) -> Prediction:
-    """Return what a step of `config` does with pieces of these costs; its plan is proved sound."""
+    """Predict a step of `config` with pieces of these costs, and prove its plan executable."""
     plan = select_plan(config, num_microbatches)
     lower(plan)
     costs = pieces.costs(config)
@@ -73,15 +73,15 @@ def predict(config: Config, num_microbatches: int, pieces: Pieces) -> Prediction
 def rank_memory(prediction: Prediction, logits: float = 1.0) -> tuple[float, ...]:
     """Return each rank's peak memory, in activations of one layer for one microbatch.
 
-    `logits` is what one exit's logits take in that unit. A rank's stages are counted together, at
-    the worst moment.
+    `logits` is the memory of one exit's logits in that unit. The peak is that of all stages of a
+    rank together.
     """
     plan, config = prediction.plan, prediction.config
     layers = [len(stage_layers(config, stage)) for stage in range(plan.num_stages)]
     return tuple(
         max(
             sum(layers[stage] * now.microbatches + logits * now.logits for stage, now in at.items())
-            for at in kept(plan, prediction.costs, spans, config.exits.deferred)
+            for at in stage_memory(plan, prediction.costs, spans, config.exits.deferred)
         )
         for spans in prediction.simulation.timeline.ranks
     )

@@ -1,4 +1,4 @@
-"""A pipeline's timeline for chrome://tracing and Perfetto, simulated or taken from clocks."""
+"""Convert a simulated or measured pipeline timeline for chrome://tracing and Perfetto."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -21,18 +21,22 @@ def chrome_trace(
 ) -> dict[str, Any]:
     """Return the spans of every rank as a trace in Chrome's JSON format, one thread per rank.
 
-    Spans are of a simulated `Timeline` or of a run, then from clocks that agree; the earliest start
-    becomes 0. One unit of their time is `seconds`. `filling` microbatches get a category of their
-    own; `exit_part` says when within a span its exits run, drawn as a slice inside it.
+    Args:
+        ranks: The spans of each rank, from a simulated `Timeline` or from synchronized clocks. The
+            earliest start becomes 0.
+        filling: The microbatches that fill bubbles, which get a separate category.
+        exit_part: Returns the time of the exits within a span, which become a slice inside it.
+        seconds: Duration of one unit of the spans' time.
+        notes: Further data for the file.
     """
-    begin = min((span.start for spans in ranks for span in spans), default=0.0)
+    origin = min((span.start for spans in ranks for span in spans), default=0.0)
 
     def slice_(name: str, category: str, rank: int, part: Part, **arguments: int) -> dict[str, Any]:
         return {
             "name": name,
             "cat": category,
             "ph": "X",
-            "ts": 1e6 * seconds * (part[0] - begin),
+            "ts": 1e6 * seconds * (part[0] - origin),
             "dur": 1e6 * seconds * (part[1] - part[0]),
             "pid": 0,
             "tid": rank,

@@ -1,4 +1,4 @@
-"""EE-Tuning's schedule: the model runs forward, exits run backward where they are."""
+"""The schedule of EE-Tuning: the model runs forward only, exits also run backward."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -8,20 +8,21 @@ from ee_llm.pipeline.plan import Op, Plan, forward_only
 
 
 def tuning_plan(num_stages: int, num_microbatches: int, exit_stages: Collection[int]) -> Plan:
-    """Return the plan in which stages of exits follow each forward by the exits' own backward.
+    """Return the plan in which stages with exits run the exits' backward after each forward.
 
-    The model is frozen, so that no gradient travels between stages (EE-Tuning, arXiv 2402.00518):
-    a stage hands its output on before its exits are computed, keeps one microbatch at a time, and
-    after the pipeline has filled nobody waits, up to unequal stages. A stage without exits only
-    runs forward.
+    The model is frozen, so that no gradient travels between stages (EE-Tuning, arXiv 2402.00518). A
+    stage sends its output before it computes its exits and keeps one microbatch at a time. After
+    the pipeline is full, no stage waits except for slower stages. A stage without exits only runs
+    forward.
 
-    Raises PlanError unless there is an exit, and every one is on a stage.
+    Raises:
+        PlanError: There is no exit, or an exit is on a stage that does not exist.
     """
     base = forward_only(num_stages, num_microbatches)
     if not exit_stages or not set(exit_stages) <= set(range(num_stages)):
         raise PlanError(
-            f"exits on stages {sorted(exit_stages)}: expected at least one, on stages 0 to "
-            f"{num_stages - 1}"
+            f"exit_stages = {sorted(exit_stages)} is not valid. Give at least one stage from 0 to "
+            f"{num_stages - 1}."
         )
     ranks = []
     for stage, forwards in enumerate(base.ranks):

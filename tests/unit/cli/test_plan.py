@@ -54,8 +54,8 @@ def test_golden_output_of_a_small_plan(plan):
         "rank  stages  idle    live microbatches  exit logits  memory\n"
         "0     0       25.0 %  2                  1            5\n"
         "1     1       25.0 %  1                  1            3\n"
-        "peaks: microbatches and exits' logits alive, by stage; memory in activations of a layer "
-        "for a\nmicrobatch, an exit's logits counting as 1\n"
+        "peaks: live microbatches and exit logits, by stage; memory: in activations of one layer "
+        "for one\nmicrobatch, where the logits of an exit count as 1\n"
     )
 
 
@@ -194,8 +194,8 @@ def test_advice_is_for_sizes_that_do_not_divide_evenly_too(plan):
 
 
 def test_layers_of_many_stages_are_written_in_runs():
-    assert describe.shown_split((7, 6, 6, 5)) == "7-6-6-5"
-    assert describe.shown_split((2,) * 16 + (3,) * 4 + (1,)) == "2x16-3x4-1"
+    assert describe.format_split((7, 6, 6, 5)) == "7-6-6-5"
+    assert describe.format_split((2,) * 16 + (3,) * 4 + (1,)) == "2x16-3x4-1"
 
 
 def test_the_examples_of_the_documentation_print_what_it_shows(plan, monkeypatch, tmp_path):
@@ -215,7 +215,7 @@ def test_a_wide_grid_is_cut_and_says_so():
     assert max(map(len, lines)) <= 100
     assert all("... " in line for line in lines[:2])
     assert lines[0].startswith("rank 0  0F0")
-    assert re.fullmatch(r"\(\d+ of \d+ columns left out: --picture shows all\)", lines[2])
+    assert re.fullmatch(r"\(\d+ of \d+ columns omitted: --picture shows all\)", lines[2])
     assert "left out" not in describe.readable_grid(found, 10_000)
 
 
@@ -226,7 +226,7 @@ def test_a_tall_grid_is_cut_and_says_so():
     assert len(lines) == 16 + 2
     assert lines[8] == "..."
     assert lines[9].startswith("rank 32")
-    assert "ranks 8 to 31 left out" in lines[-1]
+    assert "ranks 8 to 31 omitted" in lines[-1]
 
 
 def test_a_grid_with_tiny_actions_is_coarser_and_says_so(tmp_path, costs):
@@ -283,8 +283,8 @@ EIGHT = ("--stages", "4", "--microbatches", "8")
         (
             (*EIGHT, "--exits", "18", "--fill-warmup", "1"),
             "--fill-warmup = 1: the largest useful number is 0, not 1: the bubble of 4 stages at "
-            "forward / backward = 0.5 has room for 2, on the first 2 or fewer, and each has to "
-            "meet an early exit: the first lies on stage 2; set it to 0 or auto",
+            "forward / backward = 0.5 fits 2 on the first 2 or fewer stages, and each must reach "
+            "an early exit: the first is on stage 2. Set it to 0 or auto.",
         ),
         (
             (*EIGHT, "--exits", "12", "--fill-warmup", "2"),
@@ -326,14 +326,13 @@ EIGHT = ("--stages", "4", "--microbatches", "8")
             (*EIGHT, "--virtual", "2", "--schedule", "zero-bubble"),
             "--virtual = 2 cannot be combined with --schedule = zero-bubble",
         ),
-        ((*EIGHT, "--picture", "plan.pdf"), "--picture plan.pdf: its name must end in .png or"),
+        ((*EIGHT, "--picture", "plan.pdf"), "--picture plan.pdf is not a picture"),
         ((*EIGHT, "--profile"), "--profile measures a model: name its configuration"),
         ((*EIGHT, "--costs-output", "c.json"), "--costs-output c.json writes what --profile"),
         ((*EIGHT, "--memory-limit", "9"), "--memory-limit 9 bounds what --advise looks for"),
         (
             (*EIGHT, "--advise", "--memory-limit", "3"),
-            "--memory-limit 3 is below what each of the 9 plans tried needs: the leanest takes 24 "
-            "layer activations; raise it to that, or give more --stages",
+            "--memory-limit 3 is below the memory of all 9 plans. Raise it to 24 layer",
         ),
         ((*EIGHT, "--advise", "--memory-limit", "nan"), "--memory-limit nan: give a number above"),
         ((*EIGHT, "--advise", "--memory-limit", "-1"), "--memory-limit -1: give a number above 0"),
@@ -364,7 +363,7 @@ def test_mistakes_are_one_line_that_names_the_option(plan, arguments, message):
 def test_negative_costs_are_refused_by_file_and_key(plan, costs):
     costs.write_text(costs.read_text().replace('"exit": [0.1', '"exit": [-0.1'))
     said = plan(*SMALL, "--costs", costs, status=2)
-    assert said == f"{costs}: exit: forward is -0.1: expected seconds, finite and not negative"
+    assert said == f"{costs}: exit: forward = -0.1 is not valid. Give finite seconds of at least 0."
 
 
 def test_planning_needs_no_torch():

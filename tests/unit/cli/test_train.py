@@ -123,7 +123,7 @@ MISTAKES = {
     ),
     "more filling than fits": (
         ["--parallel.pipeline", "2", "--parallel.fill_cooldown", "1", "--nproc", "2"],
-        "parallel.fill_cooldown = 1: the largest useful number is 0, .*set it to 0 or auto",
+        "parallel.fill_cooldown = 1: the largest useful number is 0, .*Set it to 0 or auto",
     ),
     "tuning": (
         ["--tuning.checkpoint", "runs/a", "--exits.boundaries", "2"],

@@ -1,4 +1,4 @@
-"""What lowering adds, what it proves, and what it refuses."""
+"""Lowering: the messages that it adds, its proof, and its errors."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -19,7 +19,7 @@ SENDS = (Op.SEND_FORWARD, Op.SEND_BACKWARD)
 
 
 def plan_of(*ranks, stage_ranks=None, visits=None):
-    """A plan from lines of actions; by default one stage per rank, full visits."""
+    """Return a plan from lines of actions, by default with one stage per rank and full visits."""
     lists = tuple(tuple(Action.parse(text) for text in line.split()) for line in ranks)
     stage_ranks = stage_ranks or tuple(range(len(lists)))
     count = 1 + max(action.microbatch for actions in lists for action in actions)
@@ -27,7 +27,7 @@ def plan_of(*ranks, stage_ranks=None, visits=None):
 
 
 def edited(plan, rank, edit):
-    """The plan with one rank's list changed in place by `edit`."""
+    """Return the plan after `edit` has changed the list of one rank in place."""
     ranks = [list(actions) for actions in plan.ranks]
     edit(ranks[rank])
     return Plan(tuple(tuple(actions) for actions in ranks), plan.stage_ranks, plan.visits)
@@ -35,7 +35,7 @@ def edited(plan, rank, edit):
 
 @st.composite
 def ragged_plans(draw):
-    """Plans whose microbatches travel different ways, over stages laid on ranks at random."""
+    """Draw plans with different visits, and stages assigned to ranks at random."""
     stages = draw(st.integers(1, 6))
     num_ranks = draw(st.integers(1, stages))
     stage_ranks = tuple(draw(st.integers(0, num_ranks - 1)) for _ in range(stages))
@@ -48,7 +48,7 @@ def ragged_plans(draw):
         journey += [Action(s, Op.BACKWARD, microbatch) for s in range(depth - 1, first - 1, -1)]
         order.append(journey)
     ranks = [[] for _ in range(num_ranks)]
-    while any(order):  # any interleaving of the journeys is a legal plan
+    while any(order):  # any interleaving of the visits is a valid plan
         journey = draw(st.sampled_from([j for j in order if j]))
         action = journey.pop(0)
         ranks[stage_ranks[action.stage]].append(action)
@@ -67,19 +67,19 @@ def check_lowered(plan, lowered):
             message = action if action.op in SENDS else counterpart(action)
             posted[rank, peer].append(str(message))
             if action.op in SENDS:
-                # nothing but communication between a result and its journey
+                # only communication comes between a result and its send
                 before = [a for a in actions[:step] if a.op.computes][-1]
                 assert str(before) == str(action).replace("S", "")
             else:
                 assert Action.parse(str(action).replace("R", "")) in actions[step + 1 :]
     for (rank, peer), messages in posted.items():
-        # stronger than per direction: the two lists agree on the order of everything they share
+        # stronger than per direction: both lists have all common messages in the same order
         assert messages == posted[peer, rank]
     return sum(map(len, posted.values())) // 2
 
 
 @given(sizes, sizes)
-def test_one_f_one_b_is_lowered_soundly(stages, microbatches):
+def test_lowering_one_f_one_b_is_sound(stages, microbatches):
     plan = one_f_one_b(stages, microbatches)
     assert check_lowered(plan, lower(plan)) == 2 * (stages - 1) * microbatches
     plan = forward_only(stages, microbatches)
@@ -87,7 +87,7 @@ def test_one_f_one_b_is_lowered_soundly(stages, microbatches):
 
 
 @given(ragged_plans())
-def test_any_legal_plan_is_lowered_soundly(plan):
+def test_lowering_any_valid_plan_is_sound(plan):
     check_lowered(plan, lower(plan))
 
 
@@ -100,7 +100,7 @@ def test_the_lowered_list_of_a_small_plan():
 
 
 def num_ahead(plan):
-    """How many receives stand before another action than the one that takes them, of how many."""
+    """Return the number of receives posted before an earlier action than their own, and of all."""
     ahead = total = 0
     for actions in lower(plan).ranks:
         for step, action in enumerate(actions):
@@ -121,7 +121,7 @@ def num_ahead(plan):
     ids=["1f1b", "interleaved", "zero bubble"],
 )
 def test_receives_are_posted_before_the_action_during_which_they_arrive(plan, expected):
-    """Of two messages that cross, one: were both posted ahead, each would wait for the other."""
+    """Of two messages that cross, only one is posted ahead, or each would wait for the other."""
     assert num_ahead(plan) == expected
 
 
@@ -130,7 +130,7 @@ def test_stages_on_one_rank_need_no_messages():
     assert lower(plan).ranks == plan.ranks
 
 
-def test_a_planted_deadlock_is_shown_in_the_grid():
+def test_error_shows_a_deadlock_in_the_grid():
     plan = plan_of("0B0 0F0", "1F0 1B0")
     with pytest.raises(PlanError) as caught:
         lower(plan)
@@ -144,9 +144,9 @@ def test_a_planted_deadlock_is_shown_in_the_grid():
     )
 
 
-def test_a_doubled_action_is_shown_in_the_grid():
+def test_error_shows_a_repeated_action_in_the_grid():
     plan = edited(one_f_one_b(2, 2), 1, lambda actions: actions.insert(2, actions[1]))
-    with pytest.raises(PlanError, match=r"(?s)1B0 stands 2 times.*rank 1 1F0 >1B0< >1B0< 1F1"):
+    with pytest.raises(PlanError, match=r"(?s)1B0 appears 2 times.*rank 1 1F0 >1B0< >1B0< 1F1"):
         lower(plan)
 
 
@@ -155,8 +155,8 @@ def all_actions(plan):
 
 
 @pytest.mark.parametrize("place", all_actions(one_f_one_b(3, 4)), ids=str)
-def test_every_missing_action_is_noticed(place):
-    """Guards the ends of the journeys: without 0B3 or 2F3 and 2B3 the rest is consistent."""
+def test_every_missing_action_is_an_error(place):
+    """Covers the ends of the visits: without 0B3, or 2F3 and 2B3, the rest is consistent."""
     rank, at = place
     plan = one_f_one_b(3, 4)
     missing = plan.ranks[rank][at]
@@ -164,16 +164,16 @@ def test_every_missing_action_is_noticed(place):
         lower(edited(plan, rank, lambda actions: actions.pop(at)))
 
 
-def test_actions_nobody_asked_for_are_refused():
-    with pytest.raises(PlanError, match=r"(?s)0F2 is not called for.*>0F2<"):
+def test_actions_beyond_the_visits_are_errors():
+    with pytest.raises(PlanError, match=r"(?s)0F2 is not required.*>0F2<"):
         lower(edited(one_f_one_b(2, 2), 0, lambda a: a.append(Action.parse("0F2"))))
-    with pytest.raises(PlanError, match="1B0 is not called for"):
+    with pytest.raises(PlanError, match="1B0 is not required"):
         lower(plan_of("0F0", "1F0 1B0", visits=(Visit(2, 2),)))
-    with pytest.raises(PlanError, match="1F0 stands on rank 0, its stage on 1"):
+    with pytest.raises(PlanError, match="1F0 is on rank 0, but its stage is on rank 1"):
         lower(plan_of("0F0 1F0 1B0 0B0", "", stage_ranks=(0, 1)))
 
 
-def test_impossible_visits_and_ranks_are_refused():
+def test_impossible_visits_and_ranks_are_errors():
     for visit in (Visit(3, 0), Visit(1, 2), Visit(0, 0), Visit(2, -1)):
         with pytest.raises(PlanError, match="microbatch 0: Visit"):
             lower(plan_of("0F0", "1F0", visits=(visit,)))
@@ -181,32 +181,32 @@ def test_impossible_visits_and_ranks_are_refused():
         lower(plan_of("0F0", "1F0", stage_ranks=(0, 2)))
 
 
-def test_lowering_twice_is_refused():
+def test_lowering_twice_is_an_error():
     with pytest.raises(PlanError, match="already has communication"):
         lower(lower(one_f_one_b(2, 2)))
 
 
 @pytest.mark.parametrize("place", all_actions(lower(one_f_one_b(3, 2))), ids=str)
-def test_verify_notices_every_missing_and_doubled_action(place):
+def test_verify_finds_every_missing_and_repeated_action(place):
     rank, at = place
     lowered = lower(one_f_one_b(3, 2))
     action = lowered.ranks[rank][at]
     with pytest.raises(PlanError, match=f"{action} is missing from rank {rank}"):
         verify(edited(lowered, rank, lambda actions: actions.pop(at)))
-    with pytest.raises(PlanError, match=f"{action} stands 2 times"):
+    with pytest.raises(PlanError, match=f"{action} appears 2 times"):
         verify(edited(lowered, rank, lambda actions: actions.append(action)))
 
 
-def test_a_lowered_plan_cannot_be_made_unsound():
-    """The runtime relies on the type alone."""
+def test_lowered_plan_cannot_be_unsound():
+    """The runtime checks only the type."""
     lowered = lower(one_f_one_b(2, 2))
     for ranks in (lowered.ranks[::-1], one_f_one_b(2, 2).ranks):
         with pytest.raises(PlanError):
             replace(lowered, ranks=ranks)
 
 
-def test_a_plan_is_proved_once(monkeypatch):
-    """The proof takes seconds where there are many microbatches, on every rank."""
+def test_plan_is_proved_once(monkeypatch):
+    """With many microbatches the proof takes seconds, on every rank."""
     proofs = []
     monkeypatch.setitem(lower.__globals__, "verify", proofs.append)
     plan = lower(one_f_one_b(1, 2))
@@ -214,42 +214,42 @@ def test_a_plan_is_proved_once(monkeypatch):
     assert proofs == [plan]
 
 
-def test_an_unlowered_plan_is_not_verified():
+def test_verify_rejects_a_plan_without_communication():
     with pytest.raises(PlanError, match="0RB0 is missing from rank 0"):
         verify(one_f_one_b(2, 1))
 
 
-def swap(one, other):
+def swap(first, second):
     def edit(actions):
-        i, j = (actions.index(Action.parse(text)) for text in (one, other))
+        i, j = (actions.index(Action.parse(text)) for text in (first, second))
         actions[i], actions[j] = actions[j], actions[i]
 
     return edit
 
 
-def test_receives_in_another_order_than_sends_are_refused():
+def test_receives_in_another_order_than_sends_are_errors():
     lowered = edited(lower(one_f_one_b(2, 2)), 1, swap("1RF0", "1RF1"))
     with pytest.raises(
         PlanError,
-        match=r"(?s)message 0 from rank 0 to rank 1 is sent by 0SF0 and taken by 1RF1"
+        match=r"(?s)message 0 from rank 0 to rank 1 is sent by 0SF0 but received by 1RF1"
         r".*>0SF0<.*>1RF1<",
     ):
         verify(lowered)
 
 
 @pytest.mark.parametrize(
-    ("rank", "one", "other"),
+    ("rank", "first", "second"),
     [(0, "0F0", "0SF0"), (1, "1RF1", "1F1"), (1, "1B1", "1SB1"), (0, "0RB0", "0B0")],
 )
-def test_a_message_on_the_wrong_side_of_its_work_deadlocks(rank, one, other):
+def test_message_on_the_wrong_side_of_its_action_deadlocks(rank, first, second):
     with pytest.raises(PlanError, match=r"(?s)the plan deadlocks.*>"):
-        verify(edited(lower(one_f_one_b(2, 2)), rank, swap(one, other)))
+        verify(edited(lower(one_f_one_b(2, 2)), rank, swap(first, second)))
 
 
 def test_receives_posted_only_when_needed_would_deadlock_a_blocking_backend():
-    """The textbook placement: rank 0 sends 0F1 before it takes 1B0's gradient, rank 1 the reverse.
+    """The usual placement: rank 0 sends 0F1 before it receives 1B0's gradient, rank 1 the reverse.
 
-    It runs where sends are buffered. The dry run must not rely on that.
+    It runs if sends are buffered, on which the dry run must not rely.
     """
     late = plan_of("0F0 0SF0 0F1 0SF1 0RB0 0B0 0RB1 0B1", "1RF0 1F0 1B0 1SB0 1RF1 1F1 1B1 1SB1")
     with pytest.raises(PlanError, match="deadlocks: rank 0 at 0SF1, rank 1 at 1SB0"):
@@ -257,7 +257,7 @@ def test_receives_posted_only_when_needed_would_deadlock_a_blocking_backend():
 
 
 def test_two_stages_on_each_of_two_ranks_share_one_order_of_messages():
-    """Both directions run between the same two peers; NCCL could swap what is not ordered alike."""
+    """Both directions use the same two peers, between which NCCL matches messages by order only."""
     plan = plan_of(
         "0F0 0F1 2F0 2F1 2B0 0B0 2B1 0B1",
         "1F0 1F1 3F0 3B0 1B0 3F1 3B1 1B1",

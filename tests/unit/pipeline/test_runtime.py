@@ -1,4 +1,4 @@
-"""The interpreter on one rank that holds all stages: gradients, liveness, failures."""
+"""The runtime on one rank with all stages: gradients, lifetimes, failures."""
 
 import gc
 import weakref
@@ -23,7 +23,7 @@ from tests.unit.pipeline.toy import (
 
 
 def one_rank(visits):
-    """All stages on rank 0, microbatches started one after the other and finished in reverse."""
+    """Return a plan with all stages on rank 0, which finishes microbatches in reverse order."""
     stages = max(visit.depth for visit in visits)
     forwards = [Action.parse(f"{s}F{m}") for m, v in enumerate(visits) for s in range(v.depth)]
     backwards = [
@@ -49,7 +49,7 @@ words = st.text("imo", max_size=3)
 
 @given(st.lists(words, min_size=1, max_size=4), st.booleans(), st.data())
 def test_gradients_equal_one_autograd_call(exits, deferred, data):
-    """Over exits anywhere (several on one tensor, or none), frozen layers and short visits."""
+    """Covers exits anywhere (several on one tensor, or none), frozen layers and short visits."""
     some_stages = st.frozensets(st.integers(0, len(exits) - 1))
     frozen, dead = data.draw(some_stages), data.draw(some_stages)
     visits = [Visit(len(exits), 0)]
@@ -62,8 +62,8 @@ def test_gradients_equal_one_autograd_call(exits, deferred, data):
 
 @pytest.mark.parametrize("deferred", [True, False])
 @pytest.mark.parametrize("word", ["i", "o", "io", "ii", "oo", "imo", "iioo"])
-def test_taps_that_are_the_stages_own_input_and_output(word, deferred):
-    """A tap that is the output gets two gradients, one that is the input is a leaf: both add up."""
+def test_taps_that_are_the_input_or_the_output_of_the_stage(word, deferred):
+    """A tap that is the output gets two gradients; one that is the input is a leaf."""
     shape, plan = Shape(("m", word, "o")), one_rank([Visit(3, 0)] * 2)
     assert_same_gradients(gradients(run(plan, shape, deferred)), reference(shape, plan))
 
@@ -92,7 +92,7 @@ def test_local_backwards_reach_the_heads_and_nothing_else(deferred):
         assert stage.live.peak == (1 if deferred else len(stage.kinds)) * bool(stage.kinds)
 
 
-def test_gradients_are_added_to_what_is_there():
+def test_gradients_are_accumulated():
     shape, plan = Shape(("o", "o")), one_rank([Visit(2, 0)])
     stages = stages_of(shape, plan, 0)
     runtime = Runtime(lower(plan), 0, stages, None, SPEC)
@@ -102,8 +102,8 @@ def test_gradients_are_added_to_what_is_there():
     assert_same_gradients(gradients(stages), {name: 2 * g for name, g in once.items()})
 
 
-def test_a_tied_weight_gets_the_sum_over_the_stages_that_hold_it():
-    """As if untied, then summed: what an all-reduce over the holders gives (Prop. 3.1)."""
+def test_tied_weight_gets_the_sum_over_its_stages():
+    """The gradient equals the sum of those of untied copies, as after an all-reduce (Prop. 3.1)."""
     shape, plan = Shape(("o", "mo", "o")), one_rank([Visit(3, 0)] * 3)
     untied = stages_of(shape, plan, 0)
     tied = stages_of(shape, plan, 0)
@@ -118,7 +118,7 @@ def test_a_tied_weight_gets_the_sum_over_the_stages_that_hold_it():
     torch.testing.assert_close(tied[1].layers[0].grad, untied[1].layers[0].grad)
 
 
-def test_deferred_keeps_one_exit_graph_alive_and_naive_all_of_them():
+def test_only_one_exit_graph_is_alive_with_deferred_exits():
     shape, plan = Shape(("mo", "o")), one_rank([Visit(2, 0)] * 3)
     for deferred, peaks in ((True, [1, 1]), (False, [6, 3])):
         stages = run(plan, shape, deferred)
@@ -138,7 +138,7 @@ def test_without_a_backward_there_is_no_graph(deferred):
 
 
 @pytest.mark.parametrize("deferred", [True, False])
-def test_training_actions_build_their_graph_whatever_mode_the_caller_is_in(deferred):
+def test_training_actions_build_a_graph_in_any_grad_mode(deferred):
     shape, plan = Shape(("o", "o")), one_rank([Visit(2, 0)])
     with torch.no_grad():
         stages = run(plan, shape, deferred)
@@ -146,7 +146,7 @@ def test_training_actions_build_their_graph_whatever_mode_the_caller_is_in(defer
 
 
 class Adds:
-    """x + w keeps nothing for its backward, so only the runtime could hold its output's data."""
+    """x + w keeps nothing for its backward, so only the runtime could keep its output alive."""
 
     def __init__(self):
         self.weight = torch.zeros(SPEC.shape, dtype=SPEC.dtype, requires_grad=True)
@@ -163,14 +163,14 @@ class Adds:
         raise AssertionError("no exits here")
 
 
-def test_outputs_are_let_go_after_their_forward():
-    """The runtime keeps where the received gradient enters, not the tensor (four are in flight)."""
+def test_outputs_are_freed_after_their_forward():
+    """The runtime keeps the graph edge of the output, not its tensor (four are in flight)."""
     stages = {0: Adds(), 1: Adds()}
     Runtime(lower(one_rank([Visit(2, 0)] * 4)), 0, stages, None, SPEC).step()
     assert [stage.alive_at_start for stage in stages.values()] == [[0, 0, 0, 0]] * 2
 
 
-def test_a_failure_is_shown_in_the_plan_and_leaves_nothing_behind():
+def test_failure_is_shown_in_the_plan_and_leaves_no_state():
     shape, plan = Shape(("o", "o")), one_rank([Visit(2, 0)] * 2)
     stages = stages_of(shape, plan, 0)
     runtime = Runtime(lower(plan), 0, stages, None, SPEC, deferred=False)
@@ -197,7 +197,7 @@ def test_a_failure_is_shown_in_the_plan_and_leaves_nothing_behind():
     assert_same_gradients(gradients(stages), reference(shape, plan))
 
 
-def test_an_output_of_another_shape_is_refused():
+def test_output_of_another_shape_is_an_error():
     shape, plan = Shape(("", "o")), one_rank([Visit(2, 0)])
     wide = MessageSpec((3, 6), torch.float64, torch.device("cpu"))
     runtime = Runtime(lower(plan), 0, stages_of(shape, plan, 0), None, wide)
@@ -207,9 +207,9 @@ def test_an_output_of_another_shape_is_refused():
 
 def test_stages_and_plan_must_fit():
     shape, plan = Shape(("", "o")), one_f_one_b(2, 1)
-    with pytest.raises(ValueError, match=r"rank 0 holds stages \[0\], got \[1\]"):
+    with pytest.raises(ValueError, match=r"stages \[1\] are not those of rank 0: pass \[0\]"):
         Runtime(lower(plan), 0, stages_of(shape, plan, 1), None, SPEC)
     unproved = Plan(lower(plan).ranks, plan.stage_ranks, plan.visits)
     for refused in (plan, unproved):
-        with pytest.raises(PlanError, match="has not been proved sound"):
+        with pytest.raises(PlanError, match="the plan is not lowered"):
             Runtime(refused, 0, stages_of(shape, plan, 0), None, SPEC)

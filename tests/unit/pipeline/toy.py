@@ -1,4 +1,4 @@
-"""A toy early-exit pipeline in float64, and its gradients from one plain autograd call."""
+"""A toy early-exit pipeline in float64, and its reference gradients from one autograd call."""
 
 import weakref
 from collections.abc import Callable
@@ -18,7 +18,7 @@ SPEC = MessageSpec((ROWS, WIDTH), torch.float64, torch.device("cpu"))
 
 @dataclass(frozen=True)
 class Shape:
-    """What each stage looks like.
+    """The layers and exits of each stage.
 
     exits: per stage a word, one letter per exit: i reads the stage's input, m its middle, o its
     output. frozen: stages whose layers are not trained (their exits are). dead: stages without any
@@ -33,7 +33,7 @@ class Shape:
 
 
 class LiveCount:
-    """Counts the exit graphs alive at once through an object that each of them holds."""
+    """Counts the exit graphs that are alive at once, by an object that each of them keeps."""
 
     def __init__(self) -> None:
         self.alive: weakref.WeakSet[object] = weakref.WeakSet()
@@ -73,7 +73,7 @@ def labels(microbatch: int, exit_key: int) -> Tensor:
 
 
 class ToyStage(nn.Module):
-    """One stage; equal to any other stage of the same number and shape."""
+    """One stage. Stages of equal number and shape have equal parameters."""
 
     def __init__(self, stage: int, shape: Shape) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ def stages_of(shape: Shape, plan: Plan, rank: int) -> dict[int, ToyStage]:
 
 
 def reference(shape: Shape, plan: Plan) -> dict[str, Tensor | None]:
-    """Gradients of the plan's visits: one graph, one backward call, all stages in one process."""
+    """Return the gradients of the plan's visits from one backward call over all stages."""
     stages = [ToyStage(stage, shape) for stage in range(plan.num_stages)]
     losses = []
     for microbatch, visit in enumerate(plan.visits):
@@ -138,7 +138,7 @@ def reference(shape: Shape, plan: Plan) -> dict[str, Tensor | None]:
             with torch.set_grad_enabled(stage.stage >= visit.first_backward):
                 hidden, taps = stage.forward(microbatch, hidden)
                 if stage.stage < visit.first_backward < visit.depth:
-                    continue  # its exits would neither train nor be reported
+                    continue  # its exits are neither trained nor reported
                 losses += [stage.exit_loss(microbatch, i, tap) for i, tap in enumerate(taps)]
     total = sum(losses, torch.zeros((), dtype=torch.float64))
     if total.requires_grad:
@@ -152,7 +152,7 @@ def assert_same_gradients(
     for name, gradient in got.items():
         want = expected[name]
         if want is None:
-            # A gradient of zero may be there or not; anything else must not.
+            # A gradient of zero may be missing, any other may not.
             assert gradient is None or not gradient.any(), name
             continue
         assert gradient is not None, name

@@ -1,4 +1,4 @@
-"""The picture has a box for everything that the timeline has, where it is."""
+"""The picture shows every action and exit of the timeline at its place."""
 
 import math
 from collections import Counter, defaultdict
@@ -22,7 +22,7 @@ def prediction(num_microbatches=8, num_layers=24, **options):
 
 
 def boxes(figure):
-    """(row, kind, start, end) of every box that was drawn."""
+    """Return (row, kind, start, end) of every box in the figure."""
     found = []
     for bars in figure.axes[0].collections:
         for path in bars.get_paths():
@@ -32,7 +32,7 @@ def boxes(figure):
     return sorted(found)
 
 
-def test_every_action_and_every_exit_has_its_box():
+def test_every_action_and_every_exit_has_a_box():
     found = prediction()
     figure = draw(found, "title", "unit")
     counts = Counter(kind for _, kind, _, _ in boxes(figure))
@@ -49,7 +49,7 @@ def boxes_by_time(figure):
     return sorted(boxes(figure), key=lambda box: (box[0], box[2]))
 
 
-def test_an_exit_is_drawn_at_the_beginning_of_its_backward():
+def test_exit_is_drawn_at_the_start_of_its_backward():
     row = [box for box in boxes_by_time(draw(prediction(), "", "", 6.0)) if box[0] == 0]
     kinds = [kind for _, kind, _, _ in row]
     assert kinds[:6] == ["forward"] * 4 + ["exits", "backward"]
@@ -57,7 +57,7 @@ def test_an_exit_is_drawn_at_the_beginning_of_its_backward():
     assert row[5][2:] == (pytest.approx(10.5), pytest.approx(12.5))
 
 
-def test_numbers_stand_in_boxes_that_have_room_for_them():
+def test_only_wide_boxes_have_numbers():
     few = draw(prediction(), "", "")
     assert Counter(text.get_text() for text in few.axes[0].texts) == {str(m): 8 for m in range(8)}
     many = draw(prediction(512), "", "")
@@ -65,7 +65,7 @@ def test_numbers_stand_in_boxes_that_have_room_for_them():
     assert len(boxes(many)) == 512 * (8 + 3)
 
 
-def test_kinds_of_work_have_colours_of_their_own():
+def test_kinds_of_work_have_different_colors():
     filled = draw(prediction(parallel__fill_warmup=2, parallel__fill_cooldown=2), "", "")
     split = draw(prediction(parallel__schedule="zero-bubble"), "", "")
     assert {kind for _, kind, _, _ in [*boxes(filled), *boxes(split)]} == set(KINDS)
@@ -73,7 +73,7 @@ def test_kinds_of_work_have_colours_of_their_own():
     assert labels == [kind for kind in KINDS if kind != "weight gradients"] + ["idle"]
 
 
-# What eyes without one kind of cone make of linear RGB: Machado et al. 2009, at full severity.
+# Linear RGB as seen with one kind of cone missing: Machado et al. 2009, at full severity.
 EYES = {
     "all cones": np.eye(3),
     "no long": [
@@ -96,7 +96,7 @@ TO_XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0
 
 
 def as_seen(color, eyes):
-    """The colour in CIELAB, where a distance of 2 is just noticed side by side."""
+    """Return the color in CIELAB, where a distance of 2 is just noticeable side by side."""
     color = np.asarray(color)
     linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
     x, y, z = TO_XYZ @ np.clip(np.asarray(eyes) @ linear, 0, 1) / np.array([0.9505, 1, 1.089])
@@ -116,8 +116,8 @@ def as_seen(color, eyes):
     ],
     ids=str,
 )
-def test_no_two_kinds_of_work_look_alike_to_anyone(options, eyes):
-    """Lighter stages included: a backward that fades must not come to look like a forward."""
+def test_kinds_of_work_are_distinct_for_color_blind_readers(options, eyes):
+    """This includes lighter stages: a faded backward must not look like a forward."""
     colors = defaultdict(set, {"idle": {to_rgb(IDLE)}})
     for bars in draw(prediction(**options), "", "").axes[0].collections:
         if bars.get_gid() is not None:
@@ -139,7 +139,7 @@ def test_later_stages_of_a_rank_are_lighter():
 
 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
-def test_pictures_are_written_by_their_ending(tmp_path, name, start):
+def test_suffix_selects_the_format(tmp_path, name, start):
     path = tmp_path / name
     save_picture(prediction(), path, "the title", "unit", 6.0)
     written = path.read_bytes()
@@ -149,5 +149,5 @@ def test_pictures_are_written_by_their_ending(tmp_path, name, start):
     assert path.read_bytes() == written
     if name.endswith("svg"):
         assert b"the title" in written
-    with pytest.raises(ValueError, match=r"must end in .png or .svg"):
+    with pytest.raises(ValueError, match=r"ends in .png or .svg"):
         save_picture(prediction(), tmp_path / "a.pdf", "", "", 1.0)

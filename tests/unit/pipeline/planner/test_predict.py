@@ -1,4 +1,4 @@
-"""Predictions: the trainer's plan, exits where the configuration says, memory that adds up."""
+"""Predictions: the plan of the trainer, the placement of exits, and the memory of ranks."""
 
 import math
 
@@ -18,7 +18,7 @@ def config_of(**options):
 
 
 @pytest.mark.parametrize(("placement", "stages"), [("post", {0, 1, 3}), ("pre", {1, 2, 3})])
-def test_exits_run_on_the_stages_that_the_placement_says(placement, stages):
+def test_exits_run_on_the_stages_of_their_placement(placement, stages):
     config = config_of(exits__boundaries=(6, 12), exits__placement=placement)
     found = predict(config, 8, NOMINAL)
     spans = [span for rank in found.simulation.timeline.ranks for span in rank]
@@ -29,7 +29,7 @@ def test_exits_run_on_the_stages_that_the_placement_says(placement, stages):
         assert found.exit_part(span) == (span.start, span.start + 3)
 
 
-def test_exits_that_are_not_deferred_run_in_both_passes():
+def test_exits_that_are_not_deferred_run_in_forward_and_backward():
     config = config_of(exits__boundaries=(6,), exits__deferred=False)
     found = predict(config, 8, NOMINAL)
     first, *_, last = found.simulation.timeline.ranks[0]
@@ -37,7 +37,7 @@ def test_exits_that_are_not_deferred_run_in_both_passes():
     assert found.exit_part(last) == (last.start, last.start + 2)
 
 
-def test_exits_that_are_split_run_in_their_backward_and_their_weights_first():
+def test_split_exits_run_first_in_backward_and_weight_actions():
     config = config_of(exits__boundaries=(6,), parallel__schedule="zero-bubble-exits")
     found = predict(config, 8, NOMINAL)
     parts = {
@@ -50,7 +50,7 @@ def test_exits_that_are_split_run_in_their_backward_and_their_weights_first():
     assert (weights, last) == ((first, first + 1), first + 1 + 6)
 
 
-def test_the_time_of_exits_is_what_is_left_without_them():
+def test_exit_time_is_the_difference_to_the_plan_without_exits():
     """Three exits on stage 0 make it the slowest: 9 more than the final exit's 3, less 3 hidden."""
     config = config_of(exits__boundaries=(4, 5, 6))
     found = predict(config, 8, NOMINAL)
@@ -59,7 +59,7 @@ def test_the_time_of_exits_is_what_is_left_without_them():
     assert found.exit_time == found.simulation.makespan - without.simulation.makespan > 0
 
 
-def test_memory_is_the_layers_of_live_microbatches_and_one_exit():
+def test_memory_is_that_of_live_microbatches_and_one_exit():
     config = config_of(exits__boundaries=(6, 12))
     assert rank_memory(predict(config, 8, NOMINAL)) == (4 * 6 + 1, 3 * 6 + 1, 2 * 6, 6 + 1)
     assert rank_memory(predict(config, 8, NOMINAL), 2.5)[0] == 4 * 6 + 2.5
@@ -68,20 +68,20 @@ def test_memory_is_the_layers_of_live_microbatches_and_one_exit():
     naive = config_of(exits__boundaries=(6, 12), exits__deferred=False)
     assert rank_memory(predict(naive, 8, NOMINAL)) == (4 * 7, 3 * 7, 2 * 6, 7)
     exits = config_of(exits__boundaries=(6, 12), parallel__schedule="zero-bubble-exits")
-    # Rank r keeps the logits' gradients of r + 1 microbatches at once.
+    # Rank r keeps the gradients of the logits of r + 1 microbatches.
     assert rank_memory(predict(exits, 8, NOMINAL)) == (4 * 6 + 1, 4 * 6 + 2, 4 * 6, 4 * 6 + 4)
 
 
-def test_memory_of_a_rank_is_that_of_its_stages_together():
-    """Their peaks do not come at the same time, so that the sum of peaks would be too much."""
+def test_memory_of_a_rank_is_the_peak_of_the_sum_over_its_stages():
+    """The peaks of the stages are at different times, so that their sum would be too large."""
     found = predict(config_of(parallel__virtual=2), 8, NOMINAL)
     for rank, memory in enumerate(rank_memory(found, 0.0)):
         peaks = [found.simulation.peak_activations[stage] for stage in found.stages_of(rank)]
         assert 3 * max(peaks) <= memory <= 3 * sum(peaks)
-    assert rank_memory(found, 0.0)[0] == 33  # 11 of the 12 that the two peaks add up to
+    assert rank_memory(found, 0.0)[0] == 33  # 11 microbatches, although the two peaks sum to 12
 
 
-def test_bubbles_are_of_all_ranks():
+def test_bubble_share_is_the_mean_over_ranks():
     found = predict(config_of(), 8, NOMINAL)
     assert found.bubble_share == pytest.approx(math.fsum(found.simulation.bubble_share) / 4)
 
@@ -100,7 +100,7 @@ def test_bubbles_are_of_all_ranks():
         ({"exits__boundaries": (6,), "parallel__forward_over_backward": 1.0}, (1, 1)),
     ],
 )
-def test_as_many_fills_are_useful_as_a_plan_takes(options, fills):
+def test_largest_fills_are_the_most_that_a_plan_accepts(options, fills):
     assert largest_fills(config_of(**options)) == fills
     names = ("parallel__fill_warmup", "parallel__fill_cooldown")
     config = config_of(**options, **dict(zip(names, fills, strict=True)))

@@ -1,4 +1,4 @@
-"""Traces are what chrome://tracing reads, and say what the timeline says."""
+"""Traces have the format of chrome://tracing and the times of the timeline."""
 
 import json
 
@@ -15,7 +15,7 @@ def slices(trace):
     return [event for event in trace["traceEvents"] if event["ph"] == "X"]
 
 
-def test_a_trace_has_every_action_on_its_rank_in_microseconds():
+def test_trace_has_every_action_on_its_rank_in_microseconds():
     line = simulate(one_f_one_b(3, 4), Costs((StageCost(1, 2, HEAD),) * 3)).timeline
     trace = json.loads(json.dumps(chrome_trace(line.ranks, seconds=1e-3)))
     found = [(e["tid"], e["name"], e["cat"], e["ts"], e["dur"]) for e in slices(trace)]
@@ -33,7 +33,7 @@ def test_a_trace_has_every_action_on_its_rank_in_microseconds():
 
 
 def test_spans_from_clocks_start_at_zero_and_keep_their_distances():
-    clock = 1e4  # seconds, as of a clock that was started long ago
+    clock = 1e4  # seconds, of a clock that started long ago
     ranks = [
         [Span(Action.parse("0F0"), clock, clock + 1.0)],
         [Span(Action.parse("1F0"), clock + 1.5, clock + 2.0)],
@@ -52,5 +52,5 @@ def test_exits_are_slices_inside_their_action_and_fills_have_their_own_category(
     assert (exits["ts"], exits["dur"]) == (action["ts"], pytest.approx(1e6))
 
 
-def test_no_work_is_an_empty_trace():
+def test_empty_timeline_is_an_empty_trace():
     assert slices(chrome_trace([[], []])) == []

@@ -1,4 +1,4 @@
-"""1F1B with filled bubbles as a plan: its grid, what it costs, what is refused."""
+"""1F1B with filled bubbles: its grid, its time and memory, and errors."""
 
 import pytest
 from hypothesis import assume, given
@@ -8,8 +8,8 @@ from ee_llm.pipeline import Costs, PieceCost, StageCost, Visit, grid, lower, sim
 from ee_llm.pipeline.schedules.bubble_filling import (
     cooldown_visits,
     filled_1f1b,
-    most_fills,
-    most_useful_warmup_fills,
+    max_fills,
+    max_useful_warmup_fills,
     warmup_visits,
 )
 
@@ -24,7 +24,7 @@ def filled(stages, microbatches, warmup, cooldown, ratio=0.5, exit_stages=None):
     )
 
 
-def test_four_stages_with_both_parts_filled():
+def test_four_stages_with_both_bubbles_filled():
     plan = filled(4, 4, 2, 2)
     assert plan.visits[4:] == (Visit(2, 0), Visit(1, 0), Visit(4, 2), Visit(4, 3))
     assert grid(plan).split("\n") == [
@@ -41,7 +41,7 @@ def test_four_stages_with_both_parts_filled():
     ("stages", "expected"), [(1, []), (2, []), (4, [2, 1]), (8, [6, 5, 3, 2]), (16, 10)]
 )
 def test_the_papers_numbers_at_two_backward_per_forward(stages, expected):
-    fills = most_fills(stages, 0.5)
+    fills = max_fills(stages, 0.5)
     if isinstance(expected, int):
         assert fills == expected
     else:
@@ -57,10 +57,10 @@ ratios = st.sampled_from([0.25, 1 / 3, 0.5, 0.8, 1.0, 1.7])
 
 @given(st.integers(1, 7), st.integers(1, 19), ratios, st.data())
 def test_filling_is_sound_and_free(stages, microbatches, ratio, data):
-    """As many fills as the formula allows cost no time, whichever exits they meet."""
+    """The largest number of fills takes no additional time, regardless of the exits."""
     exits = data.draw(st.sets(st.integers(0, stages - 1)))
-    warmup = data.draw(st.integers(0, most_useful_warmup_fills(stages, ratio, exits)))
-    cooldown = data.draw(st.integers(0, most_fills(stages, ratio)))
+    warmup = data.draw(st.integers(0, max_useful_warmup_fills(stages, ratio, exits)))
+    cooldown = data.draw(st.integers(0, max_fills(stages, ratio)))
     plan = filled(stages, microbatches, warmup, cooldown, ratio, exits)
     for visit in plan.visits[microbatches:][:warmup]:
         assert visit.depth - 1 in exits
@@ -71,21 +71,21 @@ def test_filling_is_sound_and_free(stages, microbatches, ratio, data):
 
 @given(st.integers(2, 6), st.integers(1, 8), st.data())
 def test_every_number_of_microbatches_is_sound_and_its_memory_bounded(stages, microbatches, data):
-    fills = st.integers(0, most_fills(stages, 0.5))
+    fills = st.integers(0, max_fills(stages, 0.5))
     warmup, cooldown = data.draw(fills), data.draw(fills)
     plan = filled(stages, microbatches, warmup, cooldown)
     lower(plan)
     found = simulate(plan, Costs((StageCost(1, 2),) * stages))
     for stage, peak in enumerate(found.peak_activations):
-        here = max(0, min(warmup, most_fills(stages, 0.5) - stage))
+        here = max(0, min(warmup, max_fills(stages, 0.5) - stage))
         assert peak <= min(stages - stage, microbatches + cooldown) + here
 
 
 @given(st.integers(2, 8), ratios)
 def test_one_fill_more_would_cost_time(stages, ratio):
-    """The limit is the largest useful number: K + 1 by the same rule end later."""
-    limit = most_fills(stages, ratio)
-    assume((stages - 1) / (ratio + 1) < limit + 0.99)  # not by a hair
+    """K is the largest useful number: with K + 1 fills the step ends later."""
+    limit = max_fills(stages, ratio)
+    assume((stages - 1) / (ratio + 1) < limit + 0.99)  # excludes rounding
     visits = [Visit(limit + 1 - i, 0) for i in range(limit + 1)]
     assume(limit + 1 <= stages)
     plan = filled_1f1b(stages, 2 * stages, visits, ())
@@ -100,13 +100,13 @@ def test_warmup_fills_stop_at_the_last_stage_with_an_exit():
     costs = Costs(tuple(StageCost(1, 2, head if s in (0, 1, 7) else ()) for s in range(8)))
     plan = filled_1f1b(8, 8, visits, ())
     lower(plan)
-    # Two stages with exits stand in the way of what comes to them; no other stage is touched.
+    # Two stages with exits delay the microbatches on them; other stages are not affected.
     bare = Costs((StageCost(1, 2),) * 8)
     assert simulate(plan, bare).makespan == 3 * (8 + 7)
     assert simulate(plan, costs).makespan <= 3 * (8 + 7) + 2 * 0.9 + 4 * 0.9 + 8 * 0.9
 
 
-def test_fewer_warmup_fills_go_as_deep_as_the_bubble_allows():
+def test_fewer_warmup_fills_are_as_deep_as_the_bubble_allows():
     assert [visit.depth for visit in warmup_visits(8, 2, 0.5, range(8))] == [4, 3]
     assert [visit.depth for visit in warmup_visits(4, 1, 0.5, [1])] == [2]
 
@@ -116,22 +116,22 @@ def test_fewer_warmup_fills_go_as_deep_as_the_bubble_allows():
     [
         (
             lambda: warmup_visits(4, 3, 0.5, [0]),
-            "is 2, not 3: the bubble of 4 stages at .* 0.5 has room for 2",
+            "is 2, not 3: the bubble of 4 stages at .* 0.5 fits 2",
         ),
         (
             lambda: cooldown_visits(4, 3, 0.5),
-            "is 2, not 3: the bubble of 4 stages at .* 0.5 has room for 2",
+            "is 2, not 3: the bubble of 4 stages at .* 0.5 fits 2",
         ),
         (lambda: cooldown_visits(4, -1, 0.5), "number is 2, not -1: the bubble"),
-        (lambda: warmup_visits(4, 2, 0.5, []), "is 0, not 2: .* room for 2.* there is none"),
+        (lambda: warmup_visits(4, 2, 0.5, []), "is 0, not 2: .* fits 2.* there is none"),
         (
             lambda: warmup_visits(8, 4, 0.5, [2]),
-            "is 2, not 4: .*, on the first 4 or fewer, .* exit: the first lies on stage 2",
+            "is 2, not 4: .* on the first 4 or fewer stages, .* exit: the first is on stage 2",
         ),
-        (lambda: most_fills(4, 0.0), "forward time over backward time is 0.0"),
-        (lambda: most_fills(4, float("nan")), "forward time over backward time is nan"),
+        (lambda: max_fills(4, 0.0), "forward_over_backward = 0.0"),
+        (lambda: max_fills(4, float("nan")), "forward_over_backward = nan"),
     ],
 )
-def test_what_makes_no_sense_is_refused(call, message):
+def test_impossible_fills_are_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -22,7 +22,7 @@ sizes = st.integers(1, 5)
 
 @given(sizes, st.integers(1, 4), st.integers(1, 4))
 def test_every_size_is_sound_and_has_the_known_bubble(ranks, chunks, groups):
-    """The makespan of Narayanan et al., section 2.2.2: (P-1)(f+b) / V of bubble, f, b of a rank."""
+    """Narayanan et al., section 2.2.2: a bubble of (P-1)(f+b) / V, where f and b are of a rank."""
     plan = interleaved(ranks, chunks, groups * ranks)
     lowered = lower(plan)
     assert lowered.without_communication() == plan
@@ -49,13 +49,13 @@ def test_one_chunk_is_1f1b(ranks, groups):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((4, 2, 6), "groups of 4, one per pipeline rank: 6 microbatches are not a multiple"),
-        ((4, 2, 2), "2 microbatches are not a multiple"),
-        ((4, 2, 0), "0 microbatches are not a multiple"),
-        ((0, 2, 4), "num_ranks is 0"),
-        ((4, 0, 4), "num_chunks is 0"),
+        ((4, 2, 6), "6 microbatches .* multiple of 4"),
+        ((4, 2, 2), "2 microbatches .* multiple of 4"),
+        ((4, 2, 0), "0 microbatches .* multiple of 4"),
+        ((0, 2, 4), "num_ranks = 0"),
+        ((4, 0, 4), "num_chunks = 0"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(arguments, message):
+def test_impossible_sizes_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         interleaved(*arguments)

@@ -1,4 +1,4 @@
-"""Filled bubbles leave the expected gradient as it is: by enumeration, in float64 to 1e-12."""
+"""Filled bubbles do not change the expected gradient (enumerated, in float64, to 1e-12)."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ RATIO = 0.5
 
 
 class Assigned(ToyStage):
-    """A toy stage whose microbatch plays a role: the plan's number stands for another sample."""
+    """A toy stage that maps the microbatches of the plan to other samples."""
 
     samples: tuple[int, ...]
     scaling: Scaling
@@ -31,8 +31,8 @@ class Assigned(ToyStage):
 
 
 def gradients(plan, shape, scaling, samples):
-    """Return every parameter's gradient as the plan makes it when `samples` play its roles."""
-    plan = dataclasses.replace(  # all on one rank, in an order that the ranks allow
+    """Return every parameter's gradient if the plan's microbatches are `samples`."""
+    plan = dataclasses.replace(  # all stages on one rank, in an order that the plan allows
         plan, ranks=(in_time(plan),), stage_ranks=(0,) * plan.num_stages
     )
     stages = {stage: Assigned(stage, shape) for stage in range(plan.num_stages)}
@@ -52,7 +52,7 @@ def in_time(plan):
 
 
 def role_assignments(plan):
-    """Every way to hand samples to roles, up to the order of those whose role is the same."""
+    """Return all assignments of samples to visits, up to the order among equal visits."""
     count = len(plan.visits)
     roles = sorted(set(plan.visits))
     groups = [[m for m, visit in enumerate(plan.visits) if visit == role] for role in roles]
@@ -84,7 +84,7 @@ def bias(plan, shape, scaling):
     return worst
 
 
-# Exits on different stages: read from the stage's input (pre), middle and output (post).
+# Exits on different stages, at the stage's input (pre), middle and output (post).
 SHAPE = Shape(("mo", "i", "o", "o"))
 PARTS = {"warm-up": (2, 0), "cool-down": (0, 2), "both": (2, 2), "one each": (1, 1)}
 
@@ -97,14 +97,14 @@ def plan_of(part):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_the_mean_over_all_assignments_is_the_plain_gradient(part):
+def test_mean_over_all_assignments_is_the_unscaled_gradient(part):
     plan = plan_of(part)
     assert bias(plan, SHAPE, unbiased_scaling(plan)) < 1e-12
 
 
 @pytest.mark.parametrize("part", ["warm-up", "cool-down", "one each"])
-def test_without_the_rescaling_it_is_not(part):
-    """The released EE-LLM divides every loss by one number: what is left here, too, is biased."""
+def test_without_rescaling_the_gradient_is_biased(part):
+    """The released EE-LLM divides every loss by one number, which leaves this bias."""
     plan = plan_of(part)
     count = len(plan.visits)
     flat = Scaling(((count / 2,) * count,) * 4, (1.0,) * 4)
@@ -117,20 +117,23 @@ def test_without_the_rescaling_it_is_not(part):
         assert bias(plan, SHAPE, dataclasses.replace(found, gradients=(1.0,) * 4)) > 1e-2
 
 
-def test_a_plan_without_fills_is_not_rescaled():
+def test_plan_without_fills_is_not_rescaled():
     assert unbiased_scaling(one_f_one_b(3, 5)) == Scaling(((1.0,) * 5,) * 3, (1.0,) * 3)
 
 
 def test_the_papers_factors_with_one_fill():
-    """EE-LLM, C.2: B / (B + 1) on the losses, or on the gradients, of the stages it touches."""
+    """EE-LLM, C.2: B / (B + 1) for the losses, or the gradients, of the stages that it visits."""
     warmup = unbiased_scaling(filled_1f1b(4, 3, (Visit(1, 0),), ()))
-    assert warmup.losses == ((1.0,) * 4, *((4 / 3,) * 4,) * 3)  # over 4, then 3, microbatches
+    assert warmup.losses == (
+        (1.0,) * 4,
+        *((4 / 3,) * 4,) * 3,
+    )  # the mean over 4, then over 3 microbatches
     assert warmup.gradients == (1.0,) * 4
     cooldown = unbiased_scaling(filled_1f1b(4, 3, (), (Visit(4, 2),)))
     assert cooldown.gradients == (1.0, 1.0, 3 / 4, 3 / 4)
     assert cooldown.losses == ((4 / 3,) * 4,) * 4
 
 
-def test_a_plan_in_which_nothing_is_whole_is_refused():
-    with pytest.raises(ValueError, match="sees all stages forward and backward"):
+def test_plan_without_full_visits_is_an_error():
+    with pytest.raises(ValueError, match="visits all stages forward and backward"):
         unbiased_scaling(Plan((), (0, 1), (Visit(2, 1),)))

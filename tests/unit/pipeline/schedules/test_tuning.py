@@ -1,4 +1,4 @@
-"""EE-Tuning's plan: sound, without a message backward, one microbatch at a time."""
+"""The plan of EE-Tuning: sound, without backward messages, one microbatch at a time."""
 
 import itertools
 from pathlib import Path
@@ -21,7 +21,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize(("num_stages", "num_microbatches", "exits"), SIZES)
-def test_the_plan_is_sound_and_nothing_travels_back(num_stages, num_microbatches, exits):
+def test_plan_is_sound_and_has_no_backward_messages(num_stages, num_microbatches, exits):
     plan = lower(tuning_plan(num_stages, num_microbatches, exits))
     ops = {action.op for actions in plan.ranks for action in actions}
     assert not ops & {Op.SEND_BACKWARD, Op.RECV_BACKWARD, Op.WEIGHT}
@@ -32,8 +32,8 @@ def test_the_plan_is_sound_and_nothing_travels_back(num_stages, num_microbatches
     assert set(plan.local_backwards) == exits
 
 
-def test_the_output_is_sent_before_exits_are_computed():
-    """Or every later stage would wait for them."""
+def test_output_is_sent_before_exits_are_computed():
+    """Otherwise every later stage would wait for the exits."""
     plan = lower(tuning_plan(3, 4, {0, 2}))
     for step, action in enumerate(plan.ranks[0]):
         if action.op is Op.BACKWARD:
@@ -63,12 +63,12 @@ def test_time_and_memory():
 
 
 @pytest.mark.parametrize("exits", [set(), {2}, {-1}])
-def test_exits_that_are_nowhere_are_refused(exits):
-    with pytest.raises(ValueError, match="expected at least one, on stages 0 to 1"):
+def test_exits_without_a_stage_are_errors(exits):
+    with pytest.raises(ValueError, match="exit_stages = .* from 0 to 1"):
         tuning_plan(2, 4, exits)
 
 
-def test_it_is_chosen_for_a_tuning_run():
+def test_tuning_runs_use_this_plan():
     options = {
         "model.shape": "llama-tiny",
         "tuning.checkpoint": "runs/a",
@@ -79,14 +79,14 @@ def test_it_is_chosen_for_a_tuning_run():
     assert select_plan(config, 5) == tuning_plan(3, 5, {0, 2})
 
 
-def test_the_documentation_shows_the_plan():
+def test_documentation_shows_the_plan():
     page = Path(__file__).resolve().parents[4] / "docs" / "how-to" / "tune.md"
     assert f"```\n{grid(tuning_plan(3, 3, {0, 2}))}\n```" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("num_stages", "num_microbatches", "exits"), SIZES)
-def test_a_stage_without_exits_does_not_run_far_ahead(num_stages, num_microbatches, exits):
-    """Its neighbour would post receives for all that it sends, each with a buffer of its own."""
+def test_stage_without_exits_does_not_run_far_ahead(num_stages, num_microbatches, exits):
+    """Otherwise its neighbour would post a receive, with a buffer, for each of its messages."""
     for actions in lower(tuning_plan(num_stages, num_microbatches, exits)).ranks:
         posted, most = 0, 0
         for action in actions:

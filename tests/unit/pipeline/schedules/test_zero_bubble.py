@@ -1,4 +1,4 @@
-"""ZB-H1 as a plan: its grid, its soundness, its bubble and its memory."""
+"""ZB-H1: its grid, its soundness, its bubble and its memory."""
 
 import pytest
 from hypothesis import given
@@ -28,7 +28,7 @@ def test_four_stages():
 
 
 @given(st.integers(1, 8), st.integers(1, 20))
-def test_every_size_is_sound_and_all_work_of_1f1b(stages, microbatches):
+def test_every_size_is_sound_and_does_the_work_of_1f1b(stages, microbatches):
     plan = zero_bubble_h1(stages, microbatches)
     assert lower(plan).without_communication() == plan
     for ours, theirs in zip(plan.ranks, one_f_one_b(stages, microbatches).ranks, strict=True):
@@ -36,7 +36,7 @@ def test_every_size_is_sound_and_all_work_of_1f1b(stages, microbatches):
 
 
 @given(st.integers(1, 8), st.integers(0, 12))
-def test_the_bubble_is_a_third_and_the_memory_that_of_1f1b(stages, more):
+def test_bubble_is_a_third_and_memory_equal_to_1f1b(stages, more):
     """Qi et al., table 2: (P-1)(f + b - w) and at most P microbatches alive."""
     cost = StageCost(forward=1, backward=2, weight=1)
     plan = zero_bubble_h1(stages, stages + more)
@@ -46,7 +46,7 @@ def test_the_bubble_is_a_third_and_the_memory_that_of_1f1b(stages, more):
 
 
 @given(st.integers(1, 8), st.integers(0, 12), st.integers(1, 4))
-def test_split_exits_give_their_weights_time_for_their_memory(stages, more, head):
+def test_split_exits_trade_memory_for_time(stages, more, head):
     """Where the last rank's layers make room for its head, the gain is P times the weights' part.
 
     A head is as long as `head` of a rank's 5 layers. On rank r the logits' gradients of r + 1
@@ -70,7 +70,7 @@ def test_split_exits_give_their_weights_time_for_their_memory(stages, more, head
     assert peaks == tuple(2 * (rank + 1) for rank in range(stages))
 
 
-def test_split_exits_are_counted_where_their_work_is():
+def test_time_of_split_exits_counts_in_their_actions():
     costs = Costs((StageCost(1, 2, (PieceCost(4, 10, 3), PieceCost(4, 10, 3)), 1),))
     for deferred, lengths in ((True, [1, 23, 7]), (False, [9, 15, 7])):
         found = simulate(zero_bubble_h1(1, 1, split_exits=True), costs, deferred=deferred)
@@ -79,24 +79,24 @@ def test_split_exits_are_counted_where_their_work_is():
         assert found.peak_exit_logits == (2,)
 
 
-def test_a_weight_action_that_is_missing_is_found():
+def test_missing_weight_action_is_an_error():
     plan = zero_bubble_h1(2, 2)
     ranks = (tuple(a for a in plan.ranks[0] if str(a) != "0W1"), plan.ranks[1])
     with pytest.raises(ValueError, match="0W1 is missing from rank 0"):
         lower(type(plan)(ranks, plan.stage_ranks, plan.visits, splits_backward=True))
-    with pytest.raises(ValueError, match="0W0 is not called for"):
+    with pytest.raises(ValueError, match="0W0 is not required"):
         lower(type(plan)(plan.ranks, plan.stage_ranks, plan.visits))
 
 
-def test_weights_cannot_come_before_their_backward():
+def test_weight_action_cannot_precede_its_backward():
     plan = zero_bubble_h1(1, 1)
     early = tuple(map(Action.parse, ("0F0", "0W0", "0B0")))
     with pytest.raises(ValueError, match="deadlocks: rank 0 at 0W0 waits for 0B0"):
         lower(type(plan)((early,), plan.stage_ranks, plan.visits, splits_backward=True))
 
 
-def test_a_part_above_its_whole_is_refused():
-    with pytest.raises(ValueError, match="weight 3 is a part of backward 2"):
+def test_weight_above_backward_is_an_error():
+    with pytest.raises(ValueError, match="weight = 3 exceeds backward = 2"):
         Costs((StageCost(1, 2, weight=3),))
-    with pytest.raises(ValueError, match="weight 3 is a part of backward 2"):
+    with pytest.raises(ValueError, match="weight = 3 exceeds backward = 2"):
         Costs((StageCost(1, 2, (PieceCost(1, 2, 3),)),))
