@@ -1,4 +1,4 @@
-"""Losses of exits: vocabulary-parallel cross entropy, exit weights by step, dynamic token weights.
+"""Exit losses: vocabulary-parallel cross entropy, weight schedules and dynamic token weights.
 
 Shapes: s sequence, b microbatch, v vocabulary, t tensor-parallel ranks.
 """
@@ -15,10 +15,11 @@ WeightSchedule = Literal["constant", "linear", "cosine"]
 def scheduled_weight(
     schedule: WeightSchedule, initial: float, final: float, num_steps: int, step: int
 ) -> float:
-    """Return an exit's loss weight at `step`, a pure function: no state to save or to resume.
+    """Return an exit's loss weight at `step`.
 
-    `constant` is `final` throughout; `linear` and `cosine` move from `initial` at step 0 to `final`
-    at `num_steps` and stay there: a warm-up where `initial` is the smaller, else a cool-down.
+    `constant` is always `final`. `linear` and `cosine` change from `initial` at step 0 to `final`
+    at `num_steps` and then stay constant: a warm-up if `initial` is smaller, else a cool-down. The
+    function has no state to save or resume.
     """
     if schedule == "constant" or step >= num_steps:
         return final
@@ -29,7 +30,7 @@ def scheduled_weight(
 
 
 class TokenLoss(NamedTuple):
-    """Cross entropy in nats, and the largest probability, without a gradient; both [s, b]."""
+    """Cross entropy in nats, and the largest probability without gradient; both [s, b]."""
 
     loss: torch.Tensor
     top_probability: torch.Tensor
@@ -38,12 +39,16 @@ class TokenLoss(NamedTuple):
 def vocab_parallel_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup | None = None
 ) -> TokenLoss:
-    """Return every token's cross entropy from logits whose vocabulary is split over `group`.
+    """Return the cross entropy of every token from logits with a sharded vocabulary.
 
-    `logits` is [s, b, v / t], this rank's consecutive part of the vocabulary; `labels` is [s, b] of
-    global token ids. Computed in float32, in float64 for float64 logits. Two all-reduces: of the
-    maxima, and of the sums of exponentials together with the label's logit. Has a first derivative
-    only and one backward pass: a second of either raises RunError.
+    The computation is in float32, or in float64 for float64 logits, with two all-reduces: of the
+    maxima, and of the sums of exponentials together with the label's logit. There is only a first
+    derivative and one backward pass; a second one of either raises RuntimeError.
+
+    Args:
+        logits: This rank's consecutive shard of the vocabulary [s, b, v / t].
+        labels: Global token ids [s, b].
+        group: The tensor-parallel ranks; by default, the vocabulary is not sharded.
     """
     return TokenLoss(*_VocabParallelCrossEntropy.apply(logits, labels, group))
 
@@ -66,7 +71,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         label_logit = logits.gather(-1, local).squeeze(-1).to(wide) - top
         label_logit = label_logit.where(mine, label_logit.new_zeros(()))
         if num_ranks == 1:
-            # The same numbers in one kernel, half the time: the largest shifted logit is 0.
+            # The largest shifted logit is 0, so one kernel gives the same values in half the time.
             probabilities = logits.softmax(dim=-1, dtype=wide)
             total = probabilities.amax(dim=-1).reciprocal()
         else:
@@ -77,24 +82,29 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             probabilities = exponentials.div_(total.unsqueeze(-1))
         ctx.save_for_backward(probabilities, local, mine)
         ctx.dtype = logits.dtype
-        top_probability = total.reciprocal()  # the largest shifted logit is 0
+        top_probability = total.reciprocal()  # The largest shifted logit is 0.
         ctx.mark_non_differentiable(top_probability)
         return total.log() - label_logit, top_probability
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        if torch.is_grad_enabled():  # which create_graph=True asks of backward functions
+        if torch.is_grad_enabled():  # create_graph=True runs backward with gradients enabled.
             raise RuntimeError("vocab_parallel_cross_entropy has no second derivative")
         probabilities, local, mine = ctx.saved_tensors
         scale = grads[0].unsqueeze(-1)
-        # d loss / d logit = p - [label]; written over the probabilities, which nobody needs again.
+        # d loss / d logit = p - [label]. Overwrite the probabilities, which are no longer needed.
         grad = probabilities.mul_(scale)
         grad.scatter_add_(-1, local, -(scale * mine.unsqueeze(-1)))
         return grad.to(ctx.dtype), None, None
 
 
 class ExitLoss(NamedTuple):
-    """Sums over a microbatch's valid tokens in nats: what is trained, and the plain loss."""
+    """Sums over the valid tokens of a microbatch in nats.
+
+    Attributes:
+        objective: The loss to minimize.
+        reported: The unweighted loss, without gradient.
+    """
 
     objective: torch.Tensor
     reported: torch.Tensor
@@ -108,12 +118,18 @@ def exit_loss(
     group: dist.ProcessGroup | None = None,
     dynamic_token_weights: bool = False,
 ) -> ExitLoss:
-    """Return an exit's loss summed over the valid tokens of one microbatch.
+    """Return the loss of an exit, summed over the valid tokens of a microbatch.
 
-    `logits` is [s, b, v / t], `labels` and `loss_mask` are [s, b]. With `dynamic_token_weights`
-    each token's loss is multiplied by the exit's own detached largest probability (EE-Tuning,
-    2402.00518). The caller divides by the global number of valid tokens, so that sums over
-    microbatches and ranks do not depend on how the batch was split.
+    The caller divides it by the global number of valid tokens, so that sums over microbatches and
+    ranks do not depend on how the batch is split.
+
+    Args:
+        logits: This rank's shard of the logits [s, b, v / t].
+        labels: Global token ids [s, b].
+        loss_mask: 1 for valid tokens, else 0, [s, b].
+        group: The tensor-parallel ranks.
+        dynamic_token_weights: Multiply each token's loss by the exit's own detached largest
+            probability (EE-Tuning, 2402.00518).
     """
     token = vocab_parallel_cross_entropy(logits, labels, group)
     masked = token.loss * loss_mask

@@ -1,6 +1,6 @@
-"""The gated half of llama's MLP, where no fused kernel of Transformer Engine's does it.
+"""The gated linear layer of llama's MLP, used where Transformer Engine has no fused kernel.
 
-Shapes: s sequence, b microbatch, h hidden, f the MLP's width, t tensor-parallel ranks.
+Shapes: s sequence, b microbatch, h hidden, f MLP width, t tensor-parallel ranks.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
 class SwiGluLinear(ColumnLinear):
-    """silu(x G^T) * (x U^T) for the weight [G; U] (SwiGLU: Shazeer 2020, arXiv 2002.05202).
+    """Compute silu(x G^T) * (x U^T) for the weight [G; U] (SwiGLU: Shazeer 2020, arXiv 2002.05202).
 
-    A linear layer that activates its own output, so that without tensor parallelism gate and up
-    projection lie apart in memory: the halves of one wide output are read row by row, which costs
+    The layer includes the activation, so that without tensor parallelism the outputs of gate and up
+    projection are separate in memory. Reading them as halves of one wide output, row by row, costs
     2 % of a training step on a CPU (docs/reference/benchmarks.md).
     """
 
@@ -28,8 +28,8 @@ class SwiGluLinear(ColumnLinear):
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> Product:
-        """Return [s, b, f / t] and no bias, from [s, b, h] ([s / t, b, h] if sequence parallel)."""
-        if self.config.tensor_model_parallel_size > 1 or self.later is not None:
+        """Return [s, b, f / t] and no bias from [s, b, h] ([s / t, b, h] if sequence parallel)."""
+        if self.config.tensor_model_parallel_size > 1 or self.weight_gradients is not None:
             both, _ = super().forward(input_, weight, runtime_gather_output)
             gate, up = both.chunk(2, dim=-1)
             return silu(gate) * up, None
@@ -63,12 +63,12 @@ class _SwiGluProduct(torch.autograd.Function):
         return grad_hidden, grad_weight
 
 
-class AlreadyActivated:
-    """Stands where megatron-core's MLP activates what its first linear layer returned."""
+class NoActivation:
+    """The activation of megatron-core's MLP for a first linear layer that includes it."""
 
     def __init__(self, config: Any = None) -> None:
-        """Take megatron-core's configuration, as it builds every part; nothing in it matters."""
+        """Ignore the configuration that megatron-core passes to every module."""
 
     def __call__(self, activated: Tensor) -> Tensor:
-        """Return `activated`: `SwiGluLinear` did it."""
+        """Return `activated` unchanged, as `SwiGluLinear` applied the activation."""
         return activated

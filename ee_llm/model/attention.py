@@ -1,4 +1,4 @@
-"""Causal attention by torch's scaled_dot_product_attention, in megatron-core's interface."""
+"""Causal attention with torch's scaled_dot_product_attention and megatron-core's interface."""
 
 from typing import Any
 
@@ -15,8 +15,10 @@ from ee_llm.model.dropout import head_region
 class CausalAttention(torch.nn.Module):
     """Core attention of a layer: softmax(q k / sqrt(d)) v over this and earlier positions.
 
-    Stands in for megatron-core's DotProductAttention: any dtype, and torch's own choice of
-    kernel, which keeps no [s, s] scores in memory where it can (on a CPU: without dropout).
+    It replaces megatron-core's DotProductAttention, supports any dtype, and lets torch select the
+    kernel, which avoids storing the [s, s] scores where possible (on a CPU: without dropout).
+
+    Shapes: s sequence, b microbatch, d head dimension, kv key and value heads.
     """
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
@@ -31,7 +33,7 @@ class CausalAttention(torch.nn.Module):
         attention_mask: torch.Tensor | None,
         **_: Any,
     ) -> torch.Tensor:
-        """Return [s, b, heads * d] from queries [s, b, heads, d]; keys, values [s, b, kv, d]."""
+        """Return [s, b, heads * d] from queries [s, b, heads, d] and keys, values [s, b, kv, d]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = q.shape[1] != k.shape[1]
         dropout = self.config.attention_dropout

@@ -1,8 +1,8 @@
-"""Weight gradients that are put off, so that a stage can hand its input's gradient on first.
+"""Deferred weight gradients, which let a stage send the gradient of its input first.
 
-The backward pass of a linear layer has two products: with the weight, for the layer before, and
-with the input, for the weight itself. Zero-bubble schedules compute the second when the rank would
-otherwise wait (Qi et al., arXiv 2401.10241).
+The backward pass of a linear layer has two products: with the weight, for the previous layer, and
+with the input, for the weight gradient. Zero-bubble schedules compute the second one when the rank
+would otherwise be idle (Qi et al., arXiv 2401.10241).
 """
 
 from collections.abc import Callable, Iterator
@@ -16,21 +16,22 @@ Pending = tuple[Tensor, Tensor, Tensor]  # weight [o, i], gradient of the output
 
 
 class WeightGradients:
-    """Makes linear layers whose weights' gradients can be put off."""
+    """Linear products whose weight gradients can be deferred."""
 
     def __init__(self) -> None:
         self.products: list[Pending] | None = None
 
     def linear(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Return hidden [..., i] times the transpose of weight [o, i]."""
+        """Return the product of hidden [..., i] and the transpose of weight [o, i]."""
         return _Linear.apply(hidden, weight, self)
 
     @contextmanager
     def defer(self) -> Iterator[Callable[[], None]]:
-        """Keep the weights of `linear` out of all backward passes within.
+        """Defer the weight gradients of `linear` in all backward passes within the context.
 
-        Gives the function that computes them, to be called once, later: it adds them to `main_grad`
-        where a weight has one, else to `grad`. Until then inputs and output gradients stay alive.
+        Yields a function that computes them and adds them to the weight's `main_grad` if it has
+        one, else to its `grad`. Call it once, after the context. Until then, the inputs and output
+        gradients stay in memory.
         """
         products: list[Pending] = []
         self.products = products
@@ -42,9 +43,9 @@ class WeightGradients:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, later: WeightGradients) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, gradients: WeightGradients) -> Tensor:
         ctx.save_for_backward(hidden)
-        ctx.weight, ctx.later = weight, later
+        ctx.weight, ctx.gradients = weight, gradients
         return torch.nn.functional.linear(hidden, weight)
 
     @staticmethod
@@ -55,15 +56,15 @@ class _Linear(torch.autograd.Function):
         product = (ctx.weight, grads[0].flatten(0, -2), hidden.detach().flatten(0, -2))
         if not ctx.needs_input_grad[1]:
             return grad_hidden, None, None
-        if ctx.later.products is None:
+        if ctx.gradients.products is None:
             return grad_hidden, product[1].t() @ product[2], None
-        ctx.later.products.append(product)
+        ctx.gradients.products.append(product)
         return grad_hidden, None, None
 
 
 @torch.no_grad()
 def _compute(products: list[Pending]) -> None:
-    while products:  # each is let go as soon as it is done
+    while products:  # Free the tensors of each product as soon as it is computed.
         weight, grad_output, hidden = products.pop(0)
         total = getattr(weight, "main_grad", weight.grad)
         if total is None:

@@ -1,4 +1,4 @@
-"""Where dropout draws from: tensor ranks agree on what they all hold and differ elsewhere."""
+"""Random number generators of dropout: equal on tensor ranks for replicated values only."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,10 +10,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 def hidden_region(config: TransformerConfig, training: bool) -> AbstractContextManager[None]:
-    """Return the region in which hidden states are dropped, whole layers included.
+    """Return the context for dropout of hidden states, including entire layers.
 
-    Tensor ranks hold the same hidden states and must draw alike, but for sequence-parallel ones:
-    theirs are of other positions.
+    Tensor ranks have the same hidden states and must draw the same numbers, except with sequence
+    parallelism, where each rank has other positions.
     """
     if training and config.sequence_parallel and config.hidden_dropout > 0:
         return get_cuda_rng_tracker().fork()
@@ -21,8 +21,9 @@ def hidden_region(config: TransformerConfig, training: bool) -> AbstractContextM
 
 
 def head_region(config: TransformerConfig) -> AbstractContextManager[None]:
-    """Return the region in which attention scores are dropped, within a `hidden_region`.
+    """Return the context for dropout of attention scores, within a `hidden_region`.
 
-    Tensor ranks hold other heads and must draw apart, which sequence-parallel ones do already.
+    Tensor ranks have different heads and must draw different numbers. With sequence parallelism
+    they already do.
     """
     return nullcontext() if config.sequence_parallel else get_cuda_rng_tracker().fork()

@@ -17,9 +17,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class Embedding(MegatronModule):
-    """Word embeddings, and on the first stage learned position embeddings if the model has them.
+    """Word embeddings and, on the first stage, learned position embeddings, if the model has them.
 
-    A stage that is not the first holds one for its weight alone, tied to outputs of exits.
+    Other stages have an embedding only for its weight, which is tied to the outputs of exits.
     """
 
     def __init__(self, config: ModelConfig, parts: TransformerConfig, with_positions: bool) -> None:
@@ -37,7 +37,7 @@ class Embedding(MegatronModule):
             )
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return [s, b, h] ([s / t, b, h] if sequence parallel); tokens, positions [b, s]."""
+        """Return [s, b, h] ([s / t, b, h] if sequence parallel) from tokens, positions [b, s]."""
         hidden = self.word(tokens)
         if self.position is not None:
             hidden = hidden + self.position(positions)

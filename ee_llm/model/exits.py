@@ -1,4 +1,4 @@
-"""The head of an exit: [block] -> [mlp] -> [norm] -> output projection.
+"""Exit heads: [block] -> [mlp] -> [norm] -> output projection.
 
 Shapes: s sequence, b microbatch, h hidden, v vocabulary, t tensor-parallel ranks.
 """
@@ -22,12 +22,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class Exit(MegatronModule):
-    """A head attached at a boundary; the final exit is one of them, with a norm alone.
+    """The head of the exit at a boundary; the final exit has only a norm.
 
     An `mlp` without a block reads the residual stream of layer `boundary` after attention and
-    stands in for that layer's own MLP (EE-Tuning, 2402.00518); behind a block it refines the
-    block's output. It has a norm of its own in both cases, so that a head can be trained without
-    touching the layer.
+    replaces that layer's own MLP (EE-Tuning, 2402.00518); after a block, it refines the block's
+    output. In both cases it has its own norm, so that a head can be trained without changing the
+    layer.
     """
 
     def __init__(self, config: Config, parts: TransformerConfig, boundary: int) -> None:
@@ -67,10 +67,12 @@ class Exit(MegatronModule):
     def forward(
         self, tap: torch.Tensor, rotary: torch.Tensor | None, weight: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return logits [s, b, v / t] from the exit's input.
+        """Return the logits [s, b, v / t] of the exit.
 
-        That is [s, b, h] ([s / t, b, h] if sequence parallel). `weight` is the output weight
-        unless the exit has its own.
+        Args:
+            tap: The exit's input [s, b, h] ([s / t, b, h] if sequence parallel).
+            rotary: The rotary angles for a block, if any.
+            weight: The output weight, None if the exit has its own.
         """
         hidden = tap
         if self.block is not None:

@@ -1,40 +1,41 @@
-"""The sums that make the gradients of a model whole that is spread over ranks."""
+"""Reduction of the gradients of a distributed model over ranks."""
 
 import torch
 import torch.distributed as dist
 
 from ee_llm import distributed
 from ee_llm.config import Config
-from ee_llm.model.stage import holders
+from ee_llm.model.stage import stages_with_weight
 
 distributed.enable_megatron()
 from megatron.core.distributed import DistributedDataParallel
 
 
-class GradientSums:
-    """The sums over ranks that make a step's gradients whole, in a fixed order.
+class GradientReducer:
+    """Sums the gradients of a step over ranks, in a fixed order.
 
-    1. Weights held by several stages: over those stages (as if untied, then all-reduced: EE-LLM,
-       Prop. 3.1).
-    2. Parameters that tensor ranks hold alike and saw only part of the work of, positions
-       (sequence parallel) or heads (norms of queries and keys): over tensor ranks.
-    3. Everything: over data-parallel ranks, by megatron-core, as sums (losses come normalised).
+    1. Weights shared by several stages: over those stages (as if they were untied and then
+       all-reduced: EE-LLM, Prop. 3.1).
+    2. Parameters that are replicated on tensor ranks but whose gradient on a rank covers only some
+       positions (sequence parallel) or heads (norms of queries and keys): over tensor ranks.
+    3. All parameters: over data-parallel ranks, by megatron-core, as sums, because losses are
+       already normalized.
     """
 
     def __init__(self, config: Config, grid: distributed.Grid) -> None:
-        """Make the groups of shared weights; every rank must do so, in the same order."""
+        """Create the process groups of shared weights, in the same order on every rank."""
         self.grid = grid
         self.groups: dict[str, dist.ProcessGroup | None] = {}
         if config.is_tuning:
-            return  # those weights are frozen
+            return  # The shared weights are frozen.
         for name in ("embedding.word.weight", "output.weight"):
-            stages = holders(config, name)
+            stages = stages_with_weight(config, name)
             if len(stages) > 1:
                 ranks = sorted({stage % grid.pipeline_size for stage in stages})
                 self.groups[name] = grid.column_group(tuple(ranks))
 
     def __call__(self, chunks: list[DistributedDataParallel]) -> None:
-        """Finish the gradients (`main_grad`) of all parameters of this rank's stages."""
+        """Reduce the gradients (`main_grad`) of all parameters of this rank's stages."""
         for name, group in self.groups.items():
             if group is not None:
                 self._sum_copies(chunks, name, group)
@@ -62,7 +63,7 @@ class GradientSums:
             parameter.main_grad
             for chunk in chunks
             for name, parameter in chunk.module.named_parameters()
-            if parameter.requires_grad and _is_in_part(name, parameter)
+            if parameter.requires_grad and _has_partial_gradient(name, parameter)
         ]
         if not grads or self.grid.tensor_size == 1:
             return
@@ -72,7 +73,7 @@ class GradientSums:
             grad.copy_(summed.view_as(grad))
 
 
-def _is_in_part(name: str, parameter: torch.nn.Parameter) -> bool:
+def _has_partial_gradient(name: str, parameter: torch.nn.Parameter) -> bool:
     if ".q_layernorm." in name or ".k_layernorm." in name:
         return True
     return getattr(parameter, "sequence_parallel", False)

@@ -1,7 +1,7 @@
-"""Initial parameters as a function of (seed, parameter name), never of the layout.
+"""Initialize parameters as a function of (seed, parameter name), independently of the layout.
 
-Every rank draws a parameter's whole tensor from a generator of its own and keeps its part, so that
-any tensor, pipeline or data parallel layout starts from the same model, bit for bit.
+Every rank draws the unsharded tensor of a parameter from a separate generator and keeps its shard,
+so that all tensor-, pipeline- and data-parallel layouts start from the same model, bit for bit.
 """
 
 import torch
@@ -13,7 +13,7 @@ from ee_llm.model.specs import FUSED_NORM_NAMES
 
 
 def canonical_name(name: str) -> str:
-    """Return a parameter's name in checkpoints, whatever the layout and the layers' origin."""
+    """Return a parameter's name in checkpoints, which does not depend on the layers' library."""
     for fused, plain in FUSED_NORM_NAMES.items():
         if fused in name:
             return name.replace(fused, plain)
@@ -22,7 +22,7 @@ def canonical_name(name: str) -> str:
 
 @torch.no_grad()
 def initialize(module: torch.nn.Module, config: Config, tensor_rank: int, tensor_size: int) -> None:
-    """Fill every parameter of a stage with its initial value."""
+    """Set every parameter of a stage to its initial value."""
     for local_name, parameter in module.named_parameters():
         name = canonical_name(local_name)
         split = tensor_split(name, config.model)
@@ -31,8 +31,8 @@ def initialize(module: torch.nn.Module, config: Config, tensor_rank: int, tensor
         if split is None:
             parameter.copy_(initial_value(name, parameter.shape, config))
             continue
-        whole = initial_value(name, split.unsharded_shape(parameter.shape, tensor_size), config)
-        parameter.copy_(split.shard(whole, tensor_rank, tensor_size))
+        unsharded = initial_value(name, split.unsharded_shape(parameter.shape, tensor_size), config)
+        parameter.copy_(split.shard(unsharded, tensor_rank, tensor_size))
 
 
 def _megatron_split_dim(parameter: torch.nn.Parameter) -> int | None:

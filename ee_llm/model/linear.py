@@ -1,4 +1,4 @@
-"""megatron-core's linear layers, without their detours where a rank has nobody to talk to."""
+"""megatron-core's linear layers, with plain products where no communication is needed."""
 
 import torch
 from torch import Tensor
@@ -19,14 +19,15 @@ Product = tuple[Tensor, Tensor | None]
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """A linear layer split by outputs; without tensor parallelism, torch's own product.
+    """A linear layer sharded by outputs; without tensor parallelism, a plain torch product.
 
-    megatron-core's goes through autograd functions in Python for communication and fused kernels
-    that are not there: 1.5 % of a training step on a CPU (docs/reference/benchmarks.md). `later`
-    puts the weight's gradient off, where a schedule wants that.
+    megatron-core's layer uses Python autograd functions for communication and fused kernels even
+    where there are none, which costs 1.5 % of a training step on a CPU
+    (docs/reference/benchmarks.md).
     """
 
-    later: WeightGradients | None = None
+    weight_gradients: WeightGradients | None = None
+    """Set by schedules that defer weight gradients."""
 
     def forward(
         self,
@@ -34,9 +35,9 @@ class ColumnLinear(ColumnParallelLinear):
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> Product:
-        """Return the output and, where it is not added, the bias; `weight` replaces its own."""
+        """Return the output, and the bias if it was not added; `weight` overrides `self.weight`."""
         parallel = self.config.tensor_model_parallel_size > 1
-        if self.later is None and parallel:
+        if self.weight_gradients is None and parallel:
             return super().forward(input_, weight, runtime_gather_output)
         if self.config.sequence_parallel:
             input_ = gather_from_sequence_parallel_region(input_)
@@ -44,22 +45,23 @@ class ColumnLinear(ColumnParallelLinear):
             input_ = copy_to_tensor_model_parallel_region(input_)
         weight = self.weight if weight is None else weight
         bias = None if self.skip_bias_add else self.bias
-        output = _product(self.later, input_, weight, bias)
+        output = _product(self.weight_gradients, input_, weight, bias)
         return output, self.bias if self.skip_bias_add else None
 
 
 class RowLinear(RowParallelLinear):
-    """A linear layer split by inputs; without tensor parallelism, torch's own product."""
+    """A linear layer sharded by inputs; without tensor parallelism, a plain torch product."""
 
-    later: WeightGradients | None = None
+    weight_gradients: WeightGradients | None = None
+    """Set by schedules that defer weight gradients."""
 
     def forward(self, input_: Tensor) -> Product:
-        """Return the output and the bias, which the caller adds."""
-        assert self.skip_bias_add, "megatron-core's layers leave the bias to their caller"
+        """Return the output, and the bias for the caller to add."""
+        assert self.skip_bias_add, "RowLinear requires skip_bias_add: the caller adds the bias"
         parallel = self.config.tensor_model_parallel_size > 1
-        if self.later is None and parallel:
+        if self.weight_gradients is None and parallel:
             return super().forward(input_)
-        output = _product(self.later, input_, self.weight, None)
+        output = _product(self.weight_gradients, input_, self.weight, None)
         if self.config.sequence_parallel:
             output = reduce_scatter_to_sequence_parallel_region(output)
         elif parallel:
@@ -68,9 +70,9 @@ class RowLinear(RowParallelLinear):
 
 
 def _product(
-    later: WeightGradients | None, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    gradients: WeightGradients | None, hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    if later is None:
+    if gradients is None:
         return torch.nn.functional.linear(hidden, weight, bias)
-    output = later.linear(hidden, weight)
+    output = gradients.linear(hidden, weight)
     return output if bias is None else output + bias

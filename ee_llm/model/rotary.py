@@ -1,4 +1,6 @@
-"""Rotary position embedding (RoFormer, Su et al. 2021, arXiv 2104.09864), halves not interleaved.
+"""Rotary position embedding (RoFormer, Su et al. 2021, arXiv 2104.09864) of half pairs.
+
+Dimension i is paired with i + d / 2, not with its neighbor.
 
 Shapes: s sequence, b microbatch, d head dimension.
 """
@@ -16,7 +18,7 @@ from megatron.core.transformer.attention import SelfAttention
 
 
 class RotaryAngles(torch.nn.Module):
-    """Angles by which queries and keys turn, from their positions."""
+    """The rotation angles of queries and keys by position."""
 
     frequencies: torch.Tensor
 
@@ -33,10 +35,11 @@ class RotaryAngles(torch.nn.Module):
 
 
 class RotarySelfAttention(SelfAttention):
-    """megatron-core's self-attention that turns queries and keys by `rotate`.
+    """megatron-core's self-attention with `rotate` for queries and keys.
 
-    megatron-core's own unfused formula takes sines and cosines for each of them, joins halves twice
-    and copies the result: 2 % of a training step on a CPU (docs/reference/benchmarks.md).
+    megatron-core's unfused implementation computes sines and cosines separately for queries and
+    keys, concatenates halves twice and copies the result, which costs 2 % of a training step on a
+    CPU (docs/reference/benchmarks.md).
     """
 
     _angles: torch.Tensor | None = None
@@ -49,7 +52,7 @@ class RotarySelfAttention(SelfAttention):
         rotary_pos_emb: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """Return output and bias as megatron-core's; angles are [s, b, 1, d] or [s, 1, 1, d]."""
+        """Return the output and bias; angles are [s, b, 1, d] or [s, 1, 1, d]."""
         self._angles = rotary_pos_emb
         try:
             return super().forward(hidden_states, attention_mask, **options)
@@ -57,7 +60,7 @@ class RotarySelfAttention(SelfAttention):
             self._angles = None
 
     def get_query_key_value_tensors(self, *inputs: Any, **options: Any) -> Any:
-        """Return queries, keys and values [s, b, heads, d], the first two at their positions."""
+        """Return rotated queries, rotated keys, and values [s, b, heads, d]."""
         query, key, value = super().get_query_key_value_tensors(*inputs, **options)
         if self._angles is None:
             return query, key, value
@@ -68,10 +71,15 @@ class RotarySelfAttention(SelfAttention):
 
 
 def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of `heads` [s, b, n, d], dimensions i and i + d / 2, by its angle.
+    """Rotate each pair of dimensions i and i + d / 2 of `heads` by its angle.
 
-    RoFormer, eq. 34, with halves in the place of neighbours. `cos` and `sin` are [s, b or 1, 1, d],
-    the first half of `sin` negated. They get no gradient, and there is no second derivative.
+    This is eq. 34 of RoFormer with half pairs instead of adjacent pairs. `cos` and `sin` get no
+    gradient, and there is no second derivative.
+
+    Args:
+        heads: Queries or keys [s, b, n, d] of n heads.
+        cos: Cosines [s, b or 1, 1, d].
+        sin: Sines [s, b or 1, 1, d], with the first half negated.
     """
     return _Rotate.apply(heads, cos, sin)
 
@@ -82,15 +90,19 @@ class _Rotate(torch.autograd.Function):
         ctx: Any, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(heads, cos, sin)
+        return _apply_rotation(heads, cos, sin)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, -sin), None, None  # the transpose of a rotation turns back
+        return (
+            _apply_rotation(grads[0], cos, -sin),
+            None,
+            None,
+        )  # The transpose of a rotation is its inverse.
 
 
-def _turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _apply_rotation(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     partners = heads.roll(heads.shape[-1] // 2, dims=-1)
     return (heads * cos).addcmul_(partners, sin)

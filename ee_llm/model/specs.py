@@ -1,4 +1,4 @@
-"""megatron-core's configuration and layer parts for a model of ours."""
+"""The megatron-core configuration and layer specs of a model."""
 
 import functools
 from collections.abc import Callable
@@ -22,12 +22,12 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from ee_llm.model.activation import AlreadyActivated, SwiGluLinear
+from ee_llm.model.activation import NoActivation, SwiGluLinear
 from ee_llm.model.attention import CausalAttention
 from ee_llm.model.linear import ColumnLinear, RowLinear
 from ee_llm.model.rotary import RotarySelfAttention
 
-# Transformer Engine keeps a norm's parameters in the linear layer behind it.
+# Transformer Engine stores the parameters of a norm in the linear layer that follows it.
 FUSED_NORM_NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -37,7 +37,7 @@ FUSED_NORM_NAMES = {
 @functools.cache
 def _has_transformer_engine() -> bool:
     if not distributed.has_cuda():
-        return False  # its CPU meta package raises RunError on import
+        return False  # The CPU meta package raises RuntimeError on import.
     try:
         import transformer_engine.pytorch  # noqa: F401
     except (ImportError, RuntimeError):
@@ -55,17 +55,17 @@ def _activation(model: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
-    """Return megatron-core's configuration of one layer of the model in `dtype`.
+    """Return megatron-core's configuration of a layer of the model in `dtype`.
 
-    Pipeline parallelism is not named in it: stages are cut, numbered and joined by ours.
+    It does not mention pipeline parallelism, which ee_llm implements itself.
     """
     model, parallel = config.model, config.parallel
     llama = model.family == "llama"
     fused = distributed.has_cuda() and dtype == torch.bfloat16
     recompute: dict[str, Any] = {}
     if config.training.recompute == "selective":
-        # Not an MLP with a bias: it returns the bias parameter, which megatron-core's checkpoint
-        # would make an output of itself; its backward pass then never ends and eats all memory.
+        # Exclude MLPs with a bias: they return the bias parameter, which megatron-core's checkpoint
+        # would turn into its own output. Its backward pass then loops until memory is exhausted.
         modules = ["core_attn", "mlp"] if llama else ["core_attn"]
         recompute = {"recompute_granularity": "selective", "recompute_modules": modules}
     return TransformerConfig(
@@ -89,12 +89,12 @@ def transformer_config(config: Config, dtype: torch.dtype) -> TransformerConfig:
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=not distributed.has_cuda(),
-        init_method=_keep,  # ee_llm.model.initialize fills every parameter by its name
+        init_method=_keep,  # ee_llm.model.initialize sets every parameter.
         output_layer_init_method=_keep,
-        calculate_per_token_loss=True,  # gradients are summed over ranks: losses come normalised
+        calculate_per_token_loss=True,  # Sum gradients over ranks: losses are normalized.
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=fused,
-        # megatron-core's fused GELU is the tanh approximation, which rounds otherwise than torch's.
+        # megatron-core's fused GELU is the tanh approximation and rounds differently from torch's.
         bias_activation_fusion=fused and llama,
         use_te_activation_func=llama and not fused,  # SwiGluLinear
         masked_softmax_fusion=False,
@@ -108,7 +108,7 @@ def _keep(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Norm:
-    """Makes torch's RMSNorm or LayerNorm, marked so that sequence-parallel gradients are summed."""
+    """Constructs torch's RMSNorm or LayerNorm, marked for summing sequence-parallel gradients."""
 
     def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
@@ -121,23 +121,23 @@ class Norm:
 
 
 def mlp_spec(config: TransformerConfig) -> ModuleSpec:
-    """Return the parts of an MLP without its norm."""
-    ours = config.use_te_activation_func
+    """Return the spec of an MLP without its norm."""
+    is_swiglu = config.use_te_activation_func
     parts = MLPSubmodules(
-        linear_fc1=SwiGluLinear if ours else ColumnLinear,
+        linear_fc1=SwiGluLinear if is_swiglu else ColumnLinear,
         linear_fc2=RowLinear,
-        activation_func=AlreadyActivated if ours else None,
+        activation_func=NoActivation if is_swiglu else None,
     )
     return ModuleSpec(module=MLP, submodules=parts)
 
 
 def uses_transformer_engine(config: TransformerConfig) -> bool:
-    """Return whether the layers are Transformer Engine's: in bfloat16, where it is."""
+    """Return whether layers use Transformer Engine: in bfloat16, if it is available."""
     return config.bf16 and _has_transformer_engine()
 
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """Return the parts of one transformer layer."""
+    """Return the spec of a transformer layer."""
     if uses_transformer_engine(config):
         from megatron.core.models.gpt.gpt_layer_specs import (
             get_gpt_layer_with_transformer_engine_spec,

@@ -1,4 +1,4 @@
-"""One pipeline stage: consecutive layers, the exits placed among them, and what they need.
+"""A pipeline stage: consecutive layers, their exits, and shared weights.
 
 Shapes: s sequence, b microbatch, h hidden, v vocabulary, t tensor-parallel ranks.
 """
@@ -33,7 +33,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 
 
 class ModuleTable(torch.nn.ModuleDict):
-    """Modules by layer number or boundary, whose checkpoint keys carry that number."""
+    """Modules by layer number or boundary, which is part of their checkpoint keys."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -47,12 +47,12 @@ class ModuleTable(torch.nn.ModuleDict):
 
 
 def stages_of_exits(config: Config) -> dict[int, int]:
-    """Return by boundary, in increasing order, the stage of every exit that is built."""
+    """Return the stage of every exit to build by boundary, in increasing order."""
     return {boundary: exit_stage(config, boundary) for boundary in config.built_exits}
 
 
-def holders(config: Config, weight_name: str) -> tuple[int, ...]:
-    """Return the stages that hold a copy of an embedding or output weight, the owner first."""
+def stages_with_weight(config: Config, weight_name: str) -> tuple[int, ...]:
+    """Return the stages that have a copy of an embedding or output weight, the owner first."""
     stages = {
         stage
         for boundary, stage in stages_of_exits(config).items()
@@ -64,9 +64,9 @@ def holders(config: Config, weight_name: str) -> tuple[int, ...]:
 
 
 class Stage(MegatronModule):
-    """Layers of stage `index` of the pipeline, and the exits placed on it.
+    """The layers and exits of stage `index` of the pipeline.
 
-    Parameter names do not depend on the layout: layers carry their number, exits their boundary.
+    Parameter names do not depend on the layout: they contain the layer number or exit boundary.
     """
 
     def __init__(self, config: Config, index: int, dtype: torch.dtype) -> None:
@@ -82,9 +82,9 @@ class Stage(MegatronModule):
 
         self.embedding: Any = None
         self.output: Any = None
-        if index in holders(config, "embedding.word.weight"):
+        if index in stages_with_weight(config, "embedding.word.weight"):
             self.embedding = Embedding(config.model, parts, with_positions=self.is_first)
-        if index in holders(config, "output.weight"):
+        if index in stages_with_weight(config, "output.weight"):
             self.output = ColumnParallelLinear(
                 parts.hidden_size,
                 config.model.vocab_size,
@@ -102,7 +102,7 @@ class Stage(MegatronModule):
         self.output_weights = {b: output_weight_name(config, b) for b in boundaries}
         self.weight_gradients = WeightGradients()
         if config.parallel.schedule != "1f1b":
-            self._let_weights_wait(config.parallel.schedule, parts)
+            self._defer_weight_gradients(config.parallel.schedule, parts)
         self.rotary = None
         if config.model.position == "rope":
             self.rotary = RotaryAngles(config.model, dtype)
@@ -118,46 +118,46 @@ class Stage(MegatronModule):
                 part.requires_grad_(False)
 
     def _backbone(self) -> list[torch.nn.Module]:
-        """Everything but the exits."""
+        """Return all modules except the exits."""
         parts = (self.embedding, self.layers, self.output)
         return [part for part in parts if part is not None]
 
     def train(self, mode: bool = True) -> "Stage":
-        """Switch between training and inference; what is frozen computes as at inference."""
+        """Set training or evaluation mode; frozen modules stay in evaluation mode."""
         super().train(mode)
         if self.is_frozen:
             for part in self._backbone():
                 part.eval()
         return self
 
-    def _let_weights_wait(self, schedule: str, parts: TransformerConfig) -> None:
-        """Let the schedule put weight gradients off: those of layers, of exits if it splits them.
+    def _defer_weight_gradients(self, schedule: str, parts: TransformerConfig) -> None:
+        """Let the schedule defer the weight gradients of layers and, optionally, of exits.
 
-        An exit's keep the gradient of its logits alive until then.
+        Deferring those of an exit keeps the gradient of its logits in memory.
         """
         if uses_transformer_engine(parts):
             raise UserError(
-                f"parallel.schedule = {schedule} needs layers whose backward pass can be split: "
-                "here those for training.dtype = bfloat16 are Transformer Engine's; set the first "
-                "to 1f1b or the second to float32"
+                f"parallel.schedule = {schedule} cannot be used with training.dtype = bfloat16 on "
+                "this machine: it splits the backward pass, which layers of Transformer Engine do "
+                "not support. Set parallel.schedule to 1f1b or training.dtype to float32."
             )
         modules = [*self.layers.modules()]
         if schedule == "zero-bubble-exits":
             modules += self.exits.modules()
         for module in modules:
             if isinstance(module, ColumnLinear | RowLinear):
-                module.later = self.weight_gradients
+                module.weight_gradients = self.weight_gradients
 
     def _mark_copies(self, config: Config) -> None:
-        """Mark the copies of weights that live on several stages, all but the owner's, as `shared`.
+        """Mark the copies of weights that several stages share as `shared`, except the owner's.
 
-        megatron-core leaves those out of the gradient norm. Its own mark, `shared_embedding`, is
-        not set: it gives the weight a bucket to itself, and the distributed optimizer of 0.16.1
-        loses the padding between buckets when it saves, and mixes up the moments behind it.
+        megatron-core omits them from the gradient norm. Its own mark, `shared_embedding`, is not
+        set, because it puts the weight into a separate bucket: the distributed optimizer of 0.16.1
+        loses the padding between buckets when it saves, which corrupts the moments after it.
         """
         self.copies: dict[str, int] = {}
         for name in ("embedding.word.weight", "output.weight"):
-            stages = holders(config, name)
+            stages = stages_with_weight(config, name)
             if self.index in stages and len(stages) > 1:
                 weight = self.get_parameter(name)
                 weight.shared = self.index != stages[0]
@@ -171,18 +171,25 @@ class Stage(MegatronModule):
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, hidden: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the residual stream behind the last layer and the input of each exit, by boundary.
+        """Run the layers of the stage.
 
-        `tokens` and `positions` are [b, s]; `hidden` is the previous stage's output [s, b, h]
-        ([s / t, b, h] if sequence parallel), None on the first stage.
+        Args:
+            tokens: Token ids [b, s].
+            positions: Positions [b, s].
+            hidden: The output of the previous stage, [s, b, h] ([s / t, b, h] if sequence
+                parallel); None on the first stage.
+
+        Returns:
+            The residual stream after the last layer, and the inputs of the exits in increasing
+            order of boundaries.
         """
         if self.is_first:
             hidden = self.embedding(tokens, positions)
-        assert hidden is not None, f"stage {self.index} was not given hidden states"
+        assert hidden is not None, f"stage {self.index} needs hidden states"
         rotary = self._angles(positions)
         taps: dict[int, torch.Tensor] = {}
         for boundary in self.boundaries:
-            if str(boundary) not in self.layers:  # a pre-exit at the stage's start
+            if str(boundary) not in self.layers:  # A pre-exit at the start of the stage.
                 taps[boundary] = hidden
         for number, layer in self.layers.items():
             head: Any = self.exits[number] if number in self.exits else None  # noqa: SIM401
@@ -199,7 +206,7 @@ class Stage(MegatronModule):
         rotary: torch.Tensor | None,
         taps_attention: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the layer's output and, if wanted, the residual stream between its halves."""
+        """Return the layer's output and, if requested, the residual stream after attention."""
 
         def run(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
             attended: list[torch.Tensor] = []
@@ -212,7 +219,7 @@ class Stage(MegatronModule):
                 output, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
             return (output, *attended)
 
-        # The tap leaves the recomputed region as an output: its gradient has to find the way back.
+        # Return the tap as an output of the recomputed region, so that its gradient flows back.
         recompute = self.recompute and torch.is_grad_enabled()
         outputs = checkpoint(run, False, hidden) if recompute else run(hidden)
         return outputs[0], outputs[1] if taps_attention else None
@@ -220,7 +227,7 @@ class Stage(MegatronModule):
     def exit_logits(
         self, boundary: int, tap: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """Return the exit's logits [s, b, v / t] from its input."""
+        """Return the logits [s, b, v / t] of an exit from its input."""
         name = self.output_weights[boundary]
         weight = None if name.startswith("exits.") else self.get_parameter(name)
         head = self.exits[str(boundary)]
@@ -237,7 +244,7 @@ class Stage(MegatronModule):
         *,
         dynamic_token_weights: bool = False,
     ) -> ExitLoss:
-        """Return the exit's loss summed over valid tokens; labels and mask are [b, s]."""
+        """Return the loss of an exit, summed over valid tokens; labels and mask are [b, s]."""
         dynamic = dynamic_token_weights and not self.exits[str(boundary)].is_final
         return exit_loss(
             self.exit_logits(boundary, tap, positions),
@@ -255,7 +262,7 @@ class Stage(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Return megatron-core's sharded tensors by name; copies of a weight are replicas."""
+        """Return megatron-core's sharded tensors by name, with copies of a weight as replicas."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
         for name, copy in self.copies.items():

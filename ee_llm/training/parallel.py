@@ -15,7 +15,7 @@ from ee_llm.config import Config
 from ee_llm.data import Microbatch
 from ee_llm.distributed.point_to_point import connect
 from ee_llm.losses.exit_losses import scheduled_weight
-from ee_llm.model.gradients import GradientSums
+from ee_llm.model.gradients import GradientReducer
 from ee_llm.model.stage import Stage, stages_of_exits
 from ee_llm.pipeline.lower import lower
 from ee_llm.pipeline.plan import Plan, forward_only
@@ -141,7 +141,7 @@ class ParallelModel:
             stage.index: StageOnData(chunk, config)
             for stage, chunk in zip(self.stages, self.chunks, strict=True)
         }
-        self._sum_gradients = GradientSums(config, grid)
+        self._sum_gradients = GradientReducer(config, grid)
         transport = None
         if grid.pipeline_size > 1:
             transport = connect(grid)

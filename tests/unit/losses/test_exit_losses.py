@@ -1,4 +1,4 @@
-"""Cross entropy against torch's, exit losses, weight schedules. Sharded: tests/distributed."""
+"""Cross entropy, exit losses and weight schedules; tests/distributed has the sharded versions."""
 
 import math
 from itertools import pairwise
@@ -21,7 +21,7 @@ def make_logits(dtype, scale=3.0, seed=0):
 
 
 def reference(logits, labels, weights):
-    """Loss and gradient in float64, by torch, of the very numbers that `logits` holds."""
+    """Return torch's loss, gradient and top probability in float64 for the same numbers."""
     wide = logits.detach().double().requires_grad_()
     loss = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), reduction="none")
     loss = loss.view(LENGTH, BATCH)
@@ -35,23 +35,23 @@ def test_equals_torch(dtype, scale):
     logits, labels = make_logits(dtype, scale)
     weights = torch.linspace(-1, 2, LENGTH * BATCH, dtype=torch.float64).view(LENGTH, BATCH)
     loss, gradient, top = reference(logits, labels, weights)
-    found = vocab_parallel_cross_entropy(logits, labels)
+    actual = vocab_parallel_cross_entropy(logits, labels)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert found.loss.dtype == found.top_probability.dtype == wide
-    (found.loss * weights).sum().backward()
+    assert actual.loss.dtype == actual.top_probability.dtype == wide
+    (actual.loss * weights).sum().backward()
     assert logits.grad.dtype == dtype
-    # the loss itself is never computed in bfloat16: only the returned gradient is rounded to it
+    # Only the returned gradient is rounded to bfloat16; the loss is computed in float32.
     forward = TOLERANCE[wide]
-    torch.testing.assert_close(found.loss.double(), loss, rtol=forward, atol=forward)
-    torch.testing.assert_close(found.top_probability.double(), top, rtol=forward, atol=forward)
+    torch.testing.assert_close(actual.loss.double(), loss, rtol=forward, atol=forward)
+    torch.testing.assert_close(actual.top_probability.double(), top, rtol=forward, atol=forward)
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(logits.grad.double(), gradient, rtol=tolerance, atol=tolerance / 10)
-    assert not found.top_probability.requires_grad
+    assert not actual.top_probability.requires_grad
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_extreme_logits_stay_finite(dtype):
-    """Guards the subtraction of the maximum: exp overflows float32 at 89, bfloat16 holds 3e38."""
+    """Guards the subtraction of the maximum: exp overflows float32 at 89."""
     rows = [[3e4, -3e4, 0.0], [-1e4, -1e4, -1e4], [1e30, 1e30, -1e30], [0.0, -math.inf, 1.0]]
     logits = torch.tensor(rows, dtype=torch.float64).to(dtype).unsqueeze(1).requires_grad_()
     labels = torch.tensor([[0], [2], [1], [2]])
@@ -66,7 +66,7 @@ def test_extreme_logits_stay_finite(dtype):
     assert gradient[2].tolist() == pytest.approx([0.5, -0.5, 0.0], abs=1e-6)
 
 
-def test_a_label_of_minimal_probability_has_its_true_loss():
+def test_label_of_tiny_probability_has_its_exact_loss():
     logits = torch.tensor([[[200.0, 0.0]]], requires_grad=True)
     loss, _ = vocab_parallel_cross_entropy(logits, torch.tensor([[1]]))
     loss.sum().backward()
@@ -74,7 +74,7 @@ def test_a_label_of_minimal_probability_has_its_true_loss():
     assert logits.grad.flatten().tolist() == [1.0, -1.0]
 
 
-def test_logits_are_left_as_they_were():
+def test_logits_are_not_modified():
     logits, labels = make_logits(torch.float32)
     before = logits.detach().clone()
     vocab_parallel_cross_entropy(logits, labels).loss.sum().backward()
@@ -89,8 +89,8 @@ def test_labels_may_be_a_transposed_view():
     assert torch.equal(vocab_parallel_cross_entropy(logits, view).loss, expected)
 
 
-def test_a_second_backward_is_refused():
-    """The first writes the gradient over the probabilities: a second would be wrong in silence."""
+def test_second_backward_raises():
+    """The first one overwrites the probabilities, so a second one would be silently wrong."""
     logits, labels = make_logits(torch.float64)
     loss = vocab_parallel_cross_entropy(logits, labels).loss.sum()
     loss.backward(retain_graph=True)
@@ -98,7 +98,7 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
-def test_a_second_derivative_is_refused():
+def test_second_derivative_raises():
     logits, labels = make_logits(torch.float64)
     loss = vocab_parallel_cross_entropy(logits, labels).loss.sum()
     with pytest.raises(RuntimeError, match="no second derivative"):
@@ -120,7 +120,7 @@ def test_exit_loss_sums_valid_tokens():
     assert torch.equal(used, mask.bool())
 
 
-def test_a_microbatch_without_valid_tokens_has_no_loss_and_no_gradient():
+def test_microbatch_without_valid_tokens_has_no_loss_and_no_gradient():
     logits, labels = make_logits(torch.float32)
     loss = exit_loss(logits, labels, torch.zeros(LENGTH, BATCH), dynamic_token_weights=True)
     loss.objective.backward()
@@ -147,7 +147,7 @@ def test_dynamic_token_weights_multiply_by_the_detached_top_probability():
 @pytest.mark.parametrize(
     ("schedule", "initial", "final", "expected"),
     [
-        # at steps 0, 25, 50, 75, 100 (the end) and 130, of 100
+        # At steps 0, 25, 50, 75, 100 (the end) and 130.
         ("constant", 0.0, 0.6, [0.6, 0.6, 0.6, 0.6, 0.6, 0.6]),
         ("linear", 0.0, 1.0, [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]),
         ("linear", 1.0, 0.2, [1.0, 0.8, 0.6, 0.4, 0.2, 0.2]),
@@ -157,12 +157,12 @@ def test_dynamic_token_weights_multiply_by_the_detached_top_probability():
 )
 def test_scheduled_weight(schedule, initial, final, expected):
     steps = (0, 25, 50, 75, 100, 130)
-    found = [scheduled_weight(schedule, initial, final, 100, step) for step in steps]
-    assert found == pytest.approx(expected, abs=1e-9)
+    weights = [scheduled_weight(schedule, initial, final, 100, step) for step in steps]
+    assert weights == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_schedule_moves_one_way_and_ends_exactly(schedule):
+def test_schedule_is_monotonic_and_ends_exactly(schedule):
     weights = [scheduled_weight(schedule, 0.1, 0.7, 1000, step) for step in range(1001)]
     assert weights == sorted(weights)
     assert weights[0] == pytest.approx(0.1)

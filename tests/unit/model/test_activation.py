@@ -1,4 +1,4 @@
-"""The gated linear layer equals the plain formula, forward and backward."""
+"""The gated linear layer compared with the plain formula, forward and backward."""
 
 import pytest
 import torch
@@ -37,16 +37,16 @@ def _compare() -> None:
     layer = make_layer()
     x = torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=True)
     expected = plain(x, layer.weight)
-    found, bias = layer(x)
+    actual, bias = layer(x)
     assert bias is None
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
     upstream = torch.randn(5, 2, 6, dtype=torch.float64)
-    for ours, theirs in zip(
-        torch.autograd.grad(found, [x, layer.weight], upstream),
+    for actual_grad, expected_grad in zip(
+        torch.autograd.grad(actual, [x, layer.weight], upstream),
         torch.autograd.grad(expected, [x, layer.weight], upstream),
         strict=True,
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-13, atol=1e-13)
 
 
 def test_swiglu_equals_the_formula_and_its_gradients() -> None:
@@ -59,12 +59,12 @@ def _freeze(frozen: str) -> None:
     layer.weight.requires_grad_(frozen != "weight")
     out, _ = layer(x)
     out.sum().backward()
-    wanted, unwanted = (x, layer.weight) if frozen == "weight" else (layer.weight, x)
-    assert unwanted.grad is None
-    (expected,) = torch.autograd.grad(plain(x, layer.weight).sum(), wanted)
-    torch.testing.assert_close(wanted.grad, expected, rtol=1e-13, atol=1e-13)
+    trained, constant = (x, layer.weight) if frozen == "weight" else (layer.weight, x)
+    assert constant.grad is None
+    (expected,) = torch.autograd.grad(plain(x, layer.weight).sum(), trained)
+    torch.testing.assert_close(trained.grad, expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("frozen", ["input", "weight"])
-def test_swiglu_computes_no_gradient_that_nobody_wants(frozen: str) -> None:
+def test_swiglu_computes_only_required_gradients(frozen: str) -> None:
     run_ranks(1, _freeze, frozen)

@@ -1,4 +1,4 @@
-"""Weight gradients that are put off: equal to autograd's, and not there before they are wanted."""
+"""Deferred weight gradients: equal to those of autograd, and computed only when called."""
 
 import weakref
 
@@ -21,22 +21,22 @@ def expected():
     return hidden.grad, weight.grad
 
 
-def test_without_putting_off_it_is_a_linear_layer():
+def test_equals_a_linear_layer_without_deferral():
     hidden, weight, upstream = tensors()
     output = WeightGradients().linear(hidden, weight)
     assert torch.equal(output, torch.nn.functional.linear(hidden, weight))
     output.backward(upstream)
-    for found, wanted in zip((hidden.grad, weight.grad), expected(), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-14)
+    for actual, reference in zip((hidden.grad, weight.grad), expected(), strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-14, atol=1e-14)
 
 
-def test_put_off_gradients_come_when_called_and_are_added():
+def test_deferred_gradients_are_accumulated_when_called():
     hidden, weight, upstream = tensors()
-    later = WeightGradients()
-    outputs = [later.linear(hidden, weight) for _ in range(2)]
+    gradients = WeightGradients()
+    outputs = [gradients.linear(hidden, weight) for _ in range(2)]
     calls = []
     for output in outputs:
-        with later.defer() as add_weights:
+        with gradients.defer() as add_weights:
             output.backward(upstream)
         calls.append(add_weights)
     assert weight.grad is None
@@ -44,30 +44,32 @@ def test_put_off_gradients_come_when_called_and_are_added():
     for number, call in enumerate(reversed(calls), start=1):
         call()
         torch.testing.assert_close(weight.grad, number * expected()[1], rtol=1e-13, atol=1e-13)
-    later.linear(hidden, weight).backward(upstream)  # nothing is put off any more
+    gradients.linear(hidden, weight).backward(upstream)  # No longer deferred.
     torch.testing.assert_close(weight.grad, 3 * expected()[1], rtol=1e-13, atol=1e-13)
 
 
-def test_a_buffer_of_wider_type_is_what_is_added_to():
+def test_gradients_accumulate_in_main_grad_of_a_wider_type():
     hidden, weight, upstream = tensors(torch.bfloat16)
     weight.main_grad = torch.ones(5, 4)
-    later = WeightGradients()
-    output = later.linear(hidden, weight)
-    with later.defer() as add_weights:
+    gradients = WeightGradients()
+    output = gradients.linear(hidden, weight)
+    with gradients.defer() as add_weights:
         output.backward(upstream)
     add_weights()
     assert weight.grad is None
     torch.testing.assert_close(weight.main_grad, 1 + expected()[1].float(), rtol=0.02, atol=0.02)
 
 
-def test_a_frozen_weight_is_left_alone_and_the_rest_of_the_graph_let_go():
+def test_frozen_weight_has_no_gradient_and_the_graph_is_freed():
     hidden, weight, upstream = tensors()
     frozen = weight.detach()
-    later = WeightGradients()
+    gradients = WeightGradients()
     inner = torch.tanh(hidden)
-    output = later.linear(later.linear(inner, frozen).relu(), torch.eye(5, dtype=torch.float64))
+    output = gradients.linear(
+        gradients.linear(inner, frozen).relu(), torch.eye(5, dtype=torch.float64)
+    )
     graph = weakref.ref(output)
-    with later.defer() as add_weights:
+    with gradients.defer() as add_weights:
         output.backward(upstream)
     del output
     assert graph() is None

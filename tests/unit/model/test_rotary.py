@@ -1,4 +1,4 @@
-"""Our rotation of queries and keys equals the formula, forward and backward."""
+"""The rotation of queries and keys compared with the formula, forward and backward."""
 
 import math
 
@@ -9,14 +9,14 @@ from ee_llm.model.rotary import RotaryAngles, rotate
 
 
 def plain(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (i, i + d / 2) as complex numbers."""
+    """Rotate the pairs (i, i + d / 2) as complex numbers."""
     low, high = heads.chunk(2, dim=-1)
     half = angles[..., : low.shape[-1]]
-    turned = torch.complex(low, high) * torch.polar(torch.ones_like(half), half)
-    return torch.cat([turned.real, turned.imag], dim=-1)
+    rotated = torch.complex(low, high) * torch.polar(torch.ones_like(half), half)
+    return torch.cat([rotated.real, rotated.imag], dim=-1)
 
 
-def turned(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+def rotated(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     low, high = angles.sin().chunk(2, dim=-1)
     return rotate(heads, angles.cos(), torch.cat([-low, high], dim=-1))
 
@@ -28,21 +28,23 @@ def test_rotation_and_its_gradient_equal_complex_numbers():
     angles = RotaryAngles(config, torch.float64)(positions)
     assert angles.shape == (7, 3, 1, config.head_dim)
     mixed = torch.randn(7, 3, 2, 2 * config.head_dim, dtype=torch.float64, generator=generator)
-    heads = mixed[..., : config.head_dim].requires_grad_()  # as the split of queries and keys
-    torch.testing.assert_close(turned(heads, angles), plain(heads, angles), rtol=1e-13, atol=1e-13)
+    heads = mixed[
+        ..., : config.head_dim
+    ].requires_grad_()  # Not contiguous, like the split of queries and keys.
+    torch.testing.assert_close(rotated(heads, angles), plain(heads, angles), rtol=1e-13, atol=1e-13)
     upstream = torch.randn(heads.shape, dtype=torch.float64, generator=generator)
-    (found,) = torch.autograd.grad(turned(heads, angles), heads, upstream)
+    (actual,) = torch.autograd.grad(rotated(heads, angles), heads, upstream)
     (expected,) = torch.autograd.grad(plain(heads, angles), heads, upstream)
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
 
 
-def test_scores_depend_on_the_distance_alone():
+def test_scores_depend_only_on_the_distance():
     config = load_config(None, {"model.shape": "llama-tiny"}).model
     rotary = RotaryAngles(config, torch.float64)
     query, key = torch.randn(2, 1, 1, 1, config.head_dim, dtype=torch.float64)
 
     def score(at: int, other: int) -> float:
-        q, k = (turned(x, rotary(torch.tensor([[p]]))) for x, p in ((query, at), (key, other)))
+        q, k = (rotated(x, rotary(torch.tensor([[p]]))) for x, p in ((query, at), (key, other)))
         return float((q * k).sum())
 
     assert math.isclose(score(9, 4), score(25, 20), rel_tol=1e-9)

@@ -1,4 +1,4 @@
-"""The stage of a whole model against a plain PyTorch model, written here from the formulas.
+"""A stage with an entire model compared with a plain PyTorch model, written from the formulas.
 
 Shapes: s sequence, b microbatch, h hidden, d head dimension, g key and value heads, v vocabulary.
 """
@@ -28,7 +28,7 @@ HEADS = [
     ("mlp",),
     (),
 ]
-# Over 30 positions the four pairs turn 4.8, 1.5, 0.5 and 0.15 times: all three cases of llama3.
+# Over 30 positions the four pairs rotate 4.8, 1.5, 0.5 and 0.15 times: all cases of llama3.
 LLAMA3 = {
     "model.head_dim": 8,
     "model.rope_theta": 100.0,
@@ -44,7 +44,7 @@ VARIANTS = {
     for head in HEADS
 } | {
     "llama tied exits": {"exits.output": "tied"},
-    "llama shared with a tied final exit": {"exits.output": "shared", "model.tie_embeddings": True},
+    "llama shared, tied final exit": {"exits.output": "shared", "model.tie_embeddings": True},
     "gpt tied everywhere": {
         "model.family": "gpt",
         "exits.output": "tied",
@@ -61,21 +61,21 @@ VARIANTS = {
     "llama learned": {"model.position": "learned"},
     "llama resets": {"data.reset_positions": True, "model.rope_theta": 100.0},
     "llama multi-query": {"model.num_kv_heads": 1, "model.head_dim": 6},
-    "llama every head its own keys": {"model.num_kv_heads": 4, "exits.output": "own"},
+    "llama without grouped queries": {"model.num_kv_heads": 4, "exits.output": "own"},
     "llama temperatures": {"exits.temperatures": (2.0, 0.5), "exits.output": "own"},
     "llama dynamic token weights": {
         "exits.dynamic_token_weights": True,
         "exits.temperatures": (1.5, 0.8),
     },
-    "llama biases of queries, keys and values, blocks": {
+    "llama qkv biases, blocks": {
         "model.qkv_bias": True,
         "exits.head": ("block", "norm"),
     },
-    "llama normed queries and keys, mlp": {"model.qk_norm": True, "exits.head": ("mlp", "norm")},
-    "llama normed queries and keys, learned": {"model.qk_norm": True, "model.position": "learned"},
-    "llama slowed rotations": LLAMA3 | {"model.qkv_bias": True, "model.qk_norm": True},
-    "llama interpolated": {"model.rope_scaling": "linear", "model.rope_factor": 2.5},
-    "gpt gelu by tanh": {"model.family": "gpt", "model.gelu": "tanh", "exits.head": ("mlp",)},
+    "llama qk norms, mlp": {"model.qk_norm": True, "exits.head": ("mlp", "norm")},
+    "llama qk norms, learned": {"model.qk_norm": True, "model.position": "learned"},
+    "llama llama3 scaling": LLAMA3 | {"model.qkv_bias": True, "model.qk_norm": True},
+    "llama linear scaling": {"model.rope_scaling": "linear", "model.rope_factor": 2.5},
+    "gpt tanh gelu": {"model.family": "gpt", "model.gelu": "tanh", "exits.head": ("mlp",)},
     "gpt dynamic token weights, mlp": {
         "model.family": "gpt",
         "exits.dynamic_token_weights": True,
@@ -99,7 +99,7 @@ def make_config(variant: dict) -> Config:
 
 
 class Plain:
-    """The model's formulas on a table of parameters, with nothing of torch.nn."""
+    """The formulas of the model on a dictionary of parameters, without torch.nn."""
 
     def __init__(self, config: Config, parameters: dict[str, torch.Tensor]) -> None:
         self.config, self.p = config, parameters
@@ -119,20 +119,20 @@ class Plain:
         return y + self.p[f"{name}.bias"] if has_bias else y
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Turn the pairs (i, i + d/2) of x [b, s, heads, d] by position * theta^(-2i/d)."""
+        """Rotate the pairs (i, i + d/2) of x [b, s, heads, d] by position * theta^(-2i/d)."""
         if self.config.model.position != "rope":
             return x
         half = x.shape[-1] // 2
         exponents = torch.arange(half, dtype=torch.float32) * 2 / x.shape[-1]
-        # float32 in every precision: the convention of Llama's checkpoints
+        # float32 in every precision, as in Llama checkpoints.
         frequencies = (1.0 / self.config.model.rope_theta**exponents).double()
         if self.config.model.rope_scaling != "none":
-            # Exact to the last bit of float32, and held against others' in tests/unit/test_rotary.
+            # Exact to the last bit of float32; other tests compare it with other implementations.
             frequencies = inverse_frequencies(self.config.model).double()
         angles = positions.double()[:, :, None, None] * frequencies
-        one, two = x[..., :half], x[..., half:]
-        turned = (one * angles.cos() - two * angles.sin(), two * angles.cos() + one * angles.sin())
-        return torch.cat(turned, dim=-1)
+        low, high = x[..., :half], x[..., half:]
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
     def attention(self, name: str, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         model = self.config.model
@@ -201,11 +201,11 @@ class Plain:
         return x @ self.output_weight(boundary).T / temperature
 
     def losses(self, tokens, labels, mask, positions) -> dict[int, tuple[torch.Tensor, ...]]:
-        """Return (trained, reported) sums of losses over valid tokens, by boundary."""
+        """Return (objective, reported) sums of losses over valid tokens by boundary."""
         x = self.p["embedding.word.weight"][tokens]
         if self.config.model.position == "learned":
             x = x + self.p["embedding.position.weight"][positions]
-        found = {}
+        losses = {}
         for number in range(1, self.config.model.num_layers + 1):
             attended, x = self.layer(f"layers.{number}", x, positions)
             if number not in WEIGHTS:
@@ -213,11 +213,11 @@ class Plain:
             logits = self.logits(number, attended, x, positions)
             one_hot = torch.eye(VOCAB, dtype=torch.float64)[labels]
             token_loss = logits.exp().sum(-1).log() - (logits * one_hot).sum(-1)
-            trained = token_loss
+            objective = token_loss
             if self.config.exits.dynamic_token_weights and number in self.config.exits.boundaries:
-                trained = token_loss * logits.softmax(-1).amax(-1).detach()
-            found[number] = (trained * mask).sum(), (token_loss * mask).sum()
-        return found
+                objective = token_loss * logits.softmax(-1).amax(-1).detach()
+            losses[number] = (objective * mask).sum(), (token_loss * mask).sum()
+        return losses
 
 
 def make_batch(config: Config) -> tuple[torch.Tensor, ...]:
@@ -231,18 +231,18 @@ def make_batch(config: Config) -> tuple[torch.Tensor, ...]:
     return tokens[:, :-1], tokens[:, 1:], mask, positions
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    assert found.shape == expected.shape
-    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    assert actual.shape == expected.shape
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 
 def errors(variant: dict, recompute: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Relative errors of losses and gradients, and how large each gradient is."""
+    """Return relative errors of losses and gradients, and the maximum of each gradient."""
     config = make_config(variant | {"training.recompute": recompute})
     distributed.initialize(timeout_s=20)
     stage = Stage(config, 0, torch.float64)
     generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():  # norms that are not 1, biases that are not 0, and signal everywhere
+    with torch.no_grad():  # Avoid norms of 1 and biases of 0.
         for parameter in stage.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.copy_(noise * 0.3 + (1.0 if parameter.dim() == 1 else 0.0))
@@ -250,11 +250,11 @@ def errors(variant: dict, recompute: str) -> tuple[dict[str, float], dict[str, f
 
     copies = {n: p.detach().clone().requires_grad_() for n, p in stage.named_parameters()}
     expected = Plain(config, copies).losses(tokens, labels, mask, positions)
-    sum(WEIGHTS[b] * trained for b, (trained, _) in expected.items()).backward()
+    sum(WEIGHTS[b] * objective for b, (objective, _) in expected.items()).backward()
 
     _, taps = stage(tokens, positions)
     assert stage.boundaries == tuple(WEIGHTS)
-    found, total = {}, 0.0
+    relative, total = {}, 0.0
     for boundary, tap in zip(stage.boundaries, taps, strict=True):
         loss = stage.exit_loss(
             boundary,
@@ -265,20 +265,20 @@ def errors(variant: dict, recompute: str) -> tuple[dict[str, float], dict[str, f
             dynamic_token_weights=config.exits.dynamic_token_weights,
         )
         total = total + WEIGHTS[boundary] * loss.objective
-        for kind, one, other in zip(loss._fields, loss, expected[boundary], strict=True):
-            found[f"{kind} {boundary}"] = relative_error(one.detach(), other.detach())
+        for kind, actual, plain in zip(loss._fields, loss, expected[boundary], strict=True):
+            relative[f"{kind} {boundary}"] = relative_error(actual.detach(), plain.detach())
     total.backward()
     for name, parameter in stage.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient"
-        found[name] = relative_error(parameter.grad, copies[name].grad)
-    return found, {name: copy.grad.abs().max().item() for name, copy in copies.items()}
+        relative[name] = relative_error(parameter.grad, copies[name].grad)
+    return relative, {name: copy.grad.abs().max().item() for name, copy in copies.items()}
 
 
 def check(variant: dict, recompute: str = "none") -> None:
-    [(found, sizes)] = run_ranks(1, errors, variant, recompute)
-    assert min(sizes.values()) > 1e-6, "a gradient is too small to be a test"
-    wrong = {name: error for name, error in found.items() if not error < 1e-9}
-    assert not wrong
+    [(relative, sizes)] = run_ranks(1, errors, variant, recompute)
+    assert min(sizes.values()) > 1e-6, "a gradient is too small for a meaningful test"
+    too_large = {name: error for name, error in relative.items() if not error < 1e-9}
+    assert not too_large
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -288,7 +288,7 @@ def test_losses_and_gradients_equal_the_plain_model(variant):
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("family", ["llama", "gpt"])
-def test_recomputation_changes_nothing(family, recompute):
+def test_recomputation_gives_the_same_results(family, recompute):
     check({"model.family": family, "exits.head": ("mlp", "norm")}, recompute)
 
 
@@ -309,6 +309,6 @@ def _failing_layer():
     return len(layer.pre_mlp_layernorm._forward_pre_hooks)
 
 
-def test_a_layer_that_fails_leaves_no_tap_behind():
-    """It would keep its activations alive, and tap every later forward once more."""
+def test_failing_layer_removes_its_tap():
+    """A remaining hook would keep activations in memory and tap every later forward pass."""
     assert run_ranks(1, _failing_layer) == [0]
