@@ -37,19 +37,19 @@ def test_folder_in_order_of_paths(tmp_path: Path):
         path.write_text("" if "empty" in name else name)
     (tmp_path / "a-first.py").write_text("x")
     (tmp_path / "gone.py").symlink_to(tmp_path / "nowhere")
-    found = find_sources([tmp_path], suffixes=(".py",))
-    names = [source.path.relative_to(tmp_path).as_posix() for source in found.files]
+    sources = find_sources([tmp_path], suffixes=(".py",))
+    names = [source.path.relative_to(tmp_path).as_posix() for source in sources.files]
     assert names == ["a/b/c.py", "a/z.py", "a-first.py", "b.py"]
-    found = find_sources([tmp_path], suffixes=(".py", ".txt"), exclude=("b", "c"))
-    names = [source.path.relative_to(tmp_path).as_posix() for source in found.files]
+    sources = find_sources([tmp_path], suffixes=(".py", ".txt"), exclude=("b", "c"))
+    names = [source.path.relative_to(tmp_path).as_posix() for source in sources.files]
     assert names == ["a/__pycache__/x.py", "a/notes.txt", "a/z.py", "a-first.py", "b.py"]
 
 
 def test_inputs_keep_their_order(tmp_path: Path):
     for name in ("b.txt", "a.txt"):
         (tmp_path / name).write_text(name)
-    found = find_sources([tmp_path / "b.txt", tmp_path / "a.txt"])
-    assert [source.path.name for source in found.files] == ["b.txt", "a.txt"]
+    sources = find_sources([tmp_path / "b.txt", tmp_path / "a.txt"])
+    assert [source.path.name for source in sources.files] == ["b.txt", "a.txt"]
 
 
 def test_text_files_are_not_changed(tmp_path: Path):
@@ -164,9 +164,9 @@ def test_files_that_are_not_documents_are_skipped_and_reported(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "linked").symlink_to("folder")
-    found = find_sources([tmp_path])
-    assert [source.path.name for source in found.files] == ["a.txt"]
-    assert {path.name: reason for path, reason in found.skipped} == {
+    sources = find_sources([tmp_path])
+    assert [source.path.name for source in sources.files] == ["a.txt"]
+    assert {path.name: reason for path, reason in sources.skipped} == {
         "archive.gz": "binary",
         "empty.txt": "empty",
         "gone": "broken link",
@@ -175,10 +175,10 @@ def test_files_that_are_not_documents_are_skipped_and_reported(tmp_path: Path):
         "pipe": "neither a file nor a folder",
         "utf-16": "binary",
     }
-    text = describe_skipped(found.skipped)
+    text = describe_skipped(sources.skipped)
     assert f"3 binary ({tmp_path / 'archive.gz'}, ...)" in text
     assert f"1 broken link ({tmp_path / 'gone'})" in text
-    for path, reason in found.skipped:
+    for path, reason in sources.skipped:
         if reason != "link to a folder":
             with pytest.raises(ValueError, match=f"{path.name}: {reason}"):
                 find_sources([path])
@@ -369,9 +369,9 @@ def test_parquet(tmp_path: Path, kind: object, as_dictionary: bool):
         path = tmp_path / name
         write_parquet(path, {"body": column, "n": list(range(1000))}, row_group_size=300)
         assert texts(path, "body") == values
-        found = list(raw_documents(find_sources([path]).files, "body"))
-        assert sum(raw.num_read for raw in found) == path.stat().st_size
-        assert found[-1][1] == 1000
+        documents = list(raw_documents(find_sources([path]).files, "body"))
+        assert sum(raw.num_read for raw in documents) == path.stat().st_size
+        assert documents[-1][1] == 1000
 
 
 def test_bad_parquet(tmp_path: Path):

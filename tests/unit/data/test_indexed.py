@@ -44,30 +44,30 @@ def write_with_megatron(prefix: Path, documents: list[list[int]], dtype: Any = n
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_same_bytes_as_megatron(tmp_path: Path, dtype: type):
-    write(tmp_path / "ours", DOCUMENTS, dtype)
-    write_with_megatron(tmp_path / "theirs", DOCUMENTS, dtype)
+    write(tmp_path / "ee_llm", DOCUMENTS, dtype)
+    write_with_megatron(tmp_path / "megatron", DOCUMENTS, dtype)
     for suffix in (".bin", ".idx"):
-        ours, theirs = (tmp_path / f"{name}{suffix}" for name in ("ours", "theirs"))
-        assert ours.read_bytes() == theirs.read_bytes()
+        actual, expected = (tmp_path / f"{name}{suffix}" for name in ("ee_llm", "megatron"))
+        assert actual.read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_megatron_reads_ours(tmp_path: Path, dtype: type):
-    write(tmp_path / "ours", DOCUMENTS, dtype)
-    theirs = IndexedDataset(str(tmp_path / "ours"))
-    assert theirs.index.dtype is dtype
-    assert [theirs[i].tolist() for i in range(len(theirs))] == DOCUMENTS
-    assert theirs.document_indices.tolist() == [0, 1, 2, 3, 4]
+def test_megatron_reads_our_files(tmp_path: Path, dtype: type):
+    write(tmp_path / "ee_llm", DOCUMENTS, dtype)
+    dataset = IndexedDataset(str(tmp_path / "ee_llm"))
+    assert dataset.index.dtype is dtype
+    assert [dataset[i].tolist() for i in range(len(dataset))] == DOCUMENTS
+    assert dataset.document_indices.tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_ours_reads_megatron(tmp_path: Path, dtype: type):
-    write_with_megatron(tmp_path / "theirs", DOCUMENTS, dtype)
-    ours = IndexedTokens(tmp_path / "theirs")
-    assert ours.dtype == dtype
-    assert read_documents(tmp_path / "theirs") == DOCUMENTS
-    assert ours.tokens.tolist() == sum(DOCUMENTS, [])
-    assert ours.num_tokens == 9
+def test_reads_files_of_megatron(tmp_path: Path, dtype: type):
+    write_with_megatron(tmp_path / "megatron", DOCUMENTS, dtype)
+    data = IndexedTokens(tmp_path / "megatron")
+    assert data.dtype == dtype
+    assert read_documents(tmp_path / "megatron") == DOCUMENTS
+    assert data.tokens.tolist() == sum(DOCUMENTS, [])
+    assert data.num_tokens == 9
 
 
 def test_documents_of_several_sequences(tmp_path: Path):

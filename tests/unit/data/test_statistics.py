@@ -33,11 +33,11 @@ def test_counts_do_not_depend_on_chunks(chunk: int, monkeypatch: pytest.MonkeyPa
 
 def test_statistics(write_data: WriteData):
     prefix = write_data("a", [[1, 2, 300], [1, 1]])
-    found = statistics(StatisticsOptions(Path(prefix)))
+    result = statistics(StatisticsOptions(Path(prefix)))
     nats = -(0.6 * math.log(0.6) + 0.4 * math.log(0.2))
-    assert found == (prefix, 2, 5, 3, 300, 3, pytest.approx(nats))
-    assert "2 documents of at most 3 tokens, 5 tokens, 3 distinct ids up to 300" in str(found)
-    assert f"unigram entropy {nats:.3f} nats/token" in str(found)
+    assert result == (prefix, 2, 5, 3, 300, 3, pytest.approx(nats))
+    assert "2 documents of at most 3 tokens, 5 tokens, 3 distinct ids up to 300" in str(result)
+    assert f"unigram entropy {nats:.3f} nats/token" in str(result)
 
 
 @pytest.mark.parametrize("number", [-5, 2**31, 2**40])

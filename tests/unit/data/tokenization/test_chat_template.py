@@ -39,8 +39,8 @@ SPECIAL = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
 def test_same_rendering_as_transformers(name: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(write_family("gpt-2", tmp_path))
-    expected = theirs.apply_chat_template(
+    reference = AutoTokenizer.from_pretrained(write_family("gpt-2", tmp_path))
+    expected = reference.apply_chat_template(
         MESSAGES, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=True
     )
     assert ChatTemplate(TEMPLATES[name], "here", SPECIAL).render(MESSAGES) == expected

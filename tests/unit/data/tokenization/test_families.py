@@ -41,7 +41,7 @@ def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_family(name, tmp_path_factory.mktemp("families") / name)
 
 
-def _theirs(name: str, folder: Path) -> Any:
+def _reference(name: str, folder: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # Version 5 rebuilds the pipeline of LlamaTokenizer, which then adds no space after a special
@@ -53,11 +53,11 @@ def _theirs(name: str, folder: Path) -> Any:
 def test_end_tokens_equal_those_of_transformers(name: str, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    ours, theirs = load_tokenizer(folder / "tokenizer.json"), _theirs(name, folder)
+    tokenizer, reference = load_tokenizer(folder / "tokenizer.json"), _reference(name, folder)
     expected = GenerationConfig.from_pretrained(folder).eos_token_id
-    assert list(ours.eos_token_ids) == (expected if isinstance(expected, list) else [expected])
-    assert ours.eos_token_id == theirs.eos_token_id
-    assert ours.bos_token_id == theirs.bos_token_id
+    assert list(tokenizer.eos_token_ids) == (expected if isinstance(expected, list) else [expected])
+    assert tokenizer.eos_token_id == reference.eos_token_id
+    assert tokenizer.bos_token_id == reference.bos_token_id
     (folder / "generation_config.json").rename(folder / "hidden")
     try:
         assert load_tokenizer(folder / "tokenizer.json").eos_token_ids == (0,)  # From config.json.
@@ -66,38 +66,38 @@ def test_end_tokens_equal_those_of_transformers(name: str, folder: Path) -> None
 
 
 def test_parsed_special_tokens_equal_those_of_transformers(name: str, folder: Path) -> None:
-    ours, theirs = load_tokenizer(folder / "tokenizer.json"), _theirs(name, folder)
+    tokenizer, reference = load_tokenizer(folder / "tokenizer.json"), _reference(name, folder)
     for text in (FAMILIES[name].special, *TEXTS[:4]):
-        expected = theirs(text, add_special_tokens=False).input_ids
-        assert ours.encode(text, parse_special=True) == expected
-        assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True)
-    special = set(ours.special_tokens.values())
-    assert special == set(theirs.all_special_ids) | special
-    assert special & set(ours.encode(FAMILIES[name].special, parse_special=True))
+        expected = reference(text, add_special_tokens=False).input_ids
+        assert tokenizer.encode(text, parse_special=True) == expected
+        assert tokenizer.decode(expected) == reference.decode(expected, skip_special_tokens=True)
+    special = set(tokenizer.special_tokens.values())
+    assert special == set(reference.all_special_ids) | special
+    assert special & set(tokenizer.encode(FAMILIES[name].special, parse_special=True))
     if name != "unigram":  # Its vocabulary has them as pieces, which the model can choose.
-        assert not special & set(ours.encode(FAMILIES[name].special))
+        assert not special & set(tokenizer.encode(FAMILIES[name].special))
 
 
 def test_chats_are_rendered_as_by_transformers(name: str, folder: Path) -> None:
-    ours, theirs = load_tokenizer(folder / "tokenizer.json"), _theirs(name, folder)
+    tokenizer, reference = load_tokenizer(folder / "tokenizer.json"), _reference(name, folder)
     if FAMILIES[name].template is None:
         with pytest.raises(ValueError, match=r"no chat template: .*--chat-template FILE"):
-            load_chat_template(ours)
+            load_chat_template(tokenizer)
         return
-    template = load_chat_template(ours)
+    template = load_chat_template(tokenizer)
     for messages in CONVERSATIONS:
         text = template.render(messages)
         options = {"add_generation_prompt": True}
-        assert text == theirs.apply_chat_template(messages, tokenize=False, **options)
-        expected = theirs.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
-        assert ours.encode(text, parse_special=True) == expected
+        assert text == reference.apply_chat_template(messages, tokenize=False, **options)
+        expected = reference.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
+        assert tokenizer.encode(text, parse_special=True) == expected
 
 
 def test_separate_template_file_has_precedence(tmp_path: Path) -> None:
     folder = write_family("qwen-2.5", tmp_path, template_file=True)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     assert tokenizer.settings.template_path == folder / "chat_template.jinja"
-    expected = _theirs("qwen-2.5", folder).apply_chat_template(
+    expected = _reference("qwen-2.5", folder).apply_chat_template(
         CONVERSATIONS[0], tokenize=False, add_generation_prompt=True
     )
     assert load_chat_template(tokenizer).render(CONVERSATIONS[0]) == expected
@@ -180,7 +180,7 @@ def test_documents_end_with_the_token_defined_in_the_files(
     assert read_documents(tmp_path / "a") == [
         [*tokenizer.encode("Hello there"), tokenizer.eos_token_id]
     ]
-    assert tokenizer.eos_token_id == _theirs(name, folder).eos_token_id
+    assert tokenizer.eos_token_id == _reference(name, folder).eos_token_id
     check_tokenizer(tmp_path / "a", tokenizer)
 
 
@@ -201,7 +201,7 @@ def test_end_of_document_token_can_be_given(tmp_path: Path) -> None:
 
 def test_checkpoint_has_the_settings_of_its_tokenizer(tmp_path: Path) -> None:
     """A model trained from scratch with a folder's tokenizer must use the same end token."""
-    folder = write_family("deepseek", tmp_path / "theirs")
+    folder = write_family("deepseek", tmp_path / "source")
     checkpoint = tmp_path / "checkpoint"
     for name, content in settings_of(str(folder / "tokenizer.json")).items():
         (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
