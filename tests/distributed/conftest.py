@@ -1,4 +1,4 @@
-"""What several files train on and load."""
+"""Fixtures that several files share: a corpus and a checkpoint."""
 
 import pytest
 
@@ -9,13 +9,13 @@ from tests.distributed.toy_run import save_run
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """The prefix of a small corpus."""
+    """Return the prefix of a small corpus."""
     return write_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The output of a toy's run that was saved under two pipeline ranks."""
+    """Return the output directory of a toy run, saved by two pipeline ranks."""
     output = tmp_path_factory.mktemp("run")
     run_ranks(2, save_run, output, (1, 2))
     return output

@@ -1,4 +1,4 @@
-"""Runs a function in several ranks: everything is imported once, then the ranks are forked."""
+"""Run a function in several ranks, which are forked after everything is imported once."""
 
 import contextlib
 import faulthandler
@@ -18,19 +18,19 @@ from ee_llm import distributed
 
 distributed.enable_megatron()
 import megatron.core.parallel_state
-import megatron.core.tensor_parallel  # noqa: F401  (imported here, once, and not in each rank)
+import megatron.core.tensor_parallel  # noqa: F401  (so that the ranks do not import it)
 
-gc.freeze()  # what the parent has imported is no rank's garbage: their collections stay quick
+gc.freeze()  # excludes the imported modules from the ranks' garbage collections, for speed
 
 
 class RankFailed(AssertionError):
-    """A rank raised, died or did not finish in time; the message carries its traceback."""
+    """A rank raised, died or did not finish in time. The message has its traceback."""
 
 
 def run_ranks(
     world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60
 ) -> list[Any]:
-    """Return what `function(*args)` returned in each of `world_size` forked ranks.
+    """Run `function(*args)` in each of `world_size` forked ranks and return the results.
 
     Each rank sees torchrun's environment (RANK, WORLD_SIZE, ...) and initialises its process
     groups itself. Results must be picklable. Raises RankFailed with the traceback of the first rank
@@ -52,7 +52,7 @@ class _Rank(NamedTuple):
     process: Any
     answer: connection.Connection
     place: IO[str]
-    """Takes where it is when it is asked by SIGUSR1."""
+    """The file to which the rank writes its traceback on SIGUSR1."""
 
 
 def _start(arguments: tuple[Any, ...]) -> _Rank:
@@ -92,7 +92,7 @@ def _unfinished(numbers: list[int], ranks: list[_Rank]) -> str:
     time.sleep(1)
     for number in numbers:
         ranks[number].place.seek(0)
-        message += f"\nrank {number} was here:\n{ranks[number].place.read()}"
+        message += f"\nrank {number} is here:\n{ranks[number].place.read()}"
     return message
 
 
@@ -110,18 +110,18 @@ def _rank_main(writer, place, rank, world_size, port, function, args) -> None:
         message = (True, function(*args))
     except BaseException:
         message = (False, traceback.format_exc())
-    for child in active_children():  # megatron-core's writer leaves one behind
+    for child in active_children():  # megatron-core's writer leaves a process
         child.kill()
     with contextlib.suppress(BrokenPipeError):
         writer.send_bytes(pickle.dumps(message))
         writer.close()
     if message[0]:
         distributed.shutdown()
-    os._exit(0)  # no atexit handlers of the parent's (pytest, coverage) run twice
+    os._exit(0)  # skips the parent's atexit handlers (pytest, coverage)
 
 
 def free_port() -> int:
-    """Return a port that nobody listened on a moment ago."""
+    """Return a port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What training answers to what is wrong: the option or file, the value, the mend; on all ranks."""
+"""Errors of training name the option or file, the value and the fix, on all ranks."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ from tests.distributed.runs import (
 
 
 def refusal(world_size, config):
-    """The one message that all ranks refuse with, soon."""
+    """Return the one error that all ranks raise, in time."""
     start = time.monotonic()
     ends = train_ranks(world_size, config)
     assert time.monotonic() - start < 30
@@ -43,7 +43,7 @@ def refusal(world_size, config):
     return messages.pop()
 
 
-# Before the first step.
+# Errors before the first step.
 
 
 def test_world_size_that_does_not_fit(tmp_path, corpus):
@@ -54,7 +54,7 @@ def test_world_size_that_does_not_fit(tmp_path, corpus):
 
 
 def test_world_size_that_does_not_fit_under_a_launcher(tmp_path, corpus):
-    """As torchrun would start it, wrongly: said at once, without waiting for other ranks."""
+    """A wrong start by torchrun is an error at once, without waiting for other ranks."""
     path = tmp_path / "train.toml"
     path.write_text(make_config(tmp_path, corpus, **layout(1, 2)).to_toml())
     environment = {**os.environ, "WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -70,7 +70,7 @@ def test_world_size_that_does_not_fit_under_a_launcher(tmp_path, corpus):
     assert done.stderr.count("\n") == 1
 
 
-def test_no_such_data(tmp_path, corpus):
+def test_missing_data(tmp_path, corpus):
     config = make_config(tmp_path, str(tmp_path / "nowhere"), **layout(1, 2))
     message = refusal(2, config)
     assert f"{tmp_path}/nowhere.bin" in message or f"{tmp_path}/nowhere.idx" in message
@@ -122,7 +122,7 @@ def test_checkpoint_of_another_tokenizer(tmp_path, corpus):
     assert "Use 'bytes'" in message
 
 
-def test_no_such_checkpoint(tmp_path, corpus):
+def test_missing_checkpoint(tmp_path, corpus):
     options = {"checkpoint.resume": str(tmp_path / "none"), **layout(1, 2)}
     message = refusal(2, make_config(tmp_path / "run", corpus, **options))
     assert f"{tmp_path}/none does not exist" in message
@@ -146,8 +146,8 @@ def test_other_data_of_the_same_name(tmp_path, corpus):
     assert "another --output" in message
 
 
-def test_a_run_that_went_on_by_itself_does_not_begin_again(tmp_path, corpus):
-    """From a path, then by "auto", then by the first command once more."""
+def test_run_that_resumed_itself_does_not_start_again(tmp_path, corpus):
+    """Starts from a path, resumes with "auto", then repeats the first command."""
     source, output = tmp_path / "source", tmp_path / "run"
     train_ranks(1, make_config(source, corpus, **{"training.steps": 1}))
     resume = {"checkpoint.resume": str(source)}
@@ -166,13 +166,13 @@ def _end_in_order(config):
     return order
 
 
-def test_the_output_is_let_go_last(tmp_path, corpus):
-    """A next run that may write is not to meet ranks of this one that have not ended."""
+def test_lock_is_released_last(tmp_path, corpus):
+    """The next run must not write while ranks of this one still run."""
     config = make_config(tmp_path, corpus, **{"training.steps": 1})
     assert run_ranks(1, _end_in_order, config) == [["shutdown", "release"]]
 
 
-def test_output_of_a_run_that_lives(tmp_path, corpus):
+def test_output_of_another_running_run(tmp_path, corpus):
     lock = OutputLock(tmp_path)
     lock.take()
     config = make_config(tmp_path, corpus, **layout(1, 2), **{"training.steps": 1})
@@ -183,7 +183,7 @@ def test_output_of_a_run_that_lives(tmp_path, corpus):
 
 
 def test_data_beyond_the_vocabulary(tmp_path):
-    """One sample of many, met by one of two data ranks: all end with what that one saw."""
+    """One of two data ranks reads the bad sample, and all ranks end with its error."""
     prefix = write_corpus(tmp_path / "corpus", extra=[5, 999, 7])
     options = {"data.split": (1.0, 0.0, 0.0), "training.steps": 1000, "checkpoint.interval": 0}
     start = time.monotonic()
@@ -195,11 +195,11 @@ def test_data_beyond_the_vocabulary(tmp_path):
     assert all("model.vocab_size = 258" in message for message in messages)
 
 
-# While it runs.
+# Errors during the run.
 
 
 def _full_at(config, step, rank):
-    """Train with a disk that is full, for one rank, from a step on."""
+    """Train with a disk that is full for one rank after a step."""
 
     def fault(model, here):
         if here == step and model.grid.rank == rank:
@@ -210,7 +210,7 @@ def _full_at(config, step, rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_disk_full_while_saving(tmp_path, corpus, rank):
-    """The run ends with the reason; the checkpoint before is whole, is the latest, and goes on."""
+    """The run ends with the reason, and can resume from the previous checkpoint."""
     options = {"training.steps": 6, "checkpoint.interval": 2, "model.dropout": 0.1, **layout(1, 2)}
     config = make_config(tmp_path / "full", corpus, **options)
     messages = run_ranks(2, _full_at, config, 4, rank)
@@ -230,7 +230,7 @@ def test_disk_full_while_saving(tmp_path, corpus, rank):
 
 
 def test_full_file_system(tmp_path, corpus):
-    """A real file system without space, where this may be mounted."""
+    """A real full file system, if the test may mount one."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a file system needs root")
@@ -250,7 +250,7 @@ def test_full_file_system(tmp_path, corpus):
 def _filled_at(config, step, filler):
     def fault(model, here):
         if here == step and model.grid.rank == 0:
-            # Room is left for a line of the log and the beginning of a checkpoint.
+            # Leaves space for a line of the log and the start of a checkpoint.
             stat = os.statvfs(filler.parent)
             with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
                 for _ in range(stat.f_bavail - 5):
@@ -269,8 +269,8 @@ def _end_of(config, fault):
     return "trained", time.monotonic() - start
 
 
-def test_an_error_on_one_rank_ends_all(tmp_path, corpus):
-    """The others neither wait for it until the time-out nor hide it with errors of their own."""
+def test_error_on_one_rank_ends_all(tmp_path, corpus):
+    """The others neither wait until the timeout nor hide it with their own errors."""
 
     def fault(model, here):
         if here == 2 and model.grid.rank == 1:
@@ -285,7 +285,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path, corpus):
     assert first[1] < 20
 
 
-def test_a_rank_that_hangs_ends_all(tmp_path, corpus):
+def test_hanging_rank_ends_all(tmp_path, corpus):
     def fault(model, here):
         if here == 2 and model.grid.rank == 1:
             time.sleep(8)
@@ -299,13 +299,13 @@ def test_a_rank_that_hangs_ends_all(tmp_path, corpus):
 
 
 def _elsewhere(config, path):
-    """Rank 1 sees another directory, as on a machine that does not share the first one's disk."""
+    """Train with another directory on rank 1, as on a machine without the shared disk."""
     if os.environ["RANK"] == "1":
         config = config.model_copy(update={"output": str(path)})
     return train_here(config)
 
 
-def test_a_rank_that_can_not_write(tmp_path, corpus):
+def test_rank_that_cannot_write(tmp_path, corpus):
     config = make_config(tmp_path / "run", corpus, **layout(1, 2))
     ends = run_ranks(2, _elsewhere, config, Path("/proc/no"))
     said = "output: the directory '/proc/no' cannot be written to"
@@ -314,7 +314,7 @@ def test_a_rank_that_can_not_write(tmp_path, corpus):
 
 
 def test_ranks_that_do_not_share_a_disk(tmp_path, corpus):
-    """The checkpoint that rank 0 found is gone on from by all, or by none; saving says the rest."""
+    """All ranks resume from the checkpoint that rank 0 found, or none; a save reports the rest."""
     options = {"training.steps": 4, "checkpoint.interval": 2, **layout(1, 2)}
     train_ranks(2, make_config(tmp_path / "whole", corpus, **options))
     short = make_config(tmp_path / "run", corpus, **options | {"training.steps": 2})

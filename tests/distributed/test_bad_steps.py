@@ -1,4 +1,4 @@
-"""Steps that must change nothing, and data that one rank cannot read: all ranks act alike."""
+"""Bad steps change nothing, and unreadable data on one rank is an error on all ranks."""
 
 import json
 import math
@@ -36,22 +36,22 @@ def _poison_gradient(steps, rank):
 
 
 def _poison_loss(config, steps, rank):
-    """Train with losses that are NaN at some steps (from 1) on one rank."""
-    exit_loss, begin = StageOnData.exit_loss, StageOnData.begin
-    began = [0]
+    """Train with losses that are NaN in some steps (from 1) on one rank."""
+    exit_loss, set_microbatches = StageOnData.exit_loss, StageOnData.set_microbatches
+    num_started = [0]
 
     def count(self, microbatches, factors, scaling):
-        began[0] += 1
-        begin(self, microbatches, factors, scaling)
+        num_started[0] += 1
+        set_microbatches(self, microbatches, factors, scaling)
 
     def poisoned(self, microbatch, index, tap):
         loss = exit_loss(self, microbatch, index, tap)
-        if began[0] in steps and os.environ["RANK"] == str(rank):
+        if num_started[0] in steps and os.environ["RANK"] == str(rank):
             boundary = self.stage.boundaries[index]
             self.sums[boundary] = self.sums[boundary] * math.nan
         return loss
 
-    StageOnData.begin, StageOnData.exit_loss = count, poisoned
+    StageOnData.set_microbatches, StageOnData.exit_loss = count, poisoned
     return train_here(config)
 
 
@@ -72,11 +72,11 @@ def _same(one, other):
     [(2, layout(1, 2)), (2, layout(1, 1)), (2, layout(2, 1))],
     ids=["pp2", "dp2", "tp2"],
 )
-def test_a_bad_step_is_skipped_by_all(tmp_path, corpus, kind, world_size, options):
-    """What is not finite on one rank changes nothing on any: no parameter, moment or count."""
+def test_bad_step_is_skipped_on_all_ranks(tmp_path, corpus, kind, world_size, options):
+    """A non-finite value on one rank changes no parameter, moment or count on any rank."""
     options = options | {"checkpoint.interval": 1, "model.tie_embeddings": True}
     config = make_config(tmp_path, corpus, **options)
-    # Tensor ranks have one loss between them; the first one's is the one that is taken.
+    # Tensor ranks share one loss, which is taken from the first of them.
     rank = 0 if kind == "loss" and options["parallel.tensor"] == 2 else 1
     if kind == "gradient":
         train_ranks(world_size, config, _poison_gradient({3}, rank))
@@ -104,7 +104,7 @@ def test_a_bad_step_is_skipped_by_all(tmp_path, corpus, kind, world_size, option
 
 
 def _mask_everything(config, steps):
-    """Train with no valid token on any rank at some steps (from 1)."""
+    """Train without a valid token on any rank in some steps (from 1)."""
     whole = ParallelModel.forward_backward
 
     def masked(self, microbatches, step):
@@ -117,8 +117,8 @@ def _mask_everything(config, steps):
 
 
 @pytest.mark.parametrize("sizes", [(1, 2), (1, 1)], ids=["pp2", "dp2"])
-def test_a_step_without_a_valid_token_changes_nothing(tmp_path, corpus, sizes):
-    """Its gradients are 0, on which AdamW would still decay weights and move by its moments."""
+def test_step_without_a_valid_token_changes_nothing(tmp_path, corpus, sizes):
+    """With gradients of 0 AdamW would still apply weight decay and its moments."""
     options = {"checkpoint.interval": 1, "optimizer.weight_decay": 0.5, **layout(*sizes)}
     run_ranks(2, _mask_everything, make_config(tmp_path, corpus, **options), {3})
     saved = _checkpoints(tmp_path)
@@ -131,7 +131,7 @@ def test_a_step_without_a_valid_token_changes_nothing(tmp_path, corpus, sizes):
 
 
 def test_too_many_bad_steps_stop_the_run(tmp_path, corpus):
-    """In a row, that is: two, a good one, then three. What is saved can be gone on from."""
+    """Two bad steps, a good one, then three bad ones in a row. The run can be resumed."""
     options = {"training.steps": 9, "training.max_bad_steps": 3, "checkpoint.interval": 1}
     config = make_config(tmp_path, corpus, **options, **layout(1, 2))
     bad = {2, 3, 5, 6, 7, 8}
@@ -168,8 +168,8 @@ def _unreadable_at(config, step, rank):
         return f"OSError: {error}"
 
 
-def test_data_that_one_rank_can_not_read(tmp_path, corpus):
+def test_data_that_one_rank_cannot_read(tmp_path, corpus):
     config = make_config(tmp_path, corpus, **layout(1, 2))
     ends = run_ranks(2, _unreadable_at, config, 3, 1)
     assert ends[1].startswith("OSError: [Errno 5] Input/output error")
-    assert ends[0].startswith("ValueError: rank 1: OSError: [Errno 5] Input/output error")
+    assert ends[0].startswith("UserError: rank 1: OSError: [Errno 5] Input/output error")

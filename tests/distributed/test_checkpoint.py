@@ -1,4 +1,4 @@
-"""Saving under one layout and loading under another, optimizer included; reading it elsewhere."""
+"""Saving in one layout and loading in another, with the optimizer; other readers."""
 
 import random
 
@@ -11,7 +11,7 @@ from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.state import TrainState
 from tests.distributed.harness import run_ranks
-from tests.distributed.toy_run import FFN, HIDDEN, Run, save_run, union, whole_tensor
+from tests.distributed.toy_run import FFN, HIDDEN, Run, save_run, union, unsharded_tensor
 
 distributed.enable_megatron()
 from megatron.core import dist_checkpointing
@@ -40,8 +40,8 @@ def _load_run(output, layout, dtype=torch.float32, step=3):
     ],
     ids=lambda layout: "tp{}pp{}world{}".format(*layout),
 )
-def test_goes_on_alike_under_another_layout(tmp_path, before, after, dtype):
-    """Guards the whole way: shards, masters, moments, step counts, tied copies, all optimizers."""
+def test_resuming_in_another_layout_is_equal(tmp_path, before, after, dtype):
+    """Covers shards, masters, moments, step counts, tied copies and all optimizers."""
     saved = run_ranks(before[2], save_run, tmp_path, before[:2], dtype)
     loaded = run_ranks(after[2], _load_run, tmp_path, after[:2], dtype)
     assert loaded[0][0] == pytest.approx(saved[0][0], rel=1e-5)
@@ -52,7 +52,7 @@ def test_goes_on_alike_under_another_layout(tmp_path, before, after, dtype):
 
 
 def _draws():
-    """One number of every random generator that a run may use."""
+    """Return one number of every random generator that a run may use."""
     with get_cuda_rng_tracker().fork():
         tracked = torch.rand(1).item()
     return (
@@ -93,7 +93,7 @@ def _resumed(output, layout, dtype):
     ],
 )
 def test_resuming_is_bit_identical(tmp_path, world, layout, dtype):
-    """Guards step counts (torch's AdamW loses them), masters, and all random generators."""
+    """Covers step counts (torch's AdamW loses them), masters and all random generators."""
     straight = run_ranks(world, _straight, tmp_path, layout, dtype)
     resumed = run_ranks(world, _resumed, tmp_path, layout, dtype)
     for one, other in zip(straight, resumed, strict=True):
@@ -109,8 +109,8 @@ def _save_before_the_first_step(output):
     assert run.train(1, 1) == [pytest.approx(run.train(1, 1)[0])]
 
 
-def test_a_run_can_be_saved_before_its_first_step(tmp_path):
-    """Adam has no moments yet; a checkpoint without them would not load."""
+def test_run_can_be_saved_before_its_first_step(tmp_path):
+    """Adam has no moments yet, but a checkpoint without them would not load."""
     run_ranks(1, _save_before_the_first_step, tmp_path)
 
 
@@ -128,12 +128,12 @@ def _parameters_only(output):
     assert any(not torch.equal(before[place], data) for place, data in trained.items())
 
 
-def test_parameters_alone(tmp_path):
+def test_loading_only_parameters(tmp_path):
     run_ranks(1, _parameters_only, tmp_path)
 
 
-def test_reader_assembles_whole_tensors(tmp_path):
-    """Tensors of four ranks, gate and up of SwiGLU included, as one process would hold them."""
+def test_reader_assembles_unsharded_tensors(tmp_path):
+    """Tensors of four ranks, including gate and up of SwiGLU, equal those of one process."""
     saved = run_ranks(4, _save_twice, tmp_path, (2, 2))
     reader = TensorReader(tmp_path)
     wholes = union(saved)
@@ -143,10 +143,10 @@ def test_reader_assembles_whole_tensors(tmp_path):
     weight = reader.tensor("layers.2.fc1.weight")
     assert torch.equal(
         weight.double(),
-        whole_tensor("layers.2.fc1.weight", (2 * FFN, HIDDEN), "weight").float().double(),
+        unsharded_tensor("layers.2.fc1.weight", (2 * FFN, HIDDEN), "weight").float().double(),
     )
     masters = {name for name in reader.names(optimizer=True) if "exp_avg" not in name}
-    assert masters == set()  # float32 parameters are their own
+    assert masters == set()  # float32 parameters need none
 
 
 def _save_twice(output, layout):
@@ -161,8 +161,8 @@ def _read_by_megatron(output):
     return dist_checkpointing.load_plain_tensors(str(path))
 
 
-def test_megatron_core_reads_it_too(checkpoint):
-    """The format is torch_dist, so that other tools for it work."""
+def test_megatron_core_reads_the_checkpoint(checkpoint):
+    """The format is torch_dist, which other tools read."""
     [tensors] = run_ranks(1, _read_by_megatron, checkpoint)
     reader = TensorReader(checkpoint)
     assert sorted(tensors) == sorted(reader.names() + reader.names(optimizer=True))

@@ -1,4 +1,4 @@
-"""What `ee-llm checkpoint` makes of a run's checkpoint, for runs on several ranks."""
+"""`ee-llm checkpoint` on checkpoints of runs with several ranks."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def command(*arguments):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, corpus):
-    """Six steps on one rank with dropout; a checkpoint of step 3 is kept."""
+    """Train six steps on one rank with dropout and keep a checkpoint of step 3."""
     output = tmp_path_factory.mktemp("source")
     options = {"training.steps": 6, "checkpoint.interval": 3, "model.dropout": 0.1}
     train_ranks(1, make_config(output, corpus, **options))
@@ -50,8 +50,10 @@ def go_on(output, corpus, checkpoint, world_size, **options):
     ],
     ids=["where-it-was-saved", "tp2-pp2-sp", "vp2-pp2", "dp2"],
 )
-def test_going_on_is_as_from_the_original(tmp_path, corpus, source, world_size, options, resharded):
-    """Under its own layout, another, and the one that saved (with its generators): bit for bit."""
+def test_resuming_is_equal_to_the_original(
+    tmp_path, corpus, source, world_size, options, resharded
+):
+    """Bit for bit, in its own layout, in another, and in the one that saved (with generators)."""
     command("reshard", source, *resharded, "--output", tmp_path / "cut")
     dropout = {"model.dropout": 0.1}
     one = go_on(tmp_path / "a", corpus, source, world_size, **options, **dropout)
@@ -62,8 +64,8 @@ def test_going_on_is_as_from_the_original(tmp_path, corpus, source, world_size, 
         assert_equal_bits(one, source.with_name("step-00000006"))
 
 
-def test_a_run_goes_on_with_an_exit_more(tmp_path, corpus, source):
-    """And without one: the optimizer's state fits what there is, the others' losses what was."""
+def test_run_resumes_with_another_exit(tmp_path, corpus, source):
+    """Also with one exit less. The optimizer's state fits, and the other losses are unchanged."""
     command("add-exits", source, "--exits", 3, "--output", tmp_path / "more")
     command("remove-exits", source, "--exits", 1, "--output", tmp_path / "less")
     quiet = {"model.dropout": 0.0}
@@ -77,7 +79,7 @@ def test_a_run_goes_on_with_an_exit_more(tmp_path, corpus, source):
         assert found[key] == pytest.approx(value, rel=1e-6)
 
 
-def test_class_aware_on_two_ranks_is_as_on_one(tmp_path, corpus, source):
+def test_class_aware_exits_are_equal_on_two_ranks_and_one(tmp_path, corpus, source):
     dense = tmp_path / "dense"
     command("remove-exits", source, "--exits", 1, 2, "--output", dense)
     options = ["--exits", "2", "--initialization", "class-aware", "--data", corpus, "--json"]

@@ -1,4 +1,4 @@
-"""What fails on one rank while saving fails on all, soon, and leaves what was there."""
+"""A failed save on one rank fails soon on all ranks and keeps the previous checkpoint."""
 
 import contextlib
 import multiprocessing
@@ -37,7 +37,7 @@ def _no_process_left(output):
 
 
 def test_saving_starts_no_process_and_needs_no_psutil(tmp_path):
-    """megatron-core's own writer starts a manager, and without psutil waits for ever."""
+    """megatron-core's own writer starts a manager process, and hangs without psutil."""
     run_ranks(1, _no_process_left, tmp_path, timeout_s=30)
 
 
@@ -48,7 +48,7 @@ def _expect_failure(run, step, match):
     assert time.monotonic() - start < 10, "the ranks waited for each other"
     checkpoints = run.config.output + "/checkpoints"
     distributed.synchronize()
-    torch.distributed.barrier()  # rank 0 clears up after it has told the others
+    torch.distributed.barrier()  # rank 0 cleans up after it has notified the others
     assert sorted(os.listdir(checkpoints)) == ["latest", "step-00000001"]
     assert directory.find_latest(run.config.output).name == "step-00000001"
     run.load()
@@ -70,7 +70,7 @@ def _disk_full(output, failing_rank, limit):
     ("failing_rank", "limit"), [(0, 100), (0, 1200), (0, 20_000), (1, 100), (1, 9_000)]
 )
 def test_disk_full_while_saving(tmp_path, failing_rank, limit):
-    """From the header's first bytes to the last of the tensors, on either rank."""
+    """Covers the start of the header to the end of the tensors, on either rank."""
     run_ranks(2, _disk_full, tmp_path, failing_rank, limit)
 
 
@@ -92,7 +92,7 @@ def _full_file_system(output):
 
 
 def test_full_file_system(tmp_path):
-    """A real file system without space, where this may be mounted."""
+    """A real full file system, if the test may mount one."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a file system needs root")
@@ -116,7 +116,7 @@ def _broken_stage(output):
     _expect_failure(run, 2, "RuntimeError: planted")
 
 
-def test_an_error_on_one_rank_reaches_all(tmp_path):
+def test_error_on_one_rank_is_raised_on_all(tmp_path):
     run_ranks(2, _broken_stage, tmp_path)
 
 
@@ -124,7 +124,7 @@ def _dead_rank(output):
     run = Run(output, (1, 2))
     run.save(1)
     if run.grid.rank == 1:
-        torch.distributed.destroy_process_group()  # its connections close, as when it dies
+        torch.distributed.destroy_process_group()  # closes its connections, as its death would
         return None
     start = time.monotonic()
     with pytest.raises(RuntimeError):
@@ -132,7 +132,7 @@ def _dead_rank(output):
     return time.monotonic() - start, directory.find_latest(output).name
 
 
-def test_a_dead_rank_ends_the_wait(tmp_path):
+def test_dead_rank_ends_the_wait(tmp_path):
     [survivor, _] = run_ranks(2, _dead_rank, tmp_path)
     assert survivor[0] < 25
     assert survivor[1] == "step-00000001"

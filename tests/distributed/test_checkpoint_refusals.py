@@ -1,4 +1,4 @@
-"""What does not fit the run that is to go on, or was planted, is refused and named."""
+"""Errors of checkpoints that do not fit the run or contain malicious pickles."""
 
 import pickle
 import shutil
@@ -25,7 +25,7 @@ def _load_errors(output, overrides, layout=(1, 1), dtype=torch.float32):
 
 
 @pytest.mark.parametrize("fact", ["tokenizer", "optimizer_steps", "layout"])
-def test_manifest_without_a_fact(checkpoint, tmp_path, fact):
+def test_manifest_without_a_field(checkpoint, tmp_path, fact):
     output = tmp_path / "run"
     shutil.copytree(checkpoint, output)
     reseal(directory.find_latest(output), lambda facts: facts.pop(fact))
@@ -60,7 +60,7 @@ def test_another_tokenizer(checkpoint, tmp_path):
     assert "Use 'bytes'" in message
 
 
-def test_another_precision_says_so(checkpoint):
+def test_another_dtype_is_an_error(checkpoint):
     messages = run_ranks(2, _load_errors, checkpoint, {}, (1, 2), torch.bfloat16)
     assert len(set(messages)) == 1
     assert "are missing: optimizer.state.fp32_param.embedding.word.weight, " in messages[0]
@@ -91,8 +91,8 @@ def test_names_and_shapes_that_differ_are_listed(checkpoint):
 
 
 @pytest.mark.parametrize("place", [".metadata", "common.pt", "rng"])
-def test_planted_pickle_is_not_run_when_training_resumes(checkpoint, tmp_path, place):
-    """megatron-core and torch would unpickle each of these (the byte entries: see test_safe)."""
+def test_malicious_pickle_is_not_executed_on_resume(checkpoint, tmp_path, place):
+    """megatron-core and torch would unpickle each of these (see test_safe for the byte entries)."""
     output, marker = tmp_path / "run", tmp_path / "executed"
     shutil.copytree(checkpoint, output)
     step = directory.find_latest(output)

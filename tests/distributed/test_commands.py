@@ -1,4 +1,4 @@
-"""The commands as a person runs them: from text to text, and what signals and losses do to them."""
+"""The commands in separate processes, from text to generated text, with signals and failures."""
 
 import json
 import os
@@ -59,7 +59,7 @@ PROMPT = "the quick brown"
 
 
 class Workplace:
-    """A directory with a configuration, and the commands run in it as processes of their own."""
+    """A directory with a configuration, in which commands run as separate processes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -75,7 +75,7 @@ class Workplace:
         )
 
     def run(self, *arguments: str, status: int = 0) -> tuple[str, str]:
-        """Standard output and error of a command that ends with `status`."""
+        """Run a command that must end with `status`; return its standard output and error."""
         with self.start(*arguments) as process:
             out, err = process.communicate(timeout=180)
         assert process.returncode == status, err
@@ -84,7 +84,7 @@ class Workplace:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """Text, a vocabulary trained on it, prepared data and a model trained on these."""
+    """Create a text, its vocabulary, the prepared data and a model trained on them."""
     place = Workplace(tmp_path_factory.mktemp("workplace"))
     (place.path / "texts").mkdir()
     for number, sentence in enumerate(text(200)):
@@ -99,7 +99,7 @@ def workplace(tmp_path_factory):
 
 
 def test_training_reports(workplace):
-    """The loss of every exit, for training and validation, and where the model is."""
+    """The output has the losses of every exit in training and validation, and the model's path."""
     run = workplace.path / "run"
     assert sorted(training_log(run)) == [10, 20, 30, 40]
     assert sorted(validation_log(run)) == [25, 40]
@@ -130,7 +130,7 @@ def test_generation(workplace, strategy):
 
 
 def test_tuning(workplace):
-    """The shipped configuration on this model: an exit more, and text from the whole."""
+    """The configuration of the examples adds an exit to this model, which then generates text."""
     options = {
         "--tuning.checkpoint": "run",
         "--tuning.exits": "3",
@@ -159,18 +159,18 @@ def test_tuning(workplace):
 
 
 @pytest.mark.slow
-def test_going_on_by_the_same_command(workplace):
+def test_same_command_resumes_the_run(workplace):
     arguments = ("train", "--config", "tiny.toml", "--nproc", "2", "--output", "run")
     _, said = workplace.run(*arguments, "--training.steps", "43")
     assert "resuming from step 40, run/checkpoints/step-00000040" in said
     assert directory.find_latest(workplace.path / "run").name == "step-00000043"
 
 
-# Long runs that do not end by themselves.
+# Runs that are too long to end by themselves.
 
 
 class Running:
-    """A run under `--nproc 2` that has taken some steps, and its ranks."""
+    """A run with `--nproc 2` that has taken some steps, and its ranks."""
 
     def __init__(self, workplace: Workplace, output: str) -> None:
         options = ("--training.steps", "100000", "--logging.interval", "1", "--output", output)
@@ -188,18 +188,18 @@ class Running:
         assert len(self.ranks) == 2
 
     def end(self) -> tuple[int, list[str]]:
-        """Exit status and messages, progress left out; fails if a rank is left."""
+        """Return the exit status and the messages without progress; assert that no rank is left."""
         _, err = self.launcher.communicate(timeout=60)
         assert [pid for pid in self.ranks if Path(f"/proc/{pid}").exists()] == []
         said = [line for line in err.splitlines() if not line.startswith("step ")]
-        return self.launcher.returncode, said[1:]  # without the line that says what begins
+        return self.launcher.returncode, said[1:]  # without the line about the start
 
 
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_and_ends_all(workplace, number):
-    """Preemption, and Ctrl-C: a whole step, a checkpoint, a line that says so, no process left."""
+def test_signal_saves_and_ends_all_ranks(workplace, number):
+    """Preemption and Ctrl-C: the step is completed, saved and reported, and no process is left."""
     running = Running(workplace, f"run-{number.name}")
     running.launcher.send_signal(number)
     status, said = running.end()
@@ -215,7 +215,7 @@ def test_a_signal_saves_and_ends_all(workplace, number):
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_is_named(workplace):
+def test_killed_rank_is_named(workplace):
     running = Running(workplace, "run-killed")
     os.kill(running.ranks[1], signal.SIGKILL)
     status, said = running.end()
@@ -224,8 +224,8 @@ def test_a_rank_that_is_killed_is_named(workplace):
     assert said[0].startswith("ee-llm: rank 1 was killed by SIGKILL")
 
 
-def test_what_one_rank_meets_is_one_line(workplace):
-    """One of two data ranks reads what the model has no place for; three processes could speak."""
+def test_error_of_one_rank_is_one_line(workplace):
+    """One of two data ranks reads a bad token; three processes could print an error."""
     write_corpus(workplace.path / "beyond", extra=[5, 999, 7])
     options = (
         "--data.prefixes",

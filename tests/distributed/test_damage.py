@@ -1,6 +1,6 @@
-"""One damaged byte in any file of a run's checkpoint ends what reads it, on every rank, by name.
+"""One damaged byte in any file of a checkpoint is an error that names the file, on every rank.
 
-Each rank verifies the blocks that it reads; between all of them, that is every block.
+Each rank verifies the blocks that it reads; all ranks together read every block.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ NONE = "nothing was found"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """A tokenizer's file as large as the model's vocabulary."""
+    """Write a tokenizer's file with the size of the model's vocabulary."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     make_tokenizer(path, 300)
     (path.parent / "tokenizer_config.json").write_text('{"add_bos_token": false}')
@@ -39,7 +39,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, corpus, tokenizer):
-    """A run of two pipeline ranks that has saved its optimizer."""
+    """Train on two pipeline ranks and save the optimizer."""
     output = tmp_path_factory.mktemp("trained")
     [end, _] = train_ranks(2, dense_config(output, corpus, **ONE_STEP, **layout(1, 2), **tokenizer))
     assert len({*files_of(Path(end))} & {"tensors/__0_0.distcp", "tensors/__1_0.distcp"}) == 2, end
@@ -48,7 +48,7 @@ def trained(tmp_path_factory, corpus, tokenizer):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, corpus, tokenizer, trained):
-    """A tuning of two exits on it, saved by two ranks, which copied what is frozen."""
+    """Tune two exits of that model on two ranks, which copy the frozen parameters."""
     output = tmp_path_factory.mktemp("tuned")
     return Path(tune(2, tuning_config(output, corpus, trained, **ONE_STEP, **tokenizer)))
 
@@ -57,12 +57,12 @@ def _resume(config: Config, checkpoint: Path, model) -> None:
     BACKENDS[config.parallel.engine].build_optimizer(model, checkpoint)
 
 
-def _begin(config: Config, checkpoint: Path, model) -> None:
+def _start(config: Config, checkpoint: Path, model) -> None:
     warm_start(checkpoint, model.stages, config)
 
 
 def _flip_all(config, checkpoint, door, flips):
-    """Return what this rank ended with, for one flipped byte after the other, and for none."""
+    """Return the errors of this rank for each flipped byte in turn, and without one."""
     parallel = config.parallel
     grid = distributed.initialize(
         tensor=parallel.tensor, pipeline=parallel.pipeline, timeout_s=30, seed=1
@@ -85,7 +85,7 @@ def _flip_all(config, checkpoint, door, flips):
 
 
 def places(checkpoint, reads=lambda name: True):
-    """Return files and offsets to damage in all files, in those blocks alone that are read."""
+    """Return files and offsets to damage, only in blocks that are read."""
     blocks = blocks_of(checkpoint, reads)
     for name in files_of(checkpoint):
         ours = blocks.get(name.removeprefix(f"{directory.TENSORS}/"), [])
@@ -110,34 +110,34 @@ def is_of_model(name):
 
 
 def test_resuming(tmp_path, corpus, tokenizer, trained):
-    """Under the layout that saved, whose generators are read as well."""
+    """In the layout that saved, the states of random generators are read as well."""
     config = dense_config(tmp_path, corpus, **ONE_STEP, **layout(1, 2), **tokenizer)
     assert_each_is_found(2, config, trained, _resume, list(places(trained)))
 
 
 def test_resuming_under_another_layout(tmp_path, corpus, tokenizer, trained):
-    """Two data-parallel ranks read the same parameters, and share out the optimizer."""
+    """Two data-parallel ranks read the same parameters and different shards of the optimizer."""
     config = dense_config(tmp_path, corpus, **ONE_STEP, **tokenizer)
     flips = [place for place in places(trained) if place[0].endswith(".distcp")]
     assert_each_is_found(2, config, trained, _resume, flips)
 
 
-def test_beginning(tmp_path, corpus, tokenizer, trained):
-    """The parameters alone: neither the optimizer's blocks nor generators are read."""
+def test_starting(tmp_path, corpus, tokenizer, trained):
+    """Only parameters are read, neither the optimizer nor the states of random generators."""
     config = dense_config(tmp_path, corpus, **ONE_STEP, **layout(1, 2), **tokenizer)
     flips = [place for place in places(trained, is_of_model) if not place[0].startswith("rng/")]
-    assert_each_is_found(2, config, trained, _begin, flips)
+    assert_each_is_found(2, config, trained, _start, flips)
 
 
 def test_tuning(tmp_path, corpus, tokenizer, trained):
-    """Layers that are neither built nor trained are verified before the first step as well."""
+    """Layers that are neither built nor trained are also verified before the first step."""
     options = ONE_STEP | tokenizer | {"exits.boundaries": (2,), "exits.weights": (1.0,)}
     config = tuning_config(tmp_path, corpus, trained, **options)
     flips = [place for place in places(trained, is_of_model) if not place[0].startswith("rng/")]
     unbuilt = blocks_of(trained, lambda name: name.startswith("layers.6."))
     [(file, [(position, length), *_])] = unbuilt.items()
     flips.append((f"tensors/{file}", position + length // 2))
-    assert_each_is_found(2, config, trained, _begin, flips)
+    assert_each_is_found(2, config, trained, _start, flips)
 
 
 def test_resuming_a_tuning(tmp_path, corpus, tokenizer, trained, tuned):
@@ -149,7 +149,7 @@ def test_resuming_a_tuning(tmp_path, corpus, tokenizer, trained, tuned):
 @needs_deepspeed
 @pytest.mark.parametrize("stage", ["zero-1", "zero-3"])
 def test_resuming_under_deepspeed(tmp_path, corpus, stage):
-    """Rank 0 writes one file, of which every rank reads all."""
+    """Rank 0 writes one file, which every rank reads completely."""
     config = make_config(tmp_path, corpus, **ONE_STEP, **ZERO[stage])
     [end, _] = train_ranks(2, config)
     checkpoint = Path(end)

@@ -1,4 +1,4 @@
-"""DeepSpeed as the engine: the same numbers as megatron-core's, the same checkpoints, both ways."""
+"""DeepSpeed as the engine: the same numbers and checkpoints as with megatron-core."""
 
 import math
 
@@ -40,20 +40,20 @@ from ee_llm.training.zero import model
 pytestmark = needs_deepspeed
 ZERO_2, ZERO_3 = BACKENDS["zero-2"], BACKENDS["zero-3"]
 slow = pytest.mark.slow
-FLOAT32 = 1e-4  # steps later; one process and two differ by 1e-5 under megatron-core as well
+FLOAT32 = 1e-4  # after some steps; with megatron-core one process and two differ by 1e-5 as well
 
 
 @pytest.fixture(scope="module")
 def megatron(tmp_path_factory, corpus):
-    """A run of two processes under megatron-core, with its distributed optimizer."""
+    """Train in two processes with megatron-core and its distributed optimizer."""
     return run(tmp_path_factory.mktemp("megatron"), corpus)
 
 
 @pytest.mark.parametrize(
     ("engine", "world_size"), [*((name, 2) for name in BACKENDS), ("zero-2", 1), ("zero-3", 1)]
 )
-def test_a_run_is_that_of_megatron(tmp_path, corpus, megatron, engine, world_size):
-    """Losses, gradient norms, validation, parameters and moments, with clipping in some steps."""
+def test_run_equals_that_of_megatron(tmp_path, corpus, megatron, engine, world_size):
+    """In losses, gradient norms, validation, parameters and moments; some steps are clipped."""
     run(tmp_path, corpus, world_size, **BACKENDS[engine])
     assert_same_course(tmp_path, megatron, 1e-5)
     assert_same_end(tmp_path, megatron, FLOAT32)
@@ -94,8 +94,8 @@ VARIANTS = {
     [pytest.param("zero-2", marks=slow), "zero-3", pytest.param("zero-3-offload", marks=slow)],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_other_models_too(tmp_path, corpus, variant, engine):
-    """An exit of weight 0 has gradients of 0, and not those that it had last (ZeRO-3)."""
+def test_other_models(tmp_path, corpus, variant, engine):
+    """An exit of weight 0 has gradients of 0, not those of the previous step (ZeRO-3)."""
     options = VARIANTS[variant]
     run(tmp_path / "megatron", corpus, **options)
     run(tmp_path / "zero", corpus, **options | BACKENDS[engine])
@@ -127,17 +127,17 @@ def _held(config):
 
 
 @pytest.mark.parametrize("engine", BACKENDS)
-def test_each_process_holds_its_part(tmp_path, corpus, engine):
-    """Of moments under all stages, of parameters under stage 3, where norms alone stay whole.
+def test_each_process_has_its_shard(tmp_path, corpus, engine):
+    """All ZeRO stages shard moments, and stage 3 also parameters except norms.
 
-    DeepSpeed makes no process group of its own: none whose waits the time-out does not bound.
+    DeepSpeed creates no process group, to which the timeout would not apply.
     """
     config = make_config(tmp_path, corpus, **MODEL | BACKENDS[engine])
     ranks = run_ranks(2, _held, config, timeout_s=120)
     total = all_numbers(tmp_path)
     for held, new_groups in ranks:
         assert new_groups == 0
-        assert held["moments"] == pytest.approx(total, rel=0.05)  # two moments of one half
+        assert held["moments"] == pytest.approx(total, rel=0.05)  # two moments, half of each
         share = 0.1 if "zero-3" in engine else 1.0
         assert held["parameters"] <= share * total
 
@@ -147,7 +147,7 @@ BFLOAT16 = {"training.dtype": "bfloat16"}
 
 @pytest.mark.parametrize("engine", ["zero-2", "zero-3"])
 def test_bfloat16_has_float32_masters(tmp_path, corpus, engine):
-    """Roundings differ, where a weight is used twice; the course does not."""
+    """Rounding differs if a weight is used twice, but the loss curve does not."""
     run(tmp_path / "megatron", corpus, **BFLOAT16)
     run(tmp_path / "zero", corpus, **BFLOAT16 | BACKENDS[engine])
     assert_same_course(tmp_path / "zero", tmp_path / "megatron", 0.02)
@@ -171,8 +171,8 @@ GOING_ON = {
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=slow) if n in ("zero-1", "zero-3-bf16") else n for n in GOING_ON]
 )
-def test_going_on_is_as_not_having_stopped(tmp_path, corpus, name):
-    """Bit for bit, with dropout; three processes have parts of unequal length (ZeRO-3 pads)."""
+def test_resuming_equals_an_uninterrupted_run(tmp_path, corpus, name):
+    """Bit for bit, with dropout. Three processes have shards of unequal length (ZeRO-3 pads)."""
     options = GOING_ON[name] | {"model.dropout": 0.1, "training.eval_interval": 0}
     world_size = 3 if name == "zero-3" else 2
     options["training.global_batch_size"] = 2 * world_size
@@ -185,8 +185,8 @@ def test_going_on_is_as_not_having_stopped(tmp_path, corpus, name):
 
 @pytest.mark.parametrize("engine", ["zero-2", "zero-3"])
 @pytest.mark.parametrize("first", ["megatron", "deepspeed"])
-def test_a_run_goes_on_under_the_other_engine(tmp_path, corpus, engine, first):
-    """With its moments and their number of steps, under another number of processes too."""
+def test_run_resumes_with_the_other_engine(tmp_path, corpus, engine, first):
+    """With its moments and step counts, also with another number of processes."""
     steps = {"training.eval_interval": 0}
     run(tmp_path / "a", corpus, **steps, **{"training.steps": 6})
     halves = [{}, BACKENDS[engine]]
@@ -198,8 +198,8 @@ def test_a_run_goes_on_under_the_other_engine(tmp_path, corpus, engine, first):
     assert_same_end(tmp_path / "b", tmp_path / "a", FLOAT32)
 
 
-def test_its_checkpoints_are_like_any_others(tmp_path, corpus, megatron):
-    """They are read for inference, and a pipeline trains on from them."""
+def test_checkpoints_are_compatible(tmp_path, corpus, megatron):
+    """Inference reads them, and a pipeline resumes from them."""
     run(tmp_path / "zero", corpus, **ZERO_3)
     logits = []
     for output in (tmp_path / "zero", megatron):
@@ -215,11 +215,11 @@ def test_its_checkpoints_are_like_any_others(tmp_path, corpus, megatron):
     assert training_log(tmp_path / "zero").keys() == set(range(1, 8))
 
 
-BAD = 3  # the step that goes wrong
+BAD = 3  # the bad step
 
 
 def _bad_step(config, what):
-    """Gradients that are not finite on one rank, with losses that are, or a loss that is not."""
+    """Train with non-finite gradients but finite losses on one rank, or with a non-finite loss."""
     seen = {"step": 0}
     whole = model.ZeroModel.forward_backward
 
@@ -270,8 +270,8 @@ def _bad_megatron_step(config):
         ("zero-3-offload", "gradient"),
     ],
 )
-def test_a_bad_step_changes_nothing(tmp_path, corpus, engine, what):
-    """Neither parameters nor moments nor their number of steps, nor the gradients of the next."""
+def test_bad_step_changes_nothing(tmp_path, corpus, engine, what):
+    """Neither parameters, moments and step counts nor the gradients of the next step."""
     options = MODEL | {"training.eval_interval": 0}
     options |= BACKENDS.get(engine) or BACKENDS["zero-2"] | BFLOAT16
     ends = run_ranks(2, _bad_step, make_config(tmp_path / "zero", corpus, **options), what)
@@ -291,7 +291,7 @@ def test_a_bad_step_changes_nothing(tmp_path, corpus, engine, what):
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory, corpus):
-    """A checkpoint without exits."""
+    """Train a checkpoint without exits."""
     output = tmp_path_factory.mktemp("dense")
     trained(2, dense_config(output, corpus))
     return output
@@ -299,7 +299,7 @@ def dense(tmp_path_factory, corpus):
 
 @pytest.mark.parametrize("engine", ["zero-2", "zero-2-offload", "zero-3"])
 def test_tuning(tmp_path, corpus, dense, engine):
-    """Exits alone are trained, and have an optimizer's state; all else stays, bit for bit."""
+    """Only exits are trained and have optimizer state; the rest stays bit-identical."""
     options = {"training.eval_interval": 5, "training.eval_steps": 2}
     options |= {"exits.head": ("mlp", "norm"), "tuning.exits": (2, 5)}
     tune(2, tuning_config(tmp_path / "megatron", corpus, dense, **options))
@@ -337,8 +337,8 @@ def _full_disk(config):
         return f"{type(error).__name__}: {error}"
 
 
-def test_a_full_disk_ends_all_ranks(tmp_path, corpus):
-    """The others do not wait for the tensors that the first no longer writes."""
+def test_full_disk_ends_all_ranks(tmp_path, corpus):
+    """The other ranks do not wait for tensors that rank 0 no longer writes."""
     config = make_config(tmp_path, corpus, **MODEL | ZERO_3)
     ends = run_ranks(2, _full_disk, config, timeout_s=60)
     assert all("No space left on device" in end and "cannot save" in end for end in ends), ends

@@ -1,4 +1,4 @@
-"""Dropout over ranks: alike where tensor ranks hold the same numbers, apart where they do not."""
+"""Dropout masks are equal where tensor ranks have the same numbers, different elsewhere."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def make_batch(seed: int = 0) -> Microbatch:
 
 
 def _calls(dropout: float) -> list[torch.Tensor]:
-    """Logits of the exit: of two calls in training, two in evaluation."""
+    """Return the logits of the exit from two calls in training and two in evaluation."""
     distributed.initialize(timeout_s=20)
     stage = Stage(make_config(model__dropout=dropout), 0, torch.float64)
     batch = make_batch()
@@ -66,16 +66,16 @@ def test_only_training_drops():
     assert torch.equal(evaluation, plain)
 
 
-def _what_was_dropped(tensor: int, sequence: bool) -> dict[str, torch.Tensor]:
-    """Where numbers were dropped, by place, and what tensor ranks hold together."""
+def _dropped(tensor: int, sequence: bool) -> dict[str, torch.Tensor]:
+    """Return the masks of dropped numbers by place, gathered from the tensor ranks."""
     distributed.initialize(tensor=tensor, timeout_s=20, seed=4)
     stage = Stage(make_config(tensor, sequence), 0, torch.float64)
     batch = make_batch()
     seen: dict[str, torch.Tensor] = {}
 
     def watch(name, layer):
-        # What attention adds to the residual stream is dropped behind it: there the stream is
-        # unchanged.
+        # Dropout applies to the output of attention, so the residual stream is unchanged where it
+        # drops.
         layer.input_layernorm.register_forward_pre_hook(
             lambda _, inputs: seen.update({f"{name} in": inputs[0].detach()})
         )
@@ -99,17 +99,17 @@ def _what_was_dropped(tensor: int, sequence: bool) -> dict[str, torch.Tensor]:
     }
 
 
-def test_tensor_ranks_drop_the_same_of_what_they_all_hold():
-    one, other = run_ranks(2, _what_was_dropped, 2, False)
+def test_tensor_ranks_drop_equal_places_of_common_numbers():
+    one, other = run_ranks(2, _dropped, 2, False)
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
         if name.startswith("dropped"):
             assert value.double().mean().item() == pytest.approx(0.25, abs=0.1), name
 
 
-def test_sequence_parallel_ranks_drop_apart():
-    """Their positions are different ones: equal masks would repeat along the sequence."""
-    one, other = run_ranks(2, _what_was_dropped, 2, True)
+def test_sequence_parallel_ranks_drop_different_places():
+    """They have different positions, so that equal masks would repeat along the sequence."""
+    one, other = run_ranks(2, _dropped, 2, True)
     for name in (name for name in one if name.startswith("dropped")):
         assert one[name].shape == (LENGTH // 2, BATCH, 32)
         assert one[name].double().mean().item() == pytest.approx(0.25, abs=0.1), name
@@ -117,14 +117,14 @@ def test_sequence_parallel_ranks_drop_apart():
         assert agree < 0.8, name  # 0.625 for independent masks
 
 
-def test_data_parallel_ranks_drop_apart():
-    one, other = run_ranks(2, _what_was_dropped, 1, False)
+def test_data_parallel_ranks_drop_different_places():
+    one, other = run_ranks(2, _dropped, 1, False)
     for name, value in one.items():
         assert not torch.equal(value, other[name]), name
 
 
 def _attention(sequence: bool):
-    """Attention of tensor ranks over equal heads, under the regions that surround it in a layer."""
+    """Run attention of tensor ranks over equal heads, within the regions around it in a layer."""
     distributed.initialize(tensor=2, timeout_s=20)
     stage = Stage(make_config(2, sequence), 0, torch.float64)
     layer = stage.layers["1"]
@@ -146,7 +146,7 @@ def _attention(sequence: bool):
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_tensor_ranks_drop_the_scores_of_their_heads_apart(sequence):
+def test_tensor_ranks_drop_different_scores_of_their_heads(sequence):
     (training, evaluation), (training_there, evaluation_there) = run_ranks(2, _attention, sequence)
     assert torch.equal(evaluation, evaluation_there)
     assert not torch.equal(training, evaluation)
@@ -162,7 +162,7 @@ def _gradients(tensor: int, sequence: bool, recompute: str) -> dict[str, torch.T
 
 
 @pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
-def test_recomputation_drops_the_same_again(tensor, sequence):
+def test_recomputation_drops_the_same_places(tensor, sequence):
     expected = run_ranks(tensor, _gradients, tensor, sequence, "none")
     for recompute in ("selective", "full"):
         found = run_ranks(tensor, _gradients, tensor, sequence, recompute)

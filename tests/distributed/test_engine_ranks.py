@@ -82,8 +82,8 @@ def _traffic(seed: int) -> tuple[Traffic, ReferenceModel]:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
-def test_tokens_and_exits_are_the_references(tensor: int, pipeline: int, seed: int) -> None:
-    """All strategies, arrivals and aborts mixed, drafts rejected while rows after them are sent."""
+def test_tokens_and_exits_equal_the_reference(tensor: int, pipeline: int, seed: int) -> None:
+    """Mixes all strategies, arrivals and aborts; drafts are rejected after later rows are sent."""
     made, *nothing = run_ranks(tensor * pipeline, _serve, seed, tensor, pipeline)
     assert nothing == [None] * (tensor * pipeline - 1)
     traffic, model = _traffic(seed)
@@ -109,10 +109,8 @@ def _serve_poisoned(seed: int, tensor: int, pipeline: int) -> list[RequestOutput
 
 @pytest.mark.parametrize("seed", [0, 2])
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
-def test_requests_that_meet_nan_end_where_they_meet_it(
-    tensor: int, pipeline: int, seed: int
-) -> None:
-    """In a prompt, drawn, or drafted; a draft that the model rejects ends nothing."""
+def test_requests_end_at_the_first_nan(tensor: int, pipeline: int, seed: int) -> None:
+    """In a prompt, a sampled token or a draft; a rejected draft ends nothing."""
     traffic = poisoned_traffic(seed)
     made, *_ = run_ranks(tensor * pipeline, _serve_poisoned, seed, tensor, pipeline)
     count = len(traffic.requests)
@@ -142,19 +140,19 @@ def _fail_amid_a_pass(noticed: Path) -> str:
     engine.close()
     with pytest.raises(RuntimeError, match="ended by an exception; make a new one"):
         engine.generate([_request(config)])
-    while not noticed.exists():  # though this process stays
+    while not noticed.exists():  # this process must not exit first
         time.sleep(0.05)
     return "failed"
 
 
-def test_an_exception_amid_a_pass_ends_all_ranks_before_the_time_out(tmp_path: Path) -> None:
-    """The ranks are out of step then; none may wait a hundred seconds for what never comes."""
+def test_exception_in_a_pass_ends_all_ranks_before_the_timeout(tmp_path: Path) -> None:
+    """The ranks are out of step then, and none may wait a hundred seconds for a message."""
     ended = run_ranks(2, _fail_amid_a_pass, tmp_path / "noticed", timeout_s=50)
     assert ended == ["failed", "lost"]
 
 
 def _events(strategy: str) -> list[str]:
-    """Return, on the first of two stages, in which order it hands a row on and asks its exit."""
+    """Return the order in which the first of two stages sends a row and evaluates its exit."""
     config = tiny_config(boundaries=(2,))
     ranks = distributed.connect_serving(pipeline=2, timeout_s=30)
     engine = make_decoder(config, random_tensors(config), SchedulerConfig(), ranks)
@@ -163,7 +161,7 @@ def _events(strategy: str) -> list[str]:
         return []
     events: list[str] = []
 
-    def noted(kind: type, name: str) -> None:
+    def record(kind: type, name: str) -> None:
         function = getattr(kind, name)
 
         def call(self: object, *arguments: object) -> object:
@@ -172,8 +170,8 @@ def _events(strategy: str) -> list[str]:
 
         setattr(kind, name, call)
 
-    noted(distributed.InferenceGrid, "send_next")
-    noted(ModelStage, "logits")
+    record(distributed.InferenceGrid, "send_next")
+    record(ModelStage, "logits")
     engine.generate([dataclasses.replace(_request(config), strategy=strategy)])
     engine.close()
     return events
@@ -183,8 +181,8 @@ def _events(strategy: str) -> list[str]:
     ("strategy", "order"),
     [("exact", ["send_next", "logits"]), ("propagate", ["logits", "send_next"])],
 )
-def test_the_next_stage_does_not_wait_for_an_exit(strategy: str, order: list[str]) -> None:
-    """But where a row that left keeps its state from there on."""
+def test_next_stage_does_not_wait_for_an_exit(strategy: str, order: list[str]) -> None:
+    """Except with `propagate`, where an exited row keeps its hidden state from there on."""
     events, _ = run_ranks(2, _events, strategy)
     assert events[:2] == order
 
@@ -200,7 +198,7 @@ def _serve_poison(tensor: int, pipeline: int) -> dict[str, RequestOutput]:
     tensors = random_tensors(config)
     tensors["embedding.word.weight"][_POISON] = math.nan
     ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=30)
-    # So few blocks that those of spoiled requests serve others.
+    # With few blocks, other requests reuse those of requests with NaN.
     scheduler_config = SchedulerConfig(max_num_seqs=3, num_blocks=17, block_size=4)
     engine = make_decoder(config, tensors, scheduler_config, ranks)
     if not ranks.is_leader:
@@ -214,7 +212,7 @@ def _serve_poison(tensor: int, pipeline: int) -> dict[str, RequestOutput]:
         engine.scheduler.check_integrity()
     start = time.monotonic()
     engine.close()
-    assert time.monotonic() - start < 15, "closing waits for an answer that never comes"
+    assert time.monotonic() - start < 15, "close waits for a result that never arrives"
     return made
 
 
@@ -232,8 +230,8 @@ def _poisoned_requests() -> list[Request]:
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
-def test_requests_with_nan_end_alone(tensor: int, pipeline: int) -> None:
-    """A stage that met NaN raised, and the others waited for it until the time-out."""
+def test_requests_with_nan_end_without_the_others(tensor: int, pipeline: int) -> None:
+    """A stage used to raise at NaN, and the others waited until the timeout."""
     made, *_ = run_ranks(tensor * pipeline, _serve_poison, tensor, pipeline)
     config = tiny_config(boundaries=(1, 2))
     model = ReferenceModel(config, random_tensors(config), torch.float64)
@@ -264,8 +262,8 @@ def _idle(tensor: int, pipeline: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (2, 2)])
-def test_ranks_without_work_stay(tensor: int, pipeline: int) -> None:
-    """Five seconds without a request are longer than the time-out of three."""
+def test_idle_ranks_do_not_time_out(tensor: int, pipeline: int) -> None:
+    """Five seconds without a request are longer than the timeout of three."""
     tokens, *_ = run_ranks(tensor * pipeline, _idle, tensor, pipeline)
     assert len(tokens) == 20
 
@@ -304,7 +302,7 @@ _DIES, _HANGS = 0.5, 12.0
 def test_all_ranks_end_when_one_is_lost(
     tensor: int, pipeline: int, lost: int, hangs_s: float
 ) -> None:
-    """None of the others may still wait some seconds after the time-out of four."""
+    """None of the others may still wait some seconds after the timeout of four."""
     waited = run_ranks(tensor * pipeline, _lose, tensor, pipeline, lost, hangs_s)
     assert max(waited) < 11
 

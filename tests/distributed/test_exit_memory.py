@@ -1,4 +1,4 @@
-"""How many exits' logits are alive on a stage: deferred, those of one exit of one microbatch.
+"""The number of live exit logits on a stage: with deferred exits, one exit of one microbatch.
 
 Shapes: s sequence, b microbatch, v vocabulary.
 """
@@ -23,11 +23,11 @@ NUM_MICROBATCHES, BATCH, LENGTH, VOCAB = 6, 2, 10, 56  # b * s is not the hidden
 
 
 class LiveLogits(TorchDispatchMode):
-    """Counts the exits of which any tensor of the size of logits is alive.
+    """Counts the exits with a live tensor of the size of logits.
 
-    Inside of the mode every operation's results of b * s * v elements are noted (logits, gradients
-    of theirs, what the cross entropy keeps), by weak reference, as of exit `current`. A tensor that
-    autograd has saved is alive.
+    Within the mode, every result of b * s * v elements (logits, their gradients, tensors that the
+    cross entropy keeps) is recorded by weak reference for exit `current`. A tensor that autograd
+    has saved is alive.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class LiveLogits(TorchDispatchMode):
 
 
 class Counting(StageOnData):
-    """A stage that tells `live` which exit of which microbatch it computes."""
+    """A stage that sets the current exit and microbatch of `live`."""
 
     live: LiveLogits
 
@@ -104,23 +104,23 @@ def test_deferred_exits_are_alive_one_at_a_time(recompute):
     assert run_ranks(2, _most_alive, True, recompute, True) == [(1, 0), (1, 0)]
 
 
-def test_evaluation_keeps_no_logits_either():
+def test_evaluation_keeps_no_logits():
     assert run_ranks(2, _most_alive, True, "none", False) == [(1, 0), (1, 0)]
 
 
 @pytest.mark.parametrize("deferred", [True, False])
-def test_splitting_the_layers_alone_keeps_no_logits(deferred):
+def test_splitting_only_layers_keeps_no_logits(deferred):
     expected = [(1, 0), (1, 0)] if deferred else [(4, 0), (2, 0)]
     assert run_ranks(2, _most_alive, deferred, "none", True, "zero-bubble") == expected
 
 
 @pytest.mark.parametrize("deferred", [True, False])
 def test_split_exits_keep_logits_until_their_weights(deferred):
-    """Two exits' on each stage: rank r puts the weights of r + 1 microbatches off."""
+    """Rank r defers the weight gradients of r + 1 microbatches, of two exits on each stage."""
     expected = [(2, 0), (4, 0)] if deferred else [(4, 0), (4, 0)]
     assert run_ranks(2, _most_alive, deferred, "none", True, "zero-bubble-exits") == expected
 
 
-def test_naive_exits_pile_up():
-    """Shows that the count counts: two exits of each of the P - i microbatches under way."""
+def test_logits_accumulate_without_deferral():
+    """Shows that the count works: two exits of each of the P - i microbatches in flight."""
     assert run_ranks(2, _most_alive, False, "none", True) == [(4, 0), (2, 0)]

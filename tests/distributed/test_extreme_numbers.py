@@ -1,4 +1,4 @@
-"""The largest numbers that the configuration accepts work in a run."""
+"""A run works with the largest numbers that the configuration accepts."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from tests.distributed.runs import layout, make_config, train_ranks, training_lo
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_largest_numbers_train(tmp_path: Path, corpus: str, world_size: int) -> None:
-    """Generators, process groups, logs and schedules take what the checks let pass."""
+def test_largest_numbers_train(tmp_path: Path, corpus: str, world_size: int) -> None:
+    """Generators, process groups, logs and schedules accept the values that the checks accept."""
     config = make_config(
         tmp_path,
         corpus,

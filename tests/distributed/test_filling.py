@@ -1,4 +1,4 @@
-"""Filled bubbles on the real model: the expected gradient is the plain one, and few visits work."""
+"""Filled bubbles with the real model: the expected gradient is unchanged, partial visits work."""
 
 import itertools
 
@@ -22,7 +22,7 @@ TIED = {
 
 
 def microbatches(count: int) -> list[Microbatch]:
-    """Sequences with uneven masks."""
+    """Return microbatches with uneven masks."""
     generator = torch.Generator().manual_seed(11)
     made = []
     for number in range(count):
@@ -48,7 +48,7 @@ def _gradients(model, batches):
 
 
 def _worst_bias(fills, mutate):
-    """The worst relative error over parameters of the mean gradient over all assignments."""
+    """Return the largest relative error of the mean gradient over all assignments."""
     grid = distributed.initialize(pipeline=RANKS, timeout_s=30)
     count = ORDINARY + sum(fills.values())
     batches = microbatches(count)
@@ -77,8 +77,8 @@ def _worst_bias(fills, mutate):
     ],
     ids=["warm-up", "cool-down", "both"],
 )
-def test_the_mean_gradient_is_the_plain_one(fills):
-    """Weights tied over all stages included; without the rescaling it is not."""
+def test_mean_gradient_is_the_unscaled_one(fills):
+    """This includes weights tied over all stages. Without rescaling the mean is biased."""
     assert max(run_ranks(RANKS, _worst_bias, fills, False)) < 1e-12
     assert max(run_ranks(RANKS, _worst_bias, fills, True)) > 1e-2
 
@@ -92,8 +92,8 @@ def _losses():
     return losses, [plain.evaluate([[batch]]) for batch in batches]
 
 
-def test_each_exit_reports_the_mean_over_the_tokens_it_saw():
-    """The warm-up's ends on the first stage; the cool-down's trains the last stage alone."""
+def test_exits_report_the_mean_over_their_tokens():
+    """The warm-up's fill ends on the first stage; the cool-down's trains only the last stage."""
     seen = {1: (0, 1, 2), 2: (0, 1), 4: (0, 1, 3)}
     tokens = [float(batch.loss_mask.sum()) for batch in microbatches(4)]
     for losses, singly in run_ranks(RANKS, _losses):
@@ -113,7 +113,7 @@ def test_each_exit_reports_the_mean_over_the_tokens_it_saw():
         ({"fill_cooldown": 2}, "parallel.fill_cooldown = 2: the largest useful number is 1, not 2"),
     ],
 )
-def test_more_than_fit_are_refused(options, message):
+def test_too_many_fills_are_errors(options, message):
     with pytest.raises(Exception, match=message):
         run_ranks(RANKS, _refused, options)
 

@@ -1,4 +1,4 @@
-"""`ee-llm generate` over ranks, as a person runs it: what it prints, and how it ends."""
+"""`ee-llm generate` over ranks in separate processes: its output, and how it ends."""
 
 import json
 import os
@@ -39,11 +39,11 @@ Record = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with two models, a batch, and what one process makes of it."""
+    """Create a directory with two models, a batch, and the results of one process."""
     path = tmp_path_factory.mktemp("place")
     save_model(path / "run", CONFIG, random_tensors(CONFIG, dtype=torch.float32))
     endless = random_tensors(LONG, dtype=torch.float32)
-    endless["output.weight"][256] = 0  # the end of a document is never the most probable token
+    endless["output.weight"][256] = 0  # end-of-sequence is never the most probable token
     save_model(path / "long", LONG, endless)
     (path / "batch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
     generate(
@@ -61,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def started(place: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a command; whatever the test finds, nothing of it is left behind."""
+    """Start a command; at the end, kill it and its ranks."""
     with subprocess.Popen(
         [sys.executable, "-m", "ee_llm", *arguments],
         cwd=place,
@@ -75,7 +75,7 @@ def started(place: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             if process.poll() is None:
-                for pid in (process.pid, *_children(process)):  # ranks are sessions of their own
+                for pid in (process.pid, *_children(process)):  # each rank has its own session
                     os.kill(pid, signal.SIGKILL)
 
 
@@ -104,7 +104,7 @@ def records(path: Path) -> dict[str, Record]:
 
 
 def assert_equal(found: Record, expected: Record) -> None:
-    """Assert equality up to what sums over ranks round otherwise, and numbers of drafts."""
+    """Assert equality up to rounding of sums over ranks, and the numbers of drafts."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if name in ("confidences", "logprobs"):
@@ -117,8 +117,8 @@ OPTIONS = ("--checkpoint", "run", "--thresholds", "0.3", "--max-new-tokens", "20
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_batch_is_that_of_one_process(place: Path, tmp_path: Path, layout: str) -> None:
-    """All strategies, drawn and greedy, in float64; the certificate passes as well."""
+def test_batch_equals_that_of_one_process(place: Path, tmp_path: Path, layout: str) -> None:
+    """All strategies, sampled and greedy, in float64; the certificate passes as well."""
     output = tmp_path / "out.jsonl"
     batch = ("--batch-file", "batch.jsonl", "--output", str(output), "--batch-size", "3")
     _, err = run(place, *OPTIONS, *LAYOUTS[layout], *batch, "--dtype", "float64", "--verify")
@@ -135,8 +135,8 @@ def test_a_batch_is_that_of_one_process(place: Path, tmp_path: Path, layout: str
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_prompt_from_standard_input_is_one_json_object(place: Path, layout: str) -> None:
-    """The first rank alone reads and prints."""
+def test_prompt_from_standard_input_is_one_json_object(place: Path, layout: str) -> None:
+    """Only the first rank reads and prints."""
     out, err = run(
         place, *OPTIONS, *LAYOUTS[layout], "--dtype", "float64", "--json", stdin="prompt 0"
     )
@@ -172,10 +172,10 @@ SLOW_BUT_TWO_STAGES = [
     ],
     ids=["prompt too long", "bad option", "no file", "bad line", "foreign output"],
 )
-def test_a_mistake_is_one_line(
+def test_error_is_one_line(
     place: Path, layout: str, arguments: tuple[str, ...], message: str
 ) -> None:
-    """Two or four processes could speak, and the threads that wait could abort."""
+    """Two or four processes could print an error, and waiting threads could abort."""
     (place / "bad.jsonl").write_text(json.dumps(LINES[0]) + '\n{"prompt": "cut')
     out, err = run(place, *OPTIONS, *LAYOUTS[layout], *arguments, status=2)
     assert out == ""
@@ -184,8 +184,8 @@ def test_a_mistake_is_one_line(
     assert not (place / "never.jsonl").exists()
 
 
-def test_an_invalid_line_is_an_error_record(place: Path, tmp_path: Path) -> None:
-    """The ranks end as usual before the first of them tells; what else was asked for is there."""
+def test_invalid_line_is_an_error_record(place: Path, tmp_path: Path) -> None:
+    """The ranks end in order before rank 0 reports it, and the other records are written."""
     (place / "long.jsonl").write_text(json.dumps(LINES[0]) + "\n" + '{"prompt": "%s"}' % ("x" * 49))
     output = tmp_path / "out.jsonl"
     batch = ("--batch-file", "long.jsonl", "--output", str(output))
@@ -198,14 +198,14 @@ def test_an_invalid_line_is_an_error_record(place: Path, tmp_path: Path) -> None
     assert len(found["0exact"]["tokens"]) == 20
 
 
-def test_ranks_that_fail_alike_are_one_line(place: Path) -> None:
-    """What every rank meets by itself, after the ranks are connected."""
+def test_same_error_of_all_ranks_is_one_line(place: Path) -> None:
+    """The error occurs on every rank after the ranks are connected."""
     options = (*OPTIONS, "--prompt", "a", "--tensor", "2", "--attention", "varlen")
     _, err = run(place, *options, status=2)
     assert err == "ee-llm: attention 'varlen' needs a GPU; take auto or gather\n"
 
 
-def test_a_layout_that_does_not_fit_starts_no_rank(
+def test_impossible_layout_starts_no_rank(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tiny_config(num_heads=6, num_kv_heads=3, hidden_size=48, vocab_size=264)
@@ -223,7 +223,7 @@ def test_a_layout_that_does_not_fit_starts_no_rank(
 
 
 def _long_batch(place: Path, tmp_path: Path, num_short: int = 3) -> tuple[str, ...]:
-    """Return the options of a batch with some short prompts, then one that takes its time."""
+    """Return the options of a batch with some short prompts and a long one at the end."""
     lines = [{"prompt": f"{n}", "max_new_tokens": 4} for n in range(num_short)]
     lines.append({"prompt": "long", "max_new_tokens": 8000})
     (tmp_path / "batch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -241,14 +241,14 @@ def _wait_for(path: Path, num_lines: int, process: subprocess.Popen[str]) -> Non
 
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("layout", ["pipeline 2", pytest.param("tensor 2", marks=pytest.mark.slow)])
-def test_a_lost_rank_ends_all(place: Path, tmp_path: Path, layout: str, lost: int) -> None:
-    """Within seconds, although the time-out is ten minutes; what was finished is kept."""
+def test_lost_rank_ends_all(place: Path, tmp_path: Path, layout: str, lost: int) -> None:
+    """Within seconds, although the timeout is ten minutes; finished records are kept."""
     with started(place, "generate", *_long_batch(place, tmp_path), *LAYOUTS[layout]) as launcher:
         _wait_for(tmp_path / "out.jsonl", 3, launcher)
         ranks = _ranks(launcher, 2)
         os.kill(ranks[lost], signal.SIGKILL)
         _, err = launcher.communicate(timeout=60)
-    # Whoever is noticed first: the one that was killed, or the one that misses it.
+    # The launcher may notice the killed rank or the rank that lost it first.
     said = err.splitlines()[-1]
     if launcher.returncode == 1:
         assert re.match(r"ee-llm: .*(lost another rank|no stage sent)", said)
@@ -261,8 +261,8 @@ def test_a_lost_rank_ends_all(place: Path, tmp_path: Path, layout: str, lost: in
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_all(place: Path, tmp_path: Path) -> None:
-    """The one that waits for it gives up after the time-out, and says so."""
+def test_hanging_rank_ends_all(place: Path, tmp_path: Path) -> None:
+    """The rank that waits for it fails after the timeout with a message."""
     arguments = (*_long_batch(place, tmp_path), "--pipeline", "2", "--timeout-s", "5")
     with started(place, "generate", *arguments) as launcher:
         _wait_for(tmp_path / "out.jsonl", 3, launcher)
@@ -276,14 +276,14 @@ def test_a_rank_that_hangs_ends_all(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["one process", "pipeline 2"])
 def test_ctrl_c_ends_a_batch_with_one_line(place: Path, tmp_path: Path, layout: str) -> None:
-    """Ranks that were interrupted aborted: threads that wait for others outlived the main one."""
+    """Interrupted ranks used to abort, because waiting threads outlived the main thread."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job may ignore it
     try:
         arguments = (*_long_batch(place, tmp_path), *LAYOUTS.get(layout, ()))
         with started(place, "generate", *arguments) as process:
             _wait_for(tmp_path / "out.jsonl", 3, process)
             ranks = _ranks(process, 2) if layout in LAYOUTS else []
-            for pid in (process.pid, *ranks):  # a terminal sends it to all of them
+            for pid in (process.pid, *ranks):  # a terminal sends the signal to all of them
                 os.kill(pid, signal.SIGINT)
             _, err = process.communicate(timeout=60)
     finally:
@@ -296,8 +296,8 @@ def test_ctrl_c_ends_a_batch_with_one_line(place: Path, tmp_path: Path, layout: 
 
 
 @pytest.mark.parametrize("layout", ["one process", "pipeline 2"])
-def test_a_batch_that_was_killed_goes_on(place: Path, tmp_path: Path, layout: str) -> None:
-    """Killed, not asked to end; the rest is done in another layout, with the same records."""
+def test_killed_batch_is_resumed(place: Path, tmp_path: Path, layout: str) -> None:
+    """After SIGKILL another layout completes the batch, with the same records."""
     arguments = _long_batch(place, tmp_path)
     with started(place, "generate", *arguments, *LAYOUTS.get(layout, ())) as process:
         _wait_for(tmp_path / "out.jsonl", 3, process)
@@ -322,7 +322,7 @@ def test_a_batch_that_was_killed_goes_on(place: Path, tmp_path: Path, layout: st
 
 
 def test_ranks_of_another_launcher(place: Path) -> None:
-    """torchrun starts them, as on several machines; a mistake does not abort there either."""
+    """torchrun starts them, as on several machines; an error does not abort there either."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command = [*torchrun, "2", "--module", "ee_llm", "generate", *OPTIONS, "--prompt"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

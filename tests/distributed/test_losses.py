@@ -1,4 +1,4 @@
-"""Cross entropy with the vocabulary split over two ranks, against torch's on the whole of it."""
+"""Cross entropy with the vocabulary split over two ranks, against torch's cross entropy."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 def whole_logits(dtype):
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(LENGTH, BATCH, VOCAB, generator=generator, dtype=torch.float64) * 4
-    logits[0, 0, 7] = 500.0  # a maximum far above the other rank's, a loss far above the others'
+    logits[0, 0, 7] = 500.0  # the maximum is on one rank, and the loss is far above the others
     logits[1, 1] = -2e4
     logits[2, 2, :5] = -300.0
     labels = torch.randint(0, VOCAB, (LENGTH, BATCH), generator=generator)
@@ -58,8 +58,8 @@ def test_split_vocabulary_equals_torch(dtype):
     close(torch.cat([rank[2] for rank in found], dim=-1), wide.grad, TOLERANCE[dtype])
 
 
-def test_ranks_hold_bit_identical_losses():
-    """What tensor ranks decide from a loss (a skipped step, an exit) must be one decision."""
+def test_losses_are_bit_identical_on_all_ranks():
+    """Tensor ranks must make equal decisions from a loss (a skipped step, an exit)."""
     one, other = run_ranks(2, _split, torch.float32)
     for index in (0, 1, 3, 4):
         assert torch.equal(one[index], other[index])

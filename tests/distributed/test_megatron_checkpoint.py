@@ -1,4 +1,4 @@
-"""Distributed checkpoints that megatron-core itself writes, from its own GPTModel, become ours."""
+"""Conversion of distributed checkpoints that megatron-core writes from its own GPTModel."""
 
 import argparse
 import multiprocessing
@@ -79,7 +79,7 @@ def build(kind, tied, tensor, pipeline, is_stacked):
         rotary_base=500,
     ).eval()
     generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():  # norms and biases begin as ones and zeros, which would hide mistakes
+    with torch.no_grad():  # norms and biases are initially ones and zeros, which would hide errors
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
@@ -87,7 +87,7 @@ def build(kind, tied, tensor, pipeline, is_stacked):
 
 
 def write(path, kind, tied, is_stacked):
-    """Save from one rank, and return the logits."""
+    """Save from one rank and return the logits."""
     model = build(kind, tied, 1, 1, is_stacked)
     save(path, model, arguments_of(kind, tied))
     positions = torch.arange(len(TOKENS))[None]
@@ -106,7 +106,7 @@ def save(path, model, arguments):
 
 
 def reshard(before, after, kind, tied, tensor, pipeline):
-    """Load with megatron-core in another layout, and save from there."""
+    """Load with megatron-core in another layout and save again."""
     model = build(kind, tied, tensor, pipeline, is_stacked=True)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -120,7 +120,7 @@ def reshard(before, after, kind, tied, tensor, pipeline):
     ("kind", "tied", "is_stacked"),
     [("llama", False, True), ("llama", False, False), ("gpt", True, True)],
 )
-def test_computes_what_megatron_core_does(tmp_path, kind, tied, is_stacked):
+def test_logits_equal_those_of_megatron_core(tmp_path, kind, tied, is_stacked):
     [expected] = run_ranks(1, write, tmp_path / "iter_0000012", kind, tied, is_stacked)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("12")
     source = open_source(tmp_path, tokenizer="bytes")

@@ -1,8 +1,8 @@
-"""Our runtime's gradients against megatron-core's own 1F1B schedule, an independent oracle.
+"""The runtime's gradients against megatron-core's own 1F1B schedule, an independent reference.
 
-megatron-core's schedule knows the final loss alone. An exit's loss is attached to the hidden states
-that a stage sends on by an autograd function, as megatron-core does for its auxiliary losses: the
-value passes through unchanged, and the backward pass starts the exit's own.
+megatron-core's schedule supports only the final loss. An autograd function attaches an exit's loss
+to the hidden states that a stage sends, as megatron-core does for its auxiliary losses: the value
+passes through unchanged, and the backward pass starts that of the exit.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class AttachLoss(torch.autograd.Function):
 
 
 class WithLosses(MegatronModule):
-    """One of our stages with the interface that megatron-core's schedule drives."""
+    """A stage with the interface that megatron-core's schedule expects."""
 
     model_type = ModelType.encoder_or_decoder
 
@@ -77,7 +77,7 @@ class WithLosses(MegatronModule):
         self.received = tensors[0]
 
     def forward(self, batch: Microbatch) -> torch.Tensor:
-        """Return hidden states that carry the exits' losses, or the final loss that does."""
+        """Return the hidden states, or the final loss, with the exits' losses attached."""
         hidden, taps = self.stage(batch.tokens, batch.positions, self.received)
         for boundary, tap in zip(self.stage.boundaries, taps, strict=True):
             if boundary == 4:
@@ -126,7 +126,7 @@ def make_batches() -> list[Microbatch]:
 
 
 def by_megatron(config: Config, grid: distributed.Grid, batches, dtype) -> dict[str, torch.Tensor]:
-    """Gradients by name of this rank's stage, by megatron-core's schedule."""
+    """Return the gradients of this rank's stage by name, from megatron-core's schedule."""
     num_tokens = sum(batch.loss_mask.sum().item() for batch in batches)
     model = WithLosses(config, grid.pipeline_rank, dtype, num_tokens)
 

@@ -1,4 +1,4 @@
-"""Loss and every parameter's gradient must not depend on how the model and the batch are spread."""
+"""Loss and every parameter's gradient must not depend on the layout of model and batch."""
 
 import functools
 import itertools
@@ -32,7 +32,7 @@ def layout_name(layout):
     return "tp{}-pp{}-dp{}-sp{:d}".format(*layout)
 
 
-# One variant is a model; `placement` is varied with it, for it may not change a number.
+# A variant is a model. It also varies `placement`, which must not change a number.
 VARIANTS = {
     "llama, plain heads, own outputs": {"exits.output": "own"},
     "llama, pre-exits, shared outputs": {"exits.output": "shared", "exits.placement": "pre"},
@@ -106,7 +106,7 @@ def make_config(variant: dict, layout=(1, 1, 1, False), micro_batch_size: int = 
 
 
 def make_batches(config: Config, grid: distributed.Grid) -> list[Microbatch]:
-    """This rank's microbatches of one global batch with uneven masks and positions that restart."""
+    """Return this rank's microbatches of a batch with uneven masks and restarting positions."""
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, VOCAB, (NUM_SEQUENCES, LENGTH + 1), generator=generator)
     mask = (torch.rand(NUM_SEQUENCES, LENGTH, generator=generator) < 0.6).float()
@@ -126,7 +126,7 @@ def make_batches(config: Config, grid: distributed.Grid) -> list[Microbatch]:
 
 
 def gather_shares(model: ParallelModel) -> None:
-    """A distributed optimizer leaves each data rank the sums of its share of every bucket alone."""
+    """Gather the gradients that a distributed optimizer has reduced to shards on data ranks."""
     grid = model.grid
     for chunk in model.chunks:
         if chunk.ddp_config.use_distributed_optimizer:
@@ -135,8 +135,8 @@ def gather_shares(model: ParallelModel) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, share, group=grid.data_group)
 
 
-def whole_gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
-    """Gradients by name, put together from tensor and data ranks; of this rank's stage."""
+def unsharded_gradients(model: ParallelModel) -> dict[str, torch.Tensor]:
+    """Return the gradients of this rank's stage by name, assembled from tensor and data ranks."""
     gather_shares(model)
     gradients = {}
     for stage in model.stages:
@@ -162,11 +162,11 @@ def losses_and_gradients(variant: dict, layout, micro_batch_size, dtype=torch.fl
     grid = distributed.initialize(tensor=tensor, pipeline=pipeline, timeout_s=30)
     model = ParallelModel(config, grid, dtype)
     losses = model.forward_backward(make_batches(config, grid), step=0)
-    return losses, {name: g.numpy() for name, g in whole_gradients(model).items()}
+    return losses, {name: g.numpy() for name, g in unsharded_gradients(model).items()}
 
 
 def _with_weights(weights, schedule, head, recompute, deferred):
-    """Losses and gradients, and whether autograd was on for each exit, by boundary."""
+    """Return losses, gradients, and by boundary whether autograd was on for the exit."""
     config = make_config(
         {
             "exits.weights": weights,
@@ -190,7 +190,7 @@ def _with_weights(weights, schedule, head, recompute, deferred):
 
         stage.exit_logits = logits
     losses = model.forward_backward(make_batches(config, grid), step=0)
-    return losses, {name: g.numpy() for name, g in whole_gradients(model).items()}, graphs
+    return losses, {name: g.numpy() for name, g in unsharded_gradients(model).items()}, graphs
 
 
 @pytest.mark.parametrize("deferred", [True, False], ids=["deferred", "naive"])
@@ -199,8 +199,8 @@ def _with_weights(weights, schedule, head, recompute, deferred):
     [(("norm",), "none"), (("block", "mlp", "norm"), "full")],
     ids=["plain", "block-mlp-recomputed"],
 )
-def test_an_exit_of_weight_0_has_a_loss_and_no_graph(head, recompute, deferred):
-    """The limit of ever smaller weights: losses, gradients of all others, and zeros of its own."""
+def test_exit_of_weight_0_has_a_loss_and_no_graph(head, recompute, deferred):
+    """Losses and other gradients are those of a vanishing weight, and its own are zero."""
     options = (head, recompute, deferred)
     tiny = run_ranks(2, _with_weights, (1e-200, 0.7), {}, *options)
     warm_up = {"exits.weight_schedule": "linear", "exits.initial_weights": (0.0, 0.7)}
@@ -223,7 +223,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @functools.lru_cache(maxsize=1)
 def single_process(items: tuple, dtype: torch.dtype):
-    """One rank, microbatches of two; the same variant is asked for many times in a row."""
+    """Run one rank with microbatches of two; cached, because tests of a variant run in a row."""
     return run_ranks(1, losses_and_gradients, dict(items), (1, 1, 1, False), 2, dtype)[0]
 
 
@@ -236,7 +236,8 @@ def compare(
     spread: dict | None = None,
 ) -> None:
     world_size = layout[0] * layout[1] * layout[2]
-    # What may not change a number is not in the reference: deferred exits, nothing recomputed.
+    # The reference has the defaults of options that must not change a number: deferred exits, no
+    # recomputation.
     reference = {k: v for k, v in variant.items() if k not in NEUTRAL}
     losses, gradients = single_process(tuple(reference.items()), dtype)
     seen = set()
@@ -273,7 +274,7 @@ def test_float32_gradients_equal_the_single_process(layout):
     compare({"exits.output": "tied"}, layout, 1, torch.float32, 1e-5)
 
 
-def test_an_uneven_layer_split_changes_nothing():
+def test_uneven_layer_split_changes_nothing():
     spread = {"parallel.layer_split": (3, 1)}
     compare({"exits.output": "tied"}, (1, 2, 2, False), 1, torch.float64, 1e-9, spread)
 

@@ -1,4 +1,4 @@
-"""The runtime over real ranks and messages: gradients, liveness, lost peers."""
+"""The runtime with real ranks and messages: gradients, lifetimes, lost peers."""
 
 import time
 
@@ -74,9 +74,9 @@ def _parity(size):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_gradients_equal_the_single_process_and_exit_graphs_are_bounded(size):
-    """1F1B over `size` ranks, also with fewer microbatches than ranks; float64 to 1e-12.
+    """1F1B over `size` ranks, also with fewer microbatches than ranks, in float64 to 1e-12.
 
-    Exit graphs alive on stage i: one when deferred, P-i microbatches' when naive.
+    The number of live exit graphs on stage i is one with deferral, else those of P-i microbatches.
     """
     assert run_ranks(size, _parity, size) == [8 * len(SHAPES[size])] * size
 
@@ -149,8 +149,8 @@ def _plan_parity(size, plan, rounds):
         "filled",
     ],
 )
-def test_other_plans_need_no_other_runtime(size, plan):
-    """Both directions between the same two peers must not swap messages, step after step."""
+def test_other_plans_run_with_the_same_runtime(size, plan):
+    """Messages in both directions between two peers must not be swapped in any step."""
     run_ranks(size, _plan_parity, size, plan, 5)
 
 
@@ -168,19 +168,19 @@ def test_forward_only_computes_every_exit_and_no_gradient():
 
 
 def _two_columns():
-    """Each column trains on its own; messages must stay in their column."""
+    """Train two columns separately; messages must stay in their column."""
     grid, transport = _join(2)
     shape = [Shape(("o", "o")), Shape(("mm", "io"))][grid.data_rank]
     plan = one_f_one_b(2, 3 + grid.data_rank)
     assert_same_gradients(_gradients(_run(grid, transport, plan, shape)), reference(shape, plan))
 
 
-def test_columns_do_not_mix():
+def test_columns_are_separate():
     run_ranks(4, _two_columns)
 
 
 def _lost(silent, patience):
-    """Rank `silent` never takes part; the others report what they saw."""
+    """Return the errors of the ranks if rank `silent` does not participate."""
     grid = distributed.initialize(tensor=1, pipeline=2, timeout_s=30.0)
     transport = Transport((0, 1), dist.group.WORLD, dist.new_group(), timeout_s=1.0)
     if grid.rank == silent:
@@ -194,18 +194,20 @@ def _lost(silent, patience):
     return "no error"
 
 
-def test_a_silent_peer_is_an_error_that_names_peer_channel_and_place():
+def test_error_names_peer_channel_and_place_of_a_silent_peer():
     (message, seconds), _ = run_ranks(2, _lost, 1, 3.0)
     assert "pipeline rank 0 failed at 0B0" in message
     assert (
-        "backward message with tag 1 did not come from pipeline rank 1 (global rank 1)" in message
+        "backward message with tag 1 did not arrive from pipeline rank 1 (global rank 1)" in message
     )
     assert "no response within 1 s (parallel.timeout_s)" in message
     assert ">0B0<" in message
     assert 0.9 < seconds < 2.9
     _, (message, seconds) = run_ranks(2, _lost, 0, 3.0)
     assert "pipeline rank 1 failed at 1F0" in message
-    assert "forward message with tag 0 did not come from pipeline rank 0 (global rank 0)" in message
+    assert (
+        "forward message with tag 0 did not arrive from pipeline rank 0 (global rank 0)" in message
+    )
     assert 0.9 < seconds < 2.9
 
 
@@ -215,12 +217,12 @@ def _dead():
         dist.destroy_process_group()
         return None
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"did not come from pipeline rank 1 .*(?i:clos)"):
+    with pytest.raises(RuntimeError, match=r"did not arrive from pipeline rank 1 .*(?i:clos)"):
         _run(grid, transport, one_f_one_b(2, 1), Shape(("o", "o")))
     return time.monotonic() - start
 
 
-def test_a_peer_that_left_is_noticed_at_once():
+def test_exited_peer_is_noticed_at_once():
     seconds, _ = run_ranks(2, _dead)
     assert seconds < 10
 
@@ -230,7 +232,7 @@ def _unread():
     if grid.rank == 1:
         time.sleep(3)
         return None
-    for tag in range(6):  # more than may be in flight
+    for tag in range(6):  # exceeds max_in_flight
         try:
             transport.send(torch.zeros(1 << 20), peer=1, channel="forward", tag=tag)
         except RuntimeError as error:
@@ -238,15 +240,15 @@ def _unread():
     return "no error"
 
 
-def test_sends_that_nobody_takes_are_bounded():
-    """Guards memory: gloo keeps every sent tensor alive until the peer has taken it."""
+def test_number_of_unreceived_sends_is_limited():
+    """gloo keeps every sent tensor alive until the peer has received it."""
     (tag, message), _ = run_ranks(2, _unread)
     assert tag == 4
-    assert "forward message with tag 0 was not taken by pipeline rank 1" in message
+    assert "forward message with tag 0 was not received by pipeline rank 1" in message
 
 
 def _tags():
-    """Messages of one channel taken in another order than they were sent in; odd strides too."""
+    """Receive messages in another order than they were sent in, also non-contiguous ones."""
     grid, transport = _join(2)
     if grid.rank == 0:
         source = torch.arange(12.0).reshape(3, 4)

@@ -1,4 +1,4 @@
-"""Stopping and going on, as if nothing had happened, under this layout or another."""
+"""Stopping and resuming equals an uninterrupted run, in the same layout or another."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from tests.distributed.runs import (
 SIGTERM_STATUS = f"TrainingInterrupted: {128 + signal.SIGTERM}"
 
 
-# The smallest pipeline with room for a filling microbatch in each part.
+# The smallest pipeline that fits a filling microbatch in warm-up and cool-down.
 FILLED = layout(1, 3) | {
     "parallel.layer_split": (1, 1, 2),
     "parallel.fill_warmup": 1,
@@ -35,8 +35,8 @@ FILLED = layout(1, 3) | {
 }
 
 
-# A weight on both stages, at sizes at which megatron-core would pad its gradient bucket, if it had
-# one of its own.
+# A weight on both stages, with sizes at which megatron-core would pad a separate gradient bucket of
+# this weight.
 ONE_TIED_EXIT = {
     "exits.boundaries": (3,),
     "exits.weights": (0.5,),
@@ -78,8 +78,8 @@ def _stop_at(step, rank, number=signal.SIGTERM):
         "pp2-dp2-bf16",
     ],
 )
-def test_going_on_is_as_not_having_stopped(tmp_path, corpus, world_size, options):
-    """20 steps equal 10, a signal on one rank, and 10 more: bit for bit, with dropout."""
+def test_resuming_equals_an_uninterrupted_run(tmp_path, corpus, world_size, options):
+    """20 steps equal 10, a signal on one rank, and 10 more, bit for bit, with dropout."""
     options = options | {
         "training.steps": 20,
         "model.dropout": 0.1,
@@ -107,7 +107,7 @@ def test_going_on_is_as_not_having_stopped(tmp_path, corpus, world_size, options
 
 
 def test_dropout_is_on(tmp_path, corpus):
-    """Else the test above would not see a lost random generator."""
+    """Otherwise the test above would not notice a lost random generator."""
     for dropout in (0.0, 0.1):
         options = {"training.steps": 1, "model.dropout": dropout}
         train_ranks(1, make_config(tmp_path / str(dropout), corpus, **options))
@@ -134,8 +134,8 @@ def four_ranks(tmp_path_factory, corpus):
     ],
     ids=["single", "pp2", "dp2", "tp2-dp2-sp", "vp2-pp2", "zb-pp2"],
 )
-def test_going_on_under_another_layout(tmp_path, corpus, four_ranks, world_size, options):
-    """Parameters, moments, step counts and the data's position, saved under TP2 x PP2."""
+def test_resuming_in_another_layout(tmp_path, corpus, four_ranks, world_size, options):
+    """Covers parameters, moments, step counts and the data's position, saved with TP2 x PP2."""
     source = four_ranks / "checkpoints" / "step-00000003"
     options = options | {"training.steps": 6, "checkpoint.resume": str(source)}
     train_ranks(world_size, make_config(tmp_path, corpus, **options))
@@ -145,7 +145,7 @@ def test_going_on_under_another_layout(tmp_path, corpus, four_ranks, world_size,
 
 
 def _seen(config):
-    """The tokens that one rank's training reads, without training on them."""
+    """Return the tokens that one rank reads, without training on them."""
     seen = []
 
     def record(model, step):
@@ -157,7 +157,7 @@ def _seen(config):
 
 
 def test_every_sample_is_read_once(tmp_path, corpus):
-    """The position in the data is resumed exactly, skipped and interrupted steps included."""
+    """The position in the data is exact, also after skipped and interrupted steps."""
     options = {"training.steps": 4, "checkpoint.interval": 2}
     [straight] = run_ranks(1, _seen, make_config(tmp_path / "a", corpus, **options))
     short = make_config(tmp_path / "b", corpus, **options | {"training.steps": 2})
@@ -168,8 +168,8 @@ def test_every_sample_is_read_once(tmp_path, corpus):
     assert len(set(rows)) == 16
 
 
-def test_what_fills_bubbles_is_read_in_order_and_once(tmp_path, corpus):
-    """6 of 4 + 2 a step: the same samples as a run without filling reads in more steps."""
+def test_filling_microbatches_are_read_in_order_and_once(tmp_path, corpus):
+    """Steps of 4 + 2 samples read the same samples as more steps without filling."""
     plain = {"training.steps": 6, "training.global_batch_size": 4}
     [expected] = run_ranks(1, _seen, make_config(tmp_path / "plain", corpus, **plain))
     config = make_config(tmp_path / "filled", corpus, **FILLED | {"training.steps": 4})
@@ -188,7 +188,7 @@ def test_the_last_checkpoints_are_kept(tmp_path, corpus):
     assert len(events(tmp_path, "saved")) == 5
 
 
-def test_a_finished_run_has_nothing_to_do(tmp_path, corpus, capfd):
+def test_finished_run_has_nothing_to_do(tmp_path, corpus, capfd):
     config = make_config(tmp_path, corpus, **{"training.steps": 1})
     [first] = train_ranks(1, config)
     before = tensors_of(first)
@@ -199,8 +199,8 @@ def test_a_finished_run_has_nothing_to_do(tmp_path, corpus, capfd):
     assert len(training_log(tmp_path)) == 1
 
 
-def test_the_precision_that_was_chosen_stays(tmp_path, corpus):
-    """`auto` measures; another answer after a restart would not fit the checkpoint."""
+def test_chosen_dtype_is_kept(tmp_path, corpus):
+    """The option "auto" measures; another result after a restart would not fit the checkpoint."""
     for chosen in ("bfloat16", "float32"):
         output = tmp_path / chosen
         train_ranks(
@@ -212,14 +212,14 @@ def test_the_precision_that_was_chosen_stays(tmp_path, corpus):
         assert TensorReader(end).config().training.dtype == chosen
 
 
-def test_precision_auto_is_the_same_on_all_ranks(tmp_path, corpus):
+def test_automatic_dtype_is_equal_on_all_ranks(tmp_path, corpus):
     options = {"training.steps": 2, "training.dtype": "auto", **layout(1, 2)}
     [end, *_] = train_ranks(2, make_config(tmp_path, corpus, **options))
     assert TensorReader(end).config().training.dtype in ("float32", "bfloat16")
 
 
-def test_a_signal_during_validation(tmp_path, corpus):
-    """It may take longer than the time that is left: the run validates when it is resumed.
+def test_signal_during_validation(tmp_path, corpus):
+    """The run validates when it is resumed, because a validation may take too long.
 
     Interrupted there again, it does so once more; the last step's validation is no exception.
     """

@@ -1,4 +1,4 @@
-"""Loss and every gradient must not depend on the schedule either."""
+"""Loss and every gradient must not depend on the schedule."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ EIGHT_LAYERS = {
     ],
 )
 def test_more_stages_with_a_weight_on_all_of_them(pipeline, schedule):
-    """A rank may hold several copies of a tied weight: they add up before ranks do."""
+    """A rank with several copies of a tied weight sums their gradients before the reduction."""
     compare(EIGHT_LAYERS, (1, pipeline, 1, False), 1, torch.float64, 1e-9, schedule)
 
 

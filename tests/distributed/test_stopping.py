@@ -1,4 +1,4 @@
-"""Signals, lost consoles and hung ranks lose no work: alone, under --nproc and under torchrun."""
+"""Signals, lost consoles and hanging ranks lose no work, with every kind of launcher."""
 
 import json
 import os
@@ -24,7 +24,7 @@ NUM_RANKS = {"alone": 1, "nproc": 2, "torchrun": 2, "scripts/torchrun.sh": 2}
 
 @pytest.fixture(scope="module")
 def unstopped(tmp_path_factory, corpus):
-    """By number of ranks: where a run went through without a stop."""
+    """Return the places of uninterrupted runs, by number of ranks."""
     made = {}
     for how, options in (("alone", {}), ("nproc", layout(1, 2))):
         place = Place(tmp_path_factory.mktemp("unstopped") / how, corpus, **options)
@@ -35,13 +35,13 @@ def unstopped(tmp_path_factory, corpus):
 
 @pytest.fixture
 def place(tmp_path, corpus, request):
-    """Where to train; by the test's parameter `how`."""
+    """Return a place to train in, for the test's parameter `how`."""
     how = request.getfixturevalue("how")
     options = layout(1, 2) if NUM_RANKS[how] == 2 else {}
     return Place(tmp_path / "place", corpus, **options | {"parallel.timeout_s": 20.0})
 
 
-def assert_as_unstopped(place: Place, unstopped: Place) -> None:
+def assert_equals_unstopped(place: Place, unstopped: Place) -> None:
     assert training_log(place.run) == training_log(unstopped.run)
     found, expected = validation_log(place.run), validation_log(unstopped.run)
     assert found.keys() == expected.keys() == {3, 6}
@@ -76,8 +76,8 @@ SIGNALS = [
 
 
 @pytest.mark.parametrize(("how", "number", "seconds"), SIGNALS)
-def test_a_signal_in_a_long_step_loses_nothing(place, unstopped, how, number, seconds):
-    """The step is finished and saved; the log goes on as if nothing had happened.
+def test_signal_in_a_long_step_loses_nothing(place, unstopped, how, number, seconds):
+    """The step is completed and saved; the log continues like that of an uninterrupted run.
 
     Step 3 is due for a validation, which the signal puts off until the run is resumed.
     """
@@ -91,11 +91,11 @@ def test_a_signal_in_a_long_step_loses_nothing(place, unstopped, how, number, se
         assert "Traceback" not in err
     assert_saved(place, 3, number.name)
     place.finish(how)
-    assert_as_unstopped(place, unstopped[NUM_RANKS[how]])
+    assert_equals_unstopped(place, unstopped[NUM_RANKS[how]])
 
 
 @pytest.mark.parametrize("how", ["nproc", pytest.param("torchrun", marks=slow)])
-def test_a_signal_to_one_rank_stops_all_and_blames_none(place, unstopped, how):
+def test_signal_to_one_rank_stops_all_without_an_error(place, unstopped, how):
     with place.started(how, long_step=(3, 2)) as process:
         ranks = place.wait_for_long_step(process, 2)
         os.kill(ranks[1], signal.SIGTERM)
@@ -106,16 +106,16 @@ def test_a_signal_to_one_rank_stops_all_and_blames_none(place, unstopped, how):
     assert "lost contact" not in err
     assert_saved(place, 3, "SIGTERM")
     place.finish(how)
-    assert_as_unstopped(place, unstopped[2])
+    assert_equals_unstopped(place, unstopped[2])
 
 
 @pytest.mark.parametrize("how", ["nproc"])
-def test_a_second_signal_ends_at_once(place, how):
-    """Not after the step, which takes ten minutes here."""
+def test_second_signal_ends_at_once(place, how):
+    """It does not wait for the step, which takes ten minutes here."""
     with place.started(how, long_step=(3, 600)) as process:
         ranks = place.wait_for_long_step(process, 2)
         process.send_signal(signal.SIGTERM)
-        time.sleep(1.5)  # within a second, two signals are one request
+        time.sleep(1.5)  # two signals within a second are one request
         assert [Path(f"/proc/{pid}").exists() for pid in ranks] == [True, True]
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
@@ -125,7 +125,7 @@ def test_a_second_signal_ends_at_once(place, how):
 
 @pytest.mark.parametrize("how", ["nproc", pytest.param("torchrun", marks=slow)])
 def test_ranks_die_with_their_launcher(place, how):
-    """Killed, it can tell them nothing; `started` sees that they are gone, the stopped one too."""
+    """A killed launcher cannot notify them. `started` asserts that all ranks are gone."""
     with place.started(how, long_step=(1, 600)) as process:
         ranks = place.wait_for_long_step(process, 2)
         os.kill(ranks[1], signal.SIGSTOP)
@@ -134,8 +134,8 @@ def test_ranks_die_with_their_launcher(place, how):
 
 @pytest.mark.parametrize("how", ["nproc", pytest.param("torchrun", marks=slow)])
 @pytest.mark.parametrize("hung", [1, pytest.param(0, marks=slow)])
-def test_a_stopped_rank_is_named(tmp_path, corpus, how, hung):
-    """The other one waits for it as long as it was told to, and says for what."""
+def test_suspended_rank_is_named(tmp_path, corpus, how, hung):
+    """The other rank waits until the timeout and reports what it waited for."""
     place = Place(tmp_path / "place", corpus, **layout(1, 2), **{"parallel.timeout_s": 4.0})
     with place.started(how, long_step=(3, 1)) as process:
         ranks = place.wait_for_long_step(process, 2)
@@ -165,12 +165,12 @@ CONSOLES = {
     "console",
     ["head", "a full disk", "closed streams", pytest.param("a reader that ends", marks=slow)],
 )
-def test_a_lost_console_is_ignored(tmp_path, corpus, unstopped, console):
+def test_lost_console_is_ignored(tmp_path, corpus, unstopped, console):
     how, shell = CONSOLES[console]
     options = layout(1, 2) if NUM_RANKS[how] == 2 else {}
     place = Place(tmp_path / "place", corpus, **options)
     place.finish(how, shell=f"set -o pipefail; {shell}", stdout=subprocess.DEVNULL)
-    assert_as_unstopped(place, unstopped[NUM_RANKS[how]])
+    assert_equals_unstopped(place, unstopped[NUM_RANKS[how]])
     noted = events(place.run, "console lost")
     assert len(noted) == (0 if console == "closed streams" else 1)
     if console == "a full disk":
@@ -178,8 +178,8 @@ def test_a_lost_console_is_ignored(tmp_path, corpus, unstopped, console):
 
 
 @pytest.mark.parametrize("how", [pytest.param("alone", marks=slow), "nproc"])
-def test_a_signal_behind_a_lost_console(place, unstopped, how):
-    """Ctrl-C ends `tee` as well, before the run can say that it stops; so does a lost terminal."""
+def test_signal_with_a_lost_console(place, unstopped, how):
+    """Ctrl-C also ends `tee` before the run can print; a lost terminal has the same effect."""
     reader, writer = os.pipe()
     with place.started(how, long_step=(3, 2), stderr=writer, stdout=writer) as process:
         os.close(writer)
@@ -190,7 +190,7 @@ def test_a_signal_behind_a_lost_console(place, unstopped, how):
     assert process.returncode == 128 + signal.SIGHUP
     assert_saved(place, 3, "SIGHUP")
     place.finish(how)
-    assert_as_unstopped(place, unstopped[NUM_RANKS[how]])
+    assert_equals_unstopped(place, unstopped[NUM_RANKS[how]])
 
 
 @pytest.mark.parametrize("how", ["alone"])
@@ -204,8 +204,8 @@ def test_nohup_is_respected(place, how):
 
 
 @pytest.mark.parametrize("how", ["alone"])
-def test_a_console_without_the_characters(place, how):
-    """The separators of a report are not in ASCII; they are escaped, and every record is there."""
+def test_console_with_a_limited_encoding(place, how):
+    """The separators of a report are not ASCII; they are escaped, and no record is lost."""
     err = place.finish(how, environment={"PYTHONIOENCODING": "ascii"})
     assert "step 6/6 \\u00b7 exit 1 loss" in err
     assert sorted(training_log(place.run)) == [1, 2, 3, 4, 5, 6]
@@ -214,13 +214,13 @@ def test_a_console_without_the_characters(place, how):
 @pytest.mark.parametrize(
     "how", [pytest.param("alone", marks=slow), "nproc", pytest.param("torchrun", marks=slow)]
 )
-def test_the_working_directory_replaces_no_library(place, how):
-    """All ways to start a rank import from the same places."""
+def test_working_directory_does_not_shadow_libraries(place, how):
+    """Ranks of all launchers have the same import path."""
     for name in ("megatron", "numpy"):
         (place.path / name).mkdir()
         (place.path / name / "__init__.py").write_text(f"raise SystemExit('imported {name} here')")
-    environment = {"PYTHONPATH": str(ROOT)}  # without the folder itself
+    environment = {"PYTHONPATH": str(ROOT)}  # without the working directory
     if how == "torchrun":
-        environment["PYTHONSAFEPATH"] = "1"  # for torchrun itself; scripts/torchrun.sh sets it
+        environment["PYTHONSAFEPATH"] = "1"  # for torchrun; scripts/torchrun.sh sets it
     place.finish(how, environment=environment)
     assert json.loads((place.run / "log.jsonl").read_text().splitlines()[0])["step"] == 1

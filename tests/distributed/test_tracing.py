@@ -1,4 +1,4 @@
-"""A real step's actions and times, in the form of a predicted plan's."""
+"""The trace of a real step has the format of a predicted one."""
 
 import json
 from collections import Counter
@@ -25,7 +25,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_steps_asked_for_are_traced(tmp_path, corpus, schedule):
+def test_configured_steps_are_traced(tmp_path, corpus, schedule):
     options = {"training.steps": 3, **SCHEDULES[schedule]}
     size = SCHEDULES[schedule]["parallel.pipeline"]
     config = make_config(tmp_path / "traced", corpus, **options | {"logging.trace_steps": (2, 3)})
@@ -61,7 +61,7 @@ def test_the_steps_asked_for_are_traced(tmp_path, corpus, schedule):
         assert 0 < event["dur"] < whole["dur"]
     ends = {event["name"]: event["ts"] + event["dur"] for event in events}
     last = f"{plan.num_stages - 1}"
-    assert ends["0F0"] < ends[f"{last}F0"] < ends[f"{last}B0"] < ends["0B0"]  # one clock for all
-    # Looking at a step does not change it.
+    assert ends["0F0"] < ends[f"{last}F0"] < ends[f"{last}B0"] < ends["0B0"]  # the clocks agree
+    # Tracing does not change a step.
     train_ranks(size, make_config(tmp_path / "plain", corpus, **options))
     assert losses_of(tmp_path / "traced") == losses_of(tmp_path / "plain")

@@ -1,4 +1,4 @@
-"""The trainer as a whole: its arithmetic, its layouts, and what it reports."""
+"""The trainer: its arithmetic, its layouts and its reports."""
 
 import os
 
@@ -23,7 +23,7 @@ from tests.distributed.runs import (
 
 
 def plain_training(config: Config, initial: dict[str, torch.Tensor]) -> list[dict[str, float]]:
-    """The same training as a plain loop: one model, one batch, torch's AdamW, all by hand."""
+    """Train with a plain loop over one model and one batch, with torch's AdamW."""
     weights = {name: tensor.double().requires_grad_() for name, tensor in initial.items()}
     model = ReferenceModel(config, weights, torch.float64)
     model._tensors = weights
@@ -82,9 +82,9 @@ def _initial_weights(config):
     return {name: p.detach().numpy() for name, p in model.stages[0].named_parameters()}
 
 
-def test_training_is_what_a_plain_loop_does(tmp_path, corpus):
-    """Guards every factor at once: gradients of all microbatches once, exit weights from step 0,
-    learning rates from step 1, decay groups, clipping, Adam, the order of the data.
+def test_training_equals_a_plain_loop(tmp_path, corpus):
+    """Covers the gradients of all microbatches, exit weights from step 0, learning rates from step
+    1, weight decay groups, clipping, Adam and the order of the data.
     """
     config = make_config(
         tmp_path,
@@ -135,8 +135,8 @@ def single_process(tmp_path_factory, corpus):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_training_does_not_depend_on_the_layout(tmp_path, corpus, single_process, name):
-    """Over several steps: sums of tied weights, norms that count a copy twice, optimizers that
-    split their state, and what a step leaves behind for the next.
+    """Covers, over several steps, sums of tied weights, norms that count copies once, sharded
+    optimizer state, and state that a step leaves for the next.
     """
     world_size, options = LAYOUTS[name]
     train_ranks(
@@ -150,7 +150,7 @@ def test_training_does_not_depend_on_the_layout(tmp_path, corpus, single_process
 
 
 def test_bfloat16(tmp_path, corpus):
-    """With float32 masters, over pipeline and data ranks, it stays close to float32."""
+    """With float32 masters, over pipeline and data ranks, losses stay close to float32."""
     train_ranks(1, make_config(tmp_path / "32", corpus, **{"training.steps": 12}))
     options = {"training.dtype": "bfloat16", "training.steps": 12, **layout(1, 2)}
     train_ranks(4, make_config(tmp_path / "16", corpus, **options))
@@ -160,8 +160,8 @@ def test_bfloat16(tmp_path, corpus):
     assert found[12, "lm loss"] < found[1, "lm loss"] - 1
 
 
-def test_the_first_step_does_not_count_in_the_speed(tmp_path, corpus):
-    """It makes what the other steps find ready; its time would spoil the first figures."""
+def test_first_step_does_not_count_in_the_speed(tmp_path, corpus):
+    """Its one-time initialization would distort the first figures."""
     train_ranks(1, make_config(tmp_path, corpus, **{"training.steps": 3}))
     lines = {line["step"]: line for line in log_of(tmp_path) if "learning-rate" in line}
     assert "tokens-per-second" not in lines[1]
@@ -170,14 +170,14 @@ def test_the_first_step_does_not_count_in_the_speed(tmp_path, corpus):
 
 
 def _with_ballast(config):
-    """Train beside half a GiB that rank 1 has touched, and rank 0 has not."""
+    """Train with half a GiB more resident memory on rank 1."""
     ballast = torch.ones(2**27) if os.environ["RANK"] == "1" else None
     end = train_here(config)
     del ballast
     return end
 
 
-def test_peak_memory_is_the_fullest_ranks(tmp_path, corpus):
+def test_peak_memory_is_that_of_the_fullest_rank(tmp_path, corpus):
     for name, function in (("plain", train_here), ("full", _with_ballast)):
         options = {"training.steps": 1, **layout(1, 2)}
         run_ranks(2, function, make_config(tmp_path / name, corpus, **options))

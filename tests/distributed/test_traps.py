@@ -1,9 +1,9 @@
-"""One test for each known trap of megatron-core that our code would fall into if it were careless.
+"""One test for each known pitfall of megatron-core.
 
-Others are held elsewhere: start-up without psutil or with untested versions, and changes to the
-user's torch, in unit/platform/test_megatron; step counts of the optimizer after a reload, in
-unit/training/test_adam and in test_checkpoint (resuming is bit-identical), which also holds that
-saving starts no manager process.
+Other tests of pitfalls are elsewhere: a missing psutil, untested versions and changes to the user's
+torch in unit/distributed/test_megatron; step counts of the optimizer after a reload in
+unit/training/test_adam and test_checkpoint (resuming is bit-identical); and that saving starts no
+manager process in test_checkpoint_failures.
 """
 
 import resource
@@ -46,7 +46,7 @@ def make_config(tensor: int = 1, pipeline: int = 1, **options: object) -> Config
 
 
 def make_batches() -> list[Microbatch]:
-    """Microbatches of one sequence, each with labels of its own."""
+    """Return microbatches of one sequence with different labels."""
     generator = torch.Generator().manual_seed(9)
     mask, positions = torch.ones(1, LENGTH), torch.arange(LENGTH).view(1, -1)
     batches = []
@@ -57,7 +57,7 @@ def make_batches() -> list[Microbatch]:
 
 
 class LabelsOfTheLatestForward(StageOnData):
-    """The trap: an exit's labels kept beside the model, as set by the latest forward."""
+    """The pitfall: exits use the labels of the latest forward."""
 
     latest = 0
 
@@ -81,7 +81,7 @@ def _losses(pipeline: int, recompute: str, kind: type[StageOnData]):
 
 
 def test_exit_labels_under_recomputation_are_those_of_the_microbatch():
-    """With PP the first stage runs ahead: at a backward, the latest forward is of a later one."""
+    """With PP the latest forward before a backward is that of a later microbatch."""
     [(losses, norms)] = run_ranks(1, _losses, 1, "none", StageOnData)
     ranks = run_ranks(2, _losses, 2, "full", StageOnData)
     for found, _ in ranks:
@@ -93,7 +93,7 @@ def test_exit_labels_under_recomputation_are_those_of_the_microbatch():
 
 
 def _forwards(family: str, recompute: str) -> tuple[int, int]:
-    """How often attention and MLPs ran in one training step; may use 1 GiB of address space."""
+    """Return how often attention and MLPs ran in a step, limited to 1 GiB of address space."""
     limit = psutil.Process().memory_info().vms + 2**30
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     config = make_config(model__family=family, training__recompute=recompute)
@@ -130,15 +130,15 @@ def _forwards(family: str, recompute: str) -> tuple[int, int]:
         ("gpt", "full", (8, 8)),
     ],
 )
-def test_recomputation_runs_what_it_should_and_ends(family, recompute, expected):
+def test_recomputation_runs_the_selected_modules_and_ends(family, recompute, expected):
     """The backward of megatron-core's selective 'mlp' never ends for an MLP with biases."""
     assert run_ranks(1, _forwards, family, recompute, timeout_s=20) == [expected]
 
 
-def _whole_parameters(tensor: int, pipeline: int, options: dict) -> dict[str, torch.Tensor]:
+def _unsharded_parameters(tensor: int, pipeline: int, options: dict) -> dict[str, torch.Tensor]:
     config = make_config(tensor, pipeline, **options)
     grid = distributed.initialize(tensor=tensor, pipeline=pipeline, timeout_s=20, seed=3)
-    torch.manual_seed(grid.rank)  # no global generator may have a say
+    torch.manual_seed(grid.rank)  # must not matter
     stage = Stage(config, grid.pipeline_rank, torch.float32)
     whole = {}
     for name, parameter in stage.named_parameters():
@@ -164,16 +164,16 @@ def _whole_parameters(tensor: int, pipeline: int, options: dict) -> dict[str, to
     ids=["llama", "gpt"],
 )
 def test_initialization_does_not_depend_on_the_layout(options):
-    [expected] = run_ranks(1, _whole_parameters, 1, 1, options)
+    [expected] = run_ranks(1, _unsharded_parameters, 1, 1, options)
     matrices = [value for value in expected.values() if value.dim() > 1]
-    for one in range(len(matrices)):  # every matrix has a stream of its own
+    for one in range(len(matrices)):  # every matrix has its own random stream
         for other in range(one):
             size = min(matrices[one].numel(), matrices[other].numel())
             a, b = (matrices[i].flatten()[:size] for i in (one, other))
             assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.5
     for tensor, pipeline in ((2, 1), (1, 2), (2, 2)):
         seen = set()
-        for found in run_ranks(tensor * pipeline, _whole_parameters, tensor, pipeline, options):
+        for found in run_ranks(tensor * pipeline, _unsharded_parameters, tensor, pipeline, options):
             for name, value in found.items():
                 assert torch.equal(value, expected[name]), name
             seen |= set(found)
@@ -181,11 +181,11 @@ def test_initialization_does_not_depend_on_the_layout(options):
 
 
 def test_initialization_follows_the_seed():
-    [one] = run_ranks(1, _whole_parameters, 1, 1, {})
-    [other] = run_ranks(1, _whole_parameters, 1, 1, {"training__seed": 5})
+    [one] = run_ranks(1, _unsharded_parameters, 1, 1, {})
+    [other] = run_ranks(1, _unsharded_parameters, 1, 1, {"training__seed": 5})
     assert not torch.equal(
         one["layers.1.mlp.linear_fc1.weight"], other["layers.1.mlp.linear_fc1.weight"]
     )
     assert one["layers.1.mlp.linear_fc1.weight"].std().item() == pytest.approx(0.3, rel=0.1)
-    scaled = 0.3 / (2 * 4) ** 0.5  # what writes into the residual stream
+    scaled = 0.3 / (2 * 4) ** 0.5  # weights that write to the residual stream
     assert one["layers.1.mlp.linear_fc2.weight"].std().item() == pytest.approx(scaled, rel=0.1)

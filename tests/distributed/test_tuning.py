@@ -1,4 +1,4 @@
-"""EE-Tuning: what is trained, what is not, and that neither depends on the layout."""
+"""EE-Tuning: what is trained and what is frozen, in any layout."""
 
 import functools
 import shutil
@@ -24,7 +24,7 @@ from tests.distributed.runs import (
 from tests.distributed.test_parallel_parity import (
     make_batches,
     relative_error,
-    whole_gradients,
+    unsharded_gradients,
 )
 from tests.distributed.test_parallel_parity import make_config as make_parity_config
 from tests.distributed.tuning_runs import (
@@ -69,7 +69,7 @@ TUNED = {"tuning.checkpoint": "given elsewhere"}
 
 
 def _gradients(variant, shape, micro_batch_size):
-    """Losses and gradients by name, of this rank."""
+    """Return the losses and gradients of this rank by name."""
     tensor, pipeline, _, _ = shape
     config = make_parity_config(TWO_EXITS | variant, shape, micro_batch_size)
     grid = distributed.initialize(tensor=tensor, pipeline=pipeline, timeout_s=30)
@@ -81,24 +81,24 @@ def _gradients(variant, shape, micro_batch_size):
         for parameter in stage.parameters()
         if not parameter.requires_grad
     )
-    return losses, {name: g.numpy() for name, g in whole_gradients(model).items()}
+    return losses, {name: g.numpy() for name, g in unsharded_gradients(model).items()}
 
 
 @functools.lru_cache(maxsize=1)
-def whole_model(items):
-    """The same model trained as a whole by one process: what exits have in common with tuning."""
+def full_model(items):
+    """Train the full model in one process; the gradients of its exits equal those of tuning."""
     losses, gradients = run_ranks(1, _gradients, dict(items), (1, 1, 1, False), 2)[0]
     return losses, {n: g for n, g in gradients.items() if n.startswith(("exits.2", "exits.5"))}
 
 
 @pytest.mark.parametrize("name", ["single", *LAYOUTS])
 @pytest.mark.parametrize("variant", VARIANTS, scope="module")
-def test_gradients_are_those_of_training_the_whole_model_at_any_layout(variant, name):
-    """Of exits, and there are no others. An exit's own gradients do not depend on who trains the
-    rest, so that full training, proved elsewhere, is the oracle of every layout.
+def test_gradients_equal_those_of_full_training_in_any_layout(variant, name):
+    """Only exits have gradients. These do not depend on whether the rest is trained, so that full
+    training, which other tests check, is the reference for every layout.
     """
     options = VARIANTS[variant]
-    losses, gradients = whole_model(tuple(options.items()))
+    losses, gradients = full_model(tuple(options.items()))
     shape = LAYOUTS.get(name, (1, 1, 1, False))
     world_size = shape[0] * shape[1] * shape[2]
     seen = set()
@@ -121,8 +121,8 @@ def _built(config, world_size):
     return sorted(parameters), sum(p.numel() for p in parameters.values()), trained
 
 
-def test_only_stages_up_to_the_last_exit_tuned_are_built():
-    """Layers, exits and final head behind it, and exits that are left alone, take no memory."""
+def test_only_stages_up_to_the_last_tuned_exit_are_built():
+    """Layers and exits after it, and exits that are not tuned, take no memory."""
     options = TWO_EXITS | TUNED | {"exits.output": "own", "exits.boundaries": (1, 2, 3, 5)}
     options |= {"exits.weights": (1.0,) * 4, "tuning.exits": (1, 3)}
     ranks = run_ranks(3, _built, options, 3)
@@ -140,7 +140,7 @@ def test_only_stages_up_to_the_last_exit_tuned_are_built():
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory, corpus):
-    """A checkpoint without exits, of a float64 run over two pipeline and two data ranks."""
+    """Train a checkpoint without exits in float64 over two pipeline and two data ranks."""
     output = tmp_path_factory.mktemp("dense")
     train_ranks(4, dense_config(output, corpus, **layout(1, 2), **{"training.dtype": "float64"}))
     return output
@@ -151,7 +151,7 @@ RUNS = {
     "pp4": (4, layout(1, 4)),
     "tp2-sp": (2, layout(2, 1, sequence=True)),
     "dp2": (2, layout(1, 1)),
-    # megatron-core's distributed optimizer, which has no float64
+    # megatron-core's distributed optimizer does not support float64
     "pp2-dp2-float32": (4, layout(1, 2) | {"training.dtype": "float32"}),
 }
 UNCLIPPED = {"optimizer.clip_grad": 0.0, "training.dtype": "float64"}
@@ -160,7 +160,7 @@ VALIDATED = UNCLIPPED | {"training.eval_interval": 5, "training.eval_steps": 2}
 
 @pytest.fixture(scope="module")
 def single_process(tmp_path_factory, corpus, dense):
-    """A run of one process, with validation."""
+    """Tune in one process, with validation."""
     output = tmp_path_factory.mktemp("single")
     tune(1, tuning_config(output, corpus, dense, **VALIDATED))
     return output
@@ -168,7 +168,7 @@ def single_process(tmp_path_factory, corpus, dense):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_do_not_depend_on_the_layout(tmp_path, corpus, dense, single_process, name):
-    """Losses, validation and what is saved, from a partial load to the last step."""
+    """Covers losses, validation and the checkpoint, from a partial load to the last step."""
     world_size, options = RUNS[name]
     tolerance = 1e-9 if "training.dtype" not in options else 1e-5
     tune(world_size, tuning_config(tmp_path, corpus, dense, **VALIDATED | options))
@@ -190,7 +190,7 @@ def test_runs_do_not_depend_on_the_layout(tmp_path, corpus, dense, single_proces
 
 
 def assert_frozen(before: Path | str, after: Path | str, but: tuple[str, ...]) -> None:
-    """Every tensor of `before` but those of some exits is the same, bit for bit, in `after`."""
+    """Assert that all tensors except those of some exits are bit-identical in `after`."""
     one, other = TensorReader(before), TensorReader(after)
     names = [name for name in one.names() if not name.startswith(but)]
     assert len(names) > 20
@@ -199,9 +199,9 @@ def assert_frozen(before: Path | str, after: Path | str, but: tuple[str, ...]) -
         assert torch.equal(one.tensor(name), other.tensor(name)), name
 
 
-def test_the_model_is_bit_identical_after_a_hundred_steps(tmp_path, corpus, dense):
-    """Weight decay, dropout, and a narrower precision than the checkpoint's included; nor has the
-    optimizer any state of it.
+def test_model_is_bit_identical_after_a_hundred_steps(tmp_path, corpus, dense):
+    """With weight decay, dropout and a narrower dtype than the checkpoint's. The optimizer has no
+    state of the model.
     """
     options = {"training.steps": 100, "training.dtype": "bfloat16", "model.dropout": 0.3}
     config = tuning_config(tmp_path, corpus, dense, **options, **layout(1, 2))
@@ -211,21 +211,21 @@ def test_the_model_is_bit_identical_after_a_hundred_steps(tmp_path, corpus, dens
     assert reader.dtype("layers.1.mlp.linear_fc1.weight") == torch.float64
     assert reader.dtype("exits.2.norm.weight") == torch.bfloat16
     state = reader.names(optimizer=True)
-    assert len(state) == 3 * 2 * 2  # two moments and a master of two exits' norm and output
+    assert len(state) == 3 * 2 * 2  # two moments and a master, for norm and output of two exits
     assert all(".exits.2." in name or ".exits.5." in name for name in state)
     assert losses_of(tmp_path)[100, "exit 5 loss"] < losses_of(tmp_path)[1, "exit 5 loss"] - 1
 
 
-def test_what_is_frozen_has_no_dropout(tmp_path, corpus, dense):
-    """Exits learn from the hidden states that they meet at inference."""
+def test_frozen_layers_have_no_dropout(tmp_path, corpus, dense):
+    """Exits train on the hidden states of inference."""
     for name, dropout in (("with", 0.5), ("without", 0.0)):
         config = tuning_config(tmp_path / name, corpus, dense, **{"model.dropout": dropout})
         tune(1, config)
     assert losses_of(tmp_path / "with") == losses_of(tmp_path / "without")
 
 
-def test_an_exit_is_tuned_without_touching_others(tmp_path, corpus, dense):
-    """Added, then another added, then the first tuned on: each time all else is bit-identical."""
+def test_tuning_an_exit_does_not_change_others(tmp_path, corpus, dense):
+    """An exit is added, then another, then the first is tuned further; the rest is unchanged."""
     first = tuning_config(
         tmp_path / "1", corpus, dense, **{"exits.boundaries": (2,), "exits.weights": (1.0,)}
     )
@@ -241,13 +241,13 @@ def test_an_exit_is_tuned_without_touching_others(tmp_path, corpus, dense):
     assert not torch.equal(
         *(TensorReader(tmp_path / n).tensor("exits.2.output.weight") for n in "23")
     )
-    # The first goes on from where it was.
+    # The first exit continues from its own weights.
     fresh, again = (losses_of(tmp_path / n)[1, "exit 2 loss"] for n in "13")
     assert again < fresh - 0.1
 
 
-def test_exits_together_are_exits_one_by_one(tmp_path, corpus, dense):
-    """Without clipping, which looks at all gradients at once, they share nothing."""
+def test_exits_tuned_together_equal_exits_tuned_separately(tmp_path, corpus, dense):
+    """Without clipping, which depends on all gradients, exits are independent."""
     together = tuning_config(tmp_path / "both", corpus, dense, **UNCLIPPED)
     one_exit = {"exits.boundaries": (2,), "exits.weights": (0.3,)}
     tune(1, together)
@@ -276,8 +276,8 @@ NOTHING_ON_THE_FIRST_STAGE = {
     ],
     ids=["single", "pp4", "pp2-dp2-bf16", "tp2-sp"],
 )
-def test_going_on_is_as_not_having_stopped(tmp_path, corpus, dense, world_size, options):
-    """Bit for bit, with dropout in the heads, and though the first checkpoint is long gone."""
+def test_resuming_equals_an_uninterrupted_run(tmp_path, corpus, dense, world_size, options):
+    """Bit for bit, with dropout in the heads, even if the first checkpoint no longer exists."""
     source = tmp_path / "source"
     source.symlink_to(dense)
     options = {"model.dropout": 0.1, "training.dtype": "float32"} | options
@@ -299,8 +299,8 @@ def _first_losses(tmp_path, corpus, checkpoint, name, **options):
     return losses_of(tmp_path / name)
 
 
-def test_copies_begin_as_what_they_are_copied_from(tmp_path, corpus, dense):
-    """An mlp head begins as the plain exit, a block before the last boundary as the whole model."""
+def test_copied_exits_start_like_their_source(tmp_path, corpus, dense):
+    """An mlp head starts like the plain exit, a block before the last boundary like the model."""
     shared = {"exits.output": "shared"}
     plain = _first_losses(tmp_path, corpus, dense, "plain", **shared)
     mlp = _first_losses(tmp_path, corpus, dense, "mlp", **shared, **{"exits.head": ("mlp", "norm")})
@@ -321,8 +321,8 @@ def test_copies_begin_as_what_they_are_copied_from(tmp_path, corpus, dense):
     assert block[1, "exit 5 loss"] == pytest.approx(whole, rel=1e-12)
 
 
-def test_what_was_tuned_is_a_checkpoint_like_any_other(tmp_path, corpus, dense):
-    """It is read for inference, and the whole model is trained on from it, from its parameters."""
+def test_tuned_checkpoint_is_compatible(tmp_path, corpus, dense):
+    """Inference reads it, and full training starts from its parameters."""
     tuned = tmp_path / "tuned"
     tune(2, tuning_config(tuned, corpus, dense, **layout(1, 2), **{"training.dtype": "float64"}))
     model = ReferenceModel(TensorReader(tuned).config(), _tensors(tuned), torch.float64)
@@ -354,10 +354,8 @@ def _replace(there: Path, by: Path, model: ParallelModel, step: int) -> None:
         shutil.copytree(by, there)
 
 
-def test_another_model_in_the_place_of_the_first_is_not_saved_as_the_frozen_one(
-    tmp_path, corpus, dense
-):
-    """Between the beginning and the first save; exits would sit on weights they never saw."""
+def test_replaced_checkpoint_is_not_saved_as_the_frozen_model(tmp_path, corpus, dense):
+    """It is replaced between start and first save; the exits were not trained on its weights."""
     there, other = tmp_path / "dense", tmp_path / "other"
     shutil.copytree(dense, there)
     train_ranks(1, dense_config(other, corpus, **{"training.steps": 3, "training.seed": 5}))

@@ -1,4 +1,4 @@
-"""Tuning of a model that came from elsewhere: a checkpoint that no run has written."""
+"""Tuning of a converted model, whose checkpoint no run has written."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ MODEL = {"model.qk_norm": True, "model.qkv_bias": True, "training.dtype": "float
     ids=["pp2", "tp2-sp"],
 )
 def test_exits_of_a_converted_model(tmp_path, corpus, world_size, options, head):
-    """Biases of queries, keys and values and norms of heads are copied and kept as well."""
+    """Biases of queries, keys and values and norms of heads are copied and frozen as well."""
     config = make_config(tmp_path, corpus, **NO_EXITS, **SIX_LAYERS, **MODEL)
     path, tensors = write_random(tmp_path / "begin", config)
     options = {**options, **MODEL, "exits.head": head}

@@ -1,4 +1,4 @@
-"""What tuning answers to what is wrong: the option or file, the value, the mend; on all ranks."""
+"""Errors of tuning name the option or file, the value and the fix, on all ranks."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,7 @@ def dense(tmp_path_factory, corpus):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, corpus, dense):
-    """Exits at 2 and 5, with norms and weights of their own."""
+    """Tune exits at 2 and 5 with their own norms and weights."""
     output = tmp_path_factory.mktemp("tuned")
     tune(1, tuning_config(output, corpus, dense, **ONE_STEP))
     return output
@@ -48,8 +48,8 @@ def test_another_model(tmp_path, corpus, dense):
     assert "model.num_kv_heads is 2 in the checkpoint and 4 in this run" in message
 
 
-def test_an_exit_of_the_checkpoint_that_is_left_out(tmp_path, corpus, tuned):
-    """Or the saved checkpoint would lack it in silence."""
+def test_missing_exit_of_the_checkpoint(tmp_path, corpus, tuned):
+    """Otherwise the saved checkpoint would silently lack it."""
     options = {"exits.boundaries": (2, 3), "exits.weights": (1.0, 1.0)}
     assert refused(tmp_path, corpus, tuned, **options).endswith(
         "has exits at [2, 5], but exits.boundaries = [2, 3] leaves out [5]. Set exits.boundaries ="
@@ -57,7 +57,7 @@ def test_an_exit_of_the_checkpoint_that_is_left_out(tmp_path, corpus, tuned):
     )
 
 
-def test_a_new_exit_that_is_not_tuned(tmp_path, corpus, dense):
+def test_new_exit_that_is_not_tuned(tmp_path, corpus, dense):
     assert refused(tmp_path, corpus, dense, **{"tuning.exits": (5,)}).endswith(
         "has no exits at [2], and tuning.exits = [5] does not tune them. Tune them as well, or "
         "remove them from exits.boundaries."
@@ -69,7 +69,7 @@ def test_exits_with_other_heads(tmp_path, corpus, tuned):
     assert "exits.head is ['norm'] in the checkpoint and ['mlp', 'norm'] in this run" in message
 
 
-def test_another_temperature_of_an_exit_that_is_left_alone(tmp_path, corpus, tuned):
+def test_another_temperature_of_an_exit_that_is_not_tuned(tmp_path, corpus, tuned):
     options = {"exits.temperatures": (0.5, 2.0), "tuning.exits": (2,)}
     message = refused(tmp_path, corpus, tuned, **options)
     assert "another model: exits.temperatures at 5 is 1.0 in the checkpoint and 2.0 in" in message
@@ -82,8 +82,8 @@ def test_another_temperature_of_an_exit_that_is_left_alone(tmp_path, corpus, tun
         (5, "7 tensors are not used by this run: layers.6.input_layernorm.weight"),
     ],
 )
-def test_tensors_behind_the_last_exit_are_compared_too(tmp_path, corpus, dense, stated, expected):
-    """They are not loaded, but what is saved is to be whole."""
+def test_tensors_after_the_last_exit_are_compared(tmp_path, corpus, dense, stated, expected):
+    """They are not loaded, but the saved checkpoint must be complete."""
     source = tmp_path / "source"
     shutil.copytree(directory.find_latest(dense), source)
     config = source / CONFIG
@@ -92,14 +92,14 @@ def test_tensors_behind_the_last_exit_are_compared_too(tmp_path, corpus, dense, 
     reseal(source)
     options = {"exits.boundaries": (2, 4), "model.num_layers": stated}
     message = refused(tmp_path, corpus, source, **options)
-    # The final norm carries the number of layers as well.
+    # The final norm also depends on the number of layers.
     assert f"exits.{stated}.norm.weight" in message
     assert "tensors are missing" in message
     assert f"layers.{max(stated, 6)}.input_layernorm.weight" in message
     assert expected.partition(":")[2].strip() in message
 
 
-def test_a_run_does_not_become_one_of_the_other_kind(tmp_path, corpus, dense, tuned):
+def test_training_and_tuning_do_not_share_an_output(tmp_path, corpus, dense, tuned):
     here = tmp_path / "run"
     shutil.copytree(dense, here)
     assert refused(tmp_path, corpus, dense).endswith(
@@ -122,7 +122,7 @@ def test_a_run_does_not_become_one_of_the_other_kind(tmp_path, corpus, dense, tu
 
 
 def _vanishes(config, source):
-    """Tune; the checkpoint that the run began with goes before it is first saved from."""
+    """Tune, and delete the initial checkpoint before the first save copies from it."""
 
     def fault(model, step):
         if step == 1 and model.grid.rank == 0:
@@ -132,8 +132,8 @@ def _vanishes(config, source):
     return train_here(config, fault)
 
 
-def test_a_checkpoint_that_goes_before_the_first_save(tmp_path, corpus, dense):
-    """Nothing half is left, and the message names the file."""
+def test_checkpoint_deleted_before_the_first_save(tmp_path, corpus, dense):
+    """No partial checkpoint is left, and the error names the file."""
     source = tmp_path / "source"
     shutil.copytree(dense, source)
     config = tuning_config(tmp_path / "run", corpus, source, **ONE_STEP, **layout(1, 2))
@@ -143,8 +143,8 @@ def test_a_checkpoint_that_goes_before_the_first_save(tmp_path, corpus, dense):
     assert list((tmp_path / "run" / directory.CHECKPOINTS).iterdir()) == []
 
 
-def test_a_save_that_fails_while_it_copies(tmp_path, corpus, tuned, monkeypatch):
-    """A checkpoint that can not be read to its end: the one before stays, whole."""
+def test_save_that_fails_while_it_copies(tmp_path, corpus, tuned, monkeypatch):
+    """If a checkpoint cannot be read to its end, the previous one stays complete."""
     from ee_llm.checkpoint.sharded.save import CopiedTensors
 
     whole = CopiedTensors.tensor
@@ -159,7 +159,7 @@ def test_a_save_that_fails_while_it_copies(tmp_path, corpus, tuned, monkeypatch)
     monkeypatch.setattr(CopiedTensors, "tensor", tensor)
     options = {**ONE_STEP, **layout(1, 2), "training.steps": 2}
     for end in train_ranks(2, tuning_config(here, corpus, tuned, **options)):
-        assert "No space left" in end  # and how much there is, which changes
+        assert "No space left" in end  # the message also has the free space, which varies
     checkpoints = here / directory.CHECKPOINTS
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000001"]
     assert len(TensorReader(here).names()) == len(TensorReader(tuned).names())

@@ -1,4 +1,4 @@
-"""Validation: the losses that inference has, whatever ranks trained and measured them."""
+"""Validation losses equal those of inference, in any layout."""
 
 import math
 
@@ -17,7 +17,7 @@ from tests.distributed.runs import (
 
 
 def _reference_losses(config, checkpoint):
-    """The validation loss of every exit as the reference of inference has it, token by token."""
+    """Return the validation loss of every exit from the reference of inference, token by token."""
     _, validation = open_data(config, _Alone())
     model = load_reference(TensorReader(checkpoint))
     sums, count = dict.fromkeys(model.boundaries, 0.0), 0.0
@@ -39,17 +39,17 @@ class _Alone:
     ("family", "head"),
     [("llama", ("norm",)), ("gpt", ("mlp", "norm")), ("llama", ("block", "norm"))],
 )
-def test_inference_has_the_losses_of_training(tmp_path, corpus, family, head):
-    """The trained stages and the reference of inference are one model, whatever ranks trained it.
+def test_losses_of_inference_equal_those_of_training(tmp_path, corpus, family, head):
+    """The trained stages and the reference of inference are the same model.
 
-    Names, splits and orders of tensors, rotations, exits: all of it must have been understood
-    alike on both sides. The validation data end within a batch, and within a sequence.
+    Both must agree on names, splits and orders of tensors, rotary embeddings and exits. The
+    validation data end within a batch and within a sequence.
     """
     options = {
         "model.family": family,
         "exits.head": head,
         "exits.temperatures": (1.5, 0.8),
-        "model.dropout": 0.2,  # of training alone
+        "model.dropout": 0.2,  # only in training
         "training.eval_interval": 5,
         "training.eval_steps": 50,
         "training.global_batch_size": 6,
@@ -68,7 +68,7 @@ def test_inference_has_the_losses_of_training(tmp_path, corpus, family, head):
 
 
 def test_validation_does_not_depend_on_data_ranks(tmp_path, corpus):
-    """The last global batch is not full: some rank has nothing but padding."""
+    """The last global batch is not full: one rank has only padding."""
     found = []
     for world_size in (1, 2, 4):
         options = {"training.steps": 1, "training.eval_interval": 1, "training.eval_steps": 100}

@@ -1,4 +1,4 @@
-"""A tiny model whose tensors are split in every way, trained, saved and loaded in any layout."""
+"""A tiny model with every kind of split tensor, trained, saved and loaded in any layout."""
 
 import hashlib
 from dataclasses import replace
@@ -34,7 +34,7 @@ NUM_LAYERS, HIDDEN, FFN, VOCAB = 4, 8, 12, 16
 
 
 class Layer(MegatronModule):
-    """A norm, a SwiGLU's two projections and a bias: every way in which a tensor is split."""
+    """A norm, the two projections of SwiGLU and a bias: every way to split a tensor."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -52,7 +52,7 @@ class Layer(MegatronModule):
             )
         weight = f"{prefix}fc1.weight"
         factory = apply_swiglu_sharded_factory(state[weight], sharded_offsets)
-        if ".1." in prefix:  # its parts are no views of the parameter, which factories may do
+        if ".1." in prefix:  # its parts are copies of the parameter, which factories may return
             build = factory.build_fn
             factory.build_fn = lambda *given: [
                 replace(part, data=part.data.clone()) for part in build(*given)
@@ -107,7 +107,7 @@ def make_config(output, **overrides) -> Config:
 
 
 class Run:
-    """The tiny model in one layout, trained on gradients that are a function of (name, step)."""
+    """The tiny model in one layout, trained with gradients that depend on (name, step)."""
 
     def __init__(self, output, layout, dtype=torch.float32, **overrides):
         tensor, pipeline = layout
@@ -160,7 +160,7 @@ class Run:
         )
 
     def weights(self):
-        """The digest of every local shard, by name and place in the whole."""
+        """Return the digest of every local shard, by name and place in the unsharded tensor."""
         found = {}
         for shard in self.shards.values():
             for part in _parts(shard):
@@ -173,15 +173,15 @@ def _parts(shard):
     return [leaf.value for leaf in leaves(shard.build())] if hasattr(shard, "build") else [shard]
 
 
-def whole_tensor(name, shape, purpose):
+def unsharded_tensor(name, shape, purpose):
     seed = int.from_bytes(hashlib.sha256(f"{name} {purpose}".encode()).digest()[:7], "big")
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _assign(shard, target, purpose):
-    """Fill a local tensor with its part of a global one that depends on name and purpose alone."""
+    """Fill a local tensor with its part of a global one that depends on name and purpose."""
     parts = [
-        whole_tensor(part.key, part.global_shape, purpose)[part.global_slice()]
+        unsharded_tensor(part.key, part.global_shape, purpose)[part.global_slice()]
         for part in _parts(shard)
     ]
     with torch.no_grad():
@@ -196,7 +196,7 @@ def save_run(output, layout, dtype=torch.float32, step=3):
 
 
 def union(results):
-    """Every shard of every rank assembled into whole tensors; replicas must agree bit for bit."""
+    """Assemble the shards of all ranks into unsharded tensors; replicas must be bit-identical."""
     wholes = {}
     for _, shards in results:
         for (name, offset, shape), data in shards.items():

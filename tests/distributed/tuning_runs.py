@@ -11,13 +11,13 @@ SIX_LAYERS = {"model.num_layers": 6}
 
 
 def dense_config(output: Path, corpus: str, **overrides: Any) -> Config:
-    """A run that trains the model without exits for a few steps."""
+    """Return a run that trains the model without exits for a few steps."""
     options = {**NO_EXITS, **SIX_LAYERS, "training.steps": 3, "checkpoint.interval": 0}
     return make_config(output, corpus, **options | overrides)
 
 
 def tuning_config(output: Path, corpus: str, checkpoint: Path | str, **overrides: Any) -> Config:
-    """A run that tunes exits at 2 and 5, so that of four stages two have nothing to train."""
+    """Return a run that tunes exits at 2 and 5, so that two of four stages train nothing."""
     options = {
         **SIX_LAYERS,
         "tuning.checkpoint": str(checkpoint),
@@ -29,6 +29,6 @@ def tuning_config(output: Path, corpus: str, checkpoint: Path | str, **overrides
 
 
 def tune(world_size: int, config: Config) -> str:
-    """Return the checkpoint, or what every rank refused with."""
+    """Return the checkpoint, or the error that every rank raised."""
     [end] = {end.partition(": ")[2] or end for end in train_ranks(world_size, config)}
     return end

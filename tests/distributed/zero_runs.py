@@ -1,4 +1,4 @@
-"""Runs under DeepSpeed, and under megatron-core for comparison."""
+"""Runs with DeepSpeed, and with megatron-core for comparison."""
 
 import importlib.util
 from pathlib import Path
@@ -22,31 +22,31 @@ BACKENDS = {
     for stage in (1, 2, 3)
     for offload in (False, True)
 }
-# With exits that are tied, an MLP's norm and weight decay that norms are spared.
+# With tied exits, the norm of an MLP, and weight decay, which does not apply to norms.
 MODEL = {"exits.head": ("mlp", "norm"), "training.eval_interval": 5, "training.eval_steps": 2}
 
 
 def trained(world_size: int, config: Config) -> str:
-    """Return the checkpoint, or what the ranks ended with."""
+    """Return the checkpoint, or the error of the ranks."""
     ends = train_ranks(world_size, config)
     return ends[0]
 
 
 def run(output: Path, corpus: str, world_size: int = 2, **options: Any) -> Path:
-    """Train a run in `output` to its end and return that."""
+    """Train a run in `output` to its end and return `output`."""
     end = trained(world_size, make_config(output, corpus, **MODEL | options))
     assert Path(end).is_dir(), end
     return output
 
 
 def assert_same_course(one: Path, other: Path, tolerance: float) -> None:
-    """Losses and gradient norms of all steps agree."""
+    """Assert that losses and gradient norms of all steps agree."""
     assert losses_of(one) == pytest.approx(losses_of(other), rel=tolerance)
     assert len(losses_of(one)) >= 5 * 2
 
 
 def assert_same_end(one: Path | str, other: Path | str, tolerance: float) -> None:
-    """Parameters and the optimizer's moments agree, of which there are both."""
+    """Assert that parameters and moments agree, and that both moments exist."""
     first, second = tensors_of(one), tensors_of(other)
     assert first.keys() == second.keys()
     assert {name.rpartition(".state.")[2].split(".")[0] for name in first} >= {
@@ -55,14 +55,14 @@ def assert_same_end(one: Path | str, other: Path | str, tolerance: float) -> Non
     }
     for name, tensor in first.items():
         if name.endswith("linear_qkv.bias"):
-            continue  # keys' biases cancel out: their gradients are rounding errors
+            continue  # biases of keys cancel out, so that their gradients are rounding errors
         assert tensor.dtype == second[name].dtype, name
         error = (tensor - second[name]).abs().max() / second[name].abs().max().clamp(min=1e-12)
         assert error < tolerance, f"{name}: relative error {error:.1e}"
 
 
 def parts_held(model: Any) -> dict[str, int]:
-    """How many numbers this rank holds of parameters, and of Adam's two moments."""
+    """Return how many elements of parameters and of Adam's two moments this rank has."""
     optimizer = model.engine.optimizer
     held = {id(p): p.numel() for p in model.losses.parameters()}
     moments = [
@@ -72,7 +72,7 @@ def parts_held(model: Any) -> dict[str, int]:
 
 
 def all_numbers(checkpoint: Path) -> int:
-    """Parameters of the model in a checkpoint."""
+    """Return the number of parameters of the model in a checkpoint."""
     return sum(
         tensor.numel()
         for name, tensor in tensors_of(checkpoint).items()

@@ -1,4 +1,4 @@
-"""Runs that begin at weights from elsewhere: a checkpoint written tensor by tensor."""
+"""Runs that start from the weights of a checkpoint that no run has written."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from tests.distributed.runs import layout, make_config, tensors_of, train_ranks,
 STANDING = {"optimizer.lr": 1e-30, "optimizer.warmup_steps": 0, "training.steps": 2}
 
 
-def begin(tmp_path, corpus, **options):
-    """Return the configuration of a run that begins at random tensors, and these."""
+def start(tmp_path, corpus, **options):
+    """Return the configuration of a run that starts from random tensors, and the tensors."""
     config = make_config(tmp_path / "run", corpus, **options)
     path, tensors = write_random(tmp_path / "begin", config)
     return config.model_copy(
@@ -31,9 +31,9 @@ def begin(tmp_path, corpus, **options):
     ],
     ids=["single", "dp2", "pp2", "tp2", "bf16", "dp2-bf16", "auto"],
 )
-def test_a_run_begins_at_them(tmp_path, corpus, world_size, options):
-    """Two steps that change nothing leave them: masters made of other weights would come back."""
-    config, tensors = begin(tmp_path, corpus, **STANDING | options)
+def test_run_starts_from_the_weights(tmp_path, corpus, world_size, options):
+    """Two steps with learning rate 0 keep them; wrong master weights would change them."""
+    config, tensors = start(tmp_path, corpus, **STANDING | options)
     end, *_ = train_ranks(world_size, config)
     assert end.endswith("step-00000002")
     found = tensors_of(end)
@@ -45,8 +45,8 @@ def test_a_run_begins_at_them(tmp_path, corpus, world_size, options):
         assert torch.equal(found[name], tensor.to(dtype)), name
 
 
-def test_it_goes_on_from_what_it_saved_since(tmp_path, corpus):
-    config, _ = begin(tmp_path, corpus, **{"training.steps": 2})
+def test_run_resumes_from_its_own_checkpoint(tmp_path, corpus):
+    config, _ = start(tmp_path, corpus, **{"training.steps": 2})
     [first] = train_ranks(1, config)
     longer = config.model_copy(update={"training": config.training.model_copy(update={"steps": 4})})
     [second] = train_ranks(1, longer)
