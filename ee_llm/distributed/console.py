@@ -27,14 +27,19 @@ def print_line(text: str, style: str | None = None) -> None:
 
 
 def progress_bar(
-    what: str, total: int, amount: ProgressColumn, *, completed: int = 0, is_quiet: bool = False
+    description: str,
+    total: int,
+    amount: ProgressColumn,
+    *,
+    completed: int = 0,
+    is_quiet: bool = False,
 ) -> Progress:
     """Return a progress bar with one task, to be started or used as a context manager.
 
     The bar is shown on terminals only and removed when it stops.
 
     Args:
-        what: Description of the work.
+        description: Description of the work.
         total: Amount of work, in any unit.
         amount: The column that shows how much of `total` is done.
         completed: Amount of work that is done at the start.
@@ -49,5 +54,5 @@ def progress_bar(
         transient=True,
         disable=is_quiet or not console.is_terminal,
     )
-    progress.add_task(what, total=total, completed=completed)
+    progress.add_task(description, total=total, completed=completed)
     return progress

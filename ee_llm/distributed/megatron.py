@@ -22,10 +22,10 @@ TESTED = {
 _enabled = False
 
 
-def check_versions(found: dict[str, str]) -> None:
-    """Raise RunError if a version in `found` (name -> version) is outside the tested range."""
+def check_versions(installed: dict[str, str]) -> None:
+    """Raise RunError if a version in `installed` (name -> version) is outside the tested range."""
     for name, (low, high) in TESTED.items():
-        version = Version(Version(found[name]).base_version)
+        version = Version(Version(installed[name]).base_version)
         if not Version(low) <= version < Version(high):
             fix = (
                 "Use another interpreter"
@@ -33,8 +33,8 @@ def check_versions(found: dict[str, str]) -> None:
                 else f'Run pip install "{name}>={low},<{high}"'
             )
             raise RunError(
-                f"{name} {found[name]} is outside the tested range >={low},<{high}. {fix}, or set "
-                "EE_LLM_UNTESTED_VERSIONS=1 to try this version."
+                f"{name} {installed[name]} is outside the tested range >={low},<{high}. {fix}, or "
+                "set EE_LLM_UNTESTED_VERSIONS=1 to try this version."
             )
 
 

@@ -109,7 +109,7 @@ class Transport:
             while queue:
                 self._wait(queue.popleft(), peer, channel, "was not received by")
 
-    def _wait(self, pending: _Pending, peer: int, channel: Channel, what: str) -> None:
+    def _wait(self, pending: _Pending, peer: int, channel: Channel, failure: str) -> None:
         try:
             if pending.tensor.is_cuda:
                 # Makes the current stream wait for the message without blocking the host. NCCL's
@@ -118,16 +118,16 @@ class Transport:
             else:
                 pending.work.wait(datetime.timedelta(seconds=self._timeout_s))
         except RuntimeError as error:
-            raise self._lost(peer, channel, pending.tag, what, error) from error
+            raise self._lost(peer, channel, pending.tag, failure, error) from error
 
     def _lost(
-        self, peer: int, channel: Channel, tag: int, what: str, error: RuntimeError
+        self, peer: int, channel: Channel, tag: int, failure: str, error: RuntimeError
     ) -> TransportError:
-        reason = str(error).strip()
+        reason = str(error).strip().rstrip(".")
         if "timed out" in reason.lower():
             reason = f"no response within {self._timeout_s:g} s (parallel.timeout_s)"
         return TransportError(
-            f"{channel} message with tag {tag} {what} pipeline rank {peer} "
+            f"{channel} message with tag {tag} {failure} pipeline rank {peer} "
             f"(global rank {self._ranks[peer]}): {reason}. Look at the output of that rank first."
         )
 

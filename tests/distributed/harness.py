@@ -32,10 +32,12 @@ def run_ranks(
 ) -> list[Any]:
     """Run `function(*args)` in each of `world_size` forked ranks and return the results.
 
-    Each rank sees torchrun's environment (RANK, WORLD_SIZE, ...) and initialises its process
-    groups itself. Results must be picklable. Raises RankFailed with the traceback of the first rank
-    that failed, or with where each was that did not finish; all ranks are killed, so nothing is
-    left behind.
+    Each rank has torchrun's environment (RANK, WORLD_SIZE, ...) and initializes its process groups
+    itself. Results must be picklable. All ranks are killed at the end.
+
+    Raises:
+        RankFailed: A rank failed or did not finish in time. The message has the traceback of the
+            first rank that failed, or those of the ranks that did not finish.
     """
     port = free_port()
     ranks = [_start((rank, world_size, port, function, args)) for rank in range(world_size)]

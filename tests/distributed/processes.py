@@ -17,7 +17,7 @@ from tests.ended import is_gone
 ROOT = Path(__file__).resolve().parents[2]
 
 STARTS = {
-    "alone": ["-m", "ee_llm", "train", "--config", "train.toml"],
+    "single": ["-m", "ee_llm", "train", "--config", "train.toml"],
     "nproc": ["-m", "ee_llm", "train", "--config", "train.toml", "--nproc", "2"],
     "torchrun": [
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),

@@ -105,12 +105,12 @@ def test_bad_step_is_skipped_on_all_ranks(tmp_path, corpus, kind, world_size, op
 
 def _mask_everything(config, steps):
     """Train without a valid token on any rank in some steps (from 1)."""
-    whole = ParallelModel.forward_backward
+    original = ParallelModel.forward_backward
 
     def masked(self, microbatches, step):
         if step + 1 in steps:
             microbatches = [m._replace(loss_mask=0 * m.loss_mask) for m in microbatches]
-        return whole(self, microbatches, step)
+        return original(self, microbatches, step)
 
     ParallelModel.forward_backward = masked
     return train_here(config)

@@ -221,11 +221,11 @@ BAD = 3  # the bad step
 def _bad_step(config, what):
     """Train with non-finite gradients but finite losses on one rank, or with a non-finite loss."""
     seen = {"step": 0}
-    whole = model.ZeroModel.forward_backward
+    original = model.ZeroModel.forward_backward
 
     def forward_backward(self, microbatches, step, spans=None):
         seen["step"] = step + 1
-        return whole(self, microbatches, step, spans)
+        return original(self, microbatches, step, spans)
 
     forward, means = model.Losses.forward, model.mean_losses
 
@@ -245,10 +245,10 @@ def _bad_step(config, what):
 
 
 def _bad_megatron_step(config):
-    whole = ParallelModel.forward_backward
+    original = ParallelModel.forward_backward
 
     def forward_backward(self, microbatches, step, spans=None):
-        losses = whole(self, microbatches, step, spans)
+        losses = original(self, microbatches, step, spans)
         if step + 1 == BAD:
             next(iter(self.stages[0].parameters())).main_grad.fill_(math.nan)
         return losses

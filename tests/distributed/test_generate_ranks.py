@@ -127,9 +127,9 @@ def test_batch_equals_that_of_one_process(place: Path, tmp_path: Path, layout: s
     for id, record in single.items():
         assert_equal(found[id], record)
     assert {exit for one in found.values() for exit in one["exits"]} == {1, 2, 4}
-    *told, certificate = err.splitlines()
-    assert any(line.startswith("8 prompts, 0 of them done before") for line in told)
-    assert any(line.startswith("self-speculation: ") for line in told)
+    *lines, certificate = err.splitlines()
+    assert any(line.startswith("8 prompts, 0 of them done before") for line in lines)
+    assert any(line.startswith("self-speculation: ") for line in lines)
     assert certificate.startswith("certificate: 8 generations")
     assert ", 0 divergences," in certificate
 

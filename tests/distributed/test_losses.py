@@ -12,7 +12,7 @@ LENGTH, BATCH, VOCAB = 4, 3, 10
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
-def whole_logits(dtype):
+def full_logits(dtype):
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(LENGTH, BATCH, VOCAB, generator=generator, dtype=torch.float64) * 4
     logits[0, 0, 7] = 500.0  # the maximum is on one rank, and the loss is far above the others
@@ -25,8 +25,8 @@ def whole_logits(dtype):
 
 def _split(dtype):
     grid = distributed.initialize(tensor=2, timeout_s=20)
-    whole, labels = whole_logits(dtype)
-    local = whole.chunk(2, dim=-1)[grid.tensor_rank].clone().requires_grad_()
+    full, labels = full_logits(dtype)
+    local = full.chunk(2, dim=-1)[grid.tensor_rank].clone().requires_grad_()
     loss, top = vocab_parallel_cross_entropy(local, labels, grid.tensor_group)
     weights = torch.linspace(-1, 2, LENGTH * BATCH).view(LENGTH, BATCH)
     (loss * weights).sum().backward()
@@ -36,8 +36,8 @@ def _split(dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_split_vocabulary_equals_torch(dtype):
-    whole, labels = whole_logits(dtype)
-    wide = whole.double().requires_grad_()
+    full, labels = full_logits(dtype)
+    wide = full.double().requires_grad_()
     weights = torch.linspace(-1, 2, LENGTH * BATCH).view(LENGTH, BATCH)
     loss = F.cross_entropy(wide.flatten(0, 1), labels.flatten(), reduction="none")
     loss = loss.view(LENGTH, BATCH)

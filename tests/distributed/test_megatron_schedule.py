@@ -144,9 +144,9 @@ def by_megatron(config: Config, grid: distributed.Grid, batches, dtype) -> dict[
     )
     parameters = dict(model.stage.named_parameters())
     for name in ("embedding.word.weight", "output.weight"):  # copies on both stages
-        held = [None, None]
-        dist.all_gather_object(held, name in parameters, group=grid.pipeline_group)
-        if all(held):
+        has_copy = [None, None]
+        dist.all_gather_object(has_copy, name in parameters, group=grid.pipeline_group)
+        if all(has_copy):
             dist.all_reduce(parameters[name].grad, group=grid.pipeline_group)
     if config.parallel.sequence:
         for parameter in parameters.values():

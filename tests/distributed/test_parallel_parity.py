@@ -182,11 +182,11 @@ def _with_weights(weights, schedule, head, recompute, deferred):
     model = ParallelModel(config, grid, torch.float64)
     graphs = {}
     for stage in model.stages:
-        whole = stage.exit_logits
+        original = stage.exit_logits
 
-        def logits(boundary, *args, whole=whole):
+        def logits(boundary, *args, original=original):
             graphs[boundary] = torch.is_grad_enabled()
-            return whole(boundary, *args)
+            return original(boundary, *args)
 
         stage.exit_logits = logits
     losses = model.forward_backward(make_batches(config, grid), step=0)

@@ -221,7 +221,7 @@ def test_automatic_dtype_is_equal_on_all_ranks(tmp_path, corpus):
 def test_signal_during_validation(tmp_path, corpus):
     """The run validates when it is resumed, because a validation may take too long.
 
-    Interrupted there again, it does so once more; the last step's validation is no exception.
+    The same holds if it is interrupted there again, and for the validation of the last step.
     """
     options = {"training.steps": 4, "training.eval_interval": 2, **layout(1, 2)}
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"

@@ -19,14 +19,14 @@ from tests.distributed.runs import (
     validation_log,
 )
 
-NUM_RANKS = {"alone": 1, "nproc": 2, "torchrun": 2, "scripts/torchrun.sh": 2}
+NUM_RANKS = {"single": 1, "nproc": 2, "torchrun": 2, "scripts/torchrun.sh": 2}
 
 
 @pytest.fixture(scope="module")
 def unstopped(tmp_path_factory, corpus):
     """Return the places of uninterrupted runs, by number of ranks."""
     made = {}
-    for how, options in (("alone", {}), ("nproc", layout(1, 2))):
+    for how, options in (("single", {}), ("nproc", layout(1, 2))):
         place = Place(tmp_path_factory.mktemp("unstopped") / how, corpus, **options)
         place.finish(how)
         made[NUM_RANKS[how]] = place
@@ -57,9 +57,9 @@ def assert_saved(place: Place, step: int, name: str) -> None:
 
 slow = pytest.mark.slow
 SIGNALS = [
-    pytest.param("alone", signal.SIGHUP, 2),
-    pytest.param("alone", signal.SIGTERM, 2, marks=slow),
-    pytest.param("alone", signal.SIGINT, 2, marks=slow),
+    pytest.param("single", signal.SIGHUP, 2),
+    pytest.param("single", signal.SIGTERM, 2, marks=slow),
+    pytest.param("single", signal.SIGINT, 2, marks=slow),
     pytest.param("nproc", signal.SIGTERM, 2),
     pytest.param("nproc", signal.SIGINT, 2, marks=slow),
     pytest.param("nproc", signal.SIGHUP, 2, marks=slow),
@@ -67,7 +67,7 @@ SIGNALS = [
     pytest.param("torchrun", signal.SIGINT, 2, marks=slow),
     pytest.param("torchrun", signal.SIGHUP, 2, marks=slow),
     # Longer than a minute, and than `parallel.timeout_s`, which is 20 s here.
-    pytest.param("alone", signal.SIGTERM, 70, marks=slow),
+    pytest.param("single", signal.SIGTERM, 70, marks=slow),
     pytest.param("nproc", signal.SIGTERM, 70, marks=slow),
     pytest.param("nproc", signal.SIGINT, 70, marks=slow),
     pytest.param("nproc", signal.SIGHUP, 70, marks=slow),
@@ -79,7 +79,7 @@ SIGNALS = [
 def test_signal_in_a_long_step_loses_nothing(place, unstopped, how, number, seconds):
     """The step is completed and saved; the log continues like that of an uninterrupted run.
 
-    Step 3 is due for a validation, which the signal puts off until the run is resumed.
+    Step 3 is due for a validation, which the signal delays until the run is resumed.
     """
     with place.started(how, long_step=(3, seconds)) as process:
         place.wait_for_long_step(process, NUM_RANKS[how])
@@ -154,7 +154,7 @@ def test_suspended_rank_is_named(tmp_path, corpus, how, hung):
 
 
 CONSOLES = {
-    "head": ("alone", '"$@" 2>&1 | head -n 1'),
+    "head": ("single", '"$@" 2>&1 | head -n 1'),
     "a full disk": ("nproc", '"$@" >/dev/full 2>&1'),
     "closed streams": ("nproc", '"$@" <&- >&- 2>&-'),
     "a reader that ends": ("torchrun", '"$@" 2>&1 | head -n 1'),
@@ -177,7 +177,7 @@ def test_lost_console_is_ignored(tmp_path, corpus, unstopped, console):
         assert noted[0]["error"] == "standard error: No space left on device"
 
 
-@pytest.mark.parametrize("how", [pytest.param("alone", marks=slow), "nproc"])
+@pytest.mark.parametrize("how", [pytest.param("single", marks=slow), "nproc"])
 def test_signal_with_a_lost_console(place, unstopped, how):
     """Ctrl-C also ends `tee` before the run can print; a lost terminal has the same effect."""
     reader, writer = os.pipe()
@@ -193,7 +193,7 @@ def test_signal_with_a_lost_console(place, unstopped, how):
     assert_equals_unstopped(place, unstopped[NUM_RANKS[how]])
 
 
-@pytest.mark.parametrize("how", ["alone"])
+@pytest.mark.parametrize("how", ["single"])
 def test_nohup_is_respected(place, how):
     with place.started(how, long_step=(3, 1), shell='trap "" HUP; exec "$@"') as process:
         place.wait_for_long_step(process, 1)
@@ -203,7 +203,7 @@ def test_nohup_is_respected(place, how):
     assert events(place.run, "interrupted") == []
 
 
-@pytest.mark.parametrize("how", ["alone"])
+@pytest.mark.parametrize("how", ["single"])
 def test_console_with_a_limited_encoding(place, how):
     """The separators of a report are not ASCII; they are escaped, and no record is lost."""
     err = place.finish(how, environment={"PYTHONIOENCODING": "ascii"})
@@ -212,7 +212,7 @@ def test_console_with_a_limited_encoding(place, how):
 
 
 @pytest.mark.parametrize(
-    "how", [pytest.param("alone", marks=slow), "nproc", pytest.param("torchrun", marks=slow)]
+    "how", [pytest.param("single", marks=slow), "nproc", pytest.param("torchrun", marks=slow)]
 )
 def test_working_directory_does_not_shadow_libraries(place, how):
     """Ranks of all launchers have the same import path."""

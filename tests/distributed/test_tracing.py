@@ -56,9 +56,9 @@ def test_configured_steps_are_traced(tmp_path, corpus, schedule):
         f"exits of {a}" for a in plan.work if a.op is Op.BACKWARD and a.stage in with_exits
     }
     for event in exits:
-        whole = by_name[event["name"].removeprefix("exits of ")]
-        assert event["ts"] == whole["ts"]
-        assert 0 < event["dur"] < whole["dur"]
+        action = by_name[event["name"].removeprefix("exits of ")]
+        assert event["ts"] == action["ts"]
+        assert 0 < event["dur"] < action["dur"]
     ends = {event["name"]: event["ts"] + event["dur"] for event in events}
     last = f"{plan.num_stages - 1}"
     assert ends["0F0"] < ends[f"{last}F0"] < ends[f"{last}B0"] < ends["0B0"]  # the clocks agree

@@ -317,8 +317,8 @@ def test_copied_exits_start_like_their_source(tmp_path, corpus, dense):
         tmp_path / "dense", corpus, **UNCLIPPED, **{"checkpoint.initial": str(dense)}
     )
     train_ranks(1, again)
-    whole = losses_of(tmp_path / "dense")[1, "lm loss"]
-    assert block[1, "exit 5 loss"] == pytest.approx(whole, rel=1e-12)
+    final = losses_of(tmp_path / "dense")[1, "lm loss"]
+    assert block[1, "exit 5 loss"] == pytest.approx(final, rel=1e-12)
 
 
 def test_tuned_checkpoint_is_compatible(tmp_path, corpus, dense):

@@ -147,12 +147,12 @@ def test_save_that_fails_while_it_copies(tmp_path, corpus, tuned, monkeypatch):
     """If a checkpoint cannot be read to its end, the previous one stays complete."""
     from ee_llm.checkpoint.sharded.save import CopiedTensors
 
-    whole = CopiedTensors.tensor
+    original = CopiedTensors.tensor
 
     def tensor(self, name):
         if name == "layers.6.mlp.linear_fc2.weight":
             raise OSError(28, "No space left on device")
-        return whole(self, name)
+        return original(self, name)
 
     here = tmp_path / "run"
     tune(1, tuning_config(here, corpus, tuned, **ONE_STEP))

@@ -126,15 +126,15 @@ def readable_grid(prediction: Prediction, width: int) -> str:
 
 def summary(prediction: Prediction, clock: Clock, logits: float) -> str:
     """Return the makespan, the time that exits add, and a table of the ranks."""
-    found = prediction.simulation
+    simulation = prediction.simulation
     note = "" if clock.unit in ("s", "ms") else f"   (unit: {clock.unit})"
     lines = [
-        f"makespan      {clock.show(found.makespan)}{note}",
+        f"makespan      {clock.show(simulation.makespan)}{note}",
         f"a microbatch  {clock.show(prediction.time_per_microbatch)}",
         f"idle          {100 * prediction.bubble_share:.1f} %",
     ]
     if prediction.config.exits.boundaries:
-        share = prediction.exit_time / (found.makespan - prediction.exit_time)
+        share = prediction.exit_time / (simulation.makespan - prediction.exit_time)
         added = clock.show(prediction.exit_time, signed=True)
         lines.append(f"early exits   {added} ({100 * share:+.1f} % of the same plan without them)")
     if prediction.filling:
@@ -147,9 +147,9 @@ def summary(prediction: Prediction, clock: Clock, logits: float) -> str:
             [
                 str(rank),
                 " ".join(map(str, stages)),
-                f"{100 * found.bubble_share[rank]:.1f} %",
-                " ".join(str(found.peak_activations[stage]) for stage in stages),
-                " ".join(str(found.peak_exit_logits[stage]) for stage in stages),
+                f"{100 * simulation.bubble_share[rank]:.1f} %",
+                " ".join(str(simulation.peak_activations[stage]) for stage in stages),
+                " ".join(str(simulation.peak_exit_logits[stage]) for stage in stages),
                 f"{memory[rank]:g}",
             ]
         )
@@ -208,7 +208,7 @@ def as_json(
     prediction: Prediction, clock: Clock, logits: float, *, timeline: bool = True
 ) -> dict[str, Any]:
     """Return a prediction as JSON data, with times in the unit of the clock."""
-    found, config = prediction.simulation, prediction.config
+    simulation, config = prediction.simulation, prediction.config
     figures: dict[str, Any] = {
         "schedule": config.parallel.schedule,
         "ranks": config.parallel.pipeline,
@@ -220,17 +220,17 @@ def as_json(
         "fill_warmup": config.parallel.fill_warmup,
         "fill_cooldown": config.parallel.fill_cooldown,
         "unit": clock.unit,
-        "makespan": found.makespan / clock.scale,
+        "makespan": simulation.makespan / clock.scale,
         "time_per_microbatch": prediction.time_per_microbatch / clock.scale,
         "exit_time": prediction.exit_time / clock.scale,
-        "bubble_share": list(found.bubble_share),
-        "peak_activations": list(found.peak_activations),
-        "peak_exit_logits": list(found.peak_exit_logits),
+        "bubble_share": list(simulation.bubble_share),
+        "peak_activations": list(simulation.peak_activations),
+        "peak_exit_logits": list(simulation.peak_exit_logits),
         "memory": list(rank_memory(prediction, logits)),
     }
     if timeline:
         figures["timeline"] = [
             [[str(s.action), s.start / clock.scale, s.end / clock.scale] for s in spans]
-            for spans in found.timeline.ranks
+            for spans in simulation.timeline.ranks
         ]
     return figures

@@ -64,10 +64,10 @@ def predict(config: Config, num_microbatches: int, pieces: Pieces) -> Prediction
     lower(plan)
     costs = pieces.costs(config)
     deferred = config.exits.deferred
-    found = simulate(plan, costs, deferred=deferred)
+    simulation = simulate(plan, costs, deferred=deferred)
     bare = simulate(plan, _without_early_exits(costs), deferred=deferred)
-    exit_time = found.makespan - bare.makespan
-    return Prediction(config, num_microbatches, pieces, plan, costs, found, exit_time)
+    exit_time = simulation.makespan - bare.makespan
+    return Prediction(config, num_microbatches, pieces, plan, costs, simulation, exit_time)
 
 
 def rank_memory(prediction: Prediction, logits: float = 1.0) -> tuple[float, ...]:

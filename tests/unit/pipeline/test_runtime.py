@@ -70,8 +70,8 @@ def test_taps_that_are_the_input_or_the_output_of_the_stage(word, deferred):
 
 @pytest.mark.parametrize("deferred", [True, False])
 def test_local_backwards_reach_the_heads_and_nothing_else(deferred):
-    """EE-Tuning's: layers have no graph, though they could be trained here, and their gradients
-    would travel to the stages before.
+    """In EE-Tuning layers have no graph, although they are trainable in this test and their
+    gradients would reach the previous stages.
     """
     shape = Shape(("imo", "", "mo"))
     plan = tuning_plan(3, 2, {0, 2})

@@ -20,10 +20,12 @@ SPEC = MessageSpec((ROWS, WIDTH), torch.float64, torch.device("cpu"))
 class Shape:
     """The layers and exits of each stage.
 
-    exits: per stage a word, one letter per exit: i reads the stage's input, m its middle, o its
-    output. frozen: stages whose layers are not trained (their exits are). dead: stages without any
-    trained parameter, whose layers build no graph at all. split_exits: whether heads let their
-    weights' gradients wait, too.
+    Attributes:
+        exits: A word per stage with one letter per exit: i for the stage's input, m for its middle,
+            o for its output.
+        frozen: Stages whose layers are not trained, but whose exits are.
+        dead: Stages without any trained parameter, whose layers build no graph.
+        split_exits: Whether heads also defer their weight gradients.
     """
 
     exits: tuple[str, ...]

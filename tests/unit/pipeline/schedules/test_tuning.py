@@ -50,7 +50,7 @@ def test_losses_and_gradients_count_once():
 
 
 def test_time_and_memory():
-    """With a forward of 1 a stage and 3 an exit: the fill of the pipeline, then the slowest stage.
+    """Stages take 1 and exits 3: the time is the fill of the pipeline plus the slowest stage.
 
     One microbatch and one exit's logits are alive at a time, where 1F1B keeps P - i of them.
     """

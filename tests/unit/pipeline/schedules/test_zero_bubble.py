@@ -47,10 +47,10 @@ def test_bubble_is_a_third_and_memory_equal_to_1f1b(stages, more):
 
 @given(st.integers(1, 8), st.integers(0, 12), st.integers(1, 4))
 def test_split_exits_trade_memory_for_time(stages, more, head):
-    """Where the last rank's layers make room for its head, the gain is P times the weights' part.
+    """With fewer layers on the last rank, to balance its head, the gain is P times the weight part.
 
-    A head is as long as `head` of a rank's 5 layers. On rank r the logits' gradients of r + 1
-    microbatches are alive: twice as many where there are two exits.
+    A head takes as long as `head` of a rank's 5 layers. On rank r the gradients of the logits of
+    r + 1 microbatches are alive, twice as many with two exits.
     """
     microbatches = stages + more
     final = StageCost(5 - head, 2 * (5 - head), (PieceCost(head, 2 * head, head),), 5 - head)
