@@ -19,6 +19,7 @@ from rich.progress import Progress, TextColumn
 from ee_llm import distributed
 from ee_llm.atomic_file import replace_text
 from ee_llm.config import Config
+from ee_llm.errors import UserError
 from ee_llm.launch.streams import stream_trouble
 
 logger = logging.getLogger(__name__)
@@ -321,8 +322,8 @@ def _run_id(output: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def _missing(option: str, package: str) -> ValueError:
-    return ValueError(
+def _missing(option: str, package: str) -> UserError:
+    return UserError(
         f"{option} needs the package {package}, which is not installed. Run "
         "pip install 'ee-llm[track]', or turn the option off."
     )
