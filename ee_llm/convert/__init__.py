@@ -1,4 +1,4 @@
-"""Models from elsewhere and back: tables of names and shapes, read in both directions.
+"""Converts models of other software to checkpoints and back, with tables of names and shapes.
 
-Everything is read and written tensor by tensor, on the CPU, by one process.
+A single process reads and writes one tensor at a time on the CPU.
 """

@@ -1,4 +1,4 @@
-"""`ee-llm convert`: models of Hugging Face's and Megatron-LM's in, and out again."""
+"""`ee-llm convert`: converts models from Hugging Face and Megatron-LM, and to Hugging Face."""
 
 import functools
 import json
@@ -28,7 +28,13 @@ from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.config import Config
 from ee_llm.config.tokenizer import BYTES
 from ee_llm.convert.huggingface.check import TEXT, TOLERANCE, Difference, compare
-from ee_llm.convert.huggingface.export import Cut, dense, export_folder, truncated, whole
+from ee_llm.convert.huggingface.export import (
+    Submodel,
+    dense_model,
+    export_folder,
+    full_model,
+    truncated_model,
+)
 from ee_llm.convert.locate import (
     GGUF,
     HUB,
@@ -45,7 +51,7 @@ from ee_llm.errors import CheckpointError, ConversionError
 
 OnTensor = Callable[[str, int], None]
 
-_MAX_SHARD_GB = 1_000_000  # a petabyte, in bytes still far from the end of 64 bits
+_MAX_SHARD_GB = 1_000_000  # a petabyte, whose number of bytes fits in 64 bits
 _OF_CHECKPOINTS = ("dense", "truncate_at", "max_shard_gb")
 _UNUSED = {
     HUGGING_FACE: (*_OF_CHECKPOINTS, "dtype", "revision"),
@@ -58,13 +64,13 @@ _WITH_TRANSFORMERS = (HUGGING_FACE, HUB, GGUF)
 
 
 def convert(options: ConvertOptions) -> None:
-    """Convert as the options say, and print where the result is.
+    """Convert a model and print the path of the result.
 
-    Raises ConversionError for a source that holds no model, or options that do not go together.
+    Raises ConversionError if the source has no model, or for options that contradict each other.
     """
     kind = find_kind(options.source)
     _check(options, kind)
-    # Libraries log to standard output, as DeepSpeed does when transformers imports it.
+    # Some libraries log to standard output, such as DeepSpeed when transformers imports it.
     with redirect_stdout(sys.stderr):
         result = _run(options, kind)
     if options.json:
@@ -89,51 +95,56 @@ def _run(options: ConvertOptions, kind: str) -> dict[str, Any]:
 
 
 def _check(options: ConvertOptions, kind: str) -> None:
-    """Raise ConversionError for options that say nothing of this conversion."""
+    """Raise ConversionError for options that do not apply to this conversion."""
     default = ConvertOptions(options.source, options.output)
     for name in _UNUSED[kind]:
         if getattr(options, name) != getattr(default, name):
             raise ConversionError(
-                f"--{name.replace('_', '-')} has no effect on {options.source}, which is {kind}"
+                f"--{name.replace('_', '-')} has no effect on {options.source}, which is {kind}. "
+                "Remove the option."
             )
     if kind != OURS and options.to == "hf":
-        already = " already" if kind in _WITH_TRANSFORMERS else ""
+        already = "already " if kind in _WITH_TRANSFORMERS else ""
         raise ConversionError(
-            f"--to hf: {options.source} is {kind}{already}; convert it to an ee-llm "
-            "checkpoint first"
+            f"--to hf: {options.source} is {already}{kind}. Convert it to an ee-llm checkpoint "
+            "first."
         )
     if kind != OURS and options.to == "int8":
         raise ConversionError(
-            f"--to int8: {options.source} is {kind}; convert it to an ee-llm checkpoint first"
+            f"--to int8: {options.source} is {kind}. Convert it to an ee-llm checkpoint first."
         )
     if options.dense and options.truncate_at is not None:
-        raise ConversionError("--dense and --truncate-at are two models; choose one of them")
+        raise ConversionError("--dense and --truncate-at exclude each other. Remove one of them.")
     if not 0 < options.max_shard_gb <= _MAX_SHARD_GB:
         raise ConversionError(
-            f"--max-shard-gb {options.max_shard_gb}: give a size above 0, up to {_MAX_SHARD_GB:,}"
+            f"--max-shard-gb {options.max_shard_gb}: choose a size above 0 and up to "
+            f"{_MAX_SHARD_GB:,}"
         )
     if options.max_shard_gb != default.max_shard_gb and options.to != "hf":
-        raise ConversionError(f"--max-shard-gb has no effect with --to {options.to}; leave it out")
+        raise ConversionError(f"--max-shard-gb has no effect with --to {options.to}. Remove it.")
     if options.text is not None and not options.check:
-        raise ConversionError("--text has no effect without --check; give both, or neither")
+        raise ConversionError("--text has no effect without --check. Add --check or remove --text.")
     if options.check and kind not in _WITH_TRANSFORMERS and options.to != "hf":
-        raise ConversionError("--check compares with transformers, which neither side is here")
+        raise ConversionError(
+            "--check compares with transformers, which opens neither the source nor the result. "
+            "Remove it."
+        )
     for name in ("head", "exit_output"):
         if not options.exits and getattr(options, name) != getattr(default, name):
-            raise ConversionError(f"--{name.replace('_', '-')} needs --exits")
+            raise ConversionError(f"--{name.replace('_', '-')} needs --exits. Add --exits.")
 
 
 def _import(options: ConvertOptions, folder: Path, notes: list[str]) -> dict[str, Any]:
     new = NewExits(options.exits, options.head, options.exit_output) if options.exits else None
     source = open_source(folder, new, options.tokenizer, options.strict)
     path = _write_source(options, source)
-    notes = [*notes, *source.notes, *source.damage()]
+    notes = [*notes, *source.notes, *source.non_finite_notes()]
     result = {"output": str(path), "notes": notes, **_facts(source.specs)}
     if options.check:
         exits = source.config.exits
-        # Only what begins as the model's own norm and output is something of transformers'.
-        is_other = "norm" not in exits.head or "block" in exits.head or exits.output == "tied"
-        early = () if new is not None and is_other else exits.boundaries
+        # transformers can compute a new exit only if it is a copy of the final norm and output.
+        is_unknown = "norm" not in exits.head or "block" in exits.head or exits.output == "tied"
+        early = () if new is not None and is_unknown else exits.boundaries
         _compare(options, folder, TensorReader(path), source.config, early, result)
     return result
 
@@ -153,46 +164,46 @@ def _write_source(options: ConvertOptions, source: Source) -> Path:
 
 def _export(options: ConvertOptions) -> dict[str, Any]:
     reader = TensorReader(options.source)
-    cut = _cut(options, reader)
-    specs = _specs(reader, cut)
+    submodel = _submodel(options, reader)
+    specs = _specs(reader, submodel)
     facts = _facts(specs)
     with _progress(facts["bytes"], options.json) as on_tensor:
         path = export_folder(
             reader,
-            cut,
+            submodel,
             options.output,
             max_shard_bytes=int(options.max_shard_gb * 10**9),
             on_tensor=on_tensor,
         )
     notes = []
     if reader.tokenizer() == BYTES:
-        notes = ["transformers has no byte tokenizer: the folder is without one"]
+        notes = ["The folder has no tokenizer, because transformers has no byte tokenizer."]
     result = {"output": str(path), "notes": notes, **facts}
     if options.check:
-        _compare(options, path, reader, cut.config, cut.config.exits.boundaries, result)
+        _compare(options, path, reader, submodel.config, submodel.config.exits.boundaries, result)
     return result
 
 
 def _rewrite(options: ConvertOptions) -> dict[str, Any]:
-    """Write a checkpoint of ours that is a part of another."""
+    """Write an ee-llm checkpoint with a part of the model, or with 8-bit weights."""
     reader = TensorReader(options.source)
     is_int8 = options.to == "int8"
     if not options.dense and options.truncate_at is None and not is_int8:
         raise ConversionError(
-            f"{options.source} is an ee-llm checkpoint already; give --to hf, --to int8, "
-            "--dense or --truncate-at"
+            f"{options.source} is already an ee-llm checkpoint. Add --to hf, --to int8, --dense or "
+            "--truncate-at."
         )
-    cut = _cut(options, reader)
-    specs = _specs(reader, cut)
+    submodel = _submodel(options, reader)
+    specs = _specs(reader, submodel)
 
     def read(name: str) -> Tensor:
-        return reader.tensor(cut.origins[name])
+        return reader.tensor(submodel.origins[name])
 
     specs, get = _in_8_bits(specs, read) if is_int8 else (specs, read)
     with _progress(_facts(specs)["bytes"], options.json) as on_tensor:
         path = write_checkpoint(
             options.output,
-            cut.config,
+            submodel.config,
             specs,
             get,
             tokenizer_file=reader.tokenizer(),
@@ -206,21 +217,23 @@ def _rewrite(options: ConvertOptions) -> dict[str, Any]:
 def _in_8_bits(
     specs: dict[str, TensorSpec], get: Callable[[str], Tensor]
 ) -> tuple[dict[str, TensorSpec], Callable[[str], Tensor]]:
-    """Return tensors that stand for those given, with weights in 8 bits and their scales."""
-    found: dict[str, TensorSpec] = {}
+    """Return specs and a getter with the weights quantized to 8 bits, and their scales."""
+    quantized_specs: dict[str, TensorSpec] = {}
     for name, spec in specs.items():
         if is_quantizable(name):
-            found[name] = TensorSpec(spec.shape, torch.int8)
-            found[name + SCALE] = TensorSpec(spec.shape[:1], torch.float32)
+            quantized_specs[name] = TensorSpec(spec.shape, torch.int8)
+            quantized_specs[name + SCALE] = TensorSpec(spec.shape[:1], torch.float32)
         else:
-            found[name] = spec
+            quantized_specs[name] = spec
 
-    # A weight is asked for right before its scale.
+    # The writer reads a weight right before its scale.
     @functools.lru_cache(maxsize=1)
     def pair(name: str) -> tuple[Tensor, Tensor]:
         values, scale = quantize(get(name))
         if not bool(torch.isfinite(scale).all()):
-            raise ConversionError(f"{name} has a weight that is not finite: no scale fits it")
+            raise ConversionError(
+                f"{name} has weights that are not finite, so it cannot be quantized"
+            )
         return values, scale
 
     def quantized(name: str) -> Tensor:
@@ -228,21 +241,21 @@ def _in_8_bits(
             return pair(name)[0] if is_quantizable(name) else get(name)
         return pair(name.removesuffix(SCALE))[1]
 
-    return found, quantized
+    return quantized_specs, quantized
 
 
-def _cut(options: ConvertOptions, reader: TensorReader) -> Cut:
+def _submodel(options: ConvertOptions, reader: TensorReader) -> Submodel:
     refuse_quantized(reader)
     config = reader.config()
     if options.truncate_at is not None:
-        return truncated(config, options.truncate_at)
-    return dense(config) if options.dense else whole(config)
+        return truncated_model(config, options.truncate_at)
+    return dense_model(config) if options.dense else full_model(config)
 
 
-def _specs(reader: TensorReader, cut: Cut) -> dict[str, TensorSpec]:
+def _specs(reader: TensorReader, submodel: Submodel) -> dict[str, TensorSpec]:
     return {
         name: TensorSpec(tuple(reader.shape(origin)), reader.dtype(origin))
-        for name, origin in cut.origins.items()
+        for name, origin in submodel.origins.items()
     }
 
 
@@ -267,27 +280,27 @@ def _compare(
     early: Sequence[int],
     result: dict[str, Any],
 ) -> None:
-    """Add to the result how far the logits are apart, at the exits `early` and the final one.
+    """Add to `result` the differences of the logits at the exits `early` and the final one.
 
-    Raises CheckpointError if that is too far.
+    Raises CheckpointError if a difference is too large.
     """
     text = TEXT if options.text is None else options.text
-    found: list[Difference] = compare(folder, reader, (*early, config.model.num_layers), text)
-    for difference in found:
+    differences: list[Difference] = compare(folder, reader, (*early, config.model.num_layers), text)
+    for difference in differences:
         if not difference.relative <= TOLERANCE:
             raise CheckpointError(
                 f"boundary {difference.boundary}: the logits of {options.source} and "
-                f"{result['output']} differ by {difference.absolute:.2e}, "
-                f"{difference.relative:.1e} of the largest; at most {TOLERANCE:.0e} was expected. "
-                f"Do not use {result['output']}: remove it"
+                f"{result['output']} differ by {difference.absolute:.2e}, which is "
+                f"{difference.relative:.1e} of the largest logit. Expected at most "
+                f"{TOLERANCE:.0e}. Do not use {result['output']}: remove it."
             )
-    left = sorted({*config.exits.boundaries} - {difference.boundary for difference in found})
-    if left:
+    compared = {difference.boundary for difference in differences}
+    if skipped := sorted({*config.exits.boundaries} - compared):
         result["notes"].append(
-            f"exits after layers {', '.join(map(str, left))}: not compared, transformers has none "
-            "of their kind"
+            f"The exits after layers {', '.join(map(str, skipped))} were not compared, because "
+            "transformers cannot compute exits of this kind."
         )
-    result["differences"] = [difference._asdict() for difference in found]
+    result["differences"] = [difference._asdict() for difference in differences]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where the model to convert is, and what kind of model it is."""
+"""Finds the kind of the model to convert, and makes it available as a local folder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,26 +15,27 @@ from ee_llm.errors import CheckpointError
 
 HUGGING_FACE = "a Hugging Face model"
 GGUF = "a GGUF file"
-HUB = "a model of the Hugging Face hub"
+HUB = "a model of the Hugging Face Hub"
 MEGATRON = "a Megatron-LM model"
 OURS = "an ee-llm checkpoint"
 
 
 def find_kind(source: Path) -> str:
-    """Return what a source is, by what lies there; raises CheckpointError naming what was tried."""
+    """Return the kind of a source; raises CheckpointError naming the expected files."""
     if not source.exists():
         if is_hub_id(str(source)):
             return HUB
         raise CheckpointError(
             f"{source} does not exist: expected a folder with {SETTINGS}, a GGUF file, the id of a "
-            "model on the Hugging Face hub, a run of Megatron-LM or EE-LLM, or a checkpoint of "
+            "model on the Hugging Face Hub, a run of Megatron-LM or EE-LLM, or a checkpoint of "
             "ee-llm"
         )
     if source.is_file():
         if is_gguf(source):
             return GGUF
         raise CheckpointError(
-            f"{source} is a file, and no GGUF file; give the folder that it is in: {source.parent}"
+            f"{source} is not a GGUF file. Pass a GGUF file, or the folder of a model such as "
+            f"{source.parent}."
         )
     if _is_ours(source):
         return OURS
@@ -42,11 +43,11 @@ def find_kind(source: Path) -> str:
         return MEGATRON
     if any((source / name).is_file() for name in (SETTINGS, SINGLE, INDEX)):
         return HUGGING_FACE
-    raise CheckpointError(f"{source} holds no model: {_missing(source)}")
+    raise CheckpointError(f"{source} has no model: {_missing(source)}")
 
 
 class Local(NamedTuple):
-    """A directory with the model, and remarks on where it comes from."""
+    """A directory with the model, and notes on its origin."""
 
     folder: Path
     notes: list[str]
@@ -54,10 +55,10 @@ class Local(NamedTuple):
 
 @contextmanager
 def local_folder(options: ConvertOptions, kind: str) -> Iterator[Local]:
-    """Yield the directory to read: the source, the hub's cache, or one made of a GGUF file."""
+    """Yield the folder to read: the source, the Hub's cache, or a dequantized GGUF file."""
     if kind == HUB:
         folder = download(str(options.source), options.revision)
-        yield Local(folder, [f"{options.source} is at revision {folder.name} of the hub"])
+        yield Local(folder, [f"{options.source} is at revision {folder.name} of the Hub"])
     elif kind == GGUF:
         directory.refuse_used(options.output)
         with dequantized(options.source, options.output.parent, options.dtype) as folder:
@@ -72,21 +73,21 @@ def _is_ours(source: Path) -> bool:
 
 
 def _missing(source: Path) -> str:
-    """Return what was looked for, and what to do about what lies there instead."""
-    if there := find_checkpoints(source):
+    """Return the expected files, or advice about the files that were found instead."""
+    if checkpoints := find_checkpoints(source):
         return (
-            f"{TRACKER} is missing, which names the newest checkpoint of a run of Megatron-LM; "
-            f"give one of its checkpoints, such as {there[-1]}"
+            f"{TRACKER}, which names the newest checkpoint of a Megatron-LM run, is missing. Pass "
+            f"one of its checkpoints, such as {checkpoints[-1]}."
         )
     if files := sorted(source.glob("*.gguf")):
-        return f"give the path of a GGUF file in it, such as {files[0]}"
+        return f"it has GGUF files. Pass one of them, such as {files[0]}."
     if pickles := sorted(file for kind in PICKLES for file in source.glob(kind)):
         return (
-            f"{pickles[0].name} is a pickle, and there is no {SETTINGS}; save the model with "
-            "transformers' save_pretrained"
+            f"{pickles[0].name} is a pickle, and there is no {SETTINGS}. Save the model with "
+            "transformers' save_pretrained."
         )
-    found = "it is empty" if not any(source.iterdir()) else "found none of them"
+    found = "The folder is empty." if not any(source.iterdir()) else "Found none of them."
     return (
-        f"looked for {SETTINGS} and {SINGLE} or {INDEX} (Hugging Face), {TRACKER} or mp_rank_00 "
-        f"(Megatron-LM), {directory.MANIFEST} or {directory.CHECKPOINTS}/ (ee-llm); {found}"
+        f"expected {SETTINGS} and {SINGLE} or {INDEX} (Hugging Face), {TRACKER} or mp_rank_00 "
+        f"(Megatron-LM), or {directory.MANIFEST} or {directory.CHECKPOINTS}/ (ee-llm). {found}"
     )

@@ -1,4 +1,4 @@
-"""A model from elsewhere as one of ours: names, shapes and tensors, read one at a time."""
+"""Opens a model of Hugging Face or Megatron-LM for conversion."""
 
 import json
 from collections.abc import Mapping
@@ -13,21 +13,21 @@ from ee_llm.convert.huggingface.folder import SETTINGS, Folder
 from ee_llm.convert.huggingface.settings import read_exits, read_settings
 from ee_llm.convert.huggingface.tables import GPT2, Row, Table, copied_exits, rows_of
 from ee_llm.convert.megatron.checkpoint import is_megatron, open_megatron
-from ee_llm.convert.source import Origin, Source, fitting_tokenizer, prove, training_options
+from ee_llm.convert.source import Origin, Source, check_tensors, check_tokenizer, training_options
 from ee_llm.convert.values import SettingsError, check_layers
 from ee_llm.errors import CheckpointError, ConfigError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-"""Files that a tokenizer is made of, the first that is there."""
+"""Possible files of a tokenizer, in order of preference."""
 
-_MOST_SHOWN = 60  # characters of a setting's value
+_MAX_SHOWN = 60  # characters of a setting's value
 
-_OF_TOKENIZERS = frozenset(COMPANIONS) - {SETTINGS, "generation_config.json"}
+_TOKENIZER_FILES = frozenset(COMPANIONS) - {SETTINGS, "generation_config.json"}
 
 
 @dataclass(frozen=True)
 class NewExits:
-    """Exits to make of a model's own parts, see `copied_exits`."""
+    """Exits to add as copies of the model's own parts, see `copied_exits`."""
 
     boundaries: tuple[int, ...]
     head: tuple[str, ...] = ("norm",)
@@ -40,12 +40,17 @@ def open_source(
     tokenizer: str | None = None,
     is_strict: bool = False,
 ) -> Source:
-    """Return the model in a directory, after proving that it has exactly the tensors it should.
+    """Open the model in a directory and check that it has exactly the expected tensors.
 
-    The directory is Hugging Face's or Megatron-LM's. `tokenizer` is as in `data.tokenizer`, if it
-    is not the folder's own. `is_strict` refuses settings of config.json whose meaning is unknown,
-    which otherwise are noted. Raises CheckpointError naming the file, the key and what was
-    expected.
+    Args:
+        path: A directory of Hugging Face or Megatron-LM.
+        new_exits: Exits to add.
+        tokenizer: A value of `data.tokenizer`, if it is not the folder's own.
+        is_strict: Reject settings of config.json whose meaning is unknown, instead of noting them.
+
+    Raises:
+        CheckpointError: A file or a tensor is missing or not as expected; names the file, the key
+            and what was expected.
     """
     if is_megatron(Path(path)):
         return open_megatron(Path(path), vars(new_exits) if new_exits else None, tokenizer)
@@ -55,8 +60,8 @@ def open_source(
         family, model, notes, unknown = read_settings(folder.settings)
         if unknown and is_strict:
             raise SettingsError(
-                f"unknown settings {_listed(unknown)}, which --strict refuses; leave it out, and "
-                "compare the logits with transformers' by --check"
+                f"unknown settings {_listed(unknown)}, which --strict rejects. Use --check instead "
+                "to compare the logits with those of transformers."
             )
         layers = "n_layer" if family.table is GPT2 else "num_hidden_layers"
         check_layers(layers, model["num_layers"], len(folder.specs))
@@ -73,14 +78,16 @@ def open_source(
     tie = ("tie_word_embeddings", "true", "false")
     origin = Origin(folder.settings["model_type"], str(where), "vocab_size", tie)
     name = _tokenizer(folder, config, origin, tokenizer, notes)
-    names = _kept(folder, tokenizer)
-    files = {f"{ORIGIN}/{name}": (folder.path / name).read_bytes() for name in names}
-    source = prove(Source(folder, origin, config, rows, {}, name, notes, files), family.table)
+    companions = _companions(folder, tokenizer)
+    files = {f"{ORIGIN}/{name}": (folder.path / name).read_bytes() for name in companions}
+    source = check_tensors(
+        Source(folder, origin, config, rows, {}, name, notes, files), family.table
+    )
     if unknown:
         notes.append(
-            f"{where} has settings of unknown meaning: {_listed(unknown)}. Every tensor is "
-            "accounted for, so they probably change nothing; --check compares the logits with "
-            "transformers', --strict refuses such settings"
+            f"{where} has settings of unknown meaning: {_listed(unknown)}. All tensors are known, "
+            "so these settings probably have no effect. --check compares the logits with those of "
+            "transformers; --strict rejects such settings."
         )
     return source
 
@@ -91,17 +98,17 @@ def _listed(settings: Mapping[str, Any]) -> str:
 
 def _shortened(value: Any) -> str:
     shown = json.dumps(value)
-    return shown if len(shown) <= _MOST_SHOWN else shown[:_MOST_SHOWN] + "..."
+    return shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "..."
 
 
 def _exits(folder: Folder, new: NewExits | None) -> tuple[dict[str, Any], bool]:
-    """Return the options of `exits`, and whether they are made of the model's own parts."""
+    """Return the options of `exits`, and whether the exits are copies of the model's parts."""
     found = read_exits(folder.settings)
     if new is None:
         return found or ({}, False)
     if found is not None:
         raise SettingsError(
-            f"the model has exits at {found.options['boundaries']} already; leave out --exits"
+            f"the model already has exits at {found.options['boundaries']}. Remove --exits."
         )
     return vars(new), True
 
@@ -111,30 +118,30 @@ def _without_prefix(rows: dict[str, Row], table: Table, folder: Folder) -> dict[
     if not prefix or table.words.removeprefix(prefix) not in folder.specs:
         return rows
     return {
-        name: row._replace(theirs=tuple(key.removeprefix(prefix) for key in row.theirs))
+        name: row._replace(keys=tuple(key.removeprefix(prefix) for key in row.keys))
         for name, row in rows.items()
     }
 
 
-def _kept(folder: Folder, given: str | None) -> list[str]:
-    """Return the names of the files that come along: those of its tokenizer, if that is kept."""
-    there = [name for name in COMPANIONS if (folder.path / name).is_file()]
-    own = [str(folder.path / name) for name in TOKENIZERS if name in there]
-    is_kept = given is None or (given != BYTES and not own)
+def _companions(folder: Folder, given: str | None) -> list[str]:
+    """Return the names of the files to keep, without those of a tokenizer that is replaced."""
+    existing = [name for name in COMPANIONS if (folder.path / name).is_file()]
+    own = [str(folder.path / name) for name in TOKENIZERS if name in existing]
+    is_own = given is None or (given != BYTES and not own)
     if given is not None and given != BYTES and own:
         content = Path(given).read_bytes()
-        is_kept = any(Path(name).read_bytes() == content for name in own)
-    return [name for name in there if is_kept or name not in _OF_TOKENIZERS]
+        is_own = any(Path(name).read_bytes() == content for name in own)
+    return [name for name in existing if is_own or name not in _TOKENIZER_FILES]
 
 
 def _tokenizer(
     folder: Folder, config: Config, origin: Origin, given: str | None, notes: list[str]
 ) -> str:
-    """Return the tokenizer as `data.tokenizer` names one, after proving that the model fits it."""
+    """Return the tokenizer as a value of `data.tokenizer`, after checking that it fits."""
     found = [str(folder.path / name) for name in TOKENIZERS if (folder.path / name).is_file()]
     if given is None and not found:
         raise CheckpointError(
-            f"{folder.path / TOKENIZERS[0]} is missing: expected the model's tokenizer; give "
-            "another place with --tokenizer, or 'bytes'"
+            f"{folder.path / TOKENIZERS[0]} is missing: expected the model's tokenizer. Pass "
+            "another path, or 'bytes', with --tokenizer."
         )
-    return fitting_tokenizer(given or found[0], config, origin, notes)
+    return check_tokenizer(given or found[0], config, origin, notes)

@@ -1,4 +1,4 @@
-"""A model from elsewhere that is ready to be read, and the proof that it is what it says."""
+"""A model of other software, opened for conversion, and checks of its tensors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ from ee_llm.convert.huggingface.tables import Row, Table
 from ee_llm.data.tokenization.tokenizer import load_tokenizer
 from ee_llm.errors import CheckpointError
 
-_MOST_NAMED = 8  # tensors in a remark
+_MAX_NAMED = 8  # tensors in a note
 
 
 class Tensors(Protocol):
-    """Tensors by key, each read when asked for: what is known of them, and where they are."""
+    """Tensors by key, read on access, with their specs and files."""
 
     @property
     def path(self) -> Path:
@@ -28,29 +28,29 @@ class Tensors(Protocol):
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """What is known of each tensor."""
+        """The shape and dtype of each tensor."""
 
     @property
     def files(self) -> Mapping[str, Path]:
-        """Where each tensor is, for people."""
+        """The file of each tensor, for error messages."""
 
     def tensor(self, key: str) -> Tensor:
         """Return a tensor."""
 
 
 class Origin(NamedTuple):
-    """How to speak of a model: its kind, where its settings are, and what they call things."""
+    """Terms for error messages about a model: its kind, its settings and their names."""
 
     kind: str
     settings: str
     vocabulary: str
     tie: tuple[str, str, str]
-    """The setting of tied weights, its value for tied, and that for untied."""
+    """The setting of tied weights, and its values for tied and untied weights."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is ready to be read: `specs` by our names, each made by `tensor`."""
+    """A model opened for conversion: `tensor` returns the tensors that `specs` names."""
 
     folder: Tensors
     origin: Origin
@@ -60,38 +60,38 @@ class Source:
     tokenizer_file: str
     notes: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
-    """What else to keep, by name."""
+    """The contents of further files to keep, by name."""
     non_finite: dict[str, str] = field(default_factory=dict)
-    """Of the tensors read so far: how many weights are infinite or NaN, by key."""
+    """The number of infinite and NaN weights in the tensors read so far, by key."""
 
     def tensor(self, name: str) -> Tensor:
-        """Return one of our tensors, put together from those of the folder."""
+        """Return a tensor of the checkpoint, assembled from those of the source."""
         row = self.rows[name]
-        return row.fusion.join(self.config.model, [self._read(key) for key in row.theirs])
+        return row.fusion.join(self.config.model, [self._read(key) for key in row.keys])
 
-    def damage(self) -> list[str]:
-        """Return a remark on the weights read so far that are not finite, if there are any."""
+    def non_finite_notes(self) -> list[str]:
+        """Return a note on weights read so far that are not finite, if there are any."""
         if not self.non_finite:
             return []
-        shown = [f"{key} ({counts})" for key, counts in [*self.non_finite.items()][:_MOST_NAMED]]
+        shown = [f"{key} ({counts})" for key, counts in [*self.non_finite.items()][:_MAX_NAMED]]
         more = len(self.non_finite) - len(shown)
         return [
             f"{len(self.non_finite)} tensors have weights that are infinite or NaN: "
             f"{', '.join(shown)}{f' and {more} more' if more else ''}. The model's outputs will "
-            "not be finite either; check the files, or convert another copy of the model"
+            "not be finite either. Check the files, or convert another copy of the model."
         ]
 
     def _read(self, key: str) -> Tensor:
         tensor = self.folder.tensor(key)
-        # The extremes need no memory, and are NaN where any weight is.
+        # The extremes need no memory, and are NaN if any weight is.
         if tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
             count = tensor.numel() - int(tensor.isfinite().sum())
             self.non_finite[key] = f"{count} of {tensor.numel()}"
         return tensor
 
 
-def prove(source: Source, table: Table) -> Source:
-    """Return the source with its specs, after proving that it has exactly the tensors it should.
+def check_tensors(source: Source, table: Table) -> Source:
+    """Check that a source has exactly the expected tensors, and return it with its specs.
 
     Raises CheckpointError naming the file, the key and what was expected.
     """
@@ -102,7 +102,7 @@ def prove(source: Source, table: Table) -> Source:
 
 
 def training_options(tensors: Tensors, table: Table) -> dict[str, str]:
-    """Return the precision of the weights, buffers left out, if one can train in it."""
+    """Return `training.dtype` if all weights have one dtype that supports training."""
     dtypes = {
         str(spec.dtype).removeprefix("torch.")
         for key, spec in tensors.specs.items()
@@ -113,43 +113,44 @@ def training_options(tensors: Tensors, table: Table) -> dict[str, str]:
     return {"dtype": dtypes.pop()}
 
 
-def fitting_tokenizer(name: str, config: Config, origin: Origin, notes: list[str]) -> str:
-    """Return the tokenizer's name, after proving that the model fits it; add what to know to notes.
+def check_tokenizer(name: str, config: Config, origin: Origin, notes: list[str]) -> str:
+    """Check that a tokenizer fits the model, and return its name.
 
-    Raises CheckpointError if the tokenizer has more tokens than the model.
+    Adds notes about tokens without an embedding. Raises CheckpointError if the tokenizer has more
+    tokens than the model.
     """
     tokenizer = load_tokenizer(name)
     vocabulary = tokenizer.vocab_size
     if vocabulary > config.model.vocab_size:
         raise CheckpointError(
             f"{name} has {vocabulary} tokens, but {origin.vocabulary} = {config.model.vocab_size} "
-            f"in {origin.settings}; expected the tokenizer that the model was trained with"
+            f"in {origin.settings}. Use the tokenizer with which the model was trained."
         )
     if unused := tokenizer.tokens_without_embedding:
         notes.append(
-            f"{name} adds tokens that the embedding has no row for ({origin.vocabulary} = "
-            f"{config.model.vocab_size}); they are left out: {', '.join(unused[:_MOST_NAMED])}"
-            f"{_others(unused[_MOST_NAMED - 1 :])}"
+            f"{name} adds tokens for which the embedding has no row ({origin.vocabulary} = "
+            f"{config.model.vocab_size}). They are omitted: {', '.join(unused[:_MAX_NAMED])}"
+            f"{_others(unused[_MAX_NAMED - 1 :])}"
         )
     return name
 
 
 def _check_keys(source: Source, table: Table) -> None:
-    """Raise CheckpointError unless every key is used, and every key that is used is there."""
+    """Raise CheckpointError unless the keys are exactly those that the model needs."""
     folder, kind, where = source.folder, source.origin.kind, source.origin.settings
-    used = {key: row for row in source.rows.values() for key in row.theirs}
+    used = {key: row for row in source.rows.values() for key in row.keys}
     missing = [key for key in used if key not in folder.specs]
-    left = [key for key in folder.specs if key not in used and not table.is_buffer(key)]
+    extra = [key for key in folder.specs if key not in used and not table.is_buffer(key)]
     if len(missing) > len(used) / 2:
         raise CheckpointError(
-            f"{folder.path}: these are not the tensors of a {kind}, which {where} says it is: "
+            f"{folder.path}: the tensors are not those of a {kind}, which {where} describes: "
             f"{len(missing)} of {len(used)} keys are missing, the first is {missing[0]}, and "
-            f"{len(left)} are of no use to it" + (f", the first is {left[0]}" if left else "")
+            f"{len(extra)} are unknown" + (f", the first is {extra[0]}" if extra else "")
         )
     is_tied = source.config.model.tie_embeddings
-    if is_tied and table.output in left:
-        left.remove(table.output)
-        words = source.rows["embedding.word.weight"].theirs[0]
+    if is_tied and table.output in extra:
+        extra.remove(table.output)
+        words = source.rows["embedding.word.weight"].keys[0]
         if words not in missing:
             _check_tied(source, words, table.output)
     if missing:
@@ -157,16 +158,17 @@ def _check_keys(source: Source, table: Table) -> None:
         hint = ""
         if key == table.output:
             setting, _, untied = source.origin.tie
-            hint = f"; or is {setting} = {untied} in {where} wrong?"
+            hint = f". Check {setting} = {untied} in {where}."
         shape = list(_shape_of(source, used[key], key))
         raise CheckpointError(
-            f"{_place(folder)}: {key} is missing: expected {shape} for {used[key].ours}"
+            f"{_place(folder)}: {key} is missing: expected {shape} for {used[key].name}"
             f"{_others(missing)}{hint}"
         )
-    if left:
+    if extra:
+        key = extra[0]
         raise CheckpointError(
-            f"{folder.files[left[0]]}: {left[0]} {list(folder.specs[left[0]].shape)} is no tensor "
-            f"of the {kind} that {where} describes{_others(left)}"
+            f"{folder.files[key]}: {key} {list(folder.specs[key].shape)} is not a tensor of the "
+            f"{kind} that {where} describes{_others(extra)}"
         )
 
 
@@ -174,40 +176,40 @@ def _check_tied(source: Source, words: str, output: str) -> None:
     folder, (setting, tied, untied) = source.folder, source.origin.tie
     if not torch.equal(folder.tensor(words), folder.tensor(output)):
         raise CheckpointError(
-            f"{folder.files[output]}: {output} is not {words}, but {setting} in "
-            f"{source.origin.settings} is {tied} (or left out, which is the same here); set it to "
-            f"{untied} if the output has a weight of its own"
+            f"{folder.files[output]}: {output} differs from {words}, but {setting} in "
+            f"{source.origin.settings} is {tied}, or missing, which means the same. Set it to "
+            f"{untied} if the output has its own weight."
         )
 
 
 def _spec(source: Source, row: Row, shape: tuple[int, ...]) -> TensorSpec:
     folder = source.folder
     expected = row.shapes(source.config.model, shape)
-    assert len(expected) == len(row.theirs), f"{row.ours} is made of {len(row.theirs)}"
-    for key, wanted in zip(row.theirs, expected, strict=True):
-        if folder.specs[key].shape != wanted:
+    assert len(expected) == len(row.keys), f"{row.name} combines {len(row.keys)} tensors"
+    for key, expected_shape in zip(row.keys, expected, strict=True):
+        if folder.specs[key].shape != expected_shape:
             raise CheckpointError(
                 f"{folder.files[key]}: {key} has shape {list(folder.specs[key].shape)}, expected "
-                f"{list(wanted)} from {source.origin.settings}"
+                f"{list(expected_shape)} from {source.origin.settings}"
             )
-    dtypes = {key: folder.specs[key].dtype for key in row.theirs}
+    dtypes = {key: folder.specs[key].dtype for key in row.keys}
     for key, dtype in dtypes.items():
         if dtype not in DTYPES.values():
             raise CheckpointError(
-                f"{folder.files[key]}: {key} is of type {str(dtype).removeprefix('torch.')}; "
-                "expected float64, float32, float16 or bfloat16, not a quantised model"
+                f"{folder.files[key]}: {key} has dtype {str(dtype).removeprefix('torch.')}. "
+                "Expected float64, float32, float16 or bfloat16, not a quantized model."
             )
     if len(set(dtypes.values())) > 1:
         raise CheckpointError(
-            f"{folder.files[row.theirs[0]]}: {row.ours} is made of tensors of several types: "
+            f"{folder.files[row.keys[0]]}: {row.name} combines tensors of several dtypes: "
             + ", ".join(f"{key} {dtype}" for key, dtype in dtypes.items())
         )
-    return TensorSpec(shape, dtypes[row.theirs[0]])
+    return TensorSpec(shape, dtypes[row.keys[0]])
 
 
 def _shape_of(source: Source, row: Row, key: str) -> tuple[int, ...]:
-    shape = tensor_shapes(source.config)[row.ours]
-    return row.shapes(source.config.model, shape)[row.theirs.index(key)]
+    shape = tensor_shapes(source.config)[row.name]
+    return row.shapes(source.config.model, shape)[row.keys.index(key)]
 
 
 def _place(folder: Tensors) -> Path:

@@ -1,4 +1,4 @@
-"""Values of settings and arguments from elsewhere, each checked before anything is made of it."""
+"""Checked access to settings and arguments of other software."""
 
 import sys
 from collections.abc import Mapping
@@ -8,29 +8,29 @@ from ee_llm.errors import ConversionError
 
 Settings = Mapping[str, Any]
 
-LARGEST = 2**28  # far beyond any model; a tensor of two such sizes has less than 2**63 bytes
+LARGEST = 2**28  # beyond any model; a tensor of two such sizes has less than 2**63 bytes
 
 
 class SettingsError(ConversionError):
-    """A setting or an argument that is missing, or that no option of ours can say."""
+    """A setting or an argument is missing, malformed or cannot be converted."""
 
 
-def need(settings: Settings, *names: str) -> list[int]:
-    """Return the counts of these names; raises SettingsError."""
-    found = []
+def read_counts(settings: Settings, *names: str) -> list[int]:
+    """Return the counts with these names; raises SettingsError if one is missing or invalid."""
+    counts = []
     for name in names:
         value = settings.get(name)
         if type(value) is not int or not 1 <= value <= LARGEST:
             raise SettingsError(f"{name} is {value!r}: expected a count of at most {LARGEST}")
-        found.append(value)
-    return found
+        counts.append(value)
+    return counts
 
 
-def refuse(settings: Settings, **allowed: Any) -> None:
-    """Raise SettingsError for settings that are neither absent nor as `allowed` says."""
+def check_values(settings: Settings, **allowed: Any) -> None:
+    """Raise SettingsError for settings that are present and differ from the `allowed` value."""
     for name, only in allowed.items():
         if (value := settings.get(name)) is not None and value != only:
-            raise SettingsError(f"{name} = {value!r} can not be converted; only {only!r} can")
+            raise SettingsError(f"{name} = {value!r} cannot be converted; only {only!r} can")
 
 
 def to_number(name: str, value: Any) -> float:
@@ -43,7 +43,7 @@ def to_number(name: str, value: Any) -> float:
 
 
 def flag(settings: Settings, name: str, default: bool = False) -> bool:
-    """Return a setting that is true or false; raises SettingsError."""
+    """Return a Boolean setting, or the default if it is missing or null; raises SettingsError."""
     value = settings.get(name)
     if value is not None and not isinstance(value, bool):
         raise SettingsError(f"{name} is {value!r}: expected true or false")
@@ -51,17 +51,17 @@ def flag(settings: Settings, name: str, default: bool = False) -> bool:
 
 
 def count(settings: Settings, name: str, default: int) -> int:
-    """Return a count, the default where it is left out or null; raises SettingsError."""
-    return default if settings.get(name) is None else need(settings, name)[0]
+    """Return a count, or the default if it is missing or null; raises SettingsError."""
+    return default if settings.get(name) is None else read_counts(settings, name)[0]
 
 
 def check_layers(name: str, num_layers: int, num_tensors: int) -> None:
-    """Raise SettingsError for more layers than there are tensors, before anything is made of them.
+    """Raise SettingsError for more layers than tensors, before anything is allocated.
 
-    name: of the setting that states their number.
+    `name` is the setting that states the number of layers.
     """
     if num_layers > num_tensors:
         raise SettingsError(
-            f"{name} = {num_layers}, but there are {num_tensors} tensors, and each layer has "
-            "several; is it another model's?"
+            f"{name} = {num_layers}, but there are only {num_tensors} tensors, and each layer has "
+            "several. Check that the settings belong to this model."
         )

@@ -1,1 +1,1 @@
-"""What is particular to models from the Hugging Face hub: their settings, the hub, GGUF files."""
+"""Models of Hugging Face: their settings and tensors, the Hub, and GGUF files."""

@@ -1,4 +1,4 @@
-"""Logits of every exit, by transformers and by ours: what `ee-llm convert --check` compares.
+"""Compares the logits of every exit with those of transformers, for `ee-llm convert --check`.
 
 Legend of shapes: s sequence, h hidden, v vocabulary.
 """
@@ -16,7 +16,7 @@ from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import load_reference
 from ee_llm.convert.huggingface.folder import Folder
 from ee_llm.convert.huggingface.settings import read_exits
-from ee_llm.convert.huggingface.tables import OURS
+from ee_llm.convert.huggingface.tables import PREFIX
 from ee_llm.data.tokenization.tokenizer import load_tokenizer
 from ee_llm.errors import ConversionError
 
@@ -25,13 +25,16 @@ TEXT = (
     "seven names, two of them crossed out; nobody remembered why (and nobody asked)."
 )
 TOLERANCE = 1e-4
-"""Largest difference over largest logit; both models compute in float32."""
+"""Maximum difference relative to the largest logit; both models compute in float32."""
 
 _MAX_TOKENS = 256
 
 
 class Difference(NamedTuple):
-    """How far the logits [s, v] at a boundary are apart."""
+    """The largest difference of the logits [s, v] at a boundary.
+
+    relative: divided by the largest logit.
+    """
 
     boundary: int
     absolute: float
@@ -43,39 +46,40 @@ def compare(
 ) -> list[Difference]:
     """Return the differences at the boundaries that transformers can compute.
 
-    These are the last, and those of exits that are a norm and an output. Raises ConversionError if
-    transformers is not there, or the text has no tokens.
+    These are the last one, and those of exits that consist of a norm and an output weight. Raises
+    ConversionError if transformers is not installed, or if the text has no tokens.
     """
     tokens = _tokens(reader, text)
     theirs = _logits(folder, tokens, boundaries)
     ours = load_reference(reader, torch.float32).forward(tokens)
-    found = []
+    differences = []
     for boundary, logits in theirs.items():
         absolute = float((logits - ours[boundary]).abs().max())
-        found.append(Difference(boundary, absolute, absolute / float(logits.abs().max())))
-    return found
+        differences.append(Difference(boundary, absolute, absolute / float(logits.abs().max())))
+    return differences
 
 
 def _tokens(reader: TensorReader, text: str) -> Tensor:
     model = reader.config().model
     ids = load_tokenizer(reader.tokenizer()).encode(text)
     if not ids:
-        raise ConversionError(f"--text {text!r} has no tokens; give a longer one")
+        raise ConversionError(f"--text {text!r} has no tokens. Pass a longer text.")
     return torch.tensor(ids[: min(_MAX_TOKENS, model.max_seq_length)])
 
 
 @torch.no_grad()
 def _logits(folder: Path, tokens: Tensor, boundaries: Sequence[int]) -> dict[int, Tensor]:
-    """Return transformers' logits [s, v] by boundary, of the exits that are a norm and an output.
+    """Return transformers' logits [s, v] by boundary.
 
-    Other exits are of ours alone, and left out.
+    Exits with other parts than a norm and an output weight are omitted, because transformers cannot
+    compute them.
     """
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError:
         raise ConversionError("--check needs transformers: pip install 'ee-llm[convert]'") from None
-    logging.set_verbosity_error()  # it warns of the tensors of exits
+    logging.set_verbosity_error()  # transformers warns about the tensors of exits
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=False
@@ -98,16 +102,16 @@ def _is_comparable(folder: Folder) -> bool:
 
 
 def _exit(model: Any, folder: Folder, boundary: int, hidden: Tensor) -> Tensor:
-    """Return the logits [s, v] of an exit that reads hidden [s, h].
+    """Return the logits [s, v] of an exit for its input [s, h].
 
-    Without tensors of its own it has the model's final norm and output weight.
+    An exit without its own tensors uses the model's final norm and output weight.
     """
     exits = read_exits(folder.settings)
     norm = copy.deepcopy(getattr(model.base_model, "norm", None) or model.base_model.ln_f)
     output = model.get_output_embeddings().weight
     if exits is None or exits.are_copies:
         return linear(norm(hidden), output)
-    own = f"{OURS}exits.{boundary}."
+    own = f"{PREFIX}exits.{boundary}."
     if "norm" in exits.options["head"]:
         for name, parameter in norm.named_parameters():
             parameter.copy_(folder.tensor(f"{own}norm.{name}"))

@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a folder that transformers opens: whole, dense, or cut off at an exit."""
+"""Exports a checkpoint to a folder for transformers: in full, without exits, or cut at an exit."""
 
 import errno
 import json
@@ -34,59 +34,63 @@ SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A model made of parts of another: its configuration, and where each tensor comes from."""
+class Submodel:
+    """A model with a part of the tensors of another one.
+
+    config: its configuration.
+    origins: the original name of each of its tensors.
+    """
 
     config: Config
     origins: Mapping[str, str]
 
 
-def whole(config: Config) -> Cut:
-    """Return the model as it is."""
-    return Cut(config, {name: name for name in tensor_shapes(config)})
+def full_model(config: Config) -> Submodel:
+    """Return the unchanged model."""
+    return Submodel(config, {name: name for name in tensor_shapes(config)})
 
 
-def dense(config: Config) -> Cut:
+def dense_model(config: Config) -> Submodel:
     """Return the model without its early exits."""
-    return whole(_with(config))
+    return full_model(_without_exits(config))
 
 
-def truncated(config: Config, boundary: int) -> Cut:
+def truncated_model(config: Config, boundary: int) -> Submodel:
     """Return the ordinary model that ends with the exit at `boundary`.
 
-    Raises ConversionError, with the reason, if there is none such.
+    Raises ConversionError with the reason if there is no such model.
     """
     exits = config.exits
     if boundary not in exits.boundaries:
         raise ConversionError(
-            f"--truncate-at {boundary}: there is no exit; the model has them at "
+            f"--truncate-at {boundary}: the model has no exit there, only at "
             f"{list(exits.boundaries)}"
         )
     reason = ""
     if "norm" not in exits.head:
-        reason = "an ordinary model norms what its output weight reads, and the exit does not"
+        reason = "an ordinary model has a norm before its output weight, and the exit has none"
     elif exits.head != ("norm",):
-        reason = "an ordinary model has nothing but a norm between its layers and its output"
+        reason = "an ordinary model has only a norm between its layers and its output weight"
     elif (temperature := exits.temperatures[exits.boundaries.index(boundary)]) != 1:
         reason = f"an ordinary model has no temperature, and the exit's is {temperature}"
     if reason:
         raise ConversionError(
-            f"--truncate-at {boundary} with exits.head = {list(exits.head)} can not be: {reason}"
+            f"--truncate-at {boundary} with exits.head = {list(exits.head)} is impossible: {reason}"
         )
     weight = output_weight_name(config, boundary)
     is_tied = weight == "embedding.word.weight"
-    cut = _with(config, num_layers=boundary, tie_embeddings=is_tied, shape=None)
-    # The exit's norm is called as the final norm of a model of that depth is.
-    names = {name: name for name in tensor_shapes(cut)}
+    truncated = _without_exits(config, num_layers=boundary, tie_embeddings=is_tied, shape=None)
+    # The exit's norm already has the name of the final norm of a model of that depth.
+    names = {name: name for name in tensor_shapes(truncated)}
     if not is_tied:
         names["output.weight"] = weight
-    return Cut(cut, names)
+    return Submodel(truncated, names)
 
 
-def _with(config: Config, **model: Any) -> Config:
-    """Return the configuration of a model without exits, checked as a file's is."""
+def _without_exits(config: Config, **model: Any) -> Config:
+    """Return the configuration without exits and with changed options of `model`, checked."""
     values = config.model_dump()
-    # These are of the run that trained it, and need not fit another model.
+    # These options belong to the training run, and may not fit another model.
     for section in ("exits", "parallel", "deepspeed", "tuning"):
         del values[section]
     for name in ("initial", "resume"):
@@ -97,10 +101,13 @@ def _with(config: Config, **model: Any) -> Config:
 
 @dataclass
 class _Parts:
-    """Their tensors made from ours; what one of ours is split into is kept until the next."""
+    """Tensors for transformers, which split those of the checkpoint.
+
+    The parts of one tensor are kept until the next tensor is read.
+    """
 
     reader: TensorReader
-    cut: Cut
+    submodel: Submodel
     rows: dict[str, Row]
     on_tensor: Callable[[str, int], None] | None
     _ready: dict[str, Tensor] = field(default_factory=dict)
@@ -108,40 +115,41 @@ class _Parts:
     def get(self, key: str) -> Tensor:
         if key not in self._ready:
             row = self.rows[key]
-            self._ready = {}  # before the next is read
-            whole = self.reader.tensor(self.cut.origins[row.ours])
+            self._ready = {}  # free the memory before reading the next tensor
+            tensor = self.reader.tensor(self.submodel.origins[row.name])
             if self.on_tensor is not None:
-                self.on_tensor(row.ours, whole.numel() * whole.element_size())
-            parts = row.fusion.split(self.cut.config.model, whole)
-            self._ready = dict(zip(row.theirs, parts, strict=True))
+                self.on_tensor(row.name, tensor.numel() * tensor.element_size())
+            parts = row.fusion.split(self.submodel.config.model, tensor)
+            self._ready = dict(zip(row.keys, parts, strict=True))
         return self._ready.pop(key)
 
 
 def export_folder(
     reader: TensorReader,
-    cut: Cut,
+    submodel: Submodel,
     output: str | Path,
     *,
     max_shard_bytes: int = SHARD_BYTES,
     on_tensor: Callable[[str, int], None] | None = None,
 ) -> Path:
-    """Return the folder, whole or not there at all, that transformers opens as the model `cut` is.
+    """Write a folder that transformers opens as the model `submodel`, and return its path.
 
-    Exits that share the final norm and output weight need no tensors, so that transformers'
-    `generate(assistant_early_exit=...)` has them; others' tensors stand under "ee_llm.". An entry
-    "ee_llm" in config.json describes both. Raises CheckpointError if the output is there already,
-    and ValueError if no model of transformers is this one.
+    The folder appears only when it is complete. Exits that share the final norm and the output
+    weight need no tensors, and transformers' `generate(assistant_early_exit=...)` can use them. The
+    tensors of other exits have the prefix "ee_llm.". An entry "ee_llm" in config.json describes
+    both. Raises CheckpointError if the output exists, and ConversionError if transformers has no
+    equal model.
     """
     given, output = output, Path(output).resolve()
     if output == Path.cwd() or not output.name:
         raise CheckpointError(
-            f"--output {given} is the directory that you are in; give the name of a new folder"
+            f"--output {given} is the current directory. Pass the path of a new folder."
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} is there already; choose another --output")
+        raise CheckpointError(f"{output} already exists. Choose another --output.")
     take_tensors(reader.config(), CheckpointTensors(reader), torch.float32)  # checks them
-    config = cut.config
-    dtype = reader.dtype(cut.origins["embedding.word.weight"])
+    config = submodel.config
+    dtype = reader.dtype(submodel.origins["embedding.word.weight"])
     settings, table = _settings(reader, config, dtype)
     rows = rows_of(table, config)
     if config.exits.boundaries:
@@ -153,17 +161,17 @@ def export_folder(
     specs: dict[str, TensorSpec] = {}
     shapes = tensor_shapes(config)
     for name, row in rows.items():
-        found = reader.dtype(cut.origins[name])
-        for key, shape in zip(row.theirs, row.shapes(config.model, shapes[name]), strict=True):
-            specs[key] = TensorSpec(shape, found)
-    by_key = {key: row for row in rows.values() for key in row.theirs}
-    parts = _Parts(reader, cut, by_key, on_tensor)
+        row_dtype = reader.dtype(submodel.origins[name])
+        for key, shape in zip(row.keys, row.shapes(config.model, shapes[name]), strict=True):
+            specs[key] = TensorSpec(shape, row_dtype)
+    by_key = {key: row for row in rows.values() for key in row.keys}
+    parts = _Parts(reader, submodel, by_key, on_tensor)
     directory.check_output(output.parent)
-    # A name that nobody has: another export may be writing to the same output.
-    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    partial = aside / "whole"
+    # A unique name: another export may be writing to the same output.
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    partial = temporary / "model"
     try:
-        partial.mkdir()  # with the user's own permissions, which `aside` has not
+        partial.mkdir()  # with the default permissions, which `temporary` does not have
         _write_files(reader, partial)
         (partial / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         write_shards(partial, specs, parts.get, max_shard_bytes)
@@ -171,19 +179,20 @@ def export_folder(
             sync_path(path)
         _publish(partial, output)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return Path(given)
 
 
 def _publish(partial: Path, output: Path) -> None:
-    """Give a whole folder its name; raises CheckpointError if another took it meanwhile."""
+    """Rename a complete folder; raises CheckpointError if the output exists by now."""
     try:
-        os.rename(partial, output)  # takes the place of an empty directory, and of nothing else
+        os.rename(partial, output)  # replaces only an empty directory
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise
         raise CheckpointError(
-            f"{output} is there already, made while this was written; choose another --output"
+            f"{output} already exists: it was created during this conversion. Choose another "
+            "--output."
         ) from None
     sync_path(output.parent)
 
@@ -191,7 +200,7 @@ def _publish(partial: Path, output: Path) -> None:
 def _settings(
     reader: TensorReader, config: Config, dtype: torch.dtype
 ) -> tuple[dict[str, Any], Any]:
-    """Return config.json and the table: the model's own settings where it came with them."""
+    """Return config.json, the model's original one where it still holds, and the table."""
     origin: dict[str, Any] = {}
     if (path := reader.path / ORIGIN / SETTINGS).is_file():
         origin = read_object(path)
@@ -200,9 +209,9 @@ def _settings(
     except SettingsError as error:
         raise ConversionError(f"{reader.path}: {error}") from None
     if origin:
-        now = config.model.model_dump()
+        current = config.model.model_dump()
         options = read_settings(origin).options
-        if all(now[name] == value for name, value in options.items()):
+        if all(current[name] == value for name, value in options.items()):
             settings = {name: value for name, value in origin.items() if name != ENTRY}
         else:
             kept = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -213,7 +222,7 @@ def _settings(
 
 
 def _exits_are_copies(reader: TensorReader, config: Config) -> bool:
-    """Return whether every exit is the final norm and output weight at its boundary."""
+    """Return whether every exit equals the final norm and output weight."""
     exits, last = config.exits, config.model.num_layers
     final = output_weight_name(config, last)
     is_shared = all(output_weight_name(config, b) == final for b in exits.boundaries)

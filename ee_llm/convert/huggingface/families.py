@@ -1,6 +1,6 @@
-"""The models of transformers that are ours too: their settings, read and written.
+"""The model types of transformers that ee-llm supports: their settings in both directions.
 
-`Family.read` gives the options of `model` and remarks; `Family.write` the settings of config.json.
+`Family.read` returns the options of `model` and notes; `Family.write` returns config.json's keys.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from ee_llm.convert.values import (
     SettingsError,
     count,
     flag,
-    need,
+    read_counts,
     to_number,
 )
 
@@ -22,7 +22,7 @@ _WINDOW = 4096  # transformers' default
 
 
 class Defaults(NamedTuple):
-    """What transformers assumes of a model type where config.json has no such key."""
+    """The values that transformers assumes for keys that config.json does not have."""
 
     max_position_embeddings: int
     num_kv_heads: int | None = None
@@ -30,7 +30,7 @@ class Defaults(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A model type of transformers: its tensors, its settings in both directions."""
+    """A model type of transformers: its tensors, and its settings in both directions."""
 
     table: Table
     architecture: str
@@ -38,7 +38,7 @@ class Family(NamedTuple):
     write: Callable[[ModelConfig], dict[str, Any]]
     fits: Callable[[ModelConfig], bool]
     neutral: dict[str, tuple[Any, ...]]
-    """Keys that change the function of this type alone, as in `keys.NEUTRAL`."""
+    """Keys that change the function of only this type, as in `keys.NEUTRAL`."""
 
 
 ROPE_KEYS = {
@@ -46,16 +46,16 @@ ROPE_KEYS = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
-"""The scalings of rotary positions, and the keys that each of them needs."""
+"""The scalings of rotary positions, and the keys that each of them requires."""
 
 
 def rope_type(table: Settings) -> Any:
-    """Return the scaling that a table of rotary positions names."""
+    """Return the type of scaling in a table of rotary positions."""
     return table.get("rope_type", table.get("type", "default"))
 
 
 def _read_rope(settings: Settings, length: int) -> dict[str, Any]:
-    """Return the options of rotary positions: one table in newer versions, two settings before."""
+    """Return the options of rotary positions, in one table (newer versions) or in two keys."""
     tables = {name: settings.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
     for name, table in tables.items():
         if not isinstance(table, dict):
@@ -63,8 +63,8 @@ def _read_rope(settings: Settings, length: int) -> dict[str, Any]:
     given, older = tables["rope_parameters"], tables["rope_scaling"]
     if given and older and _rope_facts(given, settings) != _rope_facts(older, settings):
         raise SettingsError(
-            f"rope_parameters = {given!r} and rope_scaling = {older!r} differ; remove the one that "
-            "the model was not trained with"
+            f"rope_parameters = {given!r} and rope_scaling = {older!r} differ. Remove the one with "
+            "which the model was not trained."
         )
     given = given or older
     theta = given.get("rope_theta", settings.get("rope_theta", 10000.0))
@@ -73,7 +73,9 @@ def _read_rope(settings: Settings, length: int) -> dict[str, Any]:
     if kind == "default":
         return options
     values = {"original_max_position_embeddings": length, **given}
-    if settings.get("original_max_position_embeddings") is not None:  # has priority there, too
+    if (
+        settings.get("original_max_position_embeddings") is not None
+    ):  # it has priority in transformers, too
         name = "original_max_position_embeddings"
         values[name] = settings[name]
     for name in sorted(ROPE_KEYS[kind]):
@@ -99,11 +101,11 @@ def _read_llama(
     has_qkv_bias: bool = False,
     has_qk_norm: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the options of a model of the table LLAMA, and remarks.
+    """Return the options of a model of the table LLAMA, and notes.
 
-    `window` is the number of tokens that the narrowest layer attends to, None for all.
+    `window` is the number of tokens to which the narrowest layer attends, or None for all tokens.
     """
-    layers, hidden, heads, ffn, vocabulary = need(
+    layers, hidden, heads, ffn, vocabulary = read_counts(
         settings,
         "num_hidden_layers",
         "hidden_size",
@@ -115,8 +117,8 @@ def _read_llama(
     rope = _read_rope(settings, length)
     if window is not None and window < length:
         notes.append(
-            f"model.max_seq_length = {window}: beyond sliding_window of {window} tokens the model "
-            f"would be another function (max_position_embeddings = {length})"
+            f"model.max_seq_length = {window}: beyond sliding_window = {window} tokens the model "
+            f"would compute another function (max_position_embeddings = {length})."
         )
         length = window
     kv_heads = heads
@@ -142,48 +144,50 @@ def _read_llama(
     if head_dim:
         options["head_dim"] = head_dim
     if heads * (head_dim or 1) > LARGEST:
-        raise SettingsError(f"head_dim = {head_dim} of num_attention_heads = {heads} is too much")
+        raise SettingsError(
+            f"head_dim = {head_dim} with num_attention_heads = {heads} is too large"
+        )
     return options, notes
 
 
 def _context(settings: Settings, name: str, defaults: Defaults) -> tuple[int, list[str]]:
-    """Return the context length in tokens, and a remark where it is transformers' default."""
+    """Return the context length in tokens, with a note if it is transformers' default."""
     if settings.get(name) is not None:
-        return need(settings, name)[0], []
+        return read_counts(settings, name)[0], []
     length = defaults.max_position_embeddings
     return length, [
-        f"model.max_seq_length = {length}: config.json has no {name}, and this is transformers' "
-        "default"
+        f"model.max_seq_length = {length}: config.json has no {name}, so this is the default of "
+        "transformers."
     ]
 
 
 def _layer_types(settings: Settings) -> list[str]:
     types = settings.get("layer_types") or []
     if not isinstance(types, list):
-        raise SettingsError(f"layer_types is {types!r}: expected a list, a type for each layer")
+        raise SettingsError(f"layer_types is {types!r}: expected a list with a type for each layer")
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise SettingsError(
-                f"layer_types has {kind!r}, which is not supported; supported: full_attention, "
-                "sliding_attention"
+                f"layer_types has {kind!r}, which is not supported. Supported: full_attention and "
+                "sliding_attention."
             )
     return types
 
 
 def _window(settings: Settings, default: int | None) -> int | None:
     value = settings.get("sliding_window", default)
-    return None if value is None else need({"sliding_window": value}, "sliding_window")[0]
+    return None if value is None else read_counts({"sliding_window": value}, "sliding_window")[0]
 
 
 def _read_plain(settings: Settings) -> tuple[dict[str, Any], list[str]]:
-    # transformers' llama attends to everything; other software knows windows by layer_types.
+    # transformers' llama attends to all tokens; other software uses windows with layer_types.
     is_sliding = "sliding_attention" in _layer_types(settings)
     window = _window(settings, None) if is_sliding else None
     return _read_llama(settings, _LLAMA_DEFAULTS, window=window)
 
 
 def _read_mistral(settings: Settings) -> tuple[dict[str, Any], list[str]]:
-    # Its window always applies, to all layers: use_sliding_window and layer_types are Qwen's.
+    # The window applies to all layers: only Qwen has use_sliding_window and layer_types.
     return _read_llama(settings, _MISTRAL_DEFAULTS, window=_window(settings, _WINDOW))
 
 
@@ -195,8 +199,8 @@ def _read_qwen(
         window = _window(settings, _WINDOW)
     if types := _layer_types(settings):
         is_sliding = "sliding_attention" in types
-    else:  # the first layers attend to everything
-        (layers,) = need(settings, "num_hidden_layers")
+    else:  # the first layers attend to all tokens
+        (layers,) = read_counts(settings, "num_hidden_layers")
         is_sliding = to_number("max_window_layers", settings.get("max_window_layers", 28)) < layers
     return _read_llama(settings, defaults, window=window if is_sliding else None, **differs)
 
@@ -235,7 +239,7 @@ def _write_llama(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-# Other names of GPT-2's settings, which transformers takes as well.
+# Other names of GPT-2's settings, which transformers accepts as well.
 _GPT2_NAMES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -256,10 +260,12 @@ def _read_gpt2(settings: Settings) -> tuple[dict[str, Any], list[str]]:
     for key, name in _GPT2_NAMES.items():
         if settings.get(key) is not None and settings[key] != settings[name]:
             raise SettingsError(
-                f"{key} = {settings[key]!r} and {name} = {settings[name]!r} are two names of one "
-                "setting; remove the wrong one"
+                f"{key} = {settings[key]!r} and {name} = {settings[name]!r} are the same setting. "
+                "Remove the wrong one."
             )
-    layers, hidden, heads, vocabulary = need(settings, "n_layer", "n_embd", "n_head", "vocab_size")
+    layers, hidden, heads, vocabulary = read_counts(
+        settings, "n_layer", "n_embd", "n_head", "vocab_size"
+    )
     length, notes = _context(settings, "n_positions", _GPT2_DEFAULTS)
     return {
         "family": "gpt",
@@ -356,4 +362,4 @@ FAMILIES: dict[str, Family] = {
         {"activation_function": tuple(_GELUS)},
     ),
 }
-"""By transformers' `model_type`."""
+"""The families by transformers' `model_type`."""

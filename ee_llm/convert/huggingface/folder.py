@@ -1,4 +1,4 @@
-"""A folder as Hugging Face's libraries save it: config.json, safetensors, a tokenizer."""
+"""Reads a model folder of Hugging Face: config.json, safetensors and a tokenizer."""
 
 import json
 from pathlib import Path
@@ -23,9 +23,9 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""The names of dtypes in safetensors files; those that weights may have."""
+"""The dtypes that weights may have, by their names in safetensors files."""
 
-# Buffers may have others, and so do quantised weights, which are refused when they are needed.
+# Buffers may have other dtypes. So do quantized weights, which `check_tensors` rejects.
 _OTHER_DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -41,13 +41,13 @@ _LARGEST = 16 * 2**20
 _LIMITS = dict.fromkeys(
     ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"), 256 * 2**20
 )
-"""Sizes in bytes of files that are read as a whole."""
+"""Maximum sizes in bytes of files that are read into memory."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Folder:
-    """The settings and tensors of a model of Hugging Face's; tensors are read when asked for."""
+    """The settings and tensors of a Hugging Face model. Tensors are read on access."""
 
     def __init__(self, path: str | Path) -> None:
         """Open a folder; raises CheckpointError naming the file that is missing or damaged."""
@@ -63,22 +63,22 @@ class Folder:
         for file, keys in by_file.items():
             self._read_header(file, keys)
         if not self.specs:
-            raise CheckpointError(f"{self.path}: its safetensors files hold no tensor")
+            raise CheckpointError(f"{self.path}: its safetensors files have no tensors")
 
     def tensor(self, key: str) -> Tensor:
-        """Return a tensor; it is read from its file while it is used."""
-        # Opened each time: pages of a file that stays mapped count as memory of this process.
+        """Return a tensor, which is mapped from its file."""
+        # Open the file each time: the pages of a file that stays mapped count as memory in use.
         try:
             with safe_open(self.files[key], "pt") as file:
                 tensor: Tensor = file.get_tensor(key)
                 return tensor
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.files[key]}: can not read {key}: {error}") from None
+            raise CheckpointError(f"{self.files[key]}: cannot read {key}: {error}") from None
 
     def _check_place(self, name: str) -> None:
-        """Raise CheckpointError if a file is too large, or a link that leads out of the folder.
+        """Raise CheckpointError if a file is too large, or a link to outside the folder.
 
-        The hub's cache has files one level up, in `blobs`, and links to them.
+        The Hub's cache has links to files in its folder `blobs`, which are allowed.
         """
         path, folder = self.path / name, self.path.resolve()
         if not path.is_file():
@@ -88,25 +88,25 @@ class Folder:
         is_blob = is_cache and found.parent == folder.parent.parent / "blobs"
         if not is_blob and not found.is_relative_to(folder):
             raise CheckpointError(
-                f"{path} is a link to {found}, outside of the folder; put the file itself there"
+                f"{path} is a link to {found}, outside the folder. Replace it by the file"
             )
         limit = _LIMITS.get(name, _LARGEST)
         if name in (*COMPANIONS, INDEX) and (size := found.stat().st_size) > limit:
             raise CheckpointError(
-                f"{path} has {size} bytes; expected at most {limit} of such a file, is it another?"
+                f"{path} has {size} bytes. Expected at most {limit} bytes of such a file."
             )
 
     def _find_files(self) -> dict[str, Path]:
         index, single = self.path / INDEX, self.path / SINGLE
-        if single.is_file():  # transformers looks here first, too
+        if single.is_file():  # as in transformers, it has priority
             return dict.fromkeys(self._keys(single), single)
         if index.is_file():
             table = read_object(index).get("weight_map")
             if not isinstance(table, dict) or not table:
-                raise CheckpointError(f"{index}: expected a table weight_map of keys and files")
+                raise CheckpointError(f"{index}: expected an object weight_map of keys and files")
             for key, name in table.items():
                 if not is_plain_name(name):
-                    raise CheckpointError(f"{index}: {key} is in {name!r}, outside of the folder")
+                    raise CheckpointError(f"{index}: {key} is in {name!r}, outside the folder")
                 if not (self.path / name).is_file():
                     raise CheckpointError(f"{self.path / name} is missing: expected {key} in it")
             for name in sorted(set(table.values())):
@@ -115,37 +115,37 @@ class Folder:
         pickles = sorted(file for kind in PICKLES for file in self.path.glob(kind))
         if pickles:
             raise CheckpointError(
-                f"{pickles[0]} is a pickle, which can run anything when it is read; save the model "
-                "as safetensors first, with transformers' save_pretrained on a machine that you "
-                "would trust it with"
+                f"{pickles[0]} is a pickle, which can execute any code when it is read. Save the "
+                "model as safetensors first, with transformers' save_pretrained, on a machine "
+                "where that is safe."
             )
-        raise CheckpointError(f"{single} is missing, and so is {index}: expected one of them")
+        raise CheckpointError(f"{single} and {index} are missing: expected one of them")
 
     def _keys(self, file: Path) -> list[str]:
         try:
             with safe_open(file, "pt") as opened:
                 return list(opened.keys())
         except SafetensorError as error:
-            raise CheckpointError(f"{file} is no whole safetensors file: {error}") from None
+            raise CheckpointError(f"{file} is not a complete safetensors file: {error}") from None
 
     def _read_header(self, file: Path, keys: list[str]) -> None:
-        there = set(self._keys(file))
-        for key in sorted(there.symmetric_difference(keys)):
-            what = "holds" if key in there else "does not hold"
-            raise CheckpointError(f"{file} {what} {key}, and {INDEX} says otherwise")
+        stored = set(self._keys(file))
+        for key in sorted(stored.symmetric_difference(keys)):
+            what = "has" if key in stored else "does not have"
+            raise CheckpointError(f"{file} {what} {key}, which contradicts {INDEX}")
         with safe_open(file, "pt") as opened:
             for key in keys:
                 part = opened.get_slice(key)
                 if (dtype := (DTYPES | _OTHER_DTYPES).get(part.get_dtype())) is None:
                     raise CheckpointError(
-                        f"{file}: {key} is of type {part.get_dtype()}; expected one of "
-                        f"{', '.join(DTYPES)}, not a quantised model"
+                        f"{file}: {key} has dtype {part.get_dtype()}. Expected one of "
+                        f"{', '.join(DTYPES)}. Quantized models are not supported."
                     )
                 self.specs[key] = TensorSpec(tuple(part.get_shape()), dtype)
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raises CheckpointError."""
+    """Return the JSON object in a file; raises CheckpointError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant)
     except FileNotFoundError:
@@ -158,4 +158,4 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _refuse_constant(text: str) -> None:
-    raise ConversionError(f"{text} is no number of JSON")
+    raise ConversionError(f"{text} is not a JSON number")

@@ -1,7 +1,8 @@
-"""GGUF files, dequantised by transformers' reader into a folder of safetensors.
+"""Dequantizes GGUF files into a folder of safetensors, with transformers' reader.
 
-transformers passes over what it does not know of a GGUF file: tensors, scalings of rotary
-positions, experts. So this module reads the metadata as well, and refuses what would be lost.
+transformers ignores parts of a GGUF file that it does not know: tensors, scalings of rotary
+positions, experts. This module therefore reads the metadata as well, and rejects a file whose
+content would be lost.
 """
 
 import json
@@ -36,19 +37,19 @@ def is_gguf(path: Path) -> bool:
 
 @contextmanager
 def dequantized(path: Path, scratch: Path, dtype: str | None = None) -> Iterator[Path]:
-    """Yield a temporary folder of safetensors and a tokenizer with a GGUF file's model.
+    """Yield a temporary folder with the model of a GGUF file, as safetensors, and its tokenizer.
 
-    Dequantising takes memory for the whole model, and as much space in `scratch`.
+    Dequantization needs memory for the whole model, and as much space in `scratch`.
 
     Args:
         path: The file.
-        scratch: The directory to make the temporary folder in; it is removed again.
-        dtype: Type of the weights. By default that of the file's matrices if they have one
-            floating type, else bfloat16.
+        scratch: The directory in which the temporary folder is created. It is removed afterwards.
+        dtype: The dtype of the weights. By default that of the file's matrices if all have the same
+            floating-point one, else bfloat16.
 
     Raises:
         CheckpointError: The file is damaged, or its model cannot be converted without loss.
-        ValueError: A package is missing.
+        ConversionError: A package is missing.
     """
     transformers = _transformers()
     reader = _open(path)
@@ -74,9 +75,9 @@ def dequantized(path: Path, scratch: Path, dtype: str | None = None) -> Iterator
 
 @contextmanager
 def _alone(path: Path) -> Iterator[Path]:
-    """Yield a folder with a link to a file and nothing else.
+    """Yield a folder with only a link to a file.
 
-    transformers also reads what lies beside a GGUF file, and offers to run code from there.
+    transformers also reads other files next to a GGUF file, and offers to run code in them.
     """
     with tempfile.TemporaryDirectory() as made:
         (Path(made) / path.name).symlink_to(path.resolve())
@@ -96,17 +97,17 @@ def _transformers() -> Any:
 
 
 def _open(path: Path) -> Any:
-    """Return gguf's reader of a file whose model is whole and has no experts."""
+    """Return gguf's reader of a file, after checking that the model is complete without experts."""
     import gguf
 
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise CheckpointError(f"{path} is no whole GGUF file: {error}") from None
+        raise CheckpointError(f"{path} is not a complete GGUF file: {error}") from None
     if (parts := _value(reader, "split.count", 1)) > 1:
         raise CheckpointError(
-            f"{path} is one of {parts} parts of a model; merge them first with llama.cpp's "
-            "llama-gguf-split --merge"
+            f"{path} is one of {parts} parts of a model. Merge them first with llama.cpp's "
+            "llama-gguf-split --merge."
         )
     kind = _value(reader, "general.architecture", None)
     if _value(reader, f"{kind}.expert_count", 0):
@@ -128,9 +129,10 @@ def _own_dtype(reader: Any) -> str:
 
 
 def _rope_scaling(path: Path, reader: Any) -> dict[str, Any] | None:
-    """Return the scaling of rotary positions as config.json has it, None if there is none.
+    """Return the scaling of rotary positions in the form of config.json, or None.
 
-    llama.cpp keeps Llama 3's as divisors of the frequencies; raises CheckpointError for others'.
+    llama.cpp stores the scaling of Llama 3 as divisors of the frequencies. Raises CheckpointError
+    for other divisors and for scalings that are not supported.
     """
     kind = _value(reader, "general.architecture", None)
     scaling = _value(reader, f"{kind}.rope.scaling.type", "none")
@@ -138,8 +140,8 @@ def _rope_scaling(path: Path, reader: Any) -> dict[str, Any] | None:
     factor = _value(reader, f"{kind}.rope.scale_linear", factor)
     if scaling not in ("none", "linear"):
         raise CheckpointError(
-            f"{path}: {kind}.rope.scaling.type = {scaling!r} is not supported; supported: none, "
-            "linear, and the divisors of Llama 3"
+            f"{path}: {kind}.rope.scaling.type = {scaling!r} is not supported. Supported: none, "
+            "linear, and the divisors of Llama 3."
         )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if _ROPE_FACTORS in tensors:
@@ -162,10 +164,10 @@ def _llama3_scaling(path: Path, divisors: torch.Tensor, base: float) -> dict[str
     plain = inverse_frequencies(ModelConfig(**options))
     scaled = inverse_frequencies(
         ModelConfig(**options, rope_scaling="llama3", rope_factor=factor)
-    )  # the other factors of Llama 3 are the defaults
+    )  # the defaults are Llama 3's other factors
     if not torch.allclose(plain / scaled, divisors, rtol=1e-4):
         raise CheckpointError(
-            f"{path}: {_ROPE_FACTORS} scales rotary positions in another way than Llama 3's "
+            f"{path}: {_ROPE_FACTORS} scales rotary positions in another way than Llama 3 "
             "(factors 1 and 4, original length 8192), which is not supported"
         )
     return {
@@ -187,15 +189,15 @@ def _with_scaling(settings: Mapping[str, Any], scaling: dict[str, Any] | None) -
 def _save(
     transformers: Any, path: Path, alone: Path, names: set[str], dtype: str, folder: Path
 ) -> None:
-    """Write what transformers reads of a file; raises CheckpointError unless that is all of it.
+    """Save the model that transformers reads from a file; raises CheckpointError if it lacks parts.
 
-    alone: the folder with a link to the file.
+    `alone` is the folder with only a link to the file.
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     given: dict[str, Any] = {"gguf_file": path.name}
     loading: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
-    if hasattr(transformers, "GgufConfig"):  # older versions dequantise anyway
+    if hasattr(transformers, "GgufConfig"):  # older versions always dequantize
         loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, found = transformers.AutoModelForCausalLM.from_pretrained(alone, **given, **loading)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -203,17 +205,17 @@ def _save(
     if found["missing_keys"] or found["unexpected_keys"] or len(read) != len(names):
         lost = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"]]))
         raise CheckpointError(
-            f"{path} has {len(names)} tensors, and transformers {transformers.__version__} reads "
-            f"{len(read)} of a {model.config.model_type}{': ' if lost else ''}{', '.join(lost)}; "
-            "the model would not be the same. Convert the original model instead"
+            f"{path} has {len(names)} tensors, but transformers {transformers.__version__} reads "
+            f"{len(read)} of a {model.config.model_type}{': ' if lost else ''}{', '.join(lost)}. "
+            "The model would not be the same. Convert the original model instead."
         )
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(alone, **given).save_pretrained(folder)
-    _remove_made_up_tokens(folder / "tokenizer.json", model.config.vocab_size)
+    _remove_tokens_without_embedding(folder / "tokenizer.json", model.config.vocab_size)
 
 
-def _remove_made_up_tokens(path: Path, vocab_size: int) -> None:
-    """Remove the tokens that transformers adds to a tokenizer without a row in the embedding."""
+def _remove_tokens_without_embedding(path: Path, vocab_size: int) -> None:
+    """Remove tokens that transformers has added and for which the embedding has no row."""
     if not path.is_file():
         return
     tokenizer = json.loads(path.read_text(encoding="utf-8"))

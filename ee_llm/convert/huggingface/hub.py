@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: downloaded into the hub's own cache, or found there."""
+"""Downloads models of the Hugging Face Hub to its cache, or finds them there."""
 
 import re
 from pathlib import Path
@@ -15,23 +15,23 @@ _ID = re.compile(rf"({_PART}/)?{_PART}")
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name could be a model's on the hub, such as "org/model" or "gpt2"."""
+    """Return whether a name could be that of a model on the Hub, such as "org/model" or "gpt2"."""
     return bool(_ID.fullmatch(name)) and not name.endswith((".gguf", ".safetensors"))
 
 
 def download(name: str, revision: str | None = None) -> Path:
-    """Return the folder of the hub's cache with a model, after downloading what is missing.
+    """Download the missing files of a model and return its folder in the Hub's cache.
 
-    Only settings, tokenizer files and safetensors are downloaded: never pickles, never code. The
+    Only settings, tokenizer files and safetensors are downloaded, never pickles or code. The
     settings come first, so that a model that cannot be converted costs no large download. Without
-    a connection, or with HF_HUB_OFFLINE=1, the cache alone is used.
+    a connection, or with HF_HUB_OFFLINE=1, only the cache is used.
 
     Args:
-        name: The model's id on the hub.
+        name: The model's id on the Hub.
         revision: A branch, tag or commit; by default the main branch.
 
     Raises:
-        CheckpointError: The model is not on the hub or in the cache, is not accessible, has no
+        CheckpointError: The model is not on the Hub or in the cache, is not accessible, has no
             safetensors, or cannot be converted.
     """
     folder = _snapshot(name, revision, [*COMPANIONS, INDEX])
@@ -42,9 +42,9 @@ def download(name: str, revision: str | None = None) -> Path:
     _snapshot(name, revision, _weight_files(folder))
     if not (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
         raise CheckpointError(
-            f"{name} has neither {SINGLE} nor {INDEX} on the hub or in the cache {folder}, and "
-            "only safetensors are downloaded; choose a revision that has them, or save the model "
-            "as safetensors with transformers' save_pretrained"
+            f"{name} has neither {SINGLE} nor {INDEX} on the Hub or in the cache {folder}, and "
+            "only safetensors are downloaded. Choose a --revision that has them, or save the model "
+            "as safetensors with transformers' save_pretrained."
         )
     return folder
 
@@ -54,7 +54,7 @@ def _weight_files(folder: Path) -> list[str]:
         return [SINGLE]
     table = read_object(folder / INDEX).get("weight_map")
     files = sorted(set(table.values())) if isinstance(table, dict) else []
-    # Names are patterns to the hub's client. Odd ones are refused when the folder is opened.
+    # The Hub's client takes names as patterns. `Folder` rejects unsafe names when it is opened.
     return [SINGLE, *(name for name in files if is_plain_name(name) and not set(name) & set("*?["))]
 
 
@@ -64,8 +64,8 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise CheckpointError(
-            f"{name} does not exist here; to download a model of this name from the Hugging Face "
-            "hub, install its client: pip install 'ee-llm[convert]'"
+            f"{name} does not exist here. To download a model of this name from the Hugging Face "
+            "Hub, install its client: pip install 'ee-llm[convert]'"
         ) from None
     try:
         return Path(
@@ -76,6 +76,6 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(
             f"{name}: there is no such file or folder here, and no such model{at} in the cache of "
-            f"the Hugging Face hub or on the hub ({first}). Check the name and the connection; a "
-            "private or gated model needs 'hf auth login'"
+            f"the Hugging Face Hub or on the Hub ({first}). Check the name and the connection. A "
+            "private or gated model needs 'hf auth login'."
         ) from None

@@ -1,14 +1,14 @@
-"""The keys of config.json: inert ones, and those that change the function of a model.
+"""The keys of config.json: keys without effect, and keys that change a model's function.
 
-A key that neither list has is unknown. It is reported, and harmless where every tensor of the
-model is accounted for and `ee-llm convert --check` finds equal logits.
+A key in neither list is unknown. It is reported, and is harmless if all tensors of the model are
+known and `ee-llm convert --check` finds equal logits.
 """
 
 from typing import Any
 
 from ee_llm.convert.values import Settings
 
-# Keys that do not affect the logits in evaluation: names, versions, training and generation.
+# Keys that do not affect logits at inference: names, versions, training and generation.
 _INERT = frozenset(
     """
     architectures attention_dropout attn_implementation attn_pdrop bad_words_ids
@@ -42,7 +42,7 @@ _READ = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# Keys within a table of rotary positions: those of one scaling mean nothing to another.
+# Keys within a table of rotary positions. A key of one scaling has no effect in another.
 _OF_ROPE = frozenset(
     """
     attention_factor beta_fast beta_slow factor finetuned high_freq_factor low_freq_factor mscale
@@ -125,7 +125,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False,),
     "use_rope": (True,),
 }
-"""Keys that change the function, in whatever model, and the values besides null that do not."""
+"""Keys that change the function of any model, and their values besides null that do not."""
 
 ROPE_TYPES = {
     "dynamic": "dynamic NTK scaling",
@@ -146,7 +146,7 @@ ROPE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1,),
     "short_factor": (),
 }
-"""As `NEUTRAL`, for keys within `rope_scaling` or `rope_parameters`."""
+"""The same as `NEUTRAL`, for keys within `rope_scaling` or `rope_parameters`."""
 
 _EXPERTS = "a mixture of experts"
 OTHER_MODELS = {
@@ -175,7 +175,7 @@ OTHER_MODELS = {
     "gptj": "attention and MLP in parallel",
     "granite": "scaled embeddings, residuals, attention and logits",
     "granitemoe": _EXPERTS,
-    "internlm2": "fused projections; convert it to a llama first",
+    "internlm2": "fused projections (convert it to a llama first)",
     "jamba": "state-space layers",
     "llama4": _EXPERTS,
     "llama4_text": _EXPERTS,
@@ -195,7 +195,7 @@ OTHER_MODELS = {
     "phi": "attention and MLP in parallel, and rotations of a part of each head",
     "phi3": "fused projections, and LongRoPE in its long-context versions",
     "phimoe": _EXPERTS,
-    "qwen": "fused projections; the first Qwen, before Qwen 1.5",
+    "qwen": "fused projections (it is the first Qwen, before Qwen 1.5)",
     "qwen2_moe": _EXPERTS,
     "qwen2_vl": "images, and multimodal rotary positions",
     "qwen2_5_vl": "images, and multimodal rotary positions",
@@ -207,16 +207,16 @@ OTHER_MODELS = {
     "starcoder2": "biases, LayerNorm and GELU with rotary positions",
     "xglm": "sinusoidal positions",
 }
-"""Model types that ee-llm does not compute, and what is different about them."""
+"""Model types that ee-llm does not compute, and their differences."""
 
 
 def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """Return whether a value of a function-changing key leaves the function as it is."""
+    """Return whether a value of a function-changing key does not change the function."""
     return value is None or value in neutral
 
 
 def unknown_keys(settings: Settings) -> dict[str, Any]:
-    """Return the settings that no list has, without those that say nothing (null, {} or [])."""
+    """Return the settings in none of the lists, without empty values (null, {} or [])."""
     known = _INERT | _READ | NEUTRAL.keys() | {"quantization_config"}
     found = {name: value for name, value in settings.items() if name not in known}
     for table in ("rope_parameters", "rope_scaling"):

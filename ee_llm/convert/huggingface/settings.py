@@ -1,4 +1,4 @@
-"""A model's options from the config.json of transformers, and back."""
+"""Converts between config.json of transformers and the options of a model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,17 +19,17 @@ from ee_llm.convert.huggingface.keys import (
 from ee_llm.convert.values import Settings, SettingsError
 
 ENTRY = "ee_llm"
-"""The entry of config.json that describes exits; transformers carries it along unread."""
+"""The entry of config.json that describes exits. transformers keeps it without reading it."""
 
 
 class ModelSettings(NamedTuple):
-    """What config.json says of a model."""
+    """The model that config.json describes."""
 
     family: Family
     options: dict[str, Any]
     """The options of `model`."""
     notes: list[str]
-    """Remarks on what conversion changed or assumed."""
+    """Notes on changes and assumptions of the conversion."""
     unknown: dict[str, Any]
     """Settings of unknown meaning."""
 
@@ -37,31 +37,31 @@ class ModelSettings(NamedTuple):
 def read_settings(settings: Settings) -> ModelSettings:
     """Read the settings of a model.
 
-    Raises SettingsError if one is missing or malformed, or names everything that makes the model
-    compute another function than ee-llm's.
+    Raises SettingsError if a setting is missing or malformed, or if the model computes another
+    function than ee-llm's; the error then names all settings that make it do so.
     """
     kind = settings.get("model_type")
-    supported = f"supported: {', '.join(FAMILIES)}"
+    supported = f"Supported: {', '.join(FAMILIES)}."
     if isinstance(kind, str) and kind in OTHER_MODELS:
         raise SettingsError(
             f"model_type = {kind!r} is not supported, because it computes another function: it has "
-            f"{OTHER_MODELS[kind]}; {supported}"
+            f"{OTHER_MODELS[kind]}. {supported}"
         )
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise SettingsError(f"model_type = {kind!r} is not supported; {supported}")
+        raise SettingsError(f"model_type = {kind!r} is not supported. {supported}")
     family = FAMILIES[kind]
     if found := _other_functions(settings, NEUTRAL | family.neutral):
         raise SettingsError(
             f"the model computes another function than ee-llm's {kind}: {'; '.join(found)}. "
-            "Convert a model without these settings, or remove them from config.json if the "
-            "model was not trained with them"
+            "Convert a model without these settings, or remove them from config.json if the model "
+            "was not trained with them."
         )
     options, notes = family.read(settings)
     return ModelSettings(family, options, notes, unknown_keys(settings))
 
 
 def _other_functions(settings: Settings, neutral: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """Return what ee-llm does not compute, each by name."""
+    """Return the settings that make the model compute another function."""
     found = [
         f"{name} = {settings[name]!r}"
         for name, values in neutral.items()
@@ -94,18 +94,22 @@ def _quantization(config: Any) -> list[str]:
     method = config.get("quant_method", "bitsandbytes" if switches else None)
     if method == "bitsandbytes" and switches and not any(switches):
         return []  # switched off
-    return [f"weights quantised with {method!r} (quantization_config)"]
+    return [f"weights quantized with {method!r} (quantization_config)"]
 
 
 class Exits(NamedTuple):
-    """What a folder says of exits: the options of `exits`, and whether they have no tensors."""
+    """The exits of a folder.
+
+    options: the options of `exits`.
+    are_copies: whether they have no tensors, as copies of the final norm and output weight.
+    """
 
     options: dict[str, Any]
     are_copies: bool
 
 
 def read_exits(settings: Settings) -> Exits | None:
-    """Return the exits that the model was exported with; raises SettingsError."""
+    """Return the exits with which the model was exported, or None; raises SettingsError."""
     entry = settings.get(ENTRY)
     if entry is None:
         return None
@@ -122,19 +126,21 @@ def read_exits(settings: Settings) -> Exits | None:
 def write_settings(
     config: Config, dtype: torch.dtype, preferred: str | None = None
 ) -> tuple[Family, dict[str, Any]]:
-    """Return the family and the config.json of a model; `preferred` is tried first as its type.
+    """Return the family and the config.json of a model.
 
-    Raises SettingsError if no model of transformers is this one.
+    `preferred` is the model type to try first. Raises SettingsError if transformers has no equal
+    model.
     """
     model = config.model
     kinds: Sequence[str] = [preferred, *FAMILIES] if preferred in FAMILIES else [*FAMILIES]
     kind = next((kind for kind in kinds if FAMILIES[kind].fits(model)), None)
     if kind is None:
         raise SettingsError(
-            f"no model type among {', '.join(FAMILIES)} is a {model.family} with model.position = "
-            f"{model.position}, model.qkv_bias = {str(model.qkv_bias).lower()}, model.qk_norm = "
-            f"{str(model.qk_norm).lower()}, {model.num_heads} heads of {model.head_dim} and "
-            f"{model.num_kv_heads} of keys in a width of {model.hidden_size}"
+            f"none of the model types {', '.join(FAMILIES)} is a {model.family} with "
+            f"model.position = {model.position}, model.qkv_bias = "
+            f"{str(model.qkv_bias).lower()}, model.qk_norm = {str(model.qk_norm).lower()}, "
+            f"{model.num_heads} heads of size {model.head_dim} and "
+            f"{model.num_kv_heads} key/value heads in a hidden size of {model.hidden_size}"
         )
     family = FAMILIES[kind]
     settings = {
@@ -148,6 +154,6 @@ def write_settings(
 
 
 def exits_entry(config: Config, are_copies: bool) -> dict[str, Any]:
-    """Return what config.json says of exits, as `read_exits` reads it back."""
+    """Return the entry of config.json that describes exits, for `read_exits`."""
     exits = config.exits.model_dump()
     return {"exits": {name: exits[name] for name in FUNCTION_OF_EXITS}, "copies": are_copies}

@@ -1,6 +1,7 @@
-"""Writes safetensors files tensor by tensor, as the format's description has them.
+"""Writes safetensors files tensor by tensor.
 
-https://github.com/huggingface/safetensors: the length of a header, the header in JSON, the tensors.
+The format (https://github.com/huggingface/safetensors) is the length of a header, the header in
+JSON, and the tensors.
 """
 
 import json
@@ -19,7 +20,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def cut_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list[str]]:
-    """Return the keys of each file, in order; none is larger unless one tensor is."""
+    """Divide the keys, in order, into files of at most `max_bytes` or of one larger tensor."""
     shards: list[list[str]] = [[]]
     size = 0
     for key, spec in specs.items():
@@ -34,7 +35,7 @@ def cut_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[list[str
 def write_shards(
     folder: Path, specs: Mapping[str, TensorSpec], get: Callable[[str], Tensor], max_bytes: int
 ) -> None:
-    """Write the tensors to one file, or to several with an index; `get` is called in order."""
+    """Write tensors to one file, or to several with an index; `get` is called in order."""
     shards = cut_shards(specs, max_bytes)
     if len(shards) == 1:
         _write_file(folder / SINGLE, shards[0], specs, get)
@@ -58,20 +59,20 @@ def _write_file(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key in keys:
-        spec, begin = specs[key], end
+        spec, start = specs[key], end
         end += spec.num_bytes
         header[key] = {
             "dtype": _NAMES[spec.dtype],
             "shape": list(spec.shape),
-            "data_offsets": [begin, end],
+            "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in keys:
             tensor = get(key)
-            assert (tuple(tensor.shape), tensor.dtype) == specs[key], f"{key} is not as announced"
+            assert (tuple(tensor.shape), tensor.dtype) == specs[key], f"{key} differs from its spec"
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

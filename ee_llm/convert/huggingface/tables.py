@@ -1,4 +1,6 @@
-"""Which tensors of ours are made of which of theirs: a table per family, read in both directions.
+"""Tables of the tensors in a checkpoint and in other software, one per family.
+
+Conversion reads them in both directions.
 
 Legend of shapes: h hidden, f feed-forward, g key/value heads, r queries per key/value head, d head
 dimension, x anything.
@@ -16,40 +18,44 @@ from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.config import Config, ModelConfig
 from ee_llm.errors import ConversionError
 
-OURS = "ee_llm."
-"""What stands before the name of a tensor of an exit that no other software knows."""
+PREFIX = "ee_llm."
+"""The prefix of the key of an exit's tensor, which no other software knows."""
 
 
 class Fusion(NamedTuple):
-    """How a tensor of ours is put together from theirs, and taken apart again."""
+    """Joins the tensors of other software into one of a checkpoint, and splits it again."""
 
     join: Callable[[ModelConfig, Sequence[Tensor]], Tensor]
     split: Callable[[ModelConfig, Tensor], Sequence[Tensor]]
 
 
 class Row(NamedTuple):
-    """A tensor of ours and those of theirs that it is made of.
+    """A tensor of a checkpoint, and the tensors of other software that it consists of.
 
-    In a family's table {n} stands for the number of a layer (from 1), {i} for the same from 0, and
-    {last} for the last layer's.
+    name: the name in a checkpoint.
+    keys: the keys in the other software.
+
+    In a family's table, {n} is the number of a layer counted from 1, {i} the same counted from 0,
+    and {last} the number of the last layer.
     """
 
-    ours: str
-    theirs: tuple[str, ...]
+    name: str
+    keys: tuple[str, ...]
     fusion: Fusion
 
-    def shapes(self, model: ModelConfig, ours: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Return the shapes of theirs, from that of ours."""
-        whole = torch.empty(ours, device="meta")
-        return [tuple(part.shape) for part in self.fusion.split(model, whole)]
+    def shapes(self, model: ModelConfig, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Return the shapes of the tensors in the other software from that in a checkpoint."""
+        joined = torch.empty(shape, device="meta")
+        return [tuple(part.shape) for part in self.fusion.split(model, joined)]
 
 
 class Table(NamedTuple):
     """The rows of a family.
 
-    `output` is the key of the final exit's weight, which may be there although it is tied to the
-    key `words`. `optional_prefix` may be missing in all keys. `buffers` end the keys of what some
-    versions saved and nothing reads.
+    words: the key of the word embedding.
+    output: the key of the output weight, which may be present although it is tied to `words`.
+    optional_prefix: a prefix that all keys may lack.
+    buffers: endings of the keys of buffers that some versions saved and nothing reads.
     """
 
     rows: tuple[Row, ...]
@@ -59,12 +65,12 @@ class Table(NamedTuple):
     buffers: tuple[str, ...] = ()
 
     def is_buffer(self, key: str) -> bool:
-        """Return whether a key is that of a buffer, which holds no weights."""
+        """Return whether a key is that of a buffer, which has no weights."""
         return key.endswith(self.buffers) if self.buffers else False
 
 
 def _join_qkv(model: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
-    """Return [g, r + 2, d] x h, flat: each key/value head has its queries, its key, its value."""
+    """Return the fused weight [g (r + 2) d, h], or bias, of queries, keys and values."""
     groups = (model.num_kv_heads, -1, model.head_dim)
     return torch.cat([part.reshape(*groups, *part.shape[1:]) for part in parts], 1).flatten(0, 2)
 
@@ -78,7 +84,7 @@ SAME = Fusion(lambda _, parts: parts[0], lambda _, ours: [ours])
 TRANSPOSED = Fusion(lambda _, parts: parts[0].t(), lambda _, ours: [ours.t()])
 STACKED = Fusion(lambda _, parts: torch.cat(list(parts)), lambda _, ours: ours.chunk(2))
 QKV = Fusion(_join_qkv, _split_qkv)
-# GPT-2's Conv1D: [h, 3 h], queries before keys before values.
+# GPT-2's Conv1D [h, 3 h]: queries, keys and values.
 QKV_TRANSPOSED = Fusion(
     lambda model, parts: _join_qkv(model, parts[0].t().chunk(3)),
     lambda model, ours: [torch.cat(_split_qkv(model, ours)).t()],
@@ -89,19 +95,19 @@ QKV_BIAS = Fusion(
 )
 
 
-def _row(ours: str, *theirs: str, fusion: Fusion = SAME) -> Row:
-    return Row(ours, theirs, fusion)
+def _row(name: str, *keys: str, fusion: Fusion = SAME) -> Row:
+    return Row(name, keys, fusion)
 
 
-def _layer(ours: str, *theirs: str, fusion: Fusion = SAME) -> Row:
-    return Row(f"layers.{{n}}.{ours}", tuple(f"model.layers.{{i}}.{x}" for x in theirs), fusion)
+def _layer(name: str, *keys: str, fusion: Fusion = SAME) -> Row:
+    return Row(f"layers.{{n}}.{name}", tuple(f"model.layers.{{i}}.{key}" for key in keys), fusion)
 
 
 def _qkv(kind: str) -> tuple[str, ...]:
     return tuple(f"self_attn.{x}_proj.{kind}" for x in "qkv")
 
 
-# Llama, Mistral, Qwen2 and Qwen3: a model has the rows that its configuration asks for.
+# Llama, Mistral, Qwen2 and Qwen3. `rows_of` selects the rows of a configuration.
 LLAMA = Table(
     (
         _row("embedding.word.weight", "model.embed_tokens.weight"),
@@ -129,18 +135,18 @@ LLAMA = Table(
 
 def _gpt2_layer() -> list[Row]:
     rows = []
-    for ours, theirs in (("input_layernorm", "ln_1"), ("pre_mlp_layernorm", "ln_2")):
+    for name, key in (("input_layernorm", "ln_1"), ("pre_mlp_layernorm", "ln_2")):
         for kind in ("weight", "bias"):
-            rows.append(Row(f"layers.{{n}}.{ours}.{kind}", (f"h.{{i}}.{theirs}.{kind}",), SAME))
-    for ours, theirs, weight, bias in (
+            rows.append(Row(f"layers.{{n}}.{name}.{kind}", (f"h.{{i}}.{key}.{kind}",), SAME))
+    for name, key, weight, bias in (
         ("self_attention.linear_qkv", "attn.c_attn", QKV_TRANSPOSED, QKV_BIAS),
         ("self_attention.linear_proj", "attn.c_proj", TRANSPOSED, SAME),
         ("mlp.linear_fc1", "mlp.c_fc", TRANSPOSED, SAME),
         ("mlp.linear_fc2", "mlp.c_proj", TRANSPOSED, SAME),
     ):
-        rows.append(Row(f"layers.{{n}}.{ours}.weight", (f"h.{{i}}.{theirs}.weight",), weight))
-        rows.append(Row(f"layers.{{n}}.{ours}.bias", (f"h.{{i}}.{theirs}.bias",), bias))
-    return [row._replace(theirs=tuple(f"transformer.{key}" for key in row.theirs)) for row in rows]
+        rows.append(Row(f"layers.{{n}}.{name}.weight", (f"h.{{i}}.{key}.weight",), weight))
+        rows.append(Row(f"layers.{{n}}.{name}.bias", (f"h.{{i}}.{key}.bias",), bias))
+    return [row._replace(keys=tuple(f"transformer.{key}" for key in row.keys)) for row in rows]
 
 
 GPT2 = Table(
@@ -159,41 +165,41 @@ GPT2 = Table(
 
 
 def rows_of(table: Table, config: Config) -> dict[str, Row]:
-    """Return the row of every tensor of the model by its name, exits under names of their own.
+    """Return the row of every tensor of the model by name. Tensors of exits have `PREFIX`.
 
-    Raises KeyError for a tensor that the table does not know: the family can not say this model.
+    Raises KeyError for a tensor that the table does not have, so that the family does not fit.
     """
     num_layers = config.model.num_layers
     known: dict[str, Row] = {}
     for row in table.rows:
-        numbers = range(1, num_layers + 1) if "{n}" in row.ours else (0,)
+        numbers = range(1, num_layers + 1) if "{n}" in row.name else (0,)
         for n in numbers:
             fill = {"n": n, "i": n - 1, "last": num_layers}
-            ours = row.ours.format(**fill)
-            known[ours] = Row(ours, tuple(key.format(**fill) for key in row.theirs), row.fusion)
-    known |= {name: Row(name, (OURS + name,), SAME) for name in own_tensors(config)}
+            name = row.name.format(**fill)
+            known[name] = Row(name, tuple(key.format(**fill) for key in row.keys), row.fusion)
+    known |= {name: Row(name, (PREFIX + name,), SAME) for name in own_tensors(config)}
     return {name: known[name] for name in tensor_shapes(config)}
 
 
 def own_tensors(config: Config) -> list[str]:
-    """Return the names of the tensors that early exits have for themselves."""
+    """Return the names of the early exits' own tensors."""
     own = tuple(f"exits.{boundary}." for boundary in config.exits.boundaries)
     return [name for name in tensor_shapes(config) if name.startswith(own)]
 
 
 def copied_exits(rows: dict[str, Row], config: Config) -> dict[str, Row]:
-    """Return the rows with the exits' tensors made from the model's own, see `copy_source`.
+    """Return the rows with the exits' tensors copied from the model, see `copy_source`.
 
-    Raises ConversionError for a head with a part that the model has no counterpart of.
+    Raises ConversionError for a head with a part that has no counterpart in the model.
     """
     copied = dict(rows)
     for name in own_tensors(config):
         source = copy_source(name, config)
         if source is None:
             raise ConversionError(
-                f"--head {' '.join(config.exits.head)}: the model has nothing that an mlp"
-                " behind a block could be copied from; leave one out here, or convert without"
-                " exits and add them with 'ee-llm checkpoint add-exits'"
+                f"--head {' '.join(config.exits.head)}: an mlp behind a block has no counterpart"
+                " in the model. Remove one of them, or convert without exits and add them with"
+                " 'ee-llm checkpoint add-exits'."
             )
-        copied[name] = rows[source]._replace(ours=name)
+        copied[name] = rows[source]._replace(name=name)
     return copied

@@ -1,15 +1,22 @@
-"""The arguments that Megatron-LM and EE-LLM keep in a checkpoint, as options of ours.
+"""Converts the arguments in a checkpoint of Megatron-LM or EE-LLM to options.
 
-They are those of the command line, with underscores. An argument that a version does not know yet
-has that version's only behaviour, which is the default here.
+They are the command-line arguments, with underscores. If a version does not have an argument yet,
+the default here is the only behaviour of that version.
 """
 
 from typing import Any
 
-from ee_llm.convert.values import Settings, SettingsError, flag, need, refuse, to_number
+from ee_llm.convert.values import (
+    Settings,
+    SettingsError,
+    check_values,
+    flag,
+    read_counts,
+    to_number,
+)
 
-# What makes another function of the same tensors, or needs others; the only value that we can say.
-_ONLY: dict[str, Any] = {
+# Arguments that change the function or the tensors of the model: the only supported value.
+_SUPPORTED: dict[str, Any] = {
     "activation_func_clamp_value": None,
     "apply_layernorm_1p": False,
     "apply_residual_connection_post_layernorm": False,
@@ -38,9 +45,9 @@ _ONLY: dict[str, Any] = {
 
 
 def read_model(arguments: Settings) -> tuple[dict[str, Any], list[str]]:
-    """Return the options of `model`, and remarks; raises SettingsError naming an argument."""
-    refuse(arguments, **_ONLY)
-    layers, hidden, heads, length, padded = need(
+    """Return the options of `model`, and notes; raises SettingsError naming an argument."""
+    check_values(arguments, **_SUPPORTED)
+    layers, hidden, heads, length, padded = read_counts(
         arguments,
         "num_layers",
         "hidden_size",
@@ -66,21 +73,21 @@ def read_model(arguments: Settings) -> tuple[dict[str, Any], list[str]]:
     }
     for ours, theirs in (("head_dim", "kv_channels"), ("ffn_hidden_size", "ffn_hidden_size")):
         if arguments.get(theirs) is not None:
-            (options[ours],) = need(arguments, theirs)
+            (options[ours],) = read_counts(arguments, theirs)
     if is_llama:
         options["qkv_bias"] = flag(arguments, "add_qkv_bias")
     else:
         options["gelu"] = _gelu(arguments)
     if flag(arguments, "qk_layernorm"):
-        options["qk_norm"] = True  # refused for gpt, where it would be LayerNorm
+        options["qk_norm"] = True  # the configuration rejects it for gpt, where it is a LayerNorm
     return options, notes
 
 
 def read_exits(arguments: Settings, num_layers: int) -> dict[str, Any]:
-    """Return the options of `exits` of an EE-LLM model, none for others.
+    """Return the options of `exits` of an EE-LLM model, or {} for other models.
 
-    Layers are counted from 1. A post-exit at layer n reads what comes out of it, boundary n; a
-    pre-exit what goes in, boundary n - 1. Raises SettingsError naming an argument.
+    Layers are counted from 1. A post-exit at layer n reads the layer's output, at boundary n, and a
+    pre-exit its input, at boundary n - 1. Raises SettingsError naming an argument.
     """
     numbers = exit_layers(arguments)
     if not numbers:
@@ -91,24 +98,28 @@ def read_exits(arguments: Settings, num_layers: int) -> dict[str, Any]:
     for number, boundary in zip(numbers, boundaries, strict=True):
         if not 1 <= boundary < num_layers:
             raise SettingsError(
-                f"{shown}: the exit of layer {number} is at boundary {boundary}; expected 1.."
-                f"{num_layers - 1} (num_layers = {num_layers}, after which is the final exit)"
+                f"{shown}: the exit of layer {number} is at boundary {boundary}. Expected a "
+                f"boundary from 1 to {num_layers - 1}, before the final exit at num_layers = "
+                f"{num_layers}."
             )
     if len(set(numbers)) < len(numbers):
-        raise SettingsError(f"{shown}: a layer is there twice")
+        raise SettingsError(f"{shown}: a layer occurs twice")
     head = [part for part in ("block", "mlp", "norm") if flag(arguments, f"use_exit_{part}")]
     if {"block", "mlp"} <= set(head):
         raise SettingsError(
-            "use_exit_mlp and use_exit_block together can not be converted: there the block comes "
-            "after the MLP, and in exits.head before it"
+            "use_exit_mlp and use_exit_block together cannot be converted: in EE-LLM the block "
+            "comes after the MLP, in exits.head before it"
         )
     if "mlp" in head and is_pre:
-        raise SettingsError("use_exit_mlp with pre_exit can not be converted; there is no layer's")
+        raise SettingsError(
+            "use_exit_mlp with pre_exit cannot be converted: a pre-exit has no layer whose MLP it "
+            "could replace"
+        )
     is_own = flag(arguments, "untie_exit_output_weights")
     if not is_own and flag(arguments, "untie_embeddings_and_output_weights"):
         raise SettingsError(
-            "untie_exit_output_weights = False with untie_embeddings_and_output_weights = True: "
-            "expected exits with weights of their own"
+            "untie_exit_output_weights = False with untie_embeddings_and_output_weights = True "
+            "cannot be converted: expected exits with their own output weights"
         )
     order = sorted(range(len(numbers)), key=numbers.__getitem__)
     options: dict[str, Any] = {
@@ -120,7 +131,7 @@ def read_exits(arguments: Settings, num_layers: int) -> dict[str, Any]:
     for ours, theirs in (("weights", "weight"), ("temperatures", "temperature")):
         if values := _list(arguments, f"exit_layer_{theirs}"):
             if len(values) != len(numbers):
-                raise SettingsError(f"exit_layer_{theirs} = {values}: expected one for each exit")
+                raise SettingsError(f"exit_layer_{theirs} = {values}: expected one value per exit")
             options[ours] = [to_number(f"exit_layer_{theirs}", values[i]) for i in order]
     return options
 
@@ -142,7 +153,7 @@ def _list(arguments: Settings, name: str) -> list[Any]:
 
 def _is_llama(arguments: Settings) -> bool:
     has_bias = flag(arguments, "add_bias_linear", True)
-    if flag(arguments, "disable_bias_linear"):  # how it was called once
+    if flag(arguments, "disable_bias_linear"):  # the older name
         has_bias = False
     found = (
         arguments.get("normalization", "LayerNorm"),
@@ -152,18 +163,18 @@ def _is_llama(arguments: Settings) -> bool:
     if found == ("RMSNorm", True, False):
         return True
     if found == ("LayerNorm", False, True):
-        refuse(arguments, add_qkv_bias=False)
+        check_values(arguments, add_qkv_bias=False)
         return False
     names = ("normalization", "swiglu", "add_bias_linear")
     shown = ", ".join(f"{name} = {value}" for name, value in zip(names, found, strict=True))
     raise SettingsError(
-        f"{shown} can not be converted; only RMSNorm, True, False (llama) and LayerNorm, False, "
+        f"{shown} cannot be converted; only RMSNorm, True, False (llama) and LayerNorm, False, "
         "True (gpt) can"
     )
 
 
 def _gelu(arguments: Settings) -> str:
-    """Return which GELU it is: the fused kernel of bias and GELU approximates by tanh."""
+    """Return the kind of GELU; the fused kernel of bias and GELU approximates it by tanh."""
     if flag(arguments, "openai_gelu"):
         return "tanh"
     if flag(arguments, "onnx_safe"):
@@ -172,15 +183,15 @@ def _gelu(arguments: Settings) -> str:
 
 
 def _groups(arguments: Settings, heads: int) -> int:
-    # Without the flag the number is a default that nothing reads.
+    # Without the flag, num_query_groups is a default that nothing reads.
     if not flag(arguments, "group_query_attention"):
         return heads
-    (groups,) = need(arguments, "num_query_groups")
+    (groups,) = read_counts(arguments, "num_query_groups")
     size = arguments.get("tensor_model_parallel_size") or 1
     if groups % size:
         raise SettingsError(
-            f"num_query_groups = {groups} over tensor_model_parallel_size = {size} can not be "
-            "converted: ranks share keys and values"
+            f"num_query_groups = {groups} with tensor_model_parallel_size = {size} cannot be "
+            "converted, because ranks share keys and values"
         )
     return groups
 
@@ -190,11 +201,11 @@ def _position(arguments: Settings) -> dict[str, Any]:
     if flag(arguments, "use_rotary_position_embeddings"):
         kind = "rope"
     if kind == "learned_absolute":
-        refuse(arguments, add_position_embedding=True)
+        check_values(arguments, add_position_embedding=True)
         return {"position": "learned"}
     if kind != "rope":
         raise SettingsError(
-            f"position_embedding_type = {kind!r} can not be converted; only learned_absolute and "
+            f"position_embedding_type = {kind!r} cannot be converted; only learned_absolute and "
             "rope can"
         )
     base = to_number("rotary_base", arguments.get("rotary_base", 10000))
@@ -203,8 +214,8 @@ def _position(arguments: Settings) -> dict[str, Any]:
     if flag(arguments, "use_rope_scaling"):
         if factor is not None:
             raise SettingsError(
-                f"rotary_seq_len_interpolation_factor = {factor} and use_rope_scaling are two ways "
-                "to scale rotary positions; only one can be converted"
+                f"rotary_seq_len_interpolation_factor = {factor} and use_rope_scaling both scale "
+                "rotary positions; only one of them can be converted"
             )
         given = arguments.get("rope_scaling_factor", 8.0)
         return options | {
@@ -218,17 +229,17 @@ def _position(arguments: Settings) -> dict[str, Any]:
 
 
 def _vocabulary(arguments: Settings, padded: int) -> tuple[int, list[str]]:
-    """Return how many tokens there are, and remarks: embeddings are padded for even shards."""
+    """Return the vocabulary size, with a note if the embedding is padded for equal shards."""
     if arguments.get("vocab_size") is None:
         return padded, []
-    (size,) = need(arguments, "vocab_size")
+    (size,) = read_counts(arguments, "vocab_size")
     if str(arguments.get("tokenizer_type")).startswith("Null"):
-        size += 1  # it adds an end of document
+        size += 1  # it adds an end-of-document token
     if size > padded:
         raise SettingsError(f"vocab_size = {size} is above padded_vocab_size = {padded}")
     if size == padded:
         return size, []
     return size, [
-        f"model.vocab_size = {size}: rows {size} to {padded - 1} of embedding and output, which no "
-        "token has, are left out; probabilities rise by what these had"
+        f"model.vocab_size = {size}: rows {size} to {padded - 1} of embedding and output, which "
+        "belong to no token, are removed. The other tokens share their probability."
     ]

@@ -1,4 +1,4 @@
-"""A model of Megatron-LM's or EE-LLM's as one of ours."""
+"""Opens a checkpoint of Megatron-LM or EE-LLM for conversion."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,48 +11,55 @@ from ee_llm.checkpoint.format import safe
 from ee_llm.config import Config, ModelConfig
 from ee_llm.convert.huggingface.tables import Fusion, Row, copied_exits
 from ee_llm.convert.megatron.arguments import exit_layers, read_exits, read_model
-from ee_llm.convert.megatron.distributed import Distributed
-from ee_llm.convert.megatron.ranks import Merged, Ranks, find_rank_directories
-from ee_llm.convert.megatron.tables import TABLE, WORDS, layout_of
+from ee_llm.convert.megatron.distributed import DistributedCheckpoint
+from ee_llm.convert.megatron.ranks import MergedTensors, RankFiles, find_rank_directories
+from ee_llm.convert.megatron.tables import TABLE, WORDS, build_layout
 from ee_llm.convert.source import (
     Origin,
     Source,
     Tensors,
-    fitting_tokenizer,
-    prove,
+    check_tensors,
+    check_tokenizer,
     training_options,
 )
 from ee_llm.convert.values import SettingsError, check_layers, flag
 from ee_llm.errors import CheckpointError, ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"
-"""The file that says which of a run's checkpoints is the newest."""
+"""The file that names the newest checkpoint of a run."""
 
 _ROUNDED_ANGLES = (
-    "the model was trained with --bf16, where EE-LLM computes rotary angles in bfloat16, and here "
-    "they are computed in float32. Logits differ from EE-LLM's own by about 2 % of the largest "
-    "over 128 tokens, and by half of the largest over 1,000. Train or tune the model further "
-    "before it is used on long texts"
+    "The model was trained with --bf16, for which EE-LLM computes rotary angles in bfloat16. "
+    "ee-llm computes them in float32. Logits differ from those of EE-LLM by about 2 % of the "
+    "largest over 128 tokens, and by half of the largest over 1,000. Train or tune the model "
+    "further before you use it on long texts."
 )
 
 _TIE = ("untie_embeddings_and_output_weights", "False", "True")
 
 
 def is_megatron(path: Path) -> bool:
-    """Return whether a directory is a run or a checkpoint of Megatron-LM's."""
+    """Return whether a directory is a run or a checkpoint of Megatron-LM."""
     return (path / TRACKER).is_file() or _is_distributed(path) or bool(find_rank_directories(path))
 
 
 def open_megatron(
     path: Path, new_exits: Mapping[str, Any] | None = None, tokenizer: str | None = None
 ) -> Source:
-    """Return the model in a run's or a checkpoint's directory, after proving that it is one.
+    """Open the model in the directory of a run or a checkpoint, and check its tensors.
 
-    `new_exits`: options of `exits` to make of the model's own parts. `tokenizer` is as in
-    `data.tokenizer`. Raises CheckpointError naming the file, the key and what was expected.
+    Args:
+        path: The directory.
+        new_exits: Options of `exits` to add as copies of the model's own parts.
+        tokenizer: A value of `data.tokenizer`.
+
+    Raises:
+        CheckpointError: Names the file, the key and what was expected.
     """
     directory = _newest(path)
-    opened = Distributed(directory) if _is_distributed(directory) else Ranks(directory)
+    opened = (
+        DistributedCheckpoint(directory) if _is_distributed(directory) else RankFiles(directory)
+    )
     where = f"the arguments in {opened.arguments_file}"
     try:
         model, notes = read_model(opened.arguments)
@@ -60,35 +67,37 @@ def open_megatron(
         given: dict[str, Any] = {"model": model, "exits": exits}
         config = Config(**given)
         layers = exit_layers(opened.arguments)
-        if isinstance(opened, Ranks):
+        if isinstance(opened, RankFiles):
             opened.open(layers)
-        found = opened.pieces if isinstance(opened, Ranks) else opened.specs
+        found = opened.pieces if isinstance(opened, RankFiles) else opened.specs
         check_layers("num_layers", model["num_layers"], len(found))
-        rows, splits = layout_of(config, layers, opened.is_core)
+        rows, splits = build_layout(config, layers, opened.is_core)
         tensors = _tensors(opened, splits, config.model)
         given["training"] = training_options(tensors, TABLE)
         config = Config(**given)
     except (SettingsError, ConfigError) as error:
         raise CheckpointError(f"{where}: {error}") from None
-    rows = _cut(rows, config, opened.arguments["padded_vocab_size"])
+    rows = _without_padding(rows, config, opened.arguments["padded_vocab_size"])
     if new_exits is not None:
         rows = copied_exits(rows, config)
     origin = Origin(config.model.family, where, "the vocabulary", _TIE)
     name = _tokenizer(opened.arguments, origin, config, tokenizer, notes)
     notes.append(
-        f"iteration {opened.iteration}: the weights alone were converted, not the states of the "
-        "optimizer and of random generators"
+        f"Only the weights of iteration {opened.iteration} were converted, not the states of the "
+        "optimizer and of random generators."
     )
     is_rounded = flag(opened.arguments, "bf16") and config.model.position == "rope"
-    if is_rounded and isinstance(opened, Ranks) and not opened.is_core:
+    if is_rounded and isinstance(opened, RankFiles) and not opened.is_core:
         notes.append(_ROUNDED_ANGLES)
     if any(temperature != 1 for temperature in config.exits.temperatures):
-        notes.append("exits.temperatures are those of training; EE-LLM's inference has none")
-    return prove(Source(tensors, origin, config, rows, {}, name, notes), TABLE)
+        notes.append(
+            "exits.temperatures are those of training. EE-LLM does not use them at inference."
+        )
+    return check_tensors(Source(tensors, origin, config, rows, {}, name, notes), TABLE)
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """Return the checkpoints in a run's directory, whatever its tracker says."""
+    """Return all checkpoints in the directory of a run, without using its tracker."""
     children = sorted([*path.glob("iter_*"), *path.glob("release")])
     return [path for path in children if _is_distributed(path) or find_rank_directories(path)]
 
@@ -98,17 +107,17 @@ def _is_distributed(path: Path) -> bool:
 
 
 def _newest(path: Path) -> Path:
-    """Return the checkpoint that a run's directory says is the newest, or the one that it is."""
+    """Return the newest checkpoint of a run, or `path` if it is a checkpoint."""
     tracker = path / TRACKER
     if not tracker.is_file():
         return path
-    said = tracker.read_bytes()[:100].decode(errors="replace").strip()
-    if said != "release" and not (said.isascii() and said.isdigit()):
-        raise CheckpointError(f"{tracker}: {said!r} is no iteration; expected a number or release")
-    directory = path / (said if said == "release" else f"iter_{int(said):07d}")
+    text = tracker.read_bytes()[:100].decode(errors="replace").strip()
+    if text != "release" and not (text.isascii() and text.isdigit()):
+        raise CheckpointError(f"{tracker}: expected a number or 'release', found {text!r}")
+    directory = path / (text if text == "release" else f"iter_{int(text):07d}")
     if not _is_distributed(directory) and not find_rank_directories(directory):
         raise CheckpointError(
-            f"{directory} holds no checkpoint, and {tracker} says so: expected directories "
+            f"{directory}, which {tracker} names, has no checkpoint: expected directories "
             f"mp_rank_00.., or the files {safe.METADATA} and {safe.COMMON}"
         )
     return directory
@@ -122,29 +131,31 @@ def _exits(
         return found
     if found:
         raise SettingsError(
-            f"the model has exits at {found['boundaries']} already; leave out --exits"
+            f"the model already has exits at {found['boundaries']}. Remove --exits."
         )
     return dict(new)
 
 
 def _tensors(
-    opened: Distributed | Ranks, splits: Mapping[str, TensorSplit | None], model: ModelConfig
+    opened: DistributedCheckpoint | RankFiles,
+    splits: Mapping[str, TensorSplit | None],
+    model: ModelConfig,
 ) -> Tensors:
-    if isinstance(opened, Distributed):
+    if isinstance(opened, DistributedCheckpoint):
         return opened
     if opened.copies and not model.tie_embeddings:
         piece = opened.copies[0][0]
         raise CheckpointError(
-            f"{piece.archive.path}: {piece.key} is a copy of the word embedding for an output "
-            f"that is tied to it, but {_TIE[0]} is {_TIE[2]} in {opened.arguments_file}"
+            f"{piece.archive.path}: {piece.key} is a copy of the word embedding for a tied output, "
+            f"but {_TIE[0]} is {_TIE[2]} in {opened.arguments_file}"
         )
-    merged = Merged(opened, splits, model)
+    merged = MergedTensors(opened, splits, model)
     merged.check_copies(WORDS)
     return merged
 
 
-def _cut(rows: dict[str, Row], config: Config, padded: int) -> dict[str, Row]:
-    """Return the rows without what embeddings and output weights are padded with."""
+def _without_padding(rows: dict[str, Row], config: Config, padded: int) -> dict[str, Row]:
+    """Return the rows, without the padding of embeddings and output weights."""
 
     def join(model: ModelConfig, parts: Sequence[Tensor]) -> Tensor:
         return parts[0][: model.vocab_size]
@@ -169,9 +180,9 @@ def _tokenizer(
 ) -> str:
     if given is None:
         names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
-        said = ", ".join(f"{name} = {arguments[name]!r}" for name in names if arguments.get(name))
+        stated = ", ".join(f"{n} = {arguments[n]!r}" for n in names if arguments.get(n))
         raise CheckpointError(
-            f"{origin.settings} name a tokenizer, which is no part of the checkpoint"
-            f"{f' ({said})' if said else ''}; give its path with --tokenizer, or 'bytes'"
+            f"the checkpoint does not contain the tokenizer that {origin.settings} name"
+            f"{f' ({stated})' if stated else ''}. Pass its path, or 'bytes', with --tokenizer."
         )
-    return fitting_tokenizer(given, config, origin, notes)
+    return check_tokenizer(given, config, origin, notes)

@@ -1,7 +1,7 @@
-"""Distributed checkpoints of megatron-core (torch_dist), read as whole tensors.
+"""Reads unsharded tensors from distributed checkpoints of megatron-core (torch_dist).
 
-Tensors are whole already, whatever ranks wrote them; those of the layers are stacked, layers first,
-or have the layer's number in their names.
+Their tensors do not depend on the ranks that wrote them. The tensors of layers are stacked along
+the first dimension, or have the layer's number in their names.
 """
 
 import re
@@ -19,11 +19,11 @@ from ee_llm.convert.megatron.tables import current_name, is_neutral
 from ee_llm.errors import CheckpointError
 
 _LAYERS = re.compile(r"decoder\.layers\.(?!\d)")
-# What is not of the model: the optimizer, random states, counters.
+# Entries besides the model: optimizer, random states, counters.
 _OTHERS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state|opt_param_scheduler")
 
 
-class Distributed:
+class DistributedCheckpoint:
     """The tensors of a distributed checkpoint by megatron-core's names, layers counted from 0."""
 
     is_core = True
@@ -34,14 +34,14 @@ class Distributed:
         backend = read_object(path / "metadata.json").get("sharded_backend")
         if backend != "torch_dist":
             raise CheckpointError(
-                f"{path / 'metadata.json'}: sharded_backend is {backend!r}; only 'torch_dist' can "
-                "be converted (Megatron-LM's --ckpt-format)"
+                f"{path / 'metadata.json'}: sharded_backend is {backend!r}. Only 'torch_dist' can "
+                "be converted (Megatron-LM's --ckpt-format)."
             )
         self.arguments_file = path / safe.COMMON
         content = Archive(self.arguments_file).content
         arguments = namespace(content.get("args")) if isinstance(content, dict) else None
         if arguments is None:
-            raise CheckpointError(f"{self.arguments_file} has no args: expected those of the run")
+            raise CheckpointError(f"{self.arguments_file} has no args: expected the arguments")
         self.arguments = arguments
         self.iteration = iteration_of(content, self.arguments_file)
         self._entries = safe.read_metadata(path, _is_wanted)
@@ -73,16 +73,16 @@ class Distributed:
         return TensorSpec(entry.shape if layer is None else entry.shape[1:], entry.dtype)
 
     def tensor(self, key: str) -> Tensor:
-        """Return a tensor, read from the blocks of all ranks now."""
+        """Read a tensor from the blocks of all ranks."""
         name, layer = self._places[key]
         entry = self._entries[name]
         if layer is None:
-            whole = torch.empty(entry.shape, dtype=entry.dtype)
-            fill(whole, self.path, name, entry, (0,) * len(entry.shape))
-            return whole
-        one = torch.empty((1, *entry.shape[1:]), dtype=entry.dtype)
-        fill(one, self.path, name, entry, (layer, *(0,) * (len(entry.shape) - 1)))
-        return one[0]
+            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+            fill(tensor, self.path, name, entry, (0,) * len(entry.shape))
+            return tensor
+        row = torch.empty((1, *entry.shape[1:]), dtype=entry.dtype)
+        fill(row, self.path, name, entry, (layer, *(0,) * (len(entry.shape) - 1)))
+        return row[0]
 
 
 def _is_wanted(name: str) -> bool:

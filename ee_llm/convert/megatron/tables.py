@@ -15,9 +15,9 @@ from ee_llm.convert.huggingface.tables import SAME, Row, Table
 
 
 class Module(NamedTuple):
-    """A module's name here, in Megatron-LM's older model and in megatron-core's."""
+    """The name of a module in a checkpoint, in Megatron-LM's older model and in megatron-core."""
 
-    ours: str
+    name: str
     legacy: str
     core: str
 
@@ -34,7 +34,7 @@ _LAYER = (
     Module("mlp.linear_fc1", "mlp.dense_h_to_4h", "mlp.linear_fc1"),
     Module("mlp.linear_fc2", "mlp.dense_4h_to_h", "mlp.linear_fc2"),
 )
-# What an exit of EE-LLM has below its layer.
+# The parts of an exit in EE-LLM, below the exit's layer.
 _EXIT = (
     Module("norm", "exit_norm", "exit_norm"),
     Module("mlp_norm", "post_attention_norm", "pre_mlp_layernorm"),
@@ -42,7 +42,7 @@ _EXIT = (
     Module("mlp.linear_fc2", "mlp.branch.dense_4h_to_h", "mlp.branch.linear_fc2"),
     *(
         module._replace(
-            ours=f"block.{module.ours}",
+            name=f"block.{module.name}",
             legacy=f"exit_block.{module.legacy}",
             core=f"exit_block.{module.core}",
         )
@@ -54,7 +54,7 @@ _MODEL = (
     Module("embedding.position", *2 * ("embedding.position_embeddings",)),
     *(
         Module(
-            f"layers.{{n}}.{m.ours}",
+            f"layers.{{n}}.{m.name}",
             f"encoder.layers.{{i}}.{m.legacy}",
             f"decoder.layers.{{i}}.{m.core}",
         )
@@ -62,7 +62,7 @@ _MODEL = (
     ),
     *(
         Module(
-            f"exits.{{b}}.{m.ours}",
+            f"exits.{{b}}.{m.name}",
             f"encoder.layers.{{e}}.{m.legacy}",
             f"decoder.layers.{{e}}.{m.core}",
         )
@@ -75,9 +75,9 @@ _MODEL = (
 WORDS, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 TABLE = Table((), WORDS, OUTPUT)
 HEAD = "word_embeddings_for_head.weight"
-"""A stage's own copy of the word embedding, for the output weight that is tied to it."""
+"""A stage's copy of the word embedding, for an output weight that is tied to it."""
 
-# Older names, and Transformer Engine's, of the modules above: (pattern, what it becomes).
+# Older names, and Transformer Engine's names, of the modules above: (pattern, replacement).
 _LEGACY_NAMES = (
     (r"^language_model\.", ""),
     (r"^transformer\.", "encoder."),
@@ -93,17 +93,17 @@ _NEUTRAL = re.compile(r"_extra_state|(^|\.)rotary_pos_emb\.inv_freq$")
 
 
 def is_neutral(key: str) -> bool:
-    """Return whether a key holds no weights: scales of FP8, frequencies of rotations."""
+    """Return whether a key has no weights, such as FP8 scales and rotary frequencies."""
     return _NEUTRAL.search(key) is not None
 
 
 def is_core(keys: Mapping[str, Any]) -> bool:
-    """Return whether the names are megatron-core's, not those of the older model."""
+    """Return whether the keys are those of megatron-core and not of the older model."""
     return not any(key.startswith("language_model.") for key in keys)
 
 
 def current_name(key: str, core: bool) -> str:
-    """Return the name that the tables have for a key."""
+    """Return the current name of a key, as in the tables."""
     for pattern, name in _CORE_NAMES if core else _LEGACY_NAMES:
         key = re.sub(pattern, name, key)
     return key
@@ -116,7 +116,7 @@ class Layout(NamedTuple):
     splits: dict[str, TensorSplit | None]
 
 
-def layout_of(config: Config, exit_layers: list[int], core: bool) -> Layout:
+def build_layout(config: Config, exit_layers: list[int], core: bool) -> Layout:
     """Return where each tensor of the model is stored.
 
     `exit_layers` are the layers with exits, from 1, in the order of their output weights.
@@ -131,7 +131,7 @@ def layout_of(config: Config, exit_layers: list[int], core: bool) -> Layout:
             layer = fill["b"] + shift
             fill |= {"e": layer - 1, "k": exit_layers.index(layer) if layer in exit_layers else 0}
         stem, _, last = kind.rpartition(".")
-        module = next(module for module in _MODEL if module.ours == stem)
+        module = next(module for module in _MODEL if module.name == stem)
         key = f"{module.core if core else module.legacy}.{last}".format(**fill)
         rows[name] = Row(name, (key,), SAME)
         splits[key] = tensor_split(name, config.model)
@@ -139,12 +139,12 @@ def layout_of(config: Config, exit_layers: list[int], core: bool) -> Layout:
 
 
 def _kind(name: str, config: Config) -> tuple[str, dict[str, int]]:
-    """Return the name of ours with its number left open, and what stands there."""
+    """Return a parameter's name with a placeholder for its number, and the values to fill in."""
     match = re.match(r"(layers|exits)\.(\d+)\.(.*)", name)
     if match is None:
         return name, {}
-    room, number, rest = match[1], int(match[2]), match[3]
-    if room == "layers":
+    section, number, rest = match[1], int(match[2]), match[3]
+    if section == "layers":
         return f"layers.{{n}}.{rest}", {"n": number, "i": number - 1}
     if number == config.model.num_layers:
         return f"exits.{{last}}.{rest}", {"last": number}

@@ -40,7 +40,7 @@ def test_the_tool_is_the_command(tmp_path):
     folder = make_folder(tmp_path / "theirs")
     command = [sys.executable, str(TOOLS / "checkpoint" / "convert.py"), str(folder)]
     command += ["--output", str(tmp_path / "ours")]
-    for status, expected in ((0, "33 tensors"), (2, "is there already")):
+    for status, expected in ((0, "33 tensors"), (2, "already exists")):
         done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
         assert done.returncode == status
         assert expected in done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""examples/llama.sh, from a folder of Hugging Face's and back, with a tiny random model."""
+"""examples/llama.sh, from a Hugging Face folder and back, with a tiny random model."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_llama_gets_exits_and_goes_back(tmp_path: Path) -> None:
+def test_a_llama_gets_exits_and_is_exported(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = make_folder(tmp_path / "llama", bos_token_id=7, eos_token_id=9)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
@@ -50,7 +50,7 @@ def test_a_llama_gets_exits_and_goes_back(tmp_path: Path) -> None:
         assert back.state_dict()[name].equal(weight), name
     config = TensorReader(tmp_path / "out" / "tuned").config()
     assert config.data.seq_length == 48  # the model's context
-    # Training keeps what came along besides tensors.
+    # Training keeps the companion files.
     settings = json.loads((tmp_path / "out" / "hf" / "config.json").read_text())
     assert (settings["bos_token_id"], settings["eos_token_id"]) == (7, 9)
     files = {path.name for path in (tmp_path / "out" / "hf").iterdir()}
@@ -58,7 +58,7 @@ def test_a_llama_gets_exits_and_goes_back(tmp_path: Path) -> None:
     assert {"generation_config.json", "tokenizer_config.json"} <= files
 
 
-def test_it_says_how_it_is_used() -> None:
+def test_usage() -> None:
     done = _run("folder")
     assert done.returncode == 2
     assert "./examples/llama.sh FOLDER TEXTS OUTPUT EXIT..." in done.stdout

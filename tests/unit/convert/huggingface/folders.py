@@ -1,4 +1,4 @@
-"""Random models of transformers in odd shapes, saved as their users save them."""
+"""Random models of transformers in unusual shapes, saved with save_pretrained."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_model(kind: str, settings: dict[str, Any], seed: int = 0) -> Any:
-    """Return a model of transformers whose every parameter is random, with signal in all of it."""
+    """Return a model of transformers in which every parameter is random and matters."""
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(kind, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -87,7 +87,7 @@ def make_folder(
     vocabulary: int = VOCABULARY,
     **settings: Any,
 ) -> Path:
-    """Return a folder with a model, and a tokenizer of as many tokens."""
+    """Write a folder with a model, and a tokenizer of `vocabulary` tokens."""
     kind, given = MODELS[name]
     model = make_model(kind, given | settings).to(dtype)
     model.save_pretrained(path, max_shard_size=max_shard_size)
@@ -97,7 +97,7 @@ def make_folder(
 
 
 def make_tokenizer(path: Path, size: int) -> None:
-    """Write a tokenizer.json: the bytes, an end of document, and words to make up the number."""
+    """Write a tokenizer.json of `size` tokens: bytes, an end of document and further words."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -113,7 +113,7 @@ def make_tokenizer(path: Path, size: int) -> None:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a folder, whatever files they are in."""
+    """Return the tensors in all files of a folder."""
     found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)

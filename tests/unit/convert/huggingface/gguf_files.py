@@ -1,4 +1,4 @@
-"""GGUF files of tiny random models, laid out as llama.cpp's converter does."""
+"""Writes GGUF files of tiny random models, in the layout of llama.cpp's converter."""
 
 from pathlib import Path
 from typing import Any
@@ -45,16 +45,16 @@ def make_gguf(
     is_odd: bool = False,
     **settings: Any,
 ) -> dict[str, Tensor]:
-    """Write a GGUF file and return the weights of the model that is in it.
+    """Write a GGUF file and return the weights of its model.
 
     Args:
         path: The file.
         kind: "llama" or "qwen2".
-        matrices: Type of the matrices; norms and biases are F32.
-        extra: More metadata: integers, floats and strings by key.
-        tensors: More tensors.
+        matrices: The type of the matrices; norms and biases are F32.
+        extra: Further metadata: integers, floats and strings by key.
+        tensors: Further tensors.
         is_odd: Whether the tokenizer has no <|endoftext|>, which transformers then adds.
-        **settings: Settings of the model that differ.
+        **settings: Settings of the model that differ from SETTINGS.
     """
     import gguf
 

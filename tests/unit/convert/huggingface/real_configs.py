@@ -1,6 +1,6 @@
-"""The keys of config.json of models on the Hugging Face hub, as their authors published them.
+"""config.json files of models on the Hugging Face Hub, as their authors published them.
 
-The values are the published ones too; `shrunk` makes the sizes tiny, and nothing else.
+`shrunk` makes the sizes tiny and changes nothing else.
 """
 
 from typing import Any
@@ -365,7 +365,7 @@ REAL: dict[str, dict[str, Any]] = {
     },
     "ResembleAI/chatterbox-turbo, with two names of the width": _GPT2_LARGE | {"hidden_size": 768},
 }
-"""By the name of the model on the hub."""
+"""The configurations by the name of the model on the Hub."""
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "Qwen2.5 with YaRN": (
@@ -402,19 +402,19 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "TheBloke/Llama-2-7B-AWQ": (
         _LLAMA | {"quantization_config": {"bits": 4, "group_size": 128, "quant_method": "awq"}},
-        r"weights quantised with 'awq' \(quantization_config\)",
+        r"weights quantized with 'awq' \(quantization_config\)",
     ),
     "TheBloke/Llama-2-7B-GPTQ": (
         _LLAMA | {"quantization_config": {"bits": 4, "quant_method": "gptq"}},
-        r"weights quantised with 'gptq'",
+        r"weights quantized with 'gptq'",
     ),
     "unsloth/llama-3-8b-bnb-4bit": (
         _LLAMA_3 | {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}},
-        r"weights quantised with 'bitsandbytes'",
+        r"weights quantized with 'bitsandbytes'",
     ),
     "Llama 3.1 in FP8": (
         _LLAMA_31 | {"quantization_config": {"quant_method": "fbgemm_fp8"}},
-        r"weights quantised with 'fbgemm_fp8'",
+        r"weights quantized with 'fbgemm_fp8'",
     ),
     "a GPT-2 of Stanford's Mistral": (
         _GPT2 | {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
@@ -458,7 +458,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
         )
     },
 }
-"""Models that compute another function: their config.json, and what the error must name."""
+"""Models that compute another function: their config.json, and the expected error."""
 
 _SIZES = {
     "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""Exits on their way out and in again: shared, of their own, cut off at, left out."""
+"""Conversion of exits in both directions: with shared or own weights, truncated, removed."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ PARTS = {
 
 
 def save_ours(output: Path, config: Config) -> Path:
-    """Return a checkpoint of random tensors, with the byte tokenizer."""
+    """Write a checkpoint of random tensors, with the byte tokenizer."""
     tensors = random_tensors(config, dtype=torch.float32)
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     return write_checkpoint(output, config, specs, tensors.__getitem__)
@@ -58,14 +58,14 @@ def logits_of(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("family", ["llama", "gpt"])
-def test_exits_of_their_own_come_back(tmp_path, capsys, family, parts):
-    """In tensors that transformers passes over, and an entry that says what they are."""
+def test_exits_with_own_tensors_survive_a_round_trip(tmp_path, capsys, family, parts):
+    """transformers ignores their tensors; an entry of config.json describes them."""
     reader = ours(tmp_path / "ours", family, **PARTS[parts])
     run(reader.path, "--to", "hf", "--output", tmp_path / "theirs", "--check")
     is_theirs = not {"mlp", "block"} & set(reader.config().exits.head)
     shown = capsys.readouterr().out
     assert ("boundary 1: logits differ" in shown) == is_theirs
-    assert ("exits after layers 1, 2: not compared" in shown) == (not is_theirs)
+    assert ("exits after layers 1, 2 were not compared" in shown) == (not is_theirs)
     keys = {key for key in tensors_of(tmp_path / "theirs") if key.startswith("ee_llm.exits.")}
     assert keys == {f"ee_llm.{n}" for n in reader.names() if n.startswith(("exits.1", "exits.2"))}
     run(tmp_path / "theirs", "--output", tmp_path / "back", "--tokenizer", "bytes", "--check")
@@ -78,7 +78,7 @@ def test_exits_of_their_own_come_back(tmp_path, capsys, family, parts):
     torch.testing.assert_close(logits_of(tmp_path / "theirs"), final, rtol=1e-5, atol=1e-5)
 
 
-def test_shared_exits_need_no_tensors_and_are_transformers_early_exits(tmp_path):
+def test_transformers_generates_with_shared_exits(tmp_path):
     folder = make_folder(tmp_path / "theirs")
     run(folder, "--exits", 2, 4, "--output", tmp_path / "ours", "--check")
     run(tmp_path / "ours", "--to", "hf", "--output", tmp_path / "back", "--check")
@@ -95,7 +95,7 @@ def test_shared_exits_need_no_tensors_and_are_transformers_early_exits(tmp_path)
 
 @pytest.mark.parametrize("output", ["own", "shared", "tied"])
 @pytest.mark.parametrize("family", ["llama", "gpt"])
-def test_cut_off_at_an_exit_is_an_ordinary_model(tmp_path, family, output):
+def test_truncation_at_an_exit_gives_an_ordinary_model(tmp_path, family, output):
     reader = ours(tmp_path / "ours", family, output=output)
     expected = load_reference(reader).forward(TOKENS)[2]
     run(reader.path, "--to", "hf", "--truncate-at", 2, "--output", tmp_path / "cut", "--check")
@@ -108,8 +108,8 @@ def test_cut_off_at_an_exit_is_an_ordinary_model(tmp_path, family, output):
     assert torch.equal(pruned.forward(TOKENS)[2], expected)
 
 
-def test_cut_off_at_an_exit_of_a_model_that_came_from_elsewhere(tmp_path):
-    """Its own settings no longer hold, but for what they say of tokens."""
+def test_truncation_of_a_converted_model(tmp_path):
+    """Its original settings no longer hold, except for the special tokens."""
     folder = make_folder(tmp_path / "theirs", "qwen3", bos_token_id=7)
     run(folder, "--exits", 3, "--output", tmp_path / "ours")
     run(tmp_path / "ours", "--to", "hf", "--truncate-at", 3, "--output", tmp_path / "cut")
@@ -139,15 +139,15 @@ def test_the_dense_model_has_no_exits(tmp_path, to):
 
 
 REFUSED = {
-    "no exit": ({}, 3, "there is no exit; the model has them at [1, 2]"),
-    "bare": ({"head": ()}, 2, "norms what its output weight reads, and the exit does not"),
-    "mlp": ({"head": ("mlp", "norm")}, 2, "has nothing but a norm between its layers"),
+    "no exit": ({}, 3, "the model has no exit there, only at [1, 2]"),
+    "bare": ({"head": ()}, 2, "has a norm before its output weight, and the exit has none"),
+    "mlp": ({"head": ("mlp", "norm")}, 2, "has only a norm between its layers"),
     "temperature": ({"temperatures": (1.0, 2.0)}, 2, "no temperature, and the exit's is 2.0"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_no_ordinary_model_can_be_is_refused_with_the_reason(tmp_path, capsys, case):
+def test_exits_that_cannot_be_an_ordinary_model_raise(tmp_path, capsys, case):
     options, boundary, expected = REFUSED[case]
     reader = ours(tmp_path / "ours", **options)
     found = refusal(
@@ -158,16 +158,16 @@ def test_what_no_ordinary_model_can_be_is_refused_with_the_reason(tmp_path, caps
     assert not (tmp_path / "cut").exists()
 
 
-def test_what_no_model_of_transformers_is_is_refused(tmp_path, capsys):
+def test_models_that_transformers_does_not_have_raise(tmp_path, capsys):
     for options in ({"qk_norm": True, "qkv_bias": True}, {"position": "learned"}):
         reader = ours(tmp_path / str(len(options)), **options)
         found = refusal(capsys, reader.path, "--to", "hf", "--output", tmp_path / "theirs")
-        assert "no model type among llama, mistral, qwen2, qwen3, gpt2 is a llama with" in found
+        assert "none of the model types llama, mistral, qwen2, qwen3, gpt2 is a llama with" in found
 
 
 @pytest.mark.parametrize("option", [("--dense",), ("--truncate-at", "2")])
-def test_a_tuned_model_can_be_read_after_exits_are_left_out(tmp_path, option):
-    """Its configuration once said to tune exits that are no longer there."""
+def test_a_tuned_model_can_be_read_after_exits_are_removed(tmp_path, option):
+    """Regression: the configuration still had options to tune the removed exits."""
     values = tiny_config("llama", vocab_size=260, output="own").model_dump()
     values["tuning"] = {"checkpoint": "runs/dense"}
     values["checkpoint"]["resume"] = "never"

@@ -1,4 +1,4 @@
-"""What is read and written besides tensors: nothing from outside, nothing over what is there."""
+"""Files besides tensors: none from outside the source, none overwritten."""
 
 import json
 import os
@@ -33,14 +33,14 @@ def settings_of(folder: Path) -> dict:
 
 
 def plant(checkpoint: Path, name: str, content: bytes) -> None:
-    """Put a file below huggingface/, and in the manifest, as an attacker would."""
+    """Add a file to huggingface/ and to the manifest, as an attacker would."""
     (checkpoint / "huggingface").mkdir(exist_ok=True)
     (checkpoint / "huggingface" / name).write_bytes(content)
     reseal(checkpoint)
 
 
-def test_the_dtype_is_that_of_the_tensors_written(tmp_path):
-    """Training in another precision once left the original's name in the settings."""
+def test_the_dtype_in_the_settings_is_that_of_the_tensors(tmp_path):
+    """Regression: after training in another precision the settings had the original dtype."""
     folder = make_folder(tmp_path / "theirs")
     run(folder, "--output", tmp_path / "wide")
     reader = TensorReader(tmp_path / "wide")
@@ -74,7 +74,7 @@ def test_only_known_files_are_exported(tmp_path):
     assert tensors_of(tmp_path / "back")
 
 
-def test_what_is_beside_the_output_is_left_alone(tmp_path):
+def test_files_next_to_the_output_are_not_changed(tmp_path):
     reader = ours(tmp_path / "ours")
     (tmp_path / "back.partial").mkdir()
     (tmp_path / "back.partial" / "mine").write_text("mine")
@@ -94,8 +94,8 @@ def test_of_two_exports_to_one_output_one_wins(tmp_path, monkeypatch):
 
     def go() -> None:
         try:
-            cut = export.whole(reader.config())
-            ends.append(str(export.export_folder(reader, cut, tmp_path / "back")))
+            model = export.full_model(reader.config())
+            ends.append(str(export.export_folder(reader, model, tmp_path / "back")))
         except CheckpointError as error:
             ends.append(str(error))
 
@@ -115,7 +115,7 @@ def test_an_output_without_a_name_is_refused(tmp_path, capsys, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     found = refusal(capsys, reader.path, "--to", "hf", "--output", ".")
-    assert "--output . is the directory that you are in" in found
+    assert "--output . is the current directory" in found
     (tmp_path / "file").write_text("")
     found = refusal(capsys, reader.path, "--to", "hf", "--output", tmp_path / "file" / "x")
     assert f"the directory '{tmp_path / 'file'}' cannot be written to" in found
@@ -130,7 +130,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path, capsys, name):
     assert f"theirs/{name} is a link to" in found
 
 
-def test_the_cache_of_the_hub_is_read(tmp_path):
+def test_links_in_the_cache_of_the_hub_are_read(tmp_path):
     folder = make_folder(tmp_path / "models--a--b" / "snapshots" / "0123")
     blobs = tmp_path / "models--a--b" / "blobs"
     blobs.mkdir()
@@ -142,16 +142,16 @@ def test_the_cache_of_the_hub_is_read(tmp_path):
     assert_same(tmp_path / "back", folder)
 
 
-def test_small_files_have_to_be_small(tmp_path, capsys):
+def test_small_files_have_a_maximum_size(tmp_path, capsys):
     folder = make_folder(tmp_path / "theirs")
     with (folder / "generation_config.json").open("ab") as file:
         file.truncate(17 * 2**20)
     found = refusal(capsys, folder, "--output", tmp_path / "ours")
-    assert "generation_config.json has 17825792 bytes; expected at most 16777216" in found
+    assert "generation_config.json has 17825792 bytes. Expected at most 16777216" in found
 
 
-def test_one_file_goes_before_an_index(tmp_path):
-    """As in transformers: an index may be left of an older model in the same folder."""
+def test_a_single_file_has_priority_over_an_index(tmp_path):
+    """As in transformers: the index may belong to an older model in the same folder."""
     folder = make_folder(tmp_path / "theirs", max_shard_size="20KB")
     other = make_folder(tmp_path / "other", dtype=torch.bfloat16)
     (other / "model.safetensors").rename(folder / "model.safetensors")
@@ -159,7 +159,7 @@ def test_one_file_goes_before_an_index(tmp_path):
     assert TensorReader(tmp_path / "ours").dtype("embedding.word.weight") == torch.bfloat16
 
 
-def test_another_tokenizer_leaves_no_files_of_the_first(tmp_path):
+def test_another_tokenizer_replaces_all_files_of_the_original(tmp_path):
     folder = make_folder(tmp_path / "theirs")
     run(folder, "--tokenizer", "bytes", "--output", tmp_path / "ours")
     kept = {path.name for path in (TensorReader(tmp_path / "ours").path / "huggingface").iterdir()}
@@ -168,16 +168,16 @@ def test_another_tokenizer_leaves_no_files_of_the_first(tmp_path):
 
 @pytest.mark.parametrize("head", [(), ("mlp",)], ids=["bare", "mlp"])
 def test_heads_without_a_norm_pass_the_check(tmp_path, capsys, head):
-    """They are right from the beginning, and nothing that transformers has compares with them."""
+    """transformers has no exits of this kind to compare with."""
     folder = make_folder(tmp_path / "theirs")
     run(folder, "--exits", 2, "--head", *head, "--check", "--output", tmp_path / "ours")
     shown = " ".join(capsys.readouterr().out.split())
-    assert "exits after layers 2: not compared, transformers has none of their kind" in shown
+    assert "The exits after layers 2 were not compared" in shown
     assert TensorReader(tmp_path / "ours").config().exits.head == head
 
 
-def test_weights_of_several_types_pass_the_check(tmp_path):
-    """transformers rounds all of them to the settings' type, unless told otherwise."""
+def test_weights_of_several_dtypes_pass_the_check(tmp_path):
+    """By default transformers rounds all of them to the dtype in the settings."""
     folder = make_folder(tmp_path / "theirs", dtype=torch.bfloat16)
 
     def widen(tensors):
@@ -189,7 +189,7 @@ def test_weights_of_several_types_pass_the_check(tmp_path):
     run(folder, "--check", "--output", tmp_path / "ours")
 
 
-def test_what_can_not_be_read_is_not_said_to_be_unwritable(tmp_path):
+def test_a_read_error_is_not_reported_as_a_write_error(tmp_path):
     config: Config = tiny_config("llama", vocab_size=260)
     specs = {"a": TensorSpec((1,), torch.float32)}
 
@@ -198,11 +198,11 @@ def test_what_can_not_be_read_is_not_said_to_be_unwritable(tmp_path):
 
     with pytest.raises(OSError, match=r"^the source is gone$"):
         write_checkpoint(tmp_path / "ours", config, specs, get)
-    assert save_ours(tmp_path / "ours", config).is_dir()  # nothing is left of the first
+    assert save_ours(tmp_path / "ours", config).is_dir()  # the first attempt left nothing
 
 
-def test_a_second_conversion_stores_the_tokenizer_as_it_is_then(tmp_path):
-    """One process, one folder: what the first conversion read is not what the second stores."""
+def test_a_second_conversion_reads_the_tokenizer_again(tmp_path):
+    """In one process, the second conversion must not store the tokenizer that the first read."""
     folder = make_folder(tmp_path / "theirs")
     for size in (300, 299):
         make_tokenizer(folder / "tokenizer.json", size)
@@ -213,8 +213,8 @@ def test_a_second_conversion_stores_the_tokenizer_as_it_is_then(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
-def test_gpt2s_mask_of_older_versions_is_passed_over(tmp_path, dtype):
-    """It is a buffer without weights, saved as bytes, as truth values or as numbers."""
+def test_gpt2s_mask_of_older_versions_is_ignored(tmp_path, dtype):
+    """It is a buffer without weights, saved as bytes, Booleans or floats."""
     folder = make_folder(tmp_path / "theirs", "gpt2", torch.float16)
     mask = torch.ones(1, 1, 48, 48).tril().to(dtype)
     edit_tensors(folder, lambda tensors: tensors.update({"transformer.h.0.attn.bias": mask}))
@@ -223,7 +223,7 @@ def test_gpt2s_mask_of_older_versions_is_passed_over(tmp_path, dtype):
     assert {reader.dtype(name) for name in reader.names()} == {torch.float16}
 
 
-def test_weights_that_are_not_finite_are_said(tmp_path, capsys):
+def test_weights_that_are_not_finite_are_noted(tmp_path, capsys):
     folder = make_folder(tmp_path / "theirs")
 
     def damage(tensors):
@@ -248,5 +248,5 @@ def test_a_padding_token_without_a_row_does_not_stop_a_conversion(tmp_path, caps
     tokenizer.add_special_tokens(["<pad>"])
     tokenizer.save(str(path))
     assert main(["convert", str(tmp_path / "in"), "--output", str(tmp_path / "ours")]) == 0
-    assert "no row for (vocab_size = 300); they are left out: <pad>" in capsys.readouterr().out
+    assert "no row (vocab_size = 300). They are omitted: <pad>" in capsys.readouterr().out
     assert load_tokenizer(TensorReader(tmp_path / "ours").tokenizer()).vocab_size == size

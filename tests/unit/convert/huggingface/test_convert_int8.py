@@ -1,4 +1,4 @@
-"""Checkpoints whose weights have 8 bits: what they hold and compute, and what they are not for."""
+"""Checkpoints with 8-bit weights: their content, their function and their limits."""
 
 import json
 
@@ -19,13 +19,13 @@ from tests.unit.inference.stages import TOKENS
 
 @pytest.fixture(params=["llama", "gpt"])
 def made(tmp_path, request):
-    """Return a checkpoint and the one of 8 bits."""
+    """Return a checkpoint and its 8-bit version."""
     source = ours(tmp_path / "source", request.param, head=("block", "mlp", "norm"), output="own")
     run(source.path, "--to", "int8", "--output", tmp_path / "small")
     return source, TensorReader(tmp_path / "small")
 
 
-def test_each_weight_is_the_nearest_multiple_of_its_outputs_step(made):
+def test_each_weight_is_the_nearest_multiple_of_its_outputs_scale(made):
     source, small = made
     scales = [name for name in small.names() if name not in source]
     assert sorted(scales) == [f"{n}.scale" for n in source.names() if is_quantizable(n)]
@@ -43,7 +43,7 @@ def test_each_weight_is_the_nearest_multiple_of_its_outputs_step(made):
         assert bool((error <= scale[:, None] * 0.5001).all())
 
 
-def test_weights_that_are_not_finite_are_named(tmp_path, capsys):
+def test_weights_that_are_not_finite_raise(tmp_path, capsys):
     folder = make_folder(tmp_path / "theirs")
     run(folder, "--output", tmp_path / "ours")
     source = TensorReader(tmp_path / "ours")
@@ -55,11 +55,11 @@ def test_weights_that_are_not_finite_are_named(tmp_path, capsys):
         tmp_path / "bad", source.config(), specs, tensors.__getitem__, tokenizer_file="bytes"
     )
     found = refusal(capsys, bad, "--to", "int8", "--output", tmp_path / "small")
-    assert f"{name} has a weight that is not finite" in found
+    assert f"{name} has weights that are not finite" in found
 
 
-def test_inference_has_the_weights_that_are_stored(made, capsys):
-    """By the reference, and by the engine, whose tokens pass the certificate."""
+def test_inference_uses_the_stored_weights(made, capsys):
+    """This holds for the reference, and for the engine, whose tokens pass the certificate."""
     source, small = made
     tensors = {name: source.tensor(name) for name in source.names()}
     for name in tensors:
@@ -77,7 +77,7 @@ def test_inference_has_the_weights_that_are_stored(made, capsys):
     assert "0 divergences" in err
 
 
-def test_it_is_for_decoding_alone(made, tmp_path, capsys):
+def test_8_bit_checkpoints_serve_inference_only(made, tmp_path, capsys):
     _, small = made
     for options in (("--to", "hf"), ("--dense",), ("--to", "int8")):
         found = refusal(capsys, small.path, *options, "--output", tmp_path / "made")
@@ -90,13 +90,13 @@ def test_it_is_for_decoding_alone(made, tmp_path, capsys):
     assert "of int8" in capsys.readouterr().out
 
 
-def test_a_folder_of_transformers_comes_in_first(tmp_path, capsys):
+def test_a_folder_of_transformers_must_be_converted_first(tmp_path, capsys):
     folder = make_folder(tmp_path / "theirs")
     found = refusal(capsys, folder, "--to", "int8", "--output", tmp_path / "made")
-    assert "convert it to an ee-llm checkpoint first" in found
+    assert "Convert it to an ee-llm checkpoint first" in found
 
 
-def test_an_output_of_zeros_stays(tmp_path):
+def test_quantization_of_zeros(tmp_path):
     from ee_llm.checkpoint.format.quantized import quantize
 
     values, scale = quantize(torch.zeros(2, 3))

@@ -1,4 +1,4 @@
-"""The same function on both sides, at every boundary with an exit, whole and over ranks."""
+"""Logits equal those of transformers at every exit, on one process and over ranks."""
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ BOUNDARIES = (1, 3, 4)
 
 
 def converted(folder, dtype: torch.dtype):
-    """Return the configuration and tensors of a folder with LayerSkip's exits, unwritten."""
+    """Return the configuration and tensors of a folder with LayerSkip's exits."""
     source = open_source(folder, NewExits(BOUNDARIES))
     return source.config, {name: source.tensor(name).to(dtype) for name in source.specs}
 
 
 def theirs(folder, dtype: torch.dtype) -> dict[int, Tensor]:
-    """Return transformers' logits [s, v] by boundary, for its own norm and output at each."""
+    """Return transformers' logits [s, v] by boundary, with its final norm and output at each."""
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     assert model.dtype == dtype
@@ -44,7 +44,7 @@ def assert_close(found: dict[int, Tensor], expected: dict[int, Tensor], toleranc
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_exit_gives_what_transformers_does(tmp_path, name):
+def test_every_exit_equals_transformers(tmp_path, name):
     folder = make_folder(tmp_path, name)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         config, tensors = converted(folder, dtype)
@@ -55,7 +55,7 @@ def test_every_exit_gives_what_transformers_does(tmp_path, name):
 @pytest.mark.parametrize("name", ["llama 3", "qwen2", "qwen3", "mistral", "gpt2"])
 @pytest.mark.parametrize("num_stages", [1, 2])
 @pytest.mark.parametrize("size", [1, 2])
-def test_stages_and_shards_do_too(tmp_path, name, num_stages, size):
+def test_stages_and_shards_equal_transformers(tmp_path, name, num_stages, size):
     folder = make_folder(tmp_path, name)
     config, tensors = converted(folder, torch.float64)
     shards = Ranks(size).run(
@@ -66,8 +66,8 @@ def test_stages_and_shards_do_too(tmp_path, name, num_stages, size):
 
 
 @pytest.mark.parametrize("name", ["llama 3", "gpt2", "qwen3"])
-def test_heads_copied_from_their_layers_begin_as_plain_ones(tmp_path, name):
-    """An mlp is its layer's own; a block is the layer that comes next."""
+def test_copied_heads_equal_plain_ones(tmp_path, name):
+    """An mlp is copied from its layer, a block from the next layer."""
     expected = theirs(make_folder(tmp_path, name), torch.float64)
     for head, output, moved in (
         (("mlp", "norm"), "own", 0),
@@ -83,7 +83,7 @@ def test_heads_copied_from_their_layers_begin_as_plain_ones(tmp_path, name):
                 assert error < 1e-10
 
 
-def test_what_is_read_back_computes_the_same(tmp_path):
+def test_a_written_checkpoint_has_the_same_tensors(tmp_path):
     folder = make_folder(tmp_path / "theirs", "qwen3")
     run(folder, "--output", tmp_path / "ours", "--exits", 1, 3, 4, "--check", "--text", "a b c")
     reader = TensorReader(tmp_path / "ours")

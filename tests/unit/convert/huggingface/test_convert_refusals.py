@@ -1,4 +1,4 @@
-"""Bad input is refused before anything is written: the file, the key, what was expected."""
+"""Bad input raises before anything is written, naming the file, the key and what was expected."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def _settings(**changes):
     return lambda folder: edit_settings(folder, **changes)
 
 
-# Name: how the folder is made, what is done to it, options, what is said.
+# Name: arguments of make_folder, a change, options, the expected error.
 CASES = {
     "missing shard": (
         {"max_shard_size": "20KB"},
@@ -88,16 +88,21 @@ CASES = {
         {"max_shard_size": "20KB"},
         _unlist,
         (),
-        rf"safetensors holds {Q}, and model.safetensors.index.json says otherwise",
+        rf"safetensors has {Q}, which contradicts model.safetensors.index.json",
     ),
-    "shard outside of the folder": (
+    "shard outside the folder": (
         {"max_shard_size": "20KB"},
         _escape,
         (),
-        rf"index.json: {Q} is in '../model.safetensors', outside of the folder",
+        rf"index.json: {Q} is in '../model.safetensors', outside the folder",
     ),
-    "truncated file": ({}, _truncate, (), r"model.safetensors is no whole safetensors file: "),
-    "pickle": ({}, _pickle, (), r"pytorch_model.bin is a pickle, which can run anything"),
+    "truncated file": (
+        {},
+        _truncate,
+        (),
+        r"model.safetensors is not a complete safetensors file: ",
+    ),
+    "pickle": ({}, _pickle, (), r"pytorch_model.bin is a pickle, which can execute any code"),
     "missing key": (
         {},
         _tensors(**{Q: None}),
@@ -109,13 +114,13 @@ CASES = {
         {},
         _tensors(extra=torch.ones(2, 3)),
         (),
-        r"model.safetensors: extra \[2, 3\] is no tensor of the llama that .*config.json describes",
+        r"model.safetensors: extra \[2, 3\] is not a tensor of the llama that .*config.json",
     ),
     "biases that the settings do not have": (
         {},
         _tensors(**{Q.replace("weight", "bias"): torch.ones(48)}),
         (),
-        r"q_proj.bias \[48\] is no tensor of the llama",
+        r"q_proj.bias \[48\] is not a tensor of the llama",
     ),
     "wrong shape": (
         {},
@@ -127,19 +132,19 @@ CASES = {
         {},
         _tensors(**{NORM: torch.ones(36, dtype=torch.int8)}),
         (),
-        rf"{NORM} is of type int8; expected float64, .* or bfloat16, not a quantised model",
+        rf"{NORM} has dtype int8. Expected float64, .* or bfloat16",
     ),
     "dtypes that differ within a fused tensor": (
         {},
         _tensors(**{Q: torch.ones(48, 36, dtype=torch.float16)}),
         (),
-        rf"made of tensors of several types: {Q} torch.float16, .*k_proj.weight torch.float32",
+        rf"combines tensors of several dtypes: {Q} torch.float16, .*k_proj.weight torch.float32",
     ),
     "wrong family": (
         {},
         _settings(model_type="gpt2", n_layer=5, n_embd=36, n_head=6, n_positions=48),
         (),
-        r"these are not the tensors of a gpt2, which .*config.json says it is: \d+ of \d+ keys are "
+        r"the tensors are not those of a gpt2, which .*config.json describes: \d+ of \d+ keys are "
         r"missing, the first is transformer.wte.weight",
     ),
     "unknown family": (
@@ -147,21 +152,21 @@ CASES = {
         _settings(model_type="mamba"),
         (),
         r"config.json: model_type = 'mamba' is not supported, because it computes another "
-        r"function: it has state-space layers; supported: llama, mistral",
+        r"function: it has state-space layers. Supported: llama, mistral",
     ),
-    "tied, but with an output of its own": (
+    "tied, but with its own output": (
         {},
         _settings(tie_word_embeddings=True),
         (),
-        r"model.safetensors: lm_head.weight is not model.embed_tokens.weight, but "
+        r"model.safetensors: lm_head.weight differs from model.embed_tokens.weight, but "
         r"tie_word_embeddings in .*config.json is true",
     ),
     "untied, but without an output": (
         {"name": "llama 3 tied"},
         _settings(tie_word_embeddings=False),
         (),
-        r"lm_head.weight is missing: expected \[300, 36\] for output.weight; or is "
-        r"tie_word_embeddings = false in .*config.json wrong\?",
+        r"lm_head.weight is missing: expected \[300, 36\] for output.weight. Check "
+        r"tie_word_embeddings = false in .*config.json",
     ),
     "exit beyond the depth": (
         {},
@@ -174,15 +179,15 @@ CASES = {
         {},
         _larger_vocabulary,
         (),
-        r"tokenizer.json has 301 tokens, but vocab_size = 300 in .*config.json; expected the "
-        r"tokenizer that the model was trained with",
+        r"tokenizer.json has 301 tokens, but vocab_size = 300 in .*config.json. Use the "
+        r"tokenizer with which the model was trained",
     ),
     "no tokenizer": (
         {},
         lambda folder: (folder / "tokenizer.json").unlink(),
         (),
-        r"tokenizer.json is missing: expected the model's tokenizer; give another place with "
-        r"--tokenizer, or 'bytes'",
+        r"tokenizer.json is missing: expected the model's tokenizer. Pass another path, or "
+        r"'bytes', with --tokenizer",
     ),
     "another activation": ({}, _settings(hidden_act="gelu"), (), r"hidden_act = 'gelu'. Convert"),
     "biases of the output projection": (
@@ -210,9 +215,9 @@ CASES = {
         ),
         (),
         r"another function than ee-llm's llama: logit_scale = 0.5; num_experts = 8; weights "
-        r"quantised with 'awq' \(quantization_config\). Convert a model without these settings",
+        r"quantized with 'awq' \(quantization_config\). Convert a model without these settings",
     ),
-    "size that is none": (
+    "size that is not a number": (
         {},
         _settings(num_hidden_layers="5"),
         (),
@@ -236,19 +241,19 @@ CASES = {
         ("--dense",),
         r"--dense has no effect on .*theirs, which is a Hugging Face model",
     ),
-    "to what it is already": (
+    "to its own kind": (
         {},
         lambda folder: None,
         ("--to", "hf"),
-        r"--to hf: .*theirs is a Hugging Face model already; convert it to an ee-llm",
+        r"--to hf: .*theirs is already a Hugging Face model. Convert it to an ee-llm",
     ),
     "unknown settings, strictly": (
         {},
         _settings(is_rotated=False, note=["by", "hand"]),
         ("--strict",),
-        r"unknown settings is_rotated = false, note = \[\"by\", \"hand\"\], which --strict refuses",
+        r"unknown settings is_rotated = false, note = \[\"by\", \"hand\"\], which --strict rejects",
     ),
-    "attention to what comes": (
+    "attention to later tokens": (
         {},
         _settings(is_causal=False),
         (),
@@ -264,7 +269,7 @@ CASES = {
         {},
         _settings(rope_scaling={"type": "linear", "factor": 2.0}),
         (),
-        r"rope_parameters = .* and rope_scaling = .* differ; remove the one",
+        r"rope_parameters = .* and rope_scaling = .* differ. Remove the one",
     ),
     "model type that is a list": ({}, _settings(model_type=["llama"]), (), r"model_type = \['ll"),
     "layer types that are a number": (
@@ -283,13 +288,13 @@ CASES = {
         {},
         _settings(head_dim=2**27, hidden_size=2**28),
         (),
-        r"config.json: head_dim = 134217728 of num_attention_heads = 6 is too much",
+        r"config.json: head_dim = 134217728 with num_attention_heads = 6 is too large",
     ),
-    "number that is none": (
+    "number that is infinite": (
         {},
         _settings(rms_norm_eps=float("inf")),
         (),
-        r"config.json: expected a JSON object: Infinity is no number of JSON",
+        r"config.json: expected a JSON object: Infinity is not a JSON number",
     ),
     "number beyond floats": (
         {},
@@ -297,7 +302,7 @@ CASES = {
         (),
         r"rms_norm_eps is 10+: expected a finite number",
     ),
-    "flag that is none": (
+    "flag that is a word": (
         {},
         _settings(tie_word_embeddings="no"),
         (),
@@ -315,17 +320,17 @@ CASES = {
         (),
         r"ee-llm's gpt2: activation_function = \['gelu'\]",
     ),
-    "layers that there are no tensors of": (
+    "more layers than tensors": (
         {},
         _settings(num_hidden_layers=2**27, layer_types=...),
         (),
-        r"num_hidden_layers = 134217728, but there are \d+ tensors",
+        r"num_hidden_layers = 134217728, but there are only \d+ tensors",
     ),
     "no tensors": (
         {},
         lambda folder: edit_tensors(folder, dict.clear),
         (),
-        r"theirs: its safetensors files hold no tensor",
+        r"theirs: its safetensors files have no tensors",
     ),
     "shards of no size": (
         {},
@@ -344,7 +349,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_names_the_file_the_key_and_what_was_expected(tmp_path, capsys, case):
+def test_errors_name_the_file_the_key_and_what_was_expected(tmp_path, capsys, case):
     made, spoil, options, expected = CASES[case]
     folder = make_folder(tmp_path / "theirs", **made)
     spoil(folder)
@@ -354,16 +359,16 @@ def test_it_names_the_file_the_key_and_what_was_expected(tmp_path, capsys, case)
 
 
 @pytest.mark.parametrize("size", ["nan", "inf", "0"])
-def test_shards_have_a_size(tmp_path, capsys, size):
+def test_shards_must_have_a_size(tmp_path, capsys, size):
     source = ours(tmp_path / "ours").path
     output = ("--output", tmp_path / "x")
     found = refusal(capsys, source, "--to", "hf", "--max-shard-gb", size, *output)
-    assert "give a size above 0, up to 1,000,000" in found
+    assert "choose a size above 0 and up to 1,000,000" in found
     found = refusal(capsys, source, "--dense", "--max-shard-gb", 2, *output)
     assert "--max-shard-gb has no effect with --to ee-llm" in found
 
 
-def test_settings_that_say_what_is_so_anyway_pass(tmp_path):
+def test_neutral_settings_are_accepted(tmp_path):
     folder = make_folder(tmp_path / "theirs")
     edit_settings(folder, is_causal=True, use_mrope=False, nothing=None, empty={}, none=[])
     assert main(["convert", str(folder), "--output", str(tmp_path / "ours")]) == 0
@@ -373,7 +378,7 @@ ALL, WINDOWED = ["full_attention"] * 5, ["full_attention"] * 4 + ["sliding_atten
 ON = {"use_sliding_window": True, "sliding_window": 16, "layer_types": ...}
 # Name: the model, settings, the context length that is expected.
 WINDOWS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "mistral, where the switch means nothing": (
+    "mistral, where the switch has no effect": (
         "mistral",
         {"sliding_window": 16, "use_sliding_window": False, "layer_types": ALL},
         16,
@@ -384,14 +389,14 @@ WINDOWS: dict[str, tuple[str, dict[str, Any], int]] = {
         {"use_sliding_window": True, "sliding_window": ..., "layer_types": WINDOWED},
         4096,
     ),
-    "qwen3 without any": ("qwen3", {"use_sliding_window": True, "sliding_window": None}, 5000),
+    "qwen3 without a window": ("qwen3", {"use_sliding_window": True, "sliding_window": None}, 5000),
     "qwen2 switched off": ("qwen2", {"use_sliding_window": False, "sliding_window": 16}, 5000),
     "qwen2, all layers full": ("qwen2", ON | {"layer_types": ALL}, 5000),
     "qwen2, the first layers full": ("qwen2", ON | {"max_window_layers": 5}, 5000),
     "qwen3, all but the last full": ("qwen3", ON | {"max_window_layers": 4}, 16),
     "qwen3 by default has 28 full layers": ("qwen3", ON | {"max_window_layers": ...}, 5000),
     "llama, which has no window": ("llama 3", {"sliding_window": 16}, 5000),
-    "llama with layers that have": (
+    "llama with windowed layers": (
         "llama 3",
         {"sliding_window": 16, "layer_types": WINDOWED},
         16,
@@ -400,7 +405,7 @@ WINDOWS: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("case", WINDOWS)
-def test_windows_count_as_in_transformers(tmp_path, case):
+def test_windows_apply_as_in_transformers(tmp_path, case):
     name, changes, expected = WINDOWS[case]
     folder = make_folder(tmp_path / "theirs", name, max_position_embeddings=5000)
     edit_settings(folder, **changes)
@@ -420,7 +425,7 @@ def test_unknown_settings_are_listed_in_one_note_and_kept(tmp_path, capsys):
         "is_rotated = false, sizes = [0, 1, 2,"
     )
     assert note.endswith(
-        "--check compares the logits with transformers', --strict refuses such settings"
+        "--check compares the logits with those of transformers; --strict rejects such settings."
     )
     assert "_private" not in note
     options = ["--to", "hf", "--output", str(tmp_path / "back")]
@@ -429,8 +434,8 @@ def test_unknown_settings_are_listed_in_one_note_and_kept(tmp_path, capsys):
     assert settings.items() >= unknown.items()
 
 
-def test_a_check_that_fails_says_where(tmp_path, capsys, monkeypatch):
-    """The tables would have to be wrong: here the reference is."""
+def test_a_failed_check_names_the_boundary(tmp_path, capsys, monkeypatch):
+    """Here the reference is wrong; otherwise the tables would be."""
     from ee_llm.architecture.reference import ReferenceModel
 
     folder = make_folder(tmp_path / "theirs")
@@ -440,12 +445,12 @@ def test_a_check_that_fails_says_where(tmp_path, capsys, monkeypatch):
     )
     found = refusal(capsys, folder, "--output", tmp_path / "ours", "--exits", 1, 3, "--check")
     assert "boundary 3: the logits of" in found
-    assert "at most 1e-04 was expected" in found
+    assert "Expected at most 1e-04" in found
     path = TensorReader(tmp_path / "ours").path
-    assert found.endswith(f"Do not use {path}: remove it")
+    assert found.endswith(f"Do not use {path}: remove it.")
 
 
-def test_what_is_there_is_left_alone(tmp_path, capsys):
+def test_existing_outputs_are_not_overwritten(tmp_path, capsys):
     folder = make_folder(tmp_path / "theirs")
     for _ in range(2):
         status = main(["convert", str(folder), "--output", str(tmp_path / "ours")])
@@ -454,12 +459,12 @@ def test_what_is_there_is_left_alone(tmp_path, capsys):
     found = refusal(capsys, tmp_path / "ours", "--to", "hf", "--output", folder)
     assert "theirs already exists. Choose another --output" in found
     assert refusal(capsys, tmp_path / "ours", "--output", tmp_path / "x").endswith(
-        "is an ee-llm checkpoint already; give --to hf, --to int8, --dense or --truncate-at"
+        "is already an ee-llm checkpoint. Add --to hf, --to int8, --dense or --truncate-at."
     )
 
 
 @pytest.mark.parametrize("to", ["ee-llm", "hf"])
-def test_killed_in_between_it_leaves_no_half_output(tmp_path, to):
+def test_a_killed_conversion_leaves_no_output(tmp_path, to):
     folder = make_folder(tmp_path / "theirs")
     source, options = folder, ["--output", str(tmp_path / "result"), "--to", to]
     if to == "hf":
@@ -470,10 +475,10 @@ def test_killed_in_between_it_leaves_no_half_output(tmp_path, to):
         "from ee_llm.convert.huggingface import folder\n"
         "from ee_llm.checkpoint.read import TensorReader\n"
         "def patched(kind):\n"
-        "    whole = kind.tensor\n"
+        "    original = kind.tensor\n"
         "    def tensor(self, name):\n"
         "        if 'norm' in name and '3' in name: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return whole(self, name)\n"
+        "        return original(self, name)\n"
         "    kind.tensor = tensor\n"
         "patched(folder.Folder); patched(TensorReader)\n"
         "main.main(sys.argv[1:])\n"

@@ -1,4 +1,4 @@
-"""There and back: bit for bit the same tensors, the same settings, the same files."""
+"""A round trip keeps tensors bit for bit, settings and files."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def run(*arguments: object) -> None:
 
 
 def there_and_back(folder: Path, *options: str) -> Path:
-    """Return the folder that a folder becomes, through a checkpoint beside it."""
+    """Convert a folder to a checkpoint and back, and return the new folder."""
     checkpoint, back = folder.with_name("ours"), folder.with_name("back")
     run(folder, "--output", checkpoint, "--json")
     run(checkpoint, "--to", "hf", "--output", back, "--json", *options)
@@ -40,7 +40,7 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tensors_settings_and_files_come_back(tmp_path, name):
+def test_tensors_settings_and_files_are_kept(tmp_path, name):
     folder = make_folder(tmp_path / "theirs", name)
     back = there_and_back(folder)
     assert_same(back, folder)
@@ -80,8 +80,8 @@ def test_sharded_both_ways(tmp_path, size):
         assert torch.equal(theirs.state_dict()[key], tensor)
 
 
-def test_what_old_versions_saved_and_nothing_reads_is_left_out(tmp_path):
-    """Buffers of rotary frequencies and masks; settings of before rope_parameters; GPT-2's keys."""
+def test_buffers_and_settings_of_old_versions(tmp_path):
+    """Rotary frequencies and masks are dropped; older rope settings and GPT-2 keys are read."""
     old = make_folder(tmp_path / "a" / "theirs", "llama linear")
     new = tensors_of(old)
     edit_settings(
@@ -113,8 +113,8 @@ def test_what_old_versions_saved_and_nothing_reads_is_left_out(tmp_path):
     assert all(torch.equal(back[key], new[key]) for key in new)
 
 
-def test_a_model_of_ours_alone_is_what_transformers_opens(tmp_path):
-    """Settings are written afresh where none came along: of every family that there is."""
+def test_a_model_without_original_settings_is_exported(tmp_path):
+    """New settings are written, for every family."""
     transformers = pytest.importorskip("transformers")
     for name in MODELS:
         folder = make_folder(tmp_path / name / "theirs", name)
@@ -133,17 +133,17 @@ def test_a_model_of_ours_alone_is_what_transformers_opens(tmp_path):
         assert torch.equal(one, other), name
 
 
-def test_a_window_is_where_the_context_ends(tmp_path, capsys):
+def test_a_window_limits_the_context(tmp_path, capsys):
     folder = make_folder(tmp_path / "theirs", "mistral", sliding_window=16)
     run(folder, "--output", tmp_path / "ours")
-    assert "note: model.max_seq_length = 16: beyond sliding_window of 16" in capsys.readouterr().out
+    assert "note: model.max_seq_length = 16: beyond sliding_window = 16" in capsys.readouterr().out
     assert TensorReader(tmp_path / "ours").config().model.max_seq_length == 16
     run(tmp_path / "ours", "--to", "hf", "--output", tmp_path / "back")
     assert json.loads((tmp_path / "back" / "config.json").read_text())["sliding_window"] == 16
 
 
 @pytest.mark.parametrize("table", [tables.LLAMA, tables.GPT2], ids=["llama", "gpt2"])
-def test_a_table_names_every_key_once(table):
-    keys = [key for row in table.rows for key in row.theirs]
+def test_a_table_has_every_key_once(table):
+    keys = [key for row in table.rows for key in row.keys]
     assert len(keys) == len(set(keys))
-    assert len({row.ours for row in table.rows}) == len(table.rows)
+    assert len({row.name for row in table.rows}) == len(table.rows)

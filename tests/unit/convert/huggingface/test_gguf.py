@@ -1,4 +1,4 @@
-"""GGUF files: the same logits as transformers', whole or refused, nothing left behind."""
+"""GGUF files give the same logits as transformers or raise, and leave no files behind."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def theirs(path: Path, dtype: torch.dtype) -> torch.Tensor:
         ("qwen2", "Q4_1", torch.bfloat16),
     ],
 )
-def test_it_computes_what_transformers_does(tmp_path, kind, matrices, expected):
+def test_logits_equal_transformers(tmp_path, kind, matrices, expected):
     path = tmp_path / "in" / "model.gguf"
     path.parent.mkdir()
     weights = make_gguf(path, kind, matrices, tie_word_embeddings=matrices == "Q8_0")
@@ -60,29 +60,29 @@ def test_it_computes_what_transformers_does(tmp_path, kind, matrices, expected):
     logits = theirs(path, expected)
     assert logits.abs().max() > 1
     torch.testing.assert_close(found, logits, rtol=0, atol=1e-5 * logits.abs().max().item())
-    if matrices in ("F32", "F16", "BF16"):  # what was written, but for rounding
+    if matrices in ("F32", "F16", "BF16"):  # the original weights, except for rounding
         norm = reader.tensor("exits.2.norm.weight")
         assert torch.equal(norm, weights["model.norm.weight"].to(expected))
         fc2 = reader.tensor("layers.1.mlp.linear_fc2.weight")
         assert torch.equal(fc2, weights["model.layers.0.mlp.down_proj.weight"].to(expected))
-    # The file's folder and the output's have nothing but what was asked for.
+    # The folders of the file and of the output have no other files.
     assert {entry.name for entry in tmp_path.iterdir()} == {"in", "ours"}
     assert {entry.name for entry in (tmp_path / "ours").iterdir()} <= {"checkpoints", "run.lock"}
     assert [entry.name for entry in path.parent.iterdir()] == ["model.gguf"]
 
 
-def test_tokenizer_chat_template_and_end_token_come_along(tmp_path):
+def test_tokenizer_chat_template_and_end_token_are_kept(tmp_path):
     make_gguf(tmp_path / "model.gguf", matrices="Q8_0")
     reader = converted(tmp_path / "model.gguf", tmp_path / "ours", "--check")
     tokenizer = load_tokenizer(reader.tokenizer())
-    assert tokenizer.encode("the")[-1] == 257  # as its merges have it
+    assert tokenizer.encode("the")[-1] == 257  # by the merges
     origin = reader.path / "huggingface"
     assert "special_0" in (origin / "chat_template.jinja").read_text()
     assert json.loads((origin / "config.json").read_text())["eos_token_id"] == 298
     assert main(["generate", "--checkpoint", str(tmp_path / "ours"), "--prompt", "the"]) == 0
 
 
-def test_tokens_that_transformers_makes_up_are_left_out(tmp_path):
+def test_tokens_that_transformers_adds_are_removed(tmp_path):
     """Llama 3's vocabulary has no <|endoftext|>: transformers adds it beyond the embedding."""
     make_gguf(tmp_path / "model.gguf", is_odd=True)
     reader = converted(tmp_path / "model.gguf", tmp_path / "ours")
@@ -97,14 +97,14 @@ def test_the_dtype_is_an_option(tmp_path, dtype):
 
 
 def divisors(factor: float) -> torch.Tensor:
-    """Return what llama.cpp divides the rotary frequencies of Llama 3.1 or 3.2 by."""
+    """Return llama.cpp's divisors of the rotary frequencies of Llama 3.1 or 3.2."""
     plain = {"num_layers": 1, "hidden_size": 64, "num_heads": 4, "vocab_size": 1}
     scaled = ModelConfig(**plain, rope_scaling="llama3", rope_factor=factor)
     return inverse_frequencies(ModelConfig(**plain)) / inverse_frequencies(scaled)
 
 
 def test_llama_3_keeps_its_scaled_rotations(tmp_path):
-    """transformers' reader passes over the tensor of divisors."""
+    """transformers' reader ignores the tensor of divisors."""
     tensors = {"rope_freqs.weight": divisors(32.0)}
     make_gguf(tmp_path / "model.gguf", tensors=tensors)
     model = converted(tmp_path / "model.gguf", tmp_path / "ours", "--check").config().model
@@ -129,22 +129,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "divisors of another kind": (
         {"tensors": {"rope_freqs.weight": torch.linspace(1, 9, 8)}},
-        "rope_freqs.weight scales rotary positions in another way than Llama 3's",
+        "rope_freqs.weight scales rotary positions in another way than Llama 3",
     ),
     "experts": (
         {"extra": {"llama.expert_count": 8}},
         "the model has a mixture of experts (llama.expert_count)",
     ),
-    "a part of a model": ({"extra": {"split.count": 3}}, "is one of 3 parts of a model; merge"),
+    "a part of a model": ({"extra": {"split.count": 3}}, "is one of 3 parts of a model. Merge"),
     "biases, which transformers would drop": (
         {"tensors": {"blk.0.attn_q.bias": torch.ones(64)}},
-        "model.gguf has 22 tensors, and transformers",
+        "model.gguf has 22 tensors, but transformers",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_would_be_lost_is_refused(tmp_path, capsys, case):
+def test_files_that_would_lose_content_raise(tmp_path, capsys, case):
     given, expected = REFUSED[case]
     make_gguf(tmp_path / "model.gguf", **given)
     found = refusal(capsys, tmp_path / "model.gguf", "--output", tmp_path / "ours")
@@ -159,22 +159,20 @@ def test_a_damaged_file_is_refused(tmp_path, capsys):
     for length in (20, 1000, len(content) // 2, len(content) - 10):
         (tmp_path / "model.gguf").write_bytes(content[:length])
         found = refusal(capsys, tmp_path / "model.gguf", "--output", tmp_path / "ours")
-        assert "model.gguf is no whole GGUF file" in found, length
+        assert "model.gguf is not a complete GGUF file" in found, length
     (tmp_path / "model.gguf").write_bytes(b"x" + content)
     found = refusal(capsys, tmp_path / "model.gguf", "--output", tmp_path / "ours")
-    assert "is a file, and no GGUF file" in found
+    assert "is not a GGUF file" in found
 
 
 def test_options_of_other_sources_are_refused(tmp_path, capsys):
     make_gguf(tmp_path / "model.gguf")
     output = ("--output", tmp_path / "ours")
     found = refusal(capsys, tmp_path / "model.gguf", *output, "--revision", "main")
-    assert found.endswith(
-        f"--revision has no effect on {tmp_path}/model.gguf, which is a GGUF file"
-    )
+    assert f"--revision has no effect on {tmp_path}/model.gguf, which is a GGUF file" in found
 
 
-def test_nothing_beside_the_file_is_read_or_run(tmp_path):
+def test_other_files_in_the_folder_are_not_read_or_run(tmp_path):
     path = tmp_path / "in" / "model.gguf"
     path.parent.mkdir()
     make_gguf(path, "llama", "F32")

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, offline: a cache laid out as huggingface_hub does."""
+"""Models of the Hugging Face Hub, offline, from a cache in the layout of huggingface_hub."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ NAME = "tiny-org/Tiny-Model_1.0"
 MAIN, TAGGED = "a" * 40, "b" * 40
 
 
-def put(cache: Path, folder: Path, commit: str = MAIN, ref: str = "main") -> Path:
+def add_to_cache(cache: Path, folder: Path, commit: str = MAIN, ref: str = "main") -> Path:
     """Add a folder to a cache as one commit of a model, and return the model's directory there."""
     model = cache / f"models--{NAME.replace('/', '--')}"
     snapshot = model / "snapshots" / commit
@@ -40,7 +40,7 @@ def put(cache: Path, folder: Path, commit: str = MAIN, ref: str = "main") -> Pat
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, used without a connection, from an empty directory."""
+    """An empty cache of the Hub, used offline from an empty directory."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "here").mkdir()
@@ -51,8 +51,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_cached_model_is_converted_offline(tmp_path, cache):
     folder = make_folder(tmp_path / "theirs", max_shard_size="40KB")
     assert len([*folder.glob("*.safetensors")]) > 1
-    put(cache, folder)
-    # A process of its own: libraries that log to standard output must not end up in the result.
+    add_to_cache(cache, folder)
+    # In a separate process: libraries that log to standard output must not spoil the result.
     command = [sys.executable, "-m", "ee_llm", "convert", NAME, "--output", "ours"]
     environment = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -64,7 +64,7 @@ def test_a_cached_model_is_converted_offline(tmp_path, cache):
         timeout=300,
     )
     result = json.loads(done.stdout)
-    assert result["notes"] == [f"{NAME} is at revision {MAIN} of the hub"]
+    assert result["notes"] == [f"{NAME} is at revision {MAIN} of the Hub"]
     assert result["differences"]
     assert main(["convert", str(folder), "--output", "same"]) == 0
     ours, same = TensorReader("ours"), TensorReader("same")
@@ -73,44 +73,44 @@ def test_a_cached_model_is_converted_offline(tmp_path, cache):
 
 
 def test_a_revision_is_a_branch_tag_or_commit(tmp_path, cache):
-    put(cache, make_folder(tmp_path / "new"))
-    put(cache, make_folder(tmp_path / "old", rms_norm_eps=0.5), TAGGED, "v1")
+    add_to_cache(cache, make_folder(tmp_path / "new"))
+    add_to_cache(cache, make_folder(tmp_path / "old", rms_norm_eps=0.5), TAGGED, "v1")
     for number, revision in enumerate(("v1", TAGGED)):
         output = f"ours {number}"
         assert main(["convert", NAME, "--output", output, "--revision", revision]) == 0
         assert TensorReader(output).config().model.norm_eps == 0.5
 
 
-def test_only_known_files_are_asked_for(tmp_path, cache, monkeypatch):
-    """Never pickles, never code, and not the same weights once more in another format."""
-    asked: list[str] = []
+def test_only_known_files_are_downloaded(tmp_path, cache, monkeypatch):
+    """No pickles, no code, and no weights in other formats."""
+    requested: list[str] = []
     download = hub.snapshot_download
 
     def record(name: str, **options):
-        asked.extend(options["allow_patterns"])
+        requested.extend(options["allow_patterns"])
         return download(name, **options)
 
     monkeypatch.setattr(hub, "snapshot_download", record)
     folder = make_folder(tmp_path / "theirs", max_shard_size="40KB")
-    put(cache, folder)
+    add_to_cache(cache, folder)
     assert main(["convert", NAME, "--output", "ours"]) == 0
-    assert {file.name for file in folder.iterdir()} <= set(asked)
+    assert {file.name for file in folder.iterdir()} <= set(requested)
     for name in ("pytorch_model.bin", "consolidated.safetensors", "modeling.py"):
-        assert not any(Path(name).match(pattern) for pattern in asked)
+        assert not any(Path(name).match(pattern) for pattern in requested)
 
 
-def test_what_was_tried_is_said(tmp_path, cache, capsys):
+def test_unknown_names_and_revisions_raise(tmp_path, cache, capsys):
     found = refusal(capsys, NAME, "--output", "ours")
     assert f"{NAME}: there is no such file or folder here, and no such model in the cache" in found
-    put(cache, make_folder(tmp_path / "theirs"))
+    add_to_cache(cache, make_folder(tmp_path / "theirs"))
     found = refusal(capsys, NAME, "--output", "ours", "--revision", "v9")
-    assert "no such model at revision v9 in the cache of the Hugging Face hub or on the" in found
+    assert "no such model at revision v9 in the cache of the Hugging Face Hub or on the" in found
 
 
 def test_a_model_without_safetensors(tmp_path, cache, capsys):
     folder = make_folder(tmp_path / "theirs")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    put(cache, folder)
+    add_to_cache(cache, folder)
     found = refusal(capsys, NAME, "--output", "ours")
     assert f"{NAME} has neither model.safetensors nor model.safetensors.index.json" in found
 
@@ -119,7 +119,7 @@ def test_a_model_of_another_function_is_refused_before_its_weights(tmp_path, cac
     folder = make_folder(tmp_path / "theirs")
     edit_settings(folder, model_type="gemma2")
     (folder / "model.safetensors").unlink()
-    put(cache, folder)
+    add_to_cache(cache, folder)
     found = refusal(capsys, NAME, "--output", "ours")
     assert f"{NAME}: model_type = 'gemma2' is not supported" in found
 
@@ -127,13 +127,13 @@ def test_a_model_of_another_function_is_refused_before_its_weights(tmp_path, cac
 def test_without_the_client(tmp_path, cache, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     found = refusal(capsys, NAME, "--output", "ours")
-    assert f"{NAME} does not exist here; to download a model of this name" in found
+    assert f"{NAME} does not exist here. To download a model of this name" in found
     assert "pip install 'ee-llm[convert]'" in found
 
 
 @pytest.mark.parametrize("name", ["../model", "a/b/c", "model.gguf", "/model", "a b/c", ""])
-def test_what_no_id_can_be_is_not_looked_up(cache, capsys, name):
+def test_invalid_ids_are_not_looked_up(cache, capsys, name):
     if name:
         assert "does not exist: expected" in refusal(capsys, name, "--output", "ours")
-    else:  # the directory that we are in
-        assert "holds no model" in refusal(capsys, name, "--output", "ours")
+    else:  # the current directory
+        assert "has no model" in refusal(capsys, name, "--output", "ours")

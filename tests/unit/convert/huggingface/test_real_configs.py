@@ -1,4 +1,4 @@
-"""The configuration files of published models: converted as they are, or refused by name."""
+"""The config.json files of published models are converted, or raise with the reason."""
 
 import json
 import re
@@ -18,8 +18,8 @@ TOKENS = torch.tensor([5, 299, 0, 17, 17, 3, 140, 9, 250, 11, 1, 2, 77, 88, 99, 
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_it_converts_without_options_to_the_same_function(tmp_path, name):
-    """Strictly, so that no key is unknown."""
+def test_conversion_keeps_the_function(tmp_path, name):
+    """With `is_strict`, so that no key is unknown."""
     transformers = pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(json.dumps(shrunk(REAL[name])))
     config = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -43,7 +43,7 @@ def test_it_converts_without_options_to_the_same_function(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_function_is_refused_by_name(tmp_path, name):
+def test_models_of_another_function_raise(tmp_path, name):
     config, expected = OTHERS[name]
     (tmp_path / "config.json").write_text(json.dumps(shrunk(config)))
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
@@ -52,8 +52,8 @@ def test_another_function_is_refused_by_name(tmp_path, name):
     assert re.search(rf"config\.json: .*{expected}", str(found.value)), found.value
 
 
-def test_defaults_are_those_of_transformers(tmp_path):
-    """A key that a file leaves out means what transformers takes it for."""
+def test_defaults_equal_transformers(tmp_path):
+    """A missing key has the value that transformers assumes."""
     transformers = pytest.importorskip("transformers")
     for kind in ("llama", "mistral", "qwen2", "qwen3", "gpt2"):
         theirs = transformers.AutoConfig.for_model(kind)

@@ -1,6 +1,6 @@
-"""Writes checkpoints as Megatron-LM and EE-LLM do: a file per rank, from a model of ours.
+"""Writes a model as a checkpoint of Megatron-LM or EE-LLM, with one file per rank.
 
-It knows their names and layouts from their documentation, and nothing of the code under test.
+The names and layouts come from their documentation, not from the code under test.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from ee_llm.config import Config
 from tests.unit.inference.models import split_qkv
 
 PADDED = 16
-"""Rows that embeddings are padded with."""
+"""The number of padding rows of embeddings."""
 
 
 def arguments_of(config: Config, tensor: int, pipeline: int, **changes: Any) -> argparse.Namespace:
-    """Return the arguments of a run that trained this model, with `...` for those to leave out."""
+    """Return the arguments of a run that trained this model. A change to `...` removes one."""
     model, exits = config.model, config.exits
     is_llama = model.family == "llama"
     is_pre = exits.placement == "pre"
@@ -76,10 +76,10 @@ def arguments_of(config: Config, tensor: int, pipeline: int, **changes: Any) -> 
 
 
 class Writer:
-    """A model of ours in the files of `tensor` x `pipeline` ranks.
+    """Writes a model to the files of `tensor` x `pipeline` ranks.
 
-    version: of the format; before 2 it has other orders of queries, keys and values. names:
-    "ee-llm", "older" (before norms were renamed), or "core" (megatron-core's own model).
+    version: the version of the format. Before 2, queries, keys and values have other orders.
+    names: "ee-llm", "older" (before norms were renamed), or "core" (megatron-core's model).
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Writer:
         self.arguments = arguments_of(config, tensor, pipeline, **changes)
         self.is_pre = config.exits.placement == "pre"
         self.order = list(config.exits.boundaries)
-        """In which the exits are among the arguments."""
+        """The order of the exits in the arguments."""
 
     def write(self, path: Path) -> Path:
         """Write the files of a run, and return its directory."""
@@ -113,7 +113,7 @@ class Writer:
         return path
 
     def content(self, t: int, p: int) -> dict[str, Any]:
-        """Return what the file of a rank holds."""
+        """Return the content of a rank's file."""
         content: dict[str, Any] = {
             "args": self.arguments,
             "checkpoint_version": self.version,
@@ -174,7 +174,7 @@ class Writer:
     def layer(self, t: int, ours: str, theirs: str) -> dict[str, Tensor]:
         core = self.names == "core"
         old = "attention" if self.names == "older" else "self_attention"
-        # An exit's own MLP stands beside the layer's, which is then called the trunk.
+        # With an MLP in the exit, the layer's own MLP is called the trunk.
         trunk = ""
         boundary = int(ours.rpartition(".")[2]) if ours.startswith("layers") else -1
         if "mlp" in self.config.exits.head and boundary in self.config.exits.boundaries:
@@ -234,10 +234,10 @@ class Writer:
         q, k, v = split_qkv(self.config, tensor)
         groups = model.num_kv_heads // self.tensor
         heads = [x.view(model.num_kv_heads, -1, model.head_dim, *x.shape[1:]) for x in (q, k, v)]
-        mine = [x[t * groups : (t + 1) * groups] for x in heads]  # [group, head, width, h]
+        own = [x[t * groups : (t + 1) * groups] for x in heads]  # [group, head, width, h]
         if self.version >= 2:
-            return torch.cat(mine, dim=1).flatten(0, 2)
-        stacked = torch.stack([x.flatten(0, 1) for x in mine])  # [3, head, width, h]
+            return torch.cat(own, dim=1).flatten(0, 2)
+        stacked = torch.stack([x.flatten(0, 1) for x in own])  # [3, head, width, h]
         return (stacked if self.version == 0 else stacked.movedim(0, 2)).flatten(0, 2)
 
     def padded(self, t: int, name: str) -> Tensor:
@@ -260,7 +260,7 @@ class Writer:
 
 
 def save(content: dict[str, Any], path: Path) -> None:
-    """Save as torch does, where the arguments hold an enumeration of Megatron's own."""
+    """Save with torch, with an enumeration of Megatron-LM in the arguments."""
     module = types.ModuleType("megatron.core.enums")
     module.ModelType = enum.Enum("ModelType", ["encoder_or_decoder"], module=module.__name__)
     before = sys.modules.get(module.__name__)

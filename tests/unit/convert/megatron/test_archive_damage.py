@@ -1,4 +1,4 @@
-"""A damaged weight in what torch.save wrote is found: torch compares no checksums of an archive."""
+"""Damaged weights in an archive are detected. torch does not verify the checksums."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ SHARED = torch.arange(1000.0)
 
 @pytest.fixture
 def path(tmp_path):
-    """An archive with a tensor of its own, and two parts of one storage."""
+    """An archive with a tensor that has its own storage, and two that share one."""
     path = tmp_path / "model_optim_rng.pt"
     whole = torch.linspace(0, 1, 64).reshape(8, 8)
     torch.save({"whole": whole, "first": SHARED[:300], "second": SHARED[500:]}, path)
@@ -43,14 +43,13 @@ def test_a_flipped_byte_in_a_tensor_is_found(path, key):
 
 
 def test_a_flipped_byte_in_the_pickle_is_found(path):
-    at = path.read_bytes().index(b"second")
-    flip(path, at)
+    flip(path, path.read_bytes().index(b"second"))
     with pytest.raises(CheckpointError, match=r"model_optim_rng\.pt"):
         Archive(path)
 
 
 def test_a_flipped_byte_in_a_distributed_checkpoint_is_found(tmp_path):
-    """As megatron-core's own are: there is no manifest beside it."""
+    """Checkpoints of megatron-core have no manifest."""
     tensor = torch.linspace(0, 1, 64)
     dcp.save({"a": tensor}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
     [entry] = safe.read_metadata(tmp_path).values()

@@ -1,4 +1,4 @@
-"""A file per rank of Megatron-LM and EE-LLM: any layout becomes the same model, bit for bit."""
+"""Rank files of Megatron-LM and EE-LLM: any layout gives the same model, bit for bit."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4), (2, 4)]
 
 
 def make(family="llama", placement="post", output="own", dtype=torch.float32, **options):
-    """Return a model with exits as EE-LLM has them, of more tokens than bytes."""
+    """Return a model with exits of EE-LLM and more tokens than bytes."""
     sizes = {"num_kv_heads": 4} if family == "gpt" else {}
     config = tiny_config(family, output=output, **(sizes | {"vocab_size": 272} | options))
     config = config.model_copy(
@@ -31,7 +31,7 @@ def make(family="llama", placement="post", output="own", dtype=torch.float32, **
 
 
 def assert_same(path, config, tensors, **options):
-    """Assert that a run's directory is this model: options, tensors and logits of every exit."""
+    """Assert that a run's directory has the options and tensors of this model."""
     source = open_source(path, tokenizer="bytes", **options)
     for section in ("model", "exits"):
         found, expected = (getattr(c, section).model_dump() for c in (source.config, config))
@@ -46,7 +46,7 @@ def assert_same(path, config, tensors, **options):
 
 
 def with_own_norms(config, tensors):
-    """Make the norm that an exit's MLP reads that of its layer, which EE-LLM shares."""
+    """Set the norm of an exit's MLP to that of its layer, because EE-LLM shares it."""
     for boundary in config.exits.boundaries:
         for kind in ("weight", "bias"):
             if (name := f"exits.{boundary}.mlp_norm.{kind}") in tensors:
@@ -57,7 +57,7 @@ def with_own_norms(config, tensors):
 @pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
 @pytest.mark.parametrize("placement", ["post", "pre"])
 @pytest.mark.parametrize("family", ["llama", "gpt"])
-def test_any_layout_is_the_same_model(tmp_path, family, placement, tensor, pipeline):
+def test_any_layout_gives_the_same_model(tmp_path, family, placement, tensor, pipeline):
     tied = family == "gpt"
     output = "tied" if tied else "own"
     config, tensors = make(family, placement, output, tie_embeddings=tied, boundaries=(1, 2, 3))
@@ -94,7 +94,7 @@ def test_names_of_other_versions(tmp_path, names, tied, pipeline):
 
 @pytest.mark.parametrize("version", [0, 1.0, 2.0])
 def test_orders_of_queries_keys_and_values(tmp_path, version):
-    """Before 2 they were [3, head, width], then [head, width, 3]; biases too."""
+    """Before version 2 they were [3, head, width] or [head, width, 3], biases included."""
     config, tensors = make("gpt", boundaries=(), output="shared")
     writer = Writer(config, tensors, 2, 1, version=version)
     assert_same(writer.write(tmp_path), config, tensors)
@@ -102,7 +102,7 @@ def test_orders_of_queries_keys_and_values(tmp_path, version):
 
 @pytest.mark.parametrize("version", [0, 1.0])
 def test_the_order_of_megatron_core_never_changed(tmp_path, version):
-    """Whatever a file says of its version, and many say nothing."""
+    """The version in a file does not matter, and many files state none."""
     config, tensors = make(boundaries=(), output="shared")
     writer = Writer(config, tensors, 2, 2, names="core")
     path = writer.write(tmp_path)
@@ -113,21 +113,21 @@ def test_the_order_of_megatron_core_never_changed(tmp_path, version):
     assert_same(path, config, tensors)
 
 
-def test_virtual_stages_take_turns(tmp_path):
+def test_virtual_stages(tmp_path):
     config, tensors = make(boundaries=(), output="shared")
     assert_same(Writer(config, tensors, 2, 2, virtual=2).write(tmp_path), config, tensors)
 
 
 @pytest.mark.parametrize("options", [{"qkv_bias": True}, {"qk_norm": True}])
-def test_more_of_megatron_core(tmp_path, options):
+def test_qkv_biases_and_norms_of_megatron_core(tmp_path, options):
     config, tensors = make(boundaries=(), output="shared", **options)
     names = {"add_qkv_bias": "qkv_bias" in options, "qk_layernorm": "qk_norm" in options}
     writer = Writer(config, tensors, 2, 2, names="core", **names)
     assert_same(writer.write(tmp_path), config, tensors)
 
 
-def test_exits_need_no_order(tmp_path):
-    """Output weights of a stage are in the order of the arguments, and so are temperatures."""
+def test_exits_in_any_order(tmp_path):
+    """The output weights of a stage, and temperatures, have the order of the arguments."""
     config, tensors = make(boundaries=(1, 2, 3), temperatures=(1.0, 2.0, 0.5))
     writer = Writer(config, tensors, 1, 2)
     writer.order = writer.arguments.exit_layer_nums = [3, 2, 1]
@@ -156,7 +156,7 @@ def test_rotations_and_gelu(tmp_path):
         assert_same(Writer(config, tensors, **changes).write(tmp_path / str(i)), config, tensors)
 
 
-def test_rows_of_padding_are_cut_with_a_note_or_kept(tmp_path):
+def test_padding_rows_are_removed_with_a_note_or_kept(tmp_path):
     config, tensors = make()
     source = open_source(Writer(config, tensors, 2).write(tmp_path / "a"), tokenizer="bytes")
     assert any("rows 272 to 287" in note for note in source.notes)
@@ -169,7 +169,7 @@ def test_rows_of_padding_are_cut_with_a_note_or_kept(tmp_path):
 
 
 @pytest.mark.parametrize("head", ["norm", "mlp norm", "block norm"])
-def test_the_command_writes_a_checkpoint_of_the_same_function(tmp_path, capsys, head):
+def test_the_command_keeps_the_function(tmp_path, capsys, head):
     config, tensors = with_own_norms(*make(head=HEADS[head], dtype=torch.bfloat16))
     expected = ReferenceModel(config, tensors, torch.float32).forward(TOKENS)
     run_path = Writer(config, tensors, 2, 2).write(tmp_path / "theirs")
@@ -186,7 +186,7 @@ def test_the_command_writes_a_checkpoint_of_the_same_function(tmp_path, capsys, 
 
 
 @pytest.mark.parametrize(
-    ("family", "names", "is_bf16", "is_said"),
+    ("family", "names", "is_bf16", "has_note"),
     [
         ("llama", "ee-llm", True, True),
         ("llama", "ee-llm", False, False),
@@ -194,11 +194,11 @@ def test_the_command_writes_a_checkpoint_of_the_same_function(tmp_path, capsys, 
         ("gpt", "ee-llm", True, False),
     ],
 )
-def test_rotary_angles_in_bfloat16_are_said(tmp_path, family, names, is_bf16, is_said):
+def test_rotary_angles_in_bfloat16_are_noted(tmp_path, family, names, is_bf16, has_note):
     config, tensors = make(family, boundaries=(), output="shared")
     writer = Writer(config, tensors, names=names, bf16=is_bf16)
     notes = open_source(writer.write(tmp_path), tokenizer="bytes").notes
-    assert any("EE-LLM computes rotary angles in bfloat16" in note for note in notes) == is_said
+    assert any("EE-LLM computes rotary angles in bfloat16" in note for note in notes) == has_note
 
 
 def test_new_exits_on_a_plain_model(tmp_path):
@@ -216,13 +216,13 @@ def test_new_exits_on_a_plain_model(tmp_path):
 
 
 def test_views_of_a_common_buffer_and_parameters(tmp_path):
-    """A distributed optimizer keeps all weights in one buffer, which is saved once."""
+    """A distributed optimizer has all weights in one buffer, which is saved once."""
     config, tensors = make()
     buffer = torch.cat([tensor.flatten() for tensor in tensors.values()])
-    views, begin = {}, 0
+    views, start = {}, 0
     for name, tensor in tensors.items():
-        view = buffer[begin : begin + tensor.numel()].view(tensor.shape)
-        views[name], begin = torch.nn.Parameter(view), begin + tensor.numel()
+        view = buffer[start : start + tensor.numel()].view(tensor.shape)
+        views[name], start = torch.nn.Parameter(view), start + tensor.numel()
     writer = Writer(config, tensors)
     writer.ours = views
     writer.share = lambda t, tensor, dim=0: tensor
@@ -230,7 +230,7 @@ def test_views_of_a_common_buffer_and_parameters(tmp_path):
     assert_same(path, config, tensors)
 
 
-def test_the_command_of_the_page(tmp_path, monkeypatch):
+def test_the_command_in_the_documentation(tmp_path, monkeypatch):
     config, tensors = make(vocab_size=300)
     Writer(config, tensors, 2, 2).write(tmp_path / "megatron-run")
     make_tokenizer(tmp_path / "tokenizer.json", 300)
