@@ -1,4 +1,4 @@
-"""Reads a checkpoint by tensor name, whatever parallel layout wrote it, with torch alone."""
+"""Reads tensors of a checkpoint of any parallel layout by name, without megatron-core."""
 
 import hashlib
 from collections.abc import Callable, Sequence

@@ -143,7 +143,7 @@ def write_tensors(
 ) -> dict[str, list[str]]:
     """Write the tensors of a checkpoint and return the checksums of its blocks.
 
-    The checksums are of the bytes before writing, in the form that `directory.seal` expects. The
+    The checksums cover the bytes before writing, in the form that `directory.seal` expects. The
     arguments and the exceptions are those of `write_checkpoint`; `path` is the directory.
     """
     checksums: dict[str, list[str]] = {}

@@ -124,7 +124,7 @@ def _plain_index(
     entries = {}
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"{path}: a tensor's name is of type {type(name).__name__}")
+            raise CheckpointError(f"{path}: a tensor's name has type {type(name).__name__}")
         if not is_wanted(name):
             continue
         if not hasattr(entry, "chunks"):

@@ -51,7 +51,7 @@ def averaged(readers: Sequence[TensorReader]) -> Rewrite:
 
     Sums are computed in float64, or in float32 for 16-bit weights. Everything else comes from the
     last checkpoint. There is no optimizer state, so a run can start from the result but not resume.
-    Raises CheckpointError naming a difference, unless all checkpoints are of the same model.
+    Raises CheckpointError naming a difference, unless all checkpoints have the same model.
     """
     last = readers[-1]
     for reader in readers[:-1]:

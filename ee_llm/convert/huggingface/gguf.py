@@ -54,7 +54,7 @@ def dequantized(path: Path, scratch: Path, dtype: str | None = None) -> Iterator
     transformers = _transformers()
     reader = _open(path)
     scaling = _rope_scaling(path, reader)
-    with _alone(path) as link:
+    with _isolated(path) as link:
         config = transformers.AutoConfig.from_pretrained(link, gguf_file=path.name).to_dict()
     try:
         read_settings(_with_scaling(config, scaling))
@@ -66,7 +66,7 @@ def dequantized(path: Path, scratch: Path, dtype: str | None = None) -> Iterator
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=scratch) as made:
         folder = Path(made)
-        with _alone(path) as link:
+        with _isolated(path) as link:
             _save(transformers, path, link, names, dtype, folder)
         settings = _with_scaling(read_object(folder / SETTINGS), scaling)
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -74,7 +74,7 @@ def dequantized(path: Path, scratch: Path, dtype: str | None = None) -> Iterator
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[Path]:
+def _isolated(path: Path) -> Iterator[Path]:
     """Yield a folder with only a link to a file.
 
     transformers also reads other files next to a GGUF file, and offers to run code in them.
@@ -187,11 +187,11 @@ def _with_scaling(settings: Mapping[str, Any], scaling: dict[str, Any] | None) -
 
 
 def _save(
-    transformers: Any, path: Path, alone: Path, names: set[str], dtype: str, folder: Path
+    transformers: Any, path: Path, isolated: Path, names: set[str], dtype: str, folder: Path
 ) -> None:
     """Save the model that transformers reads from a file; raises CheckpointError if it lacks parts.
 
-    `alone` is the folder with only a link to the file.
+    `isolated` is the folder with only a link to the file.
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -199,7 +199,7 @@ def _save(
     loading: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     if hasattr(transformers, "GgufConfig"):  # older versions always dequantize
         loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(alone, **given, **loading)
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(isolated, **given, **loading)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     read = model.state_dict().keys() - tied
     if found["missing_keys"] or found["unexpected_keys"] or len(read) != len(names):
@@ -210,7 +210,7 @@ def _save(
             "The model would not be the same. Convert the original model instead."
         )
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(alone, **given).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(isolated, **given).save_pretrained(folder)
     _remove_tokens_without_embedding(folder / "tokenizer.json", model.config.vocab_size)
 
 
