@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ee_llm.cli.arguments.parsing import parse_values
 from ee_llm.cli.main import main as ee_llm
-from ee_llm.cli.parsing import parse
-from ee_llm.cli.train import train_options
+from ee_llm.cli.run_options import config_options
+from ee_llm.cli.train import COMMAND
 from ee_llm.config import Config, load_config
 from ee_llm.data.statistics import StatisticsOptions, statistics
 from ee_llm.training.reporting.curves import plot_losses, read_losses
@@ -92,12 +93,12 @@ def report(config: Config, entropy: float, train: list[str]) -> None:
 def main(arguments: list[str]) -> None:
     """Train, generate and report; options of `ee-llm train` override the configuration."""
     start = time.monotonic()
-    overrides = parse(train_options(), "quickstart", arguments, use_underscores=True)
+    overrides = parse_values(config_options(), COMMAND, arguments)
     os.chdir(ROOT)
     if output := overrides.get("output"):  # another run directory gets its own data
         arguments = [*arguments, "--data.tokenizer", f"{output}/data/tokenizer.model"]
         arguments += ["--data.prefixes", f"{output}/data/corpus"]
-        overrides = parse(train_options(), "quickstart", arguments, use_underscores=True)
+        overrides = parse_values(config_options(), COMMAND, arguments)
     config = load_config(CONFIG, overrides)
     entropy = prepare_data(config)
     num_ranks = config.parallel.pipeline * config.parallel.tensor

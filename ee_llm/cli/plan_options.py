@@ -1,119 +1,193 @@
-"""The options of `ee-llm plan`, as tyro reads and explains them."""
+"""The options of `ee-llm plan`, its help, and the checks of the options."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-import tyro
-
+from ee_llm.cli.arguments.help import CommandHelp, Group
+from ee_llm.config.limits import MAX_BATCH_SIZE, MAX_FACTOR, MAX_LAYERS, MAX_RANKS
 from ee_llm.config.sections import Fills, Schedule
+from ee_llm.errors import UserError
+from ee_llm.pipeline.planner.picture import check_suffix
 
 DEFAULT_LAYERS = 24
-DEFAULT_WIDTH = 160
+WRITTEN = ("picture", "trace", "costs_output", "json")
+"""The options that name a file to write."""
 
+COMMAND = CommandHelp(
+    "plan",
+    """Show a pipeline schedule: which rank computes what when, the time and the memory.
 
-_COSTS = (
-    "JSON file with the seconds that each piece takes for one microbatch: "
-    '{"layer": [forward, backward, weight], "embedding": [forward, backward], '
-    '"exit": [forward, backward, weight], "final": [forward, backward, weight], '
-    '"communication": seconds}. weight is the part of backward that makes the weights\' gradients. '
-    "Nominal costs are layer, exit and final 1, 2, 1, embedding and communication 0."
+    Nothing is trained, and no GPU is needed. With --config the schedule is that of 'ee-llm train'
+    with this file; options here take precedence over the file. Without it, --stages and
+    --microbatches are required.""",
+    (
+        Group("Run", "config stages microbatches", "nproc"),
+        Group("Model", "layers exits", "placement layer_split"),
+        Group("Schedule", "schedule virtual fill", "fill_warmup fill_cooldown"),
+        Group("Costs", "", "costs profile costs_output logits_size"),
+        Group("Search", "advise memory_limit"),
+        Group("Output", "picture json", "trace width"),
+    ),
+    (
+        "ee-llm plan --config train.toml",
+        "ee-llm plan --stages 4 --microbatches 8 --exits 6,12 --picture plan.png",
+        "ee-llm plan --stages 4 --microbatches 8 --exits 6,12 --advise --memory-limit 30",
+    ),
 )
-_ADVISE = (
-    "Search layer split, placement, schedule, virtual and filling for the least time per ordinary "
-    "microbatch, and show that plan. What is given is kept."
-)
-
-
-def _shown(default: str, metavar: str, text: str | None = None) -> Any:
-    hint = f"(default: {default})"
-    return tyro.conf.arg(help_behavior_hint=hint, metavar=metavar, help=text)
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Show what a pipeline schedule does: who computes what when, its time, its memory.
+    """The options of `ee-llm plan`."""
 
-    For example: ee-llm plan --stages 4 --microbatches 8 --exits 6,12 --picture plan.png
+    stages: int | None = None
+    """Number of pipeline ranks (parallel.pipeline). (default: that of --config)"""
 
-    Nothing is trained, and no GPU is needed. With --config the plan is the one that 'ee-llm train'
-    would run; options given beside it win.
-    """
+    microbatches: int | None = None
+    """Number of microbatches in one step of one data-parallel rank. (default: that of --config)"""
 
-    stages: Annotated[int | None, _shown("the configuration's", "INT")] = None
-    """Pipeline ranks (parallel.pipeline). Needed without --config."""
+    nproc: int | None = None
+    """Number of processes of the run in --config; its data-parallel ranks share the microbatches.
+    (default: those of one data-parallel rank)"""
 
-    microbatches: Annotated[int | None, _shown("the configuration's", "INT")] = None
-    """Microbatches in one step of one data-parallel rank. Needed without --config."""
+    layers: int | None = None
+    """Number of transformer layers (model.num_layers). (default: that of --config, else 24)"""
 
-    nproc: Annotated[int | None, _shown("those of one data-parallel rank", "INT")] = None
-    """Processes of the run that --config describes; data-parallel ranks share its microbatches."""
+    exits: tuple[int, ...] | None = None
+    """Boundaries of the early exits (exits.boundaries). (default: those of --config, else none)"""
 
-    layers: Annotated[int | None, _shown(f"the configuration's, else {DEFAULT_LAYERS}", "INT")] = (
-        None
-    )
-    """Number of transformer layers (model.num_layers)."""
+    placement: Literal["post", "pre"] | None = None
+    """Stage of the exit at boundary b: post is the stage of layer b, pre the stage of layer b+1.
+    (default: that of --config, else post)"""
 
-    exits: Annotated[
-        tuple[int, ...] | None, _shown("the configuration's, else none", "INT [INT ...]")
-    ] = None
-    """Boundaries of the early exits (exits.boundaries), as in 6 12 or 6,12."""
+    schedule: Schedule | None = None
+    """Order of forward and backward passes (parallel.schedule). (default: that of --config, else
+    1f1b)"""
 
-    placement: Annotated[
-        Literal["post", "pre"] | None, _shown("the configuration's, else post", "post|pre")
-    ] = None
-    """Whether an exit at boundary b is on the stage of layer b or on that of layer b+1."""
+    virtual: int | None = None
+    """Number of stages on each rank (parallel.virtual); more than 1 interleaves them. (default:
+    that of --config, else 1)"""
 
-    schedule: Annotated[
-        Schedule | None,
-        _shown("the configuration's, else 1f1b", "1f1b|zero-bubble|zero-bubble-exits"),
-    ] = None
-    """Order of forward and backward passes (parallel.schedule)."""
+    layer_split: tuple[int, ...] | None = None
+    """Number of layers of each stage, first to last (parallel.layer_split). (default: that of
+    --config, else an even split)"""
 
-    virtual: Annotated[int | None, _shown("the configuration's, else 1", "INT")] = None
-    """Stages of each rank (parallel.virtual); more than 1 interleaves them."""
+    fill: Fills | None = None
+    """Sets --fill-warmup and --fill-cooldown, if they are not given themselves."""
 
-    layer_split: Annotated[
-        tuple[int, ...] | None, _shown("the configuration's, else even", "INT [INT ...]")
-    ] = None
-    """Layers of each stage, first to last (parallel.layer_split), as in 7 6 6 5 or 7,6,6,5."""
+    fill_warmup: Fills | None = None
+    """Number of additional microbatches that fill the wait for the first gradient; auto is as many
+    as are useful. (default: that of --config, else 0)"""
 
-    fill: Annotated[Fills | None, _shown("none", "INT|auto")] = None
-    """--fill-warmup and --fill-cooldown at once; what is given of them wins."""
+    fill_cooldown: Fills | None = None
+    """Number of additional microbatches that fill the drain of the pipeline; auto is as many as are
+    useful. (default: that of --config, else 0)"""
 
-    fill_warmup: Annotated[Fills | None, _shown("the configuration's, else 0", "INT|auto")] = None
-    """Further microbatches that fill the wait for the first gradient; auto is as many as useful."""
+    config: Path | None = None
+    """TOML file of a training run."""
 
-    fill_cooldown: Annotated[Fills | None, _shown("the configuration's, else 0", "INT|auto")] = None
-    """Further microbatches that fill the drain of the pipeline; auto is as many as useful."""
-
-    config: Annotated[Path | None, _shown("none", "FILE")] = None
-    """TOML file of a training run whose plan to show."""
-
-    costs: Annotated[Path | None, _shown("nominal", "FILE", _COSTS)] = None
+    costs: Path | None = None
+    """JSON file with the time of each piece for one microbatch, in seconds: {"layer": [forward,
+    backward, weight], "embedding": [forward, backward], "exit": [forward, backward, weight],
+    "final": [forward, backward, weight], "communication": time}. weight is the part of backward
+    that computes the gradients of weights. (default: layer, exit and final 1, 2, 1; embedding and
+    communication 0)"""
 
     profile: bool = False
-    """Measure the costs of --config's model on this device instead; communication counts as 0."""
+    """Measure the costs of the model in --config on this device; communication counts as 0."""
 
-    costs_output: Annotated[Path | None, _shown("none", "FILE")] = None
-    """Where to write the costs that were measured, for --costs."""
+    costs_output: Path | None = None
+    """File to write the costs of --profile to, for --costs."""
 
-    picture: Annotated[Path | None, _shown("none", "FILE")] = None
-    """Where to draw the plan: .png or .svg."""
+    picture: Path | None = None
+    """File to draw the schedule into: .png or .svg."""
 
-    trace: Annotated[Path | None, _shown("none", "FILE")] = None
-    """Where to write the plan for chrome://tracing and ui.perfetto.dev."""
+    trace: Path | None = None
+    """File to write the schedule to, for chrome://tracing and ui.perfetto.dev."""
 
-    json: Annotated[Path | None, _shown("none", "FILE")] = None
-    """Where to write all figures; - prints them and nothing else."""
+    json: Path | None = None
+    """File to write all figures to; - prints them and nothing else."""
 
-    advise: Annotated[bool, tyro.conf.arg(help=_ADVISE)] = False
+    advise: bool = False
+    """Search the layer split, placement, schedule, virtual and filling with the least time per
+    ordinary microbatch, and show that schedule. Options that are given stay as they are."""
 
-    memory_limit: Annotated[float | None, _shown("none", "FLOAT")] = None
-    """With --advise: the most a rank may hold, in activations of one layer for one microbatch."""
+    memory_limit: float | None = None
+    """With --advise: most memory of a rank, in activations of one layer for one microbatch."""
 
     logits_size: float = 1.0
-    """What one exit's logits for one microbatch take, in the same unit."""
+    """Memory of one exit's logits for one microbatch, in activations of one layer for one."""
 
-    width: Annotated[int | None, _shown(f"the terminal's, else {DEFAULT_WIDTH}", "INT")] = None
-    """Longest line of the grid, in characters."""
+    width: int | None = None
+    """Longest line of the grid, in characters. (default: that of the terminal, else 160)"""
+
+
+_MAXIMA = {
+    "stages": MAX_RANKS,
+    "microbatches": MAX_BATCH_SIZE,
+    "nproc": MAX_RANKS,
+    "layers": MAX_LAYERS,
+    "virtual": MAX_RANKS,
+    "width": 100_000,  # characters, more than any terminal or file has in a line
+}
+
+
+def check(options: PlanOptions) -> None:
+    """Raise UserError for options that are out of range or contradict each other."""
+    for name, maximum in _MAXIMA.items():
+        value = getattr(options, name)
+        if value is not None and not 1 <= value <= maximum:
+            raise UserError(f"--{name} {value} is out of range. Use 1 to {maximum:,}.")
+    if options.profile and options.config is None:
+        raise UserError("--profile measures the model of a configuration. Give --config FILE.")
+    if options.profile and options.costs is not None:
+        raise UserError(
+            f"--profile measures the costs that --costs {options.costs} gives. Leave one of the "
+            "two out."
+        )
+    if options.costs_output is not None and not options.profile:
+        raise UserError(
+            f"--costs-output {options.costs_output} is for the costs that --profile measures. Give "
+            "--profile too, or leave --costs-output out."
+        )
+    if options.memory_limit is not None and not options.advise:
+        raise UserError(
+            f"--memory-limit {options.memory_limit:g} limits the search of --advise. Give --advise "
+            "too, or leave --memory-limit out."
+        )
+    if options.memory_limit is not None and not options.memory_limit > 0:
+        raise UserError(
+            f"--memory-limit {options.memory_limit:g} is out of range. Use a number above 0."
+        )
+    if not 0 <= options.logits_size <= MAX_FACTOR:
+        raise UserError(
+            f"--logits-size {options.logits_size} is out of range. Use 0 to {MAX_FACTOR:,.0f}."
+        )
+    if options.nproc is not None and options.config is None:
+        raise UserError(
+            f"--nproc {options.nproc} is for the run of a configuration. Give --config FILE too, "
+            "or leave --nproc out."
+        )
+    if options.nproc is not None and options.microbatches is not None:
+        raise UserError(
+            f"--nproc {options.nproc} and --microbatches {options.microbatches} both decide the "
+            "number of microbatches. Leave one of the two out."
+        )
+    if options.picture is not None:
+        check_suffix(options.picture)
+    for name in WRITTEN:
+        _check_writable(f"--{name.replace('_', '-')}", getattr(options, name))
+
+
+def _check_writable(name: str, path: Path | None) -> None:
+    """Raise UserError for a file in a folder that does not exist, before any work is done."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{name} {path} is a folder. Name a file in it.")
+    if not path.parent.is_dir():
+        raise UserError(
+            f"{name} {path}: the folder {path.parent} does not exist. Create it, or name another "
+            "file."
+        )

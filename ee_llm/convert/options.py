@@ -1,74 +1,66 @@
-"""The options of `ee-llm convert`."""
+"""The options of a conversion."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-from tyro.conf import Positional
 
 from ee_llm.config import HeadPart
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Convert a model of Hugging Face or Megatron-LM to a checkpoint, or a checkpoint back.
+    """The options of a conversion; the command line has the same."""
 
-    Conversion runs on the CPU with memory for a few tensors, and writes the result atomically.
-    """
-
-    source: Positional[Path]
-    """A folder with config.json and model.safetensors; a GGUF file; the id of a model on the
-    Hugging Face Hub, such as HuggingFaceTB/SmolLM2-135M-Instruct; a run directory of Megatron-LM or
-    EE-LLM, or a checkpoint in it; or an ee-llm checkpoint or run directory."""
+    source: Path
+    """The model: a folder with config.json and model.safetensors; a GGUF file; the id of a model on
+    the Hugging Face hub, such as HuggingFaceTB/SmolLM2-135M-Instruct; a run directory of
+    Megatron-LM or EE-LLM, or a checkpoint in it; or an ee-llm checkpoint or run directory."""
 
     output: Path
-    """Write the result to this new run directory, or with --to hf to this new folder."""
+    """Run directory to create for the result, or folder to create for --to hf."""
 
     to: Literal["ee-llm", "hf", "int8"] = "ee-llm"
-    """Write a checkpoint for training, tuning and inference (ee-llm), a folder for transformers
-    (hf), or, from an ee-llm checkpoint, one for inference with 8-bit linear weights (int8)."""
+    """Format of the result. ee-llm: a checkpoint for training, tuning and inference. hf: a folder
+    for transformers. int8: an ee-llm checkpoint for inference, with linear weights in 8 bits; the
+    source is an ee-llm checkpoint."""
 
     exits: tuple[int, ...] = ()
-    """Add exits after these layers as copies of the final norm and output, when converting to a
-    checkpoint. LayerSkip's models were trained with such exits; others need tuning."""
+    """Layers after which to add exits, which are copies of the model's own norm and output weight.
+    LayerSkip's models are trained for such exits; exits of other models need tuning."""
 
     head: tuple[HeadPart, ...] = ("norm",)
-    """Parts of the added exits, each copied from the model."""
+    """Parts of the new exits, each copied from the model."""
 
     exit_output: Literal["shared", "own", "tied"] = "shared"
-    """Output weight of the added exits: the final exit's, a copy of it per exit, or the word
-    embedding."""
+    """Output weight of the new exits: shared with the final exit, a copy of it for each, or tied to
+    the word embedding."""
 
     dense: bool = False
-    """Remove the exits of a checkpoint."""
+    """Remove the exits of an ee-llm checkpoint."""
 
     truncate_at: int | None = None
-    """Cut the model of a checkpoint off after this layer; its exit becomes the output."""
+    """Cut an ee-llm checkpoint to the smaller model that ends with the exit after this layer."""
 
     tokenizer: str | None = None
-    """Use this tokenizer, 'bytes' or a path, when converting to a checkpoint. Needed if the source
-    has none, as in Megatron-LM. Default: the source's own."""
+    """Tokenizer of a model that comes without one, as Megatron-LM's do: 'bytes' or a path."""
 
     strict: bool = False
-    """Reject settings of config.json whose meaning is unknown, instead of listing them in a
-    note."""
+    """Refuse settings of a Hugging Face config.json whose meaning is unknown. (default: list them
+    in a note)"""
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Dtype of the dequantized weights of a GGUF file. Default: the dtype of the file's matrices if
-    all have the same floating-point one, else bfloat16."""
+    """Type of the dequantized weights of a GGUF file. (default: that of the file's matrices if they
+    have one floating-point type, else bfloat16)"""
 
     revision: str | None = None
-    """Download this branch, tag or commit from the Hugging Face Hub. Default: the main branch."""
+    """Branch, tag or commit of a model on the Hugging Face hub. (default: the main branch)"""
 
     max_shard_gb: float = 5.0
-    """Maximum size of a file with --to hf, in GB."""
+    """For --to hf: size at which a new file begins, in GB."""
 
     check: bool = False
-    """Compare the logits of every exit before and after conversion, in float32. Needs transformers
-    and memory for both models."""
+    """Compare the logits of every exit before and after, in float32. This needs transformers, and
+    memory for both models."""
 
     text: str | None = None
-    """Text on which --check compares the logits. Default: a built-in sentence."""
-
-    json: bool = False
-    """Print the result as a JSON object, and nothing else."""
+    """Text on which --check compares the logits. (default: a built-in text)"""

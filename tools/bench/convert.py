@@ -106,7 +106,7 @@ def run_watched(arguments: list[str]) -> tuple[float, int, int]:
     code = (
         "import json, resource, sys, time\n"
         "from ee_llm.cli.main import main\n"
-        "import ee_llm.convert.command\n"
+        "import ee_llm.convert.conversion\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "idle, begin = peak(), time.perf_counter()\n"
         "status = main([*sys.argv[1:], '--json'])\n"

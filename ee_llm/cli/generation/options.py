@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
-
 from ee_llm.inference.execution.paged_attention import Attention
 from ee_llm.inference.exits.policy import Measure
 from ee_llm.inference.strategies import Strategy
@@ -162,7 +160,7 @@ class GenerateOptions:
 class VerifyOptions:
     """Check finished generations against their definition: one forward over each, in float64."""
 
-    file: Positional[Path]
+    file: Path
     """What 'ee-llm generate --json' printed or --output holds: one JSON object per line."""
 
     checkpoint: Path

@@ -1,6 +1,7 @@
 """The command line: dispatch, help, and what mistakes are answered with."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,14 +68,16 @@ def test_help_on_training_shows_meaning_and_default_of_every_option(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
-        main.main(["train", "--help"])
+        main.main(["train", "--help-all"])
     text = capsys.readouterr().out
     for name in set(option_names()) - set(section_types()):
         section, _, leaf = name.rpartition(".")
         field = (section_types()[section] if section else Config).model_fields[leaf]
-        assert f"--{name}" in text
+        if section == "tuning":  # for a command of its own
+            continue
+        assert re.search(rf"--{section}\.?(\[no-\])?{leaf.replace('_', '-')}\b", text)
         assert field.description
-        assert field.description in text
+        assert " ".join(field.description.split()) in " ".join(text.split())
     assert "(default: 0.0003)" in text
 
 
@@ -96,9 +99,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trian"], "no such command: 'trian'; did you mean 'train'?"),
-        (["data", "prepar"], "no such command: 'data prepar'; did you mean 'data prepare'?"),
-        (["xyzzy"], "no such command: 'xyzzy'; 'ee-llm --help' lists the commands"),
+        (["trian"], "'trian' is not a command. Did you mean 'train'?"),
+        (["data", "prepar"], "'data prepar' is not a command. Did you mean 'data prepare'?"),
+        (["xyzzy"], "'xyzzy' is not a command. 'ee-llm --help' lists the commands."),
     ],
 )
 def test_unknown_commands(
@@ -116,13 +119,15 @@ def test_a_mistake_found_by_a_worker_is_one_line(workers: str, tmp_path: Path) -
     output = ["--output", str(tmp_path / "out")]
     done = run("data", "prepare", "--inputs", str(path), *output, "--workers", workers)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"ee-llm: {path}, line 2: no key 'text' (keys: 'txt').")
     assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"ee-llm: {path}, line 2: ")
+    for part in ("'text'", "'txt'", "--key", "--format text"):
+        assert part in done.stderr
 
 
 def test_debugging_shows_where_a_mistake_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EE_LLM_DEBUG", "1")
-    with pytest.raises(ValueError, match="no such command"):
+    with pytest.raises(ValueError, match="xyzzy"):
         main.main(["xyzzy"])
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ee_llm.cli import main, train
-from ee_llm.cli.parsing import parse
+from ee_llm.cli import main, run_options, train
+from ee_llm.cli.arguments.parsing import parse_values
 from ee_llm.config import Config, load_config, option_names, section_types
 
 TINY = """
@@ -87,9 +87,17 @@ def test_every_option_can_be_given() -> None:
             arguments += [f"--{name}", *map(str, value)]
         else:
             arguments += [f"--{name}", str(value)]
-    given = parse(train.train_options(), "test", arguments, use_underscores=True)
-    assert given == expected
+    given = parse_values(run_options.config_options(), train.COMMAND, arguments)
+    assert given == dotted(expected)
     assert load_config(overrides=given) == config
+
+
+def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested sections by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= dotted(value, f"{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def test_an_unknown_option_gets_the_nearest_valid_one(
@@ -98,7 +106,7 @@ def test_an_unknown_option_gets_the_nearest_valid_one(
     with pytest.raises(SystemExit) as done:
         main.main(["train", "--config", str(tiny), "--model.num_layer", "3"])
     assert done.value.code == 2
-    assert "--model.num_layers" in capsys.readouterr().err
+    assert "--model.num-layers" in capsys.readouterr().err
     assert not trained
 
 
@@ -108,7 +116,7 @@ MISTAKES = {
         ["--parallel.pipeline", "3"],
         "model.num_layers = 4 is not divisible by parallel.pipeline = 3",
     ),
-    "no data": (["--data.prefixes"], "data.prefixes = [] names nothing to train on"),
+    "no data": (["--data.prefixes"], "data.prefixes = []"),
     "too few processes": (
         ["--parallel.pipeline", "2"],
         "the number of processes, 1, is not a multiple of .* --nproc 2",
@@ -127,9 +135,9 @@ MISTAKES = {
     ),
     "tuning": (
         ["--tuning.checkpoint", "runs/a", "--exits.boundaries", "2"],
-        "tuning.checkpoint = runs/a is for 'ee-llm tune', .*give checkpoint.initial",
+        "tuning.checkpoint = runs/a is for 'ee-llm tune', .*set checkpoint.initial",
     ),
-    "no processes": (["--nproc", "0"], "--nproc = 0: give a number from 1 to 65,536"),
+    "no processes": (["--nproc", "0"], "--nproc 0 is not .* 1 to 65,536"),
 }
 
 
@@ -198,7 +206,7 @@ def test_processes_are_started_once(
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
     assert main.main(["train", "--config", str(tiny), "--nproc", "2"]) == 2
-    assert "already started 2 processes; leave --nproc out" in capsys.readouterr().err
+    assert "already started 2 processes (WORLD_SIZE). Leave --nproc out." in capsys.readouterr().err
     assert main.main(["train", "--config", str(tiny), "--parallel.pipeline", "2"]) == 0
     assert len(trained) == 1
 
@@ -215,14 +223,14 @@ def test_processes_are_started_once(
 def test_ranks_are_started_without_the_option_that_starts_them(
     arguments: list[str], kept: list[str]
 ) -> None:
-    assert train._without_option(arguments, "--nproc") == kept
+    assert run_options.without_option(arguments, "--nproc") == kept
 
 
 def test_ranks_get_the_other_options(
     tiny: Path, trained: list[Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
-    monkeypatch.setattr(train, "launch", lambda *call: launched.append(call))
+    monkeypatch.setattr(run_options, "launch", lambda *call: launched.append(call))
     options = ["--config", str(tiny), "--parallel.pipeline", "2"]
     assert main.main(["train", *options, "--nproc", "4"]) == 0
     assert launched == [(4, ["train", *options])]

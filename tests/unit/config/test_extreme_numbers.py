@@ -4,16 +4,16 @@ import contextlib
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ee_llm.cli import checkpoint_options as edit
-from ee_llm.cli import main, train
+from ee_llm.cli import main, run_options, train, tune
+from ee_llm.cli.checkpoint import add_exits
+from ee_llm.cli.checkpoint import options as edit
 from ee_llm.cli.plan_options import PlanOptions
-from ee_llm.cli.train import train_options
 from ee_llm.config import section_types
 from ee_llm.convert.options import ConvertOptions
 from ee_llm.data.prepare import PrepareOptions
@@ -43,21 +43,22 @@ COMMANDS: dict[str, tuple[Any, str]] = {
 }
 
 
-def numeric_options(kind: Any, prefix: str = "") -> Iterator[str]:
-    for name, annotation in typing.get_type_hints(kind).items():
-        if typing.is_typeddict(annotation):
-            yield from numeric_options(annotation, f"{prefix}{name}.")
-            continue
+def numeric_options(kinds: Mapping[str, Any]) -> Iterator[str]:
+    for name, annotation in kinds.items():
         parts = [annotation]
         for part in parts:
             parts += [argument for argument in typing.get_args(part) if argument is not ...]
         if {int, float} & {part for part in parts if isinstance(part, type)}:
-            yield prefix + name
+            yield name
 
 
 # Options that allow any positive number, or nearly the largest float32.
 UNBOUNDED = ("data.weights", "optimizer.clip_grad", "model.rope_theta")
-CASES = [(name, option) for name, (kind, _) in COMMANDS.items() for option in numeric_options(kind)]
+CASES = [
+    (name, option)
+    for name, (kind, _) in COMMANDS.items()
+    for option in numeric_options(typing.get_type_hints(kind))
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_extreme_numbers_work_or_give_a_one_line_error(
     trainer = types.ModuleType("ee_llm.training.trainer")
     trainer.train = lambda config: config.to_toml()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ee_llm.training.trainer", trainer)
-    for module in (main, train):
+    for module in (add_exits, run_options):
         monkeypatch.setattr(module, "launch", lambda *call: None)
     for number, value in enumerate([None, *EXTREMES]):
         output = {"OUT": tmp_path / str(number), "OUT.model": tmp_path / f"{number}.model"}
@@ -118,7 +119,9 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 
 
 def config_options() -> list[str]:
-    return [name for name in numeric_options(train_options()) if name != "nproc"]
+    """Return the dotted names of the numeric options of the configuration."""
+    kinds = {option.name: option.annotation for option in run_options.config_options()}
+    return list(numeric_options(kinds))
 
 
 @pytest.mark.parametrize("name", ["train", "tune"])
@@ -140,10 +143,12 @@ def test_extreme_numbers_in_a_configuration(
     trainer = types.ModuleType("ee_llm.training.trainer")
     trainer.train = lambda config: trained.append(config.to_toml())  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ee_llm.training.trainer", trainer)
-    start = {"train": train.train, "tune": train.tune}[name]
+    module: Any = {"train": train, "tune": tune}[name]
+    start = getattr(module, f"run_{name}")
 
     def attempt(more: dict[str, Any]) -> None:
-        monkeypatch.setattr(train, "_parse_run", lambda *call: (None, None, base | more))
+        options = run_options.RunOptions(None, None, base | more)
+        monkeypatch.setattr(module, "parse_run", lambda *call: options)
         start([])
 
     attempt({})

@@ -127,11 +127,11 @@ def test_what_has_no_loss_is_not_counted(tmp_path, data):
 
 
 REFUSED = {
-    "no data": ((), "give --data with the prefixes"),
+    "no data": ((), "Give --data with the prefixes"),
     "no such data": (("--data", "gone"), "gone.idx does not exist"),
     "no tokens": (("--num-tokens", 0), "there is nothing to predict"),
-    "too long": (("--seq-length", 33), "give 1 to 32 (model.max_seq_length)"),
-    "shared": (("--exit-output", "shared"), "(exits.output = shared); give --exit-output own"),
+    "too long": (("--seq-length", 33), "1 to 32 (model.max_seq_length)"),
+    "shared": (("--exit-output", "shared"), "(exits.output = shared). Use --exit-output own"),
 }
 
 

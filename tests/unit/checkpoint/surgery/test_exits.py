@@ -169,7 +169,7 @@ REFUSED = {
     ),
     "no output of its own": (
         ("add-exits", "--exits", 3, "--initialization", "class-aware"),
-        "(exits.output = shared); give --exit-output own",
+        "(exits.output = shared). Use --exit-output own",
     ),
     "no exit there": (("remove-exits", "--exits", 3), "has no exit there, only at [1, 2]"),
     "the final exit": (("remove-exits", "--exits", 4), "--exits 4 is the final exit"),

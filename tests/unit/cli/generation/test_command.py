@@ -14,6 +14,7 @@ from ee_llm import distributed
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import load_reference
+from ee_llm.cli import generate as command_line
 from ee_llm.cli import main
 from ee_llm.cli.generation import command
 from ee_llm.cli.generation.batch_file import append
@@ -492,7 +493,7 @@ def test_a_layout_that_can_not_be_is_refused_before_any_rank_starts(
     def launch(*_: object) -> None:
         raise AssertionError("ranks are started")
 
-    monkeypatch.setattr(main, "launch", launch)
+    monkeypatch.setattr(command_line, "launch", launch)
     arguments = ["generate", "--checkpoint", str(run), "--prompt", "a", "--tensor", "4"]
     assert main.main(arguments) == 2
     assert capsys.readouterr().err.startswith(

@@ -93,7 +93,7 @@ def test_8_bit_checkpoints_serve_inference_only(made, tmp_path, capsys):
 def test_a_folder_of_transformers_must_be_converted_first(tmp_path, capsys):
     folder = make_folder(tmp_path / "theirs")
     found = refusal(capsys, folder, "--to", "int8", "--output", tmp_path / "made")
-    assert "Convert it to an ee-llm checkpoint first" in found
+    assert f"--to int8: {folder} is a Hugging Face model" in found
 
 
 def test_quantization_of_zeros(tmp_path):

@@ -245,7 +245,7 @@ CASES = {
         {},
         lambda folder: None,
         ("--to", "hf"),
-        r"--to hf: .*theirs is already a Hugging Face model. Convert it to an ee-llm",
+        r"--to hf: .*theirs is already a Hugging Face model",
     ),
     "unknown settings, strictly": (
         {},
@@ -344,7 +344,7 @@ CASES = {
         ("--text", "a"),
         r"--text has no effect without --check",
     ),
-    "head of no exits": ({}, lambda folder: None, ("--head", "mlp"), r"--head needs --exits"),
+    "head of no exits": ({}, lambda folder: None, ("--head", "mlp"), r"--head .*--exits"),
 }
 
 
@@ -363,9 +363,9 @@ def test_shards_must_have_a_size(tmp_path, capsys, size):
     source = ours(tmp_path / "ours").path
     output = ("--output", tmp_path / "x")
     found = refusal(capsys, source, "--to", "hf", "--max-shard-gb", size, *output)
-    assert "choose a size above 0 and up to 1,000,000" in found
+    assert re.search(rf"--max-shard-gb {float(size)} .* 1,000,000", found)
     found = refusal(capsys, source, "--dense", "--max-shard-gb", 2, *output)
-    assert "--max-shard-gb has no effect with --to ee-llm" in found
+    assert "--max-shard-gb 2.0 has no effect with --to ee-llm" in found
 
 
 def test_neutral_settings_are_accepted(tmp_path):
@@ -457,10 +457,9 @@ def test_existing_outputs_are_not_overwritten(tmp_path, capsys):
     assert status == 2
     assert "already exists. Choose another --output" in capsys.readouterr().err
     found = refusal(capsys, tmp_path / "ours", "--to", "hf", "--output", folder)
-    assert "theirs already exists. Choose another --output" in found
-    assert refusal(capsys, tmp_path / "ours", "--output", tmp_path / "x").endswith(
-        "is already an ee-llm checkpoint. Add --to hf, --to int8, --dense or --truncate-at."
-    )
+    assert re.search("theirs .*another --output", found)
+    found = refusal(capsys, tmp_path / "ours", "--output", tmp_path / "x")
+    assert re.search("ours is already an ee-llm checkpoint.*--to hf, --to int8, --dense", found)
 
 
 @pytest.mark.parametrize("to", ["ee-llm", "hf"])

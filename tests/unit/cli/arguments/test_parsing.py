@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 
-from ee_llm.cli.parsing import parse
-from ee_llm.cli.train import train_options
+from ee_llm.cli.arguments.help import CommandHelp, Group
+from ee_llm.cli.arguments.parsing import parse, parse_values
+from ee_llm.cli.run_options import config_options
+from ee_llm.cli.train import COMMAND as TRAIN
 from ee_llm.config import HeadPart
+
+COMMAND = CommandHelp("test", "Test.", (Group("Options", "exits json"),))
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,12 @@ class Options:
     stop: tuple[str, ...] = ()
     output: Path | None = None
     json: bool = False
+    progress: bool = True
+    top_k: int | None = 5
 
 
 def parsed(*arguments: str) -> Options:
-    options = parse(Options, "test", arguments)
+    options = parse(Options, COMMAND, arguments)
     assert isinstance(options, Options)
     return options
 
@@ -70,6 +76,42 @@ def test_negative_numbers_are_values() -> None:
     assert parsed("--thresholds", "-1", "-0.5,2").thresholds == (-1.0, -0.5, 2.0)
 
 
+@pytest.mark.parametrize("arguments", ["--json", "--json true", "--json=True", "--no-json false"])
+def test_a_boolean_is_on_in_every_spelling(arguments: str) -> None:
+    assert parsed(*arguments.split(), "--exits", "2").json is True
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--no-progress", "--no_progress", "--progress false", "--progress=FALSE"]
+)
+def test_a_boolean_is_off_in_every_spelling(arguments: str) -> None:
+    assert parsed(*arguments.split(), "--exits", "2").progress is False
+
+
+def test_a_boolean_in_a_section_may_be_negated_before_or_after_it() -> None:
+    for name in ("exits.no-deferred", "exits.no_deferred", "no-exits.deferred"):
+        assert parse_values(config_options(), TRAIN, [f"--{name}"]) == {"exits.deferred": False}
+    # A name that begins with no_ is no negation.
+    assert parsed("--exits", "2", "--json", "--progress") == parsed("--exits", "2", "--json")
+
+
+def test_a_boolean_is_nothing_but_true_or_false(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        parsed("--json=maybe")
+    assert done.value.code == 2
+    error = capsys.readouterr().err
+    assert "--json" in error
+    assert "maybe" in error
+
+
+def test_none_unsets_an_option() -> None:
+    assert parsed().top_k == 5
+    assert parsed("--top-k", "None").top_k is None
+    assert parsed("--top_k=3").top_k == 3
+    given = parse_values(config_options(), TRAIN, ["--optimizer.decay_steps", "None"])
+    assert given == {"optimizer.decay_steps": None}
+
+
 def test_an_empty_list_differs_from_none() -> None:
     assert parsed("--exits").exits == ()
     assert parsed().exits is None
@@ -96,20 +138,19 @@ def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_an_empty_path_is_refused(arguments: list[str]) -> None:
     """`--inputs "$TEXTS"` without the variable would read the working directory."""
-    with pytest.raises(ValueError, match=r"--(output|paths) is given an empty path; name a file"):
+    with pytest.raises(ValueError, match=r"--(output|paths) is given an empty path"):
         parsed(*arguments)
     assert parsed("--stop", "", "--paths", "a").stop == ("",)
 
 
 def test_options_in_sections() -> None:
     def given(*arguments: str) -> dict[str, Any]:
-        found = parse(train_options(), "test", arguments, use_underscores=True)
-        return {name: value for name, value in found.items() if value}
+        return parse_values(config_options(), TRAIN, arguments)
 
     assert given(
         "--exits.boundaries", "2", "--exits.initial-weights=0,0.5", "--exits.boundaries=4"
-    ) == {"exits": {"boundaries": (2, 4), "initial_weights": (0.0, 0.5)}}
+    ) == {"exits.boundaries": (2, 4), "exits.initial_weights": (0.0, 0.5)}
     # Of a list of fixed length the last one given counts, as of a single value.
     split = ("--data.split", "0.9,0.1,0", "--data.split", "0.8", "0.1", "0.1")
-    assert given(*split) == {"data": {"split": (0.8, 0.1, 0.1)}}
-    assert given("--data.prefixes", "a,b", "c") == {"data": {"prefixes": ("a,b", "c")}}
+    assert given(*split) == {"data.split": (0.8, 0.1, 0.1)}
+    assert given("--data.prefixes", "a,b", "c") == {"data.prefixes": ("a,b", "c")}

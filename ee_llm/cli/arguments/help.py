@@ -1,0 +1,139 @@
+"""Print the help of a command: its common options with --help, all of them with --help-all."""
+
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ee_llm.cli.arguments.options import Option
+
+_MAX_WIDTH = 100  # characters; longer lines are hard to read
+_INDENT = 26  # characters before the text of an option
+
+
+class Group(NamedTuple):
+    """Options that belong together; names are separated by blanks."""
+
+    title: str
+    common: str
+    """The options that --help shows."""
+    advanced: str = ""
+    """The options that only --help-all shows."""
+
+
+class CommandHelp(NamedTuple):
+    """The help of a command, except for the texts of its options."""
+
+    command: str
+    """The name of the command: "data prepare"."""
+    description: str
+    groups: Sequence[Group]
+    examples: Sequence[str] = ()
+    usage: str = ""
+    """The words after the command; the required options and [OPTIONS] if empty."""
+    required_title: str = "Required"
+    """The title of the group of required options."""
+
+    @property
+    def prog(self) -> str:
+        """Return the command as users type it."""
+        return f"ee-llm {self.command}"
+
+
+HELP_NAMES = ("-h", "--help", "--help-all", "--help_all")
+
+
+def help_text(
+    command: CommandHelp, options: Sequence[Option], *, is_full: bool, width: int | None = None
+) -> str:
+    """Return the help of a command, with all of its options if `is_full`."""
+    if width is None:
+        width = shutil.get_terminal_size((_MAX_WIDTH, 24)).columns
+    width = max(40, min(width, _MAX_WIDTH))
+    parts = [_usage(command, options), *_paragraphs(command.description, width)]
+    num_shown = 0
+    for title, members in _grouped(command, options, is_full=is_full):
+        num_shown += len(members)
+        entries = (_entry(option, is_full, width) for option in members)
+        parts.append("\n".join([title if title.endswith(".") else f"{title}:", *entries]))
+    if command.examples:
+        parts.append("\n".join(["Examples:", *(f"  {line}" for line in command.examples)]))
+    if num_shown < len(options):
+        parts.append(f"'{command.prog} --help-all' shows all {len(options)} options.")
+    return "\n\n".join(parts)
+
+
+def _usage(command: CommandHelp, options: Sequence[Option]) -> str:
+    words = [f"usage: {command.prog}"]
+    if command.usage:
+        return " ".join([*words, command.usage])
+    for option in options:
+        if option.is_positional:
+            words.append(_positional(option) if option.is_required else f"[{_positional(option)}]")
+    words += [
+        f"--{option.spelling} {option.metavar}"
+        for option in options
+        if option.is_required and not option.is_positional
+    ]
+    return " ".join([*words, "[OPTIONS]"])
+
+
+def _positional(option: Option) -> str:
+    name = option.name.upper()
+    return f"{name} ..." if option.list_type is not None else name
+
+
+def _grouped(
+    command: CommandHelp, options: Sequence[Option], *, is_full: bool
+) -> Iterator[tuple[str, list[Option]]]:
+    """Yield the title and options of each group with options to show: required ones first."""
+    remaining = {option.name: option for option in options}
+    required = [name for name, option in remaining.items() if option.is_required]
+    yield from _nonempty(command.required_title, [remaining.pop(name) for name in required])
+    for group in command.groups:
+        common = [remaining.pop(name) for name in group.common.split() if name in remaining]
+        advanced = [remaining.pop(name) for name in group.advanced.split() if name in remaining]
+        yield from _nonempty(group.title, common + advanced if is_full else common)
+    yield from _nonempty("Other", list(remaining.values()) if is_full else [])
+
+
+def _nonempty(title: str, options: list[Option]) -> Iterator[tuple[str, list[Option]]]:
+    if options:
+        yield title, options
+
+
+def _entry(option: Option, is_full: bool, width: int) -> str:
+    if option.is_positional:
+        name = _positional(option)
+    elif not option.is_flag:
+        name = f"--{option.spelling} {option.metavar}"
+    elif option.default is None:
+        name = f"--{option.spelling}"
+    else:
+        section, dot, leaf = option.spelling.rpartition(".")
+        name = f"--{section}{dot}[no-]{leaf}"
+    text = option.text if is_full else _first_sentence(option.text)
+    if option.default is not None:
+        text = f"{text} (default: {option.default})"
+    indent = " " * _INDENT
+    lines = textwrap.wrap(
+        text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+    if len(name) + 4 > _INDENT or not lines:
+        return "\n".join([f"  {name}", *lines])
+    return "\n".join([f"  {name}".ljust(_INDENT) + lines[0][_INDENT:], *lines[1:]])
+
+
+def _first_sentence(text: str) -> str:
+    """Return the first sentence of an option's text, and the default that ends the text."""
+    default = re.search(r" \(default: [^()]*(\([^()]*\)[^()]*)*\)$", text)
+    body = text[: default.start()] if default else text
+    return re.split(r"(?<=[.])\s", body, maxsplit=1)[0] + (default[0] if default else "")
+
+
+def _paragraphs(text: str, width: int) -> list[str]:
+    return [
+        textwrap.fill(" ".join(paragraph.split()), width, break_on_hyphens=False)
+        for paragraph in re.split(r"\n\s*\n", text.strip())
+    ]

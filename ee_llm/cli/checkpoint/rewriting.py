@@ -1,0 +1,42 @@
+"""Write a changed checkpoint and print the result, as several commands do."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import TextColumn
+
+from ee_llm import distributed
+from ee_llm.checkpoint.surgery.rewrite import Rewrite, write_rewrite
+
+
+def write(rewrite: Rewrite, output: Path, *, as_json: bool) -> None:
+    """Write a checkpoint into the run directory `output` and print its path and size."""
+    specs = rewrite.specs
+    num_bytes = sum(spec.num_bytes for spec in specs.values())
+    with progress("writing", num_bytes, is_quiet=as_json) as advance:
+        path = write_rewrite(rewrite, output, lambda _, size: advance(size))
+    if as_json:
+        result = {
+            "output": str(path),
+            "notes": rewrite.notes,
+            "tensors": len(specs),
+            "bytes": num_bytes,
+        }
+        print(json.dumps(result))
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for note in rewrite.notes:
+        console.print(f"note: {escape(note)}")
+    console.print(f"{escape(str(path))}: {len(specs)} tensors, {num_bytes / 2**20:,.1f} MiB")
+
+
+@contextmanager
+def progress(title: str, total: int, *, is_quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar; the function that it gives advances it."""
+    share = TextColumn("{task.percentage:.0f} %")
+    with distributed.progress_bar(title, total, share, is_quiet=is_quiet) as bar:
+        yield lambda amount: bar.advance(bar.task_ids[0], amount)

@@ -1,0 +1,46 @@
+"""`ee-llm generate`: its options and help, and the start of its ranks."""
+
+import os
+
+from ee_llm.cli.arguments.help import CommandHelp, Group
+from ee_llm.cli.arguments.parsing import parse
+from ee_llm.cli.generation.options import GenerateOptions
+from ee_llm.launch.local import launch
+
+COMMAND = CommandHelp(
+    "generate",
+    "Generate text for one prompt, or for a file of prompts, and show at which exit each token "
+    "left the model.",
+    (
+        Group("Prompt", "prompt prompt_file chat", "prompt_ids parse_special bos"),
+        Group("Chat", "", "chat_file system chat_template"),
+        Group("Batch", "batch_file output", "batch_size cache_tokens deferral"),
+        Group(
+            "Exits", "thresholds strategy", "measure draft_exit draft_length draft_threshold verify"
+        ),
+        Group("Length", "max_new_tokens stop", "stop_token_ids ignore_eos"),
+        Group(
+            "Sampling", "temperature top_p seed", "top_k min_p repetition_penalty show_confidence"
+        ),
+        Group("Execution", "dtype tensor pipeline", "quantize attention graphs compile timeout_s"),
+        Group("Output", "json"),
+    ),
+    (
+        'ee-llm generate --checkpoint runs/first --prompt "Once upon"',
+        'ee-llm generate --checkpoint runs/chat --chat "What is an exit?" --thresholds 0.9',
+        "ee-llm generate --checkpoint runs/first --batch-file prompts.jsonl --output out.jsonl",
+    ),
+)
+
+
+def run_generate(arguments: list[str]) -> None:
+    """Run `ee-llm generate`, on several ranks if --tensor or --pipeline says so."""
+    options = parse(GenerateOptions, COMMAND, arguments)
+    from ee_llm.cli.generation.command import check, generate
+
+    num_ranks = options.tensor * options.pipeline
+    if num_ranks > 1 and "WORLD_SIZE" not in os.environ:
+        check(options)
+        launch(num_ranks, ["generate", *arguments])
+    else:
+        generate(options)
