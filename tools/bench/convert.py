@@ -142,9 +142,7 @@ def make_folder(path: Path, gigabytes: float, shard_gigabytes: float) -> int:
     keys = {
         key: TensorSpec(shape, torch.bfloat16)
         for name, whole in tensor_shapes(config).items()
-        for key, shape in zip(
-            rows[name].theirs, rows[name].shapes(config.model, whole), strict=True
-        )
+        for key, shape in zip(rows[name].keys, rows[name].shapes(config.model, whole), strict=True)
     }
     generator = torch.Generator().manual_seed(0)
 
