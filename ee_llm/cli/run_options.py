@@ -73,6 +73,7 @@ def config_options(
             if name in section_types() or not {name, section}.isdisjoint(hidden):
                 continue
             default = None if name in required else shown.get(name, default_text(info))
+            default = None if default == "[]" else default  # says nothing
             text = info.description or ""
             options.append(Option(name, info.annotation, text, default, name in required))
     return options

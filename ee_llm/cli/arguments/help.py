@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ee_llm.cli.arguments.options import Option
 
 _MAX_WIDTH = 100  # characters; longer lines are hard to read
-_INDENT = 26  # characters before the text of an option
+_MAX_INDENT = 36  # characters before the text of an option
 
 
 class Group(NamedTuple):
@@ -52,14 +52,15 @@ def help_text(
         width = shutil.get_terminal_size((_MAX_WIDTH, 24)).columns
     width = max(40, min(width, _MAX_WIDTH))
     parts = [_usage(command, options), *_paragraphs(command.description, width)]
-    num_shown = 0
-    for title, members in _grouped(command, options, is_full=is_full):
-        num_shown += len(members)
-        entries = (_entry(option, is_full, width) for option in members)
+    groups = list(_grouped(command, options, is_full=is_full))
+    names = [_name(option) for _, members in groups for option in members]
+    indent = min(max(map(len, names), default=0) + 4, _MAX_INDENT, width // 2)
+    for title, members in groups:
+        entries = (_entry(option, indent, width, is_full=is_full) for option in members)
         parts.append("\n".join([title if title.endswith(".") else f"{title}:", *entries]))
     if command.examples:
         parts.append("\n".join(["Examples:", *(f"  {line}" for line in command.examples)]))
-    if num_shown < len(options):
+    if len(names) < len(options):
         parts.append(f"'{command.prog} --help-all' shows all {len(options)} options.")
     return "\n\n".join(parts)
 
@@ -103,26 +104,29 @@ def _nonempty(title: str, options: list[Option]) -> Iterator[tuple[str, list[Opt
         yield title, options
 
 
-def _entry(option: Option, is_full: bool, width: int) -> str:
+def _name(option: Option) -> str:
     if option.is_positional:
-        name = _positional(option)
-    elif not option.is_flag:
-        name = f"--{option.spelling} {option.metavar}"
-    elif option.default is None:
-        name = f"--{option.spelling}"
-    else:
-        section, dot, leaf = option.spelling.rpartition(".")
-        name = f"--{section}{dot}[no-]{leaf}"
+        return _positional(option)
+    if not option.is_flag:
+        return f"--{option.spelling} {option.metavar}"
+    if option.default is None:
+        return f"--{option.spelling}"
+    section, dot, leaf = option.spelling.rpartition(".")
+    return f"--{section}{dot}[no-]{leaf}"
+
+
+def _entry(option: Option, indent: int, width: int, *, is_full: bool) -> str:
     text = option.text if is_full else _first_sentence(option.text)
     if option.default is not None:
         text = f"{text} (default: {option.default})"
-    indent = " " * _INDENT
+    blanks = " " * indent
     lines = textwrap.wrap(
-        text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        text, width, initial_indent=blanks, subsequent_indent=blanks, break_on_hyphens=False
     )
-    if len(name) + 4 > _INDENT or not lines:
-        return "\n".join([f"  {name}", *lines])
-    return "\n".join([f"  {name}".ljust(_INDENT) + lines[0][_INDENT:], *lines[1:]])
+    name = f"  {_name(option)}"
+    if len(name) + 2 > indent or not lines:
+        return "\n".join([name, *lines])
+    return "\n".join([name.ljust(indent) + lines[0][indent:], *lines[1:]])
 
 
 def _first_sentence(text: str) -> str:
