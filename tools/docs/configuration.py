@@ -47,8 +47,8 @@ Options on the command line take precedence over the file:
 ee-llm train --nproc 2 --config train.toml --optimizer.lr 1e-3 --exits.boundaries 2 4 6
 ```
 
-`ee-llm train --help` shows the same options. In Python,
-`ee_llm.config.load_config(path, {"optimizer.lr": 1e-3})` returns an immutable `Config`.
+`ee-llm train --help-all` shows the same options, and `ee-llm init` writes a file to start from. In
+Python, `ee_llm.config.load_config(path, {"optimizer.lr": 1e-3})` returns an immutable `Config`.
 
 - An unknown name is an error that suggests the nearest one. A value of the wrong type is an error.
   All errors are reported together.
