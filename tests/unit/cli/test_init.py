@@ -1,4 +1,4 @@
-"""`ee-llm init`: the file it writes, and what it refuses."""
+"""Test `ee-llm init`: the file that it writes, and its errors."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_file_loads_and_can_be_planned(
+def test_file_loads_and_can_be_planned(
     shape: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(["init", "run.toml", "--shape", shape]) == 0
@@ -29,7 +29,7 @@ def test_the_file_loads_and_can_be_planned(
     assert "2 ranks" in capsys.readouterr().out
 
 
-def test_every_option_has_a_comment_and_defaults_change_nothing(folder: Path) -> None:
+def test_options_have_comments_and_show_their_defaults(folder: Path) -> None:
     assert main.main(["init"]) == 0
     text = Path("train.toml").read_text()
     before = load_config("train.toml")
@@ -46,19 +46,17 @@ def test_every_option_has_a_comment_and_defaults_change_nothing(folder: Path) ->
     ("arguments", "boundaries"),
     [(["--exits", "1,2,3"], (1, 2, 3)), (["--exits", "6"], (6,)), (["--exits"], ())],
 )
-def test_exits_are_those_given(
-    arguments: list[str], boundaries: tuple[int, ...], folder: Path
-) -> None:
+def test_exits_option(arguments: list[str], boundaries: tuple[int, ...], folder: Path) -> None:
     assert main.main(["init", *arguments]) == 0
     assert load_config("train.toml").exits.boundaries == boundaries
 
 
-def test_a_file_is_not_replaced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_file_is_not_replaced(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "train.toml"
-    path.write_text("mine")
+    path.write_text("existing")
     assert main.main(["init"]) == 2
     assert "train.toml exists already" in capsys.readouterr().err
-    assert path.read_text() == "mine"
+    assert path.read_text() == "existing"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +67,7 @@ def test_a_file_is_not_replaced(folder: Path, capsys: pytest.CaptureFixture[str]
         (["--exits", "8"], "exits.boundaries = [8]"),
     ],
 )
-def test_mistakes_write_nothing(
+def test_errors_leave_no_file(
     arguments: list[str], expected: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(["init", *arguments]) == 2

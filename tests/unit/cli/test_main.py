@@ -1,4 +1,4 @@
-"""The command line: dispatch, help, and what mistakes are answered with."""
+"""Test the dispatch of commands, their help and the reports of errors."""
 
 import os
 import re
@@ -28,8 +28,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_help_lists_every_command_and_imports_nothing_slow() -> None:
-    """Help that takes the seconds of torch's import is not asked for twice."""
+def test_help_lists_every_command_without_slow_imports() -> None:
+    """Importing torch would make help slow."""
     code = (
         "import sys; from ee_llm.cli import main; status = main.main(['--help']); "
         "print(sorted({'torch', 'megatron', 'numpy', 'pydantic'} & set(sys.modules)), status)"
@@ -43,7 +43,7 @@ def test_help_lists_every_command_and_imports_nothing_slow() -> None:
         assert any(line.split("  ")[1:2] == [name] and command.summary in line for line in text)
 
 
-def test_help_on_training_imports_no_torch() -> None:
+def test_help_of_training_does_not_import_torch() -> None:
     code = (
         "import sys; from ee_llm.cli import main\n"
         "try: main.main(['train', '--help'])\n"
@@ -63,7 +63,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert f"ee-llm {command}" in capsys.readouterr().out
 
 
-def test_help_on_training_shows_meaning_and_default_of_every_option(
+def test_full_help_of_training_describes_every_option(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
@@ -82,7 +82,7 @@ def test_help_on_training_shows_meaning_and_default_of_every_option(
 
 
 @pytest.mark.parametrize("arguments", [["data"], ["data", "--help"], ["data", "-h"]])
-def test_help_on_a_group_of_commands(
+def test_help_of_a_group_of_commands(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(arguments) == 0
@@ -112,8 +112,8 @@ def test_unknown_commands(
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_mistake_found_by_a_worker_is_one_line(workers: str, tmp_path: Path) -> None:
-    """An error that comes out of a pool of processes has the pool's frames in its traceback."""
+def test_user_error_in_a_worker_process_is_one_line(workers: str, tmp_path: Path) -> None:
+    """The traceback of an error from a process pool has frames of the pool."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n{"txt": "?"}\n')
     output = ["--output", str(tmp_path / "out")]
@@ -125,7 +125,7 @@ def test_a_mistake_found_by_a_worker_is_one_line(workers: str, tmp_path: Path) -
         assert part in done.stderr
 
 
-def test_debugging_shows_where_a_mistake_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_variable_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EE_LLM_DEBUG", "1")
     with pytest.raises(ValueError, match="xyzzy"):
         main.main(["xyzzy"])
@@ -135,7 +135,7 @@ def test_debugging_shows_where_a_mistake_was_found(monkeypatch: pytest.MonkeyPat
     ("error", "status"),
     [(FileNotFoundError(2, "No such file", "x.bin"), 2), (PermissionError(13, "denied", "y"), 2)],
 )
-def test_files_that_can_not_be_used(
+def test_os_error_is_one_line(
     error: OSError,
     status: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -149,8 +149,8 @@ def test_files_that_can_not_be_used(
     assert capsys.readouterr().err == f"ee-llm: {error}\n"
 
 
-def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ValueError that nobody wrote for the user is no message to the user."""
+def test_value_error_of_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message of such an error is not for the user."""
 
     def fail(_: list[str]) -> None:
         int("no number")
@@ -161,35 +161,33 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("kind", "status"), [(RequestError, 2), (RunError, 1), (OSError, 2)])
-def test_an_error_for_the_user_is_one_line(
+def test_user_error_is_one_line(
     kind: type[Exception],
     status: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(_: list[str]) -> None:
-        raise kind("told")
+        raise kind("reason")
 
     monkeypatch.setitem(main.COMMANDS, "fail", main.Command("", fail))
     assert main.main(["fail"]) == status
-    assert capsys.readouterr().err == "ee-llm: told\n"
+    assert capsys.readouterr().err == "ee-llm: reason\n"
 
 
 @pytest.mark.parametrize("kind", [PipelineError, RuntimeError, ValueError, KeyError])
-def test_a_defect_keeps_its_traceback(
-    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A failure in a pipeline plan, too: the traceback shows where in the plan it happened."""
+def test_defect_keeps_its_traceback(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """PipelineError is a defect too: its traceback shows the failing action of the plan."""
 
     def fail(_: list[str]) -> None:
-        raise kind("told")
+        raise kind("reason")
 
     monkeypatch.setitem(main.COMMANDS, "fail", main.Command("", fail))
-    with pytest.raises(kind, match="told"):
+    with pytest.raises(kind, match="reason"):
         main.main(["fail"])
 
 
-def test_an_interrupt_is_no_traceback(
+def test_interrupt_has_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(_: list[str]) -> None:
@@ -198,7 +196,7 @@ def test_an_interrupt_is_no_traceback(
     monkeypatch.setitem(main.COMMANDS, "fail", main.Command("", interrupt))
     assert main.main(["fail"]) == 130
     assert capsys.readouterr().err == "ee-llm: interrupted\n"
-    # Every rank is interrupted with its launcher, which says so for all.
+    # Ranks are interrupted together with their launcher, which reports it once.
     monkeypatch.setenv(rank._LAUNCHED, "1")
     monkeypatch.setattr(main.os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
@@ -207,8 +205,8 @@ def test_an_interrupt_is_no_traceback(
     assert capsys.readouterr().err == ""
 
 
-def test_a_rank_that_fails_has_written_what_it_printed() -> None:
-    """It ends without Python's own clean-up, which writes what is left in the buffer of a pipe."""
+def test_failing_rank_flushes_its_output() -> None:
+    """A rank exits without Python's shutdown, which would flush the buffer of a pipe."""
     code = (
         "from ee_llm.cli import main\n"
         "def fail(_):\n"
@@ -229,11 +227,11 @@ def test_a_rank_that_fails_has_written_what_it_printed() -> None:
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_output_may_be_cut_short(unbuffered: str) -> None:
-    """`ee-llm --help | head -n 1` ends as other programs do there: as told, and in silence."""
+def test_closed_output_ends_the_command_silently(unbuffered: str) -> None:
+    """`ee-llm --help | head -n 1` exits with the status of SIGPIPE, as other programs do."""
     read_end, write_end = os.pipe()
     os.close(read_end)
-    # Buffered, the text is written at the end of the program; unbuffered, by print.
+    # Buffered text is written at exit, unbuffered text by print.
     done = subprocess.run(
         [sys.executable, "-m", "ee_llm", "--help"],
         stdout=write_end,
@@ -246,23 +244,23 @@ def test_output_may_be_cut_short(unbuffered: str) -> None:
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_the_command_runs_as_a_process() -> None:
+def test_command_in_a_process() -> None:
     done = run("train", "--config", "nope.toml", WORLD_SIZE="1")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 
 
-def test_a_reader_that_stops_ends_the_command_as_it_ends_others(monkeypatch):
-    """rich ends the process with status 1 where its output is closed; a shell expects SIGPIPE's."""
+def test_exit_by_rich_on_closed_output_becomes_sigpipe(monkeypatch):
+    """rich exits with status 1 when its output is closed; shells expect the status of SIGPIPE."""
 
-    def closed(arguments):
+    def write_to_closed_output(arguments):
         try:
             raise BrokenPipeError
         except BrokenPipeError:
             raise SystemExit(1)  # noqa: B904  (as rich does)
 
-    monkeypatch.setattr(main, "_dispatch", closed)
+    monkeypatch.setattr(main, "_dispatch", write_to_closed_output)
     assert main.main([]) == 128 + signal.SIGPIPE
 
 
@@ -270,7 +268,7 @@ def test_a_reader_that_stops_ends_the_command_as_it_ends_others(monkeypatch):
 def test_python_m_runs_the_package(module: str, status: int, tmp_path: Path) -> None:
     """A file in the working directory does not replace a library of the same name.
 
-    The module that only dispatches refuses: it would end without doing anything.
+    Running the module that only dispatches is an error: it would do nothing.
     """
     (tmp_path / "difflib.py").write_text("raise SystemExit(5)")
     root = Path(main.__file__).parents[2]

@@ -1,4 +1,4 @@
-"""`ee-llm plan`: what it prints, what it writes, and what it refuses."""
+"""Test `ee-llm plan`: its output, its files and its errors."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def costs(tmp_path):
 
 
 def test_golden_output_of_a_small_plan(plan):
-    """Any exit takes 1.5 forward passes of 2 layers; the early one waits for nobody, and hides."""
+    """Every exit takes 1.5 forward passes of 2 layers; the early one hides in idle time."""
     assert plan(*SMALL) == (
         "1F1B: 2 ranks, 2 microbatches, 4 layers (2 each)\n"
         "post-exits at boundary 2 on stage 0\n"
@@ -65,7 +65,7 @@ def test_boundaries_are_separated_by_commas_or_spaces(plan):
     assert "6 on stage 0, 12 on stage 1" in one
 
 
-def test_costs_in_a_file_make_seconds(plan, costs):
+def test_costs_in_a_file_give_seconds(plan, costs):
     text = plan(*SMALL, "--costs", costs)
     found = predict(small_config(), 2, read_pieces(costs))
     assert f"makespan      {found.simulation.makespan:.4g} s\n" in text
@@ -91,7 +91,7 @@ def test_files_are_written_and_agree(plan, tmp_path):
     spans = [(rank, *span) for rank, spans in enumerate(figures["timeline"]) for span in spans]
     events = json.loads(paths["trace"].read_text())["traceEvents"]
     slices = [e for e in events if e["ph"] == "X" and e["cat"] != "exit"]
-    # Where time has no seconds, a unit is a millisecond.
+    # A nominal unit of time is a millisecond in the trace.
     assert [(e["tid"], e["name"], e["ts"], e["ts"] + e["dur"]) for e in slices] == [
         (rank, name, pytest.approx(1e3 * start), pytest.approx(1e3 * end))
         for rank, name, start, end in spans
@@ -101,11 +101,11 @@ def test_files_are_written_and_agree(plan, tmp_path):
     assert figures["memory"] == [5, 3]
 
 
-def test_json_to_standard_output_is_all_there_is(plan):
+def test_json_to_standard_output_is_the_only_output(plan):
     assert json.loads(plan(*SMALL, "--json", "-"))["makespan"] == 12
 
 
-def test_the_configuration_of_a_run_is_shown_and_options_win(plan):
+def test_options_take_precedence_over_the_configuration(plan):
     config = ROOT / "examples" / "quickstart.toml"
     text = plan("--config", config)
     assert "1F1B: 2 ranks, 8 microbatches, 8 layers (4 each)" in text
@@ -113,11 +113,11 @@ def test_the_configuration_of_a_run_is_shown_and_options_win(plan):
     text = plan("--config", config, "--stages", 4, "--microbatches", 12, "--placement", "pre")
     assert "1F1B: 4 ranks, 12 microbatches, 8 layers (2 each)" in text
     assert "pre-exits at boundary 2 on stage 1, 4 on stage 2" in text
-    # Four processes are then one pipeline, not two.
+    # Four processes are one pipeline here, not two.
     text = plan("--config", config, "--stages", 4, "--nproc", 4)
     assert "1F1B: 4 ranks, 8 microbatches" in text
     assert "1F1B: 2 ranks, 4 microbatches" in plan("--config", config, "--nproc", 4)
-    # The file's weights are those of two exits.
+    # The weights in the file are for two exits.
     assert "exits at boundary 1 on" in plan("--config", config, "--exits", "1,2,3")
 
 
@@ -128,7 +128,7 @@ def test_costs_may_begin_with_a_byte_order_mark(plan, costs):
     assert plan(*options) == found
 
 
-def test_auto_fills_as_much_as_is_useful(plan, costs):
+def test_auto_is_the_largest_useful_number_of_fills(plan, costs):
     dense = ("--stages", 4, "--microbatches", 8, "--json", "-")
     options = (*dense, "--exits", 6)
     both = ("--fill-warmup", "auto", "--fill-cooldown", "auto")
@@ -152,7 +152,7 @@ def test_auto_in_the_configuration_is_resolved(plan, tmp_path):
     assert "fill_cooldown" not in plan("--config", path, "--advise").partition("[parallel]")[2]
 
 
-def test_advice_ends_in_lines_that_make_the_plan_shown(plan, tmp_path):
+def test_advice_ends_with_the_configuration_of_its_plan(plan, tmp_path):
     options = ("--stages", 4, "--microbatches", 8, "--exits", "6,12")
     text = plan(*options, "--advise", "--memory-limit", 30)
     assert re.search(r"the best 10 of \d+ plans, the best first:", text)
@@ -164,8 +164,8 @@ def test_advice_ends_in_lines_that_make_the_plan_shown(plan, tmp_path):
     assert shown in text.replace(f"in the configuration of ee-llm train:\n\n{lines}", "")
 
 
-def test_advice_counts_fills_by_the_costs_that_it_is_given(plan, costs):
-    """A plan that is shown has the run's own ratio; one that is advised goes with its lines."""
+def test_advice_counts_fills_with_the_given_costs(plan, costs):
+    """A plan of a run has the ratio of its configuration; advice includes its own ratio."""
     costs.write_text(costs.read_text().replace("[0.1, 0.2, 0.08]", "[0.2, 0.2, 0.08]"))
     config = ROOT / "examples" / "quickstart.toml"
     options = ("--config", config, "--stages", 4, "--costs", costs, "--fill-cooldown", "auto")
@@ -176,7 +176,7 @@ def test_advice_counts_fills_by_the_costs_that_it_is_given(plan, costs):
     assert "fill_cooldown = 1\nforward_over_backward = 1.0" in lines
 
 
-def test_advice_moves_layers_to_keep_to_the_limit(plan):
+def test_advice_moves_layers_to_stay_within_the_memory_limit(plan):
     """An even split needs 4 microbatches x 6 layers on the first rank."""
     options = ("--stages", 4, "--microbatches", 8, "--advise", "--memory-limit", 20, "--json", "-")
     figures = json.loads(plan(*options))
@@ -184,7 +184,7 @@ def test_advice_moves_layers_to_keep_to_the_limit(plan):
     assert figures["layers"][0] == 5
 
 
-def test_advice_is_for_sizes_that_do_not_divide_evenly_too(plan):
+def test_advice_for_sizes_that_do_not_divide_evenly(plan):
     figures = json.loads(plan("--stages", 5, "--microbatches", 10, "--advise", "--json", "-"))
     assert sum(figures["layers"]) == 24
     best = figures["candidates"][0]["time_per_microbatch"]
@@ -198,7 +198,7 @@ def test_layers_of_many_stages_are_written_in_runs():
     assert describe.format_split((2,) * 16 + (3,) * 4 + (1,)) == "2x16-3x4-1"
 
 
-def test_the_examples_of_the_documentation_print_what_it_shows(plan, monkeypatch, tmp_path):
+def test_documented_examples_print_the_documented_output(plan, monkeypatch, tmp_path):
     page = (ROOT / "docs" / "how-to" / "plan.md").read_text()
     (tmp_path / "docs" / "images").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -209,7 +209,7 @@ def test_the_examples_of_the_documentation_print_what_it_shows(plan, monkeypatch
         assert plan(*command.split()) == shown
 
 
-def test_a_wide_grid_is_cut_and_says_so():
+def test_wide_grid_is_shortened_with_a_note():
     found = predict(small_config(), 64, NOMINAL)
     lines = describe.readable_grid(found, 100).splitlines()
     assert max(map(len, lines)) <= 100
@@ -219,7 +219,7 @@ def test_a_wide_grid_is_cut_and_says_so():
     assert "left out" not in describe.readable_grid(found, 10_000)
 
 
-def test_a_tall_grid_is_cut_and_says_so():
+def test_tall_grid_is_shortened_with_a_note():
     values = {"model.num_layers": 40, "parallel.pipeline": 40}
     found = predict(small_config(**values), 2, NOMINAL)
     lines = describe.readable_grid(found, 120).splitlines()
@@ -229,7 +229,7 @@ def test_a_tall_grid_is_cut_and_says_so():
     assert "ranks 8 to 31 omitted" in lines[-1]
 
 
-def test_a_grid_with_tiny_actions_is_coarser_and_says_so(tmp_path, costs):
+def test_grid_with_tiny_actions_is_coarser_with_a_note(tmp_path, costs):
     costs.write_text(costs.read_text().replace("[0.1, 0.2, 0.08]", "[0.1, 0.2, 0.0001]"))
     config = small_config(**{"parallel.schedule": "zero-bubble"})
     text = describe.readable_grid(predict(config, 2, read_pieces(costs)), 400)
@@ -329,7 +329,7 @@ EIGHT = ("--stages", "4", "--microbatches", "8")
         ),
     ],
 )
-def test_mistakes_are_one_line_that_names_the_option(plan, arguments, message):
+def test_errors_are_one_line_that_names_the_option(plan, arguments, message):
     error = plan(*arguments, status=2)
     first, *others = message.split(" & ")
     assert error.startswith(first)
@@ -337,13 +337,13 @@ def test_mistakes_are_one_line_that_names_the_option(plan, arguments, message):
     assert "\n" not in error
 
 
-def test_negative_costs_are_refused_by_file_and_key(plan, costs):
+def test_error_of_negative_costs_names_file_and_key(plan, costs):
     costs.write_text(costs.read_text().replace('"exit": [0.1', '"exit": [-0.1'))
     said = plan(*SMALL, "--costs", costs, status=2)
     assert said == f"{costs}: exit: forward = -0.1 is not valid. Give finite seconds of at least 0."
 
 
-def test_planning_needs_no_torch():
+def test_planning_does_not_import_torch():
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""`ee-llm train`: its options, and what is refused before any process is started."""
+"""Test `ee-llm train`: its options, and the errors before any process is started."""
 
 import sys
 import types
@@ -34,7 +34,7 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
-    """The configurations that reach training, which is recorded instead of being run."""
+    """Return the list of configurations that reach training, which does not run."""
     configs: list[Config] = []
     module = types.ModuleType("ee_llm.training.trainer")
     module.train = configs.append  # type: ignore[attr-defined]
@@ -43,10 +43,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     return configs
 
 
-def test_options_given_override_the_file_and_no_others_do(
-    tiny: Path, trained: list[Config]
-) -> None:
-    """A default that is taken for an option would put the file's values back to defaults."""
+def test_only_given_options_override_the_file(tiny: Path, trained: list[Config]) -> None:
+    """Defaults of the command line must not replace values in the file."""
     assert main.main(["train", "--config", str(tiny)]) == 0
     assert trained.pop() == load_config(tiny)
     arguments = ["--training.steps", "9", "--exits.boundaries", "1", "2", "--exits.no_deferred"]
@@ -55,7 +53,7 @@ def test_options_given_override_the_file_and_no_others_do(
     assert trained.pop() == load_config(tiny, changed)
 
 
-def test_training_needs_no_file(trained: list[Config]) -> None:
+def test_training_without_a_file(trained: list[Config]) -> None:
     options = {"model.shape": "llama-tiny", "data.prefixes": ("a", "b"), "output": "runs/q"}
     arguments = ["--model.shape", "llama-tiny", "--data.prefixes", "a", "b", "--output", "runs/q"]
     assert main.main(["train", *arguments]) == 0
@@ -63,7 +61,7 @@ def test_training_needs_no_file(trained: list[Config]) -> None:
 
 
 def test_every_option_can_be_given() -> None:
-    """Every field, with a value of its type, arrives as that value and under its name."""
+    """Every field of the configuration is parsed to a value of its type."""
     config = load_config(
         overrides={
             "model.shape": "llama-tiny",
@@ -100,7 +98,7 @@ def dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def test_an_unknown_option_gets_the_nearest_valid_one(
+def test_error_of_unknown_option_names_the_nearest_option(
     tiny: Path, trained: list[Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as done:
@@ -142,10 +140,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_one_line(
+def test_errors_are_one_line(
     case: str, tiny: Path, trained: list[Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And they end the command before any process is started."""
+    """The command ends before any process is started."""
     arguments, expected = MISTAKES[case]
     config = [] if "--config" in arguments else ["--config", str(tiny)]
     assert main.main(["train", *config, *arguments]) == 2
@@ -178,7 +176,7 @@ LAUNCHED = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_
         ({"MASTER_ADDR": None, "MASTER_PORT": None}, "MASTER_ADDR and MASTER_PORT are not"),
     ],
 )
-def test_an_environment_that_no_launcher_makes(
+def test_invalid_launcher_environment(
     change: dict[str, str | None],
     expected: str,
     tiny: Path,
@@ -196,13 +194,13 @@ def test_an_environment_that_no_launcher_makes(
     assert not trained
 
 
-def test_processes_are_started_once(
+def test_nproc_within_a_launcher_is_an_error(
     tiny: Path,
     trained: list[Config],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """--nproc under torchrun would start N processes in each of its own."""
+    """--nproc under torchrun would start N processes in each process."""
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
     assert main.main(["train", "--config", str(tiny), "--nproc", "2"]) == 2
@@ -220,9 +218,7 @@ def test_processes_are_started_once(
         (["--output", "nproc"], ["--output", "nproc"]),
     ],
 )
-def test_ranks_are_started_without_the_option_that_starts_them(
-    arguments: list[str], kept: list[str]
-) -> None:
+def test_ranks_do_not_get_the_nproc_option(arguments: list[str], kept: list[str]) -> None:
     assert run_options.without_option(arguments, "--nproc") == kept
 
 

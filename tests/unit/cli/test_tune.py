@@ -1,4 +1,4 @@
-"""`ee-llm tune`: a model that is described by its checkpoint, and what is refused at once."""
+"""Test `ee-llm tune`: defaults from the checkpoint, help and errors."""
 
 import re
 import sys
@@ -17,7 +17,7 @@ MODEL = {"model.shape": "llama-tiny", "model.num_layers": 4, "exits.boundaries":
 
 @pytest.fixture
 def tuned(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
-    """The configurations that reach training, which is recorded instead of being run."""
+    """Return the list of configurations that reach training, which does not run."""
     configs: list[Config] = []
     module = types.ModuleType("ee_llm.training.trainer")
     module.train = configs.append  # type: ignore[attr-defined]
@@ -34,9 +34,7 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def test_the_checkpoint_says_what_the_file_does_not(
-    tmp_path: Path, source: Path, tuned: list[Config]
-) -> None:
+def test_checkpoint_describes_the_model(tmp_path: Path, source: Path, tuned: list[Config]) -> None:
     path = tmp_path / "tune.toml"
     path.write_text(f'[tuning]\ncheckpoint = "{source}"\n[data]\nprefixes = ["corpus"]\n')
     assert main.main(["tune", "--config", str(path), "--exits.boundaries", "1", "2", "3"]) == 0
@@ -45,7 +43,7 @@ def test_the_checkpoint_says_what_the_file_does_not(
     assert config.exits.boundaries == config.tuning.exits == (1, 2, 3)
 
 
-def test_data_default_to_what_fits_the_checkpoint(source: Path, tuned: list[Config]) -> None:
+def test_data_options_default_to_those_of_the_checkpoint(source: Path, tuned: list[Config]) -> None:
     arguments = ["--tuning.checkpoint", str(source), "--data.prefixes", "corpus"]
     assert main.main(["tune", *arguments]) == 0
     assert main.main(["tune", *arguments, "--data.tokenizer", str(source)]) == 0
@@ -54,7 +52,7 @@ def test_data_default_to_what_fits_the_checkpoint(source: Path, tuned: list[Conf
     assert {config.data.seq_length for config in tuned} == {256}
 
 
-def test_data_are_prepared_with_the_tokenizer_of_a_run(
+def test_data_can_be_prepared_with_the_tokenizer_of_a_run(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text("text")
@@ -63,7 +61,7 @@ def test_data_are_prepared_with_the_tokenizer_of_a_run(
     assert "1 documents, 5 tokens" in capsys.readouterr().out
 
 
-def test_options_that_help_leaves_out_can_be_given(
+def test_options_hidden_from_help_can_be_given(
     source: Path, tuned: list[Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--tuning.checkpoint", str(source), "--data.prefixes", "corpus"]
@@ -73,7 +71,7 @@ def test_options_that_help_leaves_out_can_be_given(
     assert "parallel.schedule = zero-bubble" in capsys.readouterr().err
 
 
-def test_help_shows_what_tuning_uses_and_what_it_requires_first(
+def test_help_shows_required_options_first(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -110,7 +108,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_one_line(
+def test_errors_are_one_line(
     case: str, source: Path, tuned: list[Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, expected = MISTAKES[case]
@@ -122,7 +120,7 @@ def test_mistakes_are_one_line(
     assert not tuned
 
 
-def test_a_plan_of_tuning_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_of_tuning_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tune.toml"
     config = load_config(None, MODEL | {"tuning.checkpoint": "runs/a"})
     path.write_text(config.to_toml())

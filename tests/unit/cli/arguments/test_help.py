@@ -1,4 +1,4 @@
-"""The help of commands: what it shows, in which order, and how it is laid out."""
+"""Test the content, order and layout of help."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +114,7 @@ def displayed(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> st
 def test_help_of_every_command(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both forms begin with the usage and the required options, and end with examples."""
+    """Both forms begin with the usage and have examples; the short form is short."""
     monkeypatch.setenv("COLUMNS", "100")
     short = displayed(command, "--help", capsys)
     full = displayed(command, "--help-all", capsys)

@@ -1,4 +1,4 @@
-"""The rules by which the options of all commands are parsed."""
+"""Test the rules for options that all commands share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +49,12 @@ def parsed(*arguments: str) -> Options:
         "--exits=2 --exits=4 6",
     ],
 )
-def test_a_list_has_one_meaning_in_every_spelling(arguments: str) -> None:
-    """tyro keeps the last of a repeated option without a word, and knows no commas."""
+def test_list_in_every_spelling(arguments: str) -> None:
+    """tyro itself keeps the last of repeated options silently, and does not split at commas."""
     assert parsed(*arguments.split()).exits == (2, 4, 6)
 
 
-def test_names_take_hyphens_and_underscores() -> None:
+def test_names_accept_hyphens_and_underscores() -> None:
     expected = parsed("--exit-head", "mlp", "norm")
     assert expected.exit_head == ("mlp", "norm")
     assert parsed("--exit_head", "mlp", "--exit-head", "norm") == expected
@@ -62,7 +62,7 @@ def test_names_take_hyphens_and_underscores() -> None:
 
 
 @pytest.mark.parametrize("text", ["--x", "---", "-x", "--json", "-"])
-def test_a_text_may_look_like_an_option(text: str) -> None:
+def test_text_may_look_like_an_option(text: str) -> None:
     assert parsed(f"--stop={text}", "--exits", "2").stop == (text,)
 
 
@@ -77,25 +77,23 @@ def test_negative_numbers_are_values() -> None:
 
 
 @pytest.mark.parametrize("arguments", ["--json", "--json true", "--json=True", "--no-json false"])
-def test_a_boolean_is_on_in_every_spelling(arguments: str) -> None:
+def test_true_in_every_spelling(arguments: str) -> None:
     assert parsed(*arguments.split(), "--exits", "2").json is True
 
 
 @pytest.mark.parametrize(
     "arguments", ["--no-progress", "--no_progress", "--progress false", "--progress=FALSE"]
 )
-def test_a_boolean_is_off_in_every_spelling(arguments: str) -> None:
+def test_false_in_every_spelling(arguments: str) -> None:
     assert parsed(*arguments.split(), "--exits", "2").progress is False
 
 
-def test_a_boolean_in_a_section_may_be_negated_before_or_after_it() -> None:
+def test_negation_before_or_after_the_section() -> None:
     for name in ("exits.no-deferred", "exits.no_deferred", "no-exits.deferred"):
         assert parse_values(config_options(), TRAIN, [f"--{name}"]) == {"exits.deferred": False}
-    # A name that begins with no_ is no negation.
-    assert parsed("--exits", "2", "--json", "--progress") == parsed("--exits", "2", "--json")
 
 
-def test_a_boolean_is_nothing_but_true_or_false(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_values_of_a_boolean_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         parsed("--json=maybe")
     assert done.value.code == 2
@@ -118,15 +116,17 @@ def test_an_empty_list_differs_from_none() -> None:
 
 
 @pytest.mark.parametrize("value", ["2;4", ",", "2,x", ""])
-def test_what_is_no_number_is_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_that_are_not_numbers_are_refused(
+    value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as done:
         parsed("--exits", value)
     assert done.value.code == 2
     assert "--exits" in capsys.readouterr().err
 
 
-def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--output=~/runs` would make a folder of the name ~ in the working directory."""
+def test_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--output=~/runs` must not create a folder named ~ in the working directory."""
     monkeypatch.setenv("HOME", "/home/me")
     options = parsed("--output=~/runs", "--paths", "~/a", "b~")
     assert options.output == Path("/home/me/runs")
@@ -136,8 +136,8 @@ def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "arguments", [["--output", ""], ["--output="], ["--paths", "a", ""], ["--json", "--paths="]]
 )
-def test_an_empty_path_is_refused(arguments: list[str]) -> None:
-    """`--inputs "$TEXTS"` without the variable would read the working directory."""
+def test_empty_path_is_refused(arguments: list[str]) -> None:
+    """`--inputs "$TEXTS"` with an unset variable would read the working directory."""
     with pytest.raises(ValueError, match=r"--(output|paths) is given an empty path"):
         parsed(*arguments)
     assert parsed("--stop", "", "--paths", "a").stop == ("",)
@@ -150,7 +150,7 @@ def test_options_in_sections() -> None:
     assert given(
         "--exits.boundaries", "2", "--exits.initial-weights=0,0.5", "--exits.boundaries=4"
     ) == {"exits.boundaries": (2, 4), "exits.initial_weights": (0.0, 0.5)}
-    # Of a list of fixed length the last one given counts, as of a single value.
+    # A list of fixed length is replaced when it is repeated, like a single value.
     split = ("--data.split", "0.9,0.1,0", "--data.split", "0.8", "0.1", "0.1")
     assert given(*split) == {"data.split": (0.8, 0.1, 0.1)}
     assert given("--data.prefixes", "a,b", "c") == {"data.prefixes": ("a,b", "c")}
