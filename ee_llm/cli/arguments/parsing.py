@@ -160,16 +160,17 @@ def _values(text: str, option: Option) -> list[str]:
 def _refuse_empty_paths(arguments: Sequence[str], options: Mapping[str, Option]) -> None:
     """Raise UserError for an option with an empty path, which would be the working directory."""
     name = ""
+    positional = next((option for option in options.values() if option.is_positional), None)
     for argument in arguments:
         value = argument
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
             value = value if equals else name
-        option = options.get(spelled(name[2:]))
+        option = options.get(spelled(name[2:])) if name else positional
         if not value and option is not None and _takes_paths(option):
             raise UserError(
-                f"{name} is given an empty path. Name a file or folder, and check that a shell "
-                "variable in the command is set."
+                f"{name or option.name.upper()} is given an empty path. Name a file or folder, and "
+                "check that a shell variable in the command is set."
             )
 
 
