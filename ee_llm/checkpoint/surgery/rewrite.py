@@ -39,6 +39,11 @@ class Rewrite:
     blocks: Blocks | None = None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of all tensors."""
+        return sum(spec.num_bytes for spec in self.specs.values())
+
 
 def copy_of(reader: TensorReader) -> Rewrite:
     """Return an unchanged copy of the checkpoint, including the optimizer's state.
@@ -105,10 +110,24 @@ def _generators(reader: TensorReader) -> dict[str, bytes]:
     }
 
 
+@dataclass(frozen=True)
+class RewriteResult:
+    """A checkpoint that was written; `str` is a summary in one line."""
+
+    output: Path
+    num_tensors: int
+    num_bytes: int
+    notes: tuple[str, ...] = ()
+    """Remarks for the user."""
+
+    def __str__(self) -> str:
+        return f"{self.output}: {self.num_tensors} tensors, {self.num_bytes / 2**20:,.1f} MiB"
+
+
 def write_rewrite(
     rewrite: Rewrite, output: str | Path, on_tensor: Callable[[str, int], None] | None = None
-) -> Path:
-    """Write the checkpoint to the run directory `output`, atomically, and return its path.
+) -> RewriteResult:
+    """Write the checkpoint to the run directory `output`, atomically.
 
     The position in the training data, the random generators of the ranks, the tokenizer and the
     companion files are those of the original. Raises CheckpointError as `write_checkpoint` does.
@@ -123,7 +142,7 @@ def write_rewrite(
             "optimizer_steps": reader.manifest["optimizer_steps"],
             "layout": stages | reader.manifest["layout"],
         }
-    return write_checkpoint(
+    path = write_checkpoint(
         output,
         rewrite.config,
         rewrite.specs,
@@ -135,3 +154,4 @@ def write_rewrite(
         on_tensor=on_tensor,
         blocks=rewrite.blocks,
     )
+    return RewriteResult(path, len(rewrite.specs), rewrite.num_bytes, tuple(rewrite.notes))

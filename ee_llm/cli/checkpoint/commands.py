@@ -70,6 +70,7 @@ def run_info(arguments: list[str]) -> None:
     from ee_llm.checkpoint.read import TensorReader
     from ee_llm.checkpoint.surgery import info
     from ee_llm.cli.checkpoint.rewriting import progress
+    from ee_llm.cli.checkpoint.show import show
 
     facts: dict[str, Any]
     report = None
@@ -91,7 +92,7 @@ def run_info(arguments: list[str]) -> None:
     if options.json:
         print(json.dumps(facts))
     else:
-        info.show(facts, Console(soft_wrap=True, highlight=False))
+        show(facts, Console(soft_wrap=True, highlight=False))
 
 
 def run_reshard(arguments: list[str]) -> None:

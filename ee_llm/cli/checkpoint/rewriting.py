@@ -15,23 +15,21 @@ from ee_llm.checkpoint.surgery.rewrite import Rewrite, write_rewrite
 
 def write(rewrite: Rewrite, output: Path, *, as_json: bool) -> None:
     """Write a checkpoint into the run directory `output` and print its path and size."""
-    specs = rewrite.specs
-    num_bytes = sum(spec.num_bytes for spec in specs.values())
-    with progress("writing", num_bytes, is_quiet=as_json) as advance:
-        path = write_rewrite(rewrite, output, lambda _, size: advance(size))
+    with progress("writing", rewrite.num_bytes, is_quiet=as_json) as advance:
+        result = write_rewrite(rewrite, output, lambda _, size: advance(size))
     if as_json:
-        result = {
-            "output": str(path),
-            "notes": rewrite.notes,
-            "tensors": len(specs),
-            "bytes": num_bytes,
+        record = {
+            "output": str(result.output),
+            "notes": list(result.notes),
+            "tensors": result.num_tensors,
+            "bytes": result.num_bytes,
         }
-        print(json.dumps(result))
+        print(json.dumps(record))
         return
     console = Console(soft_wrap=True, highlight=False)
-    for note in rewrite.notes:
+    for note in result.notes:
         console.print(f"note: {escape(note)}")
-    console.print(f"{escape(str(path))}: {len(specs)} tensors, {num_bytes / 2**20:,.1f} MiB")
+    console.print(escape(str(result)))
 
 
 @contextmanager
