@@ -1,3 +1,67 @@
-"""Early-exit large language models: training under 3D parallelism, tuning, inference."""
+"""Early-exit large language models: train, tune, convert, evaluate and serve them."""
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ee_llm.version import __version__
+
+if TYPE_CHECKING:
+    from ee_llm.api import (
+        TrainingResult as TrainingResult,
+    )
+    from ee_llm.api import (
+        convert as convert,
+    )
+    from ee_llm.api import (
+        plan as plan,
+    )
+    from ee_llm.api import (
+        train as train,
+    )
+    from ee_llm.api import (
+        tune as tune,
+    )
+    from ee_llm.config import Config as Config
+    from ee_llm.config import load_config as load_config
+    from ee_llm.errors import RunError as RunError
+    from ee_llm.errors import UserError as UserError
+    from ee_llm.inference.exits.policy import ExitPolicy as ExitPolicy
+    from ee_llm.inference.llm import LLM as LLM
+    from ee_llm.inference.outputs import RequestOutput as RequestOutput
+    from ee_llm.inference.outputs import TokenOutput as TokenOutput
+    from ee_llm.inference.sampling.params import SamplingParams as SamplingParams
+    from ee_llm.inference.strategies import SelfSpeculation as SelfSpeculation
+    from ee_llm.inference.verification.verify import VerificationReport as VerificationReport
+
+# The public API, by the module that defines each name. Modules are imported on first use, so that
+# `import ee_llm` is fast.
+_EXPORTS = {
+    "LLM": "ee_llm.inference.llm",
+    "SamplingParams": "ee_llm.inference.sampling.params",
+    "ExitPolicy": "ee_llm.inference.exits.policy",
+    "SelfSpeculation": "ee_llm.inference.strategies",
+    "RequestOutput": "ee_llm.inference.outputs",
+    "TokenOutput": "ee_llm.inference.outputs",
+    "VerificationReport": "ee_llm.inference.verification.verify",
+    "convert": "ee_llm.api",
+    "train": "ee_llm.api",
+    "tune": "ee_llm.api",
+    "plan": "ee_llm.api",
+    "TrainingResult": "ee_llm.api",
+    "Config": "ee_llm.config",
+    "load_config": "ee_llm.config",
+    "UserError": "ee_llm.errors",
+    "RunError": "ee_llm.errors",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = globals()[name] = getattr(import_module(_EXPORTS[name]), name)
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> None:
     train = ["train", "--config", CONFIG, "--nproc", str(num_ranks), *arguments]
     run(*train)
     generate = ["--checkpoint", config.output, "--prompt", PROMPT, "--thresholds", "0.5"]
-    run("generate", *generate, "--max-new-tokens", "96", "--temperature", "0.7")
+    run("generate", *generate, "--max-tokens", "96", "--temperature", "0.7")
     report(config, entropy, train)
     console.print(f"\nAll of this took {time.monotonic() - start:.0f} s.")
 

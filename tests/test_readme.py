@@ -55,7 +55,7 @@ def test_the_two_commands_come_first():
         "./scripts/quickstart.sh",
         "./scripts/test.sh",
         "source",
-        "./examples/llama.sh",  # tested by tests/unit/convert/test_example_llama.py
+        "./examples/llama.sh",  # tested by tests/unit/conversion/test_example_llama.py
     ]
 
 
@@ -69,7 +69,7 @@ def test_quickstart(tmp_path):
     assert re.search(r"mean depth \d\.\d\d of 8 layers", text)
     # The next commands that it names work.
     for line in re.findall(r"^  ee-llm (generate .*)$", text, re.MULTILINE):
-        run(["ee-llm", *shlex.split(line), "--max-new-tokens", "2"], tmp_path)
+        run(["ee-llm", *shlex.split(line), "--max-tokens", "2"], tmp_path)
 
 
 def test_test_script_checks_and_collects():
@@ -89,14 +89,14 @@ def test_first_model_tutorial_and_generate_page(tmp_path):
     for command in tutorial:
         small = SMALL if command[1] == "train" else []
         if command[1] == "generate":
-            small = ["--max-new-tokens", "4"]
+            small = ["--max-tokens", "4"]
         command = ["1024" if word == "4096" else word for word in command]
         text = run([*command, *small], tmp_path)
     assert "mean depth" in text
     (tmp_path / "prompts.jsonl").write_text(*blocks("docs/how-to/generate.md", "json"))
     assert len(commands("docs/how-to/generate.md")) == 6
     for command in commands("docs/how-to/generate.md"):
-        small = ["--max-new-tokens", "4"] if command[1] == "generate" else []
+        small = ["--max-tokens", "4"] if command[1] == "generate" else []
         text = run([*command, *small], tmp_path)
     assert "certificate: 3 generations" in text
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

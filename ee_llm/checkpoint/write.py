@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as index
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from ee_llm import __version__
 from ee_llm.atomic_file import replace_text
 from ee_llm.checkpoint import directory, tokenizer
 from ee_llm.checkpoint.format import safe
@@ -27,6 +26,7 @@ from ee_llm.checkpoint.read import CONFIG
 from ee_llm.checkpoint.state import STATE, TrainState
 from ee_llm.config import Config
 from ee_llm.errors import CheckpointError
+from ee_llm.version import __version__
 
 FILE = "__0_0.distcp"
 BLOCK_BYTES = 32 * 2**20

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from ee_llm.cli.arguments.help import CommandHelp, Group
 from ee_llm.cli.arguments.parsing import parse
-from ee_llm.convert.options import ConvertOptions
+from ee_llm.conversion.options import ConvertOptions
 
 if TYPE_CHECKING:
-    from ee_llm.convert.conversion import ConversionResult
+    from ee_llm.conversion.convert import ConversionResult
 
 COMMAND = CommandHelp(
     "convert",
@@ -44,7 +44,7 @@ class ConvertCommandOptions(ConvertOptions):
 def run_convert(arguments: list[str]) -> None:
     """Run `ee-llm convert`; raises ConversionError and CheckpointError."""
     options = parse(ConvertCommandOptions, COMMAND, arguments, ("source",))
-    from ee_llm.convert.conversion import convert
+    from ee_llm.conversion.convert import convert
 
     names = [field.name for field in fields(ConvertOptions)]
     conversion = ConvertOptions(**{name: getattr(options, name) for name in names})

@@ -10,19 +10,25 @@ from ee_llm.launch.local import launch
 COMMAND = CommandHelp(
     "generate",
     "Generate text for one prompt, or for a file of prompts, and show at which exit each token "
-    "left the model.",
+    "exited the model.",
     (
-        Group("Prompt", "prompt prompt_file chat", "prompt_ids parse_special bos"),
+        Group("Prompt", "prompt prompt_file chat", "prompt_token_ids parse_special bos"),
         Group("Chat", "", "chat_file system chat_template"),
-        Group("Batch", "batch_file output", "batch_size cache_tokens deferral"),
+        Group("Batch", "batch_file output", "max_num_seqs cache_tokens deferral"),
         Group(
-            "Exits", "thresholds strategy", "measure draft_exit draft_length draft_threshold verify"
+            "Exits",
+            "thresholds strategy",
+            "policy measure draft_exit draft_length draft_threshold verify",
         ),
-        Group("Length", "max_new_tokens stop", "stop_token_ids ignore_eos"),
+        Group("Length", "max_tokens stop", "min_tokens stop_token_ids ignore_eos"),
         Group(
-            "Sampling", "temperature top_p seed", "top_k min_p repetition_penalty show_confidence"
+            "Sampling",
+            "temperature top_p seed",
+            "top_k min_p repetition_penalty logprobs show_confidence",
         ),
-        Group("Execution", "dtype tensor pipeline", "quantize attention graphs compile timeout_s"),
+        Group(
+            "Execution", "dtype tensor pipeline", "quantize attention cuda_graphs compile timeout_s"
+        ),
         Group("Output", "json"),
     ),
     (

@@ -1,6 +1,6 @@
-"""From a checkpoint to text: tokens of different depths in one batch, and the proof of each.
+"""Generate text with early-exit models: batch tokens of different depths and verify each result.
 
-`reference` and `generator` say what a generation is, one sequence at a time. `engine` and
-`pipeline_engine` make the same in batches, over ranks too; `certificate` proves a finished one.
-The room needs torch, never megatron-core.
+`verification` defines a generation one sequence at a time and checks finished ones. `engine` and
+`pipeline_engine` produce the same generations in batches, on one or several ranks. This package
+needs torch but never megatron-core.
 """

@@ -1,72 +1,49 @@
-"""What every engine offers: requests in, updates out, whatever ranks the model runs on."""
+"""The common interface of engines: requests in, outputs out."""
 
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 from ee_llm.config import Config
 from ee_llm.errors import RequestError
-from ee_llm.inference.request import Request, Sequence
-from ee_llm.inference.verification.reference_decoding import RequestOutput, TokenOutput
-
-Detokenize = Callable[[list[int]], str]
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What a step brought to one request: new tokens and, when it is finished, all of it."""
-
-    id: str
-    token_outputs: tuple[TokenOutput, ...]
-    generation: RequestOutput | None = None
-
-
-class RequestQueue(Protocol):
-    """Where requests wait and run."""
-
-    @property
-    def has_work(self) -> bool:
-        """Return whether any sequence is unfinished."""
-
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; raises RequestError if there could never be room for it."""
-
-    def remove(self, sequence: Sequence) -> None:
-        """Drop a sequence, wherever it stands."""
+from ee_llm.inference.outputs import RequestOutput, StepOutput, TokenOutput
+from ee_llm.inference.request import Request
+from ee_llm.inference.scheduling.base import SchedulerBase
+from ee_llm.inference.sequence import Sequence
+from ee_llm.inference.text.detokenizer import Detokenize
 
 
 class OutputStream(Iterator[StepOutput]):
-    """The updates of one request as they come, see `EngineBase.stream`.
+    """An iterator over the step outputs of one request (see `EngineBase.stream`).
 
     The request is aborted if the stream is closed, left as a context manager, or garbage-collected
-    before its end, whether or not an update was taken from it.
+    before its end, whether or not an output was read from it.
     """
 
     def __init__(
-        self, decoder: "EngineBase", sequence: Sequence, outputs: deque[StepOutput]
+        self, engine: "EngineBase", sequence: Sequence, outputs: deque[StepOutput]
     ) -> None:
-        self._decoder = decoder
+        self._engine = engine
         self._sequence = sequence
-        self._updates = outputs
+        self._outputs = outputs
 
     def __next__(self) -> StepOutput:
         try:
-            while not self._updates and self._decoder.is_running(self._sequence):
-                self._decoder.advance()
+            while not self._outputs and self._engine.is_running(self._sequence):
+                self._engine.advance()
         except BaseException:
             self.close()
             raise
-        if not self._updates:
+        if not self._outputs:
             raise StopIteration
-        return self._updates.popleft()
+        return self._outputs.popleft()
 
     def close(self) -> None:
-        """Abort the request unless it is finished, and drop what has not been taken yet."""
-        self._updates.clear()
-        if self._decoder.is_running(self._sequence):
-            self._decoder.abort(self._sequence.request.id)
+        """Abort the request unless it is finished, and drop outputs that were not read."""
+        self._outputs.clear()
+        if self._engine.is_running(self._sequence):
+            self._engine.abort(self._sequence.request.id)
 
     def __enter__(self) -> Self:
         return self
@@ -75,53 +52,61 @@ class OutputStream(Iterator[StepOutput]):
         self.close()
 
     def __del__(self) -> None:
-        self._decoder.abandon(self._sequence)
+        self._engine.abandon(self._sequence)
 
 
 class EngineBase(ABC):
     """Takes requests and decodes them step by step, each as `generate_reference` defines it.
 
-    Updates belong to whoever brought the request: a stream yields its own, `generate` returns its
-    own, and `step` returns those of requests that came by `add`, whoever's call ran the pass.
+    Outputs go to the caller that submitted the request, no matter which call ran the pass: a stream
+    yields its own, `generate` returns its own, and `step` returns those of requests submitted with
+    `add`.
+
+    Attributes:
+        config: The model's configuration.
+        boundaries: Boundaries of all exits, the final one last.
     """
 
-    def __init__(self, config: Config, queue: RequestQueue, decode: Detokenize | None) -> None:
+    def __init__(
+        self, config: Config, scheduler: SchedulerBase, detokenize: Detokenize | None
+    ) -> None:
         self.config = config
         self.boundaries = (*config.exits.boundaries, config.model.num_layers)
-        self._queue = queue
-        self._decode = decode
+        self._scheduler = scheduler
+        self._detokenize = detokenize
         self._sequences: dict[str, Sequence] = {}
-        self._num_told: dict[str, int] = {}
+        self._num_reported: dict[str, int] = {}
         self._inboxes: dict[str, deque[StepOutput]] = {}
-        self._inbox: deque[StepOutput] = deque()  # of the requests that came by `add`
+        self._inbox: deque[StepOutput] = deque()  # of requests submitted with `add`
         self._is_advancing = False
         self._abandoned: list[Sequence] = []
 
     @abstractmethod
     def _advance(self) -> list[Sequence]:
-        """Do the next piece of work, maybe none, and return the sequences that it changed."""
+        """Run one unit of work, if there is any, and return the sequences that it changed."""
 
     @abstractmethod
-    def follow(self) -> None:
-        """Run what the leading rank runs until it closes; for the other ranks of an engine.
+    def worker_loop(self) -> None:
+        """Run passes for the leading rank until it shuts down; for all other ranks of an engine.
 
-        Raises RankLostError if a rank is gone.
+        Raises:
+            RankLostError: Another rank has ended or does not respond.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let the ranks that follow this one go."""
+        """Shut down the other ranks of the engine."""
 
     @property
     def has_work(self) -> bool:
-        """Return whether a request is unfinished, or `step` has updates to return."""
-        return self._queue.has_work or bool(self._inbox)
+        """Whether a request is unfinished, or `step` has outputs to return."""
+        return self._scheduler.has_work or bool(self._inbox)
 
     def step(self) -> list[StepOutput]:
-        """Do the next piece of work; return the new updates of requests that came by `add`.
+        """Run one engine step and return the new outputs of requests submitted with `add`.
 
-        If there are other ranks, call this periodically when idle: it sends heartbeats to them. A
-        request whose logits are not finite ends with the finish reason "error"; others go on.
+        With several ranks, call this periodically when idle; it sends heartbeats. A request whose
+        logits are not finite ends with the finish reason `error`; others continue.
         """
         self.advance()
         outputs = list(self._inbox)
@@ -129,7 +114,7 @@ class EngineBase(ABC):
         return outputs
 
     def advance(self) -> None:
-        """Do the next piece of work and keep the updates for whoever brought the requests."""
+        """Run one engine step and keep the outputs for the callers that submitted the requests."""
         self._is_advancing = True
         try:
             changed = {sequence.request.id: sequence for sequence in self._advance()}
@@ -137,7 +122,7 @@ class EngineBase(ABC):
                 if not self.is_running(sequence):
                     continue
                 inbox = self._inboxes.get(id, self._inbox)
-                if output := self._update(sequence):
+                if output := self._step_output(sequence):
                     inbox.append(output)
         finally:
             self._is_advancing = False
@@ -145,7 +130,7 @@ class EngineBase(ABC):
                 self.abandon(self._abandoned.pop())
 
     def abandon(self, sequence: Sequence) -> None:
-        """Abort a sequence unless it is finished, once the step under way has ended.
+        """Abort a sequence, unless it is finished, once the current step has ended.
 
         Garbage collection calls this, which may happen at any moment of a step.
         """
@@ -158,42 +143,75 @@ class EngineBase(ABC):
         """Return whether a sequence is unfinished; another one may have taken its id."""
         return self._sequences.get(sequence.request.id) is sequence
 
+    def check(self, request: Request) -> None:
+        """Raise RequestError if the model cannot serve a request."""
+        model = self.config.model
+        if len(request.prompt_token_ids) > model.max_seq_length:
+            raise RequestError(
+                f"The prompt has {len(request.prompt_token_ids)} tokens, more than"
+                f" model.max_seq_length = {model.max_seq_length}. Shorten it."
+            )
+        for token in request.prompt_token_ids:
+            if not 0 <= token < model.vocab_size:
+                raise RequestError(
+                    f"Token id {token} in the prompt is outside model.vocab_size ="
+                    f" {model.vocab_size}. Use the tokenizer that the model was trained with."
+                )
+        exits = list(self.boundaries[:-1])
+        request.policy.check_fits(exits)
+        speculation = request.speculation
+        if speculation is not None and speculation.draft_exit not in exits:
+            raise RequestError(
+                f"draft_exit = {speculation.draft_exit} is not an exit. The model has exits at"
+                f" {exits}."
+            )
+        params = request.sampling_params
+        if params.stop and self._detokenize is None:
+            raise RequestError(
+                f"stop = {list(params.stop)} needs an engine with a tokenizer. Give it detokenize=."
+            )
+        if params.min_tokens and len(request.end_token_ids) >= model.vocab_size:
+            raise RequestError(
+                f"min_tokens = {params.min_tokens} bans all {model.vocab_size} token ids, since all"
+                " are end or stop tokens. Remove some of stop_token_ids."
+            )
+
     def add(self, request: Request) -> None:
-        """Queue a request; raises RequestError, naming what is wrong, if it cannot be served."""
+        """Queue a request; raises RequestError if it cannot be served."""
         if request.id in self._sequences:
             raise RequestError(
-                f"request id {request.id!r} is in use; ids must differ while they run"
+                f"Request id {request.id!r} is in use. Unfinished requests need unique ids."
             )
-        self._check(request)
+        self.check(request)
         max_length = self.config.model.max_seq_length
-        sequence = Sequence(request, self.boundaries, max_length, self._decode)
-        self._queue.add(sequence)
+        sequence = Sequence(request, self.boundaries, max_length, self._detokenize)
+        self._scheduler.add(sequence)
         self._sequences[request.id] = sequence
-        self._num_told[request.id] = 0
+        self._num_reported[request.id] = 0
 
     def abort(self, id: str) -> RequestOutput | None:
-        """Give a request up; return what it has so far, None if it has no token yet.
+        """Abort a request and return its output so far; None if it has no token yet.
 
-        Updates of it that nobody has taken yet are dropped. Raises RequestError for an id that is
-        not under way.
+        Outputs of the request that were not read yet are dropped. Raises RequestError if no
+        unfinished request has this id.
         """
         if id not in self._sequences:
-            raise RequestError(f"request id {id!r} is not under way: finished, aborted or unknown")
+            raise RequestError(f"Request id {id!r} is finished, aborted or unknown.")
         sequence = self._sequences[id]
         sequence.finish_reason = "abort"
-        self._queue.remove(sequence)
+        self._scheduler.remove(sequence)
         inbox = self._inboxes.get(id, self._inbox)
-        kept = [output for output in inbox if output.id != id]
+        kept = [output for output in inbox if output.request_id != id]
         inbox.clear()
         inbox.extend(kept)
         self._forget(id)
-        return _generation(sequence) if sequence.exits else None
+        return _request_output(sequence) if sequence.exits else None
 
     def stream(self, request: Request) -> OutputStream:
-        """Return an iterator over the updates of one request as they come; others go on meanwhile.
+        """Return an iterator over the outputs of one request; other requests continue meanwhile.
 
-        Several streams may be open, and others may call `step` beside them. Raises RequestError as
-        `add` does, at once.
+        Several streams may be open, and `step` may be called beside them. Raises RequestError at
+        once, as `add` does.
         """
         self.add(request)
         outputs = self._inboxes[request.id] = deque()
@@ -202,99 +220,97 @@ class EngineBase(ABC):
     def generate(
         self, requests: Iterable[Request], on_output: Callable[[StepOutput], None] | None = None
     ) -> list[RequestOutput]:
-        """Return the generation of each request, in their order; raises RequestError as `add` does.
+        """Return the output of each request, in order.
 
-        If one of them cannot be added, none is, and none goes on after an exception. Raises
-        ValueError, too, if one was aborted meanwhile, once all others have ended.
+        If one of them cannot be added, none is. After an exception none continues.
+
+        Args:
+            requests: The requests.
+            on_output: Called with each step's output of any of them.
+
+        Raises:
+            RequestError: A request cannot be served, or was aborted while others ran.
         """
         requests = list(requests)
+        finished: dict[str, RequestOutput] = {}
+        for output in self.run(requests):
+            if on_output:
+                on_output(output)
+            if output.request_output:
+                finished[output.request_id] = output.request_output
+        aborted = [request.id for request in requests if request.id not in finished]
+        if aborted:
+            raise RequestError(f"Request {aborted[0]!r} was aborted while it was generated.")
+        return [finished[request.id] for request in requests]
+
+    def run(self, requests: Iterable[Request]) -> Iterator[StepOutput]:
+        """Yield the outputs of requests as they come, in any order.
+
+        If one of the requests cannot be added, none is. Requests that are unfinished when the
+        iterator is closed are aborted. Raises RequestError as `add` does.
+        """
         added: list[Sequence] = []
         inbox: deque[StepOutput] = deque()
-        finished: dict[str, RequestOutput] = {}
         try:
             for request in requests:
                 self.add(request)
                 added.append(self._sequences[request.id])
                 self._inboxes[request.id] = inbox
             while inbox or any(map(self.is_running, added)):
-                if not inbox:
+                if inbox:
+                    yield inbox.popleft()
+                else:
                     self.advance()
-                    continue
-                output = inbox.popleft()
-                if on_output:
-                    on_output(output)
-                if output.generation:
-                    finished[output.id] = output.generation
         finally:
             for sequence in filter(self.is_running, added):
                 self.abort(sequence.request.id)
-        aborted = [request.id for request in requests if request.id not in finished]
-        if aborted:
-            raise RequestError(f"request {aborted[0]!r} was aborted while it was being generated")
-        return [finished[request.id] for request in requests]
 
-    def _check(self, request: Request) -> None:
-        model = self.config.model
-        if len(request.prompt) > model.max_seq_length:
-            raise RequestError(
-                f"{len(request.prompt)} tokens are more than model.max_seq_length ="
-                f" {model.max_seq_length}; shorten the prompt"
-            )
-        wrong = next((t for t in request.prompt if not 0 <= t < model.vocab_size), None)
-        if wrong is not None:
-            raise RequestError(
-                f"token id {wrong} does not fit model.vocab_size = {model.vocab_size}; is this the"
-                " tokenizer the model was trained with?"
-            )
-        exits = list(self.boundaries[:-1])
-        request.policy.check_fits(exits)
-        if request.draft is not None and request.draft.boundary not in exits:
-            raise RequestError(
-                f"draft boundary {request.draft.boundary} is no exit; the model has them at {exits}"
-            )
-        if request.stop_strings and self._decode is None:
-            raise RequestError("stop_strings need an engine with a tokenizer; give it decode=")
-
-    def _update(self, sequence: Sequence) -> StepOutput | None:
+    def _step_output(self, sequence: Sequence) -> StepOutput | None:
         id = sequence.request.id
-        told, now = self._num_told[id], len(sequence.exits)
-        if told == now and sequence.finish_reason is None:
+        start, stop = self._num_reported[id], len(sequence.exits)
+        if start == stop and sequence.finish_reason is None:
             return None
-        self._num_told[id] = now
-        token_outputs = tuple(
-            TokenOutput(token, exit, confidence, logprob)
-            for token, exit, confidence, logprob in zip(
-                sequence.new_tokens[told:],
-                sequence.exits[told:],
-                sequence.confidences[told:],
-                sequence.logprobs[told:],
-                strict=True,
-            )
+        self._num_reported[id] = stop
+        columns = zip(
+            sequence.new_tokens[start:],
+            sequence.exits[start:],
+            sequence.confidences[start:],
+            sequence.logprobs[start:],
+            sequence.top_logprobs[start:],
+            strict=True,
         )
-        generation = None if sequence.finish_reason is None else _generation(sequence)
-        if generation is not None:
-            self._forget(id)
-        return StepOutput(id, token_outputs, generation)
+        tokens = tuple(
+            TokenOutput(token, exit, confidence, logprob, "", top)
+            for token, exit, confidence, logprob, top in columns
+        )
+        if sequence.finish_reason is None:
+            return StepOutput(id, tokens)
+        self._forget(id)
+        return StepOutput(id, tokens, _request_output(sequence))
 
     def _forget(self, id: str) -> None:
-        del self._sequences[id], self._num_told[id]
+        del self._sequences[id], self._num_reported[id]
         self._inboxes.pop(id, None)
 
 
-def _generation(sequence: Sequence) -> RequestOutput:
+def _request_output(sequence: Sequence) -> RequestOutput:
     request = sequence.request
     finish_reason = sequence.finish_reason
     assert finish_reason is not None, "the sequence is not finished"
     return RequestOutput(
-        prompt=request.prompt,
-        tokens=tuple(sequence.new_tokens),
+        request_id=request.id,
+        prompt_token_ids=request.prompt_token_ids,
+        token_ids=tuple(sequence.new_tokens),
         exits=tuple(sequence.exits),
         confidences=tuple(sequence.confidences),
         logprobs=tuple(sequence.logprobs),
+        top_logprobs=tuple(sequence.top_logprobs) if request.sampling_params.logprobs else (),
         finish_reason=finish_reason,
         policy=request.policy.under(request.strategy),
-        sampling=request.sampling,
+        sampling_params=request.sampling_params,
         strategy=request.strategy,
+        num_layers=sequence.boundaries[-1],
+        eos_token_ids=request.eos_token_ids,
         num_drafted=sequence.num_drafted,
         num_accepted=sequence.num_accepted,
         error=sequence.error,

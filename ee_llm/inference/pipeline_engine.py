@@ -1,4 +1,4 @@
-"""The engine over pipeline stages: a token that leaves early goes on before its row has ended."""
+"""The engine for pipeline stages: an early exit starts the next token before the pass has ended."""
 
 import time
 from collections.abc import Mapping
@@ -10,24 +10,24 @@ from ee_llm import distributed
 from ee_llm.architecture.tensors import take_tensors
 from ee_llm.config import Config
 from ee_llm.errors import RunError
-from ee_llm.inference.engine_base import Detokenize, EngineBase
+from ee_llm.inference.engine_base import EngineBase
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.execution.pipeline_runner import PipelineRunner
 from ee_llm.inference.execution.stage import ModelStage, make_shard, partition_layers
 from ee_llm.inference.execution.wire import decode_results
-from ee_llm.inference.request import Sequence
-from ee_llm.inference.scheduling.block_manager import BlockManager
+from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.pipeline_scheduler import (
     PipelineScheduler,
     PipelineSchedulerOutput,
 )
-from ee_llm.inference.scheduling.scheduler import SchedulerConfig
+from ee_llm.inference.sequence import Sequence
+from ee_llm.inference.text.detokenizer import Detokenize
 
 
 class PipelineEngine(EngineBase):
     """Decodes requests over pipeline stages, each of one or several tensor-parallel ranks.
 
-    Every rank makes one; all but the leader call `follow`.
+    Every rank builds one; all but the leader call `worker_loop`.
     """
 
     def __init__(
@@ -37,19 +37,19 @@ class PipelineEngine(EngineBase):
         ranks: distributed.InferenceGrid,
         dtype: torch.dtype = torch.float32,
         scheduler_config: SchedulerConfig | None = None,
-        decode: Detokenize | None = None,
+        detokenize: Detokenize | None = None,
         device: torch.device | str = "cpu",
         execution: ExecutionConfig | None = None,
     ) -> None:
-        """Take this rank's part of the weights out of `tensors`; decode: for stop strings.
+        """Build this rank's part of the engine; the arguments are those of `Engine`.
 
-        Raises RequestError if the tensors do not fit the configuration, or the ranks, or the
-        execution the device.
+        Raises:
+            UserError: The tensors do not fit the configuration or the ranks, or the device does
+                not support `execution`.
         """
         scheduler_config = scheduler_config or SchedulerConfig()
-        blocks = BlockManager(scheduler_config.num_blocks, scheduler_config.block_size)
-        self.scheduler = PipelineScheduler(scheduler_config, blocks, ranks.num_stages)
-        super().__init__(config, self.scheduler, decode)
+        self.scheduler = PipelineScheduler(scheduler_config, ranks.num_stages)
+        super().__init__(config, self.scheduler, detokenize)
         self._ranks = ranks
         stage = ModelStage(
             config,
@@ -68,53 +68,54 @@ class PipelineEngine(EngineBase):
             ranks.listen()
 
     def _advance(self) -> list[Sequence]:
-        """Send a pass if there is one, else wait for an answer; return the sequences it changed.
+        """Send a pass if there is one, else wait for a result; return the changed sequences.
 
-        An exception amid a pass leaves the ranks out of step, so it ends the engine on all of them.
+        An exception during a pass leaves the ranks out of step, so it ends the engine on all ranks.
         """
         if not self._is_open:
-            raise RunError("the engine was closed, or ended by an exception; make a new one")
-        concerned: list[Sequence] = []
+            raise RunError("The engine was closed or ended by an exception. Build a new one.")
+        changed: list[Sequence] = []
         try:
-            scheduler_output = self.scheduler.schedule()
-            if scheduler_output is not None:
-                concerned += self._send(scheduler_output)
+            output = self.scheduler.schedule()
+            if output is not None:
+                changed += self._send(output)
             elif time.monotonic() - self._last_sent > self._ranks.timeout_s / 3:
                 self._send(self.scheduler.heartbeat())
-            concerned += self._receive(
-                wait=scheduler_output is None and self.scheduler.num_sent > 0
-            )
+            changed += self._receive(wait=output is None and self.scheduler.num_in_flight > 0)
         except BaseException:
             self._is_open = False
             self._ranks.shutdown()
             raise
-        return concerned
+        return changed
 
-    def follow(self) -> None:
-        """Run what the leader sends, until it closes. Raises RankLostError if a rank is gone."""
-        self._runner.follow()
+    def worker_loop(self) -> None:
+        """Run passes of the leader until it closes; raises RankLostError if a rank is lost."""
+        self._runner.worker_loop()
 
     def close(self) -> None:
-        """Shut down the follower ranks, once the passes on their way are through.
+        """Shut down the other ranks once the passes in flight are complete.
 
-        There is nothing left to do for an engine that was closed, or ended by an exception.
+        Do nothing if the engine is closed already or was ended by an exception.
         """
         if not self._is_open:
             return
         self._is_open = False
-        while self.scheduler.num_sent:
+        while self.scheduler.num_in_flight:
             self._receive(wait=True)
-        self._runner.dismiss()
+        self._runner.shutdown()
 
     def _receive(self, wait: bool) -> list[Sequence]:
-        """Take the answers that are there, `wait`: for one at least; return whom they concern."""
-        concerned: list[Sequence] = []
-        while answer := self._ranks.next_result(wait=wait):
-            _, message = answer
-            concerned += self.scheduler.answer(*decode_results(message))
-            wait = False
-        return concerned
+        """Apply the results that have arrived and return the changed sequences.
 
-    def _send(self, scheduler_output: PipelineSchedulerOutput) -> list[Sequence]:
+        wait: wait for at least one result.
+        """
+        changed: list[Sequence] = []
+        while received := self._ranks.next_result(wait=wait):
+            _, message = received
+            changed += self.scheduler.apply(*decode_results(message))
+            wait = False
+        return changed
+
+    def _send(self, output: PipelineSchedulerOutput) -> list[Sequence]:
         self._last_sent = time.monotonic()
-        return self.scheduler.answer(scheduler_output.id, self._runner.lead(scheduler_output))
+        return self.scheduler.apply(output.id, self._runner.run_first_stage(output))

@@ -1,25 +1,25 @@
-"""Measure how fast tokens come, and how fast they would come at full depth."""
+"""Measure how fast tokens are generated, and how fast they would be at full depth."""
 
 import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
 from ee_llm.inference.engine_base import EngineBase
+from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.request import Request
-from ee_llm.inference.verification.reference_decoding import RequestOutput
 
-_NUM_REPEATED = 17  # tokens of a generation that are decoded again; the first is not timed
+_NUM_REPEATED = 17  # tokens of a generation that are decoded again; the first one is not timed
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast one generation, or a batch of them, was made.
+    """Speed of one generation or of a batch; values that were not measured are None.
 
-    time_to_first_token_s: from the request to its first token, None for a batch.
-    tokens_per_second: after the first token, None if there was no later one.
-    For self-speculation alone: acceptance, the share of drafted tokens that the model confirmed,
-    and full_tokens_per_second, the speed without drafts. None elsewhere and where nothing could be
-    measured.
+    Attributes:
+        time_to_first_token_s: Seconds from the request to its first token; None for a batch.
+        tokens_per_second: Speed after the first token.
+        acceptance: Share of drafted tokens that the full model confirmed, for self-speculation.
+        full_tokens_per_second: Speed without drafts, for self-speculation.
     """
 
     time_to_first_token_s: float | None = None
@@ -29,13 +29,13 @@ class Speed:
 
     @property
     def against_full(self) -> float | None:
-        """Return the speed over that at full depth; below 1 drafting costs more than it saves."""
+        """Speed relative to that at full depth; below 1, drafting costs more than it saves."""
         if self.tokens_per_second is None or self.full_tokens_per_second is None:
             return None
         return self.tokens_per_second / self.full_tokens_per_second
 
     def warning(self) -> str | None:
-        """Return what to tell the user if drafting is slower than not drafting."""
+        """Return a warning if drafting is slower than not drafting."""
         if self.against_full is None or self.against_full >= 1.0:
             return None
         accepted = ""
@@ -50,7 +50,7 @@ class Speed:
 
 
 class Stopwatch:
-    """Times the tokens of one request as they come."""
+    """Times the tokens of one request as they are generated."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -60,11 +60,11 @@ class Stopwatch:
 
     @property
     def is_running(self) -> bool:
-        """Return whether there was a token."""
+        """Whether there was a token."""
         return self._first is not None
 
     def tick(self, num_tokens: int) -> None:
-        """Take note of new tokens."""
+        """Record new tokens."""
         self._last = time.perf_counter()
         if self._first is None:
             self._first = self._last
@@ -72,7 +72,7 @@ class Stopwatch:
             self._num_later += num_tokens
 
     def speed(self) -> Speed:
-        """Return what was measured so far."""
+        """Return the speed so far."""
         if self._first is None:
             return Speed()
         seconds = self._last - self._first
@@ -82,60 +82,64 @@ class Stopwatch:
 
 def against_full(
     speed: Speed,
-    decoder: EngineBase,
+    engine: EngineBase,
     drafted: Items[tuple[Request, RequestOutput]],
     batch_size: int = 1,
 ) -> Speed:
-    """Return the speed of self-speculating requests beside that at full depth.
+    """Return the speed of self-speculating requests together with that at full depth.
 
-    The last tokens of up to `batch_size` generations are decoded again at full depth, where they
-    are the same ones, with what is before them as prompts that the cache still holds. A speed that
-    was not measured, as for a batch, is measured likewise, with drafts.
+    Decode the last tokens of up to `batch_size` outputs again at full depth, which gives the same
+    tokens. The tokens before them serve as prompts, which are still in the cache. If the speed with
+    drafts is not known, as for a batch, measure it in the same way.
     """
-    num_drafted = sum(generation.num_drafted for _, generation in drafted)
-    num_accepted = sum(generation.num_accepted for _, generation in drafted)
+    num_drafted = sum(output.num_drafted for _, output in drafted)
+    num_accepted = sum(output.num_accepted for _, output in drafted)
     speed = replace(speed, acceptance=num_accepted / num_drafted if num_drafted else None)
-    long = [pair for pair in drafted if len(pair[1].tokens) >= _NUM_REPEATED] or list(drafted)
+    long = [pair for pair in drafted if len(pair[1].token_ids) >= _NUM_REPEATED] or list(drafted)
     sample = long[:batch_size]
-    num_tokens = min(_NUM_REPEATED, *(len(generation.tokens) for _, generation in sample))
+    num_tokens = min(_NUM_REPEATED, *(len(output.token_ids) for _, output in sample))
     if num_tokens < 2:
         return speed
     again = [
         replace(
             request,
             id=f"{request.id} again",
-            prompt=(*generation.prompt, *generation.tokens[:-num_tokens]),
-            max_new_tokens=num_tokens,
-            eos_token_ids=(),
-            stop_tokens=(),
-            stop_strings=(),
+            prompt_token_ids=(*output.prompt_token_ids, *output.token_ids[:-num_tokens]),
+            sampling_params=replace(
+                request.sampling_params,
+                max_tokens=num_tokens,
+                min_tokens=0,
+                stop=(),
+                stop_token_ids=(),
+                ignore_eos=True,
+            ),
         )
-        for request, generation in sample
+        for request, output in sample
     ]
     if speed.tokens_per_second is None:
-        speed = replace(speed, tokens_per_second=_decoding_speed(decoder, again))
-    full = [replace(request, strategy="full", draft=None) for request in again]
-    return replace(speed, full_tokens_per_second=_decoding_speed(decoder, full))
+        speed = replace(speed, tokens_per_second=_decoding_speed(engine, again))
+    full = [replace(request, strategy="full", speculation=None) for request in again]
+    return replace(speed, full_tokens_per_second=_decoding_speed(engine, full))
 
 
-def _decoding_speed(decoder: EngineBase, requests: Items[Request]) -> float | None:
-    """Return the tokens per second of requests that run together, from when all have a token."""
+def _decoding_speed(engine: EngineBase, requests: Items[Request]) -> float | None:
+    """Return the tokens per second of requests that run together, once each has a token."""
     for request in requests:
-        decoder.add(request)
+        engine.add(request)
     waiting = {request.id for request in requests}
     start = end = 0.0
     num_tokens = 0
-    while decoder.has_work:
-        outputs = decoder.step()
+    while engine.has_work:
+        outputs = engine.step()
         now = time.perf_counter()
         if not waiting:
-            num_tokens += sum(len(output.token_outputs) for output in outputs)
+            num_tokens += sum(len(output.tokens) for output in outputs)
             end = now
-            if any(output.generation for output in outputs):
-                break  # fewer run from here on
+            if any(output.request_output for output in outputs):
+                break  # Fewer requests run from here on.
             continue
-        waiting -= {output.id for output in outputs}
+        waiting -= {output.request_id for output in outputs}
         start = now
-    while decoder.has_work:
-        decoder.step()
+    while engine.has_work:
+        engine.step()
     return num_tokens / (end - start) if num_tokens else None

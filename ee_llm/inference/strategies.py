@@ -11,18 +11,29 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 @dataclass(frozen=True)
 class SelfSpeculation:
-    """How the strategy `self-speculative` drafts tokens (LayerSkip, arXiv 2404.16710).
+    """Settings of the strategy `self-speculative` (LayerSkip, arXiv 2404.16710).
 
-    boundary: of the exit that drafts. length: at most so many tokens between two deep passes.
-    threshold: drafting goes on while the exit's confidence reaches it; None: always.
+    Attributes:
+        draft_exit: Boundary of the exit that drafts tokens; None for the model's first exit.
+        draft_length: Greatest number of tokens drafted between two passes through all layers.
+        draft_threshold: Drafting continues while the exit's confidence reaches this; None for
+            always.
+
+    Raises:
+        RequestError: A field is not valid.
     """
 
-    boundary: int
-    length: int = 4
-    threshold: float | None = None
+    draft_exit: int | None = None
+    draft_length: int = 4
+    draft_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if type(self.length) is not int or self.length < 1:
-            raise RequestError(f"draft length {self.length!r} must be a whole number of at least 1")
-        if self.threshold is not None and not 0.0 < self.threshold <= 1.0:  # NaN fails too
-            raise RequestError(f"draft threshold {self.threshold} is not in (0, 1]")
+        if self.draft_exit is not None and type(self.draft_exit) is not int:
+            raise RequestError(f"draft_exit = {self.draft_exit!r} must be an integer, or None")
+        if type(self.draft_length) is not int or self.draft_length < 1:
+            raise RequestError(
+                f"draft_length = {self.draft_length!r} must be an integer of at least 1"
+            )
+        threshold = self.draft_threshold
+        if threshold is not None and not 0.0 < threshold <= 1.0:  # NaN fails too
+            raise RequestError(f"draft_threshold = {threshold} is not in (0, 1]")

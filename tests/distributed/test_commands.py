@@ -112,14 +112,14 @@ def test_training_reports(workplace):
 
 @pytest.mark.parametrize("strategy", ["exact", "full"])
 def test_generation(workplace, strategy):
-    options = ("--prompt", PROMPT, "--thresholds", "0.3", "--max-new-tokens", "12")
+    options = ("--prompt", PROMPT, "--thresholds", "0.3", "--max-tokens", "12")
     out, _ = workplace.run(
         "generate", "--checkpoint", "run", *options, "--strategy", strategy, "--json"
     )
     found = json.loads(out)
     assert found["prompt"] == PROMPT
-    assert 0 < len(found["tokens"]) <= 12
-    assert len(found["exits"]) == len(found["tokens"]) == len(found["confidences"])
+    assert 0 < len(found["token_ids"]) <= 12
+    assert len(found["exits"]) == len(found["token_ids"]) == len(found["confidences"])
     if strategy == "full":
         assert set(found["exits"]) == {4}
     else:
@@ -153,7 +153,7 @@ def test_tuning(workplace):
     name = "exit 3 loss validation"
     [last] = [line for line in log_of(workplace.path / "tuned") if name in line]
     assert last[name] < 2.5
-    options = ("--prompt", PROMPT, "--thresholds", "0.3", "--max-new-tokens", "12", "--json")
+    options = ("--prompt", PROMPT, "--thresholds", "0.3", "--max-tokens", "12", "--json")
     out, _ = workplace.run("generate", "--checkpoint", "tuned", *options)
     assert set(json.loads(out)["exits"]) <= {1, 2, 3, 4}
 

@@ -22,7 +22,7 @@ from tests.distributed.tuning_runs import dense_config, tune, tuning_config
 from tests.distributed.zero_runs import BACKENDS as ZERO
 from tests.distributed.zero_runs import needs_deepspeed
 from tests.unit.checkpoint.damage import blocks_of, files_of, flip, offsets_of
-from tests.unit.convert.huggingface.folders import make_tokenizer
+from tests.unit.conversion.huggingface.folders import make_tokenizer
 
 ONE_STEP = {"training.steps": 1, "training.dtype": "float32"}
 NONE = "nothing was found"

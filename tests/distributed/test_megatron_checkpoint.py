@@ -8,7 +8,7 @@ import torch
 
 from ee_llm import distributed
 from ee_llm.architecture.reference import ReferenceModel
-from ee_llm.convert.open_source import open_source
+from ee_llm.conversion.open_source import open_source
 from tests.distributed.harness import run_ranks
 
 distributed.enable_megatron()

@@ -1,16 +1,16 @@
-"""The engine on a GPU: kernels over pages, CUDA graphs, the compiler, against their plain twins."""
+"""The engine on a GPU: paged kernels, CUDA graphs and the compiler against plain computation."""
 
 import pytest
 import torch
 
 from ee_llm import distributed
 from ee_llm.architecture.reference import ReferenceModel
-from ee_llm.cli.generation.verify import verify_trace
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.execution.executor import ExecutionConfig
-from ee_llm.inference.execution.paged_attention import choose, plain
+from ee_llm.inference.execution.paged_attention import choose_kernel, plain
 from ee_llm.inference.request import Request
-from ee_llm.inference.scheduling.scheduler import SchedulerConfig
+from ee_llm.inference.scheduling.config import SchedulerConfig
+from ee_llm.inference.verification.certificate import tolerance, verify_trace
 from tests.unit.inference.engines import one_of_each, reference
 from tests.unit.inference.execution.test_attention import HEADS, PATHS, Cache, Path
 from tests.unit.inference.execution.test_paged_attention import over_pages
@@ -28,7 +28,7 @@ LIMITS = SchedulerConfig(
 
 def _has(name: str) -> bool:
     try:
-        choose(name, distributed.device(), torch.bfloat16, LIMITS.block_size)
+        choose_kernel(name, distributed.device(), torch.bfloat16, LIMITS.block_size)
     except ValueError:
         return False
     return True
@@ -48,7 +48,7 @@ def test_float64_gives_the_tokens_of_the_reference(attention: str) -> None:
     engine = _engine(torch.float64, ExecutionConfig(attention))
     config = tiny_config(head_dim=32)
     for request, made in zip(one_of_each(), engine.generate(one_of_each()), strict=True):
-        assert made.tokens == reference(request, config, random_tensors(config)).tokens
+        assert made.token_ids == reference(request, config, random_tensors(config)).token_ids
 
 
 @pytest.mark.parametrize("by_row", [False, True])
@@ -67,9 +67,9 @@ def test_kernels_give_what_their_plain_twin_does(
     pages = cache.pages.view(-1, paged.block_size, *cache.pages.shape[1:])
     keys, values = pages.unbind(2)
     expected = plain(cache.queries.flatten(1, 2), keys, values, paged)
-    kernel = choose(name, device, torch.bfloat16, LIMITS.block_size)
-    moved = [t.to(device) for t in (paged.starts, paged.lengths, paged.new_blocks)]
-    there = type(paged)(*moved, paged.longest, paged.furthest, paged.block_size, kernel)
+    kernel = choose_kernel(name, device, torch.bfloat16, LIMITS.block_size)
+    moved = [t.to(device) for t in (paged.cu_seqlens_q, paged.seqused_k, paged.block_table)]
+    there = type(paged)(*moved, paged.max_seqlen_q, paged.max_seqlen_k, paged.block_size, kernel)
     inputs = [t.to(device, torch.bfloat16) for t in (cache.queries.flatten(1, 2), keys, values)]
     found = kernel(*inputs, there).double().cpu()
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
@@ -80,19 +80,17 @@ def test_kernels_give_what_their_plain_twin_does(
     [
         ExecutionConfig("gather"),
         ExecutionConfig("plain"),
-        ExecutionConfig("plain", graphs=True),
+        ExecutionConfig("plain", cuda_graphs=True),
         ExecutionConfig("varlen"),
-        ExecutionConfig("varlen", graphs=True),
+        ExecutionConfig("varlen", cuda_graphs=True),
         ExecutionConfig("flash"),
-        ExecutionConfig("flash", graphs=True),
+        ExecutionConfig("flash", cuda_graphs=True),
         ExecutionConfig("gather", compile=True),
-        ExecutionConfig("plain", graphs=True, compile=True),
+        ExecutionConfig("plain", cuda_graphs=True, compile=True),
     ],
-    ids=lambda one: f"{one.attention} {'graphs ' * one.graphs}{'compiled' * one.compile}",
+    ids=lambda one: f"{one.attention} {'graphs ' * one.cuda_graphs}{'compiled' * one.compile}",
 )
 def test_every_divergence_is_within_the_rounding_of_bfloat16(execution: ExecutionConfig) -> None:
-    from ee_llm.inference.verification.certificate import tolerance
-
     if not (execution.attention in ("gather", "plain") or _has(execution.attention)):
         pytest.skip(f"attention {execution.attention} is not to be had here")
     config = tiny_config(head_dim=32)
@@ -104,8 +102,10 @@ def test_every_divergence_is_within_the_rounding_of_bfloat16(execution: Executio
         assert first is None or tolerance(torch.bfloat16).explains(first)
 
 
-def test_graphs_give_what_passes_kernel_by_kernel_do() -> None:
+def test_cuda_graphs_give_the_outputs_of_eager_passes() -> None:
     eager = _engine(torch.float32, ExecutionConfig("plain")).generate(one_of_each())
-    replayed = _engine(torch.float32, ExecutionConfig("plain", graphs=True)).generate(one_of_each())
+    replayed = _engine(torch.float32, ExecutionConfig("plain", cuda_graphs=True)).generate(
+        one_of_each()
+    )
     for one, other in zip(eager, replayed, strict=True):
-        assert (one.tokens, one.exits) == (other.tokens, other.exits)
+        assert (one.token_ids, one.exits) == (other.token_ids, other.exits)

@@ -43,7 +43,7 @@ RULES = (
             "data",
             "atomic_file",
             "errors",
-            "__version__",
+            "version",
         ),
     ),
     Rule("checkpoint.read", never=("megatron",), through=True),
@@ -72,7 +72,7 @@ RULES = (
         ),
     ),
     Rule(
-        "convert",
+        "conversion",
         ours=(
             "config",
             "distributed",
@@ -83,7 +83,7 @@ RULES = (
             "errors",
         ),
     ),
-    Rule("convert", never=("megatron",), through=True),
+    Rule("conversion", never=("megatron",), through=True),
     Rule(
         "inference",
         ours=(
@@ -92,6 +92,7 @@ RULES = (
             "architecture",
             "data",
             "checkpoint",
+            "launch",
             "atomic_file",
             "errors",
         ),

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.checkpoint.write import TensorSpec
 from ee_llm.config import load_config
-from ee_llm.convert.huggingface.settings import write_settings
-from ee_llm.convert.huggingface.shards import write_shards
-from ee_llm.convert.huggingface.tables import rows_of
+from ee_llm.conversion.huggingface.settings import write_settings
+from ee_llm.conversion.huggingface.shards import write_shards
+from ee_llm.conversion.huggingface.tables import rows_of
 from tools.bench import report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,7 +106,7 @@ def run_watched(arguments: list[str]) -> tuple[float, int, int]:
     code = (
         "import json, resource, sys, time\n"
         "from ee_llm.cli.main import main\n"
-        "import ee_llm.convert.conversion\n"
+        "import ee_llm.conversion.convert\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "idle, begin = peak(), time.perf_counter()\n"
         "status = main([*sys.argv[1:], '--json'])\n"

@@ -34,9 +34,9 @@ from ee_llm import distributed
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.exits.decision import ExitQuery, decide_exits
 from ee_llm.inference.exits.policy import ExitPolicy
-from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.scheduling.deferral import LatencyProfile
-from ee_llm.inference.scheduling.scheduler import SchedulerOutput, SegmentStep, TokenRange
+from ee_llm.inference.scheduling.output import SchedulerOutput, SegmentStep, TokenRange
 
 # Runs of a level for each run of the next; beyond, tail latency is no more worth it.
 PASSES = (1, 2, 3, 4, 6, 8)
@@ -197,7 +197,7 @@ def _room(
     assert not engine.has_work, "costs are measured on an idle engine"
     manager = engine.scheduler.blocks
     count = manager.num_needed(context)
-    blocks = [[manager.take() for _ in range(count)] for _ in range(num_sequences)]
+    blocks = [[manager.allocate() for _ in range(count)] for _ in range(num_sequences)]
     tables = tuple(
         (slot, index, block) for slot, own in enumerate(blocks) for index, block in enumerate(own)
     )
@@ -229,7 +229,7 @@ def _room(
 
     yield timer
     for own in blocks:
-        manager.give_back(own)
+        manager.free(own)
 
 
 def _binomial(count: int, share: float, successes: int) -> float:

@@ -23,11 +23,11 @@ from ee_llm import distributed
 from ee_llm.config import Config
 from ee_llm.inference.execution.stage import partition_layers
 from ee_llm.inference.exits.policy import make_exit_policy
+from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.pipeline_engine import PipelineEngine
 from ee_llm.inference.request import Request
-from ee_llm.inference.sampling.sampler import SamplingParams
-from ee_llm.inference.scheduling.scheduler import SchedulerConfig
-from ee_llm.inference.verification.reference_decoding import RequestOutput
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.scheduling.config import SchedulerConfig
 from tools.bench import report
 from tools.bench.decode_model import cut, open_model
 from tools.bench.ranks import run_ranks
@@ -96,7 +96,7 @@ def measure(options: Options) -> Result | None:
     )
     engine = PipelineEngine(config, model.tensors, ranks, dtype, scheduler_config)
     if not ranks.is_leader:
-        engine.follow()
+        engine.worker_loop()
         return None
     thresholds = [None if value == "off" else value for value in options.thresholds]
     policy = make_exit_policy(config.exits.boundaries, thresholds)
@@ -104,7 +104,7 @@ def measure(options: Options) -> Result | None:
     seconds: dict[str, list[float]] = {"full": [], "exact": []}
     made: list[RequestOutput] = []
     for number, prompt in enumerate(prompts):
-        exact = Request("one", prompt, policy, SamplingParams(), max_new_tokens=options.new_tokens)
+        exact = Request("one", prompt, policy, SamplingParams(max_tokens=options.new_tokens))
         for strategy in ("full", "exact"):
             start = time.perf_counter()
             made += engine.generate([replace(exact, strategy=strategy)])

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.inference.exits.policy import ExitPolicy, make_exit_policy
+from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.verification.certificate import Divergence, Tolerance, verify_trace
-from ee_llm.inference.verification.reference_decoding import RequestOutput
 from tools.bench.decode_model import Model, Weights, truncate
 
 # So many tokens must be the dense model's own choice, where thresholds are not given.
@@ -59,7 +59,7 @@ class Dense:
         for divergence in (d for one in found for d in one):
             margins[divergence.kind].append(divergence.margin)
         return Certificate(
-            sum(len(generation.tokens) for generation in generations),
+            sum(len(generation.token_ids) for generation in generations),
             sum(len({divergence.index for divergence in one}) for one in found),
             max(margins["token"]),
             max(margins["exit"]),
@@ -76,7 +76,13 @@ class Dense:
 
     def _verify(self, made: RequestOutput) -> list[Divergence]:
         # Batches of other sizes make the same generation again and again.
-        key = (made.prompt, made.tokens, made.exits, made.policy, made.strategy == "propagate")
+        key = (
+            made.prompt_token_ids,
+            made.token_ids,
+            made.exits,
+            made.policy,
+            made.strategy == "propagate",
+        )
         if key not in self._divergences:
             self._divergences[key] = verify_trace(self.reference, made)
         return self._divergences[key]

@@ -122,7 +122,7 @@ def make_rows(
 def _passes(traces: Sequence[Trace], side: str) -> dict[str, float | None]:
     """Return what all rounds' passes and arrivals come to."""
     made = [generation for trace in traces for generation in trace.generations]
-    num_prompt = len(made[0].prompt)
+    num_prompt = len(made[0].prompt_token_ids)
     gaps = [gap for trace in traces for gap in trace.gaps]
     held = [deferred(trace.passes) for trace in traces]
     steps = [n for one in held for n in one.steps]

@@ -11,14 +11,14 @@ from typing import Literal
 import torch
 
 from ee_llm import distributed
+from ee_llm.inference.choices import Attention
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.execution.executor import ExecutionConfig
-from ee_llm.inference.execution.paged_attention import Attention
 from ee_llm.inference.exits.policy import ExitPolicy, make_exit_policy
 from ee_llm.inference.request import Request
-from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.deferral import Deferral
-from ee_llm.inference.scheduling.scheduler import SchedulerConfig
 from ee_llm.inference.strategies import SelfSpeculation, Strategy
 from tools.bench.decode_model import (
     Model,
@@ -77,7 +77,7 @@ class Options:
     what passes cost; it says nothing of how often tokens leave. Needs --thresholds."""
     attention: Attention = "auto"
     """How our engine attends, see ee-llm generate --help."""
-    graphs: bool = False
+    cuda_graphs: bool = False
     """Whether our engine replays passes of few rows as CUDA graphs."""
     compile: bool = False
     """Whether our engine's layers go through torch.compile."""
@@ -139,7 +139,7 @@ def prepare(options: Options) -> Bench:
     num_blocks = 1 + 2 * num_texts * -(-length // SchedulerConfig.block_size)
     scheduler_config = SchedulerConfig(max_num_seqs=most, num_blocks=num_blocks)
     device = distributed.device()
-    execution = ExecutionConfig(options.attention, options.graphs, options.compile)
+    execution = ExecutionConfig(options.attention, options.cuda_graphs, options.compile)
     make = partial(
         Engine, dtype=dtype, scheduler_config=scheduler_config, device=device, execution=execution
     )
@@ -243,13 +243,14 @@ def run(
     """
     strategy = STRATEGIES.get(side, "full")
     draft = draft if strategy == "self-speculative" else None
+    params = SamplingParams(max_tokens=num_new)
     requests = [
-        Request(str(n), prompt, policy, SamplingParams(), strategy, draft, num_new, tenant=tenant)
+        Request(str(n), prompt, policy, params, strategy, draft, tenant=tenant)
         for n, prompt in enumerate(prompts)
     ]
     with deferral(engine, learned):
         trace = decode(engine, requests)
-    tokens = [generation.tokens for generation in trace.generations]
+    tokens = [generation.token_ids for generation in trace.generations]
     return Sample(trace.seconds, list(prompts), tokens, trace)
 
 
@@ -267,7 +268,8 @@ def deferral(engine: Engine, learned: Deferral | None) -> Iterator[None]:
 def sides(bench: Bench, batch: int) -> dict[str, Callable[[int], Sample]]:
     """Return what each side does in a round, by name."""
     options, model = bench.options, bench.model
-    draft = SelfSpeculation(model.config.exits.boundaries[0], options.draft_length)
+    draft_exit = model.config.exits.boundaries[0]
+    draft = SelfSpeculation(draft_exit, options.draft_length)
 
     def prompts(number: int) -> list[tuple[int, ...]]:
         # Small batches take other prompts in every round.
@@ -287,7 +289,7 @@ def sides(bench: Bench, batch: int) -> dict[str, Callable[[int], Sample]]:
         return Sample(made.seconds, prompts(number), made.tokens)
 
     def drafting(peer: Peer, length: int | None, number: int) -> Sample:
-        made = peer.decode_assisted(prompts(number)[0], options.new_tokens, draft.boundary, length)
+        made = peer.decode_assisted(prompts(number)[0], options.new_tokens, draft_exit, length)
         return Sample(made.seconds, prompts(number), made.tokens)
 
     found: dict[str, Callable[[int], Sample]] = {
@@ -296,5 +298,6 @@ def sides(bench: Bench, batch: int) -> dict[str, Callable[[int], Sample]]:
     found |= {name: partial(theirs, peer) for name, peer in bench.peers.items()}
     if bench.assistant and batch == 1:
         found[ASSISTED] = partial(drafting, bench.assistant, None)
-        found[f"{ASSISTED} {draft.length}"] = partial(drafting, bench.assistant, draft.length)
+        length = options.draft_length
+        found[f"{ASSISTED} {length}"] = partial(drafting, bench.assistant, length)
     return found

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ee_llm.inference.engine import Engine
-from ee_llm.inference.engine_base import StepOutput
+from ee_llm.inference.outputs import RequestOutput, StepOutput
 from ee_llm.inference.request import ExitResult, Request
-from ee_llm.inference.scheduling.scheduler import SchedulerOutput
-from ee_llm.inference.verification.reference_decoding import RequestOutput
+from ee_llm.inference.scheduling.output import SchedulerOutput
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,9 @@ def decode(engine: Engine, requests: Sequence[Request]) -> Trace:
     arrivals: list[Arrival] = []
 
     def note(output: StepOutput) -> None:
-        exits = tuple(token_output.exit for token_output in output.token_outputs)
-        is_last = output.generation is not None
-        arrivals.append(Arrival(time.perf_counter(), output.id, exits, is_last))
+        exits = tuple(token_output.exit for token_output in output.tokens)
+        is_last = output.request_output is not None
+        arrivals.append(Arrival(time.perf_counter(), output.request_id, exits, is_last))
 
     with watching(engine) as passes:
         start = time.perf_counter()
@@ -150,7 +149,7 @@ def steady(trace: Trace) -> Steady:
     A prompt's end is when its rows are through all segments: with exits that may be long after
     its first token. Where no pass lies between, it is the whole trace.
     """
-    num_prompt = len(trace.generations[0].prompt)
+    num_prompt = len(trace.generations[0].prompt_token_ids)
     last = max(one.scheduler_output.last_segment for one in trace.passes)
     ends: dict[int, int] = {}  # slot: number of the pass
     for number, one in enumerate(trace.passes):

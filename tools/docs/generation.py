@@ -20,7 +20,7 @@ PICTURE = ROOT / "docs" / "images" / "generation.svg"
 COMMAND = (
     "generate", "--checkpoint", "runs/quickstart", "--prompt",
     "def read_lines(self, filename, encoding=None):\n", "--thresholds", "0.5",
-    "--max-new-tokens", "96", "--temperature", "0.7", "--json",
+    "--max-tokens", "96", "--temperature", "0.7", "--json",
 )  # fmt: skip
 
 EXIT_COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#f0e442")

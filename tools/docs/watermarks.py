@@ -19,10 +19,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from ee_llm.inference.exits.policy import make_exit_policy
-from ee_llm.inference.request import ExitResult, Request, Sequence
-from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.request import ExitResult, Request
+from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.scheduling.block_manager import BlockManager
-from ee_llm.inference.scheduling.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
+from ee_llm.inference.scheduling.config import SchedulerConfig
+from ee_llm.inference.scheduling.output import SchedulerOutput
+from ee_llm.inference.scheduling.scheduler import Scheduler
+from ee_llm.inference.sequence import Sequence
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "images" / "watermarks.png"
 
@@ -57,7 +60,7 @@ def play(seed: int, num_passes: int) -> list[Strip]:
     policy = make_exit_policy(BOUNDARIES[:-1], (0.5, 0.5))
     sequences = {}
     for name, length in PROMPTS.items():
-        request = Request(name, (1,) * length, policy, SamplingParams(), max_new_tokens=40)
+        request = Request(name, (1,) * length, policy, SamplingParams(max_tokens=40))
         sequences[name] = Sequence(request, BOUNDARIES, max_length=64)
     for name in ("A", "B", "C"):
         scheduler.add(sequences[name])

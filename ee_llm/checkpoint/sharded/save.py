@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 
-from ee_llm import __version__, distributed
+from ee_llm import distributed
 from ee_llm.atomic_file import replace_text
 from ee_llm.checkpoint import directory, tokenizer
 from ee_llm.checkpoint.format import safe
@@ -22,6 +22,7 @@ from ee_llm.checkpoint.sharded.save_unsharded import UnshardedTensors, write_uns
 from ee_llm.checkpoint.state import STATE, TrainState, data_files
 from ee_llm.config import Config
 from ee_llm.errors import CheckpointError
+from ee_llm.version import __version__
 
 distributed.enable_megatron()
 from megatron.core import parallel_state

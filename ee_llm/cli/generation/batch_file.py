@@ -1,7 +1,7 @@
-"""A batch's output: one JSON object per line, appended as they finish; none is made twice.
+"""Write the output of a batch: one JSON object per line, appended as they finish.
 
-Error records come after all generations. Repeating the command cuts them off, appends what is
-missing and tries what failed again.
+Error records come after all generations. Repeating the command removes them, appends what is
+missing, and retries what failed; nothing is generated twice.
 """
 
 import fcntl
@@ -22,22 +22,28 @@ _START = b'{"id": "'
 def open_output(
     path: Path, origins: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[BinaryIO, set[str]]]:
-    """Give the file to append records to, and the ids of those that it holds.
+    """Open the file to append records to, and yield it with the ids of the records in it.
 
-    A line cut off by a crash is taken away, and so are error records. origins: by id, what this
-    batch's generations are functions of. Raises UserError, and changes nothing, if the file can
-    not be written, if another process writes to it, or if it holds anything but error records after
-    generations that were made as this batch's are.
+    A line that a crash cut off is removed, and so are error records.
+
+    Args:
+        path: The file.
+        origins: For each id, everything that determines this batch's generation.
+
+    Raises:
+        UserError: The file cannot be written, another process writes to it, or it contains anything
+            other than generations that this batch would generate, followed by error records. The
+            file is unchanged then.
     """
     source = f"--output {path}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
     except OSError as error:
-        raise UserError(f"{source} can not be written: {error.strerror or error}") from error
+        raise UserError(f"{source} cannot be written: {error.strerror or error}") from error
     with file:
         if not path.is_file():
-            raise UserError(f"{source} is no regular file; give the path of one")
+            raise UserError(f"{source} is not a regular file. Give the path of one.")
         _lock(file, source)
         file.seek(0)
         done, end = _finished(file, source, origins)
@@ -46,7 +52,7 @@ def open_output(
 
 
 def append(file: BinaryIO, record: Record) -> None:
-    """Write a record as a line that is on the disk when this returns."""
+    """Write a record as a line; it is on the disk when this returns."""
     file.write(as_json(record).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
@@ -54,17 +60,17 @@ def append(file: BinaryIO, record: Record) -> None:
 
 def _lock(file: BinaryIO, source: str) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed
     except (BlockingIOError, PermissionError):
-        raise UserError(f"{source} is being written by another process; wait for it") from None
+        raise UserError(f"{source} is being written by another process. Wait for it.") from None
     except OSError:
-        pass  # a file system without locks: two batches must not meet there
+        pass  # The file system has no locks; two batches must not write to one file there.
 
 
 def _finished(
     file: BinaryIO, source: str, origins: Mapping[str, Mapping[str, Any]]
 ) -> tuple[set[str], int]:
-    """Return the ids that a file holds, and where the last whole line ends."""
+    """Return the ids in a file, and the offset at which its last complete line ends."""
     done: set[str] = set()
     end = 0
     error_at = ""
@@ -79,27 +85,29 @@ def _finished(
                 error_at = error_at or where
                 continue
             if error_at:
-                raise UserError(f"{where} comes after the error record of {error_at}")
+                raise UserError(f"{where} follows the error record of {error_at}")
             from_record(record, where)
         except ValueError as error:
-            raise UserError(f"{error}; --output adds to generations alone: give another") from None
+            raise UserError(
+                f"{error} --output can only extend a file of generations. Give another file."
+            ) from None
         id = record.get("id")
         if not isinstance(id, str) or id in done:
-            raise UserError(f'{where}: "id" is {short(id)}: no text, or there twice')
+            raise UserError(f'{where}: "id" is {short(id)}, which must be a unique string')
         differs = difference(record, origins[id]) if id in origins else None
         if differs:
             raise UserError(
-                f"{where}: id {short(id)} was made with another {differs!r} than it would be now;"
-                " give another file"
+                f"{where}: id {short(id)} was generated with another {differs!r} than this batch"
+                " uses. Give another file."
             )
-        if is_ended:  # else it is made again
+        if is_ended:  # Otherwise it is generated again.
             done.add(id)
             end += len(line)
     return done, end
 
 
 def _is_cut(line: bytes) -> bool:
-    """Return whether a line may be the beginning of a record, and is no JSON object."""
+    """Return whether a line is the beginning of a record that a crash cut off."""
     if not line.startswith(_START[: len(line)]):
         return False
     try:

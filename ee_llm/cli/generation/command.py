@@ -1,6 +1,8 @@
 """`ee-llm generate`: prompts in, continuations out, with the exit of every token."""
 
 import time
+from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,50 +13,60 @@ from ee_llm.checkpoint.read import TensorReader
 from ee_llm.cli.generation.batch_file import append, open_output
 from ee_llm.cli.generation.live import LiveText
 from ee_llm.cli.generation.options import GenerateOptions
-from ee_llm.cli.generation.prompt_tokens import PromptEncoder
 from ee_llm.cli.generation.prompts import InvalidLine, Prompt, read_prompts
 from ee_llm.cli.generation.render import legend, speed_line, token_table
-from ee_llm.cli.generation.session import Session, open_encoder, open_session
-from ee_llm.cli.generation.verify import Account, Checker, check_file
+from ee_llm.cli.generation.verify import print_report, read_outputs
 from ee_llm.errors import RunError, UserError
-from ee_llm.inference.engine_base import StepOutput
 from ee_llm.inference.execution.quantization import check_quantize
 from ee_llm.inference.execution.stage import check_layout
+from ee_llm.inference.exits.policy import Exits, make_exit_policy
+from ee_llm.inference.llm import LLM
+from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.request import Request
+from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.speed import Speed, Stopwatch, against_full
-from ee_llm.inference.text.records import as_json, error_record, to_record
-from ee_llm.inference.verification.reference_decoding import RequestOutput
+from ee_llm.inference.strategies import SelfSpeculation
+from ee_llm.inference.text.prompt_encoder import EncodedPrompt
+from ee_llm.inference.text.records import Record, as_json, error_record, origin, to_record
+from ee_llm.inference.verification.verify import Verifier
 
-# Far more than is of use; beyond it lists, tensors and time-outs overflow.
+# Far more than is useful; beyond it lists, tensors and time-outs overflow.
 _MOST: dict[str, int] = {
     "tensor": 2**16,
     "pipeline": 2**16,
-    "batch_size": 2**14,
+    "max_num_seqs": 2**14,
     "cache_tokens": 2**40,
     "timeout_s": 10**6,
 }
+_SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens",
+    "min_tokens", "stop", "stop_token_ids", "ignore_eos", "logprobs",
+)  # fmt: skip
 
 
 def check(options: GenerateOptions) -> None:
-    """Refuse what can be seen to fail before a process is started; raises UserError."""
-    kinds = ("prompt", "prompt_file", "prompt_ids", "chat", "chat_file", "batch_file")
+    """Raise UserError for options that are seen to fail before a process is started."""
+    kinds = ("prompt", "prompt_file", "prompt_token_ids", "chat", "chat_file", "batch_file")
     given = [name for name in kinds if getattr(options, name) not in (None, ())]
     if len(given) > 1:
         names = " and ".join("--" + name.replace("_", "-") for name in given)
-        raise UserError(f"{names} are both given; leave one out")
+        raise UserError(f"{names} are both given. Use one of them.")
     for name in ("system", "chat_template"):
         if getattr(options, name) is not None and not {"chat", "chat_file", "batch_file"} & {
             *given
         }:
             kind = "--" + given[0].replace("_", "-") if given else "standard input"
             raise UserError(
-                f"--{name.replace('_', '-')} is for conversations, not for {kind}; use --chat, or"
-                " leave it out"
+                f"--{name.replace('_', '-')} applies to conversations, not to {kind}. Use --chat,"
+                " or remove it."
             )
     if (options.batch_file is None) != (options.output is None):
-        raise UserError("--batch-file and --output belong together: give both or neither")
+        raise UserError("--batch-file and --output need each other. Give both or neither.")
     if options.batch_file is not None and (options.json or options.show_confidence):
-        raise UserError("--json and --show-confidence are for one prompt; a batch is in --output")
+        raise UserError(
+            "--json and --show-confidence apply to one prompt; the results of a --batch-file are in"
+            " --output. Remove them."
+        )
     for name, most in _MOST.items():
         value = getattr(options, name)
         if not 1 <= value <= most:  # NaN fails too
@@ -64,20 +76,20 @@ def check(options: GenerateOptions) -> None:
     if started is not None and started != num_ranks:
         raise UserError(
             f"--tensor {options.tensor} x --pipeline {options.pipeline} do not fit WORLD_SIZE ="
-            f" {started} in the environment; start {num_ranks} ranks, or unset it"
+            f" {started} in the environment. Start {num_ranks} ranks, or unset it."
         )
     if options.quantize != "none":
         check_quantize(distributed.dtype_named(options.dtype))
         if options.verify:
             raise UserError(
-                "--verify holds generations against the checkpoint's weights, and --quantize "
-                "int8 has others; leave one out"
+                "--verify checks generations with the checkpoint's weights, and --quantize"
+                f" {options.quantize} computes with others. Remove one of them."
             )
     check_layout(TensorReader(options.checkpoint).config(), options.tensor, options.pipeline)
     num_gpus = distributed.num_gpus()
     if started is None and 0 < num_gpus < num_ranks:
         raise UserError(
-            f"--tensor {options.tensor} x --pipeline {options.pipeline} takes {num_ranks} GPUs, and"
+            f"--tensor {options.tensor} x --pipeline {options.pipeline} needs {num_ranks} GPUs, but"
             f" this machine has {num_gpus}. Use fewer ranks, or set CUDA_VISIBLE_DEVICES= to"
             " compute on the CPU."
         )
@@ -86,121 +98,137 @@ def check(options: GenerateOptions) -> None:
 def generate(options: GenerateOptions) -> None:
     """Print or write the continuation of prompts.
 
-    Raises UserError for bad input, and at the end if --verify found what rounding does not
-    explain; RuntimeError, at the end too, if prompts of a batch have error records.
+    Raises:
+        UserError: The input is not valid, or --verify found what rounding does not explain.
+        RunError: Prompts of a batch have error records; raised at the end.
     """
     check(options)
-    reader = TensorReader(options.checkpoint)
-    tokenizer, encoder = open_encoder(options, reader)
-    if not distributed.is_rank_zero():  # nobody else reads, so that mistakes are told once
-        with open_session(options, reader, tokenizer, encoder) as session:
-            session.decoder.follow()
-        return
-    prompts = read_prompts(options)
-    if not tokenizer.eos_token_ids and not options.ignore_eos:
-        distributed.console.print(
-            f"warning: no end token is known for tokenizer {escape(tokenizer.name)}, so that only"
-            " --max-new-tokens ends a continuation; give one with --stop-token-ids",
-            soft_wrap=True,
-        )
+    # Only rank 0 reads prompts, so that errors are reported once.
+    prompts = read_prompts(options) if distributed.is_rank_zero() else []
+    with _open(options) as llm:
+        if not llm.is_leader:
+            llm.worker_loop()
+            return
+        if not llm.tokenizer.eos_token_ids and not options.ignore_eos:
+            distributed.console.print(
+                f"warning: tokenizer {escape(llm.tokenizer.name)} has no known end token, so only"
+                " --max-tokens ends a continuation. Give one with --stop-token-ids.",
+                soft_wrap=True,
+            )
+        if options.batch_file is not None:
+            errors = _run_batch(llm, options, prompts)
+        else:
+            (prompt,) = prompts
+            assert isinstance(prompt, Prompt), "only lines of a batch can be invalid"
+            output = _run_one(llm, options, prompt)
     if options.batch_file is not None:
-        lines = [_encoded(encoder, line) for line in prompts]
-        with open_session(options, reader, tokenizer, encoder) as session:
-            errors = _run_batch(session, options, lines)
-        _end_batch(options, reader, lines, errors)
-        return
-    (prompt,) = prompts
-    assert isinstance(prompt, Prompt), "lines alone are invalid, and this is no batch"
-    prompt = encoder.encode(prompt)
-    with open_session(options, reader, tokenizer, encoder) as session:
-        generation = _run_one(session, options, prompt)
-    if options.verify:
-        account = Account()
-        checker = Checker(reader, distributed.dtype_named(options.dtype))
-        account.add(prompt.where, checker.check(generation))
-        account.tell()
+        _end_batch(options, prompts, errors)
+    elif options.verify:
+        found = [(replace(output, request_id=prompt.where), llm.dtype)]
+        print_report(Verifier(TensorReader(options.checkpoint)).verify(found))
 
 
-def _encoded(encoder: PromptEncoder, line: Prompt | InvalidLine) -> Prompt | InvalidLine:
-    """Return a line of a batch with its token ids, or why it has none."""
-    if isinstance(line, InvalidLine):
-        return line
-    try:
-        return encoder.encode(line)
-    except ValueError as error:
-        return InvalidLine(line.id, line.where, f"{line.where}: {error}")
+def _open(options: GenerateOptions) -> LLM:
+    is_batch = options.batch_file is not None
+    return LLM(
+        options.checkpoint,
+        dtype=options.dtype,
+        tensor=options.tensor,
+        pipeline=options.pipeline,
+        max_num_seqs=options.max_num_seqs if is_batch else 1,
+        cache_tokens=options.cache_tokens,
+        attention=options.attention,
+        cuda_graphs=options.cuda_graphs,
+        compile=options.compile,
+        quantize=options.quantize,
+        deferral=options.deferral if is_batch else "off",
+        chat_template=options.chat_template,
+        timeout_s=options.timeout_s,
+    )
 
 
-def _end_batch(
-    options: GenerateOptions,
-    reader: TensorReader,
-    lines: list[Prompt | InvalidLine],
-    errors: dict[str, str],
-) -> None:
-    """Check what was written if --verify asks for it, and raise RunError if lines failed."""
-    assert options.output is not None, "a batch has an output"
-    if options.verify:
-        ids = {line.id for line in lines}
-        check_file(reader, options.output, f"--output {options.output}", ids).tell()
-    if errors:
-        raise RunError(
-            f"{len(errors)} of {len(lines)} prompts failed; --output {options.output} has an error"
-            f" record for each. The first: {next(iter(errors.values()))}"
-        )
+def _request(llm: LLM, prompt: Prompt, encoded: EncodedPrompt) -> Request:
+    options = prompt.options
+    strategy = options.strategy
+    return llm.make_request(
+        encoded,
+        SamplingParams(**{name: getattr(options, name) for name in _SAMPLING}),
+        exits=_exits(llm, options),
+        strategy=SelfSpeculation(options.draft_exit, options.draft_length, options.draft_threshold)
+        if strategy == "self-speculative"
+        else strategy,
+        id=prompt.id,
+    )
 
 
-def _run_one(session: Session, options: GenerateOptions, prompt: Prompt) -> RequestOutput:
-    request = session.request(prompt)
-    num_layers = session.config.model.num_layers
-    text, stopwatch = session.begin_text(request), Stopwatch()
+def _exits(llm: LLM, options: GenerateOptions) -> Exits:
+    if options.policy is not None:
+        return Path(options.policy)
+    thresholds = [None if value == "off" else value for value in options.thresholds]
+    return make_exit_policy(llm.config.exits.boundaries, thresholds, options.measure)
+
+
+def _origin(llm: LLM, prompt: Prompt, encoded: EncodedPrompt, request: Request) -> Record:
+    dtype = str(llm.dtype).removeprefix("torch.")
+    found = origin(encoded.text, request, dtype, llm.checkpoint.name, llm.fingerprint)
+    if prompt.messages:
+        found |= {"messages": list(prompt.messages)}
+    quantize = prompt.options.quantize
+    return found if quantize == "none" else found | {"quantize": quantize}
+
+
+def _run_one(llm: LLM, options: GenerateOptions, prompt: Prompt) -> RequestOutput:
+    encoded = prompt.encode(llm.encoder)
+    request = _request(llm, prompt, encoded)
+    stopwatch = Stopwatch()
     console = Console(highlight=False, quiet=options.json)
-    policy = request.policy.under(request.strategy)
-    live = LiveText(console, text, policy, num_layers)
-
-    def show(output: StepOutput) -> None:
-        if not stopwatch.is_running and not prompt.messages:
-            live.prompt(prompt.text)  # here, since a request may be refused
-        stopwatch.tick(len(output.token_outputs))
-        live.show(output.token_outputs)
-
     try:
-        (generation,) = session.decoder.generate([request], show)
-        shown = live.finish()
+        with llm.stream_request(request, encoded.text) as stream:
+            policy = request.policy.under(request.strategy)
+            live = LiveText(console, stream.generated, policy, llm.config.model.num_layers)
+            for token in stream:
+                if not stopwatch.is_running and not prompt.messages:
+                    live.prompt(encoded.text)
+                stopwatch.tick(1)
+                live.show(token.exit)
+            live.finish()
+    except distributed.RankLostError:
+        raise
+    except RunError as error:
+        raise RunError(f"{prompt.where}: {error}") from None
     finally:
         if stopwatch.is_running:
-            console.print()  # whatever comes next begins on a line of its own
-    if generation.error is not None:
-        raise RunError(f"{prompt.where}: {generation.error}")
+            console.print()  # Whatever comes next starts on a new line.
+    output = stream.output
+    assert output is not None, "the stream is finished"
     speed = stopwatch.speed()
-    if options.strategy == "self-speculative":
-        speed = against_full(speed, session.decoder, [(request, generation)])
+    if output.strategy == "self-speculative":
+        speed = against_full(speed, llm.engine, [(request, output)])
     if options.json:
-        made_of = session.origin(prompt, request)
-        record = to_record(made_of, shown, generation, num_layers, text.pieces, speed=speed)
-        print(as_json(record))
+        made_of = _origin(llm, prompt, encoded, request)
+        print(as_json(to_record(made_of, output, speed=speed, with_pieces=True)))
     if options.show_confidence:
-        console.print(token_table(text.pieces, generation, num_layers))
+        console.print(token_table(output))
     console.rule()
-    console.print(legend(generation, num_layers, speed), soft_wrap=True)
+    console.print(legend(output, speed), soft_wrap=True)
     _warn(speed)
-    return generation
+    return output
 
 
 def _warn(speed: Speed) -> None:
-    """Say on standard error that drafting does not pay, if it does not."""
+    """Print a warning to standard error if drafting does not pay."""
     if (warning := speed.warning()) is not None:
         distributed.console.print(f"warning: {escape(warning)}", soft_wrap=True)
 
 
 def _run_batch(
-    session: Session, options: GenerateOptions, lines: list[Prompt | InvalidLine]
+    llm: LLM, options: GenerateOptions, lines: list[Prompt | InvalidLine]
 ) -> dict[str, str]:
     """Write a record for each line; return the message of each that failed, by id."""
     assert options.output is not None, "a batch has an output"
-    by_id = {line.id: line for line in lines if isinstance(line, Prompt)}
-    requests, errors = _requests(session, lines)
-    origins = {id: session.origin(by_id[id], request) for id, request in requests.items()}
-    num_layers = session.config.model.num_layers
+    where = {line.id: line.where for line in lines}
+    requests, origins, errors = _requests(llm, lines)
+    texts = {id: origins[id]["prompt"] for id in requests}
     start, num_tokens = time.monotonic(), 0
     drafted: list[tuple[Request, RequestOutput]] = []
     count = TextColumn("{task.completed}/{task.total} prompts")
@@ -209,25 +237,17 @@ def _run_batch(
         (task,) = progress.task_ids
         num_done = len(done & requests.keys())
         progress.update(task, completed=num_done)
-        for id, request in requests.items():
-            if id not in done:
-                session.decoder.add(request)
-        while session.decoder.has_work:
-            for output in session.decoder.step():
-                num_tokens += len(output.token_outputs)
-                if output.generation is None:
-                    continue
-                if output.generation.error is not None:
-                    errors[output.id] = f"{by_id[output.id].where}: {output.generation.error}"
-                    continue
-                text = session.text(output.generation, requests[output.id])
-                if output.generation.strategy == "self-speculative":
-                    drafted.append((requests[output.id], output.generation))
-                made_of = origins[output.id]
-                record = to_record(made_of, text, output.generation, num_layers, id=output.id)
-                append(file, record)
-                per_second = num_tokens / (time.monotonic() - start)
-                progress.update(task, advance=1, description=f"{per_second:,.0f} tokens/s")
+        for output in llm.run([one for id, one in requests.items() if id not in done], texts):
+            id = output.request_id
+            num_tokens += len(output.token_ids)
+            if output.error is not None:
+                errors[id] = f"{where[id]}: {output.error}"
+                continue
+            if output.strategy == "self-speculative":
+                drafted.append((requests[id], output))
+            append(file, to_record(origins[id], output, id))
+            per_second = num_tokens / (time.monotonic() - start)
+            progress.update(task, advance=1, description=f"{per_second:,.0f} tokens/s")
         for id, message in errors.items():
             append(file, error_record(id, message))
     seconds = time.monotonic() - start
@@ -237,27 +257,47 @@ def _run_batch(
         soft_wrap=True,
     )
     if drafted:
-        speed = against_full(Speed(), session.decoder, drafted, options.batch_size)
+        speed = against_full(Speed(), llm.engine, drafted, options.max_num_seqs)
         distributed.console.print(f"self-speculation: {speed_line(speed)}", soft_wrap=True)
         _warn(speed)
     return errors
 
 
 def _requests(
-    session: Session, lines: list[Prompt | InvalidLine]
-) -> tuple[dict[str, Request], dict[str, str]]:
-    """Return the requests of the lines that can be served, and why the others cannot, by id."""
+    llm: LLM, lines: list[Prompt | InvalidLine]
+) -> tuple[dict[str, Request], dict[str, Record], dict[str, str]]:
+    """Return the requests and origins of valid lines, and the errors of the others, by id."""
     requests: dict[str, Request] = {}
+    origins: dict[str, Record] = {}
     errors: dict[str, str] = {}
     for line in lines:
         if isinstance(line, InvalidLine):
             errors[line.id] = line.error
             continue
         try:
-            request = session.request(line)
-            session.decoder.add(request)
-            session.decoder.abort(request.id)
-            requests[line.id] = request
+            encoded = line.encode(llm.encoder)
+            request = _request(llm, line, encoded)
+            llm.engine.add(request)  # checks that the cache is large enough, too
+            llm.engine.abort(request.id)
         except ValueError as error:
             errors[line.id] = f"{line.where}: {error}"
-    return requests, errors
+            continue
+        requests[line.id] = request
+        origins[line.id] = _origin(llm, line, encoded, request)
+    return requests, origins, errors
+
+
+def _end_batch(
+    options: GenerateOptions, lines: list[Prompt | InvalidLine], errors: dict[str, str]
+) -> None:
+    """Check the output if --verify is given, and raise RunError if lines failed."""
+    assert options.output is not None, "a batch has an output"
+    if options.verify:
+        ids = {line.id for line in lines}
+        outputs = read_outputs(options.output, f"--output {options.output}", ids)
+        print_report(Verifier(TensorReader(options.checkpoint)).verify(outputs))
+    if errors:
+        raise RunError(
+            f"{len(errors)} of {len(lines)} prompts failed; --output {options.output} has an error"
+            f" record for each. The first: {next(iter(errors.values()))}"
+        )

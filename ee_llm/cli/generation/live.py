@@ -1,7 +1,5 @@
 """Show a continuation while it is generated: coloured by exit on a terminal, plain elsewhere."""
 
-from collections.abc import Iterable
-
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
@@ -9,13 +7,12 @@ from rich.style import Style
 from ee_llm.cli.generation.render import exit_styles, printable
 from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.text.detokenizer import GeneratedText
-from ee_llm.inference.verification.reference_decoding import TokenOutput
 
 
 class LiveText:
     """Prints the text of a generation as its tokens come, each in the colour of its exit.
 
-    Text that may yet turn out to be a stop string is printed once it is known not to be one.
+    Text that may be part of a stop string is printed once it is known not to be one.
     """
 
     def __init__(
@@ -25,31 +22,26 @@ class LiveText:
         self._text = text
         self._styles = exit_styles(policy, num_layers)
         self._exits: list[int] = []
-        self._piece = 0  # the next to print, from that character on
-        self._start = 0
+        self._piece = 0  # number of the next piece to print
+        self._start = 0  # its first character that is not printed yet
         self._num_printed = 0
 
     def prompt(self, text: str) -> None:
         """Print the prompt, dimmed."""
         self._print(text, "dim")
 
-    def show(self, token_outputs: Iterable[TokenOutput]) -> None:
-        """Take in new tokens and print the text that is certain with them."""
-        for token_output in token_outputs:
-            self._text.add(token_output.token)
-            self._exits.append(token_output.exit)
-        self._print_to(self._text.num_safe)
+    def show(self, exit: int) -> None:
+        """Print the text that is certain after another token, which exited at `exit`."""
+        self._exits.append(exit)
+        self._print_to(min(self._text.num_safe, len(self._text.text)))
 
-    def finish(self) -> str:
-        """Print the rest of the text, and return all of it."""
-        self._text.finish()
-        text = self._text.text
-        self._print_to(len(text))
-        return text
+    def finish(self) -> None:
+        """Print the rest of the text."""
+        self._print_to(len(self._text.text))
 
     def _print_to(self, length: int) -> None:
         pieces = self._text.pieces
-        while self._num_printed < length and self._piece < len(pieces):
+        while self._num_printed < length and self._piece < min(len(pieces), len(self._exits)):
             piece, boundary = pieces[self._piece], self._exits[self._piece]
             part = piece[self._start : self._start + length - self._num_printed]
             self._print(part, self._styles[boundary])
@@ -59,6 +51,6 @@ class LiveText:
                 self._piece, self._start = self._piece + 1, 0
 
     def _print(self, text: str, style: str) -> None:
-        if text:  # as a segment: neither wrapped nor taken for markup
+        if text:  # A segment is neither wrapped nor parsed for markup.
             segment = Segment(printable(text), Style.parse(style))
             self._console.print(Segments([segment]), end="", soft_wrap=True)

@@ -4,95 +4,106 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ee_llm.inference.execution.paged_attention import Attention
-from ee_llm.inference.exits.policy import Measure
+from ee_llm.inference.choices import (
+    Attention,
+    Bos,
+    DeferralMode,
+    DtypeName,
+    Measure,
+    Quantize,
+)
 from ee_llm.inference.strategies import Strategy
-
-Bos = Literal["auto", "on", "off"]
-DtypeName = Literal["auto", "float32", "bfloat16", "float64"]
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Continue one prompt, or a file of them, and show at which exit each token left."""
+    """Continue one prompt, or a file of them, and show at which exit each token exited."""
 
     checkpoint: Path
     """Checkpoint directory, or the run directory that holds it (then its newest one)."""
 
     prompt: str | None = None
-    """The text to continue. Without any prompt, standard input is read, unless it is a terminal."""
+    """Text to continue. Without any prompt, standard input is read, unless it is a terminal."""
 
     prompt_file: Path | None = None
     """File whose text is continued, to its last character. '-' is standard input."""
 
-    prompt_ids: tuple[int, ...] = ()
-    """Continue these token ids, as they are."""
+    prompt_token_ids: tuple[int, ...] = ()
+    """Token ids to continue."""
 
     chat: str | None = None
-    """Answer this message of a user, through the model's own chat template. The name of a .json
+    """Message of a user to answer, in the format of the model's chat template. The name of a .json
     file is read as --chat-file."""
 
     chat_file: Path | None = None
-    """Answer the conversation in this JSON file, in OpenAI's format: a list of {"role", "content"},
+    """JSON file with a conversation to answer, in OpenAI's format: a list of {"role", "content"},
     or an object with the list as "messages". '-' is standard input."""
 
     system: str | None = None
     """System message of conversations that do not begin with one."""
 
     chat_template: Path | None = None
-    """File with the chat template (Jinja) to use in place of the model's own."""
+    """File with a chat template (Jinja) to use instead of the model's own."""
 
     batch_file: Path | None = None
-    """File with one JSON object per line: "prompt", "messages" or "prompt_token_ids", and if wanted
-    "id" and any of the options below by name, with _ for -. All are decoded together, into
-    --output."""
+    """File with one JSON object per line: "prompt", "messages" or "prompt_token_ids", and
+    optionally "id" and any of the options below by name, with _ for -. All lines are decoded
+    together; the results go to --output."""
 
     output: Path | None = None
-    """File that gets one JSON object per line of --batch-file, as they finish. If it is there
-    already, what it holds is not done again."""
+    """File for one JSON object per line of --batch-file, written as they finish. Lines that an
+    existing file already has are not generated again."""
 
     thresholds: tuple[float | Literal["off"], ...] = (0.8,)
-    """Confidence at which a token leaves, in (0, 1], or off: one per exit, or one for all."""
+    """Confidence at which a token exits, in (0, 1], or off: one per exit, or one for all."""
+
+    policy: Path | None = None
+    """JSON file with an exit policy, instead of --thresholds and --measure."""
 
     measure: Measure = "max_probability"
-    """What confidence is: the top token's probability, 1 - normalized entropy, or top-1 - top-2."""
+    """Measure of confidence: the greatest probability, 1 - normalized entropy, or the greatest
+    probability minus the second greatest."""
 
     strategy: Strategy = "exact"
-    """exact leaves at the first confident exit; full runs every token through all layers; verify
-    drafts at an exit and lets all layers check, with the output of full; propagate leaves as exact
-    does and takes the state at the exit for that of all deeper layers (approximate)."""
+    """exact exits at the first confident exit. full runs every token through all layers.
+    self-speculative drafts at an exit and checks with all layers; its output is that of full.
+    propagate exits as exact does and uses the state at the exit for all deeper layers
+    (approximate)."""
 
     draft_exit: int | None = None
-    """For verify: the exit (the layer it follows) that drafts; the first one unless given."""
+    """Exit that drafts, for self-speculative; the first exit by default."""
 
     draft_length: int = 4
-    """For verify: most tokens drafted before all layers check them."""
+    """Greatest number of tokens drafted before all layers check them, for self-speculative."""
 
     draft_threshold: float | None = None
-    """For verify: draft only while the exit's confidence reaches this; always unless given."""
+    """Draft only while the exit's confidence reaches this, for self-speculative; else always."""
 
     bos: Bos = "auto"
-    """Whether the prompt's tokens begin with the tokenizer's beginning-of-sequence token: auto does
-    as the tokenizer's file or settings say, on and off whatever they say."""
+    """Whether prompts begin with the beginning-of-sequence token. auto follows the tokenizer's
+    settings; on and off override them."""
 
     parse_special: bool = False
-    """Read special tokens that a --prompt spells out, such as <|im_end|>, as these tokens. Chats
-    always do."""
+    """Read special tokens that a --prompt spells out, such as <|im_end|>, as tokens. Chats always
+    do."""
 
-    max_new_tokens: int = 64
-    """Number of tokens after which to stop; the model's own end tokens stop too."""
+    max_tokens: int = 64
+    """Number of tokens after which to stop. The model's end tokens stop earlier."""
+
+    min_tokens: int = 0
+    """Number of tokens before which nothing stops."""
 
     stop: tuple[str, ...] = ()
-    """Stop at these texts, special tokens among them; the output ends before them."""
+    """Texts to stop at, including special tokens; the output ends before them."""
 
     stop_token_ids: tuple[int, ...] = ()
-    """Stop after these tokens, besides the model's own end tokens."""
+    """Token ids to stop after, besides the model's end tokens."""
 
     ignore_eos: bool = False
-    """Do not stop at the model's own end tokens."""
+    """Do not stop at the model's end tokens."""
 
     temperature: float = 0.0
-    """Divides the logits before drawing; 0 takes the most probable token (greedy)."""
+    """Divide the logits by this before drawing; 0 takes the most probable token (greedy)."""
 
     top_k: int = 0
     """Draw from this many most probable tokens only; 0 is all."""
@@ -104,53 +115,57 @@ class GenerateOptions:
     """Draw only from tokens with at least this share of the top token's probability; 0 is all."""
 
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens already seen and multiplies negative ones; 1 is off."""
+    """Divide positive logits of tokens already seen by this, multiply negative ones; 1 is off."""
 
     seed: int = 0
     """Seed of the draws; the same seed gives the same text."""
 
+    logprobs: int | None = None
+    """Report the log probabilities of this many most probable tokens in --json and --output."""
+
     dtype: DtypeName = "auto"
-    """Precision to compute in; auto is bfloat16 where the device is made for it, else float32."""
+    """Precision to compute in; auto is bfloat16 if the device supports it in hardware, else
+    float32."""
 
-    quantize: Literal["none", "int8"] = "none"
-    """int8: weights of linear layers in 8 bits, with a scale for each output (needs torchao). Less
-    memory; the output is another model's, which --verify can not check."""
+    quantize: Quantize = "none"
+    """Keep the weights of linear layers in 8 bits (int8, needs torchao). It saves memory; --verify
+    cannot check the output."""
 
-    batch_size: int = 16
-    """Sequences that run at once."""
+    max_num_seqs: int = 16
+    """Greatest number of sequences that run at once."""
 
     cache_tokens: int = 65536
-    """Positions that the cache of keys and values holds, of all sequences together; no more than
-    can be used are taken."""
+    """Size of the K/V cache in positions of all sequences together. No more than can be used is
+    allocated."""
 
-    deferral: Literal["auto", "off"] = "auto"
-    """auto: rows that declined an exit wait for others where that pays (measured at the start)."""
+    deferral: DeferralMode = "auto"
+    """Let rows that did not exit wait for others where that pays (auto, measured at the start)."""
 
     attention: Attention = "auto"
-    """auto: the best kernel over a paged cache that this device has; gather copies what it reads,
-    as on a CPU; varlen is torch's with FlashAttention 3, flash is flash-attn 2 (both need a GPU
+    """Attention kernel. auto takes the best one of this device. gather copies what it reads and
+    runs on a CPU; varlen is torch's with FlashAttention 3, flash is flash-attn 2 (both need a GPU
     and bfloat16); plain is their slow twin, for checking."""
 
-    graphs: bool = False
-    """Replay passes of few rows as CUDA graphs (needs varlen or flash; no tensor ranks)."""
+    cuda_graphs: bool = False
+    """Replay passes of few rows as CUDA graphs (needs varlen or flash, and --tensor 1)."""
 
     compile: bool = False
-    """Run the layers through torch.compile: for a GPU; slow to start, faster after."""
+    """Run the layers through torch.compile: slower to start, then faster on a GPU."""
 
     tensor: int = 1
-    """Tensor-parallel ranks to start, of each pipeline stage."""
+    """Number of tensor-parallel ranks of each pipeline stage."""
 
     pipeline: int = 1
-    """Pipeline stages to start."""
+    """Number of pipeline stages."""
 
     timeout_s: float = 600
-    """Seconds after which a rank that hears nothing from another gives up."""
+    """Seconds after which a rank that hears nothing from another one gives up."""
 
     verify: bool = False
-    """Check what was generated against its definition in float64, see 'ee-llm verify'."""
+    """Check the output against its definition in float64, as 'ee-llm verify' does."""
 
     show_confidence: bool = False
-    """Also print a table with the exit, confidence and log probability of each token."""
+    """Print a table with the exit, confidence and log probability of each token as well."""
 
     json: bool = False
     """Print one JSON object and nothing else."""
@@ -158,13 +173,13 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """Check finished generations against their definition: one forward over each, in float64."""
+    """Check finished generations against their definition, with one float64 forward over each."""
 
     file: Path
-    """What 'ee-llm generate --json' printed or --output holds: one JSON object per line."""
+    """File that 'ee-llm generate' wrote with --output or --json: one JSON object per line."""
 
     checkpoint: Path
-    """The model that made them: a checkpoint directory, or a run directory (its newest)."""
+    """Model that generated them: a checkpoint directory, or a run directory for its newest one."""
 
     json: bool = False
     """Print one JSON object with the divergences and nothing else."""

@@ -3,55 +3,106 @@
 import difflib
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
-from ee_llm.cli.generation.options import Bos, GenerateOptions
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ee_llm.cli.generation.options import GenerateOptions
 from ee_llm.data.tokenization.chat_template import Message
 from ee_llm.data.tokenization.token_settings import is_encodable
-from ee_llm.errors import UserError
-from ee_llm.inference.exits.policy import Measure
-from ee_llm.inference.strategies import STRATEGIES
+from ee_llm.errors import RequestError, UserError
+from ee_llm.inference.choices import Bos, Measure
+from ee_llm.inference.strategies import Strategy
 from ee_llm.inference.text.chat import check_messages, read_conversation, user_message
 from ee_llm.inference.text.json_lines import MIB, decode, opened, read_objects, short
+from ee_llm.inference.text.prompt_encoder import EncodedPrompt, PromptEncoder
 
 # Far more than any model has positions for.
 _MAX_PROMPT = 16 * MIB
-# All of a batch's prompts are in memory: ten times as much, as token ids.
+# All prompts of a batch are in memory, as token ids of ten times the size.
 _MAX_BATCH = 256 * MIB
+_KINDS = ("prompt", "messages", "prompt_token_ids")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, a conversation or token ids to continue, and how.
+    """A text, a conversation or token ids to continue, with the options for it.
 
-    id: its name in a batch. where: to name it in errors.
+    Attributes:
+        options: The options; those of a batch's line override the command's.
+        text: The text, if the prompt is one.
+        messages: The conversation, if the prompt is one.
+        token_ids: The token ids, if the prompt has them.
+        id: Name of the prompt in a batch.
+        where: Where it comes from, for errors.
     """
 
-    text: str
     options: GenerateOptions
-    id: str = "prompt"
-    where: str = ""
+    text: str = ""
     messages: tuple[Message, ...] = ()
     token_ids: tuple[int, ...] = ()
+    id: str = "prompt"
+    where: str = ""
+
+    def encode(self, encoder: PromptEncoder) -> EncodedPrompt:
+        """Return the token ids; raises RequestError if the tokenizer lacks what they need."""
+        options = self.options
+        if self.messages:
+            return encoder.encode_chat(self.messages, system=options.system, bos=options.bos)
+        if self.token_ids:
+            return encoder.encode_ids(self.token_ids, bos=options.bos)
+        return encoder.encode_text(self.text, bos=options.bos, parse_special=options.parse_special)
 
 
 @dataclass(frozen=True)
 class InvalidLine:
-    """A line of a batch file that has an id and cannot be served. error: why, naming the line."""
+    """A line of a batch file that has an id and cannot be served; error: why, naming the line."""
 
     id: str
     where: str
     error: str
 
 
+class _Line(BaseModel):
+    """What a line of a batch file may set; a field that is not set has the command's option."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    prompt: str | None = None
+    messages: Any = None
+    prompt_token_ids: list[int] | None = None
+    thresholds: float | Literal["off"] | list[float | Literal["off"]] = "off"
+    policy: str | None = None
+    measure: Measure = "max_probability"
+    strategy: Strategy = "exact"
+    draft_exit: int | None = None
+    draft_length: int = 4
+    draft_threshold: float | None = None
+    bos: Bos = "auto"
+    parse_special: bool = False
+    system: str | None = None
+    max_tokens: int = 64
+    min_tokens: int = 0
+    stop: str | list[str] = []
+    stop_token_ids: int | list[int] = []
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    logprobs: int | None = None
+
+
 def read_prompts(options: GenerateOptions) -> list[Prompt | InvalidLine]:
     """Return the prompts that the options name, and for a batch its invalid lines, in order.
 
-    Raises UserError if there is no prompt, if a line of a batch is not a JSON object, or if its
-    id cannot name a record: it is no text, or another line's.
+    Raises:
+        UserError: There is no prompt, a line of a batch is not a JSON object, or its id cannot name
+            a record: it is not a text, or belongs to another line.
     """
     if options.batch_file is not None:
         return _read_batch(options, options.batch_file)
@@ -59,21 +110,22 @@ def read_prompts(options: GenerateOptions) -> list[Prompt | InvalidLine]:
 
 
 def _read_prompt(options: GenerateOptions) -> Prompt:
-    if options.prompt_ids:
-        return Prompt("", options, where="--prompt-ids", token_ids=options.prompt_ids)
+    if options.prompt_token_ids:
+        where = "--prompt-token-ids"
+        return Prompt(options, token_ids=options.prompt_token_ids, where=where)
     chat_file = options.chat_file
     if options.chat is not None:
         path = Path(options.chat)
-        # os.path's, unlike Path's, takes a message that is too long for a name.
+        # os.path.isfile, unlike Path.is_file, accepts a message that is too long for a file name.
         if path.suffix != ".json" or not os.path.isfile(path):
             text = _text(options.chat.encode(errors="surrogateescape"), "--chat")
-            return Prompt("", options, where="--chat", messages=user_message(text))
+            return Prompt(options, messages=user_message(text), where="--chat")
         chat_file = path
     if chat_file is not None:
         source = "standard input" if str(chat_file) == "-" else f"--chat-file {chat_file}"
         with opened(chat_file, source) as file:
             data = _limited(file.read(_MAX_PROMPT + 1), source)
-        return Prompt("", options, where=source, messages=read_conversation(data, source))
+        return Prompt(options, messages=read_conversation(data, source), where=source)
     if options.prompt is not None:
         source, data = "--prompt", options.prompt.encode(errors="surrogateescape")
     else:
@@ -81,25 +133,25 @@ def _read_prompt(options: GenerateOptions) -> Prompt:
         is_standard = str(path) == "-"
         if options.prompt_file is None and sys.stdin.isatty():
             raise UserError(
-                "no prompt; give --prompt TEXT, --chat MESSAGE, --prompt-file FILE or standard"
-                " input"
+                "There is no prompt. Give --prompt TEXT, --chat MESSAGE, --prompt-file FILE, or"
+                " standard input."
             )
         source = "standard input" if is_standard else f"--prompt-file {path}"
         with opened(path, source) as file:
             data = file.read(_MAX_PROMPT + 1)
-    return Prompt(_text(data, source), options, where=source)
+    return Prompt(options, text=_text(data, source), where=source)
 
 
 def _text(data: bytes, source: str) -> str:
     text = decode(_limited(data, source), source)
     if not text:
-        raise UserError(f"{source} is empty; the prompt needs at least one character")
+        raise UserError(f"{source} is empty. Give at least one character.")
     return text
 
 
 def _limited(data: bytes, source: str) -> bytes:
     if len(data) > _MAX_PROMPT:
-        raise UserError(f"{source} is larger than {_MAX_PROMPT // MIB} MiB, too long for a prompt")
+        raise UserError(f"{source} is larger than {_MAX_PROMPT // MIB} MiB, too long for a prompt.")
     return data
 
 
@@ -111,141 +163,71 @@ def _read_batch(options: GenerateOptions, path: Path) -> list[Prompt | InvalidLi
             id = _id(record, where, default=str(len(lines) + 1))
             if id in lines:
                 raise UserError(
-                    f"{where}: id {short(id)} is that of {lines[id].where} too; give each line an"
-                    " id of its own"
+                    f"{where}: id {short(id)} is also the id of {lines[id].where}. Give each line a"
+                    " unique id."
                 )
             try:
                 lines[id] = _from_line(options, record, where, id)
             except ValueError as error:
                 lines[id] = InvalidLine(id, where, str(error))
     if not lines:
-        raise UserError(f"{source} is empty; give one JSON object per line")
+        raise UserError(f"{source} is empty. Give one JSON object per line.")
     return list(lines.values())
 
 
 def _id(record: dict[str, Any], where: str, default: str) -> str:
     id = record.pop("id", default)
     if type(id) not in (str, int) or not is_encodable(str(id)):
-        raise UserError(f'{where}: "id" is {short(id)}; it must be a text or a whole number')
+        raise UserError(f'{where}: "id" is {short(id)}. Give a text or an integer.')
     return str(id)
 
 
 def _from_line(options: GenerateOptions, record: dict[str, Any], where: str, id: str) -> Prompt:
-    own = {}
-    for name, value in record.items():
-        if name in _KINDS:
-            continue
-        if name not in _OWN:
-            known = [*_KINDS, "id", *sorted(_OWN)]
-            near = difflib.get_close_matches(name, known, n=1)
-            mend = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-            raise UserError(f"{where}: {short(name)} is unknown; {mend}")
-        try:
-            own[name] = _OWN[name](value)
-        except (TypeError, OverflowError):
-            raise UserError(
-                f"{where}: {name!r} can not be {short(value)}; 'ee-llm generate --help' explains it"
-            ) from None
-    return _prompt_of(record, Prompt("", replace(options, **own), id, where))
-
-
-def _prompt_of(record: dict[str, Any], prompt: Prompt) -> Prompt:
-    """Return `prompt` with the text, the conversation or the token ids of its line."""
-    where = prompt.where
+    try:
+        line = _Line.model_validate(record)
+    except ValidationError as error:
+        raise RequestError(f"{where}: {_problem(error, record)}") from None
     kinds = [name for name in _KINDS if name in record]
     if len(kinds) != 1:
         found = f"has {' and '.join(kinds)}" if kinds else "has no prompt"
-        raise UserError(f"{where}: it {found}; give one of {', '.join(_KINDS)}")
-    given = record[kinds[0]]
+        raise RequestError(f"{where}: the line {found}. Give one of {', '.join(_KINDS)}.")
+    own = {name: getattr(line, name) for name in line.model_fields_set if name not in _KINDS}
+    for name in ("thresholds", "stop", "stop_token_ids"):
+        if name in own:
+            own[name] = tuple(own[name]) if isinstance(own[name], list) else (own[name],)
+    if line.system is not None and not is_encodable(line.system):
+        raise RequestError(f'{where}: "system" is {short(line.system)}. Give a text.')
+    parts = [name for name in ("thresholds", "measure") if name in own]
+    if parts:
+        if line.policy is not None:
+            raise RequestError(f"{where}: the line has policy and {parts[0]}. Give one of them.")
+        own["policy"] = None  # Thresholds of a line replace the command's policy file.
+    elif line.policy is not None:
+        own["policy"] = Path(line.policy)
+    prompt = Prompt(replace(options, **own), id=id, where=where)
     if kinds == ["messages"]:
-        return replace(prompt, messages=check_messages(given, where))
+        return replace(prompt, messages=check_messages(line.messages, where))
     if kinds == ["prompt_token_ids"]:
-        if not isinstance(given, list) or not given or any(type(i) is not int for i in given):
-            raise UserError(
-                f'{where}: "prompt_token_ids" is {short(given)}; it must be a list of token ids'
+        if not line.prompt_token_ids:
+            raise RequestError(
+                f'{where}: "prompt_token_ids" is {short(line.prompt_token_ids)}. Give a list of'
+                " token ids."
             )
-        return replace(prompt, token_ids=tuple(given))
-    if not isinstance(given, str) or not given or not is_encodable(given):
-        raise UserError(f'{where}: "prompt" is {short(given)}; it must be a text, and not empty')
-    return replace(prompt, text=given)
+        return replace(prompt, token_ids=tuple(line.prompt_token_ids))
+    if not line.prompt or not is_encodable(line.prompt):
+        raise RequestError(f'{where}: "prompt" is {short(line.prompt)}. Give a text.')
+    return replace(prompt, text=line.prompt)
 
 
-def _whole(value: Any) -> int:
-    if type(value) is not int:  # which a truth value would be an instance of
-        raise TypeError
-    return value
-
-
-def _whole_numbers(value: Any) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(map(_whole, values))
-
-
-def _truth(value: Any) -> bool:
-    if type(value) is not bool:
-        raise TypeError
-    return value
-
-
-def _own_text(value: Any) -> str:
-    if not isinstance(value, str) or not is_encodable(value):
-        raise TypeError
-    return value
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float):
-        raise TypeError
-    return float(value)
-
-
-def _thresholds(value: Any) -> tuple[Any, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(one if one == "off" else _number(one) for one in values)
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(one, str) for one in values):
-        raise TypeError
-    return tuple(values)
-
-
-def _one_of(*choices: str) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
-        if value not in choices:
-            raise TypeError
-        return str(value)
-
-    return check
-
-
-def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: None if value is None else check(value)
-
-
-# What a line of a batch file continues: one of these.
-_KINDS = ("prompt", "messages", "prompt_token_ids")
-
-# What a line of a batch file may set for itself, and how its JSON becomes the option's value.
-_OWN: dict[str, Callable[[Any], Any]] = {
-    "thresholds": _thresholds,
-    "bos": _one_of(*get_args(Bos)),
-    "measure": _one_of(*get_args(Measure)),
-    "strategy": _one_of(*STRATEGIES),
-    "draft_exit": _optional(_whole),
-    "draft_length": _whole,
-    "draft_threshold": _optional(_number),
-    "max_new_tokens": _whole,
-    "stop": _texts,
-    "stop_token_ids": _whole_numbers,
-    "ignore_eos": _truth,
-    "parse_special": _truth,
-    "system": _optional(_own_text),
-    "temperature": _number,
-    "top_k": _whole,
-    "top_p": _number,
-    "min_p": _number,
-    "repetition_penalty": _number,
-    "seed": _whole,
-}
+def _problem(error: ValidationError, record: dict[str, Any]) -> str:
+    """Return the first problem of a line in one sentence."""
+    problem = error.errors()[0]
+    name = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        known = [*_Line.model_fields, "id"]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Use one of {', '.join(known)}."
+        return f"{short(name)} is unknown. {hint}"
+    if problem["type"] == "literal_error":
+        return f"{name!r} is {short(record[name])}. Use one of {problem['ctx']['expected']}."
+    return f"{name!r} is {short(record[name])}, which is not allowed: {problem['msg'].lower()}."

@@ -1,15 +1,13 @@
-"""How a generation is shown to people: text coloured by exit, a legend, a table of tokens."""
-
-from collections.abc import Sequence
+"""Show a generation to people: text coloured by exit, a legend, a table of tokens."""
 
 from rich.table import Table
 from rich.text import Text
 
 from ee_llm.inference.exits.policy import ExitPolicy
+from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.speed import Speed
-from ee_llm.inference.verification.reference_decoding import RequestOutput
 
-# The final exit has the terminal's own colour: what is coloured was cheaper.
+# Tokens of the final exit have the terminal's own colour: what is coloured was cheaper.
 _COLORS = ("green", "cyan", "yellow", "magenta", "blue", "red")
 
 
@@ -28,21 +26,21 @@ def printable(text: str) -> str:
     )
 
 
-def legend(generation: RequestOutput, num_layers: int, speed: Speed | None = None) -> Text:
-    """Return one line for each exit with its share of the tokens, one of totals, one of speed."""
-    num_tokens = len(generation.tokens)
+def legend(output: RequestOutput, speed: Speed | None = None) -> Text:
+    """Return a line for each exit with its share of the tokens, then totals, then the speed."""
+    num_tokens, num_layers = len(output.token_ids), output.num_layers
     lines = Text()
-    for boundary, style in exit_styles(generation.policy, num_layers).items():
-        count = generation.exits.count(boundary)
+    for boundary, style in exit_styles(output.policy, num_layers).items():
+        count = output.exits.count(boundary)
         lines.append(f"{_exit_name(boundary, num_layers):<10}", style=style)
         lines.append(f" {count:>5} tokens {count / num_tokens:>5.0%}")
-        threshold = generation.policy.threshold(boundary)
+        threshold = output.policy.threshold(boundary)
         if boundary != num_layers:
             lines.append("  off" if threshold is None else f"  confidence >= {threshold:g}")
         lines.append("\n")
     lines.append(
-        f"mean depth {generation.mean_depth:.2f} of {num_layers} layers,"
-        f" {num_tokens} tokens, finished by {_FINISH[generation.finish_reason]}"
+        f"mean depth {output.mean_depth:.2f} of {num_layers} layers,"
+        f" {num_tokens} tokens, finished by {_FINISH[output.finish_reason]}"
     )
     if speed is not None:
         lines.append(f"\n{speed_line(speed)}")
@@ -50,7 +48,7 @@ def legend(generation: RequestOutput, num_layers: int, speed: Speed | None = Non
 
 
 def speed_line(speed: Speed) -> str:
-    """Return what was measured, as far as there was something to measure."""
+    """Return what was measured in one line."""
     parts = []
     if speed.tokens_per_second is not None:
         parts.append(f"{speed.tokens_per_second:,.1f} tokens/s")
@@ -59,45 +57,37 @@ def speed_line(speed: Speed) -> str:
     if speed.acceptance is not None:
         parts.append(f"{speed.acceptance:.0%} of drafts accepted")
     if speed.full_tokens_per_second is not None:
-        parts.append(f"full depth would make {speed.full_tokens_per_second:,.1f} tokens/s")
+        parts.append(f"full depth would reach {speed.full_tokens_per_second:,.1f} tokens/s")
     if speed.against_full is not None:
         parts.append(f"{speed.against_full:.2f} times its speed")
     return ", ".join(parts)
 
 
-def token_table(pieces: Sequence[str], generation: RequestOutput, num_layers: int) -> Table:
+def token_table(output: RequestOutput) -> Table:
     """Return a table with a row for each new token: text, exit, confidence, log probability."""
-    styles = exit_styles(generation.policy, num_layers)
+    styles = exit_styles(output.policy, output.num_layers)
     table = Table(box=None, pad_edge=False)
-    for name in ("#", "token", "id", "exit", generation.policy.measure, "log p"):
+    for name in ("#", "token", "id", "exit", output.policy.measure, "log p"):
         table.add_column(name, justify="left" if name == "token" else "right")
-    rows = zip(
-        pieces,
-        generation.tokens,
-        generation.exits,
-        generation.confidences,
-        generation.logprobs,
-        strict=True,
-    )
-    for index, (piece, token, boundary, confidence, logprob) in enumerate(rows):
+    for index, token in enumerate(output.tokens):
         table.add_row(
             str(index),
-            Text(repr(piece), style=styles[boundary]),
-            str(token),
-            Text(str(boundary), style=styles[boundary]),
-            f"{confidence:.4f}",
-            f"{logprob:.4f}",
+            Text(repr(token.text), style=styles[token.exit]),
+            str(token.token_id),
+            Text(str(token.exit), style=styles[token.exit]),
+            f"{token.confidence:.4f}",
+            f"{token.logprob:.4f}",
         )
     return table
 
 
 _FINISH = {
     "eos": "an end token",
-    "stop": "a text or token to stop at",
+    "stop": "a stop string or token",
     "abort": "an abort",
-    "length": "the number asked for",
-    "context": "the model's context",
-    "error": "tokens without a text",
+    "length": "--max-tokens",
+    "context": "the model's context length",
+    "error": "an error",
 }
 
 

@@ -1,4 +1,4 @@
-"""Attention of new rows over a paged cache of keys and values.
+"""Compute the attention of new rows over a paged cache of keys and values.
 
 Legend of shapes: t rows of a pass, u those that attend, k key/value heads, r queries per key/value
 head, d head dimension, c positions in the cache, B sequences, q rows of each, T positions read.
@@ -16,12 +16,17 @@ from torch import Tensor
 
 from ee_llm.inference.execution.paged_attention import Kernel, PagedBatch, attend_pages
 
-# Rows of one sequence from which it attends alone: padding the others to it would cost more.
-_LONG = 8
+# A sequence with at least this many rows attends in a call of its own, since padding the other
+# sequences to its length would cost more.
+_MIN_LONG_RUN = 8
 
 
 class Run(NamedTuple):
-    """Neighbouring rows of a pass: row `first` is at position `start` of the sequence in `slot`."""
+    """Consecutive rows of one sequence in a pass.
+
+    The rows are at positions start .. stop - 1 of the sequence in `slot`; row number `first` of the
+    pass is at `start`.
+    """
 
     slot: int
     start: int
@@ -30,22 +35,24 @@ class Run(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Return how many rows it has."""
+        """Number of rows."""
         return self.stop - self.start
 
 
 def live_runs(runs: Items[Run], frozen: Collection[int]) -> list[Run] | None:
-    """Return the rows that are not among the numbers `frozen`; None if that is all of them."""
+    """Return the rows whose numbers are not in `frozen`; None if no row is frozen."""
     return [run for run in _by_row(runs) if run.first not in frozen] if frozen else None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that attend in one call, of B sequences, q of each.
+    """The rows of B sequences, q of each, that attend in one call.
 
-    rows [B * q]: which of the rows that attend; None: all of them, in their order.
-    reads [B * T]: positions in the cache, or their slice. mask [B, 1, q, T]: to be added to the
-    scores, None where every row sees everything that is read.
+    Attributes:
+        num_sequences: B.
+        rows: Numbers [B * q] of the rows among those that attend; None for all of them in order.
+        reads: Positions [B * T] in the cache, or a slice of it.
+        mask: Mask [B, 1, q, T] to add to the scores; None if every row sees every position.
     """
 
     num_sequences: int
@@ -56,11 +63,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the layers need to know of the rows of a pass.
+    """Metadata of the rows of a pass, for the layers.
 
-    positions [t]. writes [t]: where in the cache their keys and values go. live [u]: the rows that
-    attend, None for all. order [u]: which of the groups' outcomes, one after the other, belong to
-    them, None if all in order. paged: what a kernel over pages takes, in place of groups.
+    Attributes:
+        positions: Position [t] of each row in its sequence.
+        writes: Positions [t] in the cache at which the layers write keys and values.
+        live: Numbers [u] of the rows that attend; None for all.
+        groups: Groups of rows that attend together; empty with a paged kernel.
+        order: Index [u] of each attending row in the concatenated outputs of the groups; None if
+            they are already in order.
+        paged: Arguments of a paged kernel; None without one.
     """
 
     positions: Tensor
@@ -72,7 +84,7 @@ class Batch:
 
 
 class BlockTable:
-    """Where the positions of each slot's sequence lie in the cache."""
+    """Maps the positions of each slot's sequence to positions in the cache."""
 
     def __init__(
         self,
@@ -82,17 +94,25 @@ class BlockTable:
         device: torch.device,
         kernel: Kernel | None = None,
     ) -> None:
-        """Make room for `num_blocks` blocks of each slot. kernel: over pages; None gathers."""
+        """Create the table.
+
+        Args:
+            num_slots: Number of slots.
+            num_blocks: Greatest number of blocks of a slot.
+            block_size: Positions in a block.
+            device: Device of the tensors of batches.
+            kernel: Paged attention kernel; None gathers keys and values instead.
+        """
         self._size = block_size
         self._kernel = kernel
         self._device = device
         self._blocks = [[0] * num_blocks for _ in range(num_slots)]
         self._table = torch.zeros(num_slots, num_blocks, dtype=torch.int64, device=device)
-        self._num_adjacent = [0] * num_slots  # leading blocks that lie one after the other
+        self._num_adjacent = [0] * num_slots  # leading blocks that are contiguous in the cache
         self._within = torch.arange(block_size, device=device)
 
     def set(self, slot: int, index: int, block: int) -> None:
-        """Note that `block` holds the positions of this slot from index * block_size on."""
+        """Assign `block` to the slot's positions from index * block_size on."""
         blocks = self._blocks[slot]
         blocks[index] = block
         self._table[slot, index] = block
@@ -108,9 +128,13 @@ class BlockTable:
         dtype: torch.dtype,
         by_row: bool = False,
     ) -> Batch:
-        """Return what the layers need for the rows of `spans`, of which those in `live` attend.
+        """Return the batch for the rows of `ranges`.
 
-        dtype: of the queries. by_row: each row is an entry of its own for a kernel over pages.
+        Args:
+            ranges: The rows of the pass.
+            live: The rows that attend; None for all.
+            dtype: Dtype of the queries.
+            by_row: Give a paged kernel each row as an entry of its own.
         """
         positions = [p for run in ranges for p in range(run.start, run.stop)]
         writes = [
@@ -137,12 +161,12 @@ class BlockTable:
         )
 
     def _paged(self, runs: Items[Run], kernel: Kernel) -> PagedBatch:
-        def narrow(numbers: list[int]) -> Tensor:
+        def int32(numbers: list[int]) -> Tensor:
             return torch.tensor(numbers, dtype=torch.int32, device=self._device)
 
         return PagedBatch(
-            narrow(list(accumulate((run.num_rows for run in runs), initial=0))),
-            narrow([run.stop for run in runs]),
+            int32(list(accumulate((run.num_rows for run in runs), initial=0))),
+            int32([run.stop for run in runs]),
             self._table[[run.slot for run in runs]].int(),
             max((run.num_rows for run in runs), default=0),
             self._table.shape[1] * self._size,
@@ -151,33 +175,33 @@ class BlockTable:
         )
 
     def _groups(self, runs: list[Run], dtype: torch.dtype) -> tuple[list[Group], list[int] | None]:
-        """Return the groups of these runs, and where in their outcomes each row is (see Batch)."""
-        alone = [[run] for run in runs if run.num_rows >= _LONG]
-        together = [run for run in runs if run.num_rows < _LONG]
-        everything = list(range(sum(run.num_rows for run in runs)))
-        groups, place, offset = [], {}, 0
-        for members in [*alone, *([together] if together else [])]:
+        """Return the groups of these runs and the order of their outputs (see `Batch`)."""
+        long = [[run] for run in runs if run.num_rows >= _MIN_LONG_RUN]
+        short = [run for run in runs if run.num_rows < _MIN_LONG_RUN]
+        all_rows = list(range(sum(run.num_rows for run in runs)))
+        groups, index_of, offset = [], {}, 0
+        for members in [*long, *([short] if short else [])]:
             longest = max(run.num_rows for run in members)
             rows = [run.first + min(i, run.num_rows - 1) for run in members for i in range(longest)]
             for index, row in reversed(list(enumerate(rows, start=offset))):
-                place[row] = index
+                index_of[row] = index
             offset += len(rows)
             reads, num_read = self._reads(members)
             groups.append(
                 Group(
                     len(members),
-                    None if rows == everything else self._tensor(rows),
+                    None if rows == all_rows else self._tensor(rows),
                     reads,
                     self._mask(members, longest, num_read, dtype),
                 )
             )
-        order = [place[row] for row in everything]
+        order = [index_of[row] for row in all_rows]
         return groups, None if order == list(range(offset)) else order
 
     def _reads(self, runs: Items[Run]) -> tuple[slice | Tensor, int]:
-        """Return what these runs read of the cache, and how many positions of each."""
-        # A masked value is multiplied by 0, which leaves NaN: nothing of another sequence, whose
-        # block this was or is, may be read. Past its end each run reads its first position again.
+        """Return the cache positions that these runs read, and their number per run."""
+        # Attention multiplies masked values by 0, which keeps NaN, so a run must not read positions
+        # that another sequence wrote. Past its end, a run reads its first position again.
         stop = max(run.stop for run in runs)
         num_blocks = -(-stop // self._size)
         if len(runs) == 1 and num_blocks <= self._num_adjacent[runs[0].slot]:
@@ -207,16 +231,16 @@ class BlockTable:
 
 
 def attend(queries: Tensor, pages: Tensor, batch: Batch) -> Tensor:
-    """Return the mixed values [u, k * r * d] of queries [u, k, r, d] over pages [c, 2, k, d].
+    """Return the attention output [u, k * r * d] of queries [u, k, r, d] over pages [c, 2, k, d].
 
-    The pages already hold the keys and values of all rows of the pass. The plain twin is
-    `attend_plainly`.
+    The pages must already hold the keys and values of all rows of the pass. `attend_reference` is
+    the plain implementation.
     """
     if batch.paged is not None:
         return attend_pages(queries, pages, batch.paged)
-    mixed = [_attend_group(queries, pages, group) for group in batch.groups]
-    outcome = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-    return outcome if batch.order is None else outcome[batch.order]
+    outputs = [_attend_group(queries, pages, group) for group in batch.groups]
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output if batch.order is None else output[batch.order]
 
 
 def _attend_group(queries: Tensor, pages: Tensor, group: Group) -> Tensor:
@@ -229,28 +253,28 @@ def _attend_group(queries: Tensor, pages: Tensor, group: Group) -> Tensor:
     read = read.view(count, -1, 2, num_kv, dim)
     keys, values = (read[:, :, i].transpose(1, 2) for i in (0, 1))  # [B, k, T, d]
     mask = group.mask
-    if num_rows == 1:  # the queries of a key head are like rows of it: [B, k, r, d]
-        mixed = F.scaled_dot_product_attention(queries, keys, values, mask)
-        return mixed.reshape(total, -1)
+    if num_rows == 1:  # The r queries of a key/value head take the place of rows: [B, k, r, d].
+        output = F.scaled_dot_product_attention(queries, keys, values, mask)
+        return output.reshape(total, -1)
     q = queries.view(count, num_rows, num_kv, per_kv, dim).permute(0, 2, 3, 1, 4)
     q = q.reshape(count, num_kv, per_kv * num_rows, dim)
     if mask is not None and per_kv > 1:
         mask = mask.repeat(1, 1, per_kv, 1)
-    mixed = F.scaled_dot_product_attention(q, keys, values, mask)
-    mixed = mixed.view(count, num_kv, per_kv, num_rows, dim).permute(0, 3, 1, 2, 4)
-    return mixed.reshape(total, -1)
+    output = F.scaled_dot_product_attention(q, keys, values, mask)
+    output = output.view(count, num_kv, per_kv, num_rows, dim).permute(0, 3, 1, 2, 4)
+    return output.reshape(total, -1)
 
 
-def attend_plainly(queries: Tensor, pages: Tensor, runs: Items[Run], table: BlockTable) -> Tensor:
-    """Return what `attend` does, one row at a time and by the formula; `runs` are the live rows."""
-    outcome = []
+def attend_reference(queries: Tensor, pages: Tensor, runs: Items[Run], table: BlockTable) -> Tensor:
+    """Return the result of `attend`, computed row by row from the formula; runs: the live rows."""
+    outputs = []
     for run in runs:
         for row, position in zip(_rows(run), range(run.start, run.stop), strict=True):
             reads, _ = table._reads([run._replace(start=position, stop=position + 1)])
             keys, values = pages[reads][: position + 1].unbind(1)  # [T, k, d]
             scores = torch.einsum("krd,tkd->krt", queries[row], keys) / keys.shape[-1] ** 0.5
-            outcome.append(torch.einsum("krt,tkd->krd", scores.softmax(-1), values).flatten())
-    return torch.stack(outcome)
+            outputs.append(torch.einsum("krt,tkd->krd", scores.softmax(-1), values).flatten())
+    return torch.stack(outputs)
 
 
 def _by_row(runs: Items[Run]) -> list[Run]:

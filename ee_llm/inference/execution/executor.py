@@ -1,48 +1,48 @@
-"""How a stage's layers are run: which attention, kernel by kernel or from recordings, compiled."""
+"""Run a stage's layers with the selected attention, optionally compiled or as CUDA graphs."""
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from ee_llm.errors import RequestError
+from ee_llm.inference.choices import Attention, Quantize
 from ee_llm.inference.execution.attention import Batch, BlockTable, Run
-from ee_llm.inference.execution.cuda_graphs import Graphs, RunPiece
+from ee_llm.inference.execution.cuda_graphs import CudaGraphs, RunSegment
 from ee_llm.inference.execution.layers import MakeLinear
 from ee_llm.inference.execution.linear import Linear
-from ee_llm.inference.execution.paged_attention import Attention, choose
+from ee_llm.inference.execution.paged_attention import choose_kernel
 from ee_llm.inference.execution.quantization import Int8Linear
 from ee_llm.inference.execution.stage import ModelStage
-from ee_llm.inference.scheduling.scheduler import SchedulerConfig
-
-Quantize = Literal["none", "int8"]
+from ee_llm.inference.scheduling.config import SchedulerConfig
 
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """Choices that change speed and rounding, and with `quantize` the weights.
+    """Options that change speed and rounding, and with `quantize` the weights.
 
-    attention: "auto" takes the best kernel over pages that the device has, "gather" copies what is
-    read, as on a CPU. graphs: passes of few rows are replayed as CUDA graphs, which needs a kernel
-    over pages. compile: layers go through torch.compile. quantize: "int8" keeps weights of linear
-    layers in 8 bits.
+    Attributes:
+        attention: "auto" uses the best paged kernel of the device; "gather" copies keys and values
+            into one tensor first, as on a CPU.
+        cuda_graphs: Replay passes of few rows as CUDA graphs; this needs a paged kernel.
+        compile: Run the layers through torch.compile.
+        quantize: "int8" keeps the weights of linear layers in 8 bits.
     """
 
     attention: Attention = "auto"
-    graphs: bool = False
+    cuda_graphs: bool = False
     compile: bool = False
     quantize: Quantize = "none"
 
     @property
     def linear(self) -> MakeLinear:
-        """Return what products with weights are made by."""
+        """Class of the linear layers."""
         if self.quantize == "int8":
             return Int8Linear
         return partial(Linear, packs=False) if self.compile else Linear
 
 
 class Executor:
-    """Runs pieces of a stage over its paged cache."""
+    """Runs the layer ranges of a stage over its paged cache."""
 
     def __init__(
         self,
@@ -51,23 +51,32 @@ class Executor:
         max_length: int,
         execution: ExecutionConfig | None = None,
     ) -> None:
-        """Make the tables of `SchedulerConfig.max_num_seqs` slots of up to `max_length` positions.
+        """Create the block table and select how the layers are run.
 
-        Raises RequestError, saying why, if the execution can not be had on this device.
+        Args:
+            stage: The stage.
+            scheduler_config: Number of slots and size of blocks.
+            max_length: Greatest number of positions of a sequence.
+            execution: How layers are run.
+
+        Raises:
+            RequestError: This device or layout does not support `execution`.
         """
         execution = execution or ExecutionConfig()
-        kernel = choose(
+        kernel = choose_kernel(
             execution.attention, stage.device, stage.cache_dtype, scheduler_config.block_size
         )
-        if execution.graphs and kernel is None:
+        if execution.cuda_graphs and kernel is None:
             raise RequestError(
-                f"graphs need attention over pages, and attention = {execution.attention!r} gathers"
-                " here; install FlashAttention, or leave graphs off"
+                "cuda_graphs needs a paged attention kernel, and attention ="
+                f" {execution.attention!r} selects none on this device. Install FlashAttention, or"
+                " turn cuda_graphs off."
             )
-        if execution.graphs and stage.num_ranks > 1:
+        if execution.cuda_graphs and stage.num_ranks > 1:
             raise RequestError(
-                f"graphs hold no messages between ranks, and {stage.num_ranks} tensor-parallel"
-                " ranks send some in every layer; leave graphs off, or take one rank"
+                f"cuda_graphs does not work with --tensor {stage.num_ranks}: a CUDA graph cannot"
+                " contain the communication of tensor-parallel layers. Turn cuda_graphs off, or use"
+                " --tensor 1."
             )
         self._stage = stage
         self._block_size = scheduler_config.block_size
@@ -80,30 +89,32 @@ class Executor:
             stage.device,
             kernel,
         )
-        self.run: RunPiece = stage.run
+        self.run: RunSegment = stage.run
         if execution.compile:
             stage.compile()
-        self._graphs = Graphs(self.run) if execution.graphs else None
+        self._graphs = CudaGraphs(self.run) if execution.cuda_graphs else None
         if self._graphs is not None:
             self.run = self._graphs
 
     @property
     def reuses_buffers(self) -> bool:
-        """Return whether a later pass overwrites the tensors that `run` returned."""
+        """Whether a later pass overwrites the tensors that `run` returned."""
         return self._graphs is not None
 
-    def prepare(self, tables: Items[tuple[int, int, int]], zeroed: Items[int]) -> None:
-        """Take note of newly given blocks, and zero those that may hold NaN, before a pass.
+    def prepare(self, new_blocks: Items[tuple[int, int, int]], zeroed: Items[int]) -> None:
+        """Register new blocks and zero blocks that may hold NaN; call this before a pass.
 
-        tables: as (slot, index within the sequence, block).
+        Args:
+            new_blocks: Newly taken blocks as (slot, index within the sequence, block).
+            zeroed: Blocks to zero.
         """
-        for slot, index, block in tables:
+        for slot, index, block in new_blocks:
             self._table.set(slot, index, block)
         for block in zeroed:
             self._stage.zero(block * self._block_size, (block + 1) * self._block_size)
 
     def batch(self, runs: Items[Run], live: Items[Run] | None) -> Batch:
-        """Return what the layers need to know of the rows of `runs`, of which `live` attend."""
+        """Return the batch for the rows of `runs`, of which `live` attend (None for all)."""
         num_rows = sum(run.num_rows for run in runs)
-        by_row = self._graphs is not None and self._graphs.takes(num_rows, live is None)
+        by_row = self._graphs is not None and self._graphs.fits(num_rows, live is None)
         return self._table.batch(runs, live, self._dtype, by_row)

@@ -1,7 +1,7 @@
-"""Lean transformer layers for decoding: rows in, rows out, keys and values in a paged cache.
+"""Transformer layers for decoding that keep keys and values in a paged cache.
 
-A rank of a tensor-parallel group holds its share of the heads and of the MLP's width; norms and the
-residual stream are whole on every rank.
+A tensor-parallel rank has its share of the heads and of the MLP's width; every rank has all of the
+norms and of the residual stream.
 
 Legend of shapes: t rows, u rows that attend, h hidden, k key/value heads of this rank, r queries
 per key/value head, d head dimension, f feed-forward, c positions in the cache.
@@ -22,14 +22,18 @@ from ee_llm.inference.execution.linear import Linear
 from ee_llm.inference.execution.quantization import Int8Linear
 
 Reduce = Callable[[Tensor], Tensor]
-MakeLinear = Callable[..., Linear | Int8Linear]  # of a weight, and a bias or none
+MakeLinear = Callable[..., Linear | Int8Linear]  # from a weight and an optional bias
 
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's share: number `rank` of `size`; `reduce` sums over all of them.
+    """The share of a model that one tensor-parallel rank has.
 
-    linear: what products with its weights are made by.
+    Attributes:
+        rank: Number of the rank.
+        size: Number of ranks.
+        reduce: Function that sums a tensor over all ranks.
+        linear: Class of the linear layers.
     """
 
     rank: int = 0
@@ -38,14 +42,14 @@ class Shard:
     linear: MakeLinear = Linear
 
     def parameter(self, model: ModelConfig, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-        """Return this rank's shard of a parameter, or all of it if every rank has all of it."""
+        """Return this rank's shard of a parameter; all of it if the parameter is not split."""
         split = tensor_split(name, model)
         return tensors[name] if split is None else split.shard(tensors[name], self.rank, self.size)
 
     def parameters(
         self, model: ModelConfig, tensors: Mapping[str, Tensor], name: str
     ) -> tuple[Tensor, Tensor | None]:
-        """Return this rank's shards of the weight and the bias, if any, of a linear layer."""
+        """Return this rank's shards of the weight and the optional bias of a linear layer."""
         weight, bias = f"{name}.weight", f"{name}.bias"
         has_bias = bias in tensors
         return (
@@ -69,7 +73,7 @@ class Norm:
 
 
 class Mlp:
-    """What an MLP adds to the residual stream: SwiGLU (llama) or GELU (gpt) of normed rows."""
+    """Norm and MLP of rows [t, h], without the residual: SwiGLU (llama) or GELU (gpt)."""
 
     def __init__(
         self, model: ModelConfig, tensors: Mapping[str, Tensor], name: str, norm: str, shard: Shard
@@ -93,7 +97,7 @@ class Mlp:
 
 
 class Layer:
-    """A transformer layer that appends to its part of the cache."""
+    """A transformer layer that writes keys and values to its part of the cache."""
 
     def __init__(
         self, model: ModelConfig, tensors: Mapping[str, Tensor], name: str, shard: Shard
@@ -114,68 +118,71 @@ class Layer:
         self._proj = shard.linear(proj)
         self._mlp = Mlp(model, tensors, f"{name}.mlp", f"{name}.pre_mlp_layernorm", shard)
         self._reduce = shard.reduce
-        self._begin: Callable[[Tensor], Tensor] = self._project
-        self._end: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._finish
+        self._before_attention: Callable[[Tensor], Tensor] = self._project
+        self._after_attention: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._finish
 
     def compile(self) -> None:
-        """Send what comes before and after the attention through torch.compile.
+        """Run the parts before and after the attention through torch.compile.
 
-        Both have rows alone for arguments, so that all layers share what is compiled.
+        Both take only rows as arguments, so all layers share the compiled code.
         """
-        self._begin = torch.compile(self._project, dynamic=True)
-        self._end = torch.compile(self._finish, dynamic=True)
+        self._before_attention = torch.compile(self._project, dynamic=True)
+        self._after_attention = torch.compile(self._finish, dynamic=True)
 
     def __call__(
         self, x: Tensor, pages: Tensor, batch: Batch, rotation: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the rows [u, h] after the layer, and after its attention alone.
+        """Return the live rows [u, h] after the layer, and before its MLP.
 
-        x [t, h]; pages [c, 2, k, d], to which the keys and values of all t rows are written;
-        rotation [t, 1, d / 2], complex, or None.
+        Args:
+            x: Rows [t, h].
+            pages: The cache [c, 2, k, d]; the keys and values of all t rows are written to it.
+            batch: Metadata of the rows.
+            rotation: Rotary factors [t, 1, d / 2], complex; None without rotary positions.
         """
         num_queries = self._num_kv * self._per_kv
-        qkv = self._begin(x).to(pages.dtype)
+        qkv = self._before_attention(x).to(pages.dtype)
         if rotation is not None:
-            turned = qkv[:, : num_queries + self._num_kv].unflatten(-1, (-1, 2))
-            _rotate(turned, rotation)
+            pairs = qkv[:, : num_queries + self._num_kv].unflatten(-1, (-1, 2))
+            _rotate(pairs, rotation)
         pages.index_copy_(0, batch.writes, qkv[:, num_queries:].unflatten(1, (2, self._num_kv)))
         queries = qkv[:, :num_queries].unflatten(1, (self._num_kv, self._per_kv))
         if batch.live is not None:
             x, queries = x[batch.live], queries[batch.live]
             if len(x) == 0:
                 return x, x
-        return self._end(x, attend(queries, pages, batch).to(x.dtype))
+        return self._after_attention(x, attend(queries, pages, batch).to(x.dtype))
 
     def _project(self, x: Tensor) -> Tensor:
-        """Return queries, keys and values [t, k (r + 2), d] of rows [t, h], not yet rotated."""
+        """Return the unrotated queries, keys and values [t, k (r + 2), d] of rows [t, h]."""
         num_normed = self._num_kv * (self._per_kv + 1)
         qkv = self._qkv(self._norm(x)).view(len(x), num_normed + self._num_kv, self._dim)
         if self._qk_norm is not None:
             self._qk_norm(qkv[:, :num_normed])
         return qkv
 
-    def _finish(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rows [u, h] after the layer, and after its attention's values [u, k r d] alone."""
-        attended = x + _with_bias(self._reduce(self._proj(mixed)), self._proj_bias)
+    def _finish(self, x: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows [u, h] after the layer and before its MLP; attention [u, k r d]."""
+        attended = x + _with_bias(self._reduce(self._proj(attention)), self._proj_bias)
         return attended + self._mlp(attended), attended
 
     def _queries_first(self, model: ModelConfig, weight: Tensor) -> Tensor:
-        """Return this rank's [queries; keys; values] of a fused weight or bias, to be rotated.
+        """Return a fused weight or bias with its rows in the order [queries; keys; values].
 
-        In the checkpoint each key/value head has its queries, its key and its value one after the
-        other, and a rotation turns element i against i + d/2. Here the two are neighbours, so
+        In the checkpoint, each key/value head has its queries, its key and its value one after the
+        other, and a rotation pairs elements i and i + d / 2. Here the two elements are adjacent, so
         that a rotation is one complex product; queries and keys are permuted alike.
         """
         heads = group_qkv(model, weight)
-        turned = heads[:, : self._per_kv + 1]
+        rotated = heads[:, : self._per_kv + 1]
         if model.position == "rope":
-            turned = _pairs_together(turned, dim=2)
-        parts = (turned[:, :-1], turned[:, -1], heads[:, -1])
+            rotated = _interleave_halves(rotated, dim=2)
+        parts = (rotated[:, :-1], rotated[:, -1], heads[:, -1])
         return torch.cat([part.reshape(-1, *weight.shape[1:]) for part in parts])
 
 
 class QkNorm:
-    """RMSNorm of each query and each key over d, its weights permuted as those that made them."""
+    """RMSNorm of each query and key over d; its weights are permuted as those of the layer are."""
 
     def __init__(
         self, model: ModelConfig, tensors: Mapping[str, Tensor], layer: str, num_kv: int
@@ -184,25 +191,25 @@ class QkNorm:
         for kind, count in (("q", num_kv * model.num_heads // model.num_kv_heads), ("k", num_kv)):
             weight = tensors[f"{layer}.self_attention.{kind}_layernorm.weight"]
             if model.position == "rope":
-                weight = _pairs_together(weight, dim=0)
+                weight = _interleave_halves(weight, dim=0)
             parts.append(weight.expand(count, -1))
         self._weight = torch.cat(parts)
         self._eps = model.norm_eps
 
     def __call__(self, heads: Tensor) -> None:
-        """Norm queries and keys [t, k (r + 1), d] in place."""
+        """Normalize queries and keys [t, k (r + 1), d] in place."""
         heads.copy_(F.rms_norm(heads, heads.shape[-1:], None, self._eps) * self._weight)
 
 
-def _pairs_together(x: Tensor, dim: int) -> Tensor:
-    """Return x with the elements i and i + d / 2 of dimension `dim` as neighbours."""
+def _interleave_halves(x: Tensor, dim: int) -> Tensor:
+    """Return x with elements i and i + d / 2 of dimension `dim` next to each other."""
     return x.unflatten(dim, (2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
 def rotations(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """Return the rotary factors [positions, 1, d / 2] of RoFormer (arXiv 2104.09864, eq. 15).
 
-    None without them; complex128 for float64, else complex64.
+    They are complex128 for float64, else complex64; None if the model has no rotary positions.
     """
     if model.position != "rope":
         return None
@@ -213,7 +220,7 @@ def rotations(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> T
 
 
 def _rotate(pairs: Tensor, rotation: Tensor) -> None:
-    """Turn pairs [t, n, d / 2, 2] in place, in float32 at least."""
+    """Rotate pairs [t, n, d / 2, 2] in place, in float32 or float64."""
     if pairs.dtype in (torch.float32, torch.float64):
         torch.view_as_complex(pairs).mul_(rotation)
     else:

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are laid out once for many calls with few rows."""
+"""Linear layers whose weights are packed once for many calls with few rows."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def is_packable(weight: Tensor) -> bool:
-    """Return whether oneDNN can lay this weight out for itself: on a CPU, in a dtype it knows."""
+    """Return whether oneDNN can pack this weight: on a CPU, in a dtype that it supports."""
     is_built = torch.backends.mkldnn.is_available() and hasattr(
         torch.ops.mkldnn, "_linear_pointwise"
     )
@@ -16,11 +16,11 @@ def is_packable(weight: Tensor) -> bool:
 
 
 class Linear:
-    """x [t, i] times the transpose of weight [o, i], plus bias [o].
+    """Multiply x [t, i] by the transpose of weight [o, i] and add bias [o].
 
-    On a CPU the weight is kept in oneDNN's own order, which halves the time of passes of two to
-    eight rows; the plain product copes with few rows badly, and reorders bfloat16 in every call.
-    Unless it `packs`: torch.compile can not look into that order.
+    On a CPU the weight is packed into oneDNN's own layout, which halves the time of passes of two
+    to eight rows: the plain product is slow for few rows, and reorders bfloat16 in every call. With
+    packs=False the weight stays as it is, since torch.compile cannot trace a packed weight.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, packs: bool = True) -> None:

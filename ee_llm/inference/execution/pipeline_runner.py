@@ -1,4 +1,4 @@
-"""One stage of a pipeline: runs its pieces for a pass, and asks its exits.
+"""Run passes through one stage of a pipeline and evaluate its exits.
 
 Legend of shapes: t rows, h hidden.
 """
@@ -16,17 +16,17 @@ from ee_llm.inference.execution.stage import ModelStage
 from ee_llm.inference.execution.wire import PassEnvelope, decode_pass, encode_pass, encode_results
 from ee_llm.inference.exits.decision import (
     ExitQuery,
+    can_decide_from_summaries,
     decide_exits,
     decide_from_summaries,
-    is_short,
     summarize,
 )
+from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.pipeline_scheduler import PipelineSchedulerOutput, StageResult
-from ee_llm.inference.scheduling.scheduler import SchedulerConfig
 
 
 class PipelineRunner:
-    """Runs passes through one stage; every rank of the stage does the same."""
+    """Runs passes through one stage; every tensor-parallel rank of the stage has one."""
 
     def __init__(
         self,
@@ -39,83 +39,91 @@ class PipelineRunner:
     ) -> None:
         self._stage = stage
         self._ranks = ranks
-        # Of each piece: the number of the exit after it among all exits, None if there is none.
+        # For each layer range, the segment that its exit ends; None without an exit.
         self._segments = [
-            boundaries.index(piece.last) if piece.has_exit else None for piece in stage.pieces
+            boundaries.index(layer_range.last) if layer_range.has_exit else None
+            for layer_range in stage.layer_ranges
         ]
         self._last_segment = len(boundaries) - 1
         self._executor = Executor(stage, scheduler_config, max_length, execution)
 
     @torch.no_grad()
     def run(
-        self, scheduler_output: PipelineSchedulerOutput, passed: PassEnvelope, x: Tensor
+        self, output: PipelineSchedulerOutput, passed: PassEnvelope, x: Tensor
     ) -> list[StageResult]:
-        """Run a pass through this stage and hand it on; return what the exits here say.
+        """Run a pass through this stage, send it on, and return the results of the stage's exits.
 
-        x [t, h]: from the stage before. Who is behind gets the rows before the last exit here is
-        asked, and hears afterwards who left, unless it has to know that first.
+        Send hidden states downstream before evaluating this stage's last exit, and the exits taken
+        afterwards, unless the next stage has to know them first.
+
+        Args:
+            output: The pass.
+            passed: The pass as received, with the exits taken so far.
+            x: Hidden states [t, h] from the previous stage.
         """
-        left, is_late = passed.exited, passed.is_late
-        self._executor.prepare(scheduler_output.new_blocks, scheduler_output.zeroed)
-        answers: list[StageResult] = []
-        runs = runs_of(scheduler_output.ranges)
-        is_ahead = False
-        for piece, segment in enumerate(self._segments if scheduler_output.ranges else ()):
+        exited, is_late = passed.exited, passed.is_late
+        self._executor.prepare(output.new_blocks, output.zeroed)
+        stage_results: list[StageResult] = []
+        runs = runs_of(output.ranges)
+        is_early = False
+        for index, segment in enumerate(self._segments if output.ranges else ()):
             frozen = [
-                one.row
-                for one, where in zip(scheduler_output.frontiers, left, strict=True)
-                if one.freezes and where >= 0
+                frontier.row
+                for frontier, exit in zip(output.frontiers, exited, strict=True)
+                if frontier.freezes and exit >= 0
             ]
             live = live_runs(runs, frozen)
             batch = self._executor.batch(runs, live)
-            if piece == 0 and self._ranks.stage == 0:
-                tokens = torch.tensor(scheduler_output.tokens, device=self._stage.device)
+            if index == 0 and self._ranks.stage == 0:
+                tokens = torch.tensor(output.tokens, device=self._stage.device)
                 x = self._stage.embed(tokens, batch.positions)
-            x, attended = self._executor.run(piece, x, batch)
-            if piece == len(self._segments) - 1:
-                is_ahead = self._may_hand_on(scheduler_output) and (is_late or segment is not None)
-            if is_ahead:
-                self._hand_on(passed.message(is_late=True), x)
+            x, attended = self._executor.run(index, x, batch)
+            if index == len(self._segments) - 1:
+                is_early = self._may_send_on(output) and (is_late or segment is not None)
+            if is_early:
+                self._send_on(passed.message(is_late=True), x)
             if segment is not None:
                 if is_late:
-                    left[:], is_late = self._ranks.receive_previous_numbers(len(left)), False
-                answers += self._ask(piece, segment, scheduler_output, left, runs, x, attended)
+                    exited[:], is_late = self._ranks.receive_previous_numbers(len(exited)), False
+                stage_results += self._evaluate_exit(
+                    index, segment, output, exited, runs, x, attended
+                )
         if is_late:
-            left[:] = self._ranks.receive_previous_numbers(len(left))
-        if is_ahead:
-            self._ranks.send_next_numbers(left)
+            exited[:] = self._ranks.receive_previous_numbers(len(exited))
+        if is_early:
+            self._ranks.send_next_numbers(exited)
         else:
-            self._hand_on(passed.message(), x)
-        return answers
+            self._send_on(passed.message(), x)
+        return stage_results
 
-    def follow(self) -> None:
-        """Run the passes that come from the leader, until it dismisses its followers."""
+    def worker_loop(self) -> None:
+        """Run the passes of the leader until it shuts down."""
         ranks = self._ranks
         while True:
             message, x = self._next_pass()
             if not message:
-                self._hand_on(message, x)
+                self._send_on(message, x)
                 break
             passed = PassEnvelope.of(message)
-            scheduler_output = decode_pass(passed.encoded)
-            answers = self.run(scheduler_output, passed, x)
+            output = decode_pass(passed.encoded)
+            stage_results = self.run(output, passed, x)
             if ranks.stage > 0 and ranks.tensor_rank == 0:
-                ranks.send_result(encode_results(scheduler_output.id, answers))
+                ranks.send_result(encode_results(output.id, stage_results))
         if ranks.stage > 0 and ranks.tensor_rank == 0:
             ranks.send_result(b"")
         ranks.flush()
 
-    def lead(self, scheduler_output: PipelineSchedulerOutput) -> list[StageResult]:
-        """Send a pass through all stages; return what the exits of the first one say."""
-        passed = PassEnvelope([-1] * len(scheduler_output.frontiers), encode_pass(scheduler_output))
+    def run_first_stage(self, output: PipelineSchedulerOutput) -> list[StageResult]:
+        """Start a pass through all stages and return the results of the first stage's exits."""
+        passed = PassEnvelope([-1] * len(output.frontiers), encode_pass(output))
         if self._ranks.tensor_size > 1:
             self._ranks.broadcast(passed.message())
-        return self.run(scheduler_output, passed, self._no_rows())
+        return self.run(output, passed, self._no_rows())
 
-    def dismiss(self) -> None:
-        """Let the ranks that follow this one go."""
+    def shutdown(self) -> None:
+        """Shut down the worker ranks."""
         self._ranks.broadcast(b"")
-        self._hand_on(b"", self._no_rows())
+        self._send_on(b"", self._no_rows())
         self._ranks.flush()
         self._ranks.join_listeners()
 
@@ -124,60 +132,69 @@ class PipelineRunner:
             return self._ranks.broadcast(), self._no_rows()
         return self._ranks.receive_previous(self._stage.hidden_size, self._stage.dtype)
 
-    def _hand_on(self, message: bytes, x: Tensor) -> None:
+    def _send_on(self, message: bytes, x: Tensor) -> None:
         if self._ranks.stage < self._ranks.num_stages - 1:
-            if self._executor.reuses_buffers:  # the send may end after the next replay
+            if self._executor.reuses_buffers:  # The send may outlast the next replay.
                 x = x.clone()
             self._ranks.send_next(message, x)
 
-    def _may_hand_on(self, scheduler_output: PipelineSchedulerOutput) -> bool:
-        """Return whether the next stage can begin before it is known who leaves here."""
+    def _may_send_on(self, output: PipelineSchedulerOutput) -> bool:
+        """Return whether the next stage can start before it knows the exits taken here."""
         is_last = self._ranks.stage == self._ranks.num_stages - 1
-        freezes = any(one.freezes for one in scheduler_output.frontiers)
-        return not is_last and bool(scheduler_output.frontiers) and not freezes
+        freezes = any(frontier.freezes for frontier in output.frontiers)
+        return not is_last and bool(output.frontiers) and not freezes
 
     def _no_rows(self) -> Tensor:
         shape = (0, self._stage.hidden_size)
         return torch.empty(shape, dtype=self._stage.dtype, device=self._stage.device)
 
-    def _ask(
+    def _evaluate_exit(
         self,
-        piece: int,
+        index: int,
         segment: int,
-        scheduler_output: PipelineSchedulerOutput,
-        left: list[int],
+        output: PipelineSchedulerOutput,
+        exited: list[int],
         runs: Items[Run],
         x: Tensor,
         attended: Tensor,
     ) -> list[StageResult]:
-        """Return what the exit at the end of `segment` says about those who may leave there."""
-        asked, queries, judged = [], [], []
-        for number, (one, where) in enumerate(zip(scheduler_output.frontiers, left, strict=True)):
-            threshold = one.thresholds[segment]
-            if where < 0 and threshold is not None:
-                asked.append(number)
-                judged.append(Run(one.slot, one.position, one.position + 1, one.row))
+        """Return the results of the exit that ends `segment` for the rows that may exit.
+
+        The segments of rows that exit are entered in `exited`.
+        """
+        numbers, queries, rows = [], [], []
+        for number, (frontier, exit) in enumerate(zip(output.frontiers, exited, strict=True)):
+            threshold, position = frontier.thresholds[segment], frontier.position
+            if exit < 0 and threshold is not None:
+                numbers.append(number)
+                rows.append(Run(frontier.slot, position, position + 1, frontier.row))
                 queries.append(
                     ExitQuery(
-                        one.slot, one.position, threshold, one.measure, one.sampling, one.history
+                        frontier.slot,
+                        position,
+                        threshold,
+                        frontier.measure,
+                        frontier.sampling_params,
+                        frontier.history,
+                        frontier.banned,
                     )
                 )
         batch = None
-        if self._stage.has_block(piece):
-            batch = self._executor.batch(runs, judged)
-        logits = self._stage.logits(piece, x, attended, judged, batch)
-        if self._ranks.tensor_size > 1 and is_short(queries):
+        if self._stage.has_block(index):
+            batch = self._executor.batch(runs, rows)
+        logits = self._stage.logits(index, x, attended, rows, batch)
+        if self._ranks.tensor_size > 1 and can_decide_from_summaries(queries):
             summaries = self._ranks.gather(summarize(logits, self._stage.first_id))
             results = decide_from_summaries(summaries, queries)
         else:
             results = decide_exits(self._ranks.gather(logits), queries)
-        answers = []
-        for number, result in zip(asked, results, strict=True):
-            is_draft = scheduler_output.frontiers[number].is_draft and segment != self._last_segment
+        stage_results = []
+        for number, result in zip(numbers, results, strict=True):
+            is_draft = output.frontiers[number].is_draft and segment != self._last_segment
             if is_draft and not result.is_finite:
-                continue  # the final exit decides whether this row counts at all
+                continue  # The final exit decides whether this row counts.
             if result.exited:
-                answers.append(StageResult(number, segment, result))
+                stage_results.append(StageResult(number, segment, result))
                 if not is_draft:
-                    left[number] = segment
-        return answers
+                    exited[number] = segment
+        return stage_results

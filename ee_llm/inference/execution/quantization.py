@@ -1,7 +1,6 @@
-"""Linear layers whose weights have 8 bits: less memory for a little accuracy.
+"""Linear layers with 8-bit weights, by torchao: less memory for a little accuracy.
 
-Each output of a layer has a scale of its own; what goes in and comes out keeps its dtype. torchao
-does it, if it is installed.
+Each output of a layer has its own scale. Inputs and outputs keep their dtype.
 """
 
 import logging
@@ -16,9 +15,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Int8Linear:
-    """x [t, i] times the transpose of an 8-bit weight made of `weight` [o, i], plus bias [o].
+    """Multiply x [t, i] by the transpose of `weight` [o, i], rounded to 8 bits, and add bias [o].
 
-    Raises RequestError if torchao is not there, or if it has no such weights in this dtype.
+    Raises:
+        RequestError: torchao is not installed or does not support this dtype.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -37,19 +37,19 @@ class Int8Linear:
 
 
 def check_quantize(dtype: torch.dtype) -> None:
-    """Raise RequestError unless weights of this dtype can be had with 8 bits here."""
+    """Raise RequestError unless torchao is installed and supports this dtype."""
     _torchao()
     if dtype not in DTYPES:
         name = str(dtype).removeprefix("torch.")
         raise RequestError(
-            f"--quantize int8 with --dtype {name}: torchao has no such weights; take float32 or "
-            "bfloat16, or leave --quantize out"
+            f"--quantize int8 with --dtype {name}: torchao does not support this dtype. Use --dtype"
+            " float32 or bfloat16, or drop --quantize."
         )
 
 
 def _torchao() -> Any:
-    """Return torchao.quantization; raises RequestError if it can not be imported."""
-    # It warns of each of its kernels for GPUs that does not load.
+    """Return torchao.quantization; raises RequestError if it cannot be imported."""
+    # On import, torchao warns about each GPU kernel that it cannot load.
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -58,7 +58,7 @@ def _torchao() -> Any:
         import torchao.quantization
     except ImportError as error:
         raise RequestError(
-            f"--quantize int8 needs torchao ({error}): pip install 'ee-llm[quantize]'"
+            f"--quantize int8 needs torchao ({error}). Run: pip install 'ee-llm[quantize]'"
         ) from None
     finally:
         for logger, level in zip(loggers, levels, strict=True):

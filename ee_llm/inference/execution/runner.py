@@ -1,6 +1,6 @@
-"""Runs passes: plans in, logits of the judged rows out; it decides nothing.
+"""Run the passes of a scheduler on a model, and return logits.
 
-Legend of shapes: t rows of a part, r judged rows, h hidden, v vocabulary.
+Legend of shapes: t rows of a step, r rows with logits, h hidden, v vocabulary.
 """
 
 import time
@@ -16,22 +16,18 @@ from ee_llm.inference.execution.executor import ExecutionConfig, Executor
 from ee_llm.inference.execution.stage import ModelStage
 from ee_llm.inference.execution.wire import decode_scheduler_output, encode_scheduler_output
 from ee_llm.inference.exits.decision import summarize
+from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.deferral import LatencyProfile
-from ee_llm.inference.scheduling.scheduler import (
-    SchedulerConfig,
-    SchedulerOutput,
-    SegmentStep,
-    TokenRange,
-)
+from ee_llm.inference.scheduling.output import SchedulerOutput, SegmentStep, TokenRange
 
-# What the leading rank tells the others: nothing, a pass, a pass whose logits it needs not, to
-# forget everything.
-_HEARTBEAT, _WHOLE, _SHORT, _CLEAR = b"-", b"w", b"s", b"c"
-ROWS_PROFILED = (1, 2, 4, 8, 16, 32, 64, 128)
+# Messages of the leading rank: a heartbeat, a pass that returns logits, a pass that returns
+# summaries, and a reset.
+_HEARTBEAT, _LOGITS, _SUMMARIES, _CLEAR = b"-", b"w", b"s", b"c"
+PROFILED_NUM_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Runner:
-    """One model with its cache, and a ring for the pending rows of each slot at each boundary."""
+    """A model with its K/V cache, and ring buffers for the pending rows at each boundary."""
 
     def __init__(
         self,
@@ -43,7 +39,7 @@ class Runner:
     ) -> None:
         self.stage = stage
         self._ranks = ranks
-        self._last_told = time.monotonic()
+        self._last_sent = time.monotonic()
         self._num_slots, self._num_pending = (
             scheduler_config.max_num_seqs,
             scheduler_config.max_pending,
@@ -53,28 +49,29 @@ class Runner:
         hidden = stage.hidden_size
         self._rings = [
             torch.zeros(rows, hidden, dtype=stage.dtype, device=stage.device)
-            for _ in stage.pieces[:-1]
+            for _ in stage.layer_ranges[:-1]
         ]
 
-    def run(self, scheduler_output: SchedulerOutput) -> Tensor:
-        """Return the logits [r, v] of the rows that the plan's heads name, in their order."""
+    def run(self, output: SchedulerOutput) -> Tensor:
+        """Return the logits [r, v] of the pass's `logit_rows`, in order."""
         if self._ranks is None:
-            return self._run(scheduler_output)
-        self._tell(_WHOLE + encode_scheduler_output(scheduler_output))
-        return self._ranks.gather(self._run(scheduler_output))
+            return self._run(output)
+        self._broadcast(_LOGITS + encode_scheduler_output(output))
+        return self._ranks.gather(self._run(output))
 
-    def run_summarized(self, scheduler_output: SchedulerOutput) -> Tensor:
-        """Return summaries [r, 3 * ranks] of the logits in place of them, see `summarize`."""
-        assert self._ranks is not None, "one rank has all logits"
-        self._tell(_SHORT + encode_scheduler_output(scheduler_output))
-        return self._ranks.gather(self._summary(scheduler_output))
+    def run_summarized(self, output: SchedulerOutput) -> Tensor:
+        """Return summaries [r, 3 * ranks] of the logits of the pass (see `summarize`)."""
+        assert self._ranks is not None, "a single rank has all logits"
+        self._broadcast(_SUMMARIES + encode_scheduler_output(output))
+        return self._ranks.gather(self._summary(output))
 
     def clear(self) -> None:
-        """Forget all keys, values and pending rows, on the ranks that follow too.
+        """Zero all keys, values and pending rows, on the worker ranks too.
 
-        What is not finite would spread: a masked value is multiplied with 0, not left out.
+        Otherwise, values that are not finite would spread, since attention multiplies masked values
+        by 0 and does not skip them.
         """
-        self._tell(_CLEAR)
+        self._broadcast(_CLEAR)
         self._clear()
 
     def _clear(self) -> None:
@@ -83,121 +80,122 @@ class Runner:
             ring.zero_()
 
     @property
-    def has_followers(self) -> bool:
-        """Return whether other ranks run what this one runs."""
+    def has_workers(self) -> bool:
+        """Whether other ranks share the model with this one."""
         return self._ranks is not None and self._ranks.tensor_size > 1
 
-    def follow(self) -> None:
-        """Run what the leading rank runs, until it dismisses its followers."""
-        assert self._ranks is not None, "there is nobody to follow"
+    def worker_loop(self) -> None:
+        """Run the passes of the leading rank until it shuts down."""
+        assert self._ranks is not None, "a worker needs a leading rank"
         while message := self._ranks.broadcast():
-            kind, scheduler_output = message[:1], message[1:]
-            if kind == _WHOLE:
-                self._ranks.gather(self._run(decode_scheduler_output(scheduler_output)))
-            elif kind == _SHORT:
-                self._ranks.gather(self._summary(decode_scheduler_output(scheduler_output)))
+            kind, output = message[:1], message[1:]
+            if kind == _LOGITS:
+                self._ranks.gather(self._run(decode_scheduler_output(output)))
+            elif kind == _SUMMARIES:
+                self._ranks.gather(self._summary(decode_scheduler_output(output)))
             elif kind == _CLEAR:
                 self._clear()
 
-    def dismiss(self) -> None:
-        """Let the ranks that follow this one go."""
-        self._tell(b"")
+    def shutdown(self) -> None:
+        """Shut down the worker ranks."""
+        self._broadcast(b"")
 
-    def rest(self) -> None:
-        """Tell the ranks that follow this one that it is there, if it is time to."""
-        if self._ranks and time.monotonic() - self._last_told > self._ranks.timeout_s / 3:
-            self._tell(_HEARTBEAT)
+    def heartbeat(self) -> None:
+        """Send a heartbeat to the worker ranks if it is due; call this periodically when idle."""
+        if self._ranks and time.monotonic() - self._last_sent > self._ranks.timeout_s / 3:
+            self._broadcast(_HEARTBEAT)
 
-    def _tell(self, message: bytes) -> None:
+    def _broadcast(self, message: bytes) -> None:
         if self._ranks:
             self._ranks.broadcast(message)
-            self._last_told = time.monotonic()
+            self._last_sent = time.monotonic()
 
-    def _summary(self, scheduler_output: SchedulerOutput) -> Tensor:
-        return summarize(self._run(scheduler_output), self.stage.first_id)
+    def _summary(self, output: SchedulerOutput) -> Tensor:
+        return summarize(self._run(output), self.stage.first_id)
 
     @torch.no_grad()
-    def _run(self, scheduler_output: SchedulerOutput) -> Tensor:
-        self._executor.prepare(scheduler_output.new_blocks, scheduler_output.zeroed)
+    def _run(self, output: SchedulerOutput) -> Tensor:
+        self._executor.prepare(output.new_blocks, output.zeroed)
         x = attended = torch.empty(0)
         ranges: tuple[TokenRange, ...] = ()
         batch: Batch | None = None
-        for step in scheduler_output.steps:
+        for step in output.steps:
             if batch is None or step.ranges != ranges or batch.live is not None or step.frozen:
                 batch = self._batch(step.ranges, live_runs(runs_of(step.ranges), step.frozen))
             if step.segment == 0:
-                tokens = torch.tensor(scheduler_output.tokens, device=self.stage.device)
+                tokens = torch.tensor(output.tokens, device=self.stage.device)
                 x = self.stage.embed(tokens, batch.positions)
-            elif step.ranges != ranges:  # rows that were left at this boundary go along
+            elif step.ranges != ranges:  # The pending rows of this boundary join.
                 if ranges:
-                    self._leave(step.segment - 1, x, ranges)
+                    self._store(step.segment - 1, x, ranges)
                 ring = self._rings[step.segment - 1]
-                x = ring[self._places(step.ranges)]
+                x = ring[self._ring_rows(step.ranges)]
             ranges = step.ranges
             x, attended = self._executor.run(step.segment, x, batch)
-            if step is not scheduler_output.steps[-1] and self.stage.has_block(step.segment):
+            if step is not output.steps[-1] and self.stage.has_block(step.segment):
                 self.stage.run_block(step.segment, x, self._batch(step.ranges, ()))
-        last = scheduler_output.last_segment
+        last = output.last_segment
         if last < len(self._rings):
-            self._leave(last, x, ranges)
-        return self._judged(scheduler_output, x, attended)
+            self._store(last, x, ranges)
+        return self._logits(output, x, attended)
 
-    def profile(self, rows: Items[int] = ROWS_PROFILED) -> tuple[LatencyProfile, LatencyProfile]:
-        """Return what passes of so many rows take without a head, and what the head adds.
+    def profile(
+        self, rows: Items[int] = PROFILED_NUM_ROWS
+    ) -> tuple[LatencyProfile, LatencyProfile]:
+        """Return the measured latency of passes without a head, and of the head itself.
 
-        One row each of as many slots. For when nothing runs: it writes to the cache's block for
-        padding, and to rings.
+        Call this when nothing runs: it writes to the padding block of the cache and to the rings.
+
+        Args:
+            rows: Row counts to measure; each row is in a slot of its own.
         """
         rows = tuple(count for count in rows if count <= self._num_slots) or (1,)
         passes, heads = [], []
-        for segment in range(len(self.stage.pieces)):
-            bare, judged = zip(*(self._seconds(segment, count) for count in rows), strict=True)
+        for segment in range(len(self.stage.layer_ranges)):
+            bare, full = zip(*(self._seconds(segment, count) for count in rows), strict=True)
             passes.append(bare)
-            heads.append(tuple(max(0.0, b - a) for a, b in zip(bare, judged, strict=True)))
+            heads.append(tuple(max(0.0, b - a) for a, b in zip(bare, full, strict=True)))
         return LatencyProfile(rows, tuple(passes)), LatencyProfile(rows, tuple(heads))
 
     def _seconds(self, segment: int, num_rows: int) -> tuple[float, float]:
-        """Return the least time of a few passes without and with the head, in turn.
+        """Return the least seconds of a few passes without and with the head, measured in turn.
 
-        The first of each is for caches and allocators.
+        The first pass of each kind warms up caches and allocators and does not count.
         """
         ranges = tuple(TokenRange(slot, 0, 1) for slot in range(num_rows))
         tokens = (0,) * num_rows if segment == 0 else ()
         times: list[list[float]] = [[], []]
         while len(times[0]) < 4 or (len(times[0]) < 20 and sum(map(sum, times)) < 0.04):
-            for seconds, heads in zip(times, ((), ranges), strict=True):
+            for seconds, logit_rows in zip(times, ((), ranges), strict=True):
                 start = time.perf_counter()
-                self.run(SchedulerOutput((SegmentStep(segment, ranges),), tokens, heads, ()))
+                self.run(SchedulerOutput((SegmentStep(segment, ranges),), tokens, logit_rows, ()))
                 distributed.synchronize()
                 seconds.append(time.perf_counter() - start)
-        bare, judged = (min(seconds[1:]) for seconds in times)
-        return bare, judged
+        bare, full = (min(seconds[1:]) for seconds in times)
+        return bare, full
 
-    def _judged(self, scheduler_output: SchedulerOutput, x: Tensor, attended: Tensor) -> Tensor:
-        """Return the logits of the judged rows; an exit's block sees all rows in any case."""
-        last, ranges = scheduler_output.last_segment, scheduler_output.steps[-1].ranges
+    def _logits(self, output: SchedulerOutput, x: Tensor, attended: Tensor) -> Tensor:
+        """Return the logits of the `logit_rows`; the block of an exit always sees all rows."""
+        last, ranges = output.last_segment, output.steps[-1].ranges
         first = {run.slot: run.first - run.start for run in runs_of(ranges)}
-        judged = [
-            Run(s.slot, s.start, s.stop, first[s.slot] + s.start)
-            for s in scheduler_output.logit_rows
-        ]
-        batch = self._batch(ranges, judged) if self.stage.has_block(last) else None
-        return self.stage.logits(last, x, attended, judged, batch)
+        live = [Run(s.slot, s.start, s.stop, first[s.slot] + s.start) for s in output.logit_rows]
+        batch = self._batch(ranges, live) if self.stage.has_block(last) else None
+        return self.stage.logits(last, x, attended, live, batch)
 
     def _batch(self, ranges: Items[TokenRange], live: Items[Run] | None) -> Batch:
         return self._executor.batch(runs_of(ranges), live)
 
-    def _leave(self, boundary: int, x: Tensor, ranges: Items[TokenRange]) -> None:
-        self._rings[boundary].index_copy_(0, self._places(ranges), x)
+    def _store(self, boundary: int, x: Tensor, ranges: Items[TokenRange]) -> None:
+        self._rings[boundary].index_copy_(0, self._ring_rows(ranges), x)
 
-    def _places(self, ranges: Items[TokenRange]) -> Tensor:
-        """Return where in a ring the rows of `spans` are [t]."""
+    def _ring_rows(self, ranges: Items[TokenRange]) -> Tensor:
+        """Return the indices [t] of rows in a ring."""
         size = self._num_pending
-        places = [s.slot * size + p % size for s in ranges for p in range(s.start, s.stop)]
-        return torch.tensor(places, dtype=torch.int64, device=self.stage.device)
+        indices = [s.slot * size + p % size for s in ranges for p in range(s.start, s.stop)]
+        return torch.tensor(indices, dtype=torch.int64, device=self.stage.device)
 
 
 def runs_of(ranges: Items[TokenRange]) -> list[Run]:
-    """Return the rows of `spans`, numbered one after the other."""
+    """Return the given rows as runs whose rows are numbered consecutively."""
     ends = accumulate(map(len, ranges))
     return [Run(s.slot, s.start, s.stop, end - len(s)) for s, end in zip(ranges, ends, strict=True)]

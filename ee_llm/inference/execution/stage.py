@@ -1,13 +1,14 @@
-"""The part of a model that one rank runs: pieces of it, and the heads of the exits in between.
+"""The part of a model that one rank runs: layer ranges and the heads of their exits.
 
-A piece is a segment or, where a pipeline stage ends within one, a part of it.
+A layer range is a segment or, where a pipeline stage ends within a segment, a part of one.
 
-Legend of shapes: t rows, r rows that an exit judges, h hidden, v vocabulary, c positions in the
-cache, k key/value heads of this rank, d head dimension.
+Legend of shapes: t rows, r rows with logits, h hidden, v vocabulary, n tensor-parallel ranks, c
+positions in the cache, k key/value heads of this rank, d head dimension.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from ee_llm.inference.execution.quantization import Int8Linear
 
 
 class LayerRange(NamedTuple):
-    """Layers first .. last (numbered from 1), and whether an exit follows the last."""
+    """Layers first .. last (numbered from 1), and whether an exit follows the last one."""
 
     first: int
     last: int
@@ -33,7 +34,7 @@ class LayerRange(NamedTuple):
 
 
 def partition_layers(config: Config, num_stages: int = 1) -> list[list[LayerRange]]:
-    """Return the pieces of each pipeline stage; stages have equally many layers as far as possible.
+    """Return the layer ranges of each pipeline stage; stages have about equally many layers.
 
     Raises RequestError if there are more stages than layers.
     """
@@ -50,21 +51,20 @@ def partition_layers(config: Config, num_stages: int = 1) -> list[list[LayerRang
     for end in ends:
         edges = sorted({*(b for b in exits if first <= b <= end), end})
         starts = [first, *(edge + 1 for edge in edges[:-1])]
-        pieces = [LayerRange(a, b, b in exits) for a, b in zip(starts, edges, strict=True)]
-        stages.append(pieces)
+        stages.append([LayerRange(a, b, b in exits) for a, b in zip(starts, edges, strict=True)])
         first = end + 1
     return stages
 
 
 def check_layout(config: Config, tensor: int, pipeline: int) -> None:
-    """Raise RequestError unless the model can be split over so many tensor ranks and stages."""
+    """Raise RequestError unless the model can be split over these tensor ranks and stages."""
     partition_layers(config, pipeline)
     sizes = {name: getattr(config.model, name) for name in DIVIDED_SIZES}
     for name, size in sizes.items():
         if size % tensor:
             common = math.gcd(*sizes.values())
-            fit = [n for n in range(1, common + 1) if common % n == 0]
-            choices = " or ".join(f"--tensor {n}" for n in fit)
+            divisors = [n for n in range(1, common + 1) if common % n == 0]
+            choices = " or ".join(f"--tensor {n}" for n in divisors)
             raise RequestError(f"--tensor {tensor} does not divide {name} = {size}. Use {choices}.")
 
 
@@ -79,7 +79,7 @@ def make_shard(
 
 
 class Head:
-    """An exit: [block] -> [mlp] -> [norm] -> output projection; the final one has a norm alone."""
+    """An exit: [block] -> [mlp] -> [norm] -> output projection; the final exit has only a norm."""
 
     def __init__(
         self,
@@ -103,16 +103,18 @@ class Head:
         self._temperature = temperatures.get(boundary, 1.0)
 
     def __call__(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Return this rank's logits [r, v / t] of x [r, h], the block's outcome where there is one.
+        """Return this rank's logits [r, v / n].
 
-        attended [r, h]: the same rows before the layer's (or block's) own MLP, which an `mlp`
-        stands in for if there is no block (EE-Tuning, arXiv 2402.00518).
+        Args:
+            x: Rows [r, h] after the layer, or after the exit's block if it has one.
+            attended: The same rows [r, h] before the MLP of that layer or block. Without a block,
+                the exit's `mlp` takes the place of the layer's own (EE-Tuning, arXiv 2402.00518).
         """
         logits = self._output(self.features(x, attended))
         return logits if self._temperature == 1.0 else logits / self._temperature
 
     def features(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Return what the output weight projects [r, h], of the same rows."""
+        """Return the input [r, h] of the output projection; the arguments are those of a call."""
         if self._mlp is not None:
             start = attended if self.block is None else x
             x = start + self._mlp(start)
@@ -120,49 +122,58 @@ class Head:
 
 
 class ModelStage:
-    """Pieces of a model, with a cache for the keys and values of their layers."""
+    """Layer ranges of a model, with a cache for the keys and values of their layers."""
 
     def __init__(
         self,
         config: Config,
         tensors: Mapping[str, Tensor],
         num_positions: int,
-        pieces: Sequence[LayerRange],
+        layer_ranges: Sequence[LayerRange],
         shard: Shard | None = None,
     ) -> None:
-        """Take the weights that the pieces need out of `tensors`, all of one dtype and device.
+        """Build the layers and allocate the cache.
 
-        num_positions: that the cache holds.
+        Args:
+            config: The model's configuration.
+            tensors: The weights, all of one dtype and device; only those of the layer ranges are
+                read.
+            num_positions: Number of positions in the cache.
+            layer_ranges: The layer ranges.
+            shard: This rank's tensor-parallel share.
+
+        Raises:
+            RequestError: There is no memory for the cache.
         """
         shard = shard or Shard()
         model = config.model
-        self.pieces = tuple(pieces)
-        some = tensors[f"layers.{pieces[0].first}.input_layernorm.weight"]
-        self.dtype, self.device = some.dtype, some.device
+        self.layer_ranges = tuple(layer_ranges)
+        weight = tensors[f"layers.{layer_ranges[0].first}.input_layernorm.weight"]
+        self.dtype, self.device = weight.dtype, weight.device
         self.hidden_size = model.hidden_size
-        self.num_ranks = shard.size  # that share each layer
+        self.num_ranks = shard.size  # ranks that share each layer
         self.num_logits = model.vocab_size // shard.size  # of this rank, for ids from first_id on
         self.first_id = shard.rank * self.num_logits
         self._rotations = rotations(model, self.dtype, self.device)
-        if pieces[0].first == 1:
-            self._words = tensors["embedding.word.weight"]
-            self._places = tensors.get("embedding.position.weight")
+        if layer_ranges[0].first == 1:
+            self._word_embedding = tensors["embedding.word.weight"]
+            self._position_embedding = tensors.get("embedding.position.weight")
         self._layers = [
             [
                 Layer(model, tensors, f"layers.{n}", shard)
-                for n in range(piece.first, piece.last + 1)
+                for n in range(layer_range.first, layer_range.last + 1)
             ]
-            for piece in pieces
+            for layer_range in layer_ranges
         ]
         outputs: dict[str, Linear | Int8Linear] = {}
         self._heads: list[Head | None] = []
-        for piece in pieces:
+        for layer_range in layer_ranges:
             self._heads.append(None)
-            if piece.has_exit:
-                name = output_weight_name(config, piece.last)
+            if layer_range.has_exit:
+                name = output_weight_name(config, layer_range.last)
                 if name not in outputs:
                     outputs[name] = shard.linear(shard.parameter(model, tensors, name))
-                self._heads[-1] = Head(config, tensors, piece.last, outputs[name], shard)
+                self._heads[-1] = Head(config, tensors, layer_range.last, outputs[name], shard)
         self.cache_dtype = cache_dtype(self.dtype, self.device)
         shape = (num_positions, 2, model.num_kv_heads // shard.size, model.head_dim)
         num_pages = [len(layers) + self.has_block(n) for n, layers in enumerate(self._layers)]
@@ -178,97 +189,113 @@ class ModelStage:
             size = math.prod(shape) * self.cache_dtype.itemsize * sum(num_pages)
             raise RequestError(
                 f"no memory for the keys and values of {num_positions} positions on {self.device}:"
-                f" they take {size / 2**30:,.1f} GiB. Use a smaller --cache-tokens, --batch-size or"
-                " model."
+                f" they take {size / 2**30:,.1f} GiB. Use a smaller --cache-tokens or"
+                " --max-num-seqs, or a smaller model."
             ) from error
 
     def clear(self) -> None:
-        """Forget all keys and values."""
-        for pages in (page for piece in self._pages for page in piece):
+        """Zero all keys and values."""
+        for pages in chain.from_iterable(self._pages):
             pages.zero_()
 
     def zero(self, start: int, stop: int) -> None:
         """Zero the keys and values at positions start .. stop - 1 of the cache."""
-        for pages in (page for piece in self._pages for page in piece):
+        for pages in chain.from_iterable(self._pages):
             pages[start:stop].zero_()
 
     def compile(self) -> None:
-        """Send all layers, those of exits too, through torch.compile."""
+        """Run all layers, including those of exits, through torch.compile."""
         blocks = [head.block for head in self._heads if head is not None and head.block is not None]
         for layer in (*blocks, *(layer for layers in self._layers for layer in layers)):
             layer.compile()
 
-    def has_block(self, piece: int) -> bool:
-        """Return whether the exit at the end of a piece has keys and values of its own."""
-        head = self._heads[piece]
+    def has_block(self, index: int) -> bool:
+        """Return whether the exit of a layer range has a block, with keys and values of its own."""
+        head = self._heads[index]
         return head is not None and head.block is not None
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Return the rows [t, h] that enter layer 1, of token ids [t] at positions [t]."""
-        x = self._words[tokens]
-        return x if self._places is None else x + self._places[positions]
+        """Return the input [t, h] of layer 1 for token ids [t] at positions [t]."""
+        x = self._word_embedding[tokens]
+        if self._position_embedding is None:
+            return x
+        return x + self._position_embedding[positions]
 
-    def run(self, piece: int, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return rows [t, h] after the piece's layers, and after the last one's attention alone.
+    def run(self, index: int, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return rows [t, h] after a layer range, and before the MLP of its last layer.
 
-        Rows that do not live in the batch stay what they are, but have keys and values.
+        Rows that are not live keep their state, but their keys and values are written too.
+
+        Args:
+            index: Index of the layer range.
+            x: Rows [t, h].
+            batch: Metadata of the rows.
         """
         rotation = None if self._rotations is None else self._rotations[batch.positions]
         attended = x
-        for layer, pages in zip(self._layers[piece], self._pages[piece], strict=False):
+        for layer, pages in zip(self._layers[index], self._pages[index], strict=False):
             after, attended = layer(x, pages, batch, rotation)
             x = after if batch.live is None else x.index_copy(0, batch.live, after)
         if batch.live is not None:
             attended = x.index_copy(0, batch.live, attended)
         return x, attended
 
-    def run_block(self, piece: int, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the rows that live in the batch after the exit's block, and after its attention.
+    def run_block(self, index: int, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the live rows after the block of an exit, and before its MLP.
 
-        The keys and values of all rows x [t, h] are kept.
+        The keys and values of all rows x [t, h] are written.
         """
-        head = self._heads[piece]
-        assert head is not None, f"piece {piece} has no exit"
-        assert head.block is not None, f"the exit of piece {piece} has no block"
+        head = self._heads[index]
+        assert head is not None, f"layer range {index} has no exit"
+        assert head.block is not None, f"the exit of layer range {index} has no block"
         rotation = None if self._rotations is None else self._rotations[batch.positions]
-        return head.block(x, self._pages[piece][-1], batch, rotation)
+        return head.block(x, self._pages[index][-1], batch, rotation)
 
-    def features(self, piece: int, x: Tensor, attended: Tensor, batch: Batch) -> Tensor:
-        """Return what the output weight of a piece's exit projects [t, h], of all rows.
+    def features(self, index: int, x: Tensor, attended: Tensor, batch: Batch) -> Tensor:
+        """Return the input [t, h] of the output projection of an exit, for all rows.
 
-        x, attended [t, h]: as `run` returned them. batch: of those rows, all of which live.
+        Args:
+            index: Index of the layer range.
+            x: Rows [t, h] as `run` returned them.
+            attended: Rows [t, h] as `run` returned them.
+            batch: Metadata of the rows, all of which are live.
         """
-        head = self._heads[piece]
-        assert head is not None, f"piece {piece} has no exit"
+        head = self._heads[index]
+        assert head is not None, f"layer range {index} has no exit"
         if head.block is not None:
-            x, attended = self.run_block(piece, x, batch)
+            x, attended = self.run_block(index, x, batch)
         return head.features(x, attended)
 
     def logits(
-        self, piece: int, x: Tensor, attended: Tensor, judged: Sequence[Run], batch: Batch | None
+        self, index: int, x: Tensor, attended: Tensor, rows: Sequence[Run], batch: Batch | None
     ) -> Tensor:
-        """Return this rank's logits [r, v / t] of the rows that the exit of a piece judges.
+        """Return this rank's logits [r, v / n] of the given rows at the exit of a layer range.
 
-        x, attended [t, h]: as `run` returned them. batch: of all rows, in which those judged live,
-        for an exit with a block; its keys and values are kept of all.
+        Args:
+            index: Index of the layer range.
+            x: Rows [t, h] as `run` returned them.
+            attended: Rows [t, h] as `run` returned them.
+            rows: The rows to return the logits of.
+            batch: Metadata of all rows, of which `rows` are live, for an exit with a block; the
+                block writes the keys and values of all of them. None for other exits.
         """
-        head = self._heads[piece]
-        assert head is not None, f"piece {piece} has no exit"
-        rows = [row for run in judged for row in range(run.first, run.first + run.num_rows)]
+        head = self._heads[index]
+        assert head is not None, f"layer range {index} has no exit"
+        numbers = [row for run in rows for row in range(run.first, run.first + run.num_rows)]
         if batch is not None:
-            x, attended = self.run_block(piece, x, batch)
-        elif rows != list(range(len(x))):
-            index = torch.tensor(rows, dtype=torch.int64, device=self.device)
-            x, attended = x[index], attended[index]
-        if not rows:
+            x, attended = self.run_block(index, x, batch)
+        elif numbers != list(range(len(x))):
+            selection = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+            x, attended = x[selection], attended[selection]
+        if not numbers:
             return x.new_empty(0, self.num_logits)
         return head(x, attended)
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype to keep keys and values in.
+    """Return the dtype of the K/V cache for a model that computes in `dtype`.
 
-    On a CPU it is float32 where one computes in bfloat16: its attention is many times slower
-    with bfloat16 operands for single rows, and the cache is small beside the weights.
+    On a CPU, a bfloat16 model gets a float32 cache: the attention of single rows is many times
+    slower with bfloat16 operands, and the cache is small compared with the weights.
     """
     return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype

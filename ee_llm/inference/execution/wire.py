@@ -1,80 +1,86 @@
-"""Plans and answers as bytes, between ranks: JSON, which can hold nothing that executes."""
+"""Encode scheduler outputs and results for other ranks as JSON, which cannot contain code."""
 
 import json
 from collections.abc import Sequence as Items
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from ee_llm.inference.request import ExitResult
-from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.scheduling.output import SchedulerOutput, SegmentStep, TokenRange
 from ee_llm.inference.scheduling.pipeline_scheduler import (
     Frontier,
     PipelineSchedulerOutput,
     StageResult,
 )
-from ee_llm.inference.scheduling.scheduler import SchedulerOutput, SegmentStep, TokenRange
 
 
-def encode_scheduler_output(scheduler_output: SchedulerOutput) -> bytes:
-    """Return a plan as bytes, see `decode_scheduler_output`."""
-    steps = [[step.segment, _pairs(step.ranges), step.frozen] for step in scheduler_output.steps]
+def encode_scheduler_output(output: SchedulerOutput) -> bytes:
+    """Return a scheduler output as bytes for `decode_scheduler_output`."""
+    steps = [[step.segment, _pairs(step.ranges), step.frozen] for step in output.steps]
     fields = [
         steps,
-        scheduler_output.tokens,
-        _pairs(scheduler_output.logit_rows),
-        scheduler_output.new_blocks,
-        scheduler_output.zeroed,
+        output.tokens,
+        _pairs(output.logit_rows),
+        output.new_blocks,
+        output.zeroed,
     ]
     return json.dumps(fields).encode()
 
 
 def decode_scheduler_output(message: bytes) -> SchedulerOutput:
-    """Return the plan that `encode_scheduler_output` made bytes of."""
-    steps, tokens, heads, tables, zeroed = json.loads(message)
+    """Return the scheduler output that `encode_scheduler_output` encoded."""
+    steps, tokens, logit_rows, new_blocks, zeroed = json.loads(message)
     return SchedulerOutput(
         tuple(
-            SegmentStep(segment, _spans(ranges), tuple(frozen)) for segment, ranges, frozen in steps
+            SegmentStep(segment, _ranges(ranges), tuple(frozen))
+            for segment, ranges, frozen in steps
         ),
         tuple(tokens),
-        _spans(heads),
-        tuple((slot, index, block) for slot, index, block in tables),
+        _ranges(logit_rows),
+        tuple((slot, index, block) for slot, index, block in new_blocks),
         tuple(zeroed),
     )
 
 
-def encode_pass(scheduler_output: PipelineSchedulerOutput) -> bytes:
-    """Return a pass through a pipeline as bytes, see `decode_pass`."""
-    frontiers = [vars(one) | {"sampling": vars(one.sampling)} for one in scheduler_output.frontiers]
+def encode_pass(output: PipelineSchedulerOutput) -> bytes:
+    """Return a pass through a pipeline as bytes for `decode_pass`."""
+    frontiers = [
+        vars(frontier) | {"sampling_params": vars(frontier.sampling_params)}
+        for frontier in output.frontiers
+    ]
     fields = [
-        scheduler_output.id,
-        _pairs(scheduler_output.ranges),
-        scheduler_output.tokens,
+        output.id,
+        _pairs(output.ranges),
+        output.tokens,
         frontiers,
-        scheduler_output.new_blocks,
-        scheduler_output.zeroed,
+        output.new_blocks,
+        output.zeroed,
     ]
     return json.dumps(fields).encode()
 
 
 def decode_pass(message: bytes) -> PipelineSchedulerOutput:
-    """Return the pass that `encode_pass` made bytes of."""
-    id, ranges, tokens, frontiers, tables, zeroed = json.loads(message)
+    """Return the pass that `encode_pass` encoded."""
+    id, ranges, tokens, frontiers, new_blocks, zeroed = json.loads(message)
     return PipelineSchedulerOutput(
         id,
-        _spans(ranges),
+        _ranges(ranges),
         tuple(tokens),
         tuple(_frontier(**fields) for fields in frontiers),
-        tuple((slot, index, block) for slot, index, block in tables),
+        tuple((slot, index, block) for slot, index, block in new_blocks),
         tuple(zeroed),
     )
 
 
 @dataclass
 class PassEnvelope:
-    """An encoded pass, and where its frontiers have left; it is encoded once for all stages.
+    """A pass, encoded once for all stages, and the exits that its frontiers have taken.
 
-    left: of each frontier the segment at whose end its token left for good, -1 before that.
-    is_late: whether `left` is sent once more, after the last exit of the stage before was asked.
+    Attributes:
+        exited: For each frontier, the segment at whose end its token exited; -1 before that.
+        encoded: The encoded pass.
+        is_late: Whether `exited` is sent again once the previous stage has evaluated its last exit.
     """
 
     exited: list[int]
@@ -82,40 +88,48 @@ class PassEnvelope:
     is_late: bool = False
 
     def message(self, *, is_late: bool = False) -> bytes:
-        """Return it as bytes, see `of`."""
+        """Return the envelope as bytes for `of`."""
         return json.dumps([self.exited, is_late]).encode() + b"\n" + self.encoded
 
     @classmethod
     def of(cls, message: bytes) -> "PassEnvelope":
-        """Return what `message` made bytes of."""
-        route, encoded = message.split(b"\n", 1)
-        left, is_late = json.loads(route)
-        return cls(left, encoded, is_late)
+        """Return the envelope that `message` encoded."""
+        header, encoded = message.split(b"\n", 1)
+        exited, is_late = json.loads(header)
+        return cls(exited, encoded, is_late)
 
 
-def encode_results(plan_id: int, answers: Items[StageResult]) -> bytes:
-    """Return a stage's answers to a pass as bytes, see `decode_results`."""
-    return json.dumps([plan_id, [astuple(answer) for answer in answers]]).encode()
+def encode_results(pass_id: int, results: Items[StageResult]) -> bytes:
+    """Return a stage's results for a pass as bytes for `decode_results`."""
+    return json.dumps([pass_id, [astuple(result) for result in results]]).encode()
 
 
 def decode_results(message: bytes) -> tuple[int, list[StageResult]]:
-    """Return the pass and the answers that `encode_results` made bytes of."""
-    plan_id, answers = json.loads(message)
-    return plan_id, [
-        StageResult(number, segment, ExitResult(*said)) for number, segment, said in answers
+    """Return the id of the pass and the results that `encode_results` encoded."""
+    pass_id, results = json.loads(message)
+    return pass_id, [
+        StageResult(frontier, segment, _exit_result(*fields, top))
+        for frontier, segment, (*fields, top) in results
     ]
 
 
+def _exit_result(*fields: Any) -> ExitResult:
+    *simple, top_logprobs = fields
+    return replace(ExitResult(*simple), top_logprobs=tuple(map(tuple, top_logprobs)))
+
+
 def _frontier(
-    sampling: dict[str, Any],
+    sampling_params: dict[str, Any],
     thresholds: list[float | None],
     history: list[int],
+    banned: list[int],
     **fields: Any,
 ) -> Frontier:
     return Frontier(
-        sampling=SamplingParams(**sampling),
+        sampling_params=SamplingParams(**sampling_params),
         thresholds=tuple(thresholds),
         history=tuple(history),
+        banned=tuple(banned),
         **fields,
     )
 
@@ -124,5 +138,5 @@ def _pairs(ranges: tuple[TokenRange, ...]) -> list[tuple[int, int, int]]:
     return [(token_range.slot, token_range.start, token_range.stop) for token_range in ranges]
 
 
-def _spans(rows: list[list[int]]) -> tuple[TokenRange, ...]:
+def _ranges(rows: list[list[int]]) -> tuple[TokenRange, ...]:
     return tuple(TokenRange(*row) for row in rows)

@@ -1,6 +1,6 @@
-"""From the logits of judged rows to verdicts: does a token leave here, and which one is it.
+"""Decide from logits whether a row exits, and which token it draws.
 
-Legend of shapes: r judged rows, v vocabulary.
+Legend of shapes: r rows, v vocabulary.
 """
 
 from collections.abc import Sequence as Items
@@ -9,93 +9,115 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ee_llm.inference.exits.policy import MEASURES, Measure
-from ee_llm.inference.request import ExitResult, Sequence
-from ee_llm.inference.sampling.sampler import SamplingParams, draw
+from ee_llm.inference.choices import Measure
+from ee_llm.inference.exits.policy import MEASURES
+from ee_llm.inference.request import ExitResult
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.sampling.sampler import draw, mask_banned
+from ee_llm.inference.sequence import Sequence
 
 
 @dataclass(frozen=True)
 class ExitQuery:
-    """What an exit is asked about one row.
+    """A row that an exit decides about.
 
-    threshold: the confidence at which its token leaves; 0: in any case. history: the tokens up to
-    `position`, for a repetition penalty alone.
+    Attributes:
+        slot: Slot of the row's sequence.
+        position: Position of the row.
+        threshold: Least confidence that exits; 0 always exits.
+        measure: Measure of confidence.
+        sampling_params: How the token is drawn.
+        history: Distinct tokens up to `position`, only for a repetition penalty.
+        banned: Ids that may not be drawn.
     """
 
     slot: int
     position: int
     threshold: float
     measure: Measure
-    sampling: SamplingParams
+    sampling_params: SamplingParams
     history: tuple[int, ...] = ()
+    banned: tuple[int, ...] = ()
 
 
 def make_query(sequence: Sequence, position: int, segment: int) -> ExitQuery:
-    """Return what the exit at the end of `segment` is asked about a row of a sequence."""
+    """Return the query of a sequence's row at the exit at the end of `segment`."""
     request = sequence.request
     return ExitQuery(
         sequence.slot,
         position,
         sequence.threshold(segment),
         request.policy.measure,
-        request.sampling,
+        request.sampling_params,
         sequence.history(position),
+        sequence.banned(position),
     )
 
 
 @torch.no_grad()
 def decide_exits(logits: Tensor, queries: Items[ExitQuery]) -> list[ExitResult]:
-    """Return a verdict for each row of logits [r, v], in their order.
+    """Return the result of each query, in order.
 
-    A row with a logit that is not finite gets a verdict that says so.
+    Args:
+        logits: Logits [r, v] of the queried rows. A row with a logit that is not finite gets a
+            result with `is_finite` False.
+        queries: One query per row.
     """
     if not queries:
         return []
     if logits.dtype != torch.float64:
-        logits = logits.float()  # of bfloat16 alone: a CPU finds its greatest element slowly
+        logits = logits.float()  # A CPU finds the maximum of bfloat16 slowly.
     finite = [True] * len(queries)
-    if not torch.isfinite(logits.sum()):  # one NaN or infinity is enough, and a sum is quick
+    if not torch.isfinite(logits.sum()):  # The sum is not finite if any logit is not; it is quick.
         rows = logits.isfinite().all(dim=-1)
         finite, logits = rows.tolist(), logits.masked_fill(~rows[:, None], 0.0)
-    confidences = _confidences(logits, [make_query.measure for make_query in queries])
-    left = [c >= one.threshold for c, one in zip(confidences, queries, strict=True)]
-    tokens, logprobs = _tokens(logits, queries, [i for i, leaves in enumerate(left) if leaves])
-    columns = zip(queries, left, tokens, confidences, logprobs, strict=True)
-    results = [
-        ExitResult(make_query.slot, make_query.position, leaves, token, confidence, logprob)
-        for make_query, leaves, token, confidence, logprob in columns
+    confidences = _confidences(logits, [query.measure for query in queries])
+    exited = [c >= query.threshold for c, query in zip(confidences, queries, strict=True)]
+    drawn = _draw(logits, queries, [row for row, exits in enumerate(exited) if exits])
+    return [
+        ExitResult(query.slot, query.position, row in drawn, token, confidence, logprob, True, top)
+        if is_finite
+        else _non_finite(query)
+        for row, (query, confidence, is_finite) in enumerate(
+            zip(queries, confidences, finite, strict=True)
+        )
+        for token, logprob, top in [drawn.get(row, (-1, 0.0, ()))]
     ]
-    return _with_errors(results, finite)
 
 
-def is_short(queries: Items[ExitQuery]) -> bool:
-    """Return whether `summaries` of the logits say all that is asked."""
+def can_decide_from_summaries(queries: Items[ExitQuery]) -> bool:
+    """Return whether `summarize` gives all that the queries need."""
     return all(
-        one.measure == "max_probability"
-        and one.sampling.temperature == 0.0
-        and one.sampling.repetition_penalty == 1.0
-        for one in queries
+        query.measure == "max_probability"
+        and query.sampling_params.is_plain_greedy
+        and not query.banned
+        and not query.sampling_params.logprobs
+        for query in queries
     )
 
 
-def summarize(logits: Tensor, first: int) -> Tensor:
-    """Return greatest logit m, sum of exp(logit - m) and the greatest's id [r, 3] of a shard.
+def summarize(logits: Tensor, first_id: int) -> Tensor:
+    """Return the greatest logit m, the sum of exp(logit - m) and the id of m, [r, 3], of a shard.
 
-    logits [r, v / ranks]: of the ids from `first` on. Twelve bytes a row, where logits are not
-    float64.
+    A row takes 12 bytes, unless logits are float64.
+
+    Args:
+        logits: Logits [r, v / ranks] of the ids from `first_id` on.
+        first_id: Vocabulary id of the first column.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if logits.shape[0] == 0:
         return logits.new_empty(0, 3)
     top, place = logits.max(dim=-1)
     total = (logits - top[:, None]).exp().sum(dim=-1)
-    return torch.stack([top, total, (place + first).to(top.dtype)], dim=-1)
+    return torch.stack([top, total, (place + first_id).to(top.dtype)], dim=-1)
 
 
 def decide_from_summaries(summaries: Tensor, queries: Items[ExitQuery]) -> list[ExitResult]:
-    """Return what `decide_exits` does, from the summaries [r, 3 * ranks] of all shards in order.
+    """Return what `decide_exits` returns, from the summaries [r, 3 * ranks] of all shards in order.
 
-    Of equal logits the lowest id wins. A row with NaN or plus infinity gets a verdict that says so.
+    Of equal logits the lowest id wins. A row with NaN or infinity gets a result with `is_finite`
+    False.
     """
     if not queries:
         return []
@@ -106,23 +128,20 @@ def decide_from_summaries(summaries: Tensor, queries: Items[ExitQuery]) -> list[
     greatest, shard = top.max(dim=-1)
     logprobs = -(total * (top - greatest[:, None]).exp()).sum(dim=-1).log()
     tokens = place.gather(-1, shard[:, None])[:, 0].long().tolist()
-    columns = zip(queries, tokens, logprobs.exp().tolist(), logprobs.tolist(), strict=True)
+    columns = zip(queries, tokens, logprobs.exp().tolist(), logprobs.tolist(), finite, strict=True)
     results = []
-    for one, token, confidence, logprob in columns:
-        left = confidence >= one.threshold
-        said = (token, confidence, logprob) if left else (-1, confidence, 0.0)
-        results.append(ExitResult(one.slot, one.position, left, *said))
-    return _with_errors(results, finite)
+    for query, token, confidence, logprob, is_finite in columns:
+        if not is_finite:
+            results.append(_non_finite(query))
+            continue
+        exited = confidence >= query.threshold
+        drawn = (token, confidence, logprob) if exited else (-1, confidence, 0.0)
+        results.append(ExitResult(query.slot, query.position, exited, *drawn))
+    return results
 
 
-def _with_errors(results: Items[ExitResult], finite: Items[bool]) -> list[ExitResult]:
-    """Return the verdicts, those of rows whose logits are not finite replaced."""
-    return [
-        one
-        if is_finite
-        else ExitResult(one.slot, one.position, True, -1, 0.0, 0.0, is_finite=False)
-        for one, is_finite in zip(results, finite, strict=True)
-    ]
+def _non_finite(query: ExitQuery) -> ExitResult:
+    return ExitResult(query.slot, query.position, True, -1, 0.0, 0.0, is_finite=False)
 
 
 def _confidences(logits: Tensor, measures: list[Measure]) -> list[float]:
@@ -133,22 +152,33 @@ def _confidences(logits: Tensor, measures: list[Measure]) -> list[float]:
     return [by_measure[measure][row] for row, measure in enumerate(measures)]
 
 
-def _tokens(
-    logits: Tensor, queries: Items[ExitQuery], leaving: list[int]
-) -> tuple[list[int], list[float]]:
-    """Return each leaving row's token and its log probability; -1 and 0 for the others."""
-    tokens, logprobs = [-1] * len(queries), [0.0] * len(queries)
-    if not leaving:
-        return tokens, logprobs
-    logits = logits if len(leaving) == len(queries) else logits[leaving]
-    chosen = [queries[index] for index in leaving]
-    drawn = draw(
-        logits,
-        [make_query.sampling for make_query in chosen],
-        [make_query.position for make_query in chosen],
-        [make_query.history for make_query in chosen],
+def _draw(
+    logits: Tensor, queries: Items[ExitQuery], rows: list[int]
+) -> dict[int, tuple[int, float, tuple[tuple[int, float], ...]]]:
+    """Return the token, its log probability and the most probable tokens of each given row."""
+    if not rows:
+        return {}
+    logits = logits if len(rows) == len(queries) else logits[rows]
+    exiting = [queries[row] for row in rows]
+    tokens = draw(
+        mask_banned(logits, [query.banned for query in exiting]),
+        [query.sampling_params for query in exiting],
+        [query.position for query in exiting],
+        [query.history for query in exiting],
     )
-    logprob = logits.gather(-1, drawn[:, None])[:, 0] - logits.logsumexp(dim=-1)
-    for index, token, value in zip(leaving, drawn.tolist(), logprob.tolist(), strict=True):
-        tokens[index], logprobs[index] = token, value
-    return tokens, logprobs
+    total = logits.logsumexp(dim=-1)
+    logprobs = logits.gather(-1, tokens[:, None])[:, 0] - total
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
+    for index, query in enumerate(exiting):
+        if query.sampling_params.logprobs:
+            tops[index] = _top_logprobs(
+                logits[index] - total[index], query.sampling_params.logprobs
+            )
+    columns = zip(rows, tokens.tolist(), logprobs.tolist(), tops, strict=True)
+    return {row: (token, logprob, top) for row, token, logprob, top in columns}
+
+
+def _top_logprobs(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """Return the ids and log probabilities of the `count` most probable tokens of a row [v]."""
+    top = logprobs.topk(min(count, len(logprobs)))
+    return tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))

@@ -1,19 +1,21 @@
-"""When a token leaves at an exit: measures of confidence and the policy that thresholds them."""
+"""Exit policies: measures of confidence, and the thresholds that decide where a token exits."""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from ee_llm.atomic_file import AtomicFile
 from ee_llm.errors import RequestError
+from ee_llm.inference.choices import Measure
 from ee_llm.inference.strategies import Strategy
-
-Measure = Literal["max_probability", "entropy", "margin"]
 
 
 def max_probability(logits: Tensor) -> Tensor:
@@ -28,7 +30,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor) -> Tensor:
-    """Return the most probable token's probability less the second's [...] (CALM)."""
+    """Return the greatest probability minus the second greatest [...] (CALM)."""
     best = _log_probabilities(logits).topk(2, dim=-1).values.exp()
     return best[..., 0] - best[..., 1]
 
@@ -42,11 +44,18 @@ MEASURES: dict[Measure, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class ExitPolicy:
-    """Which exits a token may leave at, and how confident it must be there.
+    """Which exits a token may take, and how confident they must be.
 
-    boundaries: the model's exits without the final one, increasing.
-    thresholds: one per boundary, in (0, 1], or None: this exit is off.
-    measure: what confidence is, of the exit's own distribution before any sampling setting.
+    Attributes:
+        boundaries: The early exits of the model, without the final one, increasing.
+        thresholds: For each of them a confidence in (0, 1], or None if the exit is off. A token
+            exits at the first exit whose confidence reaches its threshold.
+        measure: Measure of confidence, of the exit's own distribution before any sampling
+            parameter: the greatest probability, 1 - normalized entropy, or the greatest
+            probability minus the second greatest.
+
+    Raises:
+        RequestError: A field is not valid.
     """
 
     boundaries: tuple[int, ...]
@@ -56,23 +65,23 @@ class ExitPolicy:
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise RequestError(
-                f"measure {self.measure!r} is unknown; choose of {', '.join(MEASURES)}"
+                f"measure {self.measure!r} is unknown. Use one of {', '.join(MEASURES)}."
             )
         if len(self.thresholds) != len(self.boundaries):
             raise RequestError(
                 f"thresholds: {len(self.thresholds)} given for {len(self.boundaries)} exits at"
-                f" boundaries {list(self.boundaries)}; give one per exit, or a single one for all"
+                f" boundaries {list(self.boundaries)}. Give one per exit, or a single one for all."
             )
         for threshold in self.thresholds:
             if threshold is not None and not 0.0 < threshold <= 1.0:  # NaN fails the test too
                 raise RequestError(
-                    f"thresholds: {threshold} is not in (0, 1]; 1 means 'only if certain', and an"
-                    " exit that shall never be taken is 'off'"
+                    f"thresholds: {threshold} is not in (0, 1]. 1 means 'only if certain'; use"
+                    " 'off' for an exit that no token may take."
                 )
 
     @property
     def digest(self) -> str:
-        """Return 16 hexadecimal digits that name this policy: equal policies have equal digests."""
+        """16 hexadecimal digits that identify the policy: equal policies have equal digests."""
         rows = [
             [boundary, None if threshold is None else float(threshold).hex()]
             for boundary, threshold in zip(self.boundaries, self.thresholds, strict=True)
@@ -81,20 +90,20 @@ class ExitPolicy:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def threshold(self, boundary: int) -> float | None:
-        """Return the threshold of the exit at `boundary`, None if it is off or no such exit."""
+        """Return the threshold of the exit at `boundary`; None if it is off or does not exist."""
         return dict(zip(self.boundaries, self.thresholds, strict=True)).get(boundary)
 
     def confidence(self, logits: Tensor) -> Tensor:
-        """Return the confidence [...] in [0, 1] of logits [..., v], in float32 (float64 if so)."""
+        """Return the confidence [...] in [0, 1] of logits [..., v], in float32 or float64."""
         return MEASURES[self.measure](logits)
 
-    def leaves(self, boundary: int, confidence: float) -> bool:
-        """Return whether a token of this confidence leaves at the (not final) exit `boundary`."""
+    def exits(self, boundary: int, confidence: float) -> bool:
+        """Return whether a token of this confidence exits at the early exit `boundary`."""
         threshold = self.threshold(boundary)
         return threshold is not None and confidence >= threshold
 
     def without_exits(self) -> "ExitPolicy":
-        """Return the policy of the `full` strategy: the same measure, every exit off."""
+        """Return the policy with every exit off and the same measure."""
         return ExitPolicy(self.boundaries, (None,) * len(self.boundaries), self.measure)
 
     def under(self, strategy: Strategy) -> "ExitPolicy":
@@ -105,9 +114,58 @@ class ExitPolicy:
         """Raise RequestError unless the policy is for a model with early exits at `boundaries`."""
         if self.boundaries != tuple(boundaries):
             raise RequestError(
-                f"the policy is for exits at boundaries {list(self.boundaries)}, but the model has"
-                f" {list(boundaries)}"
+                f"The policy is for exits at boundaries {list(self.boundaries)}, but the model has"
+                f" exits at {list(boundaries)}."
             )
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy to a JSON file, which `resolve_policy` and `--policy` read."""
+        thresholds = dict(zip(map(str, self.boundaries), self.thresholds, strict=True))
+        text = json.dumps({"measure": self.measure, "thresholds": thresholds}, indent=2)
+        with AtomicFile(Path(path)) as file:
+            file.write(f"{text}\n".encode())
+            file.commit()
+
+
+Threshold = float | Literal["off"] | None
+Exits = float | Literal["off"] | Mapping[int, Threshold] | ExitPolicy | str | Path
+"""What users give as exits: one threshold, thresholds by exit, a policy, or a policy file."""
+
+
+class _PolicyFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    measure: Measure = "max_probability"
+    thresholds: dict[int, float | Literal["off"] | None]
+
+
+def resolve_policy(exits: Exits, boundaries: Sequence[int]) -> ExitPolicy:
+    """Return the exit policy that `exits` describes for a model with early exits at `boundaries`.
+
+    Args:
+        exits: A threshold for all exits, "off", thresholds by exit (the others are off), an
+            `ExitPolicy`, or a JSON file {"measure": .., "thresholds": {"8": 0.9, "16": "off"}}.
+        boundaries: Boundaries of the model's early exits.
+
+    Raises:
+        RequestError: A threshold is not valid, or the model has no such exit.
+    """
+    if isinstance(exits, ExitPolicy):
+        exits.check_fits(boundaries)
+        return exits
+    if exits == "off":
+        return make_exit_policy(boundaries, [None])
+    if isinstance(exits, str | Path):
+        found = _read_policy(Path(exits))
+        return _by_exit(found.thresholds, boundaries, found.measure)
+    if isinstance(exits, Mapping):
+        return _by_exit(exits, boundaries, "max_probability")
+    if isinstance(exits, bool) or not isinstance(exits, int | float):
+        raise RequestError(
+            f"exits = {exits!r}. Give a threshold such as 0.8, thresholds by exit such as"
+            " {8: 0.9}, an ExitPolicy, or a policy file."
+        )
+    return make_exit_policy(boundaries, [exits])
 
 
 def make_exit_policy(
@@ -115,19 +173,42 @@ def make_exit_policy(
     thresholds: Sequence[float | None],
     measure: Measure = "max_probability",
 ) -> ExitPolicy:
-    """Return the policy for exits at `boundaries`; a single threshold stands for all of them.
+    """Return the policy for exits at `boundaries`; a single threshold applies to all of them.
 
     Raises RequestError for a threshold outside (0, 1], a wrong number of them, an unknown measure.
     """
-    if len(thresholds) == 1:
-        thresholds = tuple(thresholds) * len(boundaries) or _no_exits(thresholds[0])
+    if len(thresholds) == 1 and len(boundaries) != 1:
+        ExitPolicy((0,), (thresholds[0],), measure)  # Validate it for a model without exits too.
+        thresholds = tuple(thresholds) * len(boundaries)
     return ExitPolicy(tuple(boundaries), tuple(thresholds), measure)
 
 
-def _no_exits(threshold: float | None) -> tuple[float | None, ...]:
-    """Return no threshold for a model without exits, after the check that one is well formed."""
-    ExitPolicy((0,), (threshold,))
-    return ()
+def _by_exit(
+    thresholds: Mapping[int, Threshold], boundaries: Sequence[int], measure: Measure
+) -> ExitPolicy:
+    unknown = [exit for exit in thresholds if exit not in boundaries]
+    if unknown:
+        raise RequestError(
+            f"exits = {dict(thresholds)}: {unknown[0]!r} is not an exit. The model has exits at"
+            f" {list(boundaries)}."
+        )
+    values = [thresholds.get(boundary) for boundary in boundaries]
+    return ExitPolicy(
+        tuple(boundaries), tuple(None if one == "off" else one for one in values), measure
+    )
+
+
+def _read_policy(path: Path) -> _PolicyFile:
+    try:
+        return _PolicyFile.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise RequestError(
+            f"Policy file {path} cannot be read: {error.strerror or error}."
+        ) from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the file"
+        raise RequestError(f"Policy file {path}: {where}: {problem['msg']}.") from None
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

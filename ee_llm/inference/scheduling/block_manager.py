@@ -1,4 +1,4 @@
-"""Blocks of the K/V cache: who has which, and which hold a prefix that others may use; no torch."""
+"""Allocate the blocks of the K/V cache and share those of common prefixes; no torch."""
 
 import hashlib
 import heapq
@@ -11,17 +11,17 @@ Key = bytes
 
 
 class BlockManager:
-    """Gives out the blocks of a paged K/V cache: `block_size` positions each, in all layers.
+    """Allocates the blocks of a paged K/V cache: `block_size` positions each, in all layers.
 
-    Block 0 is never given: padding reads and writes there. A block whose content is known by a key
-    stays after its last owner has gone, until its room is needed (least recently used first).
+    Block 0 is never allocated: padding reads and writes there. A block with a key keeps its content
+    after its last owner frees it, until the block is needed (least recently used first).
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         if num_blocks < 2 or block_size < 1:
             raise RequestError(
-                f"{num_blocks} blocks of {block_size} positions: a cache needs two blocks (one is"
-                " for padding) of one position at least"
+                f"num_blocks = {num_blocks}, block_size = {block_size}: a cache needs at least 2"
+                " blocks (one is for padding) of at least 1 position."
             )
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -29,10 +29,12 @@ class BlockManager:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all content; no block may have an owner."""
+        """Discard all content; no block may have an owner."""
         assert not any(self._num_owners), "a block has an owner"
-        self._free = list(range(1, self.num_blocks))  # a heap: neighbours are read faster
-        self._idle: OrderedDict[int, None] = OrderedDict()  # keyed, without an owner; oldest first
+        self._free = list(
+            range(1, self.num_blocks)
+        )  # a heap, since adjacent blocks are read faster
+        self._idle: OrderedDict[int, None] = OrderedDict()  # with a key but no owner, oldest first
         self._by_key: dict[Key, int] = {}
         self._key_of: dict[int, Key] = {}
         self._tainted: set[int] = set()
@@ -40,14 +42,14 @@ class BlockManager:
 
     @property
     def num_available(self) -> int:
-        """Return how many blocks could be given now."""
+        """Number of blocks that can be allocated now."""
         return len(self._free) + len(self._idle)
 
     def num_needed(self, num_positions: int) -> int:
-        """Return how many blocks hold `num_positions` positions."""
+        """Return the number of blocks for `num_positions` positions."""
         return -(-num_positions // self.block_size)
 
-    def take(self) -> int:
+    def allocate(self) -> int:
         """Return a block for new content; `num_available` must not be 0."""
         if self._free:
             block = heapq.heappop(self._free)
@@ -61,10 +63,10 @@ class BlockManager:
         return block
 
     def taint(self, blocks: Iterable[int]) -> None:
-        """Note that blocks may hold NaN or infinity; their current owners still have them.
+        """Mark blocks that may hold NaN or infinity; their current owners keep them.
 
-        Attention multiplies masked values with 0, which does not remove a NaN. So nobody finds
-        these blocks by a key any more, and they are zeroed before they hold new content.
+        Attention multiplies masked values by 0, which keeps NaN. So these blocks lose their keys,
+        and they must be zeroed before they get new content.
         """
         for block in blocks:
             self._tainted.add(block)
@@ -72,12 +74,12 @@ class BlockManager:
                 del self._by_key[self._key_of.pop(block)]
 
     def drain_to_zero(self) -> tuple[int, ...]:
-        """Return the blocks to zero before the next pass writes to the cache, each time once."""
+        """Return and reset the list of blocks to zero before the next pass writes to the cache."""
         blocks, self._to_zero = tuple(self._to_zero), []
         return blocks
 
     def share(self, keys: Iterable[Key]) -> list[int]:
-        """Return the blocks of the longest known prefix of `keys`, now owned once more."""
+        """Return the blocks of the longest known prefix of `keys`, each with one more owner."""
         blocks = []
         for key in keys:
             block = self._by_key.get(key)
@@ -89,16 +91,16 @@ class BlockManager:
         return blocks
 
     def publish(self, block: int, key: Key) -> None:
-        """Let others use a full block that never changes again, by its key."""
+        """Share a full block, which must not change any more, under a key."""
         if key not in self._by_key and block not in self._key_of and block not in self._tainted:
             self._by_key[key] = block
             self._key_of[block] = key
 
-    def give_back(self, blocks: Sequence[int]) -> None:
-        """Take back one ownership of each block."""
-        for block in reversed(blocks):  # so that the end of a prefix goes before its beginning
+    def free(self, blocks: Sequence[int]) -> None:
+        """Remove one owner of each block."""
+        for block in reversed(blocks):  # The end of a prefix is evicted before its beginning.
             self._num_owners[block] -= 1
-            assert self._num_owners[block] >= 0, f"block {block} was given back twice"
+            assert self._num_owners[block] >= 0, f"block {block} was freed twice"
             if self._num_owners[block] == 0:
                 if block in self._key_of:
                     self._idle[block] = None
@@ -106,20 +108,20 @@ class BlockManager:
                     heapq.heappush(self._free, block)
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """Assert that every block is free, idle, or owned by just those whose table names it."""
+        """Assert that every block is free, idle, or owned by exactly the tables that contain it."""
         num_owners = [0] * self.num_blocks
         for table in tables:
             for block in table:
                 num_owners[block] += 1
-        assert num_owners == self._num_owners, "owners of blocks do not add up"
-        resting = [*self._free, *self._idle]
+        assert num_owners == self._num_owners, "the numbers of owners do not match the tables"
+        unowned = [*self._free, *self._idle]
         owned = [block for block in range(1, self.num_blocks) if num_owners[block]]
-        assert sorted([*resting, *owned]) == list(range(1, self.num_blocks)), "a block is lost"
-        assert num_owners[0] == 0, "the block for padding was given out"
+        assert sorted([*unowned, *owned]) == list(range(1, self.num_blocks)), "a block is lost"
+        assert num_owners[0] == 0, "the padding block was allocated"
         assert all(self._by_key[key] == block for block, key in self._key_of.items())
 
 
 def prefix_key(parent: Key, tokens: Sequence[int]) -> Key:
-    """Return the key of a block that holds `tokens` after the blocks that `parent` names."""
+    """Return the key of a block with `tokens` after the blocks whose last key is `parent`."""
     text = b",".join(b"%d" % token for token in tokens)
     return hashlib.sha256(parent + text).digest()

@@ -1,35 +1,44 @@
-"""Which rows enter a pipeline of stages next, and what comes back from its exits; no torch.
+"""Schedule which rows enter the pipeline next, and apply the results of its exits.
 
-Rows pass through all stages, one pass behind the other, so that a row always finds the keys and
-values of the rows before it. A token that leaves at an exit comes back to the first stage at once,
-and its row goes on to the last one for its keys and values alone. No row waits at a boundary. A
-sequence's first watermark is the rows sent, its second those that the last stage is through with.
+Passes go through all stages one behind another, so a row always finds the keys and values of the
+rows before it. A token that exits returns to the first stage at once, and its row
+goes on to the last stage only for its keys and values. No row waits at a boundary. The first
+watermark of a sequence counts the rows sent, the second those that the last stage has processed.
 """
 
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ee_llm.inference.request import ExitResult, Sequence
-from ee_llm.inference.scheduling.block_manager import BlockManager
-from ee_llm.inference.scheduling.prefix_cache import publish_prefix, share_prefix
-from ee_llm.inference.scheduling.scheduler import SchedulerConfig, TokenRange, check_room
+from ee_llm.inference.request import ExitResult
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.scheduling.base import SchedulerBase
+from ee_llm.inference.scheduling.config import SchedulerConfig
+from ee_llm.inference.scheduling.output import TokenRange
+from ee_llm.inference.scheduling.prefix_cache import publish_prefix
+from ee_llm.inference.sequence import Sequence
 
 if TYPE_CHECKING:
-    from ee_llm.inference.exits.policy import Measure
-    from ee_llm.inference.sampling.sampler import SamplingParams
+    from ee_llm.inference.choices import Measure
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """A row that the exits on its way are asked about.
+    """A row that the exits on its way decide about.
 
-    row: its number in the pass. thresholds: of each exit, the confidence at which its token
-    leaves; None: this exit is not asked. is_draft: if it leaves before the final exit, that one
-    is asked all the same. freezes: the row keeps its state from where it left on. history: the
-    tokens up to `position`, for a repetition penalty alone.
+    Attributes:
+        slot: Slot of its sequence.
+        position: Position of the row.
+        row: Number of the row in the pass.
+        thresholds: For each exit, the least confidence that exits; None if the exit is skipped.
+        is_draft: A token that exits before the final exit is a draft; the final exit decides too.
+        freezes: The row keeps its state from its exit on.
+        measure: Measure of confidence.
+        sampling_params: How the token is drawn.
+        history: Distinct tokens up to `position`, only for a repetition penalty.
+        banned: Ids that may not be drawn.
     """
 
     slot: int
@@ -39,13 +48,14 @@ class Frontier:
     is_draft: bool
     freezes: bool
     measure: "Measure"
-    sampling: "SamplingParams"
+    sampling_params: SamplingParams
     history: tuple[int, ...]
+    banned: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class PipelineSchedulerOutput:
-    """One pass through all stages. tokens: of its rows. tables, zeroed: as in `Plan`."""
+    """One pass through all stages; the fields are those of `SchedulerOutput`."""
 
     id: int
     ranges: tuple[TokenRange, ...] = ()
@@ -57,7 +67,7 @@ class PipelineSchedulerOutput:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What an exit says about one frontier of a pass."""
+    """The result of the exit at the end of `segment` for frontier number `frontier` of a pass."""
 
     frontier: int
     segment: int
@@ -66,174 +76,142 @@ class StageResult:
 
 @dataclass
 class _PassInFlight:
-    """A pass on its way. num_missing: stages that have not answered yet.
+    """A pass that stages still work on.
 
-    passengers: the sequence of each span, and how often drafts of it had been rejected when it was
-    sent: its rows are void after another time.
+    Attributes:
+        output: The pass.
+        sequences: The sequence of each range, and how often its drafts had been rejected when the
+            pass was sent; its rows are void after another rejection.
+        num_missing: Number of stages that have not reported yet.
     """
 
-    scheduler_output: PipelineSchedulerOutput
-    passengers: list[tuple[Sequence, int]]
+    output: PipelineSchedulerOutput
+    sequences: list[tuple[Sequence, int]]
     num_missing: int
 
 
-@dataclass
-class PipelineScheduler:
-    """Admits sequences, sends their rows, takes the stages' answers."""
+class PipelineScheduler(SchedulerBase):
+    """Admits sequences, sends their rows, and applies the results of the stages."""
 
-    scheduler_config: SchedulerConfig
-    blocks: BlockManager
-    num_stages: int
-    waiting: deque[Sequence] = field(default_factory=deque)
-    running: list[Sequence] = field(default_factory=list)
-    _leaving: list[Sequence] = field(default_factory=list)  # finished, with rows on their way
-    _sent: deque[_PassInFlight] = field(default_factory=deque)
-    _slots: list[int] = field(default_factory=list)
-    _num_plans: int = 0
-
-    def __post_init__(self) -> None:
-        self._slots = list(range(self.scheduler_config.max_num_seqs))[::-1]
+    def __init__(self, config: SchedulerConfig, num_stages: int) -> None:
+        super().__init__(config)
+        self.num_stages = num_stages
+        self._finished: list[Sequence] = []  # finished, with rows in flight
+        self._in_flight: deque[_PassInFlight] = deque()
+        self._num_passes = 0
 
     @property
     def has_work(self) -> bool:
-        """Return whether any sequence is unfinished, or any pass on its way."""
-        return bool(self.waiting or self.running or self._sent)
+        """Whether any sequence is unfinished, or any pass in flight."""
+        return super().has_work or bool(self._in_flight)
 
     @property
-    def num_sent(self) -> int:
-        """Return how many passes are on their way."""
-        return len(self._sent)
-
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; raises RequestError if the cache could never hold it."""
-        check_room(self.blocks, sequence)
-        self.waiting.append(sequence)
-
-    def remove(self, sequence: Sequence) -> None:
-        """Drop a sequence; what it holds is freed once its rows have left the pipeline."""
-        if sequence.slot < 0:
-            self.waiting.remove(sequence)
-        else:
-            self._leave(sequence)
+    def num_in_flight(self) -> int:
+        """Number of passes that stages still work on."""
+        return len(self._in_flight)
 
     def schedule(self) -> PipelineSchedulerOutput | None:
-        """Return the next pass; None if no row is ready, or enough passes are on their way."""
-        if len(self._sent) >= 2 * self.num_stages:  # one to work on and one to go on with, each
+        """Return the next pass; None if no row is ready, or enough passes are in flight."""
+        # Each stage has one pass to work on and the next one ready.
+        if len(self._in_flight) >= 2 * self.num_stages:
             return None
         self._admit()
-        chosen: list[tuple[Sequence, TokenRange]] = []
-        room = self.scheduler_config.max_num_batched_tokens
+        scheduled: list[tuple[Sequence, TokenRange]] = []
+        budget = self.config.max_num_batched_tokens
         ready = [one for one in self.running if one.watermarks[0] < len(one.tokens)]
-        ready.sort(key=lambda one: len(one.tokens) - one.watermarks[0] > 1)  # prompts come last
+        ready.sort(key=lambda one: len(one.tokens) - one.watermarks[0] > 1)  # prompts last
         for sequence in ready:
             start = sequence.watermarks[0]
-            stop = min(len(sequence.tokens), start + min(room, self.scheduler_config.max_pending))
+            stop = min(len(sequence.tokens), start + min(budget, self.config.max_pending))
             if stop > start:
-                chosen.append((sequence, TokenRange(sequence.slot, start, stop)))
-                room -= stop - start
-        return self._send(chosen) if chosen else None
+                scheduled.append((sequence, TokenRange(sequence.slot, start, stop)))
+                budget -= stop - start
+        return self._send(scheduled) if scheduled else None
 
     def heartbeat(self) -> PipelineSchedulerOutput:
-        """Return a pass without rows, which tells all stages that the first one is there."""
+        """Return a pass without rows, which shows all stages that the first one is alive."""
         return self._send([])
 
-    def answer(self, plan_id: int, answers: Items[StageResult]) -> list[Sequence]:
-        """Take what a stage's exits say, each stage once; return the sequences that it concerns."""
-        sent = next(one for one in self._sent if one.scheduler_output.id == plan_id)
-        passengers = {one.slot: (one, rejections) for one, rejections in sent.passengers}
+    def apply(self, pass_id: int, results: Items[StageResult]) -> list[Sequence]:
+        """Apply the results of a stage, once per stage and pass; return the changed sequences."""
+        sent = next(one for one in self._in_flight if one.output.id == pass_id)
+        sequences = {one.slot: (one, rejections) for one, rejections in sent.sequences}
         changed = []
-        for said in answers:
-            slot = sent.scheduler_output.frontiers[said.frontier].slot
-            sequence, num_rejections = passengers[slot]
+        for stage_result in results:
+            slot = sent.output.frontiers[stage_result.frontier].slot
+            sequence, num_rejections = sequences[slot]
             if sequence.finish_reason or sequence.num_rejections != num_rejections:
                 continue
-            # Stages answer on channels of their own: the final exit's token may be there first.
-            is_draft = sequence.request.draft is not None and said.segment < sequence.last_segment
-            if is_draft and said.result.position + 1 != len(sequence.tokens):
+            # Stages report on separate channels: the final exit's token may arrive first.
+            is_draft = (
+                sequence.request.speculation is not None
+                and stage_result.segment < sequence.last_segment
+            )
+            if is_draft and stage_result.result.position + 1 != len(sequence.tokens):
                 continue
-            sequence.settle(said.segment, said.result)
+            sequence.apply(stage_result.segment, stage_result.result)
             changed.append(sequence)
             if sequence.finish_reason:
-                self._leave(sequence)
+                self._vacate(sequence)
         sent.num_missing -= 1
-        while self._sent and self._sent[0].num_missing == 0:
-            self._arrive(self._sent.popleft())
+        while self._in_flight and self._in_flight[0].num_missing == 0:
+            self._complete(self._in_flight.popleft())
         return changed
 
-    def check_integrity(self) -> None:
-        """Assert what must hold between any two steps."""
-        holders = [*self.running, *self._leaving]
-        self.blocks.check_integrity(sequence.blocks for sequence in holders)
-        slots = [sequence.slot for sequence in holders]
-        assert sorted([*slots, *self._slots]) == list(range(self.scheduler_config.max_num_seqs))
-        for sequence in self.running:
-            sent, done = sequence.watermarks
-            assert done <= sent <= len(sequence.tokens), f"watermarks out of order: {sent}, {done}"
+    def _slot_holders(self) -> list[Sequence]:
+        return [*self.running, *self._finished]
 
-    def _admit(self) -> None:
-        while self.waiting and self._slots:
-            sequence = self.waiting[0]
-            shared = share_prefix(self.blocks, sequence)
-            needed = self.blocks.num_needed(sequence.most_rows) - len(shared)
-            if self.blocks.num_available < needed:
-                self.blocks.give_back(shared)
-                return
-            # All blocks at once: whose rows are on their way can not be asked to make room.
-            self.waiting.popleft()
-            sequence.slot = self._slots.pop()
-            sequence.blocks = shared + [self.blocks.take() for _ in range(needed)]
-            sequence.num_published = len(shared)
-            sequence.num_cached = len(shared) * self.blocks.block_size
-            sequence.watermarks = [sequence.num_cached, sequence.num_cached]
-            self.running.append(sequence)
+    def _num_reserved(self, sequence: Sequence, num_shared: int) -> int:
+        # All blocks at once: a sequence with rows in flight cannot be preempted.
+        return self.blocks.num_needed(sequence.max_rows) - num_shared
 
-    def _send(self, chosen: Items[tuple[Sequence, TokenRange]]) -> PipelineSchedulerOutput:
-        tables: list[tuple[int, int, int]] = []
+    def _start(self, sequence: Sequence) -> None:
+        needed = self._num_reserved(sequence, len(sequence.blocks))
+        sequence.blocks = sequence.blocks + [self.blocks.allocate() for _ in range(needed)]
+        sequence.watermarks = [sequence.num_cached, sequence.num_cached]
+
+    def _vacate(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._finished.append(sequence)
+        self._free_finished()
+
+    def _send(self, scheduled: Items[tuple[Sequence, TokenRange]]) -> PipelineSchedulerOutput:
+        new_blocks: list[tuple[int, int, int]] = []
         frontiers, tokens = [], []
-        for sequence, token_range in chosen:
-            tables += sequence.table_blocks()
-            sequence.watermarks[0] = token_range.stop
-            tokens += sequence.tokens[token_range.start : token_range.stop]
-            if token_range.stop == len(sequence.tokens):
+        for sequence, rows in scheduled:
+            new_blocks += sequence.table_blocks()
+            sequence.watermarks[0] = rows.stop
+            tokens += sequence.tokens[rows.start : rows.stop]
+            if rows.stop == len(sequence.tokens):
                 frontiers.append(_frontier(sequence, row=len(tokens) - 1))
-        ranges = tuple(token_range for _, token_range in chosen)
-        scheduler_output = PipelineSchedulerOutput(
-            self._num_plans,
-            ranges,
+        output = PipelineSchedulerOutput(
+            self._num_passes,
+            tuple(rows for _, rows in scheduled),
             tuple(tokens),
             tuple(frontiers),
-            tuple(tables),
+            tuple(new_blocks),
             self.blocks.drain_to_zero(),
         )
-        self._num_plans += 1
-        passengers = [(one, one.num_rejections) for one, _ in chosen]
-        self._sent.append(_PassInFlight(scheduler_output, passengers, self.num_stages))
-        return scheduler_output
+        self._num_passes += 1
+        sequences = [(one, one.num_rejections) for one, _ in scheduled]
+        self._in_flight.append(_PassInFlight(output, sequences, self.num_stages))
+        return output
 
-    def _arrive(self, sent: _PassInFlight) -> None:
-        """Note that all stages are through with a pass."""
-        for token_range, (sequence, num_rejections) in zip(
-            sent.scheduler_output.ranges, sent.passengers, strict=True
-        ):
+    def _complete(self, sent: _PassInFlight) -> None:
+        """Move the watermarks of a pass that all stages have processed."""
+        pairs = zip(sent.output.ranges, sent.sequences, strict=True)
+        for rows, (sequence, num_rejections) in pairs:
             if sequence.num_rejections == num_rejections and not sequence.finish_reason:
-                sequence.watermarks[1] = token_range.stop
-                publish_prefix(self.blocks, sequence, token_range.stop)
-        self._free()
+                sequence.watermarks[1] = rows.stop
+                publish_prefix(self.blocks, sequence, rows.stop)
+        self._free_finished()
 
-    def _leave(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._leaving.append(sequence)
-        self._free()
-
-    def _free(self) -> None:
-        """Take the room of those that have left, and have no row on its way any more."""
-        on_their_way = {id(one) for sent in self._sent for one, _ in sent.passengers}
-        for sequence in [one for one in self._leaving if id(one) not in on_their_way]:
-            self._leaving.remove(sequence)
-            if sequence.is_tainted:
-                self.blocks.taint(sequence.blocks)
-            self.blocks.give_back(sequence.blocks)
-            self._slots.append(sequence.slot)
+    def _free_finished(self) -> None:
+        """Free finished sequences that have no row in flight any more."""
+        in_flight = {id(one) for sent in self._in_flight for one, _ in sent.sequences}
+        for sequence in [one for one in self._finished if id(one) not in in_flight]:
+            self._finished.remove(sequence)
+            self._free(sequence)
 
 
 def _frontier(sequence: Sequence, row: int) -> Frontier:
@@ -243,15 +221,16 @@ def _frontier(sequence: Sequence, row: int) -> Frontier:
         position=position,
         row=row,
         thresholds=tuple(_thresholds(sequence)),
-        is_draft=request.draft is not None,
+        is_draft=request.speculation is not None,
         freezes=request.strategy == "propagate",
         measure=request.policy.measure,
-        sampling=request.sampling,
+        sampling_params=request.sampling_params,
         history=sequence.history(position),
+        banned=sequence.banned(position),
     )
 
 
 def _thresholds(sequence: Sequence) -> Iterator[float | None]:
-    """Yield at which confidence the frontier's token leaves each exit; None: not there."""
+    """Yield the least confidence that exits at each exit; None if it does not decide."""
     for segment in range(len(sequence.boundaries)):
         yield sequence.threshold(segment) if sequence.decides_at(segment) else None

@@ -1,20 +1,20 @@
-"""Prompts that begin alike share the blocks of what they have in common; no torch."""
+"""Share the K/V blocks of common prompt prefixes between sequences."""
 
-from ee_llm.inference.request import Sequence
 from ee_llm.inference.scheduling.block_manager import BlockManager, Key, prefix_key
+from ee_llm.inference.sequence import Sequence
 
 
 def share_prefix(blocks: BlockManager, sequence: Sequence) -> list[int]:
-    """Return the blocks that hold the beginning of a sequence already, now owned by it too.
+    """Return the cached blocks of the beginning of a sequence, which becomes one of their owners.
 
     They end before its newest row, which has to run.
     """
-    known = min(len(sequence.tokens) - 1, sequence.num_reusable)
-    return blocks.share(_keys(blocks, sequence, known))
+    num_rows = min(len(sequence.tokens) - 1, sequence.num_reusable)
+    return blocks.share(_keys(blocks, sequence, num_rows))
 
 
 def publish_prefix(blocks: BlockManager, sequence: Sequence, num_rows: int) -> None:
-    """Let others use the full blocks of the first `num_rows` rows, which are through all layers."""
+    """Publish the full blocks of the first `num_rows` rows, which all layers have processed."""
     num_rows = min(num_rows, sequence.num_reusable)
     if num_rows // blocks.block_size > sequence.num_published:
         keys = _keys(blocks, sequence, num_rows)
@@ -28,7 +28,8 @@ def _keys(blocks: BlockManager, sequence: Sequence, num_positions: int) -> list[
     size, request = blocks.block_size, sequence.request
     count = num_positions // size
     while len(sequence.keys) < count:
-        # One tenant can not learn from a quick answer what another one asked.
+        # Prompts are not shared across tenants, since the response time would reveal one tenant's
+        # prompts to another.
         root = repr((request.tenant, request.policy.digest, request.strategy == "propagate"))
         parent = sequence.keys[-1] if sequence.keys else root.encode()
         start = len(sequence.keys) * size

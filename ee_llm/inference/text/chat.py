@@ -10,40 +10,47 @@ from ee_llm.inference.text.json_lines import parse, short
 
 
 def read_conversation(data: bytes, source: str) -> tuple[Message, ...]:
-    """Return the messages in a JSON file: a list of them, or an object with the key "messages".
+    """Return the messages in a JSON file: a list of messages, or an object with the key "messages".
 
-    source: what to call the file in errors. Raises RequestError if it is neither.
+    Args:
+        data: Content of the file.
+        source: Name of the file in errors.
+
+    Raises:
+        RequestError: The content is not a conversation.
     """
     found = parse(data, source)
     if isinstance(found, dict):
         unknown = sorted(found.keys() - {"messages"})
         if unknown:
             raise RequestError(
-                f'{source}: {short(unknown[0])} is unknown. Give {{"messages": [...]}} or the list.'
+                f'{source}: {short(unknown[0])} is unknown. Give {{"messages": [...]}} or a list.'
             )
         found = found.get("messages")
     return check_messages(found, source)
 
 
 def check_messages(found: Any, where: str) -> tuple[Message, ...]:
-    """Return messages with their contents as texts; raises RequestError, naming the wrong one."""
+    """Return messages whose contents are texts; raises RequestError, naming the wrong message."""
     if not isinstance(found, list) or not found:
         raise RequestError(
             f"{where}: a conversation is {short(found)}. It must be a list of messages,"
             ' [{"role": "user", "content": "Hello"}], with at least one.'
         )
-    return tuple(_message(one, f"{where}: message {n}") for n, one in enumerate(found, start=1))
+    return tuple(
+        _message(message, f"{where}: message {n}") for n, message in enumerate(found, start=1)
+    )
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
-    """Return a conversation that begins with a system message, its own or else the given one."""
+    """Return a conversation with `system` as its first message, unless it has a system message."""
     if system is None or messages[0]["role"] == "system":
         return tuple(messages)
     return ({"role": "system", "content": system}, *messages)
 
 
 def user_message(text: str) -> tuple[Message, ...]:
-    """Return the conversation that one message of the user begins."""
+    """Return the conversation of one user message."""
     return ({"role": "user", "content": text},)
 
 
@@ -56,13 +63,15 @@ def _message(found: Any, where: str) -> Message:
             f'{where}: "role" is {short(role)}. Give "system", "user" or "assistant".'
         )
     content = found.get("content")
-    if content is None and "content" in found and role == "assistant":  # as with tool calls
+    if (
+        content is None and "content" in found and role == "assistant"
+    ):  # An assistant message with tool calls has none.
         return dict(found)
     if isinstance(content, list):
         content = "\n".join(_part(part, where) for part in content)
     if not isinstance(content, str) or not is_encodable(content):
         raise RequestError(
-            f'{where}: "content" is {short(content)}. Give a text, or a list of parts of the type'
+            f'{where}: "content" is {short(content)}. Give a text, or a list of parts of type'
             ' "text".'
         )
     return {**found, "content": content}
@@ -72,7 +81,7 @@ def _part(part: Any, where: str) -> str:
     text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
     if not isinstance(text, str):
         raise RequestError(
-            f'{where}: a part of "content" is {short(part)}. This model takes text alone:'
-            ' {"type": "text", "text": ...}.'
+            f'{where}: a part of "content" is {short(part)}. Only text parts are'
+            ' supported: {"type": "text", "text": ...}.'
         )
     return text

@@ -1,62 +1,67 @@
-"""Turn tokens into text one by one, and end the text before the first stop string.
+"""Detokenize tokens one by one, and end the text before the first stop string.
 
-Each token is decoded in a window of a few tokens before it, so that a text of n tokens costs n
-short calls of the tokenizer. The text of a generation is what its pieces join to.
+Each token is decoded in a window that includes a few tokens before it, so a text of n tokens costs
+n short calls of the tokenizer. The text of a generation is the concatenation of its pieces.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
-Decode = Callable[[list[int]], str]
+Detokenize = Callable[[list[int]], str]
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder shows for a part of a character
-_LEAST_CONTEXT, _MOST_CONTEXT = 4, 16  # tokens before the next one that it is decoded with
-_MOST_HELD = 4  # tokens: UTF-8 has no longer character
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # the text of an incomplete character
+_MIN_CONTEXT, _MAX_CONTEXT = 4, 16  # number of preceding tokens to decode a token with
+_MAX_CHARACTER = 4  # tokens of a character, since UTF-8 has at most 4 bytes per character
 
 
 class Detokenizer:
-    """Gives the text that each token adds to a prompt.
+    """Returns the text that each token adds to a prompt.
 
-    A character of several tokens belongs to the last of them. Bytes that are no character become
-    replacement characters once no later token can complete them.
+    A character of several tokens belongs to the last of them. Bytes that do not form a character
+    become replacement characters once no later token can complete them.
     """
 
-    def __init__(self, decode: Decode, prompt: Sequence[int]) -> None:
-        """Begin after `prompt`; decode: token ids to text, special tokens left out."""
-        self._decode = decode
-        self._window = _context(decode, prompt)
+    def __init__(self, detokenize: Detokenize, prompt: Sequence[int]) -> None:
+        """Start after a prompt.
+
+        Args:
+            detokenize: Function from token ids to text, without special tokens.
+            prompt: Token ids of the prompt.
+        """
+        self._detokenize = detokenize
+        self._window = _context(detokenize, prompt)
         self._num_shown = len(self._window)
-        self._known = decode(self._window).rstrip(_UNFINISHED)
+        self._known = detokenize(self._window).rstrip(_UNFINISHED)
 
     def add(self, token: int) -> str:
-        """Return the text that is complete with `token`, perhaps an empty one."""
+        """Return the text that `token` completes; it may be empty."""
         self._window.append(token)
-        text = self._decode(self._window)
+        text = self._detokenize(self._window)
         if not text.endswith(_UNFINISHED) and len(text) >= len(self._known):
             piece = text[len(self._known) :]
             self._advance(text)
             return piece
-        if len(self._window) - self._num_shown > _MOST_HELD:
+        if len(self._window) - self._num_shown > _MAX_CHARACTER:
             return self.finish()
         return ""
 
     def finish(self) -> str:
-        """Return the text of the tokens held back so far: there is no later one."""
-        held = self._window[self._num_shown :]
-        if not held:
+        """Return the text of the tokens withheld so far, since no token follows."""
+        pending = self._window[self._num_shown :]
+        if not pending:
             return ""
-        text = self._decode(held)
+        text = self._detokenize(pending)
         self._advance(self._known + text)
         return text
 
     def _advance(self, text: str) -> None:
-        """Let the next window begin with the tokens just shown; text: that of the whole window.
+        """Start the next window at the tokens just decoded; text: the text of the whole window.
 
-        Not if they have no visible text, as special tokens: many decoders drop a space that comes
-        first, and the next token's would come first then.
+        Keep the window if those tokens have no visible text, as special tokens: many tokenizers
+        drop a leading space, and would then drop that of the next token.
         """
         context = self._window[self._num_shown :]
-        known = self._decode(context)
-        if known.strip() or len(self._window) > _MOST_CONTEXT:
+        known = self._detokenize(context)
+        if known.strip() or len(self._window) > _MAX_CONTEXT:
             self._window, self._known = context, known
         else:
             self._known = text
@@ -64,102 +69,130 @@ class Detokenizer:
 
 
 class GeneratedText:
-    """The text of a generation as its tokens come.
+    """The text of a generation, extended token by token.
 
-    pieces: what each token adds to the text; joined, the whole text, not cut at a stop string.
-    is_stopped: whether the text holds a stop string. special: the text of special tokens, which
-    `decode` leaves out, where stop strings are to find them.
+    Attributes:
+        pieces: Text that each token adds. Joined, they are the full text, not cut at a stop string.
+        is_stopped: Whether the text contains a stop string.
     """
 
     def __init__(
         self,
-        decode: Decode,
+        detokenize: Detokenize,
         prompt: Sequence[int],
         stops: Sequence[str] = (),
         special: Mapping[int, str] | None = None,
+        min_tokens: int = 0,
     ) -> None:
+        """Start after a prompt.
+
+        Args:
+            detokenize: Function from token ids to text, without special tokens.
+            prompt: Token ids of the prompt.
+            stops: Stop strings.
+            special: Texts of special tokens by id, which stop strings may contain.
+            min_tokens: Search for stop strings only in the text after this number of tokens.
+        """
         self.pieces: list[str] = []
         self.is_stopped = False
-        self._detokenizer = Detokenizer(decode, prompt)
+        self._detokenizer = Detokenizer(detokenize, prompt)
         self._stops = tuple(stops)
+        self._min_tokens = min_tokens
         self._special = dict(special or {})
         self._longest = max(map(len, self._stops), default=0)
         self._length = 0
         self._end: int | None = None
-        # The newest text, special tokens spelled out, and how much plain text each character of
-        # it has before it.
+        # The newest text with special tokens spelled out, and the number of characters of plain
+        # text before each of its characters.
         self._tail = ""
         self._before: list[int] = []
 
     @property
     def text(self) -> str:
-        """Return the text up to the stop string that ended it, or all of it."""
+        """The text, up to the stop string that ended it if there is one."""
         return "".join(self.pieces)[: self._end]
 
     @property
+    def trimmed_pieces(self) -> tuple[str, ...]:
+        """The pieces, cut at the stop string that ended the text."""
+        remaining, pieces = len(self.text), []
+        for piece in self.pieces:
+            pieces.append(piece[:remaining])
+            remaining -= len(pieces[-1])
+        return tuple(pieces)
+
+    @property
     def num_safe(self) -> int:
-        """Return how many characters of the text no later stop string can take away."""
+        """Number of leading characters that no later stop string can remove."""
         if self._end is not None:
             return self._end
         return max(0, self._length - max(0, self._longest - 1))
 
     def add(self, token: int) -> None:
-        """Take in the next token; raises whatever `decode` does."""
+        """Append a token; exceptions of `detokenize` propagate."""
         spelled = self._special.get(token, "")
         piece = self._detokenizer.add(token)
         if spelled:
             piece += self._detokenizer.finish()
-        self._take(piece, spelled)
+        self._append(piece, spelled)
 
     def finish(self) -> None:
-        """Take in the end: what was held back for later tokens is text now."""
+        """End the text: append the text that was withheld for later tokens."""
         piece = self._detokenizer.finish()
         if piece:
             last = self.pieces.pop()
             self._length -= len(last)
-            self._take(last + piece, "", num_seen=len(last))
+            self._append(last + piece, "", num_seen=len(last))
 
-    def _take(self, piece: str, spelled: str, num_seen: int = 0) -> None:
+    def _append(self, piece: str, spelled: str, num_seen: int = 0) -> None:
+        """Append a piece and search for stop strings.
+
+        Args:
+            piece: Text that the token adds.
+            spelled: Text of the special token; empty for other tokens.
+            num_seen: Number of leading characters of `piece` that were searched before.
+        """
         self.pieces.append(piece)
         start, self._length = self._length, self._length + len(piece)
-        if not self._stops or self.is_stopped:
+        if not self._stops or self.is_stopped or len(self.pieces) <= self._min_tokens:
             return
         new = piece[num_seen:]
         self._tail += new + spelled
         self._before += range(start + num_seen, self._length)
         self._before += [self._length] * len(spelled)
-        places = [place for stop in self._stops if (place := self._tail.find(stop)) >= 0]
-        if places:
+        starts = [index for stop in self._stops if (index := self._tail.find(stop)) >= 0]
+        if starts:
             self.is_stopped = True
-            self._end = self._before[min(places)]
+            self._end = self._before[min(starts)]
         surplus = max(0, len(self._tail) - self._longest + 1)
         self._tail, self._before = self._tail[surplus:], self._before[surplus:]
 
 
 def generated_text(
-    decode: Decode,
+    detokenize: Detokenize,
     prompt: Sequence[int],
     tokens: Sequence[int],
     stops: Sequence[str] = (),
     special: Mapping[int, str] | None = None,
+    min_tokens: int = 0,
 ) -> GeneratedText:
-    """Return the whole text of a finished generation."""
-    text = GeneratedText(decode, prompt, stops, special)
+    """Return the text of a finished generation; the arguments are those of `GeneratedText`."""
+    text = GeneratedText(detokenize, prompt, stops, special, min_tokens)
     for token in tokens:
         text.add(token)
     text.finish()
     return text
 
 
-def _context(decode: Decode, prompt: Sequence[int]) -> list[int]:
-    """Return the end of a prompt that its continuation is decoded with.
+def _context(detokenize: Detokenize, prompt: Sequence[int]) -> list[int]:
+    """Return the end of a prompt to decode its continuation with.
 
-    It begins with a whole character and has visible text, if there is such an end.
+    If possible, it begins at the start of a character and has visible text.
     """
     context: list[int] = []
-    for length in range(_LEAST_CONTEXT, _MOST_CONTEXT + 1):
+    for length in range(_MIN_CONTEXT, _MAX_CONTEXT + 1):
         context = list(prompt[-length:])
-        text = decode(context)
+        text = detokenize(context)
         if text.strip() and not text.startswith(_UNFINISHED):
             break
     return context

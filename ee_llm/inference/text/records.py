@@ -1,47 +1,108 @@
-"""Generations as JSON objects, and back: what `generate` writes and `verify` reads."""
+"""Convert generations to and from the JSON that `ee-llm generate` writes and `verify` reads."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, get_args
+from collections.abc import Mapping
+from itertools import islice
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ee_llm import distributed
 from ee_llm.errors import RequestError
+from ee_llm.inference.choices import Measure
 from ee_llm.inference.exits.policy import ExitPolicy
+from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.request import FinishReason, Request
-from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.speed import Speed
-from ee_llm.inference.strategies import STRATEGIES
+from ee_llm.inference.strategies import Strategy
 from ee_llm.inference.text.json_lines import short
-from ee_llm.inference.verification.reference_decoding import RequestOutput
 
 Record = dict[str, Any]
 
-# Of token ids and boundaries: what torch takes for an index.
-_MAX_INTEGER = 2**31 - 1
+# Token ids and boundaries become indices of tensors.
+_Index = Annotated[int, Field(ge=0, lt=2**31)]
+_NonEmpty = Field(min_length=1)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class _SamplingRecord(_Strict):
+    """`SamplingParams` of one sample as JSON; fields with a default may be missing."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    n: Annotated[int, Field(ge=1, le=1)] = 1
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    max_tokens: int = 64
+    min_tokens: int = 0
+    stop: list[str] = []
+    stop_token_ids: list[_Index] = []
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+class _PolicyRecord(_Strict):
+    measure: Measure
+    thresholds: dict[str, float | None]
+    digest: str
+
+
+class _GenerationRecord(_Strict):
+    prompt_token_ids: Annotated[list[_Index], _NonEmpty]
+    token_ids: Annotated[list[_Index], _NonEmpty]
+    exits: list[_Index]
+    confidences: list[float]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    policy: _PolicyRecord
+    sampling_params: _SamplingRecord
+    strategy: Strategy
+    num_layers: _Index
+    dtype: str
+    eos_token_ids: list[_Index] = []
+    num_drafted: _Index = 0
+    num_accepted: _Index = 0
+    text: str | None = None
+    pieces: list[str] = []
+
+
+class _ErrorRecord(_Strict):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    id: str
+    error: dict[Literal["message"], str]
 
 
 def origin(prompt: str, request: Request, dtype: str, checkpoint: str, model: str) -> Record:
-    """Return all that a generation is a function of, in JSON's own types.
+    """Return everything that determines a generation, as JSON's own types.
 
-    prompt: the text. dtype: what is computed in. checkpoint: the name of its directory. model: its
-    fingerprint.
+    Args:
+        prompt: Text of the prompt.
+        request: The request.
+        dtype: Precision that the model computes in.
+        checkpoint: Name of the checkpoint's directory.
+        model: Fingerprint of the checkpoint.
     """
     policy = request.policy.under(request.strategy)
     return {
         "prompt": prompt,
-        "prompt_tokens": list(request.prompt),
+        "prompt_token_ids": list(request.prompt_token_ids),
         "strategy": request.strategy,
         "policy": {
             "measure": policy.measure,
             "thresholds": {str(b): policy.threshold(b) for b in policy.boundaries},
             "digest": policy.digest,
         },
-        "sampling": asdict(request.sampling),
-        "max_new_tokens": request.max_new_tokens,
-        "stop": list(request.stop_strings),
+        "sampling_params": request.sampling_params.to_dict(),
         "eos_token_ids": list(request.eos_token_ids),
-        "stop_token_ids": list(request.stop_tokens),
         "dtype": dtype,
         "checkpoint": checkpoint,
         "model": model,
@@ -50,98 +111,128 @@ def origin(prompt: str, request: Request, dtype: str, checkpoint: str, model: st
 
 def to_record(
     origin: Mapping[str, Any],
-    text: str,
-    generation: RequestOutput,
-    num_layers: int,
-    pieces: Sequence[str] | None = None,
+    output: RequestOutput,
     id: str | None = None,
     speed: Speed | None = None,
+    *,
+    with_pieces: bool = False,
 ) -> Record:
-    """Return a generation, its texts and its `origin`, all of it JSON's own types.
+    """Return an output with its `origin`, as JSON's own types.
 
-    pieces: the text of each token. id: of the prompt among others. speed: how fast it was made.
+    Args:
+        origin: See `origin`.
+        output: The finished generation.
+        id: Id of the prompt in a batch.
+        speed: How fast it was generated.
+        with_pieces: Include the text of each token.
     """
+    has_top = any(output.top_logprobs)
     return {
         **({} if id is None else {"id": id}),
         **origin,
-        "text": text,
-        "tokens": list(generation.tokens),
-        **({} if pieces is None else {"pieces": list(pieces)}),
-        "exits": list(generation.exits),
-        "confidences": list(generation.confidences),
-        "logprobs": list(generation.logprobs),
-        "mean_depth": generation.mean_depth,
-        "num_layers": num_layers,
-        "finish_reason": generation.finish_reason,
-        "num_drafted": generation.num_drafted,
-        "num_accepted": generation.num_accepted,
-        **({} if speed is None else {"speed": _speed(speed, generation)}),
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        **({"pieces": list(output.pieces)} if with_pieces else {}),
+        "exits": list(output.exits),
+        "confidences": list(output.confidences),
+        "logprobs": list(output.logprobs),
+        **(
+            {"top_logprobs": [list(map(list, top)) for top in output.top_logprobs]}
+            if has_top
+            else {}
+        ),
+        "mean_depth": output.mean_depth,
+        "num_layers": output.num_layers,
+        "finish_reason": output.finish_reason,
+        "num_drafted": output.num_drafted,
+        "num_accepted": output.num_accepted,
+        **({} if speed is None else {"speed": _speed(speed, output)}),
     }
 
 
 def error_record(id: str, message: str) -> Record:
-    """Return what stands in a batch's output for a prompt that could not be continued."""
+    """Return the record of a prompt that could not be continued."""
     return {"id": id, "error": {"message": message}}
 
 
 def is_error(record: Mapping[str, Any]) -> bool:
-    """Return whether a record is one of `error_record`'s."""
-    return record.keys() == {"id", "error"}
-
-
-def _speed(speed: Speed, generation: RequestOutput) -> Record:
-    record: Record = {
-        "time_to_first_token_s": speed.time_to_first_token_s,
-        "tokens_per_second": speed.tokens_per_second,
-    }
-    if generation.strategy == "self-speculative":
-        record["acceptance"] = speed.acceptance
-        record["full_tokens_per_second"] = speed.full_tokens_per_second
-        record["against_full"] = speed.against_full
-    return record
+    """Return whether a record was made by `error_record`."""
+    try:
+        _ErrorRecord.model_validate(record)
+    except ValidationError:
+        return False
+    return True
 
 
 def from_record(record: Mapping[str, Any], where: str) -> tuple[RequestOutput, str]:
-    """Return the generation that `to_record` described, and the dtype it was made in.
+    """Return the output that `to_record` described, and the dtype it was computed in.
 
-    Raises RequestError, naming the place `where` it comes from, if something is missing or
-    malformed.
+    Args:
+        record: The JSON object.
+        where: Where it comes from, for errors.
+
+    Raises:
+        RequestError: A field is missing or malformed.
     """
     if "quantize" in record:
         raise RequestError(
-            f"{where} was generated with {short(record['quantize'])} weights, which are not the "
-            "checkpoint's: there is nothing to hold it against"
+            f"{where} was generated with quantize = {short(record['quantize'])}. The checkpoint has"
+            " other weights, so it cannot be verified."
         )
     try:
-        tokens = _integers(record, "tokens")
-        policy = _policy(record["policy"])
-        generation = RequestOutput(
-            prompt=_integers(record, "prompt_tokens"),
-            tokens=tokens,
-            exits=_integers(record, "exits", len(tokens)),
-            confidences=_numbers(record, "confidences", len(tokens)),
-            logprobs=_numbers(record, "logprobs", len(tokens)),
-            finish_reason=_one_of(record, "finish_reason", get_args(FinishReason)),
-            policy=policy,
-            sampling=_sampling(record["sampling"]),
-            strategy=_one_of(record, "strategy", STRATEGIES),
-            num_drafted=_integer(record, "num_drafted"),
-            num_accepted=_integer(record, "num_accepted"),
-        )
-        return generation, _one_of(record, "dtype", tuple(distributed.DTYPES))
-    except KeyError as error:
-        name = short(error.args[0])
-        raise RequestError(f"{where} has no {name}: is it from 'ee-llm generate'?") from None
-    except (TypeError, AttributeError, OverflowError) as error:
-        raise RequestError(f"{where} is no generation: {error}") from None
+        found = _GenerationRecord.model_validate(record)
+    except ValidationError as error:
+        raise RequestError(f"{where}: {_first_problem(error)}") from None
+    num_new = len(found.token_ids)
+    for name in ("exits", "confidences", "logprobs"):
+        if len(getattr(found, name)) != num_new:
+            raise RequestError(
+                f"{where}: {name!r} has {len(getattr(found, name))} entries for {num_new} tokens"
+            )
+    if found.dtype not in distributed.DTYPES:
+        choices = ", ".join(distributed.DTYPES)
+        raise RequestError(f"{where}: 'dtype' is {short(found.dtype)}, not one of {choices}")
+    try:
+        params = SamplingParams(**found.sampling_params.model_dump())
+        policy = _policy(found.policy)
     except ValueError as error:
         raise RequestError(f"{where}: {error}") from None
+    output = RequestOutput(
+        request_id=str(record.get("id", where)),
+        prompt_token_ids=tuple(found.prompt_token_ids),
+        token_ids=tuple(found.token_ids),
+        exits=tuple(found.exits),
+        confidences=tuple(found.confidences),
+        logprobs=tuple(found.logprobs),
+        finish_reason=found.finish_reason,
+        policy=policy,
+        sampling_params=params,
+        strategy=found.strategy,
+        num_layers=found.num_layers,
+        eos_token_ids=tuple(found.eos_token_ids),
+        num_drafted=found.num_drafted,
+        num_accepted=found.num_accepted,
+        text=found.text,
+        pieces=tuple(found.pieces),
+    )
+    return output, found.dtype
 
 
 def difference(record: Mapping[str, Any], origin: Mapping[str, Any]) -> str | None:
-    """Return the first key of `origin` in which a record is another's; None if there is none."""
-    keys = [*origin, "quantize"]  # which only records of such weights have
-    return next((key for key in keys if record.get(key) != origin.get(key)), None)
+    """Return the first key of `origin` in which a record differs; None if there is none.
+
+    A key of a nested object is named with a dot: `sampling_params.seed`.
+    """
+    keys = [*origin, "quantize"]  # Only records of quantized weights have the last one.
+    for key in keys:
+        found, expected = record.get(key), origin.get(key)
+        if found == expected:
+            continue
+        if isinstance(found, Mapping) and isinstance(expected, Mapping):
+            inner = (name for name in expected if found.get(name) != expected[name])
+            return ".".join([key, *islice(inner, 1)])
+        return key
+    return None
 
 
 def as_json(record: Record) -> str:
@@ -149,54 +240,33 @@ def as_json(record: Record) -> str:
     return json.dumps(record, allow_nan=False)
 
 
-def _policy(record: Mapping[str, Any]) -> ExitPolicy:
-    thresholds = {int(b): value for b, value in record["thresholds"].items()}
-    policy = ExitPolicy(tuple(thresholds), tuple(thresholds.values()), record["measure"])
-    if record["digest"] != policy.digest:
-        raise RequestError(f"the policy's digest is {short(record['digest'])}, not {policy.digest}")
+def _speed(speed: Speed, output: RequestOutput) -> Record:
+    record: Record = {
+        "time_to_first_token_s": speed.time_to_first_token_s,
+        "tokens_per_second": speed.tokens_per_second,
+    }
+    if output.strategy == "self-speculative":
+        record["acceptance"] = speed.acceptance
+        record["full_tokens_per_second"] = speed.full_tokens_per_second
+        record["against_full"] = speed.against_full
+    return record
+
+
+def _policy(record: _PolicyRecord) -> ExitPolicy:
+    boundaries = tuple(int(boundary) for boundary in record.thresholds)
+    policy = ExitPolicy(boundaries, tuple(record.thresholds.values()), record.measure)
+    if record.digest != policy.digest:
+        raise RequestError(
+            f"'policy.digest' is {short(record.digest)}, but the thresholds give {policy.digest}"
+        )
     return policy
 
 
-def _sampling(record: Mapping[str, Any]) -> SamplingParams:
-    usual = asdict(SamplingParams())
-    for name, value in usual.items():
-        types = (int,) if type(value) is int else (int, float)
-        if type(record[name]) not in types:
-            raise TypeError(f"{name!r} is {short(record[name])}")
-    return SamplingParams(**{name: type(usual[name])(value) for name, value in record.items()})
-
-
-def _integer(record: Mapping[str, Any], name: str) -> int:
-    value = record[name]
-    if type(value) is not int or not 0 <= value <= _MAX_INTEGER:
-        raise TypeError(f"{name!r} is {short(value)}, no count")
-    return value
-
-
-def _integers(record: Mapping[str, Any], name: str, length: int | None = None) -> tuple[int, ...]:
-    values = _list(record, name, length)
-    if not all(type(value) is int and 0 <= value <= _MAX_INTEGER for value in values):
-        raise TypeError(f"{name!r} has others than whole numbers of 0 to {_MAX_INTEGER}")
-    return tuple(values)
-
-
-def _numbers(record: Mapping[str, Any], name: str, length: int) -> tuple[float, ...]:
-    values = _list(record, name, length)
-    if not all(type(value) in (int, float) for value in values):
-        raise TypeError(f"{name!r} has others than numbers")
-    return tuple(map(float, values))
-
-
-def _list(record: Mapping[str, Any], name: str, length: int | None) -> list[Any]:
-    values = record[name]
-    if not isinstance(values, list):
-        raise TypeError(f"{name!r} is no list")
-    if not values or (length is not None and len(values) != length):
-        raise TypeError(f"{name!r} has {len(values)} entries, not {length or 'at least one'}")
-    return values
-
-
-def _one_of(record: Mapping[str, Any], name: str, choices: Sequence[str]) -> Any:
-    if record[name] not in choices:
-        raise TypeError(f"{name!r} is {short(record[name])}, none of {', '.join(choices)}")
-    return record[name]
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{name!r} is missing. Give a line that 'ee-llm generate' wrote."
+    if problem["type"] == "literal_error":
+        return f"{name!r} is {short(problem['input'])}, not one of {problem['ctx']['expected']}"
+    return f"{name!r} is {short(problem['input'])}: {problem['msg'].lower()}"

@@ -1,4 +1,4 @@
-"""The certificate: one forward over a finished sequence checks every exit and every token of it."""
+"""The certificate: check every exit and token of a finished sequence with one forward."""
 
 import math
 from dataclasses import dataclass
@@ -10,25 +10,30 @@ from torch import Tensor
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.errors import RequestError
 from ee_llm.inference.exits.policy import ExitPolicy
-from ee_llm.inference.sampling.sampler import sample, token_margin
+from ee_llm.inference.outputs import RequestOutput
+from ee_llm.inference.sampling.sampler import mask_banned, sample, token_margin
 from ee_llm.inference.verification.reference_decoding import (
-    RequestOutput,
     finite_logits,
+    frozen_boundaries,
     policy_in_force,
-    rows_left_at,
 )
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where a finished sequence is not what its definition says.
+    """A place where a finished sequence differs from its definition.
 
-    index: of the new token. kind: "exit", it left at another boundary than the first confident one;
-    "token", its exit would have drawn another one. found, expected: boundaries or token ids. Under
-    `propagate` one that left too early is expected at the final exit: where its row was frozen,
-    what lies between can not be told.
-    margin: the least error that explains it, in confidence ("exit": infinite if no error does) or
-    in logits over the temperature ("token": see `token_margin`).
+    Attributes:
+        index: Number of the new token, from 0.
+        kind: "exit" if the token exited elsewhere than at the first confident exit, "token" if its
+            exit would have drawn another token.
+        found: The boundary or token id in the sequence.
+        expected: The boundary or token id by definition. For a token that exited too early under
+            `propagate` it is the final exit, since the deeper exits cannot be known after the row
+            was frozen.
+        margin: The least numerical error that explains the divergence: in confidence for "exit"
+            (infinite if no error does), in logits divided by the temperature for "token" (see
+            `token_margin`).
     """
 
     index: int
@@ -40,13 +45,13 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The greatest margins of a divergence that rounding explains: of a token, of an exit."""
+    """The greatest margins that rounding explains, of tokens and of exits."""
 
     token: float
     exit: float
 
     def explains(self, divergence: Divergence) -> bool:
-        """Return whether a divergence lies within the margin of its kind; within 0 lies none."""
+        """Return whether rounding explains a divergence; a tolerance of 0 explains none."""
         margin = self.token if divergence.kind == "token" else self.exit
         return 0.0 < margin >= divergence.margin
 
@@ -54,45 +59,47 @@ class Tolerance:
 def tolerance(dtype: torch.dtype) -> Tolerance:
     """Return the margins for a dtype: 64 of its epsilons in logits, a quarter of it in confidence.
 
-    A logit is some ten units large and the sum of rounded products of a rounded hidden state;
-    d p / d logit = p (1 - p) is 1/4 at most. In float64 nothing is explained.
+    Logits are around ten and are sums of rounded products of a rounded hidden state;
+    d p / d logit = p (1 - p) is at most 1/4. In float64 rounding explains nothing.
     """
     token = 0.0 if dtype == torch.float64 else 64 * torch.finfo(dtype).eps
     return Tolerance(token, token / 4)
 
 
 @torch.no_grad()
-def verify_trace(model: ReferenceModel, generation: RequestOutput) -> list[Divergence]:
-    """Return every divergence of `generation` from the teacher-forced definition: [] proves it.
+def verify_trace(model: ReferenceModel, output: RequestOutput) -> list[Divergence]:
+    """Return every divergence of `output` from its teacher-forced definition; [] proves it.
 
-    A token is held against the exit it claims (the expected one if the claimed one does not exist
-    or is off), so that a wrong exit does not count twice. In float64 there must be no divergence;
-    in lower precision the margins tell rounding from a mistake.
-    Raises RequestError when the sequence or its policy does not fit the model.
+    A token is compared with the exit it claims (with the expected exit if the claimed one does not
+    exist or is off), so that a wrong exit does not count twice. In float64 there must be no
+    divergence. In lower precision the margins distinguish rounding from errors.
+
+    Raises:
+        RequestError: The sequence or its policy does not fit the model.
     """
-    policy = policy_in_force(model, generation.policy, generation.strategy)
-    num_new = len(generation.tokens)
-    if num_new == 0 or len(generation.prompt) == 0 or len(generation.exits) != num_new:
+    policy = policy_in_force(model, output.policy, output.strategy)
+    num_prompt, num_new = len(output.prompt_token_ids), len(output.token_ids)
+    if num_new == 0 or num_prompt == 0 or len(output.exits) != num_new:
         raise RequestError(
-            f"a prompt of {len(generation.prompt)} tokens, {num_new} new tokens and"
-            f" {len(generation.exits)} exits are no finished sequence"
+            f"A prompt of {num_prompt} tokens, {num_new} new tokens and {len(output.exits)} exits"
+            " are not a finished sequence."
         )
-    if not 0 <= generation.tokens[-1] < model.config.model.vocab_size:  # the one that is no row
+    if not 0 <= output.token_ids[-1] < model.config.model.vocab_size:  # the token without a row
         raise RequestError(
-            f"token {generation.tokens[-1]} is beyond model.vocab_size ="
-            f" {model.config.model.vocab_size}"
+            f"Token id {output.token_ids[-1]} is outside model.vocab_size ="
+            f" {model.config.model.vocab_size}."
         )
-    sequence = [*generation.prompt, *generation.tokens]
-    rows = slice(len(generation.prompt) - 1, len(sequence) - 1)
+    sequence = [*output.prompt_token_ids, *output.token_ids]
+    rows = slice(num_prompt - 1, len(sequence) - 1)
     permitted = [exit for exit in policy.boundaries if policy.threshold(exit) is not None]
-    # Under propagate a row says nothing beyond the exit it claims, if there is such an exit.
+    # Under propagate, a row says nothing beyond the exit it claims, if that exit exists.
     last_exits = [model.num_layers] * num_new
-    if generation.strategy == "propagate":
-        last_exits = [e if e in permitted else model.num_layers for e in generation.exits]
-    left_at = rows_left_at(model, len(generation.prompt), last_exits[:-1], generation.strategy)
+    if output.strategy == "propagate":
+        last_exits = [e if e in permitted else model.num_layers for e in output.exits]
+    frozen_at = frozen_boundaries(model, num_prompt, last_exits[:-1], output.strategy)
     logits: dict[int, dict[int, Tensor]] = {}  # {boundary: {index: [v]}}
     confidences: dict[int, dict[int, float]] = {}
-    for boundary, hidden in model.walk(torch.tensor(sequence[:-1]), left_at):
+    for boundary, hidden in model.walk(torch.tensor(sequence[:-1]), frozen_at):
         if boundary in permitted or boundary == model.num_layers:
             indices = [index for index, last in enumerate(last_exits) if last >= boundary]
             values = finite_logits(model, boundary, hidden[rows][indices])
@@ -101,26 +108,40 @@ def verify_trace(model: ReferenceModel, generation: RequestOutput) -> list[Diver
                 measured = policy.confidence(values).tolist()
                 confidences[boundary] = dict(zip(indices, measured, strict=True))
     divergences = []
-    for index, (token, found) in enumerate(zip(generation.tokens, generation.exits, strict=True)):
+    for index, found in enumerate(output.exits):
         at_exits = {exit: of[index] for exit, of in confidences.items() if index in of}
-        leaving = [exit for exit, value in at_exits.items() if policy.leaves(exit, value)]
-        expected = leaving[0] if leaving else model.num_layers
+        confident = [exit for exit, value in at_exits.items() if policy.exits(exit, value)]
+        expected = confident[0] if confident else model.num_layers
         if found != expected:
             margin = _exit_margin(policy, at_exits, found) if found in logits else math.inf
             divergences.append(Divergence(index, "exit", found, expected, margin))
-        row, position = logits[found if found in logits else expected][index], rows.start + index
-        history = sequence[: position + 1]
-        drawn = sample(row, generation.sampling, position, history)
-        if token != drawn:
-            margin = token_margin(row, generation.sampling, position, token, history)
-            divergences.append(Divergence(index, "token", token, drawn, margin))
+        row = logits[found if found in logits else expected][index]
+        wrong = _wrong_token(output, index, row, rows.start + index, sequence)
+        if wrong is not None:
+            divergences.append(wrong)
     return divergences
 
 
-def _exit_margin(policy: ExitPolicy, at_exits: dict[int, float], found: int) -> float:
-    """Return the least error of the confidences that explains leaving at `found`.
+def _wrong_token(
+    output: RequestOutput, index: int, logits: Tensor, position: int, sequence: list[int]
+) -> Divergence | None:
+    """Return the divergence of a token if logits [v] do not draw it."""
+    params, token = output.sampling_params, output.token_ids[index]
+    banned = params.banned_token_ids(index, output.eos_token_ids)
+    masked, history = mask_banned(logits[None], [banned])[0], sequence[: position + 1]
+    drawn = sample(masked, params, position, history)
+    if token == drawn:
+        return None
+    margin = math.inf
+    if token not in banned:
+        margin = token_margin(masked, params, position, token, history)
+    return Divergence(index, "token", token, drawn, margin)
 
-    Every shallower exit must fall under its threshold, and `found` must rise to its own.
+
+def _exit_margin(policy: ExitPolicy, at_exits: dict[int, float], found: int) -> float:
+    """Return the least error of the confidences that explains exiting at `found`.
+
+    Every shallower exit must fall below its threshold, and `found` must rise to its own.
     """
     over = {exit: value - (policy.threshold(exit) or 0.0) for exit, value in at_exits.items()}
     errors = [value for exit, value in over.items() if exit < found] + [-over.get(found, 0.0)]

@@ -1,12 +1,11 @@
-"""Decoding one sequence at a time with the reference model: plain, slow and exact.
+"""Decode one sequence at a time with the reference model: plain, slow and exact.
 
-This is the meaning of the strategies. Each new token costs a forward over the whole sequence, so
-every earlier position is computed to the exit's depth, never approximated: but for `propagate`,
+This defines the strategies. Each new token costs a forward over the whole sequence, so every
+earlier position is computed to the exit's depth and never approximated, except by `propagate`,
 whose approximation is its definition.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,128 +13,99 @@ from torch import Tensor
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.errors import RequestError
 from ee_llm.inference.exits.policy import ExitPolicy
+from ee_llm.inference.outputs import RequestOutput, TokenOutput
 from ee_llm.inference.request import FinishReason
-from ee_llm.inference.sampling.sampler import SamplingParams, sample
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.sampling.sampler import mask_banned, sample
 from ee_llm.inference.strategies import STRATEGIES, Strategy
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """A finished sequence and all that its tokens are a function of, but for the weights.
-
-    prompt, tokens: token ids; a final end or stop token is among `tokens`.
-    exits: the boundary each token left at. confidences: what the policy measured there.
-    logprobs: each token's log probability in its exit's own distribution, before sampling settings.
-    finish_reason: "eos" an end token, "stop" a stop token, "length" as many tokens as asked for,
-    "context" the sequence is longer than the model's max_seq_length and no row can follow, "abort"
-    it was given up, "error" it could not go on, for the reason in `error`; it may have no token.
-    policy: the one in force; the strategies "full" and "self-speculative" have every exit off.
-    num_drafted, num_accepted: tokens that "self-speculative" drafted, and those that the model
-    confirmed.
-    """
-
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    exits: tuple[int, ...]
-    confidences: tuple[float, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: FinishReason
-    policy: ExitPolicy
-    sampling: SamplingParams
-    strategy: Strategy
-    num_drafted: int = 0
-    num_accepted: int = 0
-    error: str | None = None
-
-    @property
-    def mean_depth(self) -> float:
-        """Return the mean number of layers that the new tokens took; 0 if there are none."""
-        return sum(self.exits) / max(1, len(self.exits))
-
-
-@dataclass(frozen=True)
-class TokenOutput:
-    """One new token: its id, the boundary it left at, its confidence and log probability."""
-
-    token: int
-    exit: int
-    confidence: float
-    logprob: float
 
 
 @torch.no_grad()
 def generate_reference(
     model: ReferenceModel,
-    prompt: Sequence[int],
+    prompt_token_ids: Sequence[int],
     policy: ExitPolicy,
-    sampling: SamplingParams,
+    sampling_params: SamplingParams,
     strategy: Strategy = "exact",
-    max_new_tokens: int = 64,
     eos_token_ids: Collection[int] = (),
-    stop_tokens: Collection[int] = (),
     on_token: Callable[[TokenOutput], None] | None = None,
 ) -> RequestOutput:
-    """Return the continuation of `prompt`, decided token by token.
+    """Return the continuation of a prompt, decided token by token.
 
-    exact: a token leaves at the first exit whose confidence reaches its threshold, else at the
-    final one. propagate: likewise, but its row is then frozen there (see `ReferenceModel.walk`).
-    full: always at the final one; verify, too: drafts are to change the cost alone. It ends after
-    any of `eos_token_ids` or `stop_tokens`. `on_token` is called with each decision as it
-    falls. Raises RequestError for an empty or overlong prompt, ids beyond the vocabulary, a policy
-    for other exits than the model's, or fewer than 1 new token.
+    With `exact` a token exits at the first exit whose confidence reaches its threshold, else at the
+    final exit. `propagate` decides likewise, but freezes the row there (see `ReferenceModel.walk`).
+    `full` always exits at the final exit. So does `self-speculative`, since drafts change only the
+    cost. Stop strings are not supported.
+
+    Args:
+        model: The reference model.
+        prompt_token_ids: Token ids of the prompt.
+        policy: Exit policy for the model's exits.
+        sampling_params: How tokens are drawn and when the generation ends.
+        strategy: Decoding strategy.
+        eos_token_ids: End tokens of the model.
+        on_token: Called with each token once it is decided.
+
+    Raises:
+        RequestError: The prompt is empty, too long or has ids beyond the vocabulary, or the policy
+            is for other exits.
     """
     policy = policy_in_force(model, policy, strategy)
-    if max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens {max_new_tokens} must be at least 1")
-    if len(prompt) == 0:
-        raise RequestError("the prompt is empty; give at least one token")
-    token_outputs: list[TokenOutput] = []
-    sequence = list(prompt)
+    if len(prompt_token_ids) == 0:
+        raise RequestError("The prompt is empty. Give at least one token.")
+    params = sampling_params
+    tokens: list[TokenOutput] = []
+    sequence = list(prompt_token_ids)
     finish_reason: FinishReason = "length"
-    while len(token_outputs) < max_new_tokens:
-        exits = [token_output.exit for token_output in token_outputs]
-        left_at = rows_left_at(model, len(prompt), exits, strategy)
-        token_outputs.append(_decide(model, sequence, left_at, policy, sampling))
-        sequence.append(token_outputs[-1].token)
+    while len(tokens) < params.max_tokens:
+        exits = [token.exit for token in tokens]
+        frozen_at = frozen_boundaries(model, len(prompt_token_ids), exits, strategy)
+        banned = params.banned_token_ids(len(tokens), eos_token_ids)
+        tokens.append(_decide(model, sequence, frozen_at, policy, params, banned))
+        sequence.append(tokens[-1].token_id)
         if on_token:
-            on_token(token_outputs[-1])
-        if token_outputs[-1].token in eos_token_ids:
-            finish_reason = "eos"
-            break
-        if token_outputs[-1].token in stop_tokens:
-            finish_reason = "stop"
-            break
+            on_token(tokens[-1])
+        if len(tokens) > params.min_tokens:
+            if sequence[-1] in eos_token_ids and not params.ignore_eos:
+                finish_reason = "eos"
+                break
+            if sequence[-1] in params.stop_token_ids:
+                finish_reason = "stop"
+                break
         if len(sequence) > model.config.model.max_seq_length:
             finish_reason = "context"
             break
     return RequestOutput(
-        prompt=tuple(prompt),
-        tokens=tuple(token_output.token for token_output in token_outputs),
-        exits=tuple(token_output.exit for token_output in token_outputs),
-        confidences=tuple(token_output.confidence for token_output in token_outputs),
-        logprobs=tuple(token_output.logprob for token_output in token_outputs),
+        request_id="reference",
+        prompt_token_ids=tuple(prompt_token_ids),
+        token_ids=tuple(token.token_id for token in tokens),
+        exits=tuple(token.exit for token in tokens),
+        confidences=tuple(token.confidence for token in tokens),
+        logprobs=tuple(token.logprob for token in tokens),
         finish_reason=finish_reason,
         policy=policy,
-        sampling=sampling,
+        sampling_params=params,
         strategy=strategy,
+        num_layers=model.num_layers,
+        eos_token_ids=tuple(eos_token_ids),
     )
 
 
 def policy_in_force(model: ReferenceModel, policy: ExitPolicy, strategy: Strategy) -> ExitPolicy:
-    """Return `policy` as the strategy applies it to the model, or raise RequestError."""
+    """Return the policy as the strategy applies it to the model; raises RequestError."""
     policy.check_fits(model.config.exits.boundaries)
     if strategy not in STRATEGIES:
-        raise RequestError(f"strategy {strategy!r} is unknown; choose of {', '.join(STRATEGIES)}")
+        raise RequestError(f"strategy {strategy!r} is unknown. Use one of {', '.join(STRATEGIES)}.")
     return policy.under(strategy)
 
 
-def rows_left_at(
+def frozen_boundaries(
     model: ReferenceModel, num_prompt: int, exits: Sequence[int], strategy: Strategy
 ) -> list[int] | None:
-    """Return at which boundary each row of a sequence is frozen, None if none is.
+    """Return the boundary at which each row of a sequence is frozen; None if no row is.
 
-    The sequence is a prompt and a token for each of `exits`: row num_prompt - 1 + i decided new
-    token i and left at exits[i]; the row of the last token is live.
+    The sequence is a prompt and one token for each of `exits`. Row num_prompt - 1 + i decided new
+    token i and exited at exits[i]; the row of the last token is not frozen.
     """
     if strategy != "propagate":
         return None
@@ -143,12 +113,12 @@ def rows_left_at(
 
 
 def finite_logits(model: ReferenceModel, boundary: int, hidden: Tensor) -> Tensor:
-    """Return the exit's logits [..., v], or raise RequestError where one is NaN or infinite."""
+    """Return the exit's logits [..., v]; raises RequestError if one is NaN or infinite."""
     logits = model.logits(boundary, hidden)
     if not torch.isfinite(logits).all():
         raise RequestError(
-            f"the exit at boundary {boundary} gives logits that are not finite in {model.dtype};"
-            " are the weights damaged, or is this dtype too narrow for them?"
+            f"The exit at boundary {boundary} computes logits that are not finite in {model.dtype}."
+            " The weights are damaged, or this dtype is too narrow for them."
         )
     return logits
 
@@ -156,19 +126,21 @@ def finite_logits(model: ReferenceModel, boundary: int, hidden: Tensor) -> Tenso
 def _decide(
     model: ReferenceModel,
     sequence: Sequence[int],
-    left_at: Sequence[int] | None,
+    frozen_at: Sequence[int] | None,
     policy: ExitPolicy,
-    sampling: SamplingParams,
+    params: SamplingParams,
+    banned: Sequence[int],
 ) -> TokenOutput:
-    """Return the decision of the newest row, the earlier ones being frozen at `left_at`."""
-    for boundary, hidden in model.walk(torch.tensor(sequence), left_at):
-        final = boundary == model.num_layers
-        if not final and policy.threshold(boundary) is None:
+    """Return the token that the newest row decides, with earlier rows frozen at `frozen_at`."""
+    for boundary, hidden in model.walk(torch.tensor(sequence), frozen_at):
+        is_final = boundary == model.num_layers
+        if not is_final and policy.threshold(boundary) is None:
             continue
         logits = finite_logits(model, boundary, hidden[-1])
         confidence = float(policy.confidence(logits))
-        if final or policy.leaves(boundary, confidence):
-            token = sample(logits, sampling, len(sequence) - 1, sequence)
+        if is_final or policy.exits(boundary, confidence):
+            masked = mask_banned(logits[None], [banned])[0]
+            token = sample(masked, params, len(sequence) - 1, sequence)
             logprob = float(logits.double().log_softmax(dim=-1)[token])
             return TokenOutput(token, boundary, confidence, logprob)
     raise AssertionError("the walk ends with the final exit")

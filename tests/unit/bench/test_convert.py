@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.unit.bench.test_report import run
-from tests.unit.convert.huggingface.folders import make_folder
+from tests.unit.conversion.huggingface.folders import make_folder
 from tools.bench import convert
 
 TOOLS = Path(__file__).resolve().parents[3] / "tools"

@@ -13,7 +13,7 @@ import torch
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.data.indexed import IndexedWriter
 from ee_llm.inference.exits.policy import make_exit_policy
-from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.strategies import SelfSpeculation
 from ee_llm.inference.verification.reference_decoding import generate_reference
 from tests.unit.inference.models import random_tensors, random_tokens, save_model, tiny_config
@@ -47,7 +47,7 @@ def test_a_shape_is_taken_with_random_weights(tmp_path):
     command = [sys.executable, str(BENCH), "--json", str(path), "--quick", "--no-peers"]
     command += ["--shape", "llama-tiny", "--thresholds", "0.001", "--batches", "1"]
     command += ["--prompt-tokens", "6", "--new-tokens", "4", "--rounds", "1"]
-    command += ["--attention", "plain", "--graphs"]
+    command += ["--attention", "plain", "--cuda-graphs"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(path.read_text())["figures"]
@@ -137,7 +137,12 @@ def test_a_missing_checkpoint_says_how_to_make_one(tmp_path):
     ],
 )
 def test_bad_options_are_named(trained, given, named):
-    options = {"new_tokens": 4, "prompt_tokens": 6, "batches": (1,), "thresholds": (0.3,)} | given
+    options = {
+        "new_tokens": 4,
+        "prompt_tokens": 6,
+        "batches": (1,),
+        "thresholds": (0.3,),
+    } | given
     with pytest.raises(ValueError, match=named):
         decode.prepare(Options(checkpoint=trained, dtype="float64", peers=False, **options))
 
@@ -165,7 +170,7 @@ def test_each_side_decodes_as_its_name_says(trained):
         for one in made[VERIFY](1).trace.passes
         for token_range in one.scheduler_output.logit_rows
     ]
-    assert max(drafted) == 1 + SelfSpeculation(1, 2).length
+    assert max(drafted) == 1 + SelfSpeculation(1, 2).draft_length
     (depth,) = bench.truncated.boundaries
     assert depth == depth_of(bench.controls[0]) < 4
     shorter = made[TRUNCATED](0).trace.generations
@@ -183,8 +188,7 @@ def test_a_token_waits_for_the_stages_up_to_its_exit():
         ReferenceModel(config, random_tensors(config), torch.float64),
         [1, 2, 3],
         make_exit_policy(config.exits.boundaries, [1e-9, None]),
-        SamplingParams(),
-        max_new_tokens=4,
+        SamplingParams(max_tokens=4),
     )
     assert mean_stages(config, [generation]) == 1.0
     mixed = replace(generation, exits=(1, 2, 4, 4))

@@ -5,8 +5,8 @@ import torch
 
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.exits.policy import make_exit_policy
+from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.deferral import LatencyProfile
-from ee_llm.inference.scheduling.scheduler import SchedulerConfig
 from tests.unit.inference.models import random_tensors, tiny_config
 from tools.bench.decode_costs import (
     Costs,

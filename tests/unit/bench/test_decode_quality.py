@@ -7,7 +7,7 @@ import torch
 
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.inference.exits.policy import make_exit_policy
-from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.verification.certificate import tolerance
 from ee_llm.inference.verification.reference_decoding import generate_reference
 from tests.unit.inference.models import random_tensors, random_tokens, tiny_config
@@ -26,7 +26,10 @@ from tools.bench.decode_quality import (
 )
 
 POLICY = make_exit_policy((1, 2), (0.3,))
-GREEDY = SamplingParams()
+
+
+def greedy(num_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=num_tokens)
 
 
 def three_exits() -> Choices:
@@ -91,19 +94,19 @@ def model() -> Model:
 def test_agreement_is_with_the_dense_models_choice_after_what_stands_there(model):
     dense = Dense(model)
     prompt = tuple(model.text[:5])
-    own = generate_reference(dense.reference, prompt, POLICY, GREEDY, "full", 8).tokens
+    own = generate_reference(dense.reference, prompt, POLICY, greedy(8), "full").token_ids
     assert dense.agreement(prompt, own) == 1.0
     # A wrong token counts once; what the dense model says after it is its choice after it.
     changed = (*own[:3], (own[3] + 1) % 40)
-    after = generate_reference(dense.reference, (*prompt, *changed), POLICY, GREEDY, "full", 4)
-    assert dense.agreement(prompt, (*changed, *after.tokens)) == 7 / 8
+    after = generate_reference(dense.reference, (*prompt, *changed), POLICY, greedy(4), "full")
+    assert dense.agreement(prompt, (*changed, *after.token_ids)) == 7 / 8
 
 
 def test_the_certificate_counts_what_it_finds(model):
     dense = Dense(model)
     prompt = tuple(model.text[:5])
-    good = generate_reference(dense.reference, prompt, POLICY, GREEDY, "exact", 6)
-    wrong = replace(good, tokens=(*good.tokens[:5], (good.tokens[5] + 1) % 40))
+    good = generate_reference(dense.reference, prompt, POLICY, greedy(6), "exact")
+    wrong = replace(good, token_ids=(*good.token_ids[:5], (good.token_ids[5] + 1) % 40))
     within = replace(tolerance(torch.float64), token=1e9)
     for limits, passed in ((tolerance(torch.float64), 1), (within, 2)):
         found = dense.certify([good, wrong], limits)
@@ -115,7 +118,7 @@ def test_the_certificate_counts_what_it_finds(model):
 
 def test_a_wrong_exit_is_no_matter_of_rounding(model):
     dense = Dense(model)
-    made = generate_reference(dense.reference, tuple(model.text[:5]), POLICY, GREEDY, "exact", 6)
+    made = generate_reference(dense.reference, tuple(model.text[:5]), POLICY, greedy(6), "exact")
     moved = tuple(4 if exit != 4 else 1 for exit in made.exits)
     found = dense.certify([replace(made, exits=moved)], tolerance(torch.float32))
     assert (found.num_passed, found.num_divergent) == (0, 6)
@@ -189,7 +192,7 @@ def test_transformers_decodes_the_same_with_and_without_drafts(output):
     model = Model(config, random_tensors(config), [])
     reference = ReferenceModel(config, model.tensors, torch.float64)
     prompt = tuple(random_tokens(6).tolist())
-    expected = generate_reference(reference, prompt, POLICY, GREEDY, "full", 12).tokens
+    expected = generate_reference(reference, prompt, POLICY, greedy(12), "full").token_ids
     peer = Peer(model, torch.float64)
     assert peer.decode([prompt, prompt], 12).tokens == [expected, expected]
     peer.draft_at(model, 2)

@@ -9,16 +9,13 @@ import torch
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.exits.policy import make_exit_policy
+from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.request import ExitResult, Request
-from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.deferral import LatencyProfile
-from ee_llm.inference.scheduling.scheduler import (
-    SchedulerConfig,
-    SchedulerOutput,
-    SegmentStep,
-    TokenRange,
-)
-from ee_llm.inference.verification.reference_decoding import RequestOutput, generate_reference
+from ee_llm.inference.scheduling.output import SchedulerOutput, SegmentStep, TokenRange
+from ee_llm.inference.verification.reference_decoding import generate_reference
 from tests.unit.inference.models import random_tensors, random_tokens, tiny_config
 from tools.bench.decode_costs import Costs
 from tools.bench.decode_quality import Certificate
@@ -40,7 +37,7 @@ from tools.bench.decode_trace import decode as traced
 from tools.bench.report import Ratio
 
 POLICY = make_exit_policy((1, 2), (0.3,))
-GREEDY = SamplingParams()
+GREEDY = SamplingParams(max_tokens=10)
 
 
 def result(slot: int, position: int, left: bool) -> ExitResult:
@@ -84,7 +81,17 @@ def generation(exits: tuple[int, ...], policy=None, strategy="exact") -> Request
     policy = policy or make_exit_policy((1,), (0.3,))
     tokens, floats = (7,) * len(exits), (0.5,) * len(exits)
     return RequestOutput(
-        (1, 2, 3), tokens, exits, floats, floats, "length", policy, GREEDY, strategy
+        request_id="0",
+        prompt_token_ids=(1, 2, 3),
+        token_ids=tokens,
+        exits=exits,
+        confidences=floats,
+        logprobs=floats,
+        finish_reason="length",
+        policy=policy,
+        sampling_params=GREEDY,
+        strategy=strategy,
+        num_layers=4,
     )
 
 
@@ -143,15 +150,12 @@ def test_watching_an_engine_changes_nothing_and_misses_no_token():
     tensors = random_tensors(config)
     engine = engine_of(config, tensors, max_num_seqs=4)
     prompts = [tuple(random_tokens(6, seed).tolist()) for seed in range(3)]
-    requests = [
-        Request(str(n), prompt, POLICY, GREEDY, "exact", None, 10)
-        for n, prompt in enumerate(prompts)
-    ]
+    requests = [Request(str(n), prompt, POLICY, GREEDY) for n, prompt in enumerate(prompts)]
     trace = traced(engine, requests)
     model = ReferenceModel(config, tensors, torch.float64)
     for made, prompt in zip(trace.generations, prompts, strict=True):
-        expected = generate_reference(model, prompt, POLICY, GREEDY, "exact", 10)
-        assert (made.tokens, made.exits) == (expected.tokens, expected.exits)
+        expected = generate_reference(model, prompt, POLICY, GREEDY, "exact")
+        assert (made.token_ids, made.exits) == (expected.token_ids, expected.exits)
     told = [exit for arrival in trace.arrivals for exit in arrival.exits]
     assert sorted(told) == sorted(exit for made in trace.generations for exit in made.exits)
     assert "run" not in vars(engine.runner)
@@ -167,14 +171,14 @@ def test_only_held_sides_hold_and_prompts_are_never_cached():
     learned = engine.deferral
     prompts = [tuple(random_tokens(20, seed).tolist()) for seed in range(2)]
     for number in range(2):
-        before = list(learned._judged)
+        before = list(learned._evaluated)
         made = run(engine, EXACT, POLICY, None, prompts, 4, f"{number}", None)
-        assert learned._judged == before
+        assert learned._evaluated == before
         first = made.trace.passes[0].scheduler_output
         assert len(first.tokens) == 40  # whole prompts, in the second round too
         assert engine.deferral is learned
     run(engine, HELD, POLICY, None, prompts, 4, "held", learned)
-    assert learned._judged != before
+    assert learned._evaluated != before
 
 
 def test_percentiles_are_samples():
@@ -248,7 +252,7 @@ def profile(*seconds: float) -> LatencyProfile:
 
 
 def sample(trace: Trace) -> Sample:
-    tokens = [generation.tokens for generation in trace.generations]
+    tokens = [generation.token_ids for generation in trace.generations]
     return Sample(trace.seconds, [(1, 2, 3)], tokens, trace)
 
 

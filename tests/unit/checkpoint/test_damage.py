@@ -17,7 +17,7 @@ from ee_llm.cli.main import main
 from tests.unit.checkpoint.checkpoints import forget_checksums, reseal, write_checkpoint
 from tests.unit.checkpoint.damage import blocks_of, files_of, flip, flipped, offsets_of
 from tests.unit.checkpoint.surgery.sources import save, tiny
-from tests.unit.convert.huggingface.folders import make_folder
+from tests.unit.conversion.huggingface.folders import make_folder
 
 MANIFEST = directory.MANIFEST
 
@@ -96,7 +96,7 @@ def test_any_changed_byte_of_a_manifest_is_detected(tmp_path):
 
 
 def generate(path, output):
-    return ("generate", "--checkpoint", path, "--prompt", "a", "--max-new-tokens", 1, "--json")
+    return ("generate", "--checkpoint", path, "--prompt", "a", "--max-tokens", 1, "--json")
 
 
 def export(path, output):

@@ -15,7 +15,7 @@ from ee_llm.cli.checkpoint import add_exits
 from ee_llm.cli.checkpoint import options as edit
 from ee_llm.cli.plan_options import PlanOptions
 from ee_llm.config import section_types
-from ee_llm.convert.options import ConvertOptions
+from ee_llm.conversion.options import ConvertOptions
 from ee_llm.data.prepare import PrepareOptions
 from ee_llm.data.tokenization.train_tokenizer import TrainTokenizerOptions
 from ee_llm.errors import ConfigError

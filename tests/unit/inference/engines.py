@@ -1,28 +1,30 @@
 """Tiny engines, requests for them, and what has to hold when nothing is left to do."""
 
 from collections.abc import Sequence as Items
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
 from ee_llm.inference.engine import Engine
-from ee_llm.inference.engine_base import Detokenize
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.exits.policy import make_exit_policy
-from ee_llm.inference.request import Request, Sequence
-from ee_llm.inference.sampling.sampler import SamplingParams
-from ee_llm.inference.scheduling.scheduler import SchedulerConfig
+from ee_llm.inference.outputs import RequestOutput
+from ee_llm.inference.request import Request
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.scheduling.config import SchedulerConfig
+from ee_llm.inference.sequence import Sequence
 from ee_llm.inference.strategies import SelfSpeculation, Strategy
-from ee_llm.inference.verification.reference_decoding import RequestOutput
+from ee_llm.inference.text.detokenizer import Detokenize
 from tests.unit.inference.fuzz import expected
 from tests.unit.inference.models import random_tensors, random_tokens, tiny_config
 
 LIMITS = SchedulerConfig(
     max_num_seqs=8, num_blocks=65, block_size=4, max_pending=16, max_num_batched_tokens=64
 )
-DRAWN = SamplingParams(0.9, top_k=20, top_p=0.95, seed=4)
+DRAWN = SamplingParams(temperature=0.9, top_k=20, top_p=0.95, seed=4)
+_SETTINGS = {field.name for field in fields(SamplingParams)}
 # Reached by about half of the rows of a random model.
 THRESHOLDS = (0.35, 0.35)
 
@@ -30,7 +32,7 @@ THRESHOLDS = (0.35, 0.35)
 def make_engine(
     config: Config | None = None,
     dtype: torch.dtype = torch.float64,
-    decode: Detokenize | None = None,
+    detokenize: Detokenize | None = None,
     deferral: str = "off",
     tensors: dict | None = None,
     execution: ExecutionConfig | None = None,
@@ -43,7 +45,7 @@ def make_engine(
         tensors,
         dtype,
         replace(LIMITS, **scheduler_config),
-        decode,
+        detokenize,
         deferral=deferral,
         execution=execution,
     )
@@ -66,8 +68,15 @@ def make_request(
     if strategy == "self-speculative" and draft is None:
         draft = SelfSpeculation(boundaries[0], 3)
     policy = make_exit_policy(boundaries, thresholds)
-    chosen = {"max_new_tokens": 12} | options
-    return Request(id, tuple(prompt), policy, sampling, strategy, draft, **chosen)
+    settings = {"max_tokens": 12} | {name: options.pop(name) for name in _SETTINGS & {*options}}
+    params = replace(sampling, **settings)
+    return Request(id, tuple(prompt), policy, params, strategy, draft, **options)
+
+
+def with_settings(request: Request, id: str | None = None, **settings: object) -> Request:
+    """Return a request with other sampling parameters, and perhaps another id."""
+    params = replace(request.sampling_params, **settings)
+    return replace(request, id=id or request.id, sampling_params=params)
 
 
 def one_of_each(**options: object) -> list[Request]:
@@ -96,8 +105,8 @@ def serve(engine: Engine, requests: Items[Request]) -> tuple[list[RequestOutput]
     made = {}
     while engine.has_work:
         for output in engine.step():
-            if output.generation:
-                made[output.id] = output.generation
+            if output.request_output:
+                made[output.request_id] = output.request_output
         engine.scheduler.check_integrity()
     assert_idle(engine)
     return [made[request.id] for request in requests], sequences
@@ -105,7 +114,7 @@ def serve(engine: Engine, requests: Items[Request]) -> tuple[list[RequestOutput]
 
 def assert_same(found: RequestOutput, expected: RequestOutput) -> None:
     """Assert equal tokens and exits, and the rest as near as float64 is."""
-    assert found.tokens == expected.tokens
+    assert found.token_ids == expected.token_ids
     assert found.exits == expected.exits
     assert found.finish_reason == expected.finish_reason
     for ours, theirs in (
@@ -124,7 +133,7 @@ def assert_idle(engine: Engine) -> None:
     """Assert that nothing is left: no request, no slot, no block."""
     assert not engine.has_work
     assert not engine._sequences
-    assert not engine._num_told
+    assert not engine._num_reported
     assert not engine.scheduler.running
     assert not engine.scheduler.waiting
     engine.scheduler.check_integrity()

@@ -11,11 +11,14 @@ from ee_llm.config import Config
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.exits.policy import ExitPolicy, make_exit_policy
+from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.request import Request
-from ee_llm.inference.sampling.sampler import SamplingParams
-from ee_llm.inference.scheduling.scheduler import Scheduler, SchedulerConfig, TokenRange
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.scheduling.config import SchedulerConfig
+from ee_llm.inference.scheduling.output import TokenRange
+from ee_llm.inference.scheduling.scheduler import Scheduler
 from ee_llm.inference.strategies import STRATEGIES, SelfSpeculation
-from ee_llm.inference.verification.reference_decoding import RequestOutput, generate_reference
+from ee_llm.inference.verification.reference_decoding import generate_reference
 from tests.unit.inference.models import VOCABULARY, random_tensors
 
 
@@ -36,7 +39,7 @@ class RandomScheduler(Scheduler):
         for sequence in self.running:
             start = sequence.watermarks[segment]
             if segment == 0:
-                room = self.scheduler_config.max_pending - sequence.num_pending
+                room = self.config.max_pending - sequence.num_pending
                 stop = min(len(sequence.tokens), start + room)
             else:
                 stop = sequence.watermarks[segment - 1]
@@ -84,30 +87,31 @@ def random_request(
     if strategy == "self-speculative":
         threshold = rng.choice([None, rng.uniform(0.05, 0.9)])
         draft = SelfSpeculation(rng.choice(exits), rng.randint(1, 5), threshold)
-    sampling = SamplingParams()
+    settings: dict[str, float] = {}
     if rng.random() < 0.5:
-        sampling = SamplingParams(
-            rng.uniform(0.3, 1.5),
-            rng.choice([0, 5]),
-            rng.choice([1.0, 0.8]),
-            rng.randrange(2**40),
-            min_p=rng.choice([0.0, 0.05]),
-            repetition_penalty=rng.choice([1.0, 1.3]),
-        )
+        settings = {
+            "temperature": rng.uniform(0.3, 1.5),
+            "top_k": rng.choice([0, 5]),
+            "top_p": rng.choice([1.0, 0.8]),
+            "seed": rng.randrange(2**40),
+            "min_p": rng.choice([0.0, 0.05]),
+            "repetition_penalty": rng.choice([1.0, 1.3]),
+        }
     common = [rng.randrange(VOCABULARY) for _ in range(9)] if rng.random() < 0.3 else [7] * 9
     prompt = common + [rng.randrange(VOCABULARY) for _ in range(rng.randint(0, 8))]
     prompt = prompt[rng.randrange(9) :]
-    return Request(
-        id,
-        tuple(prompt),
-        rng.choice(policies),
-        sampling,
-        strategy,
-        draft,
-        max_new_tokens=rng.randint(1, 24),
-        eos_token_ids=rng.choice([(), (3,), (5, 3)]),
-        stop_tokens=rng.choice([(), (5, 6)]),
+    policy, max_tokens = rng.choice(policies), rng.randint(1, 24)
+    eos_token_ids, stop_token_ids = rng.choice([(), (3,), (5, 3)]), rng.choice([(), (5, 6)])
+    more = random.Random(f"{id} {prompt}")
+    params = SamplingParams(
+        **settings,
+        max_tokens=max_tokens,
+        min_tokens=more.choice([0, 0, 0, min(4, max_tokens)]),
+        stop_token_ids=stop_token_ids,
+        ignore_eos=more.random() < 0.1,
+        logprobs=more.choice([None, None, 2]),
     )
+    return Request(id, tuple(prompt), policy, params, strategy, draft, eos_token_ids)
 
 
 def random_traffic(rng: random.Random, config: Config) -> Traffic:
@@ -127,13 +131,11 @@ def expected(model: ReferenceModel, request: Request) -> RequestOutput:
     """Return what the one-at-a-time generator makes of a request."""
     return generate_reference(
         model,
-        request.prompt,
+        request.prompt_token_ids,
         request.policy,
-        request.sampling,
+        request.sampling_params,
         request.strategy,
-        request.max_new_tokens,
         request.eos_token_ids,
-        request.stop_tokens,
     )
 
 
@@ -148,8 +150,8 @@ def serve(engine: Engine, traffic: Traffic, check=lambda engine: None) -> dict[s
             if id in engine._sequences:
                 made[id] = engine.abort(id)
         for output in engine.step():
-            if output.generation:
-                made[output.id] = output.generation
+            if output.request_output:
+                made[output.request_id] = output.request_output
         check(engine)
         step += 1
         assert step < 20_000, "the engine does not come to an end"
@@ -164,11 +166,11 @@ def assert_expected(
         wanted, found = expected(model, request), made[request.id]
         if found is None:  # aborted before its first token
             continue
-        count = len(found.tokens)
-        assert found.tokens == wanted.tokens[:count], request
+        count = len(found.token_ids)
+        assert found.token_ids == wanted.token_ids[:count], request
         assert found.exits == wanted.exits[:count], request
         if found.finish_reason != "abort":
-            assert (count, found.finish_reason) == (len(wanted.tokens), wanted.finish_reason)
+            assert (count, found.finish_reason) == (len(wanted.token_ids), wanted.finish_reason)
             assert found.confidences == pytest.approx(wanted.confidences, abs=1e-9)
             assert found.logprobs == pytest.approx(wanted.logprobs, abs=1e-9)
 

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
+from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.request import Request
-from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.strategies import STRATEGIES, SelfSpeculation
-from ee_llm.inference.verification.reference_decoding import RequestOutput
 from tests.unit.inference.engines import make_request
 from tests.unit.inference.fuzz import expected
 from tests.unit.inference.models import random_tensors, tiny_config
 
-DRAWN = SamplingParams(0.9, top_k=20, seed=4)
+DRAWN = SamplingParams(temperature=0.9, top_k=20, seed=4)
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class PoisonedTraffic:
     def check(self, made: Items[RequestOutput]) -> None:
         """Assert that requests end where they meet the token, and that others are not disturbed."""
         for request, found, wanted in zip(self.requests, made, self.wanted, strict=True):
-            count = len(wanted.tokens)
-            if self.poison in request.prompt:
+            count = len(wanted.token_ids)
+            if self.poison in request.prompt_token_ids:
                 count = 0
-            elif self.poison in wanted.tokens[:-1]:
-                count = wanted.tokens.index(self.poison) + 1
-            assert found.tokens == wanted.tokens[:count], request
+            elif self.poison in wanted.token_ids[:-1]:
+                count = wanted.token_ids.index(self.poison) + 1
+            assert found.token_ids == wanted.token_ids[:count], request
             assert found.exits == wanted.exits[:count], request
-            if count < len(wanted.tokens):
+            if count < len(wanted.token_ids):
                 assert found.finish_reason == "error"
                 assert "logits that are not finite" in str(found.error)
             else:
@@ -67,21 +67,21 @@ def poisoned_traffic(seed: int) -> PoisonedTraffic:
                 if strategy == "self-speculative"
                 else None,
                 sampling=rng.choice([SamplingParams(), DRAWN]),
-                max_new_tokens=rng.randint(1, 14),
+                max_tokens=rng.randint(1, 14),
             )
         )
     model = ReferenceModel(config, tensors, torch.float64)
     wanted = [expected(model, request) for request in requests]
-    drawn = [token for one in wanted for token in set(one.tokens[:-1])]
+    drawn = [token for one in wanted for token in set(one.token_ids[:-1])]
     # Some draw it, not all; it is in some prompts too.
     poison = min(set(drawn), key=lambda token: abs(drawn.count(token) - 4))
     for index in (2, 7):
-        prompt = [*requests[index].prompt]
+        prompt = [*requests[index].prompt_token_ids]
         prompt[rng.randrange(len(prompt))] = poison
-        requests[index] = replace(requests[index], prompt=tuple(prompt))
+        requests[index] = replace(requests[index], prompt_token_ids=tuple(prompt))
         wanted[index] = expected(model, requests[index])
     tensors["embedding.word.weight"][poison] = math.nan
     traffic = PoisonedTraffic(config, tensors, poison, requests, wanted)
-    assert any(poison in one.tokens[:-1] for one in wanted)
-    assert any(poison not in (*one.prompt, *one.tokens) for one in wanted)
+    assert any(poison in one.token_ids[:-1] for one in wanted)
+    assert any(poison not in (*one.prompt_token_ids, *one.token_ids) for one in wanted)
     return traffic

@@ -1,4 +1,4 @@
-"""The lean stages of a model run one after the other, whole or in shards, on one sequence."""
+"""Run the stages of a model one after another on one sequence, unsharded or sharded."""
 
 import threading
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from tests.unit.inference.models import random_tokens
 
 TOKENS = random_tokens(21, seed=5)
 CHUNKS = ((0, 21), (0, 1, 2, 13, 14, 21))  # the prompt at once; single rows, long and short runs
-BLOCKS = (7, 3, 4, 5, 11, 2)  # of four positions
+BLOCKS = (7, 3, 4, 5, 11, 2)  # of four positions each
 
 
-def page_table() -> BlockTable:
-    pages = BlockTable(1, len(BLOCKS), 4, torch.device("cpu"))
+def block_table() -> BlockTable:
+    table = BlockTable(1, len(BLOCKS), 4, torch.device("cpu"))
     for index, block in enumerate(BLOCKS):
-        pages.set(0, index, block)
-    return pages
+        table.set(0, index, block)
+    return table
 
 
 def stage_logits(
@@ -33,31 +33,29 @@ def stage_logits(
     num_stages: int = 1,
     shard: Shard | None = None,
 ) -> dict[int, Tensor]:
-    """Return {boundary: logits [s, v / t]} of TOKENS, which come in chunks between `edges`."""
+    """Return {boundary: logits [s, v / n]} of TOKENS, processed in chunks between `edges`."""
     stages = [
-        ModelStage(config, tensors, 48, pieces, shard)
-        for pieces in partition_layers(config, num_stages)
+        ModelStage(config, tensors, 48, layer_ranges, shard)
+        for layer_ranges in partition_layers(config, num_stages)
     ]
-    pages, parts = (
-        page_table(),
-        {b: [] for b in (*config.exits.boundaries, config.model.num_layers)},
-    )
+    table = block_table()
+    parts = {b: [] for b in (*config.exits.boundaries, config.model.num_layers)}
     for start, stop in pairwise(edges):
         rows = [Run(0, start, stop, 0)]
-        batch = pages.batch(rows, None, stages[0].cache_dtype)
+        batch = table.batch(rows, None, stages[0].cache_dtype)
         x = stages[0].embed(TOKENS[start:stop], batch.positions)
         for stage in stages:
-            for index, piece in enumerate(stage.pieces):
+            for index, layer_range in enumerate(stage.layer_ranges):
                 x, attended = stage.run(index, x, batch)
-                if piece.has_exit:
-                    within = pages.batch(rows, rows, stage.cache_dtype)
-                    block = within if stage.has_block(index) else None
-                    parts[piece.last].append(stage.logits(index, x, attended, rows, block))
-    return {boundary: torch.cat(found) for boundary, found in parts.items()}
+                if layer_range.has_exit:
+                    live = table.batch(rows, rows, stage.cache_dtype)
+                    block = live if stage.has_block(index) else None
+                    parts[layer_range.last].append(stage.logits(index, x, attended, rows, block))
+    return {boundary: torch.cat(logits) for boundary, logits in parts.items()}
 
 
 class Ranks:
-    """Threads that sum as the ranks of a tensor-parallel group do."""
+    """Threads that act as the ranks of a tensor-parallel group."""
 
     def __init__(self, size: int) -> None:
         self._parts: list[Tensor] = [torch.empty(0)] * size
@@ -78,7 +76,7 @@ class Ranks:
             try:
                 return work(self.shard(rank))
             except Exception:
-                self._all.abort()  # the others need not wait
+                self._all.abort()  # The other ranks must not wait.
                 raise
 
         with ThreadPoolExecutor(len(self._parts)) as pool:

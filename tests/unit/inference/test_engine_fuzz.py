@@ -10,9 +10,10 @@ import torch
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.execution.runner import Runner
-from ee_llm.inference.request import Sequence
 from ee_llm.inference.scheduling.scheduler import Scheduler
-from ee_llm.inference.verification.reference_decoding import rows_left_at
+from ee_llm.inference.sequence import Sequence
+from ee_llm.inference.verification.reference_decoding import frozen_boundaries
+from tests.unit.inference.engines import with_settings
 from tests.unit.inference.fuzz import (
     RandomScheduler,
     Traffic,
@@ -51,7 +52,7 @@ def _check_rings(engine: Engine, model: Residuals) -> None:
         if sequence.watermarks[0] == 0:
             continue
         length = sequence.watermarks[0]
-        left_at = rows_left_at(
+        left_at = frozen_boundaries(
             model, sequence.num_prompt, sequence.exits, sequence.request.strategy
         )
         left_at = left_at and left_at[:length]
@@ -91,10 +92,16 @@ def _continued(rng: random.Random, traffic: Traffic, made, max_length: int) -> T
     """Return requests that go on where earlier ones ended, as a conversation does."""
     requests = []
     for request in traffic.requests:
-        answer = made[request.id].tokens if made[request.id] else ()
-        length = rng.randint(1, len(request.prompt) + len(answer))
-        prompt = (*request.prompt, *answer)[: min(length, max_length - 1)]
-        requests.append(replace(request, prompt=prompt, max_new_tokens=rng.randint(1, 6)))
+        answer = made[request.id].token_ids if made[request.id] else ()
+        length = rng.randint(1, len(request.prompt_token_ids) + len(answer))
+        prompt = (*request.prompt_token_ids, *answer)[: min(length, max_length - 1)]
+        requests.append(
+            with_settings(
+                replace(request, prompt_token_ids=prompt),
+                max_tokens=rng.randint(1, 6),
+                min_tokens=0,
+            )
+        )
     return Traffic(requests[:5], [0] * len(requests[:5]), {})
 
 
@@ -110,13 +117,13 @@ def test_rings_hold_the_pending_rows_at_every_step(seed: int) -> None:
 
 def _one_row_late(monkeypatch):
     """Rows go deeper from one after the watermark: the first pending one is left out."""
-    ranges = Scheduler._spans
+    ranges = Scheduler._ranges
 
     def late(self, segment, carried=()):
         found = ranges(self, segment, carried)
         return [replace(s, start=s.start + 1) if segment and len(s) > 2 else s for s in found]
 
-    monkeypatch.setattr(Scheduler, "_spans", late)
+    monkeypatch.setattr(Scheduler, "_ranges", late)
 
 
 def _one_place_short(monkeypatch):
@@ -142,7 +149,7 @@ def _one_position_off(monkeypatch):
 
 def _one_draft_too_far(monkeypatch):
     """A rejected draft's own row counts as run, with the keys and values of the wrong token."""
-    settle = Sequence.settle
+    settle = Sequence.apply
 
     def careless(self, segment, result):
         marks, before = list(self.watermarks), self.num_rejections
@@ -152,7 +159,7 @@ def _one_draft_too_far(monkeypatch):
             self.watermarks[-1] = len(self.tokens) - 1  # it is asked all the same
         return counts
 
-    monkeypatch.setattr(Sequence, "settle", careless)
+    monkeypatch.setattr(Sequence, "apply", careless)
 
 
 def _prefix_of_what_is_frozen(monkeypatch):

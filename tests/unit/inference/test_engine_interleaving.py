@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from ee_llm.architecture.reference import ReferenceModel
-from ee_llm.inference.engine_base import OutputStream, StepOutput
+from ee_llm.inference.engine_base import OutputStream
+from ee_llm.inference.outputs import RequestOutput, StepOutput
 from ee_llm.inference.request import Request
-from ee_llm.inference.scheduling.scheduler import SchedulerOutput
-from ee_llm.inference.verification.reference_decoding import RequestOutput
+from ee_llm.inference.scheduling.output import SchedulerOutput
 from tests.unit.inference.engines import assert_idle, make_engine
 from tests.unit.inference.fuzz import expected, random_policy, random_request
 from tests.unit.inference.models import random_tensors, tiny_config
@@ -69,8 +69,8 @@ class User:
 
     def step(self) -> None:
         for output in self.engine.step():
-            assert output.id in self.added, "somebody else's update"
-            self.got[output.id].append(output)
+            assert output.request_id in self.added, "somebody else's update"
+            self.got[output.request_id].append(output)
 
     def open_stream(self) -> None:
         request = self.request()
@@ -88,7 +88,7 @@ class User:
         if output is None:
             del self.streams[id]
         else:
-            assert output.id == id
+            assert output.request_id == id
             self.got[id].append(output)
 
     def drop_stream(self) -> None:
@@ -100,13 +100,13 @@ class User:
         if running and self.rng.random() < 0.3:
             id = self.rng.choice(running)
             self.added.remove(id)
-            count = sum(len(output.token_outputs) for output in self.got[id])
+            count = sum(len(output.tokens) for output in self.got[id])
             partial = self.engine.abort(id)
-            assert len(partial.tokens if partial else ()) >= count
+            assert len(partial.token_ids if partial else ()) >= count
 
     def generate(self) -> None:
         requests = [self.request() for _ in range(self.rng.randint(1, 3))]
-        self.engine.generate(requests, lambda output: self.got[output.id].append(output))
+        self.engine.generate(requests, lambda output: self.got[output.request_id].append(output))
 
     def finish(self) -> None:
         while self.engine.has_work or self.streams:
@@ -116,16 +116,16 @@ class User:
 
 
 def _check(outputs: list[StepOutput], wanted: RequestOutput, must_end: bool) -> None:
-    tokens = [token_output.token for output in outputs for token_output in output.token_outputs]
-    exits = [token_output.exit for output in outputs for token_output in output.token_outputs]
-    assert tuple(tokens) == wanted.tokens[: len(tokens)]
+    tokens = [token_output.token_id for output in outputs for token_output in output.tokens]
+    exits = [token_output.exit for output in outputs for token_output in output.tokens]
+    assert tuple(tokens) == wanted.token_ids[: len(tokens)]
     assert tuple(exits) == wanted.exits[: len(exits)]
-    ends = [output.generation for output in outputs if output.generation]
+    ends = [output.request_output for output in outputs if output.request_output]
     assert len(ends) <= 1
     assert not must_end or ends
     if ends:
-        assert outputs[-1].generation is ends[0]
-        assert ends[0].tokens == wanted.tokens == tuple(tokens)
+        assert outputs[-1].request_output is ends[0]
+        assert ends[0].token_ids == wanted.token_ids == tuple(tokens)
         assert ends[0].finish_reason == wanted.finish_reason
 
 

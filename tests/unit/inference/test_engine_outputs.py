@@ -7,7 +7,7 @@ import torch
 
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.inference.request import Request
-from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.scheduling.deferral import LatencyProfile
 from ee_llm.inference.verification.certificate import verify_trace
 from tests.unit.inference.engines import (
@@ -19,6 +19,7 @@ from tests.unit.inference.engines import (
     one_of_each,
     reference,
     serve,
+    with_settings,
 )
 from tests.unit.inference.models import random_tensors, tiny_config
 from tests.unit.inference.peers import gpt2_of_transformers, llama_of_transformers, make_precise
@@ -39,7 +40,7 @@ def test_without_blocks_requests_wait_and_start_anew_and_change_nothing(
 ) -> None:
     """Eight blocks are what a single one of the eight requests may need."""
     requests = [
-        replace(request, id=f"{request.id}{index}", max_new_tokens=20)
+        with_settings(request, f"{request.id}{index}", max_tokens=20)
         for index in range(2)
         for request in one_of_each(sampling=sampling)
     ]
@@ -56,8 +57,8 @@ def test_prompts_in_any_chunks_give_the_same_tokens(
     max_pending: int, max_num_batched_tokens: int
 ) -> None:
     requests = [
-        replace(request, prompt=(*request.prompt, *range(length)))
-        for request, length in zip(one_of_each(max_new_tokens=6), (15, 2, 9, 13), strict=True)
+        replace(request, prompt_token_ids=(*request.prompt_token_ids, *range(length)))
+        for request, length in zip(one_of_each(max_tokens=6), (15, 2, 9, 13), strict=True)
     ]
     made, _ = serve(
         make_engine(max_pending=max_pending, max_num_batched_tokens=max_num_batched_tokens),
@@ -79,7 +80,7 @@ def test_a_threshold_above_every_confidence_is_full_bit_for_bit(
 
     def made(strategy: str, **options: object) -> list:
         requests = [
-            make_request(f"{n}", n, strategy, max_new_tokens=m, sampling=sampling, **options)
+            make_request(f"{n}", n, strategy, max_tokens=m, sampling=sampling, **options)
             for n, m in lengths
         ]
         return serve(make_engine(config, dtype, num_blocks=129), requests)[0]
@@ -88,8 +89,8 @@ def test_a_threshold_above_every_confidence_is_full_bit_for_bit(
     for thresholds in ((1.0, 1.0), (None, 1.0), (None, None)):
         exact = made("exact", thresholds=thresholds)
         for ours, theirs in zip(exact, full, strict=True):
-            assert ours.tokens == theirs.tokens
-            assert ours.exits == theirs.exits == (4,) * len(ours.tokens)
+            assert ours.token_ids == theirs.token_ids
+            assert ours.exits == theirs.exits == (4,) * len(ours.token_ids)
             assert ours.confidences == theirs.confidences
             assert ours.logprobs == theirs.logprobs
 
@@ -103,14 +104,14 @@ def test_holding_changes_no_token_and_no_row_is_held_for_longer_than_allowed(
     engine = make_engine(config, max_deferred_steps=max_deferred_steps)
     engine.scheduler.deferral_targets = [1, 99]
     requests = [
-        make_request(f"{n}", n, thresholds=(0.35,), boundaries=(2,), max_new_tokens=16)
+        make_request(f"{n}", n, thresholds=(0.35,), boundaries=(2,), max_tokens=16)
         for n in range(2, 10)
     ]
     for request in requests:
         engine.add(request)
     made, waits = {}, [0]
     while engine.has_work:
-        made |= {u.id: u.generation for u in engine.step() if u.generation}
+        made |= {u.request_id: u.request_output for u in engine.step() if u.request_output}
         scheduler = engine.scheduler
         waits += [
             scheduler.step - one.waiting_since
@@ -132,7 +133,7 @@ def test_holding_by_measurement_changes_no_token() -> None:
     assert all(time >= 0.0 for times in heads.seconds for time in times)
     assert_idle(engine)
     engine.deferral.passes = LatencyProfile((1, 64), ((1.0, 1.0), (9.0, 9.0), (9.0, 9.0)))
-    requests = [make_request(f"{n}", n, max_new_tokens=16) for n in range(2, 10)]
+    requests = [make_request(f"{n}", n, max_tokens=16) for n in range(2, 10)]
     held: list[int] = []
     made = engine.generate(requests, lambda _: held.extend(engine.scheduler.deferral_targets))
     for request, generation in zip(requests, made, strict=True):
@@ -148,7 +149,7 @@ def test_rows_that_no_exit_asks_count_as_rows_that_go_on(
     """Deep passes are as frequent as all requests together make them."""
     engine = make_engine(tiny_config(boundaries=(2,)), deferral="auto")
     requests = [
-        make_request(f"{n}", 5, strategy, (1e-9,), (2,), max_new_tokens=20)
+        make_request(f"{n}", 5, strategy, (1e-9,), (2,), max_tokens=20)
         for n, strategy in enumerate(strategies)
     ]
     serve(engine, requests)
@@ -159,7 +160,7 @@ def test_rows_that_no_exit_asks_count_as_rows_that_go_on(
 def test_an_exit_that_is_off_counts_as_one_that_all_rows_decline() -> None:
     """What the deepest segment waits for must not be halved at an exit that nobody asks."""
     engine = make_engine(deferral="auto")
-    requests = [make_request(f"{n}", 5, thresholds=(None, 1e-9), max_new_tokens=24) for n in (1, 2)]
+    requests = [make_request(f"{n}", 5, thresholds=(None, 1e-9), max_tokens=24) for n in (1, 2)]
     serve(engine, requests)
     assert engine.deferral is not None
     assert engine.deferral.rates[0] > 0.6 > 0.4 > engine.deferral.rates[1]
@@ -168,10 +169,10 @@ def test_an_exit_that_is_off_counts_as_one_that_all_rows_decline() -> None:
 def _stopped(request: Request, stops: tuple[str, ...], num_tokens: int) -> None:
     """Assert that the request ends with the first `num_tokens` tokens of what it would be."""
     whole = reference(request)
-    engine = make_engine(decode=_letters)
-    (made,), _ = serve(engine, [replace(request, stop_strings=stops)])
-    assert made.tokens == whole.tokens[:num_tokens]
-    expected = "stop" if num_tokens < len(whole.tokens) else whole.finish_reason
+    engine = make_engine(detokenize=_letters)
+    (made,), _ = serve(engine, [with_settings(request, stop=stops)])
+    assert made.token_ids == whole.token_ids[:num_tokens]
+    expected = "stop" if num_tokens < len(whole.token_ids) else whole.finish_reason
     assert made.finish_reason == expected
 
 
@@ -179,7 +180,7 @@ def _stopped(request: Request, stops: tuple[str, ...], num_tokens: int) -> None:
 def test_a_stop_string_ends_a_sequence_where_it_is_complete(strategy: str) -> None:
     """Also where it begins within one token and ends within another, or is one of several."""
     request = make_request("s", 6, strategy, sampling=DRAWN)
-    text = _letters(list(reference(request).tokens))
+    text = _letters(list(reference(request).token_ids))
 
     def first(*stops: str) -> int:
         """Return after how many tokens the text has one of them."""
@@ -193,31 +194,31 @@ def test_a_stop_string_ends_a_sequence_where_it_is_complete(strategy: str) -> No
 
 def test_a_stop_string_of_the_prompt_does_not_end_what_follows() -> None:
     request = make_request("s", 6, sampling=DRAWN)
-    text = _letters(list(reference(request).tokens))
-    edge = _letters(list(request.prompt)) + text
+    text = _letters(list(reference(request).token_ids))
+    edge = _letters(list(request.prompt_token_ids)) + text
     assert edge[8:14] not in text
     _stopped(request, (edge[8:14],), 12)
 
 
 def test_a_character_of_several_tokens_is_seen_when_it_is_whole() -> None:
     """A decoder shows what it can not read yet as a question mark in a diamond."""
-    request = make_request("s", 6, max_new_tokens=9, sampling=DRAWN)
-    tokens = reference(request).tokens
+    request = make_request("s", 6, max_tokens=9, sampling=DRAWN)
+    tokens = reference(request).token_ids
     pieces = dict(zip(tokens[3:6], "€".encode(), strict=True))
     assert len(pieces) == 3, "the test needs three different tokens"
 
     def decode(ids: list[int]) -> str:
         return bytes(pieces.get(id, 97) for id in ids).decode(errors="replace")
 
-    (made,), _ = serve(make_engine(decode=decode), [replace(request, stop_strings=("€",))])
-    assert made.tokens == tokens[:6]
+    (made,), _ = serve(make_engine(detokenize=decode), [with_settings(request, stop=("€",))])
+    assert made.token_ids == tokens[:6]
     assert made.finish_reason == "stop"
 
 
 def test_a_stop_string_may_have_tokens_without_a_text_between_its_own() -> None:
     """As special tokens are, and those that a tokenizer does not know."""
-    request = make_request("s", 6, max_new_tokens=20, strategy="full", sampling=DRAWN)
-    tokens = reference(request).tokens
+    request = make_request("s", 6, max_tokens=20, strategy="full", sampling=DRAWN)
+    tokens = reference(request).token_ids
     first = next(token for token in tokens if tokens.count(token) == 1)
     start = tokens.index(first) + 9
     last = next(token for token in tokens[start:] if token not in tokens[:start])
@@ -225,24 +226,28 @@ def test_a_stop_string_may_have_tokens_without_a_text_between_its_own() -> None:
     def decode(ids: list[int]) -> str:
         return "".join({first: "a", last: "b"}.get(id, "") for id in ids)
 
-    (made,), _ = serve(make_engine(decode=decode), [replace(request, stop_strings=("ab",))])
+    (made,), _ = serve(make_engine(detokenize=decode), [with_settings(request, stop=("ab",))])
     assert made.finish_reason == "stop"
-    assert made.tokens == tokens[: tokens.index(last) + 1]
+    assert made.token_ids == tokens[: tokens.index(last) + 1]
 
 
 @pytest.mark.parametrize("strategy", ["exact", "full", "self-speculative", "propagate"])
 def test_stop_tokens_and_the_end_of_a_document_end_a_sequence(strategy: str) -> None:
     request = make_request("s", 6, strategy, sampling=DRAWN)
     whole = reference(request)
-    late = next(token for token in whole.tokens[4:] if token not in whole.tokens[:4])
+    late = next(token for token in whole.token_ids[4:] if token not in whole.token_ids[:4])
     for options, reason in (
         ({"eos_token_ids": (late, 39)}, "eos"),
-        ({"stop_tokens": (39, late)}, "stop"),
+        ({"stop_token_ids": (39, late)}, "stop"),
     ):
-        shorter = replace(request, **options)
+        shorter = (
+            replace(request, **options)
+            if "eos_token_ids" in options
+            else with_settings(request, **options)
+        )
         (made,), _ = serve(make_engine(), [shorter])
         assert_same(made, reference(shorter))
-        assert made.tokens[-1] == late
+        assert made.token_ids[-1] == late
         assert made.finish_reason == reason
 
 
@@ -256,19 +261,19 @@ def test_full_is_what_transformers_generates(family: str) -> None:
         make_precise(theirs)
     else:
         theirs = gpt2_of_transformers(config, tensors)
-    requests = [make_request(f"{n}", n, "full", max_new_tokens=31 - n) for n in (1, 4, 7, 12, 20)]
+    requests = [make_request(f"{n}", n, "full", max_tokens=31 - n) for n in (1, 4, 7, 12, 20)]
     made, _ = serve(make_engine(config), requests)
     for request, generation in zip(requests, made, strict=True):
-        prompt = torch.tensor([request.prompt])
+        prompt = torch.tensor([request.prompt_token_ids])
         continued = theirs.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=request.max_new_tokens,
+            max_new_tokens=request.sampling_params.max_tokens,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
         )
-        assert continued[0, len(request.prompt) :].tolist() == list(generation.tokens)
+        assert continued[0, len(request.prompt_token_ids) :].tolist() == list(generation.token_ids)
 
 
 @pytest.mark.parametrize("dtype", EPSILON)
@@ -282,9 +287,9 @@ def test_in_lower_precision_rounding_explains_every_divergence(
     requests = [
         replace(request, id=f"{request.id}{index}")
         for index, sampling in enumerate(
-            (SamplingParams(), DRAWN, SamplingParams(1.0, min_p=0.05, seed=2))
+            (SamplingParams(), DRAWN, SamplingParams(temperature=1.0, min_p=0.05, seed=2))
         )
-        for request in one_of_each(sampling=sampling, max_new_tokens=20)
+        for request in one_of_each(sampling=sampling, max_tokens=20)
     ]
     made, _ = serve(make_engine(config, dtype, tensors=tensors, num_blocks=33), requests)
     model = ReferenceModel(config, tensors, torch.float64)

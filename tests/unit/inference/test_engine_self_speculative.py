@@ -10,11 +10,12 @@ import torch
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
 from ee_llm.inference.exits import decision
-from ee_llm.inference.request import ExitResult, Sequence
+from ee_llm.inference.outputs import RequestOutput
+from ee_llm.inference.request import ExitResult
 from ee_llm.inference.sampling import sampler
-from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.sequence import Sequence
 from ee_llm.inference.strategies import SelfSpeculation
-from ee_llm.inference.verification.reference_decoding import RequestOutput
 from tests.unit.inference.engines import DRAWN, assert_same, make_engine, make_request, serve
 from tests.unit.inference.engines import reference as dense
 from tests.unit.inference.models import random_tensors, tiny_config
@@ -56,7 +57,7 @@ def test_verify_is_full_token_for_token(
             "self-speculative",
             draft=SelfSpeculation(boundary, length, threshold),
             sampling=settings,
-            max_new_tokens=16,
+            max_tokens=16,
         )
         for boundary in (1, 2)
         for n in (1, 4, 6, 9)
@@ -87,7 +88,7 @@ def test_an_exit_that_knows_the_answer_drafts_nothing_in_vain(settings: Sampling
             "self-speculative",
             draft=SelfSpeculation(1, 5),
             sampling=settings,
-            max_new_tokens=12,
+            max_tokens=12,
         )
         for n in (1, 4, 9)
     ]
@@ -104,7 +105,7 @@ def test_drafting_goes_on_while_the_exit_is_confident() -> None:
     drafts = {}
     for threshold in (None, 1e-9, 0.3, 0.5, 1.0):
         request = make_request(
-            "a", 4, "self-speculative", draft=SelfSpeculation(1, 4, threshold), max_new_tokens=25
+            "a", 4, "self-speculative", draft=SelfSpeculation(1, 4, threshold), max_tokens=25
         )
         (made,), _ = serve(make_engine(), [request])
         drafts[threshold] = made.num_drafted
@@ -150,13 +151,13 @@ def _sampled() -> tuple[list[RequestOutput], float]:
                 draft=SelfSpeculation(1, 2),
                 boundaries=(1,),
                 thresholds=(None,),
-                sampling=SamplingParams(1.0, seed=seed),
-                max_new_tokens=3,
+                sampling=SamplingParams(temperature=1.0, seed=seed),
+                max_tokens=3,
             )
             for seed in range(NUM_SEEDS)
         ]
     )
-    second = Counter(generation.tokens[1] for generation in made)
+    second = Counter(generation.token_ids[1] for generation in made)
     return made, _chance(second, _exactly(SMALL, prompt))
 
 
@@ -184,7 +185,7 @@ def _same_noise_at_every_position(monkeypatch) -> None:
 
 def _drafts_are_believed(monkeypatch) -> None:
     """What an exit drafted is never taken back."""
-    settle = Sequence.settle
+    settle = Sequence.apply
 
     def believing(self: Sequence, segment: int, result: ExitResult) -> bool:
         follows = result.position + 1
@@ -192,7 +193,7 @@ def _drafts_are_believed(monkeypatch) -> None:
             result = replace(result, token=self.tokens[follows])
         return settle(self, segment, result)
 
-    monkeypatch.setattr(Sequence, "settle", believing)
+    monkeypatch.setattr(Sequence, "apply", believing)
 
 
 @pytest.mark.parametrize("plant", [_same_noise_at_every_position, _drafts_are_believed])

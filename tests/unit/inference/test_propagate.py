@@ -1,6 +1,7 @@
 """`propagate`: rows frozen at their exit, against an implementation of its own."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from ee_llm.architecture.parameter_names import output_weight_name
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
 from ee_llm.inference.exits.policy import make_exit_policy
-from ee_llm.inference.sampling.sampler import SamplingParams, sample
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.sampling.sampler import sample
 from ee_llm.inference.verification.reference_decoding import generate_reference
 from tests.unit.inference.models import (
     random_tensors,
@@ -121,7 +123,9 @@ def test_frozen_rows_are_those_of_the_recurrence(head: tuple[str, ...]) -> None:
     assert largest > 0.1  # and freezing matters
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.8, min_p=0.02, seed=5)])
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(temperature=0.8, min_p=0.02, seed=5)]
+)
 @pytest.mark.parametrize("head", [("norm",), ("block", "norm")])
 @torch.no_grad()
 def test_propagate_generates_what_the_recurrence_does(
@@ -134,19 +138,21 @@ def test_propagate_generates_what_the_recurrence_does(
     probabilities = {b: x.softmax(dim=-1).amax(dim=-1) for b, x in model.forward(TOKENS).items()}
     policy = make_exit_policy((1, 2), [float(probabilities[b].median()) for b in (1, 2)])
     made, exact = (
-        generate_reference(model, TOKENS[:5].tolist(), policy, sampling, strategy, 20)
+        generate_reference(
+            model, TOKENS[:5].tolist(), policy, replace(sampling, max_tokens=20), strategy
+        )
         for strategy in ("propagate", "exact")
     )
     recurrence = _Recurrence(config, tensors)
-    sequence = [*made.prompt, *made.tokens]
+    sequence = [*made.prompt_token_ids, *made.token_ids]
 
     def leaves(boundary: int, logits: Tensor) -> bool:
-        return boundary == 4 or policy.leaves(boundary, float(policy.confidence(logits)))
+        return boundary == 4 or policy.exits(boundary, float(policy.confidence(logits)))
 
-    for token in made.prompt[:-1]:
+    for token in made.prompt_token_ids[:-1]:
         recurrence.step(token, lambda boundary, _: boundary == 4)
-    for index, token in enumerate(made.tokens):
-        position = len(made.prompt) - 1 + index
+    for index, token in enumerate(made.token_ids):
+        position = len(made.prompt_token_ids) - 1 + index
         left, logits = recurrence.step(sequence[position], leaves)
         assert made.exits[index] == left
         confidence = float(policy.confidence(logits[left]))

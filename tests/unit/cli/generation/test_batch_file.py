@@ -10,10 +10,10 @@ import pytest
 from ee_llm.cli.generation import batch_file
 from ee_llm.cli.generation.batch_file import append, open_output
 from ee_llm.inference.exits.policy import make_exit_policy
+from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.request import Request
-from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.text.records import as_json, error_record, origin, to_record
-from ee_llm.inference.verification.reference_decoding import RequestOutput
 
 POLICY = make_exit_policy((2,), (0.5,))
 IDS = ("a", "b", "c")
@@ -24,9 +24,24 @@ ORIGINS = {id: origin(f"prompt {id}", one, "float32", "x", "0f") for id, one in 
 def _record(id: str, /, **changes: Any) -> dict[str, Any]:
     request = REQUESTS[id]
     made = RequestOutput(
-        request.prompt, (5,), (2,), (0.9,), (-0.1,), "length", POLICY, SamplingParams(), "exact"
+        request_id=id,
+        prompt_token_ids=request.prompt_token_ids,
+        token_ids=(5,),
+        exits=(2,),
+        confidences=(0.9,),
+        logprobs=(-0.1,),
+        finish_reason="length",
+        policy=POLICY,
+        sampling_params=SamplingParams(),
+        strategy="exact",
+        num_layers=4,
+        text="new",
     )
-    return to_record(ORIGINS[id], "new", made, 4, id=id) | changes
+    return to_record(ORIGINS[id], made, id=id) | changes
+
+
+def _with_params(**changes: Any) -> dict[str, Any]:
+    return _record("a")["sampling_params"] | changes
 
 
 def _line(id: str, /, **changes: Any) -> bytes:
@@ -97,7 +112,7 @@ FOREIGN = [
     b'{"prompt": "b"}\n',
     _line("a") + b"\n" + b"notes\n",
     _line("a") + b'{"notes": "a lin',
-    _line("a", tokens=[]),
+    _line("a", token_ids=[]),
     _line("a", id=1),
     _line("a", id=None),
     _line("a", id=["a"]),
@@ -118,12 +133,13 @@ def test_a_foreign_file_is_refused_and_keeps_every_byte(tmp_path: Path, content:
     ("changes", "name"),
     [
         ({"prompt": "another"}, "prompt"),
-        ({"prompt_tokens": [7]}, "prompt_tokens"),
-        ({"sampling": _record("a")["sampling"] | {"seed": 1}}, "sampling"),
+        ({"prompt_token_ids": [7]}, "prompt_token_ids"),
+        ({"sampling_params": _with_params(seed=1)}, "sampling_params.seed"),
         ({"dtype": "bfloat16"}, "dtype"),
         ({"checkpoint": "y"}, "checkpoint"),
-        ({"max_new_tokens": 3}, "max_new_tokens"),
-        ({"stop": ["x"]}, "stop"),
+        ({"sampling_params": _with_params(max_tokens=3)}, "sampling_params.max_tokens"),
+        ({"sampling_params": _with_params(stop=["x"])}, "sampling_params.stop"),
+        ({"eos_token_ids": [7]}, "eos_token_ids"),
         ({"strategy": "propagate"}, "strategy"),
     ],
 )
@@ -132,7 +148,7 @@ def test_what_was_made_otherwise_is_no_part_of_this_batch(
 ) -> None:
     """Ids are often line numbers: an edited batch must not be taken for one that is done."""
     content = _line("b") + _line("a", **changes)
-    with pytest.raises(ValueError, match=f"line 2: id 'a' was made with another '{name}'"):
+    with pytest.raises(ValueError, match=f"line 2: id 'a' was generated with another '{name}'"):
         _reopened(tmp_path / "out", content)
     assert (tmp_path / "out").read_bytes() == content
 
@@ -153,9 +169,8 @@ def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(path)]
     with open_output(path, {}):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert done.stderr.splitlines()[-1] == (
-            f"ee_llm.errors.UserError: --output {path} is being written by another process; wait"
-            " for it"
+        assert done.stderr.splitlines()[-1].startswith(
+            f"ee_llm.errors.UserError: --output {path} is being written by another process"
         )
     subprocess.run(command, check=True, timeout=60)
 
@@ -163,7 +178,7 @@ def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
 def test_a_file_that_can_not_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match=f"--output {path} can not be written"):
+        with pytest.raises(ValueError, match=f"--output {path} cannot be written"):
             open_output(path, {}).__enter__()
 
 

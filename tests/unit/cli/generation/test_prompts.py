@@ -43,7 +43,7 @@ def test_a_prompt_is_taken_to_its_last_character(
         ({"prompt": "\udcff"}, "--prompt is not UTF-8"),
         ({}, "standard input is not UTF-8 at byte 1"),
         ({"prompt_file": Path("-")}, "standard input is not UTF-8"),
-        ({"prompt_file": Path("/no/such")}, "--prompt-file /no/such can not be read"),
+        ({"prompt_file": Path("/no/such")}, "--prompt-file /no/such can.*read"),
         ({"prompt_file": Path("/dev/zero")}, "--prompt-file /dev/zero is larger than 16 MiB"),
         ({"prompt_file": Path("/dev/null")}, "--prompt-file /dev/null is empty"),
     ],
@@ -59,7 +59,7 @@ def test_a_bad_prompt_is_named(
 def test_no_prompt_at_a_terminal_does_not_wait_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     _stdin(monkeypatch, b"")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    with pytest.raises(ValueError, match="no prompt; give --prompt"):
+    with pytest.raises(ValueError, match="no prompt. Give --prompt"):
         read_prompts(GenerateOptions(RUN))
 
 
@@ -71,7 +71,8 @@ def test_a_line_has_an_id_and_options_of_its_own(tmp_path: Path) -> None:
         "draft_exit": 2,
         "draft_length": 3,
         "draft_threshold": None,
-        "max_new_tokens": 7,
+        "max_tokens": 7,
+        "min_tokens": 2,
         "stop": ["x", "y"],
         "stop_token_ids": [7, 8],
         "ignore_eos": True,
@@ -83,6 +84,8 @@ def test_a_line_has_an_id_and_options_of_its_own(tmp_path: Path) -> None:
         "min_p": 0.01,
         "repetition_penalty": 1.1,
         "seed": 8,
+        "logprobs": 3,
+        "bos": "on",
     }
     first, second, third = _batch(
         tmp_path,
@@ -104,26 +107,49 @@ def test_a_line_has_an_id_and_options_of_its_own(tmp_path: Path) -> None:
     assert third.where.endswith("prompts.jsonl, line 4")
 
 
+def test_an_exit_policy_of_a_line_replaces_that_of_the_command(tmp_path: Path) -> None:
+    """Whether it is a file, or thresholds while the command has a file."""
+    plain, file, thresholds, measure = _batch(
+        tmp_path,
+        {"prompt": "a"},
+        {"prompt": "a", "policy": "own.json"},
+        {"prompt": "a", "thresholds": 0.5},
+        {"prompt": "a", "measure": "margin"},
+        policy=Path("all.json"),
+    )
+    assert [one.options.policy for one in (plain, file, thresholds, measure)] == [
+        Path("all.json"),
+        Path("own.json"),
+        None,
+        None,
+    ]
+    assert thresholds.options.thresholds == (0.5,)
+    assert measure.options.measure == "margin"
+
+
 def test_every_option_that_decides_a_text_can_be_set_on_a_line() -> None:
-    """What a line can not set is where things are, how they run, and how they are shown."""
+    """A line cannot set where files are, how the engine runs, or how results are shown."""
     of_all = {
-        "checkpoint", "prompt", "prompt_file", "batch_file", "output", "dtype", "batch_size",
-        "cache_tokens", "deferral", "tensor", "pipeline", "timeout_s", "verify", "show_confidence",
-        "json", "attention", "graphs", "compile", "quantize", "prompt_ids", "chat", "chat_file",
-        "chat_template",
+        "checkpoint", "prompt", "prompt_file", "batch_file", "output", "dtype",
+        "max_num_seqs", "cache_tokens", "deferral", "tensor", "pipeline", "timeout_s", "verify",
+        "show_confidence", "json", "attention", "cuda_graphs", "compile", "quantize",
+        "prompt_token_ids", "chat", "chat_file", "chat_template",
     }  # fmt: skip
-    assert set(prompts._OWN) == set(GenerateOptions.__dataclass_fields__) - of_all
+    assert set(prompts._Line.model_fields) - set(prompts._KINDS) == (
+        set(GenerateOptions.__dataclass_fields__) - of_all
+    )
+    assert "prompt_token_ids" in prompts._KINDS
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("hello", "is no JSON"),
-        ("[1]", "is no JSON object"),
-        ({"prompt": "a", "id": True}, '"id" is True; it must be a text or a whole number'),
-        ({"prompt": "a", "id": 1.5}, '"id" is 1.5; it must be'),
+        ("hello", "is not valid JSON"),
+        ("[1]", "is \\[1\\]"),
+        ({"prompt": "a", "id": True}, '"id" is True'),
+        ({"prompt": "a", "id": 1.5}, '"id" is 1.5'),
         ({"prompt": "a", "id": "\ud800"}, '"id" is '),
-        ({"prompt": "a", "id": "1"}, "id '1' is that of --batch-file .*prompts.jsonl, line 1 too"),
+        ({"prompt": "a", "id": "1"}, "id '1' is .* --batch-file .*prompts.jsonl, line 1"),
     ],
 )
 def test_a_line_that_is_no_object_or_has_no_id_of_its_own_ends_the_batch(
@@ -137,46 +163,53 @@ def test_a_line_that_is_no_object_or_has_no_id_of_its_own_ends_the_batch(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"id": "x"}, "it has no prompt; give one of prompt, messages, prompt_token_ids"),
-        ({"prompt": "a", "messages": []}, "it has prompt and messages; give one of"),
+        ({"id": "x"}, ".* has no prompt. Give one of prompt, messages, prompt_token_ids"),
+        ({"prompt": "a", "messages": []}, ".* has prompt and messages. Give one of"),
         ({"messages": []}, r"a conversation is \[\]. It must be a list of messages"),
         ({"messages": [{"content": "a"}]}, 'message 1: "role" is None'),
         ({"messages": [{"role": "user"}]}, 'message 1: "content" is None'),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, 'message 1: "content" is '),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            'message 1: a part of "content" is .*takes text alone',
+            'message 1: a part of "content" is .*image_url',
         ),
-        ({"prompt_token_ids": [1, "2"]}, r"\"prompt_token_ids\" is \[1, '2'\]"),
+        ({"prompt_token_ids": [1, "2"]}, r"'prompt_token_ids' is \[1, '2'\]"),
         ({"prompt_token_ids": []}, r"\"prompt_token_ids\" is \[\]"),
-        ({"prompt": "a", "stop_token_ids": [True]}, "'stop_token_ids' can not be"),
-        ({"prompt": "a", "ignore_eos": 1}, "'ignore_eos' can not be 1"),
-        ({"prompt": ""}, "\"prompt\" is ''; it must be a text, and not empty"),
-        ({"prompt": ["a"]}, r"\"prompt\" is \['a'\]; it must be a text"),
-        ({"prompt": "\ud800"}, r"\"prompt\" is '\\ud800'; it must be a text"),
-        ({"promt": "a"}, r"'promt' is unknown; did you mean 'prompt'\?"),
+        ({"prompt": "a", "stop_token_ids": [True]}, r"'stop_token_ids' is \[True\]"),
+        ({"prompt": "a", "ignore_eos": 1}, "'ignore_eos' is 1"),
+        ({"prompt": ""}, "\"prompt\" is ''"),
+        ({"prompt": ["a"]}, r"'prompt' is \['a'\]"),
+        ({"prompt": "\ud800"}, r"\"prompt\" is '\\ud800'"),
+        ({"promt": "a"}, r"'promt' is unknown. Did you mean 'prompt'\?"),
         (
             {"prompt": "a", "temprature": 1},
-            r"'temprature' is unknown; did you mean 'temperature'\?",
+            r"'temprature' is unknown. Did you mean 'temperature'\?",
         ),
         (
             {"prompt": "a", "xyz": 1},
-            "'xyz' is unknown; choose from prompt, messages, .*temperature",
+            "'xyz' is unknown. Use one of prompt, messages, .*temperature",
         ),
         ({"prompt": "a", "output": "/etc/passwd"}, "'output' is unknown"),
         ({"prompt": "a", "checkpoint": "x"}, "'checkpoint' is unknown"),
-        ({"prompt": "a", "seed": "1"}, "'seed' can not be '1'"),
-        ({"prompt": "a", "seed": True}, "'seed' can not be True"),
-        ({"prompt": "a", "seed": None}, "'seed' can not be None"),
-        ({"prompt": "a", "max_new_tokens": 2.0}, "'max_new_tokens' can not be 2.0"),
-        ({"prompt": "a", "temperature": "hot"}, "'temperature' can not be 'hot'"),
-        ({"prompt": "a", "temperature": 10**400}, "'temperature' can not be 1000"),
-        ({"prompt": "a", "thresholds": [0.5, None]}, "'thresholds' can not be"),
-        ({"prompt": "a", "thresholds": {}}, "'thresholds' can not be {}"),
-        ({"prompt": "a", "stop": [1]}, r"'stop' can not be \[1\]"),
-        ({"prompt": "a", "measure": ["entropy"]}, "'measure' can not be"),
-        ({"prompt": "a", "strategy": "fast"}, "'strategy' can not be 'fast'"),
-        ({"prompt": "a", "draft_exit": "2"}, "'draft_exit' can not be '2'"),
+        ({"prompt": "a", "seed": "1"}, "'seed' is '1'"),
+        ({"prompt": "a", "seed": True}, "'seed' is True"),
+        ({"prompt": "a", "seed": None}, "'seed' is None"),
+        ({"prompt": "a", "max_tokens": 2.0}, "'max_tokens' is 2.0"),
+        ({"prompt": "a", "temperature": "hot"}, "'temperature' is 'hot'"),
+        ({"prompt": "a", "temperature": 10**400}, "'temperature' is 1000"),
+        ({"prompt": "a", "thresholds": [0.5, None]}, r"'thresholds' is \[0.5, None\]"),
+        ({"prompt": "a", "thresholds": {}}, "'thresholds' is {}"),
+        ({"prompt": "a", "stop": [1]}, r"'stop' is \[1\]"),
+        ({"prompt": "a", "measure": ["entropy"]}, r"'measure' is \['entropy'\]"),
+        ({"prompt": "a", "strategy": "fast"}, "'strategy' is 'fast'"),
+        ({"prompt": "a", "draft_exit": "2"}, "'draft_exit' is '2'"),
+        ({"prompt": "a", "system": 1}, "'system' is 1"),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "system": "\ud800"},
+            r"\"system\" is '\\ud800'",
+        ),
+        ({"prompt": "a", "policy": "p.json", "thresholds": 0.5}, ".* policy and thresholds"),
+        ({"prompt": "a", "policy": "p.json", "measure": "margin"}, ".* policy and measure"),
     ],
 )
 def test_an_invalid_line_is_named_and_the_others_are_read(
@@ -194,17 +227,17 @@ def test_an_invalid_line_is_named_and_the_others_are_read(
 def test_an_error_shows_no_more_than_the_beginning_of_a_value(tmp_path: Path) -> None:
     (invalid,) = _batch(tmp_path, {"prompt": "a", "seed": "9" * 10_000})
     assert isinstance(invalid, InvalidLine)
-    assert "'seed' can not be" in invalid.error
+    assert "'seed' is '999" in invalid.error
     assert len(invalid.error) < 400
 
 
 def test_an_empty_or_too_large_batch_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"prompts.jsonl is empty; give one JSON object per line"):
+    with pytest.raises(ValueError, match="prompts.jsonl is empty"):
         _batch(tmp_path, "")
     monkeypatch.setattr(prompts, "_MAX_BATCH", 20)
-    with pytest.raises(ValueError, match="larger than .* MiB; split it"):
+    with pytest.raises(ValueError, match="larger than .* MiB"):
         _batch(tmp_path, {"prompt": "a"}, {"prompt": "b"})
 
 
@@ -241,13 +274,13 @@ def test_a_message_is_a_conversation() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "conversation.json is no JSON"),
+        ("{", "conversation.json is not valid JSON"),
         ("[]", "a conversation is \\[\\]"),
         ('"x"', "a conversation is 'x'"),
         ('{"messages": 1}', "a conversation is 1"),
         ('{"model": "x", "messages": []}', "'model' is unknown"),
         ('[{"role": "user", "content": 1}]', 'message 1: "content" is 1'),
-        ('[{"role": "user", "role": "x"}]', "has 'role' twice"),
+        ('[{"role": "user", "role": "x"}]', "has the key 'role' twice"),
     ],
 )
 def test_a_bad_conversation_is_named(tmp_path: Path, content: str, message: str) -> None:

@@ -14,7 +14,8 @@ from ee_llm.checkpoint.read import TensorReader
 from ee_llm.cli import main
 from ee_llm.cli.generation.command import generate
 from ee_llm.cli.generation.options import GenerateOptions, VerifyOptions
-from ee_llm.cli.generation.verify import check_file, verify
+from ee_llm.cli.generation.verify import read_outputs, verify
+from ee_llm.inference.verification.verify import Verifier
 from tests.unit.inference.models import random_tensors, save_model, tiny_config
 
 CONFIG = tiny_config("llama", vocab_size=264, max_seq_length=48)
@@ -44,7 +45,7 @@ def _records(run: Path, folder: Path, dtype: str) -> list[Record]:
             batch_file=batch,
             output=output,
             thresholds=(0.3,),
-            max_new_tokens=20,
+            max_tokens=20,
             dtype=dtype,
             deferral="off",
         )
@@ -81,7 +82,7 @@ def test_what_was_generated_passes(
     }
     verify(VerifyOptions(_write(tmp_path, made), run))
     text = said()
-    num_tokens = sum(len(record["tokens"]) for record in made)
+    num_tokens = sum(len(record["token_ids"]) for record in made)
     assert f"certificate: 5 generations, {num_tokens} tokens" in text
     assert "0 of them beyond rounding" in text
     if made[0]["dtype"] == "float64":
@@ -89,7 +90,7 @@ def test_what_was_generated_passes(
 
 
 def _another_token(record: Record) -> None:
-    record["tokens"][3] = (record["tokens"][3] + 1) % 256
+    record["token_ids"][3] = (record["token_ids"][3] + 1) % 256
 
 
 def _another_exit(record: Record) -> None:
@@ -104,11 +105,11 @@ def _no_exit(record: Record) -> None:
 
 
 def _another_seed(record: Record) -> None:
-    record["sampling"]["seed"] += 1
+    record["sampling_params"]["seed"] += 1
 
 
 def _another_prompt(record: Record) -> None:
-    record["prompt_tokens"][0] += 1
+    record["prompt_token_ids"][0] += 1
 
 
 @pytest.mark.parametrize(
@@ -122,16 +123,17 @@ def test_what_was_tampered_with_fails_and_shows_its_margin(
     tamper: Callable[[Record], None],
 ) -> None:
     records = json.loads(json.dumps(made))
-    sampled = next(i for i, one in enumerate(records) if one["sampling"]["top_p"] == 0.9)
+    sampled = next(i for i, one in enumerate(records) if one["sampling_params"]["top_p"] == 0.9)
     tamper(records[sampled])
     path = _write(tmp_path, records)
     with pytest.raises(ValueError, match="tokens or exits are not what the model"):
         verify(VerifyOptions(path, run))
     assert f"{path}, line {sampled + 1}" in (text := said())
     assert "beyond rounding" in text.split("certificate:")[0]
-    account = check_file(TensorReader(run), path, "file")
-    wrong = {where for where, finding in account.findings if not finding.is_explained}
+    report = Verifier(TensorReader(run)).verify(read_outputs(path, "file"))
+    wrong = {finding.request_id for finding in report.findings if not finding.is_explained}
     assert wrong == {f"file, line {sampled + 1}"}
+    assert not report.passed
 
 
 def test_the_command_ends_with_status_2(
@@ -139,9 +141,9 @@ def test_the_command_ends_with_status_2(
 ) -> None:
     path = str(_write(tmp_path, made))
     assert main.main(["verify", path, "--checkpoint", str(run), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["num_generations"] == 5
-    assert all(one["is_explained"] for one in told["divergences"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_generations"] == 5
+    assert all(one["is_explained"] for one in report["divergences"])
     records = json.loads(json.dumps(made))
     _no_exit(records[0])
     path = str(_write(tmp_path, records))
@@ -154,7 +156,7 @@ def test_the_command_ends_with_status_2(
         "kind": "exit",
         "found": 3,
         "expected": 0,
-        "margin": None,  # no error explains an exit that there is not
+        "margin": None,  # No rounding error explains an exit that does not exist.
         "is_explained": False,
     }
     assert err.splitlines()[-1].startswith("ee-llm: 1 tokens or exits are not what")
@@ -163,7 +165,7 @@ def test_the_command_ends_with_status_2(
 def test_another_model_is_found_out(run: Path, made: list[Record], tmp_path: Path) -> None:
     other = tmp_path / "other"
     save_model(other, CONFIG, random_tensors(CONFIG, seed=1, dtype=torch.float32))
-    with pytest.raises(ValueError, match="is this the checkpoint that made them"):
+    with pytest.raises(ValueError, match="Check that this is the checkpoint"):
         verify(VerifyOptions(_write(tmp_path, made), other))
 
 
@@ -176,12 +178,12 @@ def test_every_prefix_of_a_file_passes(run: Path, made: list[Record], tmp_path: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": [1, 2]}, "'exits' has 20 entries, not 2"),
-        ({"prompt_tokens": [300]}, "line 2: .*300"),
-        ({"prompt_tokens": [1] * 60}, "line 2: "),
-        ({"tokens": [9] * 19 + [264]}, "line 2: token 264 is beyond model.vocab_size = 264"),
-        ({"dtype": "int8"}, "line 2 is no generation: 'dtype' is 'int8'"),
-        ({"strategy": "best"}, "line 2 is no generation: 'strategy' is 'best'"),
+        ({"token_ids": [1, 2]}, "line 2: 'exits' has 20 entries for 2 tokens"),
+        ({"prompt_token_ids": [300]}, "line 2: .*300"),
+        ({"prompt_token_ids": [1] * 60}, "line 2: "),
+        ({"token_ids": [9] * 19 + [264]}, "line 2: .* 264 .* model.vocab_size = 264"),
+        ({"dtype": "int8"}, "line 2: 'dtype' is 'int8'"),
+        ({"strategy": "best"}, "line 2: 'strategy' is 'best'"),
     ],
 )
 def test_a_malformed_record_is_named(
@@ -192,16 +194,16 @@ def test_a_malformed_record_is_named(
 
 
 def test_an_empty_or_missing_file_is_no_pass(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"records.jsonl holds no generation"):
+    with pytest.raises(ValueError, match="records.jsonl contains no generation"):
         verify(VerifyOptions(_write(tmp_path, []), run))
-    with pytest.raises(ValueError, match="none can not be read"):
+    with pytest.raises(ValueError, match="none can.*read"):
         verify(VerifyOptions(tmp_path / "none", run))
 
 
 def test_names_of_files_are_no_markup(run: Path, made: list[Record], tmp_path: Path) -> None:
     records = json.loads(json.dumps(made[:1]))
     _no_exit(records[0])
-    path = tmp_path / "[" / "].jsonl"  # ends what has not begun
+    path = tmp_path / "[" / "].jsonl"  # Closes a tag that was not opened.
     path.parent.mkdir()
     shutil.copy(_write(tmp_path, records), path)
     with pytest.raises(ValueError, match="are not what"):

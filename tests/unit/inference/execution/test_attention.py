@@ -1,4 +1,4 @@
-"""Attention over the paged cache: every path against the formula and against its plain twin."""
+"""Attention over the paged cache: every code path against the formula and `attend_reference`."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ee_llm.inference.execution.attention import Batch, BlockTable, Run, attend, attend_plainly
+from ee_llm.inference.execution.attention import Batch, BlockTable, Run, attend, attend_reference
 
 SIZE, DIM, NUM_BLOCKS, NUM_SLOTS = 4, 8, 24, 5
 HEADS = [(1, 1), (2, 2), (1, 4), (3, 1)]  # key/value heads, queries of each
@@ -25,7 +25,7 @@ class Rows:
 
 
 class Cache:
-    """Sequences with random keys and values at their places, and large junk everywhere else."""
+    """Random keys and values at the positions of some sequences, and large junk elsewhere."""
 
     def __init__(
         self, rows: Sequence[Rows], num_kv: int = 2, per_kv: int = 2, dtype=torch.float64
@@ -51,7 +51,7 @@ class Cache:
             self.runs.append(Run(slot, one.start, one.stop, end - (one.stop - one.start)))
 
     def batch(self, live: list[Run] | None = None) -> Batch:
-        """Return the batch, after the new rows have been written where it says."""
+        """Return the batch, after writing the new rows at its `writes`."""
         batch = self.table.batch(self.runs, live, self.dtype)
         new = [state[one.start :] for one, state in zip(self.rows, self.states, strict=True)]
         self.pages.index_copy_(0, batch.writes, torch.cat(new))
@@ -81,14 +81,14 @@ class Cache:
         tolerance = 1e-12 if self.dtype == torch.float64 else 1e-5
         expected = self.expected(runs)
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
-        plain = attend_plainly(queries, self.pages, among_live, self.table)
+        plain = attend_reference(queries, self.pages, among_live, self.table)
         torch.testing.assert_close(plain, expected, rtol=0, atol=tolerance)
         return batch
 
 
 @dataclass(frozen=True)
 class Path:
-    """Rows, and how they are to be read: groups as (sequences, is a view, is masked, is padded)."""
+    """Rows, and how they must be read: groups as (sequences, is a view, is masked, is padded)."""
 
     name: str
     rows: tuple[Rows, ...]
@@ -98,11 +98,11 @@ class Path:
 
 PATHS = [
     Path("one row, a view", (Rows(6, 7, (3, 4)),), ((1, True, False, False),)),
-    Path("first row of all", (Rows(0, 1, (3,)),), ((1, True, False, False),)),
+    Path("the first row", (Rows(0, 1, (3,)),), ((1, True, False, False),)),
     Path("one row, scattered", (Rows(6, 7, (5, 2)),), ((1, False, True, False),)),
     Path("one row at a block's end", (Rows(7, 8, (5, 2)),), ((1, False, False, False),)),
-    Path("a view of what is adjacent", (Rows(7, 8, (2, 3, 9)),), ((1, True, False, False),)),
-    Path("adjacent in part only", (Rows(10, 11, (2, 3, 9)),), ((1, False, True, False),)),
+    Path("a view of adjacent blocks", (Rows(7, 8, (2, 3, 9)),), ((1, True, False, False),)),
+    Path("only some blocks adjacent", (Rows(10, 11, (2, 3, 9)),), ((1, False, True, False),)),
     Path(
         "rows of one length, unmasked",
         (Rows(7, 8, (5, 6)), Rows(7, 8, (9, 2))),
@@ -128,7 +128,7 @@ PATHS = [
     Path("a long run, a view", (Rows(3, 14, (4, 5, 6, 7)),), ((1, True, True, False),)),
     Path("a whole prompt, scattered", (Rows(0, 12, (7, 2, 5)),), ((1, False, True, False),)),
     Path(
-        "long runs apart from short ones",
+        "long and short runs",
         (
             Rows(5, 6, (1, 2)),
             Rows(0, 9, (3, 4, 5)),
@@ -145,7 +145,7 @@ PATHS = [
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("num_kv", "per_kv"), HEADS)
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
-def test_each_path_gives_what_the_formula_does(
+def test_each_path_gives_the_result_of_the_formula(
     path: Path, num_kv: int, per_kv: int, dtype: torch.dtype
 ) -> None:
     batch = Cache(path.rows, num_kv, per_kv, dtype).check()
@@ -158,7 +158,7 @@ def test_each_path_gives_what_the_formula_does(
         )
         for group in batch.groups
     ]
-    assert kinds == list(path.groups), "the test means to take another path"
+    assert kinds == list(path.groups), "the test expects another path"
     assert (batch.order is not None) == path.is_reordered
     assert batch.live is None
 
@@ -171,9 +171,7 @@ def test_positions_are_counted_from_the_sequence_start() -> None:
 
 
 @pytest.mark.parametrize(("num_kv", "per_kv"), HEADS)
-def test_rows_that_do_not_live_are_written_and_read_but_do_not_attend(
-    num_kv: int, per_kv: int
-) -> None:
+def test_frozen_rows_are_written_and_read_but_do_not_attend(num_kv: int, per_kv: int) -> None:
     rows = [Rows(2, 13, (5, 8, 9, 10)), Rows(3, 5, (1, 2)), Rows(0, 2, (4,))]
     cache = Cache(rows, num_kv, per_kv)
     live = [Run(0, 4, 5, 2), Run(0, 7, 10, 5), Run(1, 3, 5, 11)]
@@ -183,12 +181,12 @@ def test_rows_that_do_not_live_are_written_and_read_but_do_not_attend(
     assert len(batch.writes) == 15
 
 
-def test_a_long_run_may_be_all_that_lives() -> None:
+def test_only_a_long_run_may_be_live() -> None:
     cache = Cache([Rows(0, 2, (4,)), Rows(1, 13, (5, 6, 7, 8))])
     assert len(cache.check([Run(1, 2, 12, 3)]).groups) == 1
 
 
-def test_no_row_may_live() -> None:
+def test_there_may_be_no_live_row() -> None:
     cache = Cache([Rows(0, 2, (4,))])
     batch = cache.batch(live=[])
     assert (batch.groups, len(batch.writes)) == ((), 2)
@@ -196,8 +194,8 @@ def test_no_row_may_live() -> None:
     assert batch.live.tolist() == []
 
 
-def test_a_slot_forgets_the_blocks_of_the_sequence_before() -> None:
-    """Blocks that were adjacent then are not now, and the other way round."""
+def test_a_slot_drops_the_blocks_of_its_previous_sequence() -> None:
+    """Adjacent blocks become scattered ones, and the reverse."""
     for before, after in (((3, 4, 5), (6, 2, 3)), ((6, 2, 3), (3, 4, 5)), ((3, 4, 5), (7,))):
         cache = Cache([Rows(4 * len(after) - 2, 4 * len(after) - 1, after)])
         for blocks in (before, after):

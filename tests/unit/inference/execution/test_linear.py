@@ -22,10 +22,10 @@ def _numbers(*shape: int, dtype: torch.dtype) -> Tensor:
 )
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(48, 32), (7, 13), (1, 64)])
 @torch.no_grad()
-def test_the_product_is_the_plain_one_for_any_number_of_rows(
+def test_the_product_is_right_for_any_number_of_rows(
     num_outputs: int, num_inputs: int, dtype: torch.dtype, tolerance: float, with_bias: bool
 ) -> None:
-    """Held to the product in float64 of the same rounded numbers, relative to the largest."""
+    """Compare with the float64 product of the same rounded numbers, relative to the largest."""
     weight = _numbers(num_outputs, num_inputs, dtype=dtype)
     bias = _numbers(num_outputs, dtype=dtype) if with_bias else None
     product = Linear(weight, bias)
@@ -49,15 +49,15 @@ def test_no_rows_give_no_rows(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_a_weight_may_be_a_part_of_another() -> None:
-    """A rank of several keeps slices, which do not lie in memory as they read."""
-    whole = _numbers(32, 64, dtype=torch.float32)
+def test_a_weight_may_be_a_slice() -> None:
+    """A tensor-parallel rank has slices, which are not contiguous in memory."""
+    full = _numbers(32, 64, dtype=torch.float32)
     x = _numbers(5, 32, dtype=torch.float32)
-    torch.testing.assert_close(Linear(whole[:, 32:])(x), x @ whole[:, 32:].T)
+    torch.testing.assert_close(Linear(full[:, 32:])(x), x @ full[:, 32:].T)
 
 
-def test_weights_are_packed_where_that_is_known_to_work() -> None:
-    """Without it the comparison above would be of the plain product with itself."""
+def test_weights_are_packed_where_supported() -> None:
+    """Otherwise the test above would compare the plain product with itself."""
     is_built = torch.backends.mkldnn.is_available()
     for dtype in (torch.float32, torch.bfloat16):
         assert is_packable(torch.empty(4, 4, dtype=dtype)) == is_built
@@ -68,6 +68,6 @@ def test_weights_are_packed_where_that_is_known_to_work() -> None:
 @torch.no_grad()
 def test_without_onednn_the_product_is_plain(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr(linear, "_pack", lambda weight: pytest.fail("it can not be packed"))
+    monkeypatch.setattr(linear, "_pack", lambda weight: pytest.fail("it cannot be packed"))
     weight, x = (_numbers(n, 32, dtype=torch.float32) for n in (48, 3))
     assert torch.equal(Linear(weight)(x), F.linear(x, weight))

@@ -1,4 +1,4 @@
-"""Attention over pages: the plain twin against the formula, and what kernels are given."""
+"""Paged attention: the plain kernel against the formula, and the arguments of other kernels."""
 
 import inspect
 import random
@@ -15,14 +15,14 @@ from torch.nn.attention import varlen as torch_varlen
 
 from ee_llm.inference.execution import paged_attention
 from ee_llm.inference.execution.attention import BlockTable, Run, attend
-from ee_llm.inference.execution.paged_attention import Kernel, choose, flash, plain, varlen
+from ee_llm.inference.execution.paged_attention import Kernel, choose_kernel, flash, plain, varlen
 from tests.unit.inference.execution.test_attention import HEADS, NUM_SLOTS, PATHS, SIZE, Cache, Path
 
 CPU = torch.device("cpu")
 
 
 def over_pages(cache: Cache, kernel: Kernel) -> Cache:
-    """Let a cache be read by a kernel over pages."""
+    """Make a cache use a paged kernel."""
     before = cache.table
     cache.table = BlockTable(NUM_SLOTS, 8, SIZE, CPU, kernel)
     for slot, blocks in enumerate(before._blocks):
@@ -32,7 +32,7 @@ def over_pages(cache: Cache, kernel: Kernel) -> Cache:
 
 
 def _check(cache: Cache, live: list[Run] | None, by_row: bool) -> None:
-    cache.batch()  # which writes the new keys and values
+    cache.batch()  # writes the new keys and values
     batch = cache.table.batch(cache.runs, live, cache.dtype, by_row)
     runs = cache.runs if live is None else live
     queries = cache.queries if live is None else cache.queries[batch.live]
@@ -48,14 +48,14 @@ def _check(cache: Cache, live: list[Run] | None, by_row: bool) -> None:
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize(("num_kv", "per_kv"), HEADS)
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
-def test_the_plain_twin_gives_what_the_formula_does(
+def test_the_plain_kernel_gives_the_result_of_the_formula(
     path: Path, num_kv: int, per_kv: int, by_row: bool
 ) -> None:
     _check(over_pages(Cache(path.rows, num_kv, per_kv), plain), None, by_row)
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_rows_that_do_not_live_do_not_attend(seed: int) -> None:
+def test_frozen_rows_do_not_attend(seed: int) -> None:
     rng = random.Random(seed)
     path = rng.choice([path for path in PATHS if path.rows[0].stop > 4])
     cache = over_pages(Cache(path.rows), plain)
@@ -71,9 +71,9 @@ def test_rows_that_do_not_live_do_not_attend(seed: int) -> None:
 def _by_kernel_arguments(
     q: Tensor, keys: Tensor, values: Tensor, ends: Tensor, seen: Tensor, tables: Tensor
 ) -> Tensor:
-    """Return causal attention by the arguments that kernels take, one row after the other.
+    """Return causal attention from the arguments that kernels take, row by row.
 
-    The last of an entry's queries sees all `seen` positions (aligned at the bottom right).
+    The last query of an entry sees all `seen` positions (bottom-right alignment).
     """
     mixed = torch.empty_like(q)
     per_kv = q.shape[1] // keys.shape[2]
@@ -95,7 +95,7 @@ def _bound(signature: inspect.Signature, *args: Any, **options: Any) -> SimpleNa
 
 
 def _as_varlen(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    """Put in the place of torch's kernel a slow one with its signature."""
+    """Replace torch's kernel by a slow one with the same signature."""
     signature = inspect.signature(torch_varlen.varlen_attn)
 
     def stand_in(*args: Any, **options: Any) -> Tensor:
@@ -114,7 +114,7 @@ def _as_varlen(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 
 def _as_flash(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    """Put in the place of flash-attn's kernel a slow one with its signature."""
+    """Replace flash-attn's kernel by a slow one with the same signature."""
 
     def stand_in(
         q: Tensor,
@@ -145,46 +145,46 @@ def _as_flash(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("stand_in", [_as_varlen, _as_flash])
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
-def test_kernels_are_given_what_they_document(
+def test_kernels_get_the_arguments_that_they_document(
     path: Path,
     stand_in: Callable[[pytest.MonkeyPatch], Kernel],
     by_row: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "block_table" not in inspect.signature(torch_varlen.varlen_attn).parameters:
-        pytest.skip("this torch has no tables of blocks")
+        pytest.skip("this torch has no block tables")
     _check(over_pages(Cache(path.rows), stand_in(monkeypatch)), None, by_row)
 
 
-def test_a_cpu_gathers_unless_told_otherwise() -> None:
-    assert choose("auto", CPU, torch.bfloat16, 16) is None
-    assert choose("gather", CPU, torch.bfloat16, 16) is None
-    assert choose("plain", CPU, torch.float64, 16) is plain
+def test_a_cpu_gathers_by_default() -> None:
+    assert choose_kernel("auto", CPU, torch.bfloat16, 16) is None
+    assert choose_kernel("gather", CPU, torch.bfloat16, 16) is None
+    assert choose_kernel("plain", CPU, torch.float64, 16) is plain
 
 
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "message"),
     [
-        ("varlen", "cpu", torch.bfloat16, "needs a GPU; take auto or gather"),
+        ("varlen", "cpu", torch.bfloat16, "attention 'varlen' needs a GPU"),
         ("flash", "cpu", torch.bfloat16, "needs a GPU"),
-        ("varlen", "meta", torch.float32, "takes float16 and bfloat16, and this is float32"),
+        ("varlen", "meta", torch.float32, "attention 'varlen' .* not float32"),
         ("flash", "meta", torch.bfloat16, "flash-attn"),
-        ("fast", "cpu", torch.bfloat16, "'fast' is unknown; choose of auto, gather"),
+        ("fast", "cpu", torch.bfloat16, "'fast' is unknown.*auto, gather"),
     ],
 )
-def test_a_kernel_that_can_not_be_had_is_refused_with_the_reason(
+def test_an_unavailable_kernel_is_refused_with_the_reason(
     name: str, device: str, dtype: torch.dtype, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        choose(name, torch.device(device), dtype, 16)  # type: ignore[arg-type]
+        choose_kernel(name, torch.device(device), dtype, 16)  # type: ignore[arg-type]
 
 
-def test_flash_attn_2_asks_for_large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attn_2_needs_large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_attention.importlib.util, "find_spec", lambda name: object())
-    device = torch.device("meta")  # stands for any but a CPU
-    assert choose("flash", device, torch.bfloat16, 256) is flash
-    with pytest.raises(ValueError, match="block_size to be a multiple of 256, and it is 16"):
-        choose("flash", device, torch.bfloat16, 16)
+    device = torch.device("meta")  # stands for any device but a CPU
+    assert choose_kernel("flash", device, torch.bfloat16, 256) is flash
+    with pytest.raises(ValueError, match="block_size .* multiple of 256, not 16"):
+        choose_kernel("flash", device, torch.bfloat16, 16)
 
 
 def test_torch_needs_flash_attention_3(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,10 +192,10 @@ def test_torch_needs_flash_attention_3(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ImportError("No module named 'flash_attn_interface'")
 
     if "block_table" not in inspect.signature(torch_varlen.varlen_attn).parameters:
-        pytest.skip("this torch has no tables of blocks")
+        pytest.skip("this torch has no block tables")
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", absent)
     with pytest.raises(ValueError, match="needs FlashAttention 3 .flash_attn_interface"):
-        choose("varlen", torch.device("meta"), torch.bfloat16, 16)
+        choose_kernel("varlen", torch.device("meta"), torch.bfloat16, 16)
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda name: None)
-    assert choose("varlen", torch.device("meta"), torch.bfloat16, 16) is varlen
-    assert choose("auto", torch.device("meta"), torch.bfloat16, 16) is varlen
+    assert choose_kernel("varlen", torch.device("meta"), torch.bfloat16, 16) is varlen
+    assert choose_kernel("auto", torch.device("meta"), torch.bfloat16, 16) is varlen

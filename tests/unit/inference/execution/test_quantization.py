@@ -1,4 +1,4 @@
-"""Weights of 8 bits: within half a step of the weight's, a clear word where they can not be had."""
+"""8-bit weights are within half a step of the originals, and clear errors where unsupported."""
 
 import json
 import sys
@@ -28,8 +28,8 @@ def generated(capsys, run, *options: str) -> dict:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_output_is_off_by_half_a_step_for_each_input(dtype):
-    """A step is 1 / 127 of an output's largest weight, whatever the other outputs' are."""
+def test_the_error_is_at_most_half_a_step_per_input(dtype):
+    """A step is 1 / 127 of the largest weight of the same output, not of the whole layer."""
     pytest.importorskip("torchao")
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(40, 64, generator=generator) * torch.logspace(-3, 2, 40)[:, None]
@@ -49,20 +49,20 @@ def test_an_output_is_off_by_half_a_step_for_each_input(dtype):
     assert ExecutionConfig().linear is Linear
 
 
-def test_generations_are_near_and_say_what_they_are(run, capsys, tmp_path):
+def test_generations_are_close_and_marked_as_quantized(run, capsys, tmp_path):
     pytest.importorskip("torchao")
-    plain = generated(capsys, run, "--max-new-tokens", "1")
-    found = generated(capsys, run, "--max-new-tokens", "1", "--quantize", "int8")
+    plain = generated(capsys, run, "--max-tokens", "1")
+    found = generated(capsys, run, "--max-tokens", "1", "--quantize", "int8")
     assert found["quantize"] == "int8"
     assert "quantize" not in plain
     assert found["confidences"] == pytest.approx(plain["confidences"], rel=0.2)
     assert found["confidences"] != plain["confidences"]
     (tmp_path / "made.jsonl").write_text(json.dumps(found) + "\n")
     assert main(["verify", str(tmp_path / "made.jsonl"), "--checkpoint", str(run)]) == 2
-    assert "was generated with 'int8' weights" in " ".join(capsys.readouterr().err.split())
+    assert "quantize = 'int8'" in " ".join(capsys.readouterr().err.split())
 
 
-def test_without_torchao_it_is_said(run, capsys, monkeypatch):
+def test_missing_torchao_is_an_error(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     how = ["--checkpoint", str(run), "--prompt", "x", "--quantize", "int8", "--dtype", "float32"]
@@ -79,7 +79,7 @@ def test_without_torchao_it_is_said(run, capsys, monkeypatch):
         (("--dtype", "float32", "--verify"), "--verify holds generations against"),
     ],
 )
-def test_what_does_not_go_with_it(run, capsys, options, expected):
+def test_incompatible_options_are_refused(run, capsys, options, expected):
     pytest.importorskip("torchao")
     how = ["--checkpoint", str(run), "--prompt", "x", "--quantize", "int8"]
     assert main(["generate", *how, *options]) == 2

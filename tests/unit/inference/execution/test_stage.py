@@ -1,4 +1,4 @@
-"""The lean layers and heads against the plain model, whole, in stages and in shards."""
+"""Inference layers and exits against the reference model: unsharded, in stages and in shards."""
 
 import re
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from ee_llm.inference.execution.stage import (
     partition_layers,
 )
 from tests.unit.inference.models import QWEN3, random_tensors, tiny_config
-from tests.unit.inference.stages import CHUNKS, TOKENS, Ranks, page_table, stage_logits
+from tests.unit.inference.stages import CHUNKS, TOKENS, Ranks, block_table, stage_logits
 
 HEADS = [(), ("norm",), ("mlp", "norm"), ("block", "norm"), ("block", "mlp", "norm"), ("mlp",)]
 
@@ -33,7 +33,7 @@ def _assert_equal(found: dict[int, Tensor], expected: dict[int, Tensor]) -> None
 @pytest.mark.parametrize("edges", CHUNKS, ids=["at once", "in chunks"])
 @pytest.mark.parametrize("head", HEADS, ids="-".join)
 @pytest.mark.parametrize("family", ["llama", "gpt"])
-def test_every_exit_gives_what_the_plain_model_does(
+def test_every_exit_gives_the_logits_of_the_reference(
     family: str, head: tuple[str, ...], edges: tuple[int, ...]
 ) -> None:
     config = tiny_config(family, (1, 2, 3), head, "own", temperatures=(1.0, 0.5, 2.0))
@@ -56,7 +56,7 @@ def test_every_exit_gives_what_the_plain_model_does(
 )
 @pytest.mark.parametrize("family", ["llama", "gpt"])
 @pytest.mark.parametrize("output", ["own", "shared", "tied"])
-def test_shapes_positions_and_outputs_are_those_of_the_model(
+def test_model_options_give_the_logits_of_the_reference(
     family: str, output: str, model: dict
 ) -> None:
     boundaries = () if "num_layers" in model else (1, 3)
@@ -77,7 +77,7 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize(("family", "model"), FAMILIES, ids=str)
-def test_other_families_are_those_of_the_model(family: str, model: dict) -> None:
+def test_other_families_give_the_logits_of_the_reference(family: str, model: dict) -> None:
     config = tiny_config(family, (1, 3), ("block", "mlp", "norm"), "own", **model)
     tensors = random_tensors(config)
     expected = ReferenceModel(config, tensors, torch.float64).forward(TOKENS)
@@ -88,13 +88,13 @@ def test_other_families_are_those_of_the_model(family: str, model: dict) -> None
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 @pytest.mark.parametrize("head", [("mlp", "norm"), ("block", "mlp", "norm")], ids="-".join)
 @pytest.mark.parametrize("family", ["llama", "gpt"])
-def test_stages_one_after_the_other_are_the_model(
+def test_pipeline_stages_give_the_logits_of_one_stage(
     family: str, head: tuple[str, ...], num_stages: int
 ) -> None:
     config = tiny_config(family, (1, 3), head)
     tensors = random_tensors(config)
-    whole = stage_logits(config, tensors)
-    _assert_equal(stage_logits(config, tensors, num_stages=num_stages), whole)
+    expected = stage_logits(config, tensors)
+    _assert_equal(stage_logits(config, tensors, num_stages=num_stages), expected)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -104,65 +104,65 @@ def test_stages_one_after_the_other_are_the_model(
     [("llama", {}), ("gpt", {}), ("llama", QWEN3)],
     ids=["llama", "gpt", "qwen"],
 )
-def test_shards_together_are_the_model(
+def test_tensor_parallel_shards_give_the_logits_of_one_rank(
     family: str, model: dict, head: tuple[str, ...], size: int
 ) -> None:
-    """Each holds its part of heads, widths and vocabulary; sums and the logits side by side."""
+    """Each rank has its share of heads, widths and vocabulary; the logits are concatenated."""
     model = model | {"num_kv_heads": 4 if size == 4 else 2}
     config = tiny_config(family, (1, 3), head, "own", **model)
     tensors = random_tensors(config)
     shards = Ranks(size).run(lambda shard: stage_logits(config, tensors, shard=shard))
-    whole = stage_logits(config, tensors)
+    expected = stage_logits(config, tensors)
     assert shards[0][1].shape == (21, 40 // size)
-    side_by_side = {b: torch.cat([part[b] for part in shards], dim=-1) for b in shards[0]}
-    _assert_equal(side_by_side, whole)
+    logits = {b: torch.cat([part[b] for part in shards], dim=-1) for b in shards[0]}
+    _assert_equal(logits, expected)
 
 
 @pytest.mark.parametrize("head", [("mlp", "norm"), ("block", "mlp", "norm")], ids="-".join)
-def test_an_exit_judges_any_of_the_rows(head: tuple[str, ...]) -> None:
+def test_logits_of_any_subset_of_rows(head: tuple[str, ...]) -> None:
     config = tiny_config("gpt", (2,), head)
-    (pieces,) = partition_layers(config)
-    stage, table = ModelStage(config, random_tensors(config), 48, pieces), page_table()
+    (layer_ranges,) = partition_layers(config)
+    stage, table = ModelStage(config, random_tensors(config), 48, layer_ranges), block_table()
     rows = [Run(0, 0, 12, 0)]
     batch = table.batch(rows, None, torch.float64)
     x, attended = stage.run(0, stage.embed(TOKENS[:12], batch.positions), batch)
 
-    def judged(*runs: Run) -> Tensor:
-        within = table.batch(rows, runs, torch.float64) if stage.has_block(0) else None
-        return stage.logits(0, x, attended, runs, within)
+    def logits(*runs: Run) -> Tensor:
+        live = table.batch(rows, runs, torch.float64) if stage.has_block(0) else None
+        return stage.logits(0, x, attended, runs, live)
 
-    everything = judged(*rows)
-    some = judged(Run(0, 3, 5, 3), Run(0, 11, 12, 11))
-    torch.testing.assert_close(some, everything[[3, 4, 11]], rtol=0, atol=1e-12)
-    assert judged().shape == (0, 40)
+    subset = logits(Run(0, 3, 5, 3), Run(0, 11, 12, 11))
+    torch.testing.assert_close(subset, logits(*rows)[[3, 4, 11]], rtol=0, atol=1e-12)
+    assert logits().shape == (0, 40)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt"])
-def test_rows_that_do_not_live_keep_their_state_and_give_keys_and_values(family: str) -> None:
+def test_frozen_rows_keep_their_state_but_write_keys_and_values(family: str) -> None:
     config = tiny_config(family, head=("mlp", "norm"))
     tensors = random_tensors(config)
-    left_at = [4, 1, 2, 4, 1, 1, 4, 2, 4]
+    exits = [4, 1, 2, 4, 1, 1, 4, 2, 4]
     model = ReferenceModel(config, tensors, torch.float64)
-    expected = {b: model.logits(b, hidden) for b, hidden in model.walk(TOKENS[:9], left_at)}
-    (pieces,) = partition_layers(config)
-    stage, table = ModelStage(config, tensors, 48, pieces), page_table()
+    expected = {b: model.logits(b, hidden) for b, hidden in model.walk(TOKENS[:9], exits)}
+    (layer_ranges,) = partition_layers(config)
+    stage, table = ModelStage(config, tensors, 48, layer_ranges), block_table()
     rows = [Run(0, 0, 9, 0)]
     x = stage.embed(TOKENS[:9], torch.arange(9))
-    for index, piece in enumerate(pieces):
-        live = [Run(0, row, row + 1, row) for row, left in enumerate(left_at) if left >= piece.last]
+    for index, layer_range in enumerate(layer_ranges):
+        last = layer_range.last
+        live = [Run(0, row, row + 1, row) for row, exit in enumerate(exits) if exit >= last]
         before = x.clone()
         x, attended = stage.run(index, x, table.batch(rows, live, torch.float64))
-        frozen = [row for row, left in enumerate(left_at) if left < piece.last]
+        frozen = [row for row, exit in enumerate(exits) if exit < last]
         assert torch.equal(x[frozen], before[frozen])
         numbers = [run.first for run in live]
         found = stage.logits(index, x, attended, live, None)
-        torch.testing.assert_close(found, expected[piece.last][numbers], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found, expected[last][numbers], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-4), (torch.bfloat16, 1.0)])
 @pytest.mark.parametrize("family", ["llama", "gpt"])
-def test_lower_precision_stays_near(family: str, dtype: torch.dtype, atol: float) -> None:
-    """Of the same rounded weights; a bfloat16 model has a float32 cache on a CPU."""
+def test_lower_precision_is_close(family: str, dtype: torch.dtype, atol: float) -> None:
+    """The reference has the same rounded weights. A bfloat16 model has a float32 cache on a CPU."""
     config = tiny_config(family, head=("block", "norm"))
     rounded = {name: tensor.to(dtype) for name, tensor in random_tensors(config).items()}
     expected = ReferenceModel(config, rounded, torch.float64).forward(TOKENS)
@@ -173,7 +173,7 @@ def test_lower_precision_stays_near(family: str, dtype: torch.dtype, atol: float
 
 
 @pytest.mark.parametrize(
-    ("boundaries", "num_stages", "pieces"),
+    ("boundaries", "num_stages", "layer_ranges"),
     [
         ((1, 2), 1, [[(1, 1, True), (2, 2, True), (3, 4, True)]]),
         ((), 1, [[(1, 4, True)]]),
@@ -183,8 +183,8 @@ def test_lower_precision_stays_near(family: str, dtype: torch.dtype, atol: float
         ((2,), 4, [[(1, 1, False)], [(2, 2, True)], [(3, 3, False)], [(4, 4, True)]]),
     ],
 )
-def test_stages_are_cut_at_their_ends_and_at_exits(boundaries, num_stages, pieces) -> None:
-    expected = [[LayerRange(*piece) for piece in stage] for stage in pieces]
+def test_layer_ranges_end_at_stages_and_at_exits(boundaries, num_stages, layer_ranges) -> None:
+    expected = [[LayerRange(*fields) for fields in stage] for stage in layer_ranges]
     assert partition_layers(tiny_config(boundaries=boundaries), num_stages) == expected
 
 
@@ -193,7 +193,7 @@ def test_more_stages_than_layers_are_refused() -> None:
         partition_layers(tiny_config(), 5)
 
 
-def test_what_can_not_be_shared_out_is_refused_by_name() -> None:
+def test_sizes_that_tensor_ranks_do_not_divide_are_refused() -> None:
     def ranks(size: int) -> SimpleNamespace:
         return SimpleNamespace(tensor_rank=1, tensor_size=size, num_stages=1, reduce=torch.neg)
 
@@ -201,9 +201,9 @@ def test_what_can_not_be_shared_out_is_refused_by_name() -> None:
         with pytest.raises(ValueError, match=rf"--tensor 2 does not divide {name} = {size}\."):
             make_shard(tiny_config(**{name: size}), ranks(2))
     assert make_shard(tiny_config(), ranks(2)) == Shard(1, 2, torch.neg)
-    for alone in (None, ranks(1)):
-        found = make_shard(tiny_config(num_kv_heads=1), alone)
-        assert (found.rank, found.size) == (0, 1)
+    for single in (None, ranks(1)):
+        shard = make_shard(tiny_config(num_kv_heads=1), single)
+        assert (shard.rank, shard.size) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_what_can_not_be_shared_out_is_refused_by_name() -> None:
         ),
     ],
 )
-def test_a_layout_that_does_not_fit_the_model_is_refused(
+def test_errors_of_layouts_list_the_choices_that_fit(
     sizes: dict[str, int], tensor: int, message: str
 ) -> None:
     config = tiny_config(**sizes)
@@ -238,5 +238,5 @@ def test_a_layout_that_does_not_fit_the_model_is_refused(
 
 def test_a_cache_larger_than_the_memory_is_refused_with_its_size() -> None:
     config = tiny_config()
-    with pytest.raises(ValueError, match=r"no memory for the keys and values of .* GiB\. Use a"):
+    with pytest.raises(ValueError, match=r"no memory for the keys and values of .* GiB"):
         ModelStage(config, random_tensors(config), 2**50, partition_layers(config)[0])

@@ -1,4 +1,4 @@
-"""Plans as bytes: what a follower decodes is the plan that its leader runs."""
+"""Passes and results survive encoding: workers decode exactly what the leader encoded."""
 
 import json
 
@@ -14,17 +14,17 @@ from ee_llm.inference.execution.wire import (
     encode_scheduler_output,
 )
 from ee_llm.inference.request import ExitResult
-from ee_llm.inference.sampling.sampler import SamplingParams
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.scheduling.output import SchedulerOutput, SegmentStep, TokenRange
 from ee_llm.inference.scheduling.pipeline_scheduler import (
     Frontier,
     PipelineSchedulerOutput,
     StageResult,
 )
-from ee_llm.inference.scheduling.scheduler import SchedulerOutput, SegmentStep, TokenRange
 from ee_llm.inference.strategies import SelfSpeculation
 from tests.unit.inference.sequences import finish, make_scheduler, make_sequence
 
-PLANS = [
+OUTPUTS = [
     SchedulerOutput(
         (
             SegmentStep(0, (TokenRange(3, 0, 5), TokenRange(1, 7, 8))),
@@ -38,18 +38,18 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("scheduler_output", PLANS)
-def test_a_plan_comes_back_as_it_was(scheduler_output: SchedulerOutput) -> None:
-    """Its types too: ranks compare spans, and a list is not equal to a tuple."""
+@pytest.mark.parametrize("scheduler_output", OUTPUTS)
+def test_scheduler_output_round_trips(scheduler_output: SchedulerOutput) -> None:
+    """Types survive too: ranks compare ranges, and a list does not equal a tuple."""
     assert decode_scheduler_output(encode_scheduler_output(scheduler_output)) == scheduler_output
 
 
-def test_plans_of_a_scheduler_come_back_as_they_were() -> None:
+def test_outputs_of_a_real_scheduler_round_trip() -> None:
     scheduler = make_scheduler(num_blocks=14, max_num_batched_tokens=9)
     for index, strategy in enumerate(("exact", "full", "self-speculative", "propagate")):
         draft = SelfSpeculation(1, 2) if strategy == "self-speculative" else None
         scheduler.add(make_sequence(f"r{index}", 4, strategy=strategy, draft=draft))
-    scheduler_outputs = finish(scheduler, leaving=[0, 3])
+    scheduler_outputs = finish(scheduler, exiting=[0, 3])
     for scheduler_output in scheduler_outputs:
         assert (
             decode_scheduler_output(encode_scheduler_output(scheduler_output)) == scheduler_output
@@ -60,9 +60,11 @@ def test_plans_of_a_scheduler_come_back_as_they_were() -> None:
     )
 
 
-def test_a_pass_and_its_answers_come_back_as_they_were() -> None:
-    sampling = SamplingParams(0.7, 5, 0.9, 2**40, 0.1, 1.2)
-    frontier = Frontier(1, 4, 2, (0.5, None, 0.0), True, False, "margin", sampling, (3, 9))
+def test_pipeline_pass_and_its_results_round_trip() -> None:
+    params = SamplingParams(
+        temperature=0.7, top_k=5, top_p=0.9, seed=2**40, min_p=0.1, repetition_penalty=1.2
+    )
+    frontier = Frontier(1, 4, 2, (0.5, None, 0.0), True, False, "margin", params, (3, 9))
     scheduler_output = PipelineSchedulerOutput(
         7, (TokenRange(1, 2, 5),), (3, 9, 9), (frontier,), ((1, 0, 4),)
     )
@@ -72,13 +74,12 @@ def test_a_pass_and_its_answers_come_back_as_they_were() -> None:
         )
         assert (passed.exited, passed.is_late) == ([-1], is_late)
         assert decode_pass(passed.encoded) == scheduler_output
-    answers = [StageResult(0, 1, ExitResult(1, 4, True, 9, 0.25, -0.5))]
-    assert decode_results(encode_results(7, answers)) == (7, answers)
+    results = [StageResult(0, 1, ExitResult(1, 4, True, 9, 0.25, -0.5))]
+    assert decode_results(encode_results(7, results)) == (7, results)
 
 
-def test_a_message_is_json() -> None:
-    """It is read, never executed."""
-    assert isinstance(json.loads(encode_scheduler_output(PLANS[0])), list)
+def test_messages_are_json_and_never_executed() -> None:
+    assert isinstance(json.loads(encode_scheduler_output(OUTPUTS[0])), list)
     for message in (b"\x80\x04K\x01.", b"__import__('os')"):
         with pytest.raises(ValueError):  # noqa: PT011
             decode_scheduler_output(message)

@@ -1,4 +1,4 @@
-"""Verdicts: who leaves, with which token, and nothing of it for the sake of a neighbour."""
+"""Exit decisions: which rows exit with which token, independently of the other rows."""
 
 import math
 
@@ -8,19 +8,20 @@ from torch import Tensor
 
 from ee_llm.inference.exits.decision import (
     ExitQuery,
+    can_decide_from_summaries,
     decide_exits,
     decide_from_summaries,
-    is_short,
     make_query,
     summarize,
 )
 from ee_llm.inference.exits.policy import MEASURES
-from ee_llm.inference.sampling.sampler import SamplingParams, sample
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.sampling.sampler import sample
 from ee_llm.inference.strategies import SelfSpeculation
 from tests.unit.inference.sequences import make_sequence
 
 GREEDY = SamplingParams()
-DRAWN = SamplingParams(1.2, seed=9)
+DRAWN = SamplingParams(temperature=1.2, seed=9)
 
 
 def _logits(num_rows: int = 6, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -28,22 +29,22 @@ def _logits(num_rows: int = 6, dtype: torch.dtype = torch.float64) -> Tensor:
     return 2.0 * torch.randn(num_rows, 40, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def _question(row: int, threshold: float = 0.0, **options: object) -> ExitQuery:
-    given = {"measure": "max_probability", "sampling": GREEDY} | options
+def _query(row: int, threshold: float = 0.0, **options: object) -> ExitQuery:
+    given = {"measure": "max_probability", "sampling_params": GREEDY} | options
     return ExitQuery(slot=row + 10, position=row * 7, threshold=threshold, **given)
 
 
-def test_nobody_asks_nothing() -> None:
+def test_no_queries_give_no_results() -> None:
     assert decide_exits(torch.empty(0, 40), []) == []
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_a_row_leaves_when_its_confidence_reaches_the_threshold(measure: str) -> None:
-    """Equality is enough, as in `Policy.leaves`."""
+def test_a_row_exits_when_its_confidence_reaches_the_threshold(measure: str) -> None:
+    """Equality suffices, as in `ExitPolicy.exits`."""
     logits = _logits(3)
     values = MEASURES[measure](logits).tolist()
     thresholds = [values[0], math.nextafter(values[1], 2.0), values[2] - 0.01]
-    queries = [_question(row, t, measure=measure) for row, t in enumerate(thresholds)]
+    queries = [_query(row, t, measure=measure) for row, t in enumerate(thresholds)]
     results = decide_exits(logits, queries)
     assert [result.exited for result in results] == [True, False, True]
     assert [result.confidence for result in results] == values
@@ -55,24 +56,30 @@ def test_a_row_leaves_when_its_confidence_reaches_the_threshold(measure: str) ->
 
 
 def test_a_row_that_declines_has_no_token() -> None:
-    results = decide_exits(_logits(2), [_question(0, 1.0), _question(1)])
+    results = decide_exits(_logits(2), [_query(0, 1.0), _query(1)])
     assert (results[0].token, results[0].logprob) == (-1, 0.0)
     assert results[1].token == int(_logits(2)[1].argmax())
-    (alone,) = decide_exits(_logits(1), [_question(0, 1.0)])
-    assert (alone.exited, alone.token) == (False, -1)
+    (single,) = decide_exits(_logits(1), [_query(0, 1.0)])
+    assert (single.exited, single.token) == (False, -1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "sampling",
-    [GREEDY, DRAWN, SamplingParams(0.8, top_k=9, seed=3), SamplingParams(repetition_penalty=1.5)],
+    [
+        GREEDY,
+        DRAWN,
+        SamplingParams(temperature=0.8, top_k=9, seed=3),
+        SamplingParams(repetition_penalty=1.5),
+    ],
 )
-def test_tokens_are_those_of_the_sampling(sampling: SamplingParams, dtype: torch.dtype) -> None:
-    """The log probability is of the exit's own distribution, whatever the sampling makes of it."""
+def test_tokens_are_those_of_the_sampler(sampling: SamplingParams, dtype: torch.dtype) -> None:
+    """The log probability refers to the exit's distribution before sampling parameters apply."""
     logits = _logits(dtype=dtype)
     histories = [tuple(range(row * 7 + 1)) for row in range(6)]
     queries = [
-        _question(row, sampling=sampling, history=history) for row, history in enumerate(histories)
+        _query(row, sampling_params=sampling, history=history)
+        for row, history in enumerate(histories)
     ]
     for row, result in enumerate(decide_exits(logits, queries)):
         assert result.token == sample(logits[row], sampling, row * 7, histories[row])
@@ -80,17 +87,24 @@ def test_tokens_are_those_of_the_sampling(sampling: SamplingParams, dtype: torch
         assert result.logprob == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_a_verdict_is_the_same_bits_among_any_neighbours() -> None:
+def test_a_result_is_bit_identical_for_any_other_rows() -> None:
     logits = _logits(dtype=torch.float32)
     kinds = [
-        {"sampling": GREEDY, "measure": "entropy"},
-        {"sampling": DRAWN, "threshold": 0.2},
-        {"sampling": SamplingParams(0.7, 5, 0.9, 11), "measure": "margin"},
-        {"sampling": GREEDY, "threshold": 0.99},
-        {"sampling": SamplingParams(repetition_penalty=2.0), "history": tuple(range(29))},
-        {"sampling": SamplingParams(1.0, min_p=0.1), "measure": "entropy", "threshold": 0.1},
+        {"sampling_params": GREEDY, "measure": "entropy"},
+        {"sampling_params": DRAWN, "threshold": 0.2},
+        {
+            "sampling_params": SamplingParams(temperature=0.7, top_k=5, top_p=0.9, seed=11),
+            "measure": "margin",
+        },
+        {"sampling_params": GREEDY, "threshold": 0.99},
+        {"sampling_params": SamplingParams(repetition_penalty=2.0), "history": tuple(range(29))},
+        {
+            "sampling_params": SamplingParams(temperature=1.0, min_p=0.1),
+            "measure": "entropy",
+            "threshold": 0.1,
+        },
     ]
-    queries = [_question(row, **kind) for row, kind in enumerate(kinds)]
+    queries = [_query(row, **kind) for row, kind in enumerate(kinds)]
     together = decide_exits(logits, queries)
     assert {result.exited for result in together} == {True, False}
     for row, result in enumerate(together):
@@ -103,31 +117,34 @@ def test_a_verdict_is_the_same_bits_among_any_neighbours() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_row_with_logits_that_are_not_finite_changes_no_other_row(bad: float) -> None:
     logits = _logits(3, torch.float32)
-    queries = [_question(0), _question(1, threshold=1.0), _question(2)]
+    queries = [_query(0), _query(1, threshold=1.0), _query(2)]
     expected = decide_exits(logits, queries)
     logits[1, 3] = bad
-    first, spoiled, last = decide_exits(logits, queries)
+    first, bad_row, last = decide_exits(logits, queries)
     assert [first, last] == [expected[0], expected[2]]
-    assert (spoiled.exited, spoiled.is_finite, spoiled.token) == (True, False, -1)
+    assert (bad_row.exited, bad_row.is_finite, bad_row.token) == (True, False, -1)
 
 
-def test_large_finite_logits_are_finite_though_their_sum_is_not() -> None:
+def test_large_logits_are_finite_even_if_their_sum_is_not() -> None:
     logits = torch.full((1, 8), 3e38)
-    assert decide_exits(logits, [_question(0)])[0].is_finite
+    assert decide_exits(logits, [_query(0)])[0].is_finite
 
 
-def test_an_exit_is_asked_with_the_threshold_of_its_boundary() -> None:
+def test_a_query_has_the_threshold_of_its_boundary() -> None:
     one = make_sequence(num_prompt=4, thresholds=(0.25, 0.75))
     one.slot = 3
     first = make_query(one, 3, 0)
     assert (first.slot, first.position, first.threshold) == (3, 3, 0.25)
     assert make_query(one, 3, 1).threshold == 0.75
-    assert make_query(one, 3, 2).threshold == 0.0, "the final exit lets everybody go"
-    assert (first.measure, first.sampling) == ("max_probability", one.request.sampling)
+    assert make_query(one, 3, 2).threshold == 0.0, "the final exit always exits"
+    assert (first.measure, first.sampling_params) == (
+        "max_probability",
+        one.request.sampling_params,
+    )
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(None, 0.0), (0.6, 0.6)])
-def test_a_drafting_exit_is_asked_with_the_threshold_of_the_draft(
+def test_the_query_of_a_drafting_exit_has_the_draft_threshold(
     threshold: float | None, expected: float
 ) -> None:
     draft = SelfSpeculation(2, 3, threshold)
@@ -136,10 +153,10 @@ def test_a_drafting_exit_is_asked_with_the_threshold_of_the_draft(
     assert make_query(one, 2, 2).threshold == 0.0
 
 
-def test_the_history_goes_along_for_a_repetition_penalty_alone() -> None:
+def test_queries_have_a_history_only_with_a_repetition_penalty() -> None:
     assert make_query(make_sequence(num_prompt=6), 4, 0).history == ()
     penalised = make_sequence(num_prompt=6, sampling=SamplingParams(repetition_penalty=1.1))
-    assert make_query(penalised, 4, 0).history == penalised.request.prompt[:5]
+    assert make_query(penalised, 4, 0).history == penalised.request.prompt_token_ids[:5]
 
 
 def _summaries(logits: Tensor, num_shards: int) -> Tensor:
@@ -152,39 +169,35 @@ def _summaries(logits: Tensor, num_shards: int) -> Tensor:
 @pytest.mark.parametrize(
     ("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)]
 )
-def test_summaries_of_shards_say_what_the_logits_do(
+def test_summaries_of_shards_give_the_results_of_the_logits(
     dtype: torch.dtype, error: float, num_shards: int
 ) -> None:
     logits = _logits(dtype=dtype)
-    logits[4] = -200.0  # probabilities that are nothing but those of equals
+    logits[4] = -200.0  # only ties have any probability
     logits[4, 13::10] = 200.0
     values = MEASURES["max_probability"](logits).tolist()
     thresholds = [value + 0.01 * (-1) ** row for row, value in enumerate(values)]
-    queries = [_question(row, threshold) for row, threshold in enumerate(thresholds)]
+    queries = [_query(row, threshold) for row, threshold in enumerate(thresholds)]
     summaries = _summaries(logits, num_shards)
     assert summaries.shape == (6, 3 * num_shards)
     found, expected = decide_from_summaries(summaries, queries), decide_exits(logits, queries)
     assert [one.exited for one in found] == [False, True] * 3
-    for ours, theirs in zip(found, expected, strict=True):
-        assert (ours.slot, ours.position, ours.token) == (
-            theirs.slot,
-            theirs.position,
-            theirs.token,
-        )
-        assert ours.exited == theirs.exited
-        assert ours.confidence == pytest.approx(theirs.confidence, abs=error)
-        assert ours.logprob == pytest.approx(theirs.logprob, abs=10 * error)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.slot, one.position, one.token) == (other.slot, other.position, other.token)
+        assert one.exited == other.exited
+        assert one.confidence == pytest.approx(other.confidence, abs=error)
+        assert one.logprob == pytest.approx(other.logprob, abs=10 * error)
 
 
 def test_of_equal_logits_in_different_shards_the_lowest_id_wins() -> None:
     logits = torch.zeros(2, 40)
     logits[0, [17, 23, 38]] = 4.0
     logits[1, [25, 26]] = 4.0
-    results = decide_from_summaries(_summaries(logits, 4), [_question(0), _question(1)])
+    results = decide_from_summaries(_summaries(logits, 4), [_query(0), _query(1)])
     assert [result.token for result in results] == [17, 25]
 
 
-def test_summaries_of_nothing_say_nothing() -> None:
+def test_empty_summaries_give_no_results() -> None:
     assert summarize(torch.empty(0, 20), 20).shape == (0, 3)
     assert decide_from_summaries(torch.empty(0, 6), []) == []
 
@@ -192,21 +205,21 @@ def test_summaries_of_nothing_say_nothing() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_summary_that_is_not_finite_changes_no_other_row(bad: float) -> None:
     logits = _logits(2, torch.float32)
-    queries = [_question(0), _question(1, threshold=1.0)]
+    queries = [_query(0), _query(1, threshold=1.0)]
     expected = decide_from_summaries(_summaries(logits, 2), queries)
     logits[1, 33] = bad
-    first, spoiled = decide_from_summaries(_summaries(logits, 2), queries)
+    first, bad_row = decide_from_summaries(_summaries(logits, 2), queries)
     assert first == expected[0]
-    assert (spoiled.exited, spoiled.is_finite, spoiled.token) == (True, False, -1)
+    assert (bad_row.exited, bad_row.is_finite, bad_row.token) == (True, False, -1)
 
 
-def test_summaries_do_for_greedy_draws_by_probability_alone() -> None:
-    plain = _question(0)
-    assert is_short([])
-    assert is_short([plain, _question(1, 0.5)])
+def test_summaries_suffice_only_for_greedy_tokens_and_max_probability() -> None:
+    plain = _query(0)
+    assert can_decide_from_summaries([])
+    assert can_decide_from_summaries([plain, _query(1, 0.5)])
     for other in (
         {"measure": "entropy"},
-        {"sampling": DRAWN},
-        {"sampling": SamplingParams(repetition_penalty=1.1)},
+        {"sampling_params": DRAWN},
+        {"sampling_params": SamplingParams(repetition_penalty=1.1)},
     ):
-        assert not is_short([plain, _question(1, **other)])
+        assert not can_decide_from_summaries([plain, _query(1, **other)])

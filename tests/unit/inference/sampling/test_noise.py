@@ -1,4 +1,4 @@
-"""Noise keyed by (seed, position, vocabulary id), and functions of the same bits everywhere."""
+"""Noise keyed by (seed, position, vocabulary id), and functions that are bit-identical anywhere."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from ee_llm.inference.sampling.noise import _log, _philox, gumbel_noise, integer
 
 
 def _plain_philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x32-10 in Python's integers, as the paper has it."""
+    """Philox4x32-10 in Python integers, as in the paper."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         high0, low0 = divmod(0xD2511F53 * c0, 2**32)
@@ -21,7 +21,7 @@ def _plain_philox(counter: list[int], key: list[int]) -> list[int]:
 
 
 def test_random_bits_are_philox() -> None:
-    """Against the known answers of Random123, and ours against the plain one at odd keys."""
+    """Check the plain version against Random123's known answers, and ours against the plain one."""
     ones = 2**32 - 1
     for counter, key, answer in (
         ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -46,27 +46,27 @@ def test_log_is_accurate() -> None:
 
 
 def test_integer_exp_is_accurate_and_the_same_for_every_shape() -> None:
-    """Which libraries promise for no exponential of theirs."""
+    """No library guarantees this for its exponential."""
     generator = torch.Generator().manual_seed(0)
     x = -60 * torch.rand(100_001, dtype=torch.float64, generator=generator)
     x[:2] = torch.tensor([0.0, -math.inf])
-    whole = integer_exp(x, 62)
-    error = (whole.double() - x.exp() * 2.0**62).abs()
+    full = integer_exp(x, 62)
+    error = (full.double() - x.exp() * 2.0**62).abs()
     assert bool((error <= 0.5 + 2e-15 * x.exp() * 2.0**62).all())
-    assert whole[:2].tolist() == [2**62, 0]
+    assert full[:2].tolist() == [2**62, 0]
     for start, size in itertools.product((0, 1, 3, 1000), (1, 2, 5, 1024)):
         part = slice(start, start + size)
-        assert torch.equal(integer_exp(x[part].clone(), 62), whole[part])
+        assert torch.equal(integer_exp(x[part].clone(), 62), full[part])
 
 
 def test_noise_is_the_same_for_every_shape_shard_and_batch() -> None:
-    """torch.log fails this: a vector's body and its rest differ in the last bit."""
+    """torch.log fails this: the vectorised body and the remainder differ in the last bit."""
     ids = torch.arange(4099)
-    whole = gumbel_noise(11, 5, ids)
+    full = gumbel_noise(11, 5, ids)
     for start in (0, 1, 3, 1000, 4096):
         for size in (1, 2, 5, 17, 1024):
             part = gumbel_noise(11, 5, ids[start : start + size])
-            assert torch.equal(part, whole[start : start + size])
+            assert torch.equal(part, full[start : start + size])
     seeds, positions = torch.tensor([11, 12, 11])[:, None], torch.tensor([5, 5, 6])[:, None]
     batch = gumbel_noise(seeds, positions, ids)
     for row, seed, position in zip(batch, seeds.flatten(), positions.flatten(), strict=True):
@@ -74,13 +74,13 @@ def test_noise_is_the_same_for_every_shape_shard_and_batch() -> None:
 
 
 def test_noise_has_stable_values() -> None:
-    """Saved generations stay reproducible: a change of these numbers is a change of format."""
+    """Saved generations must stay reproducible, so changing these numbers breaks the format."""
     noise = gumbel_noise(7, 3, torch.arange(3)).tolist()
     assert noise == [0.4916324768944599, 3.6940400069029273, 0.41840998912851995]
 
 
 def test_noise_is_gumbel_and_uncorrelated_over_its_keys() -> None:
-    """Mean, variance and correlations of 200,000 numbers; 5 sigma: 1 false alarm in 10**5 seeds."""
+    """Mean, variance and correlations of 200,000 numbers within 5 sigma: a wrong alarm in 10**5."""
     ids, size = torch.arange(200_000), 200_000
     noise = gumbel_noise(1, 1, ids)
     assert float(noise.mean()) == pytest.approx(0.5772156649, abs=5 * math.pi / math.sqrt(6 * size))

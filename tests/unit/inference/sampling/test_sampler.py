@@ -1,4 +1,4 @@
-"""What is drawn from logits, by every setting and beside any other row."""
+"""Tokens drawn from logits, for all sampling parameters and independently of other rows."""
 
 import itertools
 import math
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ee_llm.inference.sampling import sampler as sampling_module
 from ee_llm.inference.sampling.noise import gumbel_noise
-from ee_llm.inference.sampling.sampler import SamplingParams, _kept, draw, sample, token_margin
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.sampling.sampler import _kept, draw, sample, token_margin
 
 
 def _plain_kept(values: list[float], sampling: SamplingParams) -> list[int]:
-    """The ids that may be drawn from logits over the temperature, by the definition."""
+    """Return the ids that may be drawn from scaled logits, by definition."""
     best = max(values)
     kept = sorted(range(len(values)), key=lambda i: (-values[i], i))
     kept = kept[: sampling.top_k or None]
@@ -32,7 +33,7 @@ def _plain_kept(values: list[float], sampling: SamplingParams) -> list[int]:
 def _plain_draw(
     logits: Tensor, sampling: SamplingParams, position: int, history: Sequence[int]
 ) -> int:
-    """The definition for one row, token by token."""
+    """Return the token of one row, by definition."""
     values, penalty = logits.double().tolist(), sampling.repetition_penalty
     for i in set(history):
         values[i] = values[i] / penalty if values[i] > 0 else values[i] * penalty
@@ -46,14 +47,14 @@ def _plain_draw(
 def _random_batch(
     num_rows: int, size: int, seed: int
 ) -> tuple[Tensor, list[SamplingParams], list[int], list[list[int]]]:
-    """Logits with equals among them, and settings of all sorts beside each other."""
+    """Return logits with ties, and mixed sampling parameters, positions and histories."""
     generator = torch.Generator().manual_seed(seed)
 
     def choose(values: Sequence[float]) -> float:
         return values[int(torch.randint(len(values), (), generator=generator))]
 
     logits = (torch.randn(num_rows, size, generator=generator) * 2).bfloat16()
-    settings = [
+    params = [
         SamplingParams(
             temperature=choose([0.0, 0.6, 1.0, 1.7]),
             top_k=int(choose([0, 0, 1, 5, size // 2, size + 3])),
@@ -68,18 +69,16 @@ def _random_batch(
     histories = [
         torch.randint(size, (position + 1,), generator=generator).tolist() for position in positions
     ]
-    return logits, settings, positions, histories
+    return logits, params, positions, histories
 
 
 @pytest.mark.parametrize(("num_rows", "size"), [(400, 12), (60, 3000)])
-def test_a_row_draws_what_the_definition_says_whatever_is_beside_it(
-    num_rows: int, size: int
-) -> None:
-    logits, settings, positions, histories = batch = _random_batch(num_rows, size, seed=0)
+def test_a_row_draws_the_token_by_definition_for_any_other_rows(num_rows: int, size: int) -> None:
+    logits, params, positions, histories = batch = _random_batch(num_rows, size, seed=0)
     tokens = draw(*batch).tolist()
     for row, token in enumerate(tokens):
-        args = (logits[row], settings[row], positions[row], histories[row])
-        assert token == sample(*args) == _plain_draw(*args), settings[row]
+        args = (logits[row], params[row], positions[row], histories[row])
+        assert token == sample(*args) == _plain_draw(*args), params[row]
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(1)).tolist()
     mixed = [[part[row] for row in order] for part in batch[1:]]
     assert draw(logits[order], *mixed).tolist() == [tokens[row] for row in order]
@@ -87,25 +86,27 @@ def test_a_row_draws_what_the_definition_says_whatever_is_beside_it(
 
 @pytest.mark.parametrize("spread", [0.1, 0.5, 2.0, 8.0])
 @pytest.mark.parametrize("size", [1, 12, 3000])
-def test_exactly_the_tokens_of_the_definition_may_be_drawn(size: int, spread: float) -> None:
-    """Flat rows keep more than are sorted at first; rounded logits have equals at the border."""
-    logits, settings, *_ = _random_batch(30, size, seed=4)
+def test_the_kept_tokens_are_those_of_the_definition(size: int, spread: float) -> None:
+    """Flat rows keep more tokens than are sorted at first; rounded logits tie at the border."""
+    logits, params, *_ = _random_batch(30, size, seed=4)
     scaled = (logits * spread).double()
-    kept = _kept(scaled, settings)
-    for row, sampling in enumerate(settings):
+    kept = _kept(scaled, params)
+    for row, sampling in enumerate(params):
         expected = _plain_kept(scaled[row].tolist(), sampling)
         assert kept[row].nonzero()[:, 0].tolist() == expected, sampling
-        alone = _kept(scaled[row : row + 1], [sampling])  # sorts fewer than the largest top_k
-        assert (kept[row] if alone is None else alone[0]).equal(kept[row]), sampling
+        single = _kept(scaled[row : row + 1], [sampling])  # sorts fewer than the largest top_k
+        assert (kept[row] if single is None else single[0]).equal(kept[row]), sampling
 
 
 def test_top_p_ends_where_its_share_is_reached() -> None:
     for top_p, expected in ((0.5, [0, 1]), (0.5001, [0, 1, 2]), (0.25, [0]), (0.7499, [0, 1, 2])):
-        kept = _kept(torch.zeros(1, 4, dtype=torch.float64), [SamplingParams(1.0, top_p=top_p)])
+        kept = _kept(
+            torch.zeros(1, 4, dtype=torch.float64), [SamplingParams(temperature=1.0, top_p=top_p)]
+        )
         assert kept.nonzero()[:, 1].tolist() == expected
 
 
-def test_sizes_of_the_parts_that_are_worked_on_do_not_matter(
+def test_sizes_of_batches_and_sorts_do_not_matter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch = _random_batch(60, 300, seed=2)
@@ -116,7 +117,7 @@ def test_sizes_of_the_parts_that_are_worked_on_do_not_matter(
         assert torch.equal(draw(*batch), expected)
 
 
-def test_greedy_rows_take_one_argmax_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_rows_cost_one_argmax_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling_module, "_draw", None)
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
     found = draw(logits, [SamplingParams(seed=3)] * 5, [0] * 5, [()] * 5)
@@ -124,8 +125,8 @@ def test_greedy_rows_take_one_argmax_and_nothing_else(monkeypatch: pytest.Monkey
     assert draw(logits[:0], [], [], []).tolist() == []
 
 
-def test_penalty_is_of_seen_tokens_and_comes_first() -> None:
-    """Positive logits shrink, negative ones sink; a token seen twice is penalised once."""
+def test_the_penalty_applies_first_and_only_to_seen_tokens() -> None:
+    """Positive logits are divided, negative ones multiplied, once even for a repeated token."""
     greedy = SamplingParams(repetition_penalty=2.0)
     logits = torch.tensor([3.0, 2.0, -1.0])
     assert sample(logits, greedy, 0, [2]) == 0
@@ -133,23 +134,24 @@ def test_penalty_is_of_seen_tokens_and_comes_first() -> None:
     assert sample(logits, greedy, 3, [0, 1, 0, 0]) == 0  # 1.5 1 -1
     assert sample(torch.tensor([-1.0, -1.5]), greedy, 0, [0]) == 1  # -2 -1.5
     assert sample(torch.tensor([-1.0, -1.5]), SamplingParams(repetition_penalty=0.5), 0, [1]) == 1
-    # Of 1.5 2 -2 the second alone is in each of these sets; of 3 2 -1 the first.
+    # Each of these sets contains only the second token of 1.5 2 -2, and only the first of 3 2 -1.
     for one in ({"top_k": 1}, {"top_p": 0.4}, {"min_p": 0.7}):
-        settings = [
-            SamplingParams(1.0, seed=seed, repetition_penalty=2.0, **one) for seed in range(20)
+        params = [
+            SamplingParams(temperature=1.0, seed=seed, repetition_penalty=2.0, **one)
+            for seed in range(20)
         ]
-        drawn = draw(logits.expand(20, 3), settings, [1] * 20, [[0, 2]] * 20)
+        drawn = draw(logits.expand(20, 3), params, [1] * 20, [[0, 2]] * 20)
         assert drawn.tolist() == [1] * 20
-    with pytest.raises(AssertionError, match="a row has its own token at least"):
+    with pytest.raises(AssertionError, match="the history of a row"):
         sample(logits, greedy, 1, [])
 
 
 def test_min_p_is_a_share_of_the_greatest_probability_at_the_temperature() -> None:
-    """0.5 0.3 0.2: against the greatest 1 0.6 0.4, at temperature 2 their roots."""
+    """0.5 0.3 0.2 are 1 0.6 0.4 of the greatest; at temperature 2, their square roots."""
     logits = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
 
-    def support(**settings: float) -> set[int]:
-        rows = [SamplingParams(seed=seed, **settings) for seed in range(60)]
+    def support(**params: float) -> set[int]:
+        rows = [SamplingParams(seed=seed, **params) for seed in range(60)]
         return set(draw(logits.expand(60, 3), rows, [0] * 60, [()] * 60).tolist())
 
     assert support(temperature=1.0, min_p=0.39) == {0, 1, 2}
@@ -172,7 +174,7 @@ def _counts(logits: torch.Tensor, sampling: SamplingParams, draws: int) -> torch
 
 
 @pytest.mark.parametrize(
-    ("settings", "kept"),
+    ("params", "kept"),
     [
         ({"temperature": 1.0}, range(6)),
         ({"temperature": 0.5}, range(6)),
@@ -182,14 +184,14 @@ def _counts(logits: torch.Tensor, sampling: SamplingParams, draws: int) -> torch
         ({"temperature": 1.0, "min_p": 0.5}, (1, 3, 4)),
     ],
 )
-def test_draws_follow_the_distribution(settings: dict[str, float], kept: tuple[int, ...]) -> None:
-    """Chi-square of 1,500 positions; a false alarm for 1 seed in 10**4."""
+def test_draws_follow_the_distribution(params: dict[str, float], kept: tuple[int, ...]) -> None:
+    """Chi-square test of 1,500 positions; a false alarm for 1 seed in 10**4."""
     probabilities = torch.tensor([0.04, 0.3, 0.13, 0.3001, 0.2, 0.0299], dtype=torch.float64)
     logits = probabilities.log() - 2.0
     draws = 1500
-    counts = _counts(logits, SamplingParams(seed=3, **settings), draws)
+    counts = _counts(logits, SamplingParams(seed=3, **params), draws)
     expected = torch.zeros(6, dtype=torch.float64)
-    expected[list(kept)] = (logits[list(kept)] / settings["temperature"]).softmax(dim=0) * draws
+    expected[list(kept)] = (logits[list(kept)] / params["temperature"]).softmax(dim=0) * draws
     assert counts[expected == 0].sum() == 0
     seen = expected > 0
     statistic = ((counts - expected)[seen] ** 2 / expected[seen]).sum()
@@ -198,9 +200,9 @@ def test_draws_follow_the_distribution(settings: dict[str, float], kept: tuple[i
 
 
 def test_successive_positions_are_independent() -> None:
-    """Chi-square of the pairs of neighbours; a false alarm for 1 seed in 10**4."""
+    """Chi-square test of adjacent pairs; a false alarm for 1 seed in 10**4."""
     logits = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-    tokens = _draws(logits, SamplingParams(1.0, seed=9), 2001).tolist()
+    tokens = _draws(logits, SamplingParams(temperature=1.0, seed=9), 2001).tolist()
     pairs = torch.zeros(3, 3, dtype=torch.float64)
     for left, right in pairwise(tokens):
         pairs[left, right] += 1
@@ -210,14 +212,22 @@ def test_successive_positions_are_independent() -> None:
     assert float(torch.special.gammaincc(eight_degrees, statistic / 2)) > 1e-4
 
 
-def test_greedy_takes_the_lowest_of_equal_ids() -> None:
+def test_greedy_takes_the_lowest_id_of_ties() -> None:
     assert sample(torch.tensor([0.0, 2.0, 2.0]), SamplingParams(seed=5), 0) == 1
-    assert sample(torch.tensor([0.0, 2.0, 2.0]), SamplingParams(1.0, top_k=1, seed=5), 0) == 1
-    assert sample(torch.tensor([0.0, 2.0, 2.0]), SamplingParams(1.0, top_p=1e-9, seed=5), 0) == 1
+    assert (
+        sample(torch.tensor([0.0, 2.0, 2.0]), SamplingParams(temperature=1.0, top_k=1, seed=5), 0)
+        == 1
+    )
+    assert (
+        sample(
+            torch.tensor([0.0, 2.0, 2.0]), SamplingParams(temperature=1.0, top_p=1e-9, seed=5), 0
+        )
+        == 1
+    )
 
 
-def test_settings_out_of_range_are_refused() -> None:
-    for settings in (
+def test_params_out_of_range_are_refused() -> None:
+    for params in (
         {"temperature": -1.0},
         {"temperature": math.nan},
         {"temperature": math.inf},
@@ -235,9 +245,9 @@ def test_settings_out_of_range_are_refused() -> None:
         {"repetition_penalty": math.inf},
         {"repetition_penalty": math.nan},
     ):
-        ((name, value),) = settings.items()
-        with pytest.raises(ValueError, match=f"^{name} {value}"):
-            SamplingParams(**settings)
+        ((name, value),) = params.items()
+        with pytest.raises(ValueError, match=f"^{name} = {value}"):
+            SamplingParams(**params)
 
 
 _NUMBERS = st.floats(allow_nan=False, allow_infinity=False, min_value=0.0)
@@ -258,10 +268,10 @@ _ANY_SAMPLING = st.builds(
     st.lists(st.floats(-3e38, 3e38), min_size=2, max_size=9),
     st.integers(0, 2**31 - 1),
 )
-def test_any_permitted_settings_draw_a_token_without_an_error(
+def test_any_permitted_params_draw_a_token(
     many: list[SamplingParams], values: list[float], position: int
 ) -> None:
-    """A temperature of 1e-307 gave infinities, and with top-k the whole batch a traceback."""
+    """A temperature of 1e-307 must not give infinities, nor an exception with top-k."""
     logits = torch.tensor([values] * len(many))
     histories = [(0, len(values) - 1)] * len(many)
     tokens = draw(logits, many, [position] * len(many), histories)
@@ -277,7 +287,9 @@ def test_any_permitted_settings_draw_a_token_without_an_error(
 @pytest.mark.parametrize("limits", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}])
 def test_the_smallest_temperatures_are_greedy(temperature: float, limits: dict) -> None:
     logits = torch.tensor([[0.5, 3.0, 2.9999, -40.0]])
-    assert draw(logits, [SamplingParams(temperature, **limits)], [3], [()]).tolist() == [1]
+    assert draw(
+        logits, [SamplingParams(temperature=temperature, **limits)], [3], [()]
+    ).tolist() == [1]
 
 
 @pytest.mark.parametrize("value", [1.5, 1.0, True, "3", None])

@@ -1,11 +1,12 @@
-"""How far logits are from drawing a token: what tells rounding from a mistake."""
+"""The margin of a token: how far logits are from drawing it, which separates rounding from bugs."""
 
 import math
 
 import pytest
 import torch
 
-from ee_llm.inference.sampling.sampler import SamplingParams, sample, token_margin
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.sampling.sampler import sample, token_margin
 
 SETTINGS: list[dict[str, float]] = [
     {},
@@ -20,7 +21,7 @@ SETTINGS: list[dict[str, float]] = [
 ]
 
 
-def test_margin_is_zero_for_the_drawn_token_alone() -> None:
+def test_margin_is_zero_only_for_the_drawn_token() -> None:
     generator = torch.Generator().manual_seed(0)
     for seed, settings in enumerate(SETTINGS):
         sampling = SamplingParams(seed=seed, **settings)
@@ -36,8 +37,8 @@ def test_margin_is_zero_for_the_drawn_token_alone() -> None:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_rounding_explains_what_its_size_allows(settings: dict[str, float]) -> None:
-    """Whatever perturbed logits draw has a margin of twice the perturbation at most."""
+def test_margins_are_bounded_by_the_perturbation(settings: dict[str, float]) -> None:
+    """A token drawn from perturbed logits has a margin of at most twice the perturbation."""
     generator = torch.Generator().manual_seed(1)
     error, differ = 0.15, 0
     for position in range(200):
@@ -50,13 +51,13 @@ def test_rounding_explains_what_its_size_allows(settings: dict[str, float]) -> N
         penalty = sampling.repetition_penalty
         bound = 2 * error * max(penalty, 1 / penalty) / (sampling.temperature or 1.0)
         assert token_margin(logits, sampling, position, drawn, history) <= bound
-    assert differ > 5  # the bound was put to the test
+    assert differ > 5  # The perturbation changed some tokens.
 
 
 def _assert_margins_at_a_border(
     logits: torch.Tensor, outside: SamplingParams, inside: SamplingParams, num_positions: int
 ) -> None:
-    """Token 1 is drawn just inside, token 0 just outside, and 1e-4 explains either."""
+    """Token 1 is drawn just inside, token 0 just outside; an error of 1e-4 explains either."""
     positions = [p for p in range(num_positions) if sample(logits, inside, p) == 1]
     assert positions
     for position in positions:
@@ -68,33 +69,38 @@ def _assert_margins_at_a_border(
 def test_margin_at_the_border_of_top_p_is_the_missing_probability() -> None:
     """Token 1 has the better score but comes after 0.6 of the probability, just outside."""
     logits = torch.tensor([0.6, 0.25, 0.15], dtype=torch.float64).log()
-    outside, inside = SamplingParams(1.0, top_p=0.5999), SamplingParams(1.0, top_p=0.6001)
+    outside, inside = (
+        SamplingParams(temperature=1.0, top_p=0.5999),
+        SamplingParams(temperature=1.0, top_p=0.6001),
+    )
     _assert_margins_at_a_border(logits, outside, inside, num_positions=30)
 
 
-def test_margin_outside_of_top_k_is_the_gap_to_it() -> None:
-    """However good its score: token 1 must first become one of the most probable."""
+def test_margin_outside_top_k_is_the_gap_to_it() -> None:
+    """Regardless of its score, token 1 must first become one of the most probable tokens."""
     logits = torch.tensor([0.6, 0.25, 0.15], dtype=torch.float64).log()
-    positions = [p for p in range(30) if sample(logits, SamplingParams(1.0), p) == 1]
+    positions = [p for p in range(30) if sample(logits, SamplingParams(temperature=1.0), p) == 1]
     assert positions
     for position in positions:
-        margin = token_margin(logits, SamplingParams(1.0, top_k=1), position, 1)
+        margin = token_margin(logits, SamplingParams(temperature=1.0, top_k=1), position, 1)
         assert margin == pytest.approx(math.log(0.6 / 0.25), rel=1e-9)
 
 
 def test_margin_at_the_border_of_min_p_is_the_missing_logit() -> None:
     """Token 1 has the better score but a probability just too small, 0.6 of the greatest one."""
     logits = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-    outside = SamplingParams(1.0, min_p=0.6 * math.exp(1e-4))
-    inside = SamplingParams(1.0, min_p=0.6 * math.exp(-1e-4))
+    outside = SamplingParams(temperature=1.0, min_p=0.6 * math.exp(1e-4))
+    inside = SamplingParams(temperature=1.0, min_p=0.6 * math.exp(-1e-4))
     _assert_margins_at_a_border(logits, outside, inside, num_positions=40)
 
 
-def test_the_most_probable_token_falls_out_of_min_p_only_when_overtaken() -> None:
-    """With the smallest error over -log min_p it would, were it held against itself."""
+def test_the_most_probable_token_leaves_the_min_p_set_only_when_overtaken() -> None:
+    """If it were compared with itself, any error above -log min_p would explain it."""
     logits = torch.tensor([0.0, -0.1], dtype=torch.float64)
-    sampling = SamplingParams(1.0, min_p=0.95)
-    far = [p for p in range(40) if token_margin(logits, SamplingParams(1.0), p, 1) > 0.2]
+    sampling = SamplingParams(temperature=1.0, min_p=0.95)
+    far = [
+        p for p in range(40) if token_margin(logits, SamplingParams(temperature=1.0), p, 1) > 0.2
+    ]
     assert far
     for position in far:
         margin = token_margin(logits, sampling, position, 1)
@@ -107,12 +113,15 @@ def test_margin_is_measured_after_the_penalty() -> None:
     assert token_margin(logits, greedy, 1, 1, [0, 2]) == 0.0
     assert token_margin(logits, greedy, 1, 0, [0, 2]) == pytest.approx(0.5)
     assert token_margin(logits, greedy, 1, 2, [0, 2]) == pytest.approx(4.0)
-    one = SamplingParams(0.5, top_k=1, repetition_penalty=2.0)
+    one = SamplingParams(temperature=0.5, top_k=1, repetition_penalty=2.0)
     assert token_margin(logits, one, 1, 0, [0, 2]) == pytest.approx(1.0)
 
 
 def test_a_top_k_beyond_the_vocabulary_is_no_limit() -> None:
     logits = torch.arange(5.0)
-    margins = [token_margin(logits, SamplingParams(1.0, top_k=k), 3, 0, ()) for k in (0, 5, 10**30)]
+    margins = [
+        token_margin(logits, SamplingParams(temperature=1.0, top_k=k), 3, 0, ())
+        for k in (0, 5, 10**30)
+    ]
     assert margins[0] > 0.0
     assert margins == [margins[0]] * 3

@@ -1,6 +1,6 @@
-"""The pipeline's scheduler without a pipeline: stages answer in any order, tokens must hold.
+"""The pipeline scheduler without a pipeline: tokens do not depend on the order of results.
 
-A stage answers its passes in their order, but nothing orders the answers of different stages.
+A stage reports the results of its passes in order, but different stages are not synchronized.
 """
 
 import random
@@ -8,14 +8,14 @@ from collections import deque
 
 import pytest
 
-from ee_llm.inference.request import ExitResult, Sequence
-from ee_llm.inference.scheduling.block_manager import BlockManager
+from ee_llm.inference.request import ExitResult
+from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.pipeline_scheduler import (
     PipelineScheduler,
     PipelineSchedulerOutput,
     StageResult,
 )
-from ee_llm.inference.scheduling.scheduler import SchedulerConfig
+from ee_llm.inference.sequence import Sequence
 from ee_llm.inference.strategies import SelfSpeculation
 from tests.unit.inference.sequences import BOUNDARIES, make_sequence
 
@@ -23,7 +23,7 @@ LAST = len(BOUNDARIES) - 1
 
 
 def _token(tokens: tuple[int, ...], segment: int) -> int:
-    """Return what an exit draws after these tokens; the final one's guess is often another."""
+    """Return the token that an exit draws; early exits often differ from the final one."""
     mixed = hash((tokens, 7))
     is_same = segment == LAST or hash((tokens, segment)) % 3
     return mixed % 97 if is_same else (mixed + 1) % 97
@@ -34,24 +34,22 @@ def _confidence(tokens: tuple[int, ...], segment: int) -> float:
 
 
 def _expected(sequence: Sequence) -> list[int]:
-    """Return the new tokens by definition: one row after the other."""
-    tokens = list(sequence.request.prompt)
+    """Return the new tokens by definition, one row after another."""
+    tokens = list(sequence.request.prompt_token_ids)
     policy = sequence.request.policy.under(sequence.request.strategy)
-    for _ in range(sequence.request.max_new_tokens):
+    for _ in range(sequence.request.sampling_params.max_tokens):
         seen = tuple(tokens)
-        scheduler_config = [policy.threshold(b) for b in BOUNDARIES[:-1]]
-        early = [
-            s for s, t in enumerate(scheduler_config) if t is not None and _confidence(seen, s) >= t
-        ]
+        thresholds = [policy.threshold(b) for b in BOUNDARIES[:-1]]
+        early = [s for s, t in enumerate(thresholds) if t is not None and _confidence(seen, s) >= t]
         tokens.append(_token(seen, min(early, default=LAST)))
     return tokens[sequence.num_prompt :]
 
 
 class Stages:
-    """Stages with an exit each, and a cache that holds the tokens which rows were run for."""
+    """Stages with one exit each, and a cache that stores the tokens of the rows."""
 
     def __init__(self) -> None:
-        self.answers: list[deque[tuple[int, list[StageResult]]]] = [deque() for _ in BOUNDARIES]
+        self.results: list[deque[tuple[int, list[StageResult]]]] = [deque() for _ in BOUNDARIES]
         self._cache: dict[int, int] = {}
         self._blocks: dict[tuple[int, int], int] = {}
 
@@ -59,38 +57,38 @@ class Stages:
         return self._blocks[slot, position // 4] * 4 + position % 4
 
     def run(self, scheduler_output: PipelineSchedulerOutput) -> list[StageResult]:
-        """Return what the first stage says at once; the others' answers lie ready."""
+        """Return the results of the first stage, and queue those of the others."""
         for slot, index, block in scheduler_output.new_blocks:
             self._blocks[slot, index] = block
         tokens = iter(scheduler_output.tokens)
         for token_range in scheduler_output.ranges:
             for position in range(token_range.start, token_range.stop):
                 self._cache[self._place(token_range.slot, position)] = next(tokens)
-        left: set[int] = set()
-        for segment, answers in enumerate(self.answers):
-            said = []
-            for number, one in enumerate(scheduler_output.frontiers):
-                threshold = one.thresholds[segment]
-                places = [self._place(one.slot, p) for p in range(one.position + 1)]
+        exited: set[int] = set()
+        for segment, queue in enumerate(self.results):
+            results = []
+            for number, frontier in enumerate(scheduler_output.frontiers):
+                threshold = frontier.thresholds[segment]
+                places = [self._place(frontier.slot, p) for p in range(frontier.position + 1)]
                 seen = tuple(self._cache[place] for place in places)
-                if number in left or threshold is None or _confidence(seen, segment) < threshold:
+                if number in exited or threshold is None or _confidence(seen, segment) < threshold:
                     continue
                 token = _token(seen, segment)
-                result = ExitResult(one.slot, one.position, True, token, 1.0, 0.0)
-                said.append(StageResult(number, segment, result))
-                if segment == LAST or not one.is_draft:
-                    left.add(number)
-            answers.append((scheduler_output.id, said))
-        return self.answers[0].popleft()[1]
+                result = ExitResult(frontier.slot, frontier.position, True, token, 1.0, 0.0)
+                results.append(StageResult(number, segment, result))
+                if segment == LAST or not frontier.is_draft:
+                    exited.add(number)
+            queue.append((scheduler_output.id, results))
+        return self.results[0].popleft()[1]
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_in_whatever_order_stages_answer_the_tokens_are_those_by_definition(seed: int) -> None:
+def test_tokens_do_not_depend_on_the_order_of_results(seed: int) -> None:
     rng = random.Random(seed)
     scheduler_config = SchedulerConfig(
         rng.randint(1, 4), 40, 4, max_pending=8, max_num_batched_tokens=rng.choice([3, 16])
     )
-    scheduler = PipelineScheduler(scheduler_config, BlockManager(40, 4), len(BOUNDARIES))
+    scheduler = PipelineScheduler(scheduler_config, len(BOUNDARIES))
     sequences = []
     for number in range(rng.randint(1, 6)):
         strategy = rng.choice(["exact", "full", "self-speculative", "propagate"])
@@ -106,7 +104,7 @@ def test_in_whatever_order_stages_answer_the_tokens_are_those_by_definition(seed
             thresholds,
             strategy,
             draft,
-            max_new_tokens=rng.randint(1, 12),
+            max_tokens=rng.randint(1, 12),
         )
         scheduler.add(sequence)
         sequences.append(sequence)
@@ -114,36 +112,35 @@ def test_in_whatever_order_stages_answer_the_tokens_are_those_by_definition(seed
     while scheduler.has_work:
         scheduler_output = scheduler.schedule() if rng.random() < 0.6 else None
         if scheduler_output is not None:
-            scheduler.answer(scheduler_output.id, stages.run(scheduler_output))
-        ready = [answers for answers in stages.answers if answers]
+            scheduler.apply(scheduler_output.id, stages.run(scheduler_output))
+        ready = [results for results in stages.results if results]
         if ready and (scheduler_output is None or rng.random() < 0.5):
-            scheduler.answer(*rng.choice(ready).popleft())
+            scheduler.apply(*rng.choice(ready).popleft())
         scheduler.check_integrity()
         for sequence in scheduler.running:
-            assert len(sequence.tokens) <= sequence.most_rows + 1
+            assert len(sequence.tokens) <= sequence.max_rows + 1
         num_steps += 1
-        assert num_steps < 5000, "it does not come to an end"
+        assert num_steps < 5000, "the scheduler does not finish"
     for sequence in sequences:
         assert sequence.new_tokens == _expected(sequence)
     assert scheduler.blocks.num_available == 39
 
 
-def test_a_draft_that_comes_after_the_final_verdict_is_dropped() -> None:
-    blocks = BlockManager(9, 4)
+def test_a_draft_that_arrives_after_the_final_token_is_dropped() -> None:
     scheduler = PipelineScheduler(
-        SchedulerConfig(2, 9, 4, max_pending=8, max_num_batched_tokens=8), blocks, 3
+        SchedulerConfig(2, 9, 4, max_pending=8, max_num_batched_tokens=8), 3
     )
     sequence = make_sequence(
         thresholds=(None, None),
         strategy="self-speculative",
         draft=SelfSpeculation(2, 3),
-        max_new_tokens=4,
+        max_tokens=4,
     )
     scheduler.add(sequence)
     scheduler_output = scheduler.schedule()
     (frontier,) = scheduler_output.frontiers
-    said = ExitResult(frontier.slot, 2, True, 11, 0.9, -0.1)
-    scheduler.answer(scheduler_output.id, [])
-    scheduler.answer(scheduler_output.id, [StageResult(0, 2, said)])
-    scheduler.answer(scheduler_output.id, [StageResult(0, 1, said)])
+    result = ExitResult(frontier.slot, 2, True, 11, 0.9, -0.1)
+    scheduler.apply(scheduler_output.id, [])
+    scheduler.apply(scheduler_output.id, [StageResult(0, 2, result)])
+    scheduler.apply(scheduler_output.id, [StageResult(0, 1, result)])
     assert sequence.tokens == [0, 1, 2, 11]

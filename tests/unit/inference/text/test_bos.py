@@ -26,12 +26,12 @@ def save(output: Path, tokenizer: Path | str, settings: str | None = None) -> Pa
 
 
 def prompt_tokens(capsys, checkpoint: Path, *options: str) -> list[int]:
-    how = ["--prompt", "ab", "--max-new-tokens", "1", "--json", *options]
+    how = ["--prompt", "ab", "--max-tokens", "1", "--json", *options]
     assert main(["generate", "--checkpoint", str(checkpoint), *how]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["prompt"] == "ab"
     assert "".join(record["pieces"]) == record["text"]
-    return record["prompt_tokens"]
+    return record["prompt_token_ids"]
 
 
 @pytest.mark.parametrize("adds", [True, False])
@@ -87,10 +87,10 @@ def test_a_line_of_a_batch_has_its_own(tmp_path):
     lines = ['{"prompt": "ab", "id": "1"}', '{"prompt": "ab", "id": "2", "bos": "off"}']
     (tmp_path / "batch").write_text("\n".join(lines))
     files = ["--batch-file", str(tmp_path / "batch"), "--output", str(tmp_path / "out")]
-    how = ["--checkpoint", str(checkpoint), "--max-new-tokens", "1"]
+    how = ["--checkpoint", str(checkpoint), "--max-tokens", "1"]
     assert main(["generate", *how, *files]) == 0
     records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
-    found = {record["id"]: record["prompt_tokens"] for record in records}
+    found = {record["id"]: record["prompt_token_ids"] for record in records}
     assert found["1"] == [BOS, *found["2"]]
 
 
@@ -102,7 +102,7 @@ def test_none_to_begin_with(tmp_path, capsys):
 
     checkpoint = save(tmp_path / "bytes", "bytes")
     found = refused(checkpoint, "--bos", "on")
-    assert "--bos on: tokenizer bytes has no beginning-of-sequence token; give --bos off" in found
+    assert "--bos on: tokenizer bytes has no beginning-of-sequence token. Use --bos off." in found
     file = make_json(tmp_path / "tokenizer.json", None, bos="[X]")
     checkpoint = save(tmp_path / "stated", file, '{"add_bos_token": true}')
     assert "the tokenizer's settings (add_bos_token)" in refused(checkpoint)

@@ -55,13 +55,14 @@ def test_a_chat_has_the_tokens_of_transformers_and_ends_at_every_end_token(
     theirs = kind.from_pretrained(tmp_path / "run-hub")
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
     how = ["--chat", "Hello", "--system", "Be kind."]
-    found = _generate(capsys, run, *how, "--max-new-tokens", "1", "--ignore-eos")
+    found = _generate(capsys, run, *how, "--max-tokens", "1", "--ignore-eos")
     more = {"add_generation_prompt": True, "return_dict": True}
-    assert found["prompt_tokens"] == theirs.apply_chat_template(messages, **more)["input_ids"]
+    assert found["prompt_token_ids"] == theirs.apply_chat_template(messages, **more)["input_ids"]
     assert found["messages"] == messages[1:]
     assert found["finish_reason"] == "length"
     ends = [ours.special_tokens[token] for token in FAMILIES[name].eos]
-    assert found["eos_token_ids"] == []
+    assert found["eos_token_ids"] == ends
+    assert found["sampling_params"]["ignore_eos"] is True
     for end in ends:
         config = tiny_config(vocab_size=640, max_seq_length=256)
         tensors = random_tensors(config, dtype=torch.float32)
@@ -72,11 +73,11 @@ def test_a_chat_has_the_tokens_of_transformers_and_ends_at_every_end_token(
         tensors["output.weight"] = one
         where = tmp_path / f"end-{end}"
         ended = _generate(capsys, save_family(where, name, tensors), *how)
-        if ended["tokens"][0] != end:  # the sum of the hidden state is negative
+        if ended["token_ids"][0] != end:  # the sum of the hidden state is negative
             tensors["output.weight"] = other
             where = tmp_path / f"end-{end}-other"
             ended = _generate(capsys, save_family(where, name, tensors), *how)
-        assert ended["tokens"] == [end]
+        assert ended["token_ids"] == [end]
         assert (ended["finish_reason"], ended["text"]) == ("eos", "")
         assert ended["eos_token_ids"] == ends
 
@@ -85,15 +86,15 @@ def test_a_plain_prompt_spells_special_tokens_out_unless_they_are_parsed(
     qwen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, tokenizer = "<|im_start|>user\nHello<|im_end|>", _tokenizer(qwen)
-    how = ["--prompt", text, "--max-new-tokens", "1"]
-    spelled = _generate(capsys, qwen, *how)["prompt_tokens"]
-    parsed = _generate(capsys, qwen, *how, "--parse-special")["prompt_tokens"]
+    how = ["--prompt", text, "--max-tokens", "1"]
+    spelled = _generate(capsys, qwen, *how)["prompt_token_ids"]
+    parsed = _generate(capsys, qwen, *how, "--parse-special")["prompt_token_ids"]
     assert tokenizer.special_tokens["<|im_start|>"] not in spelled
     assert parsed == tokenizer.encode(text, parse_special=True) != spelled
     assert parsed[0] == tokenizer.special_tokens["<|im_start|>"]
     ids = list(map(str, parsed))
-    given = _generate(capsys, qwen, "--prompt-ids", *ids, "--max-new-tokens", "1")
-    assert given["prompt_tokens"] == parsed
+    given = _generate(capsys, qwen, "--prompt-token-ids", *ids, "--max-tokens", "1")
+    assert given["prompt_token_ids"] == parsed
 
 
 @pytest.mark.parametrize("bos", ["auto", "on"])
@@ -104,16 +105,16 @@ def test_the_first_token_does_not_come_twice(
     first = _tokenizer(run).bos_token_id
     text = "<|begin_of_text|>Hello"
     for how in (["--chat", "Hello"], ["--prompt", text, "--parse-special"], ["--prompt", "Hello"]):
-        found = _generate(capsys, run, *how, "--bos", bos, "--max-new-tokens", "1")
-        assert found["prompt_tokens"].count(first) == 1
-        assert found["prompt_tokens"][0] == first
+        found = _generate(capsys, run, *how, "--bos", bos, "--max-tokens", "1")
+        assert found["prompt_token_ids"].count(first) == 1
+        assert found["prompt_token_ids"][0] == first
 
 
 def test_tokens_and_special_texts_stop(qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    how = ["--chat", "Hello", "--max-new-tokens", "24", "--temperature", "1", "--ignore-eos"]
+    how = ["--chat", "Hello", "--max-tokens", "24", "--temperature", "1", "--ignore-eos"]
     for seed in map(str, range(20)):
         whole = _generate(capsys, qwen, *how, "--seed", seed)
-        tokens, special = whole["tokens"], _tokenizer(qwen).special_tokens
+        tokens, special = whole["token_ids"], _tokenizer(qwen).special_tokens
         found = [(i, text) for text, i in special.items() if i in tokens[1:]]
         if found:
             break
@@ -121,10 +122,10 @@ def test_tokens_and_special_texts_stop(qwen: Path, capsys: pytest.CaptureFixture
     end = tokens.index(id) + 1
     for options in (["--stop-token-ids", str(id), "9999"], ["--stop", "never", text]):
         stopped = _generate(capsys, qwen, *how, "--seed", seed, *options)
-        assert stopped["tokens"] == tokens[:end]
+        assert stopped["token_ids"] == tokens[:end]
         assert stopped["finish_reason"] == "stop"
         assert whole["text"].startswith(stopped["text"])
-    assert stopped["stop"] == ["never", text]
+    assert stopped["sampling_params"]["stop"] == ["never", text]
 
 
 def test_a_model_whose_end_token_is_unknown_is_warned_of(
@@ -144,8 +145,8 @@ def test_a_model_whose_end_token_is_unknown_is_warned_of(
     reseal(checkpoint)
     for where, is_warned in ((qwen, False), (run, True)):
         arguments = ["generate", "--checkpoint", str(where), "--prompt", "Hi", "--dtype", "float32"]
-        assert main([*arguments, "--max-new-tokens", "2"]) == 0
-        assert ("no end token is known" in capsys.readouterr().err) == is_warned
+        assert main([*arguments, "--max-tokens", "2"]) == 0
+        assert ("no known end token" in capsys.readouterr().err) == is_warned
 
 
 def test_a_batch_has_conversations_and_token_ids(
@@ -159,19 +160,18 @@ def test_a_batch_has_conversations_and_token_ids(
     ]
     file, output = tmp_path / "batch.jsonl", tmp_path / "out.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    how = ["--batch-file", str(file), "--output", str(output), "--max-new-tokens", "4"]
+    how = ["--batch-file", str(file), "--output", str(output), "--max-tokens", "4"]
     arguments = ["generate", "--checkpoint", str(qwen), "--dtype", "float32", *how]
     assert main(arguments) == 0
     records = {record["id"]: record for record in map(json.loads, output.read_text().splitlines())}
-    single = _generate(
-        capsys, qwen, "--chat", "Hello", "--system", "Be kind.", "--max-new-tokens", "4"
-    )
-    assert records["chat"]["prompt_tokens"] == single["prompt_tokens"]
-    assert records["chat"]["tokens"] == single["tokens"]
-    assert records["ids"]["prompt_tokens"] == [5, 6, 7]
-    assert records["ids"]["stop_token_ids"] == [1]
-    assert len(records["special"]["prompt_tokens"]) == 1
-    assert records["special"]["eos_token_ids"] == []
+    single = _generate(capsys, qwen, "--chat", "Hello", "--system", "Be kind.", "--max-tokens", "4")
+    assert records["chat"]["prompt_token_ids"] == single["prompt_token_ids"]
+    assert records["chat"]["token_ids"] == single["token_ids"]
+    assert records["ids"]["prompt_token_ids"] == [5, 6, 7]
+    assert records["ids"]["sampling_params"]["stop_token_ids"] == [1]
+    assert records["ids"]["sampling_params"]["ignore_eos"] is False
+    assert len(records["special"]["prompt_token_ids"]) == 1
+    assert records["special"]["sampling_params"]["ignore_eos"] is True
     before = output.read_text()
     assert main(arguments) == 0  # all of them are there
     assert output.read_text() == before
@@ -181,17 +181,20 @@ def test_a_batch_has_conversations_and_token_ids(
     ("options", "message"),
     [
         (["--chat", "a", "--prompt", "b"], "--prompt and --chat are both given"),
-        (["--chat", "a", "--prompt-ids", "1"], "--prompt-ids and --chat are both given"),
-        (["--prompt", "a", "--system", "b"], "--system is for conversations, not for --prompt"),
-        (["--system", "b"], "--system is for conversations, not for standard input"),
         (
-            ["--prompt-ids", "1", "--chat-template", "b"],
-            "--chat-template is for conversations, not",
+            ["--chat", "a", "--prompt-token-ids", "1"],
+            "--prompt-token-ids and --chat are both given",
         ),
-        (["--prompt-ids", "-1"], "token id -1 does not fit model.vocab_size = 640"),
-        (["--prompt-ids", "640"], "token id 640 does not fit model.vocab_size = 640"),
+        (["--prompt", "a", "--system", "b"], "--system applies to conversations, not to --prompt"),
+        (["--system", "b"], "--system applies to conversations, not to standard input"),
+        (
+            ["--prompt-token-ids", "1", "--chat-template", "b"],
+            "--chat-template applies to conversations, not",
+        ),
+        (["--prompt-token-ids", "-1"], "Token id -1"),
+        (["--prompt-token-ids", "640"], "Token id 640"),
         (["--chat", "a", "--chat-template", "/no/such"], "/no/such cannot be read: No such file"),
-        (["--chat-file", "/no/such"], "--chat-file /no/such can not be read"),
+        (["--chat-file", "/no/such"], "--chat-file /no/such cannot be read"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -209,16 +212,16 @@ def test_a_model_without_a_template_says_so_and_takes_one(
     assert "the model has no chat template: " in capsys.readouterr().err
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
-    how = ["--chat", "Hello", "--chat-template", str(template), "--max-new-tokens", "1"]
+    how = ["--chat", "Hello", "--chat-template", str(template), "--max-tokens", "1"]
     found = _generate(capsys, run, *how)
     tokenizer = _tokenizer(run)
-    assert found["prompt_tokens"] == [*tokenizer.encode("Hello"), tokenizer.eos_token_id]
+    assert found["prompt_token_ids"] == [*tokenizer.encode("Hello"), tokenizer.eos_token_id]
 
 
 def test_people_see_the_answer_and_how_fast_it_came(
     qwen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    how = ["--chat", "Hello", "--max-new-tokens", "12", "--dtype", "float32", "--temperature", "1"]
+    how = ["--chat", "Hello", "--max-tokens", "12", "--dtype", "float32", "--temperature", "1"]
     expected = _generate(capsys, qwen, *how)
     assert expected["text"].isprintable(), "the test needs a text that is shown as it is"
     assert len(expected["text"]) > 3
@@ -243,7 +246,7 @@ def test_text_is_on_its_way_before_the_last_token(
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(Engine, "advance", advance)
     arguments = ["generate", "--checkpoint", str(qwen), "--chat", "Hello", "--ignore-eos"]
-    how = ["--max-new-tokens", "30", "--dtype", "float32", "--temperature", "1"]
+    how = ["--max-tokens", "30", "--dtype", "float32", "--temperature", "1"]
     assert main([*arguments, *how]) == 0
     assert len(set(lengths)) > 6
 
@@ -255,7 +258,7 @@ def test_self_speculation_is_measured_against_full(
     how = [
         "--chat",
         "Hello",
-        "--max-new-tokens",
+        "--max-tokens",
         "20",
         "--strategy",
         "self-speculative",
@@ -284,7 +287,7 @@ def test_self_speculation_is_measured_against_full(
     assert "0.25 times its speed" in captured.out
     file, output = tmp_path / "batch.jsonl", tmp_path / "out.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt": "b", "strategy": "full"}\n{"prompt": "c"}\n')
-    batch = ["--batch-file", str(file), "--output", str(output), "--batch-size", "2", *how[2:]]
+    batch = ["--batch-file", str(file), "--output", str(output), "--max-num-seqs", "2", *how[2:]]
     assert main(["generate", "--checkpoint", str(qwen), *batch]) == 0
     assert expected in capsys.readouterr().err
     assert asked == [(1, 1), (2, 2)]
@@ -298,17 +301,17 @@ def test_logits_that_are_not_finite_end_one_prompt_with_an_error(
     tensors = random_tensors(config, dtype=torch.float32)
     tensors["embedding.word.weight"][7] = float("nan")
     run = save_family(tmp_path / "run", "gpt-2", tensors)
-    how = ["generate", "--checkpoint", str(run), "--dtype", "float32", "--max-new-tokens", "4"]
-    assert main([*how, "--prompt-ids", "7", "--json"]) == 1
+    how = ["generate", "--checkpoint", str(run), "--dtype", "float32", "--max-tokens", "4"]
+    assert main([*how, "--prompt-token-ids", "7", "--json"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("ee-llm: --prompt-ids: ")
+    assert captured.err.startswith("ee-llm: --prompt-token-ids: ")
     assert "not finite" in captured.err
     file, output = tmp_path / "batch.jsonl", tmp_path / "out.jsonl"
     file.write_text('{"prompt_token_ids": [7]}\n{"prompt_token_ids": [8], "ignore_eos": true}\n')
     assert main([*how, "--batch-file", str(file), "--output", str(output)]) == 1
     good, bad = map(json.loads, output.read_text().splitlines())
-    assert (good["id"], len(good["tokens"])) == ("2", 4)
+    assert (good["id"], len(good["token_ids"])) == ("2", 4)
     assert bad["id"] == "1"
     assert "line 1: " in bad["error"]["message"]
 
@@ -317,7 +320,7 @@ def test_a_message_too_long_for_the_name_of_a_file_is_a_message(
     qwen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = f"{' capital' * 40}.json"
-    found = _generate(capsys, qwen, "--chat", message, "--max-new-tokens", "1")
+    found = _generate(capsys, qwen, "--chat", message, "--max-tokens", "1")
     assert message in found["prompt"]
 
 

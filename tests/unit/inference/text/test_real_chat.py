@@ -76,7 +76,7 @@ def test_twenty_chats_are_those_of_transformers(
         for query in QUESTIONS:
             messages = [{"role": "user", "content": query}]
             lines.write(json.dumps({"messages": messages, "id": query}) + "\n")
-    how = ["--batch-file", str(file), "--output", str(output), "--max-new-tokens", str(MOST_TOKENS)]
+    how = ["--batch-file", str(file), "--output", str(output), "--max-tokens", str(MOST_TOKENS)]
     more = ["--strategy", "full", "--dtype", "float32"]
     assert main(["generate", "--checkpoint", str(checkpoint), *how, *more]) == 0
     found = {record["id"]: record for record in map(json.loads, output.read_text().splitlines())}
@@ -94,9 +94,9 @@ def test_twenty_chats_are_those_of_transformers(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         length = inputs["input_ids"].shape[1]
-        assert record["prompt_tokens"] == inputs["input_ids"][0].tolist()
+        assert record["prompt_token_ids"] == inputs["input_ids"][0].tolist()
         expected = model.generate(**inputs, max_new_tokens=MOST_TOKENS, do_sample=False)[0, length:]
-        assert record["tokens"] == expected.tolist(), query
+        assert record["token_ids"] == expected.tolist(), query
         assert record["text"] == tokenizer.decode(expected, skip_special_tokens=True)
         has_ended = int(expected[-1]) == tokenizer.eos_token_id
         assert record["finish_reason"] == ("eos" if has_ended else "length")

@@ -7,23 +7,28 @@ import torch
 
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.inference.exits.policy import MEASURES, ExitPolicy, make_exit_policy
-from ee_llm.inference.sampling.sampler import SamplingParams, sample
+from ee_llm.inference.outputs import RequestOutput
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.sampling.sampler import sample
 from ee_llm.inference.strategies import STRATEGIES
 from ee_llm.inference.verification.certificate import verify_trace
-from ee_llm.inference.verification.reference_decoding import RequestOutput, generate_reference
+from ee_llm.inference.verification.reference_decoding import generate_reference
 from tests.unit.inference.models import random_tokens, tiny_config, tiny_model
 
 PROMPT = random_tokens(5, seed=3).tolist()
 GREEDY = SamplingParams()
-DRAWN = SamplingParams(0.9, top_k=20, top_p=0.95, seed=4)
-PENALISED = SamplingParams(0.7, min_p=0.05, repetition_penalty=1.4, seed=2)
+SETTINGS = {field.name for field in dataclasses.fields(SamplingParams)}
+DRAWN = SamplingParams(temperature=0.9, top_k=20, top_p=0.95, seed=4)
+PENALISED = SamplingParams(temperature=0.7, min_p=0.05, repetition_penalty=1.4, seed=2)
 
 
 def _generate(
     model: ReferenceModel, policy: ExitPolicy, sampling: SamplingParams = GREEDY, **options
 ) -> RequestOutput:
-    options = {"max_new_tokens": 20} | options
-    return generate_reference(model, PROMPT, policy, sampling, **options)
+    settings = {"max_tokens": 20} | {name: options.pop(name) for name in SETTINGS & {*options}}
+    return generate_reference(
+        model, PROMPT, policy, dataclasses.replace(sampling, **settings), **options
+    )
 
 
 def _balanced_policy(model: ReferenceModel, measure: str) -> ExitPolicy:
@@ -44,13 +49,13 @@ def test_tokens_and_exits_are_those_of_the_definition(
     policy = _balanced_policy(model, measure)
     lowest = dict(zip(policy.boundaries, policy.thresholds, strict=True))
     made = _generate(model, policy, sampling)
-    logits = model.forward(torch.tensor([*made.prompt, *made.tokens])[:-1])
-    for index, token in enumerate(made.tokens):
+    logits = model.forward(torch.tensor([*made.prompt_token_ids, *made.token_ids])[:-1])
+    for index, token in enumerate(made.token_ids):
         row = len(PROMPT) - 1 + index
         first, second = (float(policy.confidence(logits[b][row])) for b in (1, 2))
         exit = 1 if first >= lowest[1] else 2 if second >= lowest[2] else 4
         assert made.exits[index] == exit
-        history = [*made.prompt, *made.tokens][: row + 1]
+        history = [*made.prompt_token_ids, *made.token_ids][: row + 1]
         assert token == sample(logits[exit][row], sampling, row, history)
         confidence = float(policy.confidence(logits[exit][row]))
         assert made.confidences[index] == pytest.approx(confidence, abs=1e-9)
@@ -66,7 +71,7 @@ def test_thresholds_above_every_confidence_are_full(sampling: SamplingParams) ->
     full = _generate(model, make_exit_policy((1, 2), [0.01]), sampling, strategy="full")
     for thresholds in ([1.0], [None], [None, 1.0]):
         exact = _generate(model, make_exit_policy((1, 2), thresholds), sampling)
-        assert exact.tokens == full.tokens
+        assert exact.token_ids == full.token_ids
         assert exact.exits == full.exits == (4,) * 20
         assert exact.confidences == full.confidences
         assert exact.logprobs == full.logprobs
@@ -88,8 +93,8 @@ def test_repetition_penalty_changes_tokens_and_no_confidence() -> None:
     model, policy = tiny_model(), make_exit_policy((1, 2), [0.4])
     plain = _generate(model, policy)
     made = _generate(model, policy, SamplingParams(repetition_penalty=50.0))
-    assert len(set(made.tokens)) > len(set(plain.tokens))
-    first = next(i for i in range(20) if made.tokens[i] != plain.tokens[i])
+    assert len(set(made.token_ids)) > len(set(plain.token_ids))
+    first = next(i for i in range(20) if made.token_ids[i] != plain.token_ids[i])
     assert made.exits[: first + 1] == plain.exits[: first + 1]
     assert made.confidences[: first + 1] == plain.confidences[: first + 1]
     assert made.logprobs[first] < plain.logprobs[first]
@@ -109,7 +114,7 @@ def test_deeper_layers_do_not_run_for_a_token_that_left() -> None:
     broken = tiny_model(config)
     broken._tensors["layers.2.mlp.linear_fc2.weight"].fill_(float("nan"))
     assert _generate(broken, policy) == expected
-    with pytest.raises(ValueError, match=r"exit at boundary 4 gives logits that are not finite"):
+    with pytest.raises(ValueError, match=r"exit at boundary 4 .* not finite"):
         _generate(broken, policy, strategy="full")
 
 
@@ -118,38 +123,42 @@ def test_generation_is_a_pure_function_that_continues_itself() -> None:
     model, policy = tiny_model(), make_exit_policy((1, 2), [0.4])
     whole = _generate(model, policy, DRAWN)
     torch.manual_seed(0)
-    head = _generate(model, policy, DRAWN, max_new_tokens=7)
-    rest = generate_reference(model, [*PROMPT, *head.tokens], policy, DRAWN, max_new_tokens=13)
-    assert head.tokens + rest.tokens == whole.tokens
+    head = _generate(model, policy, DRAWN, max_tokens=7)
+    rest = generate_reference(
+        model, [*PROMPT, *head.token_ids], policy, dataclasses.replace(DRAWN, max_tokens=13)
+    )
+    assert head.token_ids + rest.token_ids == whole.token_ids
     assert head.exits + rest.exits == whole.exits
     other = _generate(model, policy, dataclasses.replace(DRAWN, seed=5))
-    assert other.tokens != whole.tokens
+    assert other.token_ids != whole.token_ids
 
 
 def test_finish_reasons() -> None:
     model, policy = tiny_model(), make_exit_policy((1, 2), [0.4])
     made = _generate(model, policy)
     assert made.finish_reason == "length"
-    eos = made.tokens[6]
+    eos = made.token_ids[6]
     stopped = _generate(model, policy, eos_token_ids=(98, eos))
     assert stopped.finish_reason == "eos"
-    assert stopped.tokens == made.tokens[: made.tokens.index(eos) + 1]
-    context = _generate(model, policy, max_new_tokens=1000)
+    assert stopped.token_ids == made.token_ids[: made.token_ids.index(eos) + 1]
+    context = _generate(model, policy, max_tokens=1000)
     assert context.finish_reason == "context"
-    assert len(PROMPT) + len(context.tokens) == 32 + 1  # the last token needs no row
-    stopped = _generate(model, policy, stop_tokens=(99, eos))
+    assert len(PROMPT) + len(context.token_ids) == 32 + 1  # the last token needs no row
+    stopped = _generate(model, policy, stop_token_ids=(99, eos))
     assert stopped.finish_reason == "stop"
-    assert stopped.tokens == made.tokens[: made.tokens.index(eos) + 1]
-    assert _generate(model, policy, eos_token_ids=[eos], stop_tokens=[eos]).finish_reason == "eos"
+    assert stopped.token_ids == made.token_ids[: made.token_ids.index(eos) + 1]
+    assert (
+        _generate(model, policy, eos_token_ids=[eos], stop_token_ids=[eos]).finish_reason == "eos"
+    )
     full_prompt = random_tokens(32).tolist()
-    assert len(generate_reference(model, full_prompt, policy, GREEDY).tokens) == 1
+    assert len(generate_reference(model, full_prompt, policy, GREEDY).token_ids) == 1
 
 
 def test_on_token_sees_each_decision_as_it_falls() -> None:
     seen = []
     made = _generate(tiny_model(), make_exit_policy((1, 2), [0.4]), on_token=seen.append)
-    assert tuple((d.token, d.exit, d.confidence, d.logprob) for d in seen) == tuple(
-        zip(made.tokens, made.exits, made.confidences, made.logprobs, strict=True)
+    assert tuple((d.token_id, d.exit, d.confidence, d.logprob) for d in seen) == tuple(
+        zip(made.token_ids, made.exits, made.confidences, made.logprobs, strict=True)
     )
 
 
@@ -157,14 +166,13 @@ def test_bad_input_is_named() -> None:
     model, policy = tiny_model(), make_exit_policy((1, 2), [0.4])
     for prompt, options, message in (
         ([], {}, "prompt is empty"),
-        (random_tokens(33).tolist(), {}, "33 tokens are more than model.max_seq_length = 32"),
+        (random_tokens(33).tolist(), {}, r"33 .*model\.max_seq_length = 32"),
         ([40], {}, "vocab_size = 40"),
-        ([1], {"max_new_tokens": 0}, "max_new_tokens 0 must be at least 1"),
-        ([1], {"strategy": "fast"}, "strategy 'fast' is unknown"),
+        ([1], {"strategy": "fast"}, "strategy 'fast'"),
     ):
         with pytest.raises(ValueError, match=message):
             generate_reference(model, prompt, policy, GREEDY, **options)
-    with pytest.raises(ValueError, match=r"boundaries \[1, 3\], but the model has \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"\[1, 3\].*\[1, 2\]"):
         generate_reference(model, [1], make_exit_policy((1, 3), [0.4]), GREEDY)
 
 
@@ -181,8 +189,8 @@ def _assert_wrong_token_is_found(
     model: ReferenceModel, made: RequestOutput, index: int, token: int
 ) -> None:
     wrong = (token + 1) % 40
-    tokens = (*made.tokens[:index], wrong, *made.tokens[index + 1 :])
-    found = verify_trace(model, dataclasses.replace(made, tokens=tokens))
+    tokens = (*made.token_ids[:index], wrong, *made.token_ids[index + 1 :])
+    found = verify_trace(model, dataclasses.replace(made, token_ids=tokens))
     assert (found[0].index, found[0].kind) == (index, "token")
     assert (found[0].found, found[0].expected) == (wrong, token)
     assert found[0].margin > 0
@@ -193,7 +201,7 @@ def test_certificate_finds_every_single_change(sampling: SamplingParams) -> None
     """Every exit and token is replaced in turn; its own divergence must be the first reported."""
     model = tiny_model()
     made = _generate(model, make_exit_policy((1, 2), [0.5, 0.3]), sampling)
-    for index, (exit, token) in enumerate(zip(made.exits, made.tokens, strict=True)):
+    for index, (exit, token) in enumerate(zip(made.exits, made.token_ids, strict=True)):
         for wrong in {1, 2, 4, 3} - {exit}:
             exits = (*made.exits[:index], wrong, *made.exits[index + 1 :])
             found = verify_trace(model, dataclasses.replace(made, exits=exits))
@@ -211,15 +219,15 @@ def test_certificate_finds_another_policy_seed_and_position() -> None:
         {"policy": make_exit_policy((1, 2), [0.5, 0.9])},
         {"policy": make_exit_policy((1, 2), [0.5, 0.3], "margin")},
         {"strategy": "full"},
-        {"sampling": dataclasses.replace(DRAWN, seed=5)},
-        {"prompt": (1, *made.prompt)},
+        {"sampling_params": dataclasses.replace(DRAWN, seed=5)},
+        {"prompt_token_ids": (1, *made.prompt_token_ids)},
     ):
         assert verify_trace(model, dataclasses.replace(made, **change))
 
 
 def test_margin_of_an_exit_is_the_distance_to_its_threshold() -> None:
     model = tiny_model()
-    made = _generate(model, make_exit_policy((1, 2), [1e-9]), max_new_tokens=1)
+    made = _generate(model, make_exit_policy((1, 2), [1e-9]), max_tokens=1)
     (confidence,) = made.confidences
     claimed = dataclasses.replace(made, policy=make_exit_policy((1, 2), [confidence + 0.01, None]))
     (found,) = verify_trace(model, claimed)
@@ -256,11 +264,11 @@ def test_an_exit_that_is_off_is_never_looked_at() -> None:
 def test_certificate_refuses_what_is_no_finished_sequence() -> None:
     model = tiny_model()
     made = _generate(model, make_exit_policy((1, 2), [0.4]))
-    for change in ({"tokens": ()}, {"exits": made.exits[1:]}, {"prompt": ()}):
-        with pytest.raises(ValueError, match="are no finished sequence"):
+    for change in ({"token_ids": ()}, {"exits": made.exits[1:]}, {"prompt_token_ids": ()}):
+        with pytest.raises(ValueError, match="not a finished sequence"):
             verify_trace(model, dataclasses.replace(made, **change))
     with pytest.raises(ValueError, match="vocab_size = 40"):
-        verify_trace(model, dataclasses.replace(made, tokens=(*made.tokens[:-1], 40)))
+        verify_trace(model, dataclasses.replace(made, token_ids=(*made.token_ids[:-1], 40)))
 
 
 def test_certificate_of_propagate_finds_every_single_change() -> None:
@@ -269,7 +277,7 @@ def test_certificate_of_propagate_finds_every_single_change() -> None:
     policy = _balanced_policy(model, "max_probability")
     made = _generate(model, policy, DRAWN, strategy="propagate")
     assert set(made.exits) == {1, 2, 4}
-    for index, (exit, token) in enumerate(zip(made.exits, made.tokens, strict=True)):
+    for index, (exit, token) in enumerate(zip(made.exits, made.token_ids, strict=True)):
         for wrong in {0, 1, 2, 3, 4, 9} - {exit}:
             exits = (*made.exits[:index], wrong, *made.exits[index + 1 :])
             found = verify_trace(model, dataclasses.replace(made, exits=exits))

@@ -1,0 +1,220 @@
+"""Generate text with an early-exit model: the class that notebooks and programs use."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.progress import TextColumn
+
+from ee_llm import distributed
+from ee_llm.data.tokenization.chat_template import Message
+from ee_llm.errors import RequestError
+from ee_llm.inference.choices import Bos
+from ee_llm.inference.exits.policy import Exits
+from ee_llm.inference.loaded_model import LoadedModel
+from ee_llm.inference.outputs import RequestOutput
+from ee_llm.inference.request import Request
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.strategies import SelfSpeculation, Strategy
+from ee_llm.inference.stream import TokenStream
+from ee_llm.inference.text.chat import check_messages
+from ee_llm.inference.text.prompt_encoder import EncodedPrompt
+from ee_llm.inference.verification.verify import VerificationReport, Verifier
+
+Prompt = str | Sequence[int]
+
+
+class LLM(LoadedModel):
+    """An early-exit model that generates text.
+
+    It decodes requests in batches whose members exit at different depths; none waits for the
+    deepest. Each output is a function of the weights, the prompt, the exit policy and the seed
+    only.
+
+        with ee_llm.LLM("runs/tuned", dtype="bfloat16") as llm:
+            outputs = llm.generate(["Once", "def main("], exits={8: 0.9, 16: 0.8})
+            print(outputs[0].text, outputs[0].mean_depth)
+
+    Attributes:
+        config: The model's configuration.
+        tokenizer: The model's tokenizer.
+        dtype: Precision that is computed in.
+        is_leader: Whether this process leads the engine; other ranks call `worker_loop`.
+    """
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        exits: Exits | None = None,
+        strategy: Strategy | SelfSpeculation = "exact",
+        bos: Bos = "auto",
+        parse_special: bool = False,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Return the continuations of prompts, in order.
+
+        Args:
+            prompts: A text or a list of token ids, or a list of them.
+            sampling_params: How tokens are drawn and when generations end; one for all prompts or
+                one for each. With n > 1 the n outputs of a prompt follow one another.
+            exits: Exit policy, see `LLM`; the default is that of the model.
+            strategy: "exact", "full", "propagate", "self-speculative", or a `SelfSpeculation`.
+            bos: Whether a text begins with the beginning-of-sequence token; "auto" follows the
+                tokenizer's settings.
+            parse_special: Read special tokens that a text spells out, such as <|im_end|>, as
+                tokens.
+            progress: Show a progress bar in terminals.
+
+        Raises:
+            RequestError: A prompt or parameter is not valid. Nothing is generated then.
+        """
+        encoded = [self._encode(prompt, bos, parse_special) for prompt in _prompt_list(prompts)]
+        return self._generate(encoded, sampling_params, exits, strategy, progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        exits: Exits | None = None,
+        strategy: Strategy | SelfSpeculation = "exact",
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Return the answers to conversations, in order.
+
+        Args:
+            messages: A conversation in OpenAI's format, [{"role": "user", "content": "Hello"}], or
+                a list of conversations. The model's chat template formats them.
+            sampling_params: See `generate`.
+            exits: See `generate`.
+            strategy: See `generate`.
+            progress: See `generate`.
+
+        Raises:
+            RequestError: A conversation or parameter is not valid, or the model has no chat
+                template.
+        """
+        is_single = not messages or isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if is_single else messages
+        encoded = [
+            self._encoder.encode_chat(check_messages(list(one), f"conversation {number}"))
+            for number, one in enumerate(conversations, start=1)
+        ]
+        return self._generate(encoded, sampling_params, exits, strategy, progress)
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        exits: Exits | None = None,
+        strategy: Strategy | SelfSpeculation = "exact",
+        bos: Bos = "auto",
+        parse_special: bool = False,
+    ) -> TokenStream:
+        """Return an iterator over the tokens of a continuation as they are generated.
+
+        The texts of the tokens join to the text of the output. Closing the stream, leaving it as a
+        context manager, or dropping it aborts the request.
+
+        Args:
+            prompt: A text, token ids, or a conversation.
+            sampling_params: See `generate`; n must be 1.
+            exits: See `generate`.
+            strategy: See `generate`.
+            bos: See `generate`.
+            parse_special: See `generate`.
+
+        Raises:
+            RequestError: The prompt or a parameter is not valid.
+        """
+        if not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
+            encoded = self._encoder.encode_chat(check_messages(list(prompt), "messages"))
+        else:
+            encoded = self._encode(prompt, bos, parse_special)  # type: ignore[arg-type]
+        params = sampling_params or SamplingParams()
+        request = self.make_request(encoded, params, exits=exits, strategy=strategy)
+        return self.stream_request(request, encoded.text)
+
+    def verify(self, outputs: RequestOutput | Iterable[RequestOutput]) -> VerificationReport:
+        """Check outputs of this model against their definition, with one forward over each.
+
+        The report passes if every token and exit is what the weights, the policy and the seed
+        define, up to rounding in the model's dtype (see docs on the certificate).
+
+        Raises:
+            RequestError: The weights are quantized, or an output is of another model.
+        """
+        if self._quantize != "none":
+            raise RequestError(
+                f"quantize = {self._quantize!r}: the checkpoint has other weights than the engine,"
+                " so outputs cannot be verified. Use quantize='none'."
+            )
+        found = [outputs] if isinstance(outputs, RequestOutput) else list(outputs)
+        finished = [(output, self.dtype) for output in found if output.token_ids]
+        return Verifier(self._reader).verify(finished)
+
+    def _generate(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        exits: Exits | None,
+        strategy: Strategy | SelfSpeculation,
+        progress: bool,
+    ) -> list[RequestOutput]:
+        params = _params_list(sampling_params, len(prompts))
+        requests: list[Request] = []
+        texts: dict[str, str] = {}
+        indices: dict[str, int] = {}
+        for prompt, of_prompt in zip(prompts, params, strict=True):
+            for index, sample in enumerate(of_prompt.samples()):
+                request = self.make_request(prompt, sample, exits=exits, strategy=strategy)
+                requests.append(request)
+                texts[request.id], indices[request.id] = prompt.text, index
+        outputs: dict[str, RequestOutput] = {}
+        count = TextColumn("{task.completed}/{task.total} outputs")
+        with distributed.progress_bar(
+            "generating", len(requests), count, is_quiet=not progress
+        ) as bar:
+            (task,) = bar.task_ids
+            for output in self.run(requests, texts):
+                outputs[output.request_id] = replace(output, index=indices[output.request_id])
+                bar.update(task, advance=1)
+        return [outputs[request.id] for request in requests]
+
+    def _encode(self, prompt: Prompt, bos: Bos, parse_special: bool) -> EncodedPrompt:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise RequestError("A prompt is an empty text. Give at least one character.")
+            return self._encoder.encode_text(prompt, bos=bos, parse_special=parse_special)
+        return self._encoder.encode_ids(prompt, bos=bos)
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(token, int) for token in prompts):
+        return [prompts]  # type: ignore[list-item]
+    found: list[Prompt] = []
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, int) or not isinstance(prompt, str | Sequence):
+            raise RequestError(
+                f"prompts[{number}] is {prompt!r}. Give a text or a list of token ids."
+            )
+        found.append(prompt)
+    return found
+
+
+def _params_list(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(
+            f"sampling_params has {len(params)} entries for {count} prompts. Give one for each"
+            " prompt, or a single one."
+        )
+    return list(params)

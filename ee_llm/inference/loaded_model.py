@@ -1,0 +1,335 @@
+"""A model that is loaded for inference: its engine, tokenizer and ranks, and its requests."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed
+
+from ee_llm import distributed
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.tokenizer import stated_bos
+from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
+from ee_llm.errors import RequestError
+from ee_llm.inference.choices import Attention, DeferralMode, DtypeName, Quantize
+from ee_llm.inference.execution.executor import ExecutionConfig
+from ee_llm.inference.execution.paged_attention import FLASH_BLOCK
+from ee_llm.inference.execution.quantization import check_quantize
+from ee_llm.inference.execution.stage import check_layout
+from ee_llm.inference.exits.policy import Exits, resolve_policy
+from ee_llm.inference.load import load_engine
+from ee_llm.inference.outputs import RequestOutput
+from ee_llm.inference.ranks.workers import Workers
+from ee_llm.inference.request import Request
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.scheduling.config import SchedulerConfig
+from ee_llm.inference.strategies import SelfSpeculation, Strategy
+from ee_llm.inference.stream import TokenStream
+from ee_llm.inference.text.detokenizer import generated_text
+from ee_llm.inference.text.prompt_encoder import EncodedPrompt, PromptEncoder
+
+DEFAULT_THRESHOLD = 0.8
+
+
+class LoadedModel:
+    """A model with its engine; `LLM` adds the methods that take prompts as users write them.
+
+    Attributes:
+        config: The model's configuration.
+        tokenizer: The model's tokenizer.
+        dtype: Precision that is computed in.
+        engine: The engine.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: DtypeName | torch.dtype = "auto",
+        tensor: int = 1,
+        pipeline: int = 1,
+        max_num_seqs: int = 16,
+        cache_tokens: int = 65536,
+        exits: Exits | None = None,
+        attention: Attention = "auto",
+        cuda_graphs: bool = False,
+        compile: bool = False,
+        quantize: Quantize = "none",
+        deferral: DeferralMode = "auto",
+        chat_template: str | Path | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        """Load a model.
+
+        With tensor x pipeline > 1, the other ranks are started as processes of this machine, unless
+        a launcher such as torchrun has started this process as one of that many ranks.
+
+        Args:
+            model: Run directory, for its newest checkpoint, or checkpoint directory.
+            dtype: Precision to compute in; "auto" is bfloat16 where the device supports it in
+                hardware, else float32.
+            tensor: Number of tensor-parallel ranks of each pipeline stage.
+            pipeline: Number of pipeline stages.
+            max_num_seqs: Greatest number of sequences that run at once.
+            cache_tokens: Size of the K/V cache in positions of all sequences together; no more than
+                can be used is allocated.
+            exits: Default exit policy of the requests: a confidence threshold in (0, 1] for all
+                exits, thresholds by exit ({8: 0.9}; other exits are off), an `ExitPolicy`, or a
+                file of one. The default is 0.8 for all exits.
+            attention: Attention kernel; "auto" takes the best one of the device.
+            cuda_graphs: Replay passes of few rows as CUDA graphs.
+            compile: Run the layers through torch.compile.
+            quantize: "int8" keeps the weights of linear layers in 8 bits (needs torchao).
+            deferral: "auto" lets rows that did not exit wait for others where that pays.
+            chat_template: File with a chat template (Jinja) to use instead of the model's own.
+            timeout_s: Seconds after which a rank that hears nothing from another one gives up.
+
+        Raises:
+            UserError: The checkpoint cannot be read, or an argument does not fit it or the device.
+        """
+        self._reader = TensorReader(model)
+        self.config = self._reader.config()
+        self.dtype = _dtype(dtype)
+        self._check(tensor, pipeline, max_num_seqs, cache_tokens, timeout_s, quantize)
+        self._quantize = quantize
+        self.tokenizer: Tokenizer = load_tokenizer(
+            self._reader.tokenizer(), self.config.data.eos_token
+        )
+        template = None if chat_template is None else Path(chat_template)
+        self._encoder = PromptEncoder(self.tokenizer, stated_bos(self._reader.path), template)
+        self._policy = resolve_policy(
+            DEFAULT_THRESHOLD if exits is None else exits, self.config.exits.boundaries
+        )
+        self._num_requests = 0
+        self._closing = ExitStack()
+        self._ranks: distributed.InferenceGrid | None = None
+        if tensor * pipeline > 1:
+            self._connect(
+                tensor,
+                pipeline,
+                timeout_s,
+                {
+                    "model": str(model),
+                    "dtype": str(self.dtype).removeprefix("torch."),
+                    "tensor": tensor,
+                    "pipeline": pipeline,
+                    "max_num_seqs": max_num_seqs,
+                    "cache_tokens": cache_tokens,
+                    "attention": attention,
+                    "cuda_graphs": cuda_graphs,
+                    "compile": compile,
+                    "quantize": quantize,
+                    "deferral": deferral,
+                    "timeout_s": timeout_s,
+                },
+            )
+        with self._closing.pop_all() as stack:  # closes what was started if the engine fails
+            self.engine = load_engine(
+                self._reader,
+                self.dtype,
+                _scheduler_config(
+                    max_num_seqs, cache_tokens, self.config.model.max_seq_length, attention
+                ),
+                self.decode,
+                deferral,
+                self._ranks,
+                ExecutionConfig(attention, cuda_graphs, compile, quantize),
+            )
+            self._closing = stack.pop_all()
+        self._is_open = True
+
+    @property
+    def checkpoint(self) -> Path:
+        """Directory of the checkpoint."""
+        return self._reader.path
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the checkpoint's weights and configuration."""
+        return self._reader.fingerprint()
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """Encoder of prompts for this model."""
+        return self._encoder
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process leads the engine; other ranks call `worker_loop`."""
+        return self._ranks is None or self._ranks.is_leader
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids; ids that the tokenizer does not know have no text."""
+        known = [token for token in token_ids if 0 <= token < self.tokenizer.vocab_size]
+        return self.tokenizer.decode(known)
+
+    def make_request(
+        self,
+        prompt: EncodedPrompt,
+        sampling_params: SamplingParams,
+        *,
+        exits: Exits | None = None,
+        strategy: Strategy | SelfSpeculation = "exact",
+        id: str | None = None,
+    ) -> Request:
+        """Return the request for an encoded prompt; raises RequestError if it is not valid."""
+        self._num_requests += 1
+        speculation = None
+        if isinstance(strategy, SelfSpeculation) or strategy == "self-speculative":
+            given = strategy if isinstance(strategy, SelfSpeculation) else SelfSpeculation()
+            strategy, speculation = "self-speculative", self._speculation(given)
+        boundaries = self.config.exits.boundaries
+        policy = self._policy if exits is None else resolve_policy(exits, boundaries)
+        return Request(
+            id or str(self._num_requests),
+            prompt.token_ids,
+            policy,
+            sampling_params,
+            strategy,
+            speculation,
+            self.tokenizer.eos_token_ids,
+            self._encoder.special_texts(sampling_params.stop),
+        )
+
+    def stream_request(self, request: Request, prompt: str) -> TokenStream:
+        """Return the token stream of a request; prompt: its text."""
+        self._check_open()
+        return TokenStream(self.engine, request, prompt, self.decode)
+
+    def run(
+        self, requests: Iterable[Request], prompts: Mapping[str, str]
+    ) -> Iterator[RequestOutput]:
+        """Yield the output of each request as it finishes; prompts: their texts by request id.
+
+        Requests that are unfinished when the iterator is closed are aborted. A request that failed
+        has the finish reason `error`.
+
+        Raises:
+            RequestError: A request is not valid; no request is served then.
+        """
+        self._check_open()
+        by_id = {request.id: request for request in requests}
+        for step in self.engine.run(by_id.values()):
+            if step.request_output is not None:
+                request = by_id[step.request_id]
+                yield self._with_text(step.request_output, request, prompts[request.id])
+
+    def worker_loop(self) -> None:
+        """Run passes for the leading rank until it closes; for ranks that do not lead."""
+        self.engine.worker_loop()
+
+    def close(self) -> None:
+        """Free the model and shut down the other ranks. Streams that are open are aborted."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        if self._ranks is not None and self._ranks.is_leader:
+            self._closing.callback(self.engine.close)
+        self._closing.close()
+        del self.engine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None and self._ranks is not None:
+            self._is_open = False  # The other ranks notice that this one is gone.
+            self._closing.close()
+            return
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "" if self._is_open else ", closed"
+        return (
+            f"LLM({str(self._reader.path)!r}, num_layers={self.config.model.num_layers},"
+            f" exits={list(self.config.exits.boundaries)},"
+            f" dtype={str(self.dtype).removeprefix('torch.')}{state})"
+        )
+
+    def _with_text(self, output: RequestOutput, request: Request, prompt: str) -> RequestOutput:
+        """Return an output with its texts; one whose tokens have no text keeps its error."""
+        if output.finish_reason == "error":
+            return replace(output, prompt=prompt)
+        text = generated_text(
+            self.decode,
+            output.prompt_token_ids,
+            output.token_ids,
+            request.sampling_params.stop,
+            dict(request.special_texts),
+            request.sampling_params.min_tokens,
+        )
+        return replace(output, prompt=prompt, text=text.text, pieces=text.trimmed_pieces)
+
+    def _speculation(self, given: SelfSpeculation) -> SelfSpeculation:
+        boundaries = self.config.exits.boundaries
+        if not boundaries:
+            raise RequestError(
+                "strategy = 'self-speculative' drafts at an exit, but the model has none. Add exits"
+                " with 'ee-llm checkpoint add-exits' or --exits of 'ee-llm convert', then tune them"
+                " with 'ee-llm tune'."
+            )
+        return given if given.draft_exit is not None else replace(given, draft_exit=boundaries[0])
+
+    def _connect(
+        self, tensor: int, pipeline: int, timeout_s: float, arguments: dict[str, Any]
+    ) -> None:
+        if torch.distributed.is_initialized():
+            raise RequestError(
+                f"tensor = {tensor} x pipeline = {pipeline}: this process already uses"
+                " torch.distributed. Close the other LLM, or use a new process."
+            )
+        if distributed.launched_world_size() is None:
+            workers = Workers(tensor * pipeline, arguments)
+            self._closing.callback(workers.close)
+        with self._closing.pop_all() as stack:
+            self._ranks = distributed.connect_serving(
+                tensor=tensor, pipeline=pipeline, timeout_s=timeout_s
+            )
+            self._closing = stack.pop_all()
+        self._closing.callback(self._ranks.shutdown)
+
+    def _check(
+        self,
+        tensor: int,
+        pipeline: int,
+        max_num_seqs: int,
+        cache_tokens: int,
+        timeout_s: float,
+        quantize: Quantize,
+    ) -> None:
+        limits = {"tensor": 2**16, "pipeline": 2**16, "max_num_seqs": 2**14, "cache_tokens": 2**40}
+        values = (tensor, pipeline, max_num_seqs, cache_tokens)
+        for (name, most), value in zip(limits.items(), values, strict=True):
+            if type(value) is not int or not 1 <= value <= most:
+                raise RequestError(f"{name} = {value!r} must be an integer from 1 to {most}")
+        if not 0 < timeout_s <= 10**6:  # NaN fails too
+            raise RequestError(f"timeout_s = {timeout_s} must be above 0 and at most {10**6}")
+        if quantize != "none":
+            check_quantize(self.dtype)
+        check_layout(self.config, tensor, pipeline)
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise RequestError("This LLM is closed. Load the model again.")
+
+
+def _dtype(dtype: DtypeName | torch.dtype) -> torch.dtype:
+    known = distributed.DTYPES
+    if isinstance(dtype, torch.dtype) and dtype in known.values():
+        return dtype
+    if dtype == "auto" or dtype in known:
+        return distributed.dtype_named(str(dtype))
+    raise RequestError(f"dtype = {dtype!r} is unknown. Use one of auto, {', '.join(known)}.")
+
+
+def _scheduler_config(
+    max_num_seqs: int, cache_tokens: int, max_seq_length: int, attention: Attention
+) -> SchedulerConfig:
+    size = FLASH_BLOCK if attention == "flash" else SchedulerConfig.block_size
+    num_positions = min(cache_tokens, max_num_seqs * max_seq_length)
+    # Partly filled last blocks, and the block for padding.
+    num_blocks = -(-num_positions // size) + max_num_seqs + 1
+    return SchedulerConfig(max_num_seqs=max_num_seqs, num_blocks=num_blocks, block_size=size)

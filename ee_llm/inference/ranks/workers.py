@@ -1,0 +1,85 @@
+"""Start the worker ranks of an engine that this process, such as a notebook, leads."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from torch.distributed import TCPStore
+
+from ee_llm.errors import RunError
+from ee_llm.launch.rank import launched_environment, parse_report
+
+_START = """
+import sys
+sys.path[:] = {path!r}
+from ee_llm.launch.rank import die_with_launcher
+die_with_launcher()
+from ee_llm.inference.ranks.worker import run_worker
+run_worker(sys.argv[1])
+"""
+_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # tells torch that the parent hosts the store
+_END_S = 30.0
+
+
+class Workers:
+    """Ranks 1 to n - 1 of n ranks, as processes of this machine; this process is rank 0.
+
+    They end when this process ends, for whatever reason.
+    """
+
+    def __init__(self, num_ranks: int, arguments: dict[str, Any]) -> None:
+        """Start the workers; arguments: those of `LLM`, as JSON's own types."""
+        self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        self._environment = {name: os.environ.get(name) for name in (*_NAMES, _AGENT_STORE)}
+        os.environ |= self._rank_environment(0, num_ranks)
+        self._processes: list[tuple[subprocess.Popen[bytes], int]] = []
+        for rank in range(1, num_ranks):
+            reader, writer = os.pipe()
+            os.set_blocking(reader, False)
+            environment = self._rank_environment(rank, num_ranks) | launched_environment(writer)
+            code = _START.format(path=sys.path)
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code, json.dumps(arguments)],
+                env=os.environ | environment,
+                pass_fds=[writer],
+                start_new_session=True,  # Ctrl-C in a terminal reaches the leader only.
+            )
+            os.close(writer)
+            self._processes.append((process, reader))
+
+    def _rank_environment(self, rank: int, num_ranks: int) -> dict[str, str]:
+        values = (rank, rank, num_ranks, num_ranks, "localhost", self._store.port)
+        return dict(zip(_NAMES, map(str, values), strict=True)) | {_AGENT_STORE: "True"}
+
+    def check(self) -> None:
+        """Raise RunError if a worker has ended."""
+        for rank, (process, reader) in enumerate(self._processes, start=1):
+            if process.poll() is not None:
+                raise RunError(f"Rank {rank} of the engine ended: {_reported(reader, process)}")
+
+    def close(self) -> None:
+        """Wait for the workers to end, and kill those that do not; shut down the engine first."""
+        for process, reader in self._processes:
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            os.close(reader)
+        self._processes = []
+        for name, value in self._environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _reported(reader: int, process: subprocess.Popen[bytes]) -> str:
+    try:
+        message = parse_report(os.read(reader, 1 << 20)).message
+    except OSError:
+        message = ""
+    return message or f"exit status {process.returncode}"

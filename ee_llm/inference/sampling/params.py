@@ -1,0 +1,142 @@
+"""Sampling parameters: how tokens are drawn and when a generation ends."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ee_llm.errors import RequestError
+
+MAX_LOGPROBS = 20
+_COUNTS = {"n": 1, "max_tokens": 1, "min_tokens": 0, "top_k": 0}  # and their least values
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn and when a generation ends; the names are vLLM's.
+
+    The next token is drawn in this order: repetition penalty, temperature, top-k, top-p, min-p.
+
+    Attributes:
+        n: Number of samples of each prompt. Sample i > 0 uses a seed derived from (`seed`, i).
+        temperature: Divisor of the logits. 0, the default, takes the most probable token (the
+            lowest id if several are equal).
+        top_k: Draw from the k most probable tokens only; 0 for all.
+        top_p: Draw from the fewest most probable tokens whose probabilities add up to this share;
+            1 for all.
+        min_p: Draw from tokens with at least this share of the greatest probability; 0 for all
+            (arXiv 2407.01082).
+        repetition_penalty: Divisor of the positive logits, and factor of the negative logits, of
+            tokens that the prompt or the output already has (CTRL, arXiv 1909.05858, section 4.1);
+            1 is off. It applies to greedy decoding as well.
+        seed: Seed of the noise, 0 to 2**63 - 1. The same seed gives the same tokens.
+        max_tokens: Number of tokens after which a generation ends.
+        min_tokens: End tokens, `stop_token_ids` and stop strings have no effect before this number
+            of tokens; end and stop tokens are not drawn until then.
+        stop: Strings at which a generation ends. The output does not contain them.
+        stop_token_ids: Tokens at which a generation ends, besides the model's own end tokens.
+        ignore_eos: Do not end at the model's own end tokens.
+        logprobs: Number of most probable tokens whose log probabilities each token reports, at most
+            20; None for none. They are those of the token's own exit.
+
+    Raises:
+        RequestError: A value is not allowed.
+    """
+
+    n: int = 1
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    max_tokens: int = 64
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", _strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
+        for name, least in _COUNTS.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise RequestError(f"{name} = {value!r} must be an integer of at least {least}")
+        if self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens = {self.min_tokens} is above max_tokens = {self.max_tokens}. Lower it."
+            )
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise RequestError(f"seed = {self.seed!r} must be an integer from 0 to 2**63 - 1")
+        if type(self.ignore_eos) is not bool:
+            raise RequestError(f"ignore_eos = {self.ignore_eos!r} must be True or False")
+        if self.logprobs is not None and (
+            type(self.logprobs) is not int or not 0 <= self.logprobs <= MAX_LOGPROBS
+        ):
+            raise RequestError(
+                f"logprobs = {self.logprobs!r} must be an integer from 0 to {MAX_LOGPROBS}, or None"
+            )
+        self._check_floats()
+
+    def _check_floats(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            if type(getattr(self, name)) not in (int, float):
+                raise RequestError(f"{name} = {getattr(self, name)!r} must be a number")
+        if not 0.0 <= self.temperature < math.inf:  # NaN fails too
+            raise RequestError(
+                f"temperature = {self.temperature} must be finite and at least 0 (0 is greedy)"
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise RequestError(f"top_p = {self.top_p} is not in (0, 1]; 1 means no limit")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise RequestError(f"min_p = {self.min_p} is not in [0, 1]; 0 means no limit")
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise RequestError(
+                f"repetition_penalty = {self.repetition_penalty} must be finite and above 0 (1 is"
+                " off, above 1 discourages repetition)"
+            )
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the token is always the one with the greatest logit."""
+        return self.temperature == 0.0 and self.repetition_penalty == 1.0
+
+    def banned_token_ids(self, index: int, eos_token_ids: Iterable[int]) -> tuple[int, ...]:
+        """Return the ids that new token number `index` (from 0) must not be; see `min_tokens`."""
+        if index >= self.min_tokens:
+            return ()
+        eos = () if self.ignore_eos else eos_token_ids
+        return tuple(sorted({*eos, *self.stop_token_ids}))
+
+    def samples(self) -> tuple["SamplingParams", ...]:
+        """Return the parameters of each of the `n` samples, with `n` = 1 and distinct seeds."""
+        # The odd multiplier of a 64-bit linear congruential generator (Steele and Vigna 2021).
+        return tuple(
+            replace(self, n=1, seed=(self.seed + index * 0xD1342543DE82EF95) % 2**63)
+            for index in range(self.n)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the parameters as JSON's own types."""
+        return asdict(self) | {
+            "stop": list(self.stop),
+            "stop_token_ids": list(self.stop_token_ids),
+        }
+
+
+def _strings(value: str | Iterable[str]) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else tuple(value)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise RequestError(f"stop = {value!r}: {string!r} is not a string of characters")
+    return strings
+
+
+def _token_ids(value: Iterable[int]) -> tuple[int, ...]:
+    ids = (value,) if isinstance(value, int) else tuple(value)
+    for token in ids:
+        if type(token) is not int or token < 0:
+            raise RequestError(f"stop_token_ids = {value!r}: {token!r} is not a token id")
+    return ids

@@ -1,0 +1,53 @@
+"""A pass as data: which rows run through which segments."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TokenRange:
+    """The rows at positions start .. stop-1 of the sequence in `slot`."""
+
+    slot: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class SegmentStep:
+    """The rows of a pass in one segment. frozen: numbers of the rows that keep their state."""
+
+    segment: int
+    ranges: tuple[TokenRange, ...]
+    frozen: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows that run through the segment."""
+        return sum(map(len, self.ranges))
+
+
+@dataclass(frozen=True)
+class SchedulerOutput:
+    """One pass.
+
+    Attributes:
+        steps: Consecutive segments and their rows.
+        tokens: Token ids of the rows that enter segment 0.
+        logit_rows: Rows that the exit at the end of the last step decides about.
+        new_blocks: Newly taken blocks as (slot, index within the sequence, block).
+        zeroed: Blocks to zero before the pass.
+    """
+
+    steps: tuple[SegmentStep, ...]
+    tokens: tuple[int, ...]
+    logit_rows: tuple[TokenRange, ...]
+    new_blocks: tuple[tuple[int, int, int], ...]
+    zeroed: tuple[int, ...] = ()
+
+    @property
+    def last_segment(self) -> int:
+        """Segment at whose end the pass stops."""
+        return self.steps[-1].segment

@@ -1,0 +1,88 @@
+"""Stream the tokens of one request, each with the text that it completes."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Self
+
+from ee_llm.errors import RunError
+from ee_llm.inference.engine_base import EngineBase
+from ee_llm.inference.outputs import RequestOutput, TokenOutput
+from ee_llm.inference.request import Request
+from ee_llm.inference.text.detokenizer import GeneratedText
+
+
+class TokenStream(Iterator[TokenOutput]):
+    """An iterator over the tokens of a request.
+
+    The text of a token is the text that it makes final: characters that may belong to a stop string
+    or to a longer character come with a later token. Joined, the texts are the output's
+    text. Closing the stream, leaving it as a context manager, or dropping it aborts the request.
+
+    A request that fails raises RunError.
+
+    Attributes:
+        output: The finished output, None before the end.
+        generated: The text so far, with the piece of each token.
+    """
+
+    def __init__(
+        self,
+        engine: EngineBase,
+        request: Request,
+        prompt: str,
+        detokenize: Callable[[list[int]], str],
+    ) -> None:
+        params = request.sampling_params
+        self.output: RequestOutput | None = None
+        self.generated = GeneratedText(
+            detokenize,
+            request.prompt_token_ids,
+            params.stop,
+            dict(request.special_texts),
+            params.min_tokens,
+        )
+        self._prompt = prompt
+        self._num_sent = 0
+        self._tokens: deque[TokenOutput] = deque()
+        self._steps = engine.stream(request)
+
+    def __next__(self) -> TokenOutput:
+        while not self._tokens:
+            step = next(self._steps)
+            finished = step.request_output
+            if finished is not None and finished.error is not None:
+                self.output = replace(finished, prompt=self._prompt)
+                raise RunError(finished.error)
+            for number, token in enumerate(step.tokens, start=1):
+                self.generated.add(token.token_id)
+                is_last = finished is not None and number == len(step.tokens)
+                if is_last:
+                    self.generated.finish()
+                self._tokens.append(replace(token, text=self._new_text(is_last)))
+            if finished is not None:
+                self.output = replace(
+                    finished,
+                    prompt=self._prompt,
+                    text=self.generated.text,
+                    pieces=self.generated.trimmed_pieces,
+                )
+        return self._tokens.popleft()
+
+    def close(self) -> None:
+        """Abort the request unless it is finished."""
+        self._tokens.clear()
+        self._steps.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _new_text(self, is_last: bool) -> str:
+        """Return the text that has become final since the last call."""
+        text = self.generated.text
+        end = len(text) if is_last else self.generated.num_safe
+        start, self._num_sent = self._num_sent, max(self._num_sent, end)
+        return text[start : self._num_sent]

@@ -1,0 +1,3 @@
+"""The version of ee_llm."""
+
+__version__ = "0.1.0"

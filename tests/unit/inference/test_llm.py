@@ -1,0 +1,326 @@
+"""`LLM`: prompts in, outputs with texts out, and nothing of it depends on the other requests."""
+
+import gc
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.tensors import load_reference
+from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
+from ee_llm.errors import RequestError, UserError
+from ee_llm.inference.exits.policy import ExitPolicy
+from ee_llm.inference.llm import LLM
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.strategies import SelfSpeculation
+from ee_llm.inference.verification.reference_decoding import generate_reference
+from tests.unit.inference.models import random_tensors, tiny_config
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def save(output: Path, **config: object) -> Path:
+    """Write a checkpoint of a random model whose tokens are bytes."""
+    made = tiny_config(vocab_size=264, max_seq_length=64, **config)
+    tensors = random_tensors(made, dtype=torch.float32)
+    specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    return write_checkpoint(output, made, specs, tensors.__getitem__, tokenizer_file="bytes")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def exits(run: Path) -> dict[int, float]:
+    """Thresholds that about half of the rows reach at each exit."""
+    logits = load_reference(TensorReader(run)).forward(torch.arange(32, 96))
+    medians = {b: logits[b].softmax(-1).amax(-1).median() for b in (1, 2)}
+    return {b: float(median) for b, median in medians.items()}
+
+
+@pytest.fixture(scope="module")
+def llm(run: Path, tmp_path_factory: pytest.TempPathFactory):
+    template = tmp_path_factory.mktemp("template") / "chat.jinja"
+    template.write_text(TEMPLATE)
+    with LLM(run, dtype="float64", chat_template=template) as llm:
+        yield llm
+
+
+def test_outputs_are_those_of_the_definition(llm: LLM, run: Path, exits: dict) -> None:
+    model = load_reference(TensorReader(run), torch.float64)
+    params = SamplingParams(max_tokens=12, temperature=0.8, seed=7, min_tokens=3)
+    outputs = llm.generate(["Once", "def main("], params, exits=exits)
+    for output, prompt in zip(outputs, ["Once", "def main("], strict=True):
+        expected = generate_reference(
+            model, list(prompt.encode()), output.policy, params, eos_token_ids=(256,)
+        )
+        assert output.token_ids == expected.token_ids
+        assert output.exits == expected.exits
+        assert output.prompt == prompt
+        assert output.text == "".join(token.text for token in output.tokens)
+        assert [token.exit for token in output.tokens] == list(output.exits)
+    assert {exit for output in outputs for exit in output.exits} == {1, 2, 4}
+    assert llm.verify(outputs).passed
+
+
+def test_a_single_prompt_and_token_ids(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=5)
+    (text,) = llm.generate("Once", params)
+    (ids,) = llm.generate(list(b"Once"), params)
+    pair = llm.generate([list(b"Once"), "Once"], params)
+    assert text.token_ids == ids.token_ids == pair[0].token_ids == pair[1].token_ids
+    assert ids.prompt == "Once"
+
+
+def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
+    outputs = llm.generate(
+        ["a", "b"], [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 4)]
+    )
+    assert [len(output.token_ids) for output in outputs] == [2, 4]
+    with pytest.raises(RequestError, match=r"sampling_params has 1 entries for 2"):
+        llm.generate(["a", "b"], [SamplingParams()])
+
+
+def test_n_samples_have_seeds_of_their_own_and_follow_one_another(llm: LLM) -> None:
+    params = SamplingParams(n=3, temperature=1.0, max_tokens=8, seed=5)
+    outputs = llm.generate(["a", "b"], params)
+    assert [output.index for output in outputs] == [0, 1, 2, 0, 1, 2]
+    assert len({output.token_ids for output in outputs[:3]}) == 3
+    (first,) = llm.generate("a", SamplingParams(temperature=1.0, max_tokens=8, seed=5))
+    assert outputs[0].token_ids == first.token_ids
+    assert llm.generate("a", params)[1].token_ids == outputs[1].token_ids
+
+
+def test_min_tokens_bans_end_and_stop_tokens_until_then(llm: LLM) -> None:
+    (free,) = llm.generate("Once", SamplingParams(max_tokens=12))
+    stops = tuple(set(free.token_ids))
+    params = SamplingParams(max_tokens=12, min_tokens=4, stop_token_ids=stops)
+    (output,) = llm.generate("Once", params)
+    assert not {*output.token_ids[:4]} & {*stops}
+    assert output.finish_reason == "stop" or len(output.token_ids) == 12
+    assert len(output.token_ids) > 4
+    assert llm.verify(output).passed
+
+
+def test_a_stop_string_does_not_end_the_first_tokens(llm: LLM) -> None:
+    (free,) = llm.generate("Once", SamplingParams(max_tokens=24))
+    assert free.text is not None
+    stop = next(c for c in free.text if c.isascii())
+    at = next(i for i, token in enumerate(free.tokens) if stop in token.text)
+    (early,) = llm.generate("Once", SamplingParams(max_tokens=24, stop=[stop]))
+    assert (early.finish_reason, stop in (early.text or "")) == ("stop", False)
+    (late,) = llm.generate("Once", SamplingParams(max_tokens=24, stop=stop, min_tokens=at + 1))
+    assert (late.text or "")[: len(early.text or "") + 1] == (early.text or "") + stop
+    assert len(late.token_ids) > len(early.token_ids)
+
+
+def test_logprobs_are_the_most_probable_tokens_of_the_exit(llm: LLM, run: Path, exits) -> None:
+    (output,) = llm.generate("Once", SamplingParams(max_tokens=4, logprobs=3), exits=exits)
+    model = load_reference(TensorReader(run), torch.float64)
+    logits = model.forward(torch.tensor([*output.prompt_token_ids, *output.token_ids]))
+    for index, token in enumerate(output.tokens):
+        row = logits[token.exit][len(output.prompt_token_ids) - 1 + index].log_softmax(-1)
+        top = row.topk(3)
+        assert [id for id, _ in token.top_logprobs] == top.indices.tolist()
+        values = [value for _, value in token.top_logprobs]
+        assert values == pytest.approx(top.values.tolist(), abs=1e-9)
+        assert token.top_logprobs[0] == (token.token_id, pytest.approx(token.logprob))
+
+
+@pytest.mark.parametrize(
+    "exits",
+    [{1: 0.5, 2: "off"}, {1: 0.5}, ExitPolicy((1, 2), (0.5, None)), "file"],
+    ids=["all", "one", "policy", "file"],
+)
+def test_exits_may_be_given_in_many_ways(llm: LLM, tmp_path: Path, exits: object) -> None:
+    policy = ExitPolicy((1, 2), (0.5, None))
+    if exits == "file":
+        exits = tmp_path / "policy.json"
+        policy.save(exits)
+        assert json.loads(exits.read_text())["thresholds"] == {"1": 0.5, "2": None}
+    (output,) = llm.generate("a", SamplingParams(max_tokens=1), exits=exits)
+    assert output.policy == policy
+
+
+@pytest.mark.parametrize(
+    ("exits", "message"),
+    [
+        ({3: 0.5}, r"\{3: 0.5\}: 3 is not an exit.*\[1, 2\]"),
+        (1.5, "1.5 is not in"),
+        (True, "True"),
+        ("no/such/file.json", "no/such/file.json cannot be read"),
+        (ExitPolicy((1,), (0.5,)), r"\[1\].*\[1, 2\]"),
+    ],
+)
+def test_wrong_exits_are_named(llm: LLM, exits: object, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm.generate("a", exits=exits)
+
+
+def test_strategies_by_name_and_by_object(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=10)
+    (full,) = llm.generate("Once", params, strategy="full")
+    (by_name,) = llm.generate("Once", params, strategy="self-speculative")
+    own = SelfSpeculation(draft_exit=2, draft_length=2)
+    (by_object,) = llm.generate("Once", params, strategy=own)
+    assert full.token_ids == by_name.token_ids == by_object.token_ids
+    assert by_object.num_drafted > 0
+    with pytest.raises(RequestError, match=r"draft_exit = 3 .*\[1, 2\]"):
+        llm.generate("Once", strategy=SelfSpeculation(draft_exit=3))
+
+
+def test_a_model_without_exits_cannot_speculate(tmp_path: Path) -> None:
+    with LLM(save(tmp_path, boundaries=()), dtype="float64") as llm:
+        assert llm.generate("a", SamplingParams(max_tokens=2))[0].exits == (4, 4)
+        with pytest.raises(RequestError, match="self-speculative"):
+            llm.generate("a", strategy="self-speculative")
+
+
+@pytest.mark.parametrize("stop", [(), ("e", "xyz")])
+def test_a_stream_yields_the_text_of_the_output(llm: LLM, stop: tuple[str, ...]) -> None:
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=3, stop=stop)
+    (output,) = llm.generate("Once", params)
+    stream = llm.stream("Once", params)
+    tokens = list(stream)
+    assert "".join(token.text for token in tokens) == output.text
+    assert [token.token_id for token in tokens] == list(output.token_ids)
+    assert stream.output is not None
+    assert stream.output.text == output.text
+    assert stream.output.pieces == output.pieces
+
+
+@pytest.mark.parametrize("how", ["close", "context", "drop"])
+def test_a_stream_that_is_not_finished_aborts_its_request(llm: LLM, how: str) -> None:
+    stream = llm.stream("Once", SamplingParams(max_tokens=40))
+    next(stream)
+    assert llm.engine.has_work
+    if how == "close":
+        stream.close()
+    elif how == "context":
+        with stream:
+            next(stream)
+    else:
+        del stream
+        gc.collect()
+    assert not llm.engine.has_work
+
+
+def test_an_interrupted_run_leaves_no_request(llm: LLM) -> None:
+    prompts = [llm.encoder.encode_text(text) for text in "ab"]
+    requests = [
+        llm.make_request(p, SamplingParams(max_tokens=n))
+        for p, n in zip(prompts, (1, 30), strict=True)
+    ]
+    outputs = llm.run(requests, {request.id: "" for request in requests})
+    next(outputs)
+    outputs.close()
+    assert not llm.engine.has_work
+
+
+def test_chat_formats_with_the_template(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    params = SamplingParams(max_tokens=4)
+    (output,) = llm.chat(messages, params)
+    assert output.prompt == "<user>Hello<assistant>"
+    assert [one.token_ids for one in llm.chat([messages, messages], params)] == [
+        output.token_ids,
+        output.token_ids,
+    ]
+    assert "".join(token.text for token in llm.stream(messages, params)) == output.text
+    with pytest.raises(RequestError, match="conversation 1.*role"):
+        llm.chat([{"content": "Hello"}])
+
+
+def test_a_wrong_output_fails_the_certificate(llm: LLM) -> None:
+    from dataclasses import replace
+
+    (output,) = llm.generate("Once", SamplingParams(max_tokens=6))
+    wrong = replace(output, token_ids=(*output.token_ids[:-1], (output.token_ids[-1] + 1) % 256))
+    report = llm.verify([output, wrong])
+    assert not report.passed
+    assert (report.num_generations, report.num_unexplained) == (2, 1)
+    assert "1 of them beyond rounding" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("", "empty"),
+        ([""], "empty"),
+        ([[]], "empty"),
+        (["a", 5], r"prompts\[1\] is 5"),
+        ([264], "264"),
+    ],
+)
+def test_bad_prompts_are_refused_before_anything_runs(llm: LLM, prompts, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm.generate(prompts)
+    assert not llm.engine.has_work
+
+
+def test_a_closed_model_says_so(run: Path) -> None:
+    llm = LLM(run, dtype="float64")
+    assert repr(llm).startswith("LLM(")
+    assert "exits=[1, 2]" in repr(llm)
+    llm.close()
+    llm.close()
+    with pytest.raises(RequestError, match="closed"):
+        llm.generate("a")
+    assert "closed" in repr(llm)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor": 3}, "tensor 3"),
+        ({"tensor": 0}, "tensor = 0"),
+        ({"max_num_seqs": 1.5}, "max_num_seqs = 1.5"),
+        ({"timeout_s": float("nan")}, "timeout_s = nan"),
+        ({"exits": {9: 0.5}}, "9 is not an exit"),
+        ({"dtype": "float8"}, "float8"),
+    ],
+)
+def test_bad_options_are_named(run: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LLM(run, **options)
+
+
+def test_a_repr_is_readable_and_html_is_escaped(llm: LLM, exits) -> None:
+    (output,) = llm.generate("<b>Once</b>", SamplingParams(max_tokens=12), exits=exits)
+    assert re.fullmatch(r"RequestOutput\(text='.*', num_tokens=12, mean_depth=.*\)", repr(output))
+    html = output._repr_html_()
+    assert "&lt;b&gt;Once&lt;/b&gt;" in html
+    assert "<b>" not in html
+    assert f"mean depth {output.mean_depth:.2f} of 4 layers" in html
+
+
+_SCRIPT = """
+import json, sys
+from ee_llm import LLM, SamplingParams
+path, layout = sys.argv[1], json.loads(sys.argv[2])
+params = SamplingParams(max_tokens=12, temperature=0.8, seed=7)
+for _ in range(2):  # nothing of the first engine is in the way of the second
+    with LLM(path, dtype="float64", **layout) as llm:
+        outputs = llm.generate(["Once", "def main("], params)
+        assert llm.verify(outputs).passed
+print(json.dumps([output.token_ids for output in outputs]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}])
+def test_other_ranks_are_started_and_ended(run: Path, llm: LLM, layout: dict[str, int]) -> None:
+    """In a process of its own: a process group is for ranks alone."""
+    params = SamplingParams(max_tokens=12, temperature=0.8, seed=7)
+    expected = [list(output.token_ids) for output in llm.generate(["Once", "def main("], params)]
+    command = [sys.executable, "-c", _SCRIPT, str(run), json.dumps(layout)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
