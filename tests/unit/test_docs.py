@@ -96,3 +96,35 @@ def test_generation_picture_shows_every_token() -> None:
     assert [picture.count(f'fill="{colors[depth]}"') for depth in (2, 4, 8)] == [3, 2, 2]
     assert "y&lt;z" in picture
     assert "exit 2: 50% of tokens" in picture
+
+
+def test_api_page_is_up_to_date() -> None:
+    """After a change of public signatures or docstrings: python tools/docs/api.py."""
+    api = load_tool("api")
+    assert api.PAGE.read_text(encoding="utf-8") == api.page()
+
+
+def test_api_page_renders_google_sections() -> None:
+    def sample(rows: int, *, dtype: str = "auto") -> list[int]:
+        """Return the ids of some rows.
+
+        Args:
+            rows: Number of rows, on two
+                lines.
+            dtype: Precision.
+
+        Returns:
+            A list.
+
+        After the sections.
+        """
+        raise NotImplementedError
+
+    api = load_tool("api")
+    assert api.ApiPage().signature("sample", sample) == (
+        'sample(rows: int, *, dtype: str = "auto") -> list[int]'
+    )
+    assert api.docstring_text(sample.__doc__) == (
+        "Return the ids of some rows.\n\n**Args**\n\n- `rows`: Number of rows, on two lines.\n"
+        "- `dtype`: Precision.\n\n**Returns:** A list.\n\nAfter the sections."
+    )
