@@ -13,6 +13,7 @@ arguments=()
 for argument in "$@"; do
     # An empty marker expression replaces "not slow" in pyproject.toml.
     case "$argument" in
+    --fast) arguments+=(-m "not slow and not gpu and not thorough" tests/unit) ;;
     --slow) arguments+=(-m "") ;;
     --gpu)
         arguments+=(-m gpu -n 0 tests/gpu)

@@ -10,6 +10,8 @@ import ee_llm
 from ee_llm.errors import ConfigError
 from tests.unit.conversion.huggingface.folders import make_folder
 
+pytestmark = pytest.mark.thorough
+
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 

@@ -169,6 +169,9 @@ def test_test_script_runs_every_checker(run: Run, checkout: Path) -> None:
     ]
     run("scripts/test.sh", "--slow", "-x")
     assert calls(checkout)[-1][-3:] == ["-m", "", "-x"]
+    run("scripts/test.sh", "--fast")
+    fast = "not slow and not gpu and not thorough"
+    assert calls(checkout)[-1][-3:] == ["-m", fast, "tests/unit"]
     run(".ci/run")
     assert calls(checkout)[-1] == ["pytest", "-n", "auto", "--maxprocesses", "2"]
 

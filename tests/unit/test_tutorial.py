@@ -1,11 +1,14 @@
 """The Python tutorial runs as it is written, on a CPU."""
 
+import pytest
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+pytestmark = pytest.mark.thorough
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "tutorials" / "python-api.md"
 

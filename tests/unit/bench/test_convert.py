@@ -11,6 +11,8 @@ from tests.unit.bench.test_report import run
 from tests.unit.conversion.huggingface.folders import make_folder
 from tools.bench import convert
 
+pytestmark = pytest.mark.thorough
+
 TOOLS = Path(__file__).resolve().parents[3] / "tools"
 
 

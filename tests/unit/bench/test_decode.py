@@ -24,6 +24,8 @@ from tools.bench.decode_quality import depth_of
 from tools.bench.decode_rows import EXACT, FULL, HELD, PEER, PROPAGATE, TRUNCATED, VERIFY
 from tools.bench.decode_setup import Options
 
+pytestmark = pytest.mark.thorough
+
 BENCH = Path(__file__).resolve().parents[3] / "tools" / "bench" / "decode.py"
 
 

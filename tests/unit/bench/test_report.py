@@ -22,6 +22,8 @@ from tools.bench.train_overhead import best_split, makespan
 from tools.bench.train_throughput import Options, flops_per_token
 from tools.bench.train_throughput import make_config as make_throughput_config
 
+pytestmark = pytest.mark.thorough
+
 BENCHES = Path(__file__).resolve().parents[3] / "tools" / "bench"
 SIZES = Sizes(num_layers=8, hidden_size=32, num_heads=2, vocab_size=64, seq_length=16)
 STANDARD, NAIVE, DEFERRED, _, BOTH = FOUR_STAGES

@@ -10,6 +10,8 @@ import pytest
 from tools.bench import report, tuning
 from tools.bench.tuning import CASES, Case, Options, flops, make_config
 
+pytestmark = pytest.mark.thorough
+
 TOOL = Path(tuning.__file__)
 
 

@@ -21,6 +21,8 @@ from ee_llm.data.tokenization.train_tokenizer import TrainTokenizerOptions
 from ee_llm.errors import ConfigError
 from tests.unit.checkpoint.surgery.sources import HEADS, save, tiny
 
+pytestmark = pytest.mark.thorough
+
 EXTREMES = ("0", "-1", "2147483648", "9223372036854775808", "18446744073709551615")
 EXTREMES += ("1e10", "1e308", "1e-308", "inf", "-inf", "nan")
 

@@ -11,6 +11,8 @@ import pytest
 from ee_llm.checkpoint.read import TensorReader
 from tests.unit.conversion.huggingface.folders import make_folder
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "examples" / "llama.sh"
 

@@ -10,6 +10,8 @@ import pytest
 
 from ee_llm.checkpoint.read import TensorReader
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "examples" / "smollm2.sh"
 

@@ -24,6 +24,8 @@ from tests.unit.inference.fuzz import (
 )
 from tests.unit.inference.models import random_tensors, tiny_config
 
+pytestmark = pytest.mark.thorough
+
 SEEDS = range(24)
 HEADS = (("norm",), ("mlp", "norm"), ("block", "norm"), ("block", "mlp", "norm"), ())
 
