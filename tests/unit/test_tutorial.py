@@ -1,12 +1,13 @@
 """The Python tutorial runs as it is written, on a CPU."""
 
-import pytest
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 pytestmark = pytest.mark.thorough
 
