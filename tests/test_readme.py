@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.unit.conversion.huggingface.folders import make_folder
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     "--training.steps",
@@ -101,3 +103,18 @@ def test_first_model_tutorial_and_generate_page(tmp_path):
     assert "certificate: 3 generations" in text
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert {record["id"] for record in written} == {"first", "2", "3"}
+
+
+def test_ten_lines_of_python(tmp_path):
+    """The README's Python block runs on a tiny Llama, with two steps of tuning."""
+    folder = make_folder(tmp_path / "models" / "llama", num_hidden_layers=18)
+    texts = "\n".join(json.dumps({"text": f"def main({i}): pass"}) for i in range(200))
+    (tmp_path / "texts.jsonl").write_text(texts)
+    prepare = ["ee-llm", "data", "prepare", "--inputs", "texts.jsonl", "--output", "data/corpus"]
+    run([*prepare, "--tokenizer", str(folder / "tokenizer.json")], tmp_path)
+    (code,) = blocks("README.md", "python")
+    small = 'training={"steps": 2, "micro_batch_size": 2, "global_batch_size": 2}'
+    assert code.count('data=["data/corpus"])') == 1
+    code = code.replace('data=["data/corpus"])', f'data=["data/corpus"], {small})')
+    text = run([sys.executable, "-c", f"{code}\nassert llm.verify(outputs).passed"], tmp_path)
+    assert re.search(r", (8|16|18)\)", text)
