@@ -218,7 +218,13 @@ def connect(*, tensor: int = 1, pipeline: int = 1, timeout_s: float = 600) -> In
             f"world size is {world_size}. Start {tensor * pipeline} ranks."
         )
     timeout = datetime.timedelta(seconds=timeout_s)
-    dist.init_process_group(devices.backend(), timeout=timeout)
+    try:
+        dist.init_process_group(devices.backend(), timeout=timeout)
+    except RuntimeError as error:
+        raise RankLostError(
+            f"not all of {world_size} ranks joined within {timeout_s:g} s. Look at the output of"
+            f" the other ranks first: {error}"
+        ) from error
     rank = dist.get_rank()
     stage, tensor_rank = divmod(rank, tensor)
 

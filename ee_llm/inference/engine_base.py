@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Self
 
 from ee_llm.config import Config
@@ -207,6 +207,11 @@ class EngineBase(ABC):
         self._forget(id)
         return _request_output(sequence) if sequence.exits else None
 
+    def abort_all(self) -> None:
+        """Abort all unfinished requests; their streams end."""
+        for id in list(self._sequences):
+            self.abort(id)
+
     def stream(self, request: Request) -> OutputStream:
         """Return an iterator over the outputs of one request; other requests continue meanwhile.
 
@@ -243,7 +248,7 @@ class EngineBase(ABC):
             raise RequestError(f"Request {aborted[0]!r} was aborted while it was generated.")
         return [finished[request.id] for request in requests]
 
-    def run(self, requests: Iterable[Request]) -> Iterator[StepOutput]:
+    def run(self, requests: Iterable[Request]) -> Generator[StepOutput, None, None]:
         """Yield the outputs of requests as they come, in any order.
 
         If one of the requests cannot be added, none is. Requests that are unfinished when the

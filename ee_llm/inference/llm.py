@@ -1,6 +1,7 @@
 """Generate text with an early-exit model: the class that notebooks and programs use."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from rich.progress import TextColumn
 
 from ee_llm import distributed
 from ee_llm.data.tokenization.chat_template import Message
+from ee_llm.data.tokenization.token_settings import is_encodable
 from ee_llm.errors import RequestError
 from ee_llm.inference.choices import Bos
 from ee_llm.inference.exits.policy import Exits
@@ -18,6 +20,7 @@ from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.strategies import SelfSpeculation, Strategy
 from ee_llm.inference.stream import TokenStream
 from ee_llm.inference.text.chat import check_messages
+from ee_llm.inference.text.json_lines import short
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 from ee_llm.inference.verification.verify import VerificationReport, Verifier
 
@@ -54,6 +57,9 @@ class LLM(LoadedModel):
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Return the continuations of prompts, in order.
+
+        A request that fails, such as for logits that are not finite, does not affect the others:
+        its output has the finish reason "error" and a message in `error`.
 
         Args:
             prompts: A text or a list of token ids, or a list of them.
@@ -96,10 +102,10 @@ class LLM(LoadedModel):
             RequestError: A conversation or parameter is not valid, or the model has no chat
                 template.
         """
-        is_single = not messages or isinstance(messages[0], Mapping)
+        is_single = not (_is_list(messages) and messages and _is_list(messages[0]))
         conversations: Any = [messages] if is_single else messages
         encoded = [
-            self._encoder.encode_chat(check_messages(list(one), f"conversation {number}"))
+            self._encoder.encode_chat(check_messages(_as_list(one), f"conversation {number}"))
             for number, one in enumerate(conversations, start=1)
         ]
         return self._generate(encoded, sampling_params, exits, strategy, progress)
@@ -129,8 +135,9 @@ class LLM(LoadedModel):
 
         Raises:
             RequestError: The prompt or a parameter is not valid.
+            RunError: Later, from the iterator: the request failed.
         """
-        if not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
+        if _is_list(prompt) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
             encoded = self._encoder.encode_chat(check_messages(list(prompt), "messages"))
         else:
             encoded = self._encode(prompt, bos, parse_special)  # type: ignore[arg-type]
@@ -153,6 +160,9 @@ class LLM(LoadedModel):
                 " so outputs cannot be verified. Use quantize='none'."
             )
         found = [outputs] if isinstance(outputs, RequestOutput) else list(outputs)
+        for output in found:
+            if not isinstance(output, RequestOutput):
+                raise RequestError(f"{short(output)} is not a RequestOutput.")
         finished = [(output, self.dtype) for output in found if output.token_ids]
         return Verifier(self._reader).verify(finished)
 
@@ -179,29 +189,46 @@ class LLM(LoadedModel):
             "generating", len(requests), count, is_quiet=not progress
         ) as bar:
             (task,) = bar.task_ids
-            for output in self.run(requests, texts):
-                outputs[output.request_id] = replace(output, index=indices[output.request_id])
-                bar.update(task, advance=1)
+            with closing(self.run(requests, texts)) as finished:
+                for output in finished:
+                    outputs[output.request_id] = replace(output, index=indices[output.request_id])
+                    bar.update(task, advance=1)
         return [outputs[request.id] for request in requests]
 
     def _encode(self, prompt: Prompt, bos: Bos, parse_special: bool) -> EncodedPrompt:
         if isinstance(prompt, str):
             if not prompt:
                 raise RequestError("A prompt is an empty text. Give at least one character.")
+            if not is_encodable(prompt):
+                raise RequestError(f"Prompt {short(prompt)} is not valid Unicode text.")
             return self._encoder.encode_text(prompt, bos=bos, parse_special=parse_special)
+        if not _is_list(prompt) or not all(type(token) is int for token in prompt):
+            raise RequestError(f"Prompt {short(prompt)}: give a text or a list of token ids.")
         return self._encoder.encode_ids(prompt, bos=bos)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if _is_list(value) else value
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if not _is_list(prompts):
+        raise RequestError(
+            f"prompts = {short(prompts)}. Give a text, a list of token ids, or a list of them."
+        )
     if prompts and all(isinstance(token, int) for token in prompts):
         return [prompts]  # type: ignore[list-item]
     found: list[Prompt] = []
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, int) or not isinstance(prompt, str | Sequence):
             raise RequestError(
-                f"prompts[{number}] is {prompt!r}. Give a text or a list of token ids."
+                f"prompts[{number}] is {short(prompt)}. Give a text or a list of token ids."
             )
         found.append(prompt)
     return found
@@ -212,6 +239,10 @@ def _params_list(
 ) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not _is_list(params) or not all(isinstance(one, SamplingParams) for one in params):
+        raise RequestError(
+            f"sampling_params = {short(params)}. Give SamplingParams, or a list of them."
+        )
     if len(params) != count:
         raise RequestError(
             f"sampling_params has {len(params)} entries for {count} prompts. Give one for each"

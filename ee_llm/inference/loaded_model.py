@@ -1,10 +1,10 @@
 """A model that is loaded for inference: its engine, tokenizer and ranks, and its requests."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 import torch.distributed
@@ -22,7 +22,7 @@ from ee_llm.inference.execution.stage import check_layout
 from ee_llm.inference.exits.policy import Exits, resolve_policy
 from ee_llm.inference.load import load_engine
 from ee_llm.inference.outputs import RequestOutput
-from ee_llm.inference.ranks.workers import Workers
+from ee_llm.inference.ranks.workers import Workers, announce_ready
 from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.scheduling.config import SchedulerConfig
@@ -93,6 +93,8 @@ class LoadedModel:
         self._reader = TensorReader(model)
         self.config = self._reader.config()
         self.dtype = _dtype(dtype)
+        _check_choice("quantize", quantize, get_args(Quantize))
+        _check_choice("deferral", deferral, get_args(DeferralMode))
         self._check(tensor, pipeline, max_num_seqs, cache_tokens, timeout_s, quantize)
         self._quantize = quantize
         self.tokenizer: Tokenizer = load_tokenizer(
@@ -201,7 +203,7 @@ class LoadedModel:
 
     def run(
         self, requests: Iterable[Request], prompts: Mapping[str, str]
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Yield the output of each request as it finishes; prompts: their texts by request id.
 
         Requests that are unfinished when the iterator is closed are aborted. A request that failed
@@ -212,13 +214,16 @@ class LoadedModel:
         """
         self._check_open()
         by_id = {request.id: request for request in requests}
-        for step in self.engine.run(by_id.values()):
-            if step.request_output is not None:
-                request = by_id[step.request_id]
-                yield self._with_text(step.request_output, request, prompts[request.id])
+        # If the caller fails, its traceback keeps the generators alive: close them explicitly.
+        with closing(self.engine.run(by_id.values())) as steps:
+            for step in steps:
+                if step.request_output is not None:
+                    request = by_id[step.request_id]
+                    yield self._with_text(step.request_output, request, prompts[request.id])
 
     def worker_loop(self) -> None:
         """Run passes for the leading rank until it closes; for ranks that do not lead."""
+        self._check_open()
         self.engine.worker_loop()
 
     def close(self) -> None:
@@ -226,6 +231,7 @@ class LoadedModel:
         if not self._is_open:
             return
         self._is_open = False
+        self.engine.abort_all()
         if self._ranks is not None and self._ranks.is_leader:
             self._closing.callback(self.engine.close)
         self._closing.close()
@@ -236,8 +242,10 @@ class LoadedModel:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is not None and self._ranks is not None:
-            self._is_open = False  # The other ranks notice that this one is gone.
-            self._closing.close()
+            if self._is_open:  # The other ranks notice that this one is gone.
+                self._is_open = False
+                self._closing.close()
+                del self.engine
             return
         self.close()
 
@@ -282,8 +290,20 @@ class LoadedModel:
                 " torch.distributed. Close the other LLM, or use a new process."
             )
         if distributed.launched_world_size() is None:
+            num_gpus = distributed.num_gpus()
+            if 0 < num_gpus < tensor * pipeline:
+                raise RequestError(
+                    f"tensor = {tensor} x pipeline = {pipeline} needs {tensor * pipeline} GPUs, but"
+                    f" this machine has {num_gpus}. Use fewer ranks, or set CUDA_VISIBLE_DEVICES="
+                    " to compute on the CPU."
+                )
             workers = Workers(tensor * pipeline, arguments)
-            self._closing.callback(workers.close)
+            with ExitStack() as stack:  # ends the workers if one of them fails
+                stack.callback(workers.close)
+                workers.wait_until_ready(timeout_s)
+                self._closing = stack.pop_all()
+        else:
+            announce_ready()
         with self._closing.pop_all() as stack:
             self._ranks = distributed.connect_serving(
                 tensor=tensor, pipeline=pipeline, timeout_s=timeout_s
@@ -314,6 +334,11 @@ class LoadedModel:
     def _check_open(self) -> None:
         if not self._is_open:
             raise RequestError("This LLM is closed. Load the model again.")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise RequestError(f"{name} = {value!r} is unknown. Use one of {', '.join(choices)}.")
 
 
 def _dtype(dtype: DtypeName | torch.dtype) -> torch.dtype:

@@ -35,5 +35,7 @@ class SelfSpeculation:
                 f"draft_length = {self.draft_length!r} must be an integer of at least 1"
             )
         threshold = self.draft_threshold
-        if threshold is not None and not 0.0 < threshold <= 1.0:  # NaN fails too
-            raise RequestError(f"draft_threshold = {threshold} is not in (0, 1]")
+        if threshold is None:
+            return
+        if not isinstance(threshold, int | float) or not 0.0 < threshold <= 1.0:  # NaN fails too
+            raise RequestError(f"draft_threshold = {threshold!r} is not in (0, 1]")

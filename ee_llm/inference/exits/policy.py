@@ -73,9 +73,12 @@ class ExitPolicy:
                 f" boundaries {list(self.boundaries)}. Give one per exit, or a single one for all."
             )
         for threshold in self.thresholds:
-            if threshold is not None and not 0.0 < threshold <= 1.0:  # NaN fails the test too
+            if threshold is None:
+                continue
+            is_number = isinstance(threshold, int | float)
+            if not is_number or not 0.0 < threshold <= 1.0:  # NaN fails the test too
                 raise RequestError(
-                    f"thresholds: {threshold} is not in (0, 1]. 1 means 'only if certain'; use"
+                    f"thresholds: {threshold!r} is not in (0, 1]. 1 means 'only if certain'; use"
                     " 'off' for an exit that no token may take."
                 )
 
@@ -157,7 +160,10 @@ def resolve_policy(exits: Exits, boundaries: Sequence[int]) -> ExitPolicy:
         return make_exit_policy(boundaries, [None])
     if isinstance(exits, str | Path):
         found = _read_policy(Path(exits))
-        return _by_exit(found.thresholds, boundaries, found.measure)
+        try:
+            return _by_exit(found.thresholds, boundaries, found.measure)
+        except RequestError as error:
+            raise RequestError(f"Policy file {exits}: {error}") from None
     if isinstance(exits, Mapping):
         return _by_exit(exits, boundaries, "max_probability")
     if isinstance(exits, bool) or not isinstance(exits, int | float):

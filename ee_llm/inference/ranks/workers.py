@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 from torch.distributed import TCPStore
@@ -21,7 +22,8 @@ run_worker(sys.argv[1])
 """
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # tells torch that the parent hosts the store
-_END_S = 30.0
+_READY = "EE_LLM_WORKER_PORT"  # port of the store in which a worker announces that it is ready
+_END_S, _POLL_S = 30.0, 0.02
 
 
 class Workers:
@@ -40,6 +42,7 @@ class Workers:
             reader, writer = os.pipe()
             os.set_blocking(reader, False)
             environment = self._rank_environment(rank, num_ranks) | launched_environment(writer)
+            environment[_READY] = str(self._store.port)
             code = _START.format(path=sys.path)
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code, json.dumps(arguments)],
@@ -54,11 +57,29 @@ class Workers:
         values = (rank, rank, num_ranks, num_ranks, "localhost", self._store.port)
         return dict(zip(_NAMES, map(str, values), strict=True)) | {_AGENT_STORE: "True"}
 
-    def check(self) -> None:
-        """Raise RunError if a worker has ended."""
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Wait until every worker joins the process group next.
+
+        Raises:
+            RunError: A worker has ended, or is not ready after `timeout_s` seconds.
+        """
+        end = time.monotonic() + timeout_s
         for rank, (process, reader) in enumerate(self._processes, start=1):
-            if process.poll() is not None:
-                raise RunError(f"Rank {rank} of the engine ended: {_reported(reader, process)}")
+            while not self._store.check([_ready_key(rank)]):
+                if process.poll() is not None:
+                    self._kill()
+                    raise RunError(f"Rank {rank} of the engine ended: {_reported(reader, process)}")
+                if time.monotonic() > end:
+                    self._kill()
+                    raise RunError(
+                        f"Rank {rank} of the engine has not started after {timeout_s:g} s. Raise"
+                        " timeout_s if the machine is slow."
+                    )
+                time.sleep(_POLL_S)
+
+    def _kill(self) -> None:
+        for process, _ in self._processes:
+            process.kill()
 
     def close(self) -> None:
         """Wait for the workers to end, and kill those that do not; shut down the engine first."""
@@ -75,6 +96,17 @@ class Workers:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def announce_ready() -> None:
+    """Tell the leader that this process, if it is a worker, joins the process group next."""
+    if _READY in os.environ:
+        store = TCPStore("localhost", int(os.environ[_READY]), is_master=False)
+        store.set(_ready_key(int(os.environ["RANK"])), "")
+
+
+def _ready_key(rank: int) -> str:
+    return f"ee_llm/ready/{rank}"
 
 
 def _reported(reader: int, process: subprocess.Popen[bytes]) -> str:

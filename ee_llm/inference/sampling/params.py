@@ -33,8 +33,10 @@ class SamplingParams:
         max_tokens: Number of tokens after which a generation ends.
         min_tokens: End tokens, `stop_token_ids` and stop strings have no effect before this number
             of tokens; end and stop tokens are not drawn until then.
-        stop: Strings at which a generation ends. The output does not contain them.
-        stop_token_ids: Tokens at which a generation ends, besides the model's own end tokens.
+        stop: Strings at which a generation ends, or a single one; None for none. The output does
+            not contain them.
+        stop_token_ids: Tokens at which a generation ends, besides the model's own end tokens; None
+            for none.
         ignore_eos: Do not end at the model's own end tokens.
         logprobs: Number of most probable tokens whose log probabilities each token reports, at most
             20; None for none. They are those of the token's own exit.
@@ -126,7 +128,11 @@ class SamplingParams:
         }
 
 
-def _strings(value: str | Iterable[str]) -> tuple[str, ...]:
+def _strings(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Iterable):
+        raise RequestError(f"stop = {value!r} must be a string or a list of strings")
     strings = (value,) if isinstance(value, str) else tuple(value)
     for string in strings:
         if not isinstance(string, str) or not string:
@@ -134,7 +140,11 @@ def _strings(value: str | Iterable[str]) -> tuple[str, ...]:
     return strings
 
 
-def _token_ids(value: Iterable[int]) -> tuple[int, ...]:
+def _token_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, int | Iterable):
+        raise RequestError(f"stop_token_ids = {value!r} must be a list of token ids")
     ids = (value,) if isinstance(value, int) else tuple(value)
     for token in ids:
         if type(token) is not int or token < 0:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import get_args
 
 from ee_llm.data.tokenization.chat_template import ChatTemplate, Message, load_chat_template
 from ee_llm.data.tokenization.tokenizer import Tokenizer
@@ -92,6 +93,8 @@ def first_tokens(bos: Bos, tokenizer: Tokenizer, adds_bos: bool | None) -> list[
 
     Raises RequestError if the token is wanted and the tokenizer has none.
     """
+    if bos not in get_args(Bos):
+        raise RequestError(f"bos = {bos!r} is unknown. Use one of {', '.join(get_args(Bos))}.")
     adds = tokenizer.adds_bos if adds_bos is None else adds_bos
     if bos == "off" or (bos == "auto" and not adds):
         return []

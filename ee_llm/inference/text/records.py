@@ -189,6 +189,10 @@ def from_record(record: Mapping[str, Any], where: str) -> tuple[RequestOutput, s
             raise RequestError(
                 f"{where}: {name!r} has {len(getattr(found, name))} entries for {num_new} tokens"
             )
+    if found.pieces and len(found.pieces) != num_new:
+        raise RequestError(
+            f"{where}: 'pieces' has {len(found.pieces)} entries for {num_new} tokens"
+        )
     if found.dtype not in distributed.DTYPES:
         choices = ", ".join(distributed.DTYPES)
         raise RequestError(f"{where}: 'dtype' is {short(found.dtype)}, not one of {choices}")

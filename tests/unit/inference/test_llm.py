@@ -257,12 +257,77 @@ def test_a_wrong_output_fails_the_certificate(llm: LLM) -> None:
         ([[]], "empty"),
         (["a", 5], r"prompts\[1\] is 5"),
         ([264], "264"),
+        (None, "prompts = None"),
+        (b"Once", "prompts = b'Once'"),
+        ({"prompt": "Once"}, "prompts = {'prompt'"),
+        ([["a", "b"]], r"\['a', 'b'\]"),
+        (["\ud800"], "Unicode"),
     ],
 )
 def test_bad_prompts_are_refused_before_anything_runs(llm: LLM, prompts, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         llm.generate(prompts)
     assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [None, "Hello", {"role": "user", "content": "Hello"}, [], ["Hello"]],
+    ids=["none", "text", "message", "empty", "texts"],
+)
+def test_what_is_not_a_conversation_is_refused(llm: LLM, messages: object) -> None:
+    with pytest.raises(RequestError, match="conversation 1"):
+        llm.chat(messages)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sampling_params": {"max_tokens": 3}}, "sampling_params = {'max_tokens'"),
+        ({"sampling_params": [None]}, r"sampling_params = \[None\]"),
+        ({"bos": "yes"}, "bos = 'yes'"),
+        ({"exits": {1: "high"}}, "'high'"),
+        ({"strategy": "verify"}, "'verify'"),
+    ],
+)
+def test_bad_arguments_are_named(llm: LLM, arguments: dict, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm.generate("Once", **arguments)
+    assert not llm.engine.has_work
+
+
+def test_a_policy_file_is_named_in_its_errors(llm: LLM, tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    path.write_text('{"thresholds": {"1": 1.5}}')
+    with pytest.raises(RequestError, match=r"policy\.json.*1\.5"):
+        llm.generate("Once", exits=path)
+
+
+def test_closing_the_model_ends_its_streams(run: Path) -> None:
+    llm = LLM(run, dtype="float64")
+    stream = llm.stream([72, 105], SamplingParams(max_tokens=40, ignore_eos=True))
+    next(stream)
+    llm.close()
+    assert len(list(stream)) < 39
+    with pytest.raises(RequestError, match="closed"):
+        llm.worker_loop()
+
+
+def test_an_error_of_the_caller_leaves_no_request(llm: LLM) -> None:
+    """A traceback that somebody keeps holds the frames of its generators."""
+
+    class Failed(Exception):
+        pass
+
+    def fail(*_: object) -> None:
+        raise Failed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm, "_with_text", fail)
+        with pytest.raises(Failed) as error:
+            llm.generate(["a", "b"], [SamplingParams(max_tokens=n) for n in (1, 30)])
+    assert not llm.engine.has_work
+    assert error.traceback
 
 
 def test_a_closed_model_says_so(run: Path) -> None:
@@ -285,6 +350,8 @@ def test_a_closed_model_says_so(run: Path) -> None:
         ({"timeout_s": float("nan")}, "timeout_s = nan"),
         ({"exits": {9: 0.5}}, "9 is not an exit"),
         ({"dtype": "float8"}, "float8"),
+        ({"quantize": "int4"}, "quantize = 'int4'"),
+        ({"deferral": "on"}, "deferral = 'on'"),
     ],
 )
 def test_bad_options_are_named(run: Path, options: dict, message: str) -> None:
@@ -324,3 +391,26 @@ def test_other_ranks_are_started_and_ended(run: Path, llm: LLM, layout: dict[str
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+_FAILING = """
+import sys, time
+from ee_llm import LLM, RunError
+from ee_llm.inference.ranks import workers
+workers._START = "import sys; sys.exit(3)"
+start = time.monotonic()
+for _ in range(2):  # nothing of the first attempt is in the way of the second
+    try:
+        LLM(sys.argv[1], tensor=2)
+    except RunError as error:
+        assert "Rank 1" in str(error) and "3" in str(error), error
+    else:
+        raise AssertionError
+assert time.monotonic() - start < 60
+"""
+
+
+def test_a_rank_that_does_not_start_is_reported_at_once(run: Path) -> None:
+    command = [sys.executable, "-c", _FAILING, str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

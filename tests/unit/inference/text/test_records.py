@@ -169,6 +169,7 @@ def test_no_malformed_sampling_is_taken(name: str, value: object) -> None:
     [
         ({"exits": [2]}, "'exits' has 1 entries for 2"),
         ({"confidences": [0.5] * 3}, "'confidences' has 3 entries for 2"),
+        ({"pieces": ["a"]}, "'pieces' has 1 entries for 2"),
         ({"num_drafted": 1.5}, "'num_drafted' is 1.5"),
         ({"sampling_params": _record()["sampling_params"] | {"top_k": 1.5}}, "top_k' is 1.5"),
         ({"sampling_params": _record()["sampling_params"] | {"top_p": 1.5}}, "top_p = 1.5"),
