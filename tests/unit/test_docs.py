@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.unit.test_import_rules import RULES
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *DOCS]
@@ -73,11 +75,16 @@ def test_every_page_has_a_kind_and_is_in_the_index() -> None:
         assert name == "README.md" or (name.split("/")[0] in KINDS and f"({name})" in index), name
 
 
-def test_architecture_page_has_every_package() -> None:
+def test_architecture_page_agrees_with_the_packages_and_their_import_rules() -> None:
     page = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
     table = page.partition("## Packages")[2].partition("\n## ")[0]
-    found = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
-    assert found == {path.parent.name for path in (ROOT / "ee_llm").glob("*/__init__.py")}
+    rows = dict(re.findall(r"^\| `(\w+)` \| .* \|(.*)\|$", table, re.MULTILINE))
+    assert rows.keys() == {path.parent.name for path in (ROOT / "ee_llm").glob("*/__init__.py")}
+    allowed = {rule.where: rule.ours for rule in RULES if rule.ours is not None}
+    for package, shown in rows.items():
+        if package in allowed and not shown.strip().startswith("all "):
+            names = set(re.sub(r"\(.*\)", "", shown).replace(",", " ").split())
+            assert names == set(allowed[package]) & rows.keys(), package
 
 
 def test_generation_picture_shows_every_token() -> None:
