@@ -144,19 +144,19 @@ def tune(
 
 
 def plan(
-    config: Config | str | Path | Mapping[str, Any], *, num_processes: int | None = None
+    config: Config | str | Path | Mapping[str, Any], *, nproc: int | None = None
 ) -> PlanReport:
     """Predict the pipeline schedule of a training run: its order, times and memory.
 
     Args:
         config: A configuration, a TOML file, or options by name.
-        num_processes: Number of ranks of the run; None for parallel.tensor x parallel.pipeline.
+        nproc: Number of ranks of the run; None for parallel.tensor x parallel.pipeline.
 
     Raises:
         UserError: The configuration is not valid.
     """
     found = _config(config)
-    size = num_processes or found.parallel.tensor * found.parallel.pipeline
+    size = nproc or found.parallel.tensor * found.parallel.pipeline
     return _plan(found, num_microbatches=found.num_microbatches(size))
 
 

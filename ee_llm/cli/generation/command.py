@@ -67,6 +67,10 @@ def check(options: GenerateOptions) -> None:
             "--json and --show-confidence apply to one prompt; the results of a --batch-file are in"
             " --output. Remove them."
         )
+    if options.policy is not None and options.thresholds != GenerateOptions.thresholds:
+        raise UserError(
+            f"--policy {options.policy} and --thresholds are both given. Use one of them."
+        )
     for name, most in _MOST.items():
         value = getattr(options, name)
         if not 1 <= value <= most:  # NaN fails too

@@ -486,6 +486,7 @@ def test_a_foreign_output_is_refused_and_kept(run: Path, tmp_path: Path) -> None
             "draft_exit = 10{30} ",
         ),
         ({"checkpoint": Path("/no/such/run")}, "/no/such/run does not exist"),
+        ({"policy": Path("p.json"), "thresholds": (0.5,)}, "--policy p.json and --thresholds"),
     ],
 )
 def test_bad_input_is_named(run: Path, change: Record, message: str) -> None:
