@@ -18,7 +18,7 @@ import ee_llm
 from ee_llm.cli.arguments.help import HELP_NAMES
 from ee_llm.errors import RunError, UserError
 from ee_llm.launch.logs import configure_logging
-from ee_llm.launch.rank import complain, is_launched, report
+from ee_llm.launch.rank import complain, is_launched, is_rank, report
 from ee_llm.launch.streams import protect_streams
 
 
@@ -174,7 +174,7 @@ def _ended(status: int) -> int:
 
     Python's own shutdown would wait for threads that wait for other ranks, and abort.
     """
-    if is_launched():
+    if is_rank():
         with contextlib.suppress(OSError):  # The reader may have closed the pipe.
             sys.stdout.flush()
         sys.stderr.flush()

@@ -108,6 +108,8 @@ class LoadedModel:
         self._num_requests = 0
         self._closing = ExitStack()
         self._ranks: distributed.InferenceGrid | None = None
+        self._has_workers = False
+        self._is_open = False
         if tensor * pipeline > 1:
             self._connect(
                 tensor,
@@ -232,8 +234,10 @@ class LoadedModel:
             return
         self._is_open = False
         self.engine.abort_all()
-        if self._ranks is not None and self._ranks.is_leader:
-            self._closing.callback(self.engine.close)
+        if self._ranks is not None:
+            self._closing.callback(self._ranks.shutdown)
+            if self._ranks.is_leader:
+                self._closing.callback(self.engine.close)
         self._closing.close()
         del self.engine
 
@@ -242,12 +246,9 @@ class LoadedModel:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is not None and self._ranks is not None:
-            if self._is_open:  # The other ranks notice that this one is gone.
-                self._is_open = False
-                self._closing.close()
-                del self.engine
-            return
-        self.close()
+            self._abandon_ranks()
+        else:
+            self.close()
 
     def __repr__(self) -> str:
         state = "" if self._is_open else ", closed"
@@ -289,7 +290,8 @@ class LoadedModel:
                 f"tensor = {tensor} x pipeline = {pipeline}: this process already uses"
                 " torch.distributed. Close the other LLM, or use a new process."
             )
-        if distributed.launched_world_size() is None:
+        self._has_workers = distributed.launched_world_size() is None
+        if self._has_workers:
             num_gpus = distributed.num_gpus()
             if 0 < num_gpus < tensor * pipeline:
                 raise RequestError(
@@ -309,7 +311,23 @@ class LoadedModel:
                 tensor=tensor, pipeline=pipeline, timeout_s=timeout_s
             )
             self._closing = stack.pop_all()
-        self._closing.callback(self._ranks.shutdown)
+        if self._has_workers:
+            self._closing.callback(self._ranks.shutdown)
+            atexit.register(_abandon_ranks, weakref.ref(self))
+
+    def _abandon_ranks(self) -> None:
+        """End the workers without a message to them: they notice that this rank is gone.
+
+        Ranks of a launcher notice that this process ends, after it has reported its error.
+        """
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._closing.close()
+        if self._ranks is not None and self._has_workers:
+            # Threads that still run when Python shuts down would abort the process.
+            self._ranks.join_listeners()
+        del self.engine
 
     def _check(
         self,
@@ -334,6 +352,11 @@ class LoadedModel:
     def _check_open(self) -> None:
         if not self._is_open:
             raise RequestError("This LLM is closed. Load the model again.")
+
+
+def _abandon_ranks(model: "weakref.ref[LoadedModel]") -> None:
+    if (found := model()) is not None:
+        found._abandon_ranks()
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

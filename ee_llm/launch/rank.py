@@ -31,9 +31,14 @@ def is_launched() -> bool:
     return _LAUNCHED in os.environ
 
 
+def is_rank() -> bool:
+    """Return whether this process is a rank that `launch` or torchrun started."""
+    return is_launched() or "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def die_with_launcher() -> None:
     """Have the kernel kill this process, if it is a rank, when its launcher dies. Linux only."""
-    if not is_launched() and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not is_rank():
         return
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
