@@ -1,5 +1,7 @@
 """A model that is loaded for inference: its engine, tokenizer and ranks, and its requests."""
 
+import atexit
+import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace

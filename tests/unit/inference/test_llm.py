@@ -381,6 +381,26 @@ print(json.dumps([output.token_ids for output in outputs]))
 """
 
 
+_LEFT_OPEN = """
+import sys
+from ee_llm import LLM
+llm = LLM(sys.argv[1], dtype="float32", pipeline=2)
+llm.generate("Once" * int(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "status"), [(1, 0), (100, 1)])
+def test_a_program_that_leaves_ranks_open_ends_quietly(run: Path, count: int, status: int) -> None:
+    """It aborted now and then, and its workers printed that they had lost a rank."""
+    command = [sys.executable, "-c", _LEFT_OPEN, str(run), f"{count}"]
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == status, done.stderr
+        assert not re.search("terminate|rank1|lost another rank", done.stderr), done.stderr
+        assert ("max_seq_length" in done.stderr) == (status == 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}])
 def test_other_ranks_are_started_and_ended(run: Path, llm: LLM, layout: dict[str, int]) -> None:
