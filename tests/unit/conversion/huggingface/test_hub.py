@@ -135,5 +135,5 @@ def test_without_the_client(tmp_path, cache, capsys, monkeypatch):
 def test_invalid_ids_are_not_looked_up(cache, capsys, name):
     if name:
         assert "does not exist: expected" in refusal(capsys, name, "--output", "ours")
-    else:  # the current directory
-        assert "has no model" in refusal(capsys, name, "--output", "ours")
+    else:  # It would be the current directory.
+        assert "SOURCE is given an empty path" in refusal(capsys, name, "--output", "ours")
