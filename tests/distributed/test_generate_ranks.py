@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ee_llm import distributed
-from ee_llm.cli import main
+from ee_llm.cli import generate, main
 from ee_llm.cli.generation.command import generate
 from ee_llm.cli.generation.options import GenerateOptions
 from tests.unit.inference.models import random_tensors, save_model, tiny_config
@@ -202,7 +202,8 @@ def test_same_error_of_all_ranks_is_one_line(place: Path) -> None:
     """The error occurs on every rank after the ranks are connected."""
     options = (*OPTIONS, "--prompt", "a", "--tensor", "2", "--attention", "varlen")
     _, err = run(place, *options, status=2)
-    assert err == "ee-llm: attention 'varlen' needs a GPU; take auto or gather\n"
+    assert err.startswith("ee-llm: attention 'varlen' needs a GPU")
+    assert err.count("\n") == 1
 
 
 def test_impossible_layout_starts_no_rank(
@@ -210,7 +211,7 @@ def test_impossible_layout_starts_no_rank(
 ) -> None:
     other = tiny_config(num_heads=6, num_kv_heads=3, hidden_size=48, vocab_size=264)
     save_model(place / "odd", other, random_tensors(other, dtype=torch.float32))
-    monkeypatch.setattr(main, "launch", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr(generate, "launch", lambda *_: pytest.fail("ranks were started"))
     arguments = ["generate", "--checkpoint", str(place / "odd"), "--prompt", "a", "--tensor"]
     assert main.main([*arguments, "2"]) == 2
     said = "--tensor 2 does not divide num_kv_heads = 3. Use --tensor 1 or --tensor 3."
