@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from ee_llm import distributed
-from ee_llm.cli import generate, main
+from ee_llm.cli import generate as generate_command
+from ee_llm.cli import main
 from ee_llm.cli.generation.command import generate
 from ee_llm.cli.generation.options import GenerateOptions
 from tests.unit.inference.models import random_tensors, save_model, tiny_config
@@ -211,7 +212,7 @@ def test_impossible_layout_starts_no_rank(
 ) -> None:
     other = tiny_config(num_heads=6, num_kv_heads=3, hidden_size=48, vocab_size=264)
     save_model(place / "odd", other, random_tensors(other, dtype=torch.float32))
-    monkeypatch.setattr(generate, "launch", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr(generate_command, "launch", lambda *_: pytest.fail("ranks were started"))
     arguments = ["generate", "--checkpoint", str(place / "odd"), "--prompt", "a", "--tensor"]
     assert main.main([*arguments, "2"]) == 2
     said = "--tensor 2 does not divide num_kv_heads = 3. Use --tensor 1 or --tensor 3."
