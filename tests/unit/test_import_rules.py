@@ -17,11 +17,11 @@ class Rule(NamedTuple):
     """What the modules below `where` may import; names are dotted and cover what is below them."""
 
     where: str
-    ours: tuple[str, ...] | None = None  # rooms of ours besides its own; None: any
-    never: tuple[str, ...] = ()  # modules of anybody's
-    standard_only: bool = False  # of others' modules, the standard library's alone
-    through: bool = False  # `never` holds for what is imported by what it imports as well
-    besides: tuple[str, ...] = ()  # rooms that the rule does not hold for
+    ours: tuple[str, ...] | None = None  # other ee_llm packages allowed; None: all
+    never: tuple[str, ...] = ()  # forbidden modules of any package
+    standard_only: bool = False  # no third-party modules
+    through: bool = False  # whether `never` also covers indirect imports
+    besides: tuple[str, ...] = ()  # packages that the rule does not hold for
 
 
 RULES = (
@@ -172,7 +172,7 @@ def imports(module: str, source: str) -> Iterator[Import]:
 
 
 def imported_at_once(module: str, sources: Mapping[str, str]) -> dict[str, str]:
-    """What importing `module` imports, through modules of ours too, each with its importer."""
+    """Return every module that importing `module` imports, also indirectly, with its importer."""
     found: dict[str, str] = {}
     queue = [module]
     seen = set()
@@ -208,7 +208,7 @@ def broken_imports(sources: Mapping[str, str]) -> list[str]:
                 elif within(name, "ee_llm"):
                     theirs = [*name.split("."), ""][1]
                     if rule.ours is not None and theirs not in (room, *rule.ours):
-                        lines.append(f"{place}: {where} may import of ours {rule.ours}")
+                        lines.append(f"{place}: {where} may import of ee_llm only {rule.ours}")
                 elif rule.standard_only and name.split(".")[0] not in sys.stdlib_module_names:
                     lines.append(f"{place}: {where} has the standard library only")
             if rule.through:

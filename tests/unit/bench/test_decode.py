@@ -1,4 +1,4 @@
-"""The decoding benchmark runs, writes its figures, and names what it can not take."""
+"""The decoding benchmark runs, writes its figures, and names what it cannot take."""
 
 import json
 import math

@@ -425,7 +425,7 @@ def test_requests_that_meet_nan_end_where_they_meet_it(
         traffic.check(made)
 
 
-def test_an_aborted_request_leaves_no_nan_to_whoever_gets_its_blocks() -> None:
+def test_an_aborted_request_leaves_no_nan_to_the_next_user_of_its_blocks() -> None:
     """It is aborted amid its prompt, before any exit has seen that something is wrong."""
     good = [make_request(f"{n}", prompt=[n] * n, strategy="full") for n in range(1, 6)]
     wanted = [reference(request) for request in good]
@@ -586,7 +586,7 @@ def test_streams_do_not_take_each_others_updates() -> None:
     assert_idle(engine)
 
 
-def test_a_stream_ends_with_its_request_whoever_takes_its_id() -> None:
+def test_a_stream_ends_with_its_request_even_when_its_id_is_reused() -> None:
     engine = make_engine()
     stream = engine.stream(make_request("x", 4))
     next(stream)

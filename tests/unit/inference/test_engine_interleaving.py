@@ -1,4 +1,4 @@
-"""Any mixture of calls and failures: each request's updates arrive once, at whoever made it."""
+"""Any mixture of calls and failures: each request's updates arrive once, where it was made."""
 
 import random
 from collections import defaultdict

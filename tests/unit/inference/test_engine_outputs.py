@@ -201,7 +201,7 @@ def test_a_stop_string_of_the_prompt_does_not_end_what_follows() -> None:
 
 
 def test_a_character_of_several_tokens_is_seen_when_it_is_whole() -> None:
-    """A decoder shows what it can not read yet as a question mark in a diamond."""
+    """A decoder shows what it cannot read yet as a question mark in a diamond."""
     request = make_request("s", 6, max_tokens=9, sampling=DRAWN)
     tokens = reference(request).token_ids
     pieces = dict(zip(tokens[3:6], "€".encode(), strict=True))

@@ -107,7 +107,7 @@ def test_a_threshold_under_every_confidence_leaves_at_the_first_exit() -> None:
 
 
 def test_deeper_layers_do_not_run_for_a_token_that_left() -> None:
-    """What is above the exit can not matter: a model broken there makes the same tokens."""
+    """What is above the exit cannot matter: a model broken there makes the same tokens."""
     policy = make_exit_policy((1, 2), [1e-9])
     config = tiny_config()
     expected = _generate(tiny_model(config), policy)
@@ -282,14 +282,14 @@ def test_certificate_of_propagate_finds_every_single_change() -> None:
             exits = (*made.exits[:index], wrong, *made.exits[index + 1 :])
             found = verify_trace(model, dataclasses.replace(made, exits=exits))
             assert (found[0].index, found[0].kind, found[0].found) == (index, "exit", wrong)
-            too_early = wrong in (1, 2) and wrong < exit  # what lies between can not be told
+            too_early = wrong in (1, 2) and wrong < exit  # exits in between look the same
             assert found[0].expected == (4 if too_early else exit)
             assert (found[0].margin == float("inf")) == (wrong in (0, 3, 9))
         _assert_wrong_token_is_found(model, made, index, token)
 
 
 def test_certificate_of_propagate_looks_at_nothing_beyond_an_exit() -> None:
-    """Where every token left at the first exit, what is above it can not matter."""
+    """Where every token left at the first exit, what is above it cannot matter."""
     model, policy = tiny_model(), make_exit_policy((1, 2), [1e-9])
     made = _generate(model, policy, DRAWN, strategy="propagate")
     model._tensors["layers.2.mlp.linear_fc2.weight"].fill_(float("nan"))
