@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -152,7 +153,7 @@ class LoadedModel:
         """Directory of the checkpoint."""
         return self._reader.path
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of the checkpoint's weights and configuration."""
         return self._reader.fingerprint()

@@ -16,6 +16,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -119,7 +120,7 @@ class ApiPage:
                 seen.add(member)
                 function = getattr(value, "__func__", value)
                 title = f"#### `{name}.{member}`"
-                if isinstance(value, property):
+                if isinstance(value, property | cached_property):
                     yield f"{title}\n\n{docstring_text(value.__doc__)}"
                 elif inspect.isfunction(function) and function.__doc__:
                     signature = self.signature(f"{name}.{member}", function)

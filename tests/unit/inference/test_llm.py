@@ -79,6 +79,13 @@ def test_a_single_prompt_and_token_ids(llm: LLM) -> None:
     assert ids.prompt == "Once"
 
 
+def test_the_fingerprint_is_computed_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each output record states it, and it reads old checkpoints as a whole."""
+    first = llm.fingerprint
+    monkeypatch.setattr(TensorReader, "fingerprint", lambda self: pytest.fail("computed again"))
+    assert llm.fingerprint == first
+
+
 def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
     outputs = llm.generate(
         ["a", "b"], [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 4)]
