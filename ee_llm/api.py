@@ -22,11 +22,11 @@ from ee_llm.training.start import load_tuning_config, prepare
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """A finished run.
+    """The result of a finished run.
 
     Attributes:
         output: Run directory.
-        checkpoint: The last checkpoint, which `LLM` loads.
+        checkpoint: Directory of the last checkpoint, which you can pass to `LLM`.
     """
 
     output: Path
@@ -65,8 +65,8 @@ def convert(
     Args:
         source: A folder with config.json, a .gguf file, a hub id such as org/name, a Megatron-LM
             or EE-LLM checkpoint, or a checkpoint or run directory of ee_llm.
-        output: Directory to write, a checkpoint or a folder that transformers opens.
-        exits: Boundaries of early exits to add; tune them afterwards.
+        output: Directory to create: a run directory, or with to="hf" a folder for transformers.
+        exits: Layers after which to add early exits. Tune these afterwards.
         progress: Show a progress bar in terminals.
         options: Further options of `ee-llm convert`, with underscores: to, head, exit_output,
             dense, truncate_at, tokenizer, strict, dtype, revision, max_shard_gb, check, text.
@@ -88,13 +88,13 @@ def convert(
 def train(
     config: Config | str | Path | Mapping[str, Any], *, nproc: int | None = None
 ) -> TrainingResult:
-    """Train a model, and resume the run if its directory has a checkpoint.
+    """Train a model, or resume the run if its directory has a checkpoint.
 
     Args:
         config: A configuration, a TOML file, or options by name, such as
             {"model.shape": "llama-tiny", "output": "runs/first"}.
         nproc: Number of processes to start on this machine, a multiple of parallel.tensor x
-            parallel.pipeline; None trains in this process.
+            parallel.pipeline. None trains in this process.
 
     Raises:
         UserError: The configuration, the data or a checkpoint is not valid.
@@ -120,11 +120,11 @@ def tune(
     """Train exits of an existing model with all other parameters frozen (EE-Tuning).
 
     Args:
-        checkpoint: Checkpoint, or run directory, with the model.
+        checkpoint: Checkpoint or run directory of the model.
         output: Run directory to write.
-        data: Prefixes of prepared data, as `ee-llm data prepare` writes them.
-        config: TOML file with further options; the arguments take precedence.
-        nproc: Number of processes to start on this machine; None trains in this process.
+        data: Prefixes of token files that `ee-llm data prepare` wrote.
+        config: TOML file with further options. The other arguments take precedence.
+        nproc: Number of processes to start on this machine. None trains in this process.
         options: Further options by section, such as exits={"boundaries": [8]} or
             training={"steps": 200}.
 
@@ -150,7 +150,7 @@ def plan(
 
     Args:
         config: A configuration, a TOML file, or options by name.
-        nproc: Number of ranks of the run; None for parallel.tensor x parallel.pipeline.
+        nproc: Number of processes of the run. None means parallel.tensor x parallel.pipeline.
 
     Raises:
         UserError: The configuration is not valid.

@@ -9,8 +9,7 @@ traceback.
 class UserError(ValueError):
     """A mistake that the user can correct.
 
-    The message says what is wrong, which value it concerns and where that value came from, and what
-    to do about it.
+    The message says what is wrong, which value is wrong and where it came from, and what to do.
     """
 
 

@@ -23,8 +23,8 @@ def load_config(
 
     Args:
         path: The TOML file. Without one, all values come from the overrides and the defaults.
-        overrides: Values by dotted name ("model.num_layers") or by section. A `model.shape` in it
-            replaces the sizes in the file, so that naming another shape is enough.
+        overrides: Values by dotted name ("model.num_layers") or by section. A `model.shape` among
+            them replaces all sizes of the model in the file.
         defaults: Values by section, used where neither the file nor the overrides set an option.
 
     Raises:

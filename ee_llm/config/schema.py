@@ -45,14 +45,14 @@ class ConfigFields(Section):
 
     @property
     def built_exits(self) -> tuple[int, ...]:
-        """Boundaries of the exits to build: all and the final exit, or only the tuned ones."""
+        """Boundaries of the exits to build: all and the final one, or only the tuned ones."""
         if self.is_tuning:
             return self.tuning.exits
         return (*self.exits.boundaries, self.model.num_layers)
 
     @property
     def depth(self) -> int:
-        """Number of layers to build: all, or those up to the last tuned exit."""
+        """Number of layers to build: all, or when tuning, those up to the last tuned exit."""
         num_layers = self.model.num_layers
         if not self.is_tuning:
             return num_layers
@@ -60,17 +60,18 @@ class ConfigFields(Section):
         return min(max(self.tuning.exits, default=num_layers), num_layers)
 
     def to_toml(self) -> str:
-        """Return the configuration as TOML, which `load_config` reads back as an equal one."""
+        """Return the configuration as TOML, from which `load_config` returns an equal one."""
         return toml.dump(self.model_dump())
 
     def num_microbatches(self, world_size: int) -> int:
         """Return the number of microbatches of one data-parallel rank in one step.
 
         Args:
-            world_size: Number of processes.
+            world_size: Number of processes of the run.
 
         Raises:
-            ConfigError: The global batch is not divisible accordingly.
+            ConfigError: The global batch size is not divisible by the microbatch size times the
+                number of data-parallel ranks.
         """
         data_size = self.parallel.data_size(world_size)
         training = self.training

@@ -54,17 +54,23 @@ _WITH_TRANSFORMERS = (HUGGING_FACE, HUB, GGUF)
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What a conversion wrote; `str` is a summary in one line."""
+    """The result of a conversion; `str` returns a summary in one line.
+
+    Attributes:
+        output: The checkpoint, or the folder for transformers.
+        num_tensors: Number of tensors written.
+        num_bytes: Total size of the tensors in bytes.
+        dtypes: Names of their dtypes.
+        notes: Remarks for the user.
+        differences: The largest difference of the logits at each exit, if `check` is set.
+    """
 
     output: Path
-    """The checkpoint, or the folder for transformers."""
     num_tensors: int
     num_bytes: int
     dtypes: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """Remarks for the user."""
     differences: tuple[Difference, ...] = ()
-    """The differences of the logits at each exit, if the conversion was checked."""
 
     def __str__(self) -> str:
         size = f"{self.num_bytes / 2**20:,.1f} MiB"

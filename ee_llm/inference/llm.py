@@ -30,9 +30,9 @@ Prompt = str | Sequence[int]
 class LLM(LoadedModel):
     """An early-exit model that generates text.
 
-    It decodes requests in batches whose members exit at different depths; none waits for the
-    deepest. Each output is a function of the weights, the prompt, the exit policy and the seed
-    only.
+    It decodes requests in batches. Each token exits at its own depth, and no sequence waits for the
+    deepest one. The weights, the prompt, the exit policy, the strategy and the sampling parameters
+    determine each output; other requests in the batch do not affect it.
 
         with ee_llm.LLM("runs/tuned", dtype="bfloat16") as llm:
             outputs = llm.generate(["Once", "def main("], exits={8: 0.9, 16: 0.8})
@@ -41,8 +41,8 @@ class LLM(LoadedModel):
     Attributes:
         config: The model's configuration.
         tokenizer: The model's tokenizer.
-        dtype: Precision that is computed in.
-        is_leader: Whether this process leads the engine; other ranks call `worker_loop`.
+        dtype: Dtype of the computation.
+        is_leader: Whether this process takes requests; all other ranks call `worker_loop`.
     """
 
     def generate(
@@ -58,23 +58,22 @@ class LLM(LoadedModel):
     ) -> list[RequestOutput]:
         """Return the continuations of prompts, in order.
 
-        A request that fails, such as for logits that are not finite, does not affect the others:
+        A request that fails, for example because logits are not finite, does not affect the others:
         its output has the finish reason "error" and a message in `error`.
 
         Args:
-            prompts: A text or a list of token ids, or a list of them.
-            sampling_params: How tokens are drawn and when generations end; one for all prompts or
-                one for each. With n > 1 the n outputs of a prompt follow one another.
-            exits: Exit policy, see `LLM`; the default is that of the model.
+            prompts: A prompt or a list of prompts. A prompt is a text or a list of token ids.
+            sampling_params: How tokens are drawn and when generations end, for all prompts or as a
+                list with an entry for each. With n > 1, the n outputs of a prompt are adjacent.
+            exits: Exit policy, as in the constructor, whose policy is the default.
             strategy: "exact", "full", "propagate", "self-speculative", or a `SelfSpeculation`.
-            bos: Whether a text begins with the beginning-of-sequence token; "auto" follows the
-                tokenizer's settings.
-            parse_special: Read special tokens that a text spells out, such as <|im_end|>, as
-                tokens.
+            bos: "on" and "off" add and omit the beginning-of-sequence token before a prompt; "auto"
+                follows the tokenizer's settings for texts, and adds none to token ids.
+            parse_special: Convert special tokens in a text, such as <|im_end|>, to their ids.
             progress: Show a progress bar in terminals.
 
         Raises:
-            RequestError: A prompt or parameter is not valid. Nothing is generated then.
+            RequestError: A prompt or parameter is not valid. In this case, nothing is generated.
         """
         encoded = [self._encode(prompt, bos, parse_special) for prompt in _prompt_list(prompts)]
         return self._generate(encoded, sampling_params, exits, strategy, progress)
@@ -122,8 +121,8 @@ class LLM(LoadedModel):
     ) -> TokenStream:
         """Return an iterator over the tokens of a continuation as they are generated.
 
-        The texts of the tokens join to the text of the output. Closing the stream, leaving it as a
-        context manager, or dropping it aborts the request.
+        The concatenated texts of the tokens are the text of the output. The request is aborted if
+        the stream is closed, left as a context manager, or garbage-collected before its end.
 
         Args:
             prompt: A text, token ids, or a conversation.
@@ -135,7 +134,7 @@ class LLM(LoadedModel):
 
         Raises:
             RequestError: The prompt or a parameter is not valid.
-            RunError: Later, from the iterator: the request failed.
+            RunError: The request failed. The iterator raises this, not `stream`.
         """
         if _is_list(prompt) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
             encoded = self._encoder.encode_chat(check_messages(list(prompt), "messages"))
@@ -146,13 +145,17 @@ class LLM(LoadedModel):
         return self.stream_request(request, encoded.text)
 
     def verify(self, outputs: RequestOutput | Iterable[RequestOutput]) -> VerificationReport:
-        """Check outputs of this model against their definition, with one forward over each.
+        """Check outputs of this model against their definition, with one forward pass over each.
 
         The report passes if every token and exit is what the weights, the policy and the seed
-        define, up to rounding in the model's dtype (see docs on the certificate).
+        define, up to rounding in the model's dtype ("The certificate" in
+        docs/reference/generation.md has the tolerances).
+
+        Args:
+            outputs: One output or several. Outputs without tokens are skipped.
 
         Raises:
-            RequestError: The weights are quantized, or an output is of another model.
+            RequestError: The engine quantizes the weights, or an output does not fit the model.
         """
         if self._quantize != "none":
             raise RequestError(

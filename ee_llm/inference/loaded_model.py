@@ -43,7 +43,7 @@ class LoadedModel:
     Attributes:
         config: The model's configuration.
         tokenizer: The model's tokenizer.
-        dtype: Precision that is computed in.
+        dtype: Dtype of the computation.
         engine: The engine.
     """
 
@@ -67,31 +67,33 @@ class LoadedModel:
     ) -> None:
         """Load a model.
 
-        With tensor x pipeline > 1, the other ranks are started as processes of this machine, unless
-        a launcher such as torchrun has started this process as one of that many ranks.
+        With tensor x pipeline > 1, this starts the other ranks as processes on this machine, unless
+        a launcher such as torchrun has already started that many ranks.
 
         Args:
-            model: Run directory, for its newest checkpoint, or checkpoint directory.
-            dtype: Precision to compute in; "auto" is bfloat16 where the device supports it in
+            model: Checkpoint directory, or run directory, whose newest checkpoint is used.
+            dtype: Dtype of the computation; "auto" is bfloat16 where the device supports it in
                 hardware, else float32.
             tensor: Number of tensor-parallel ranks of each pipeline stage.
             pipeline: Number of pipeline stages.
-            max_num_seqs: Greatest number of sequences that run at once.
-            cache_tokens: Size of the K/V cache in positions of all sequences together; no more than
-                can be used is allocated.
+            max_num_seqs: Maximum number of sequences that run at once.
+            cache_tokens: Size of the K/V cache: total number of positions of all sequences. Memory
+                beyond max_num_seqs sequences of full length is not allocated.
             exits: Default exit policy of the requests: a confidence threshold in (0, 1] for all
-                exits, thresholds by exit ({8: 0.9}; other exits are off), an `ExitPolicy`, or a
-                file of one. The default is 0.8 for all exits.
-            attention: Attention kernel; "auto" takes the best one of the device.
-            cuda_graphs: Replay passes of few rows as CUDA graphs.
+                exits, "off", thresholds by exit ({8: 0.9}; other exits are off), an `ExitPolicy`,
+                or the path of a policy file. The default is 0.8 for all exits.
+            attention: Attention kernel; "auto" selects the best one for the device.
+            cuda_graphs: Replay passes with few rows as CUDA graphs.
             compile: Run the layers through torch.compile.
             quantize: "int8" keeps the weights of linear layers in 8 bits (needs torchao).
-            deferral: "auto" lets rows that did not exit wait for others where that pays.
+            deferral: "auto" defers rows that did not exit until others can share their pass, where
+                that pays; "off" never does.
             chat_template: File with a chat template (Jinja) to use instead of the model's own.
-            timeout_s: Seconds after which a rank that hears nothing from another one gives up.
+            timeout_s: Maximum number of seconds to wait for another rank.
 
         Raises:
-            UserError: The checkpoint cannot be read, or an argument does not fit it or the device.
+            UserError: The checkpoint cannot be read, or an argument does not fit the checkpoint or
+                the device.
         """
         self._reader = TensorReader(model)
         self.config = self._reader.config()
@@ -169,7 +171,7 @@ class LoadedModel:
         return self._ranks is None or self._ranks.is_leader
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids; ids that the tokenizer does not know have no text."""
+        """Return the text of token ids; ids outside the tokenizer's vocabulary are skipped."""
         known = [token for token in token_ids if 0 <= token < self.tokenizer.vocab_size]
         return self.tokenizer.decode(known)
 
@@ -182,7 +184,7 @@ class LoadedModel:
         strategy: Strategy | SelfSpeculation = "exact",
         id: str | None = None,
     ) -> Request:
-        """Return the request for an encoded prompt; raises RequestError if it is not valid."""
+        """Return the request for an encoded prompt. Raises RequestError if it is not valid."""
         self._num_requests += 1
         speculation = None
         if isinstance(strategy, SelfSpeculation) or strategy == "self-speculative":
@@ -202,20 +204,24 @@ class LoadedModel:
         )
 
     def stream_request(self, request: Request, prompt: str) -> TokenStream:
-        """Return the token stream of a request; prompt: its text."""
+        """Return the token stream of a request. `prompt` is the text of its prompt."""
         self._check_open()
         return TokenStream(self.engine, request, prompt, self.decode)
 
     def run(
         self, requests: Iterable[Request], prompts: Mapping[str, str]
     ) -> Generator[RequestOutput, None, None]:
-        """Yield the output of each request as it finishes; prompts: their texts by request id.
+        """Yield the output of each request as it finishes.
 
         Requests that are unfinished when the iterator is closed are aborted. A request that failed
         has the finish reason `error`.
 
+        Args:
+            requests: The requests.
+            prompts: The texts of their prompts, by request id.
+
         Raises:
-            RequestError: A request is not valid; no request is served then.
+            RequestError: A request is not valid. In this case, none is served.
         """
         self._check_open()
         by_id = {request.id: request for request in requests}
@@ -227,12 +233,12 @@ class LoadedModel:
                     yield self._with_text(step.request_output, request, prompts[request.id])
 
     def worker_loop(self) -> None:
-        """Run passes for the leading rank until it closes; for ranks that do not lead."""
+        """Run passes for the leader until it closes the engine. Call this on all other ranks."""
         self._check_open()
         self.engine.worker_loop()
 
     def close(self) -> None:
-        """Free the model and shut down the other ranks. Streams that are open are aborted."""
+        """Abort open streams, free the model and shut down the other ranks."""
         if not self._is_open:
             return
         self._is_open = False

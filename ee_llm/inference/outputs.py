@@ -25,7 +25,8 @@ class TokenOutput:
         confidence: Confidence of that exit by the policy's measure.
         logprob: Log probability of the token in that exit's distribution, before sampling
             parameters apply.
-        text: Text that the token adds; empty if no text is known, or if a later token completes it.
+        text: Text that the token adds. It is empty if the text is not known, or if a later token
+            completes it.
         top_logprobs: Most probable tokens of that exit and their log probabilities, if requested.
     """
 
@@ -39,30 +40,30 @@ class TokenOutput:
 
 @dataclass(frozen=True, repr=False)
 class RequestOutput:
-    """A finished generation, and everything but the weights that determines its tokens.
+    """A finished generation, and everything except the weights that determines its tokens.
 
     Attributes:
         request_id: Id of the request.
         prompt_token_ids: Token ids of the prompt.
-        token_ids: Generated tokens; a final end or stop token is among them.
+        token_ids: Generated tokens, including a final end or stop token.
         exits: Boundary at which each token exited.
         confidences: Confidence of that exit by the policy's measure.
         logprobs: Log probability of each token in its exit's distribution, before sampling
             parameters apply.
         finish_reason: Why the generation ended: `eos`, `stop`, `length`, `context`, `abort` or
             `error`.
-        policy: The exit policy in force; with `full` and `self-speculative` every exit is off.
+        policy: The exit policy used; with `full` and `self-speculative`, every exit is off.
         sampling_params: How the tokens were drawn.
         strategy: The decoding strategy.
-        num_layers: Number of layers of the model, the boundary of the final exit.
+        num_layers: Number of layers of the model, which is the boundary of the final exit.
         eos_token_ids: End tokens of the model.
-        num_drafted, num_accepted: Tokens that `self-speculative` drafted, and those that the full
-            model confirmed.
-        error: Message of the finish reason `error`.
+        num_drafted: Number of tokens that `self-speculative` drafted.
+        num_accepted: Number of drafted tokens that the full model confirmed.
+        error: Error message if the finish reason is `error`.
         top_logprobs: For each token, the most probable tokens of its exit, if requested.
         prompt: Text of the prompt as the model sees it; None if it is not known.
-        text: Generated text up to a stop string; None if there is no tokenizer.
-        pieces: Text of each token; joined, they are `text`.
+        text: Generated text, which ends before a stop string; None if there is no tokenizer.
+        pieces: Text of each token; concatenated, they are `text`.
         index: Number of this sample among the `n` samples of its prompt.
     """
 
@@ -89,7 +90,7 @@ class RequestOutput:
 
     @property
     def mean_depth(self) -> float:
-        """Mean number of layers per generated token; 0 without tokens."""
+        """Mean number of layers per generated token; 0 if there are no tokens."""
         return sum(self.exits) / max(1, len(self.exits))
 
     @property

@@ -15,9 +15,9 @@ class SelfSpeculation:
 
     Attributes:
         draft_exit: Boundary of the exit that drafts tokens; None for the model's first exit.
-        draft_length: Greatest number of tokens drafted between two passes through all layers.
-        draft_threshold: Drafting continues while the exit's confidence reaches this; None for
-            always.
+        draft_length: Maximum number of tokens drafted between two passes through all layers.
+        draft_threshold: Drafting stops when the exit's confidence is below this; None never stops
+            it early.
 
     Raises:
         RequestError: A field is not valid.

@@ -15,15 +15,15 @@ from ee_llm.inference.text.detokenizer import GeneratedText
 class TokenStream(Iterator[TokenOutput]):
     """An iterator over the tokens of a request.
 
-    The text of a token is the text that it makes final: characters that may belong to a stop string
-    or to a longer character come with a later token. Joined, the texts are the output's
-    text. Closing the stream, leaving it as a context manager, or dropping it aborts the request.
-
-    A request that fails raises RunError.
+    A token's text is the text that has become final with it. Characters that may still become part
+    of a stop string, and incomplete multi-byte characters, come with a later token. Concatenated,
+    the texts are the output's text. The request is aborted if the stream is closed, left as a
+    context manager, or garbage-collected before its end. If the request fails, the iterator raises
+    RunError.
 
     Attributes:
-        output: The finished output, None before the end.
-        generated: The text so far, with the piece of each token.
+        output: The finished output; None before the end.
+        generated: The text so far, and the text of each token.
     """
 
     def __init__(

@@ -33,7 +33,8 @@ INTRODUCTION = """\
 
 <!-- Written by tools/docs/api.py from the docstrings of ee_llm; edit there. -->
 
-This page lists the names in `ee_llm`. The [tutorial](../tutorials/python-api.md) shows them in use.
+This page lists the public names of `ee_llm`. The [tutorial](../tutorials/python-api.md) shows
+them in use. An exit is named by its *boundary*: the number of layers before it.
 
 ```python
 import ee_llm
@@ -43,7 +44,7 @@ print(llm.generate("def main(")[0].text)
 ```
 
 Mistakes that you can correct, such as an unknown option or a missing file, raise a subclass of
-`ee_llm.UserError`. Messages go to the logger `ee_llm`.
+`ee_llm.UserError`. Log messages go to the logger `ee_llm`.
 """
 
 SEE_ALSO = """\

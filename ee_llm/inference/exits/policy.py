@@ -47,12 +47,12 @@ class ExitPolicy:
     """Which exits a token may take, and how confident they must be.
 
     Attributes:
-        boundaries: The early exits of the model, without the final one, increasing.
-        thresholds: For each of them a confidence in (0, 1], or None if the exit is off. A token
-            exits at the first exit whose confidence reaches its threshold.
-        measure: Measure of confidence, of the exit's own distribution before any sampling
-            parameter: the greatest probability, 1 - normalized entropy, or the greatest
-            probability minus the second greatest.
+        boundaries: The early exits of the model in increasing order, without the final one.
+        thresholds: For each of these exits, a confidence in (0, 1], or None if the exit is off. A
+            token exits at the first exit whose confidence reaches its threshold.
+        measure: Measure of confidence, computed from the exit's own distribution before sampling
+            parameters apply: "max_probability" is the highest probability, "entropy" is
+            1 - normalized entropy, "margin" is the highest probability minus the second highest.
 
     Raises:
         RequestError: A field is not valid.
@@ -84,7 +84,7 @@ class ExitPolicy:
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that identify the policy: equal policies have equal digests."""
+        """Sixteen hexadecimal digits that are equal for equal policies."""
         rows = [
             [boundary, None if threshold is None else float(threshold).hex()]
             for boundary, threshold in zip(self.boundaries, self.thresholds, strict=True)
@@ -101,7 +101,7 @@ class ExitPolicy:
         return MEASURES[self.measure](logits)
 
     def exits(self, boundary: int, confidence: float) -> bool:
-        """Return whether a token of this confidence exits at the early exit `boundary`."""
+        """Return whether a token with this confidence exits at the early exit at `boundary`."""
         threshold = self.threshold(boundary)
         return threshold is not None and confidence >= threshold
 
@@ -110,11 +110,11 @@ class ExitPolicy:
         return ExitPolicy(self.boundaries, (None,) * len(self.boundaries), self.measure)
 
     def under(self, strategy: Strategy) -> "ExitPolicy":
-        """Return the policy in force under a strategy: full and self-speculative turn exits off."""
+        """Return the policy that a strategy uses: full and self-speculative turn all exits off."""
         return self.without_exits() if strategy in ("full", "self-speculative") else self
 
     def check_fits(self, boundaries: Sequence[int]) -> None:
-        """Raise RequestError unless the policy is for a model with early exits at `boundaries`."""
+        """Raise RequestError unless `boundaries` are the early exits that the policy is for."""
         if self.boundaries != tuple(boundaries):
             raise RequestError(
                 f"The policy is for exits at boundaries {list(self.boundaries)}, but the model has"
@@ -122,7 +122,7 @@ class ExitPolicy:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write the policy to a JSON file, which `resolve_policy` and `--policy` read."""
+        """Write the policy to a JSON file, which `exits` and `--policy` accept."""
         thresholds = dict(zip(map(str, self.boundaries), self.thresholds, strict=True))
         text = json.dumps({"measure": self.measure, "thresholds": thresholds}, indent=2)
         with AtomicFile(Path(path)) as file:

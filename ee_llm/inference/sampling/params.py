@@ -13,33 +13,33 @@ _COUNTS = {"n": 1, "max_tokens": 1, "min_tokens": 0, "top_k": 0}  # and their le
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are drawn and when a generation ends; the names are vLLM's.
+    """How tokens are drawn and when a generation ends, with the parameter names of vLLM.
 
-    The next token is drawn in this order: repetition penalty, temperature, top-k, top-p, min-p.
+    They apply in this order: repetition penalty, temperature, top-k, top-p, min-p.
 
     Attributes:
         n: Number of samples of each prompt. Sample i > 0 uses a seed derived from (`seed`, i).
-        temperature: Divisor of the logits. 0, the default, takes the most probable token (the
-            lowest id if several are equal).
+        temperature: Divisor of the logits. 0, the default, selects the most probable token (the
+            one with the lowest id if several are equal).
         top_k: Draw from the k most probable tokens only; 0 for all.
-        top_p: Draw from the fewest most probable tokens whose probabilities add up to this share;
-            1 for all.
-        min_p: Draw from tokens with at least this share of the greatest probability; 0 for all
+        top_p: Draw from the smallest set of most probable tokens whose probabilities add up to at
+            least this; 1 for all.
+        min_p: Draw from tokens with at least this share of the highest probability; 0 for all
             (arXiv 2407.01082).
         repetition_penalty: Divisor of the positive logits, and factor of the negative logits, of
-            tokens that the prompt or the output already has (CTRL, arXiv 1909.05858, section 4.1);
-            1 is off. It applies to greedy decoding as well.
+            tokens that occur in the prompt or the output so far (CTRL, arXiv 1909.05858, section
+            4.1); 1 is off. It also applies to greedy decoding.
         seed: Seed of the noise, 0 to 2**63 - 1. The same seed gives the same tokens.
-        max_tokens: Number of tokens after which a generation ends.
-        min_tokens: End tokens, `stop_token_ids` and stop strings have no effect before this number
-            of tokens; end and stop tokens are not drawn until then.
-        stop: Strings at which a generation ends, or a single one; None for none. The output does
-            not contain them.
+        max_tokens: Maximum number of generated tokens.
+        min_tokens: Minimum number of generated tokens. Before it, end and stop tokens are not
+            drawn, and stop strings have no effect.
+        stop: A string or strings at which a generation ends; None for none. The output does not
+            contain them.
         stop_token_ids: Tokens at which a generation ends, besides the model's own end tokens; None
             for none.
         ignore_eos: Do not end at the model's own end tokens.
-        logprobs: Number of most probable tokens whose log probabilities each token reports, at most
-            20; None for none. They are those of the token's own exit.
+        logprobs: Number of most probable tokens, at most 20, to report with their log
+            probabilities for each position; None for none. They are those of the token's own exit.
 
     Raises:
         RequestError: A value is not allowed.
@@ -102,18 +102,18 @@ class SamplingParams:
 
     @property
     def is_plain_greedy(self) -> bool:
-        """Whether the token is always the one with the greatest logit."""
+        """Whether the token is always the one with the largest logit."""
         return self.temperature == 0.0 and self.repetition_penalty == 1.0
 
     def banned_token_ids(self, index: int, eos_token_ids: Iterable[int]) -> tuple[int, ...]:
-        """Return the ids that new token number `index` (from 0) must not be; see `min_tokens`."""
+        """Return the ids that generated token `index` (from 0) must not have; see `min_tokens`."""
         if index >= self.min_tokens:
             return ()
         eos = () if self.ignore_eos else eos_token_ids
         return tuple(sorted({*eos, *self.stop_token_ids}))
 
     def samples(self) -> tuple["SamplingParams", ...]:
-        """Return the parameters of each of the `n` samples, with `n` = 1 and distinct seeds."""
+        """Return parameters with `n` = 1 and a distinct seed for each of the `n` samples."""
         # The odd multiplier of a 64-bit linear congruential generator (Steele and Vigna 2021).
         return tuple(
             replace(self, n=1, seed=(self.seed + index * 0xD1342543DE82EF95) % 2**63)

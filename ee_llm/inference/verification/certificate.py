@@ -24,16 +24,16 @@ class Divergence:
     """A place where a finished sequence differs from its definition.
 
     Attributes:
-        index: Number of the new token, from 0.
-        kind: "exit" if the token exited elsewhere than at the first confident exit, "token" if its
-            exit would have drawn another token.
+        index: Index of the generated token, from 0.
+        kind: "exit" if the token did not exit at the first confident exit, "token" if its exit
+            would have drawn another token.
         found: The boundary or token id in the sequence.
         expected: The boundary or token id by definition. For a token that exited too early under
-            `propagate` it is the final exit, since the deeper exits cannot be known after the row
-            was frozen.
-        margin: The least numerical error that explains the divergence: in confidence for "exit"
-            (infinite if no error does), in logits divided by the temperature for "token" (see
-            `token_margin`).
+            `propagate`, it is the final exit, because the row was frozen and the confidence at
+            deeper exits is therefore unknown.
+        margin: The smallest numerical error that explains the divergence: in confidence for "exit"
+            (infinite if no error explains it), in logits divided by the temperature for "token"
+            (see `token_margin`).
     """
 
     index: int

@@ -19,7 +19,13 @@ from ee_llm.inference.verification.certificate import Divergence, tolerance, ver
 
 @dataclass(frozen=True)
 class Finding:
-    """A divergence of one generation, and whether the rounding of the dtype explains it."""
+    """A divergence of one generation.
+
+    Attributes:
+        request_id: Id of the request.
+        divergence: The divergence.
+        is_explained: Whether rounding in the generation's dtype explains it.
+    """
 
     request_id: str
     divergence: Divergence
@@ -28,12 +34,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """The result of verifying some generations.
+    """The result of verifying generations.
 
     Attributes:
         num_generations: Number of verified generations.
-        num_tokens: Number of their tokens.
-        findings: All divergences.
+        num_tokens: Total number of their tokens.
+        findings: All divergences, including those that rounding explains.
     """
 
     num_generations: int
@@ -47,7 +53,7 @@ class VerificationReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every token and exit is what the model, the policy and the seed define."""
+        """Whether rounding explains every divergence, if there is any."""
         return self.num_unexplained == 0
 
     def __str__(self) -> str:

@@ -21,7 +21,7 @@ DEFAULT_WIDTH = 160
 
 @dataclass(frozen=True, repr=False)
 class PlanReport:
-    """The predicted schedule of a run; its `repr` shows the grid, the times and the memory."""
+    """The predicted schedule of a run; `repr` returns the grid, the times and the memory."""
 
     prediction: Prediction
     logits_size: float = 1.0
@@ -29,11 +29,11 @@ class PlanReport:
 
     @property
     def clock(self) -> Clock:
-        """Return the unit of the times that are shown: seconds, unless the costs are nominal."""
+        """Unit of the times in the report: seconds, unless the costs are nominal."""
         return describe.clock_of(self.prediction, in_seconds=self.prediction.pieces is not NOMINAL)
 
     def text(self, width: int = DEFAULT_WIDTH) -> str:
-        """Return the layout, the grid in lines of at most `width` characters, and the summary."""
+        """Return the layout, the grid (lines of at most `width` characters) and the summary."""
         parts = [
             describe.layout_lines(self.prediction),
             describe.readable_grid(self.prediction, width),
@@ -45,17 +45,17 @@ class PlanReport:
         return self.text()
 
     def as_json(self, *, timeline: bool = True) -> dict[str, Any]:
-        """Return the figures, with the start and end of every action if `timeline`."""
+        """Return the figures for JSON, with the start and end of every action if `timeline`."""
         return describe.as_json(self.prediction, self.clock, self.logits_size, timeline=timeline)
 
     def save_picture(self, path: Path) -> None:
-        """Draw the schedule into a .png or .svg file."""
+        """Draw the schedule to a .png or .svg file."""
         clock = self.clock
         title = describe.title(self.prediction, clock)
         save_picture(self.prediction, path, title, clock.unit, clock.scale)
 
     def save_trace(self, path: Path) -> None:
-        """Write the schedule as a trace for chrome://tracing and ui.perfetto.dev."""
+        """Write the schedule as a trace file for chrome://tracing or ui.perfetto.dev."""
         clock = self.clock
         trace = chrome_trace(
             self.prediction.simulation.timeline.ranks,
