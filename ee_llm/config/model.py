@@ -22,12 +22,12 @@ class ModelConfig(Section):
 
     shape: str | None = option(
         None,
-        "Name of a preset of sizes: " + ", ".join(SHAPES) + ". Other options override it.",
+        "Preset of sizes: " + ", ".join(SHAPES) + ". Other options override its values.",
         shown="none",
     )
     family: Literal["llama", "gpt"] = option(
         "llama",
-        "Architecture. llama: RMSNorm, SwiGLU, no biases except those of qkv_bias. gpt: LayerNorm, "
+        "Architecture. llama: RMSNorm, SwiGLU, no biases (except with qkv_bias). gpt: LayerNorm, "
         "GELU, biases.",
     )
     num_layers: int = option(
@@ -58,8 +58,8 @@ class ModelConfig(Section):
     )
     vocab_size: int = option(
         0,
-        "Number of rows of the embedding, in tokens: at least the size of the tokenizer's "
-        "vocabulary, and a multiple of parallel.tensor.",
+        "Size of the vocabulary (rows of the embedding): at least that of the tokenizer, and a "
+        "multiple of parallel.tensor.",
         shown="from shape",
         gt=0,
         le=MAX_VOCAB_SIZE,
@@ -77,46 +77,46 @@ class ModelConfig(Section):
     rope_theta: float = option(10000.0, "Base of the rotary frequencies.", gt=0, le=MAX_FLOAT)
     rope_scaling: Literal["none", "linear", "llama3"] = option(
         "none",
-        "Scaling of the rotary frequencies for sequences longer than in pre-training. linear: "
-        "divides all frequencies by rope_factor. llama3: divides the low ones, as in Llama 3.1.",
+        "Scaling of the rotary frequencies, for longer sequences than in pre-training. linear: "
+        "divides all frequencies by rope_factor. llama3: divides only low ones, as in Llama 3.1.",
     )
     rope_factor: float = option(
-        1.0, "Divisor of the frequencies that rope_scaling scales.", gt=0, le=MAX_FACTOR
+        1.0, "Divisor of the frequencies, for linear and llama3.", gt=0, le=MAX_FACTOR
     )
     rope_low_freq_factor: float = option(
         1.0,
-        "For llama3: frequencies with fewer rotations than this over rope_original_length are "
+        "For llama3: frequencies with fewer rotations than this in rope_original_length tokens are "
         "divided by the full rope_factor.",
         gt=0,
         le=MAX_FACTOR,
     )
     rope_high_freq_factor: float = option(
         4.0,
-        "For llama3: frequencies with more rotations than this are not scaled.",
+        "For llama3: frequencies with more rotations than this are not divided.",
         gt=0,
         le=MAX_FACTOR,
     )
     rope_original_length: int = option(
-        8192, "For llama3: sequence length of pre-training, in tokens.", gt=0, le=MAX_SEQ_LENGTH
+        8192, "For llama3: sequence length in pre-training, in tokens.", gt=0, le=MAX_SEQ_LENGTH
     )
     qkv_bias: bool = option(
         False,
-        "Add biases to queries, keys and values; gpt always has them.",
+        "Add biases to the projections of queries, keys and values; gpt always has them.",
         shown="llama: false; gpt: true",
     )
     qk_norm: bool = option(
         False,
-        "Normalize each head's queries and keys (RMSNorm over head_dim) before the rotation.",
+        "Apply RMSNorm over head_dim to queries and keys, before the rotary embedding.",
     )
     gelu: Literal["erf", "tanh"] = option(
-        "erf", "GELU of gpt: exact (erf), or the tanh approximation that GPT-2 was trained with."
+        "erf", "GELU of gpt: exact (erf), or the tanh approximation, which GPT-2 uses."
     )
     norm_eps: float = option(1e-5, "Epsilon that norms add to the variance.", gt=0, le=1)
     tie_embeddings: bool = option(
         False, "Use the word embedding as the final exit's output weight."
     )
     dropout: float = option(
-        0.0, "Dropout probability of hidden states and attention weights.", ge=0, lt=1
+        0.0, "Probability of dropout on hidden states and attention weights.", ge=0, lt=1
     )
     init_std: float = option(0.02, "Standard deviation of initial weights.", gt=0, le=MAX_FACTOR)
 

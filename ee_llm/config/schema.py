@@ -24,7 +24,7 @@ class ConfigFields(Section):
 
     output: PathText = option(
         "runs/default",
-        "Run directory for checkpoints, metrics and this configuration.",
+        "Run directory: receives the checkpoints, the log and this configuration.",
         min_length=1,
     )
     model: ModelConfig

@@ -35,18 +35,18 @@ class ExitsConfig(Section):
 
     boundaries: Integers = option(
         (),
-        "Positions of the exits in increasing order: exit b reads the residual stream after layer "
-        "b, 1 <= b < num_layers.",
+        "Positions of the early exits, in increasing order. Exit b reads the residual stream after "
+        "layer b, with 1 <= b < num_layers.",
     )
     placement: Literal["post", "pre"] = option(
         "post",
         "Pipeline stage of the exit at boundary b. post: the stage of layer b. pre: the stage of "
-        "layer b+1. Both compute the same function; memory and time differ.",
+        "layer b+1. Results are the same; memory and time differ.",
     )
     head: Annotated[tuple[HeadPart, ...], BeforeValidator(list_to_tuple)] = option(
         ("norm",),
-        "Modules between the boundary and the output projection, in this order: block (a "
-        "transformer layer), mlp, norm.",
+        "Modules between the boundary and the output projection: any of block (a transformer "
+        "layer), mlp and norm, in this order.",
     )
     output: Literal["tied", "shared", "own"] = option(
         "shared",
@@ -56,32 +56,34 @@ class ExitsConfig(Section):
     initialization: Literal["copy", "random"] = option(
         "copy",
         "Initial weights of exits that tuning.checkpoint or checkpoint.initial does not have. "
-        "copy: the final norm and output weight, the layer's own MLP, the next layer as block. "
-        "random: random weights.",
+        "copy: from the final norm and output weight, the MLP of the exit's layer, and (block) the "
+        "next layer. random: random weights.",
     )
     weights: Floats = option(
-        (), "Loss weight of each exit; the final exit has weight 1.", shown="1 each"
+        (), "Loss weight of each early exit; the final exit has weight 1.", shown="1 each"
     )
     weight_schedule: Literal["constant", "linear", "cosine"] = option(
-        "constant", "Schedule of the loss weights from initial_weights to weights."
+        "constant",
+        "Schedule of the loss weights. linear, cosine: from initial_weights to weights.",
     )
     initial_weights: Floats = option(
         (),
-        "Loss weight of each exit at step 0, unless weight_schedule is constant.",
+        "Loss weight of each early exit in the first step. Requires a weight_schedule that is not "
+        "constant.",
         shown="0 each",
     )
     schedule_steps: int = option(
         1000, "Length of the weight schedule, in steps.", gt=0, le=MAX_STEPS
     )
-    temperatures: Floats = option((), "Divisor of the logits of each exit.", shown="1 each")
+    temperatures: Floats = option((), "Divisor of the logits of each early exit.", shown="1 each")
     dynamic_token_weights: bool = option(
         False,
-        "Multiply the exit loss of each token by the exit's own top probability (detached).",
+        "Multiply the loss of each token by the exit's largest probability (detached).",
     )
     deferred: bool = option(
         True,
-        "Compute exit losses in the backward pass of their microbatch, so that only the logits of "
-        "one microbatch are in memory. Set it to false only for comparisons.",
+        "Compute exit losses in the backward pass of their microbatch, so that a stage stores the "
+        "logits of one exit at a time. Set it to false only for comparisons.",
     )
 
     @model_validator(mode="before")
@@ -101,13 +103,13 @@ Engine = Literal["megatron", "deepspeed"]
 
 
 class ParallelConfig(Section):
-    """Distribution of the model over processes; the remaining factor is data parallel."""
+    """Distribution of the model over ranks; the remaining ranks are data parallel."""
 
-    tensor: int = option(1, "Tensor-parallel size, in processes.", gt=0, le=MAX_RANKS)
-    pipeline: int = option(1, "Pipeline-parallel size, in processes.", gt=0, le=MAX_RANKS)
+    tensor: int = option(1, "Tensor-parallel size, in ranks.", gt=0, le=MAX_RANKS)
+    pipeline: int = option(1, "Pipeline-parallel size, in ranks.", gt=0, le=MAX_RANKS)
     virtual: int = option(
         1,
-        "Pipeline stages per pipeline process; more than 1 interleaves them, which shrinks the "
+        "Number of stages per pipeline rank; more than 1 interleaves them, which shrinks the "
         "bubble.",
         gt=0,
         le=MAX_RANKS,
@@ -115,44 +117,47 @@ class ParallelConfig(Section):
     schedule: Schedule = option(
         "1f1b",
         "Order of forward and backward passes. zero-bubble: ZB-H1, which computes the weight "
-        "gradients of layers while a process would be idle. zero-bubble-exits: also those of "
-        "exits, which takes more memory.",
+        "gradients of layers while a rank would otherwise be idle. zero-bubble-exits: also those "
+        "of exits, which takes more memory.",
     )
     sequence: bool = option(
-        False, "Split norms and dropout along the sequence over the tensor ranks."
+        False, "Sequence parallelism: split norms and dropout along the sequence over tensor ranks."
     )
     fill_warmup: Fills = option(
         0,
-        "Additional microbatches that fill the idle time before the first gradient and train early "
-        "exits on the first stages. auto: as many as fit if all stages take the same time.",
+        "Number of additional microbatches that fill the idle time before the first backward pass "
+        "and train the early exits on the first stages. auto: as many as fit without cost if all "
+        "stages take the same time.",
     )
     fill_cooldown: Fills = option(
         0,
-        "Additional microbatches that fill the idle time while the pipeline drains and train its "
-        "last stages. auto: as many as fit if all stages take the same time.",
+        "Number of additional microbatches that fill the idle time while the pipeline drains and "
+        "train its last stages. auto: as many as fit without cost if all stages take the same "
+        "time.",
     )
     forward_over_backward: float = option(
         0.5,
-        "Ratio of a stage's forward time to its backward time, from which auto derives the number "
-        "of microbatches. Measure it with `ee-llm plan --profile`.",
+        "Ratio of a stage's forward time to its backward time, which determines how many "
+        "microbatches fit for fill_warmup and fill_cooldown. Measure it with `ee-llm plan "
+        "--profile`.",
         ge=1 / MAX_FACTOR,
         le=MAX_FACTOR,
     )
     layer_split: Integers = option(
         (),
         "Number of layers of each stage, from first to last: parallel.pipeline x parallel.virtual "
-        "numbers. Stage s runs on pipeline process s modulo parallel.pipeline.",
+        "numbers. Stage s runs on pipeline rank s modulo parallel.pipeline.",
         shown="even",
     )
     engine: Engine = option(
         "megatron",
-        "Library that reduces gradients over data-parallel processes and updates parameters: "
+        "Library that reduces gradients over data-parallel ranks and updates parameters: "
         "megatron-core, or DeepSpeed's ZeRO (see deepspeed), which needs parallel.tensor = "
         "parallel.pipeline = 1.",
     )
     timeout_s: float = option(
         600.0,
-        "Maximum time to wait for another process, in seconds.",
+        "Maximum time to wait for another rank, in seconds.",
         ge=MIN_TIMEOUT_S,
         le=MAX_TIMEOUT_S,
     )
@@ -180,7 +185,7 @@ class DataConfig(Section):
     tokenizer: PathText = option(
         "bytes",
         "Tokenizer: 'bytes', or the path of a SentencePiece .model, a tokenizer.json, or a run "
-        "directory or checkpoint to take the tokenizer from.",
+        "directory or checkpoint, whose tokenizer is used.",
         min_length=1,
     )
     eos_token: str | None = option(
@@ -188,22 +193,22 @@ class DataConfig(Section):
         "Text of the token that ends a document.",
         shown="from the files next to the tokenizer",
     )
-    prefixes: PathTexts = option(
-        (), "Paths of prepared data: the common prefix of a .bin and an .idx file."
-    )
+    prefixes: PathTexts = option((), "Paths of prepared data, without the suffixes .bin and .idx.")
     weights: Floats = option(
-        (), "Share of each prefix in the blend; normalized.", shown="proportional to size"
+        (), "Weight of each prefix in the data; normalized.", shown="proportional to size"
     )
     split: Annotated[tuple[float, float, float], BeforeValidator(list_to_tuple)] = option(
-        (0.98, 0.02, 0.0), "Fractions of training, validation and test data, which sum to 1."
+        (0.98, 0.02, 0.0),
+        "Fractions of training, validation and test documents, which sum to 1. No command reads "
+        "the test documents.",
     )
     seq_length: int = option(
         0, "Length of a training sequence, in tokens.", shown="model.max_seq_length"
     )
     mask_after_eos: bool = option(
         False,
-        "Mask the loss at end-of-document tokens, which would otherwise predict the beginning of "
-        "an unrelated document.",
+        "Mask the loss where the input is an end-of-document token, because the next token belongs "
+        "to an unrelated document.",
     )
     reset_positions: bool = option(False, "Restart positions at 0 after an end-of-document token.")
 
@@ -214,34 +219,32 @@ class OptimizerConfig(Section):
     lr: float = option(3e-4, "Maximum learning rate.", gt=0, le=MAX_RATE)
     min_lr: float = option(
         0.0,
-        "Learning rate after the last step of the schedule, unless it is constant.",
+        "Learning rate after the decay. Not allowed with a constant schedule.",
         ge=0,
         le=MAX_RATE,
     )
     schedule: Literal["cosine", "linear", "constant", "wsd"] = option(
         "cosine",
-        "Learning-rate schedule after warm-up. wsd: constant, then a decay at the end.",
+        "Learning-rate schedule after the warm-up. wsd: constant, then a linear decay.",
     )
     warmup_steps: int = option(
         0, "Length of the linear warm-up from 0, in steps.", ge=0, le=MAX_STEPS
     )
     decay_steps: int | None = option(
         None,
-        "Step at which the learning rate reaches min_lr, unless the schedule is constant.",
+        "Step after which the learning rate is min_lr. Not allowed with a constant schedule.",
         shown="training.steps",
         gt=0,
         le=MAX_STEPS,
     )
     wsd_decay_steps: int = option(
-        0, "Length of the decay at the end of a wsd schedule, in steps.", ge=0, le=MAX_STEPS
+        0, "Length of the decay of a wsd schedule, in steps.", ge=0, le=MAX_STEPS
     )
     weight_decay: float = option(
-        0.1, "Decoupled weight decay; not applied to norms and biases.", ge=0, le=MAX_RATE
+        0.1, "Decoupled weight decay, not applied to norms and biases.", ge=0, le=MAX_RATE
     )
-    beta1: float = option(0.9, "Adam's decay rate of the gradient's mean, per step.", ge=0, lt=1)
-    beta2: float = option(
-        0.95, "Adam's decay rate of the squared gradient's mean, per step.", ge=0, lt=1
-    )
+    beta1: float = option(0.9, "Adam's decay rate for the mean of gradients.", ge=0, lt=1)
+    beta2: float = option(0.95, "Adam's decay rate for the mean of squared gradients.", ge=0, lt=1)
     eps: float = option(1e-8, "Adam's epsilon, which prevents division by zero.", gt=0, le=1)
     clip_grad: float = option(
         1.0, "Maximum global gradient norm; 0 disables clipping.", ge=0, le=MAX_FLOAT
@@ -266,25 +269,27 @@ class TrainingConfig(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
         "auto",
-        "Precision of forward and backward passes. auto: bfloat16 on a GPU; on a CPU the faster of "
-        "bfloat16 and float32. bfloat16 uses float32 master weights.",
+        "Precision of forward and backward passes. auto: that of the checkpoint from which the run "
+        "starts or resumes; else bfloat16 on a GPU, and on a CPU the faster of bfloat16 and "
+        "float32. bfloat16 uses float32 master weights.",
     )
     recompute: Literal["none", "selective", "full"] = option(
         "none",
-        "Activations to recompute in the backward pass instead of storing them: none, those of "
-        "attention and of llama's MLPs (selective), or whole layers (full).",
+        "Activations to recompute in the backward pass instead of storing them. selective: those "
+        "of attention and of llama's MLPs. full: whole layers.",
     )
     eval_interval: int = option(
         100,
-        "Number of steps between validations; 0 disables validation, which then needs no share of "
-        "data.split.",
+        "Number of steps between validations; 0 disables validation. Without validation, "
+        "data.split needs no validation documents.",
         ge=0,
         le=MAX_STEPS,
     )
     eval_steps: int = option(10, "Number of global batches per validation.", gt=0, le=MAX_STEPS)
     max_bad_steps: int = option(
         10,
-        "Stop after this many consecutive steps with a NaN or infinite loss or gradient.",
+        "Number of consecutive steps with a NaN or infinite loss or gradient after which the run "
+        "stops.",
         gt=0,
         le=MAX_STEPS,
     )
@@ -299,32 +304,33 @@ class CheckpointConfig(Section):
     keep_last: int = option(3, "Number of checkpoints to keep; 0 keeps all.", ge=0, le=MAX_STEPS)
     resume: PathText = option(
         "auto",
-        "Checkpoint to resume from. auto: the newest checkpoint in output, if any. never: start a "
-        "new run. A path: that checkpoint; after a restart, the run's newest checkpoint.",
+        "Checkpoint to resume from. auto: the newest checkpoint in output, if any. never: none; "
+        "start a new run. A path: that checkpoint, or the newest one that this run saved after "
+        "starting from it.",
         min_length=1,
     )
     initial: PathText | None = option(
         None,
-        "Checkpoint or run directory with the initial parameters of a new run. Its step, optimizer "
-        "state and data position are not used.",
+        "Checkpoint or run directory from which a new run takes its initial parameters. Its step, "
+        "optimizer state and data position are ignored.",
         shown="none",
         min_length=1,
     )
 
 
 class LoggingConfig(Section):
-    """Reports in addition to those on the console and in log.jsonl."""
+    """Intervals of reports, and where to report besides the console and log.jsonl."""
 
     interval: int = option(10, "Number of steps between reports.", gt=0, le=MAX_STEPS)
     trace_steps: Integers = option(
         (),
-        "Steps (from 1) to trace: writes the times of their pipeline actions to "
-        "output/trace-STEP.json, for chrome://tracing or Perfetto.",
+        "Steps (from 1) to trace. The times of their pipeline actions are written to "
+        "trace-STEP.json in output, for chrome://tracing or Perfetto.",
         shown="none",
     )
     tensorboard: bool = option(False, "Write TensorBoard events to the run directory.")
     wandb_project: str | None = option(None, "Weights & Biases project to report to.", shown="none")
     wandb_mode: Literal["online", "offline", "disabled"] = option(
         "offline",
-        "Mode of W&B: send records immediately, store them on disk, or do nothing.",
+        "Mode of Weights & Biases: send records immediately, store them on disk, or do nothing.",
     )

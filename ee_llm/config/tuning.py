@@ -11,7 +11,7 @@ model can be a million tokens.
 
 
 class TuningConfig(Section):
-    """EE-Tuning (`ee-llm tune`): trains exits and keeps the rest of a checkpoint's model frozen."""
+    """EE-Tuning (`ee-llm tune`): train exits of a checkpoint's model and freeze the rest."""
 
     checkpoint: PathText | None = option(
         None,
@@ -21,7 +21,7 @@ class TuningConfig(Section):
     )
     exits: Integers = option(
         (),
-        "Boundaries of the exits to train. The other exits of exits.boundaries stay unchanged and "
-        "are neither loaded nor computed, and neither are layers after the last trained exit.",
+        "Boundaries of the exits to train. The other exits in exits.boundaries stay unchanged. "
+        "They are neither loaded nor computed, nor are the layers after the last trained exit.",
         shown="exits.boundaries",
     )

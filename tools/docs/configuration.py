@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from ee_llm.config import SHAPES, Config, default_text, load_config, section_types
+from ee_llm.config import SHAPES, Config, default_text, load_config, section_types, toml
 from ee_llm.config.base import Section
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "configuration.md"
@@ -21,7 +21,7 @@ INTRODUCTION = """\
 
 <!-- Written by tools/docs/configuration.py from ee_llm/config; edit there. -->
 
-This page lists every option of `ee-llm train` and `ee-llm tune`. A run is described by a TOML file:
+This page lists every option of `ee-llm train` and `ee-llm tune`. A TOML file describes a run:
 
 ```toml
 # train.toml
@@ -48,21 +48,22 @@ ee-llm train --nproc 2 --config train.toml --optimizer.lr 1e-3 --exits.boundarie
 ```
 
 `ee-llm train --help-all` shows the same options, and `ee-llm init` writes a file to start from. In
-Python, `ee_llm.config.load_config(path, {"optimizer.lr": 1e-3})` returns an immutable `Config`.
+Python, `ee_llm.load_config(path, {"optimizer.lr": 1e-3})` returns an immutable `Config`.
 
-- An unknown name is an error that suggests the nearest one. A value of the wrong type is an error.
-  All errors are reported together.
-- Defaults that depend on other options are filled in. The run directory gets the complete
-  configuration, which is itself a valid configuration file.
+- Unknown names and values of the wrong type are errors. The error for an unknown name suggests the
+  nearest one. All errors are reported together.
+- Defaults that depend on other options are computed from them. Each run saves the complete
+  configuration as `config.toml` in its directory. You can use this file as a configuration file.
 - `--model.shape` on the command line replaces the architecture in the file (family, layers, widths,
   heads). Options that depend on the data (vocabulary, length) stay.
-- The data-parallel size is the number of processes / (tensor x pipeline).
+- The data-parallel size is the number of processes / (`parallel.tensor` x `parallel.pipeline`).
+- Lists for exits, such as `exits.weights`, have one value per early exit, without the final exit.
 """
 
 SHAPES_INTRODUCTION = """\
 ## Ready-made shapes
 
-These are the values of `model.shape`. The larger ones are those of the EE-LLM paper (arXiv
+These are the values of `model.shape`. The larger shapes are from the EE-LLM paper (arXiv
 2312.04916). Set `model.vocab_size` to the size of your tokenizer's vocabulary.
 """
 
@@ -82,7 +83,7 @@ def type_text(annotation: Any) -> str:
     if origin is Annotated:
         return type_text(arguments[0])
     if origin is Literal:
-        return " or ".join(f'"{value}"' for value in arguments)
+        return " or ".join(toml.notation(value) for value in arguments)
     if origin is tuple:
         count = "" if arguments[-1] is ... else f"{len(arguments)} "
         return f"list of {count}{type_text(arguments[0])}" + "s" * (arguments[0] in words)
