@@ -4,15 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
-
 
 def is_packable(weight: Tensor) -> bool:
-    """Return whether oneDNN can pack this weight: on a CPU, in a dtype that it supports."""
+    """Return whether oneDNN can pack this weight: on a CPU, in a dtype that this CPU supports."""
     is_built = torch.backends.mkldnn.is_available() and hasattr(
         torch.ops.mkldnn, "_linear_pointwise"
     )
-    return is_built and weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES
+    if not is_built or weight.device.type != "cpu":
+        return False
+    if weight.dtype == torch.bfloat16:  # needs AVX-512 or AVX-NE-CONVERT, which many CPUs lack
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
 
 
 class Linear:

@@ -59,8 +59,9 @@ def test_a_weight_may_be_a_slice() -> None:
 def test_weights_are_packed_where_supported() -> None:
     """Otherwise the test above would compare the plain product with itself."""
     is_built = torch.backends.mkldnn.is_available()
-    for dtype in (torch.float32, torch.bfloat16):
-        assert is_packable(torch.empty(4, 4, dtype=dtype)) == is_built
+    is_bfloat16_supported = is_built and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert is_packable(torch.empty(4, 4)) == is_built
+    assert is_packable(torch.empty(4, 4, dtype=torch.bfloat16)) == is_bfloat16_supported
     assert not is_packable(torch.empty(4, 4, dtype=torch.float64))
     assert not is_packable(torch.empty(4, 4, dtype=torch.float32, device="meta"))
 
@@ -70,4 +71,13 @@ def test_without_onednn_the_product_is_plain(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(linear, "_pack", lambda weight: pytest.fail("it cannot be packed"))
     weight, x = (_numbers(n, 32, dtype=torch.float32) for n in (48, 3))
+    assert torch.equal(Linear(weight)(x), F.linear(x, weight))
+
+
+@torch.no_grad()
+def test_on_a_cpu_without_bfloat16_the_product_is_plain(monkeypatch) -> None:
+    """OneDNN raises an error when it packs a bfloat16 weight on such a CPU."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(linear, "_pack", lambda weight: pytest.fail("it cannot be packed"))
+    weight, x = (_numbers(n, 32, dtype=torch.bfloat16) for n in (48, 3))
     assert torch.equal(Linear(weight)(x), F.linear(x, weight))
