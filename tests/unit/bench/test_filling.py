@@ -19,6 +19,7 @@ def test_each_way_has_the_steps_of_the_same_time(way, steps):
     assert filling.steps_in_time(filling.WAYS[way], 120) == steps
 
 
+@pytest.mark.thorough
 def test_a_run_that_fails_is_told_without_a_traceback():
     command = [sys.executable, str(TOOL), "--steps", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

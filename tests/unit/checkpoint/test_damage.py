@@ -19,6 +19,8 @@ from tests.unit.checkpoint.damage import blocks_of, files_of, flip, flipped, off
 from tests.unit.checkpoint.surgery.sources import save, tiny
 from tests.unit.conversion.huggingface.folders import make_folder
 
+pytestmark = pytest.mark.thorough
+
 MANIFEST = directory.MANIFEST
 
 

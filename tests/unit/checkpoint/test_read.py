@@ -170,6 +170,7 @@ def test_tokenizer_must_match_the_manifest(tmp_path):
         TensorReader(checkpoint).tokenizer()
 
 
+@pytest.mark.thorough
 def test_reading_needs_no_megatron(tmp_path):
     """Inference reads checkpoints on machines without megatron-core."""
     write_checkpoint(tmp_path)

@@ -124,6 +124,7 @@ write_checkpoint(sys.argv[1], CONFIG, SPECS, get)
 """
 
 
+@pytest.mark.thorough
 def test_a_killed_writer_leaves_no_checkpoint(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)], env=os.environ, timeout=60, check=False
@@ -152,6 +153,7 @@ except CheckpointError as error:
 """
 
 
+@pytest.mark.thorough
 def test_a_full_disk_raises_and_leaves_nothing(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path)],

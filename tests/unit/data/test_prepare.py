@@ -20,6 +20,8 @@ from ee_llm.data.tokenization.tokenizer import BytesTokenizer, load_tokenizer
 from tests.ended import is_gone
 from tests.unit.data.conftest import read_documents
 
+pytestmark = pytest.mark.thorough
+
 
 def options(inputs: Path, output: Path, **changes: object) -> PrepareOptions:
     return PrepareOptions(**{"inputs": (inputs,), "output": output, "progress": False, **changes})

@@ -47,7 +47,7 @@ class RandomScheduler(Scheduler):
                 ranges.append(TokenRange(sequence.slot, start, stop))
         return ranges
 
-    def _spans(self, segment, carried=()):
+    def _ranges(self, segment, carried=()):
         stops = {token_range.slot: token_range.stop for token_range in carried}
         ranges = []
         for sequence in self.running:

@@ -107,6 +107,12 @@ def _continued(rng: random.Random, traffic: Traffic, made, max_length: int) -> T
     return Traffic(requests[:5], [0] * len(requests[:5]), {})
 
 
+def test_random_scheduler_replaces_methods_of_the_scheduler() -> None:
+    """A method that the scheduler does not have would never be called."""
+    replaced = {name for name in vars(RandomScheduler) if name.startswith("_")}
+    assert {"_pick", "_ranges"} <= replaced & vars(Scheduler).keys()
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_tokens_and_exits_are_the_references(seed: int) -> None:
     _run(seed)

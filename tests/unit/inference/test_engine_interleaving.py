@@ -16,6 +16,8 @@ from tests.unit.inference.engines import assert_idle, make_engine
 from tests.unit.inference.fuzz import expected, random_policy, random_request
 from tests.unit.inference.models import random_tensors, tiny_config
 
+pytestmark = pytest.mark.thorough
+
 
 class OutOfMemory(RuntimeError):
     """Planted amid a pass."""

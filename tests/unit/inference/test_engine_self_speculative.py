@@ -161,6 +161,7 @@ def _sampled() -> tuple[list[RequestOutput], float]:
     return made, _chance(second, _exactly(SMALL, prompt))
 
 
+@pytest.mark.thorough
 def test_sampled_tokens_follow_the_distribution_of_the_model() -> None:
     """Guards against drafts that pull the tokens towards the exit's own distribution.
 
@@ -196,6 +197,7 @@ def _drafts_are_believed(monkeypatch) -> None:
     monkeypatch.setattr(Sequence, "apply", believing)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("plant", [_same_noise_at_every_position, _drafts_are_believed])
 def test_the_test_of_the_distribution_finds_a_planted_mistake(plant, monkeypatch) -> None:
     plant(monkeypatch)

@@ -11,6 +11,8 @@ import pytest
 
 import ee_llm
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

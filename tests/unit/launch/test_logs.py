@@ -4,6 +4,10 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
+pytestmark = pytest.mark.thorough
+
 CONFIGURED = """
 import logging
 from ee_llm.launch.logs import configure_logging

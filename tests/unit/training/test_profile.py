@@ -12,6 +12,8 @@ from ee_llm.errors import ConfigError
 from ee_llm.pipeline.planner.costs import read_pieces
 from ee_llm.training.profile import profile, random_batch
 
+pytestmark = pytest.mark.thorough
+
 MODEL = """\
 [model]
 num_layers = 8

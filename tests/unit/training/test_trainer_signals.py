@@ -63,6 +63,7 @@ def test_sigterm_that_is_forwarded_late_is_the_same_request(monkeypatch):
         assert stop.received == signal.SIGTERM
 
 
+@pytest.mark.thorough
 def test_repeated_sigterm_kills(tmp_path):
     code = (
         "import os, signal, time\n"

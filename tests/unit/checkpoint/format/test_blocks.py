@@ -15,6 +15,7 @@ def grid_of_blocks(rows, columns):
     return [blocks.Chunk(corner, (2, 3), "", 0, 0) for corner in corners]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("rows", "columns"), [(20_000, 1), (1, 20_000), (150, 150)])
 def test_many_blocks_are_compared_quickly(rows, columns):
     """The index of an untrusted file has any number of blocks; comparing all pairs is too slow."""

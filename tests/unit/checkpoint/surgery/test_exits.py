@@ -24,6 +24,8 @@ from tests.unit.checkpoint.surgery.sources import (
 )
 from tests.unit.inference.stages import TOKENS
 
+pytestmark = pytest.mark.thorough
+
 
 def logits(reader: TensorReader) -> dict[int, torch.Tensor]:
     return load_reference(reader).forward(TOKENS)

@@ -18,6 +18,8 @@ from tests.unit.checkpoint.surgery.sources import (
     tiny,
 )
 
+pytestmark = pytest.mark.thorough
+
 LAYOUTS = {
     "one": (),
     "tp2": ("--tensor", 2),

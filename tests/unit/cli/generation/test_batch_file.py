@@ -68,6 +68,7 @@ def test_records_are_added_and_found_again(tmp_path: Path) -> None:
     assert path.read_bytes() == _line("b") + _line("a")
 
 
+@pytest.mark.thorough
 def test_a_record_cut_anywhere_is_made_anew(tmp_path: Path) -> None:
     whole, cut = _line("a"), _line("b")
     for length in range(len(cut) - 1):
@@ -159,6 +160,7 @@ def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         _reopened(tmp_path / "out", _line("a") + b'{"id": "' + b"x" * 3000)
 
 
+@pytest.mark.thorough
 def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
     path = tmp_path / "out"
     code = (

@@ -27,6 +27,8 @@ from ee_llm.inference.verification.reference_decoding import generate_reference
 from ee_llm.inference.verification.verify import Verifier
 from tests.unit.inference.models import random_tensors, save_model, tiny_config
 
+pytestmark = pytest.mark.thorough
+
 # More rows than the byte tokenizer's 257 tokens, as padding to the tensor-parallel size makes.
 CONFIG = tiny_config("gpt", vocab_size=264, max_seq_length=48)
 Record = dict[str, Any]

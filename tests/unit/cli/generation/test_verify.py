@@ -18,6 +18,8 @@ from ee_llm.cli.generation.verify import read_outputs, verify
 from ee_llm.inference.verification.verify import Verifier
 from tests.unit.inference.models import random_tensors, save_model, tiny_config
 
+pytestmark = pytest.mark.thorough
+
 CONFIG = tiny_config("llama", vocab_size=264, max_seq_length=48)
 LINES = [
     {"prompt": "one", "strategy": "exact", "id": "e"},

@@ -16,6 +16,8 @@ from tests.unit.conversion.huggingface.test_convert_round_trip import assert_sam
 from tests.unit.inference.models import random_tensors, tiny_config
 from tests.unit.inference.stages import TOKENS
 
+pytestmark = pytest.mark.thorough
+
 PARTS = {
     "own outputs": {"output": "own"},
     "tied outputs": {"output": "tied"},

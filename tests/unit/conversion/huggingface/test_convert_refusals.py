@@ -462,6 +462,7 @@ def test_existing_outputs_are_not_overwritten(tmp_path, capsys):
     assert re.search("ours is already an ee-llm checkpoint.*--to hf, --to int8, --dense", found)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("to", ["ee-llm", "hf"])
 def test_a_killed_conversion_leaves_no_output(tmp_path, to):
     folder = make_folder(tmp_path / "theirs")

@@ -48,6 +48,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.mark.thorough
 def test_a_cached_model_is_converted_offline(tmp_path, cache):
     folder = make_folder(tmp_path / "theirs", max_shard_size="40KB")
     assert len([*folder.glob("*.safetensors")]) > 1

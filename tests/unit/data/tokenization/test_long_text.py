@@ -11,6 +11,8 @@ from ee_llm.data.tokenization.long_text import encode_long_text
 from ee_llm.data.tokenization.tokenizer import load_tokenizer
 from tests.unit.data.tokenization.families import FAMILIES, TEXTS
 
+pytestmark = pytest.mark.thorough
+
 # Strings that a split can break, or that tokenizers treat specially at the start of a text.
 PARTS = [
     *TEXTS[:4], " ", "  ", "\n", "\r\n", "\t", "      ", "aaaa", "ab", "12345", "e\u0301", "\u0301",

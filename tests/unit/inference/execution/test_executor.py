@@ -17,6 +17,8 @@ from tests.unit.inference.fuzz import assert_expected, random_engine, random_tra
 from tests.unit.inference.fuzz import serve as serve_traffic
 from tests.unit.inference.models import random_tensors, tiny_config
 
+pytestmark = pytest.mark.thorough
+
 PAGED = ExecutionConfig("plain")
 GRAPHS = ExecutionConfig("plain", cuda_graphs=True)
 

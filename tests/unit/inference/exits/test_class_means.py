@@ -13,6 +13,8 @@ from ee_llm.config import Config
 from ee_llm.data.indexed import IndexedWriter
 from tests.unit.checkpoint.surgery.sources import HEADS, all_tensors, refusal, run, save, tiny
 
+pytestmark = pytest.mark.thorough
+
 EOD = 256
 LENGTH = 16  # of a window
 DOCUMENTS = [

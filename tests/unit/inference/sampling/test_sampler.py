@@ -262,6 +262,7 @@ _ANY_SAMPLING = st.builds(
 )
 
 
+@pytest.mark.thorough
 @hypothesis.settings(max_examples=300, deadline=None)
 @given(
     st.lists(_ANY_SAMPLING, min_size=1, max_size=3),

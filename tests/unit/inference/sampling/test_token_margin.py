@@ -8,6 +8,8 @@ import torch
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.sampling.sampler import sample, token_margin
 
+pytestmark = pytest.mark.thorough
+
 SETTINGS: list[dict[str, float]] = [
     {},
     {"temperature": 0.7},

@@ -22,6 +22,8 @@ from tests.unit.data.tokenization.families import FAMILIES
 from tests.unit.inference.chats import save_family
 from tests.unit.inference.models import random_tensors, tiny_config
 
+pytestmark = pytest.mark.thorough
+
 Record = dict[str, Any]
 CHATS = ("llama-2", "llama-3.1", "qwen-2.5", "smollm-2", "mistral", "deepseek", "gemma")
 

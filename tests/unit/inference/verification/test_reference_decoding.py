@@ -15,6 +15,8 @@ from ee_llm.inference.verification.certificate import verify_trace
 from ee_llm.inference.verification.reference_decoding import generate_reference
 from tests.unit.inference.models import random_tokens, tiny_config, tiny_model
 
+pytestmark = pytest.mark.thorough
+
 PROMPT = random_tokens(5, seed=3).tolist()
 GREEDY = SamplingParams()
 SETTINGS = {field.name for field in dataclasses.fields(SamplingParams)}

@@ -186,6 +186,7 @@ def test_limit_filters_candidates_and_the_error_names_the_leanest():
         within_limit(found, leanest - 1)
 
 
+@pytest.mark.thorough
 def test_layers_move_to_ranks_with_free_memory():
     """1F1B keeps 4 microbatches on the first stage and 1 on the last: an even split needs 4 x 3."""
     assert min(advice.memory for advice in search()) > 11

@@ -96,6 +96,7 @@ def plan_of(part):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("part", PARTS)
 def test_mean_over_all_assignments_is_the_unscaled_gradient(part):
     plan = plan_of(part)
