@@ -1,6 +1,7 @@
 """The import rules between the packages of ee_llm, enforced on their syntax trees."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections import Counter
@@ -141,8 +142,9 @@ def within(name: str, *prefixes: str) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def imports(module: str, source: str) -> Iterator[Import]:
-    """Every import of a module but those for type checkers, which never happen."""
+@functools.cache
+def imports(module: str, source: str) -> tuple[Import, ...]:
+    """Return every import of a module except those for type checkers, which are not executed."""
 
     def visit(node: ast.AST, at_once: bool) -> Iterator[Import]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -168,7 +170,7 @@ def imports(module: str, source: str) -> Iterator[Import]:
         for child in children:
             yield from visit(child, at_once and not in_function)
 
-    yield from visit(ast.parse(source), True)
+    return tuple(visit(ast.parse(source), True))
 
 
 def imported_at_once(module: str, sources: Mapping[str, str]) -> dict[str, str]:
