@@ -1,4 +1,4 @@
-"""Early-exit large language models: train, tune, convert, evaluate and serve them."""
+"""Early-exit large language models: train, tune, convert and run them."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Train on several nodes. Start this template on every node with the same arguments and variables,
+# Train, or tune, on several nodes. Start this template on every node with the same arguments and variables,
 # except for NODE_RANK.
 #
 #   NUM_NODES=2 NODE_RANK=0 MASTER_ADDR=node0 ./scripts/torchrun.sh --config train.toml
 #
 # Environment variables, with their defaults:
 #   NUM_NODES        Number of nodes (1).
+#   COMMAND          train or tune (train).
 #   NODE_RANK        Number of this node, from 0 (0).
 #   PROCS_PER_NODE   Processes on each node: gpu for one per GPU, or a number on CPU nodes (gpu).
 #   MASTER_ADDR      Host name of node 0 (localhost).
@@ -26,4 +27,4 @@ exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "${NUM_NODES:-1}" --node-rank "${NODE_RANK:-0}" \
     --nproc-per-node "${PROCS_PER_NODE:-gpu}" \
     --master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}" \
-    --module ee_llm train "$@"
+    --module ee_llm "${COMMAND:-train}" "$@"

@@ -4,6 +4,12 @@ from ee_llm.config import Config
 from ee_llm.errors import ConfigError
 
 
+def even_split(num_layers: int, num_stages: int) -> list[int]:
+    """Return the number of layers of each stage; the first stages have one more if some must."""
+    quotient, remainder = divmod(num_layers, num_stages)
+    return [quotient + (stage < remainder) for stage in range(num_stages)]
+
+
 def stage_layers(config: Config, stage: int) -> range:
     """Return the numbers (from 1) of the layers on a pipeline stage (from 0).
 
@@ -12,9 +18,7 @@ def stage_layers(config: Config, stage: int) -> range:
     num_stages = config.parallel.num_stages
     if not 0 <= stage < num_stages:
         raise ConfigError(f"stage {stage} is outside 0..{num_stages - 1}")
-    quotient, remainder = divmod(config.depth, num_stages)
-    even = [quotient + (index < remainder) for index in range(num_stages)]
-    split = config.parallel.layer_split or even
+    split = config.parallel.layer_split or even_split(config.depth, num_stages)
     first = sum(split[:stage]) + 1
     return range(first, first + split[stage])
 

@@ -29,7 +29,7 @@ COMMAND = CommandHelp(
 
     The options come from a TOML file, from the command line, or both; the command line takes
     precedence. The checkpoint decides the model. --nproc starts several processes on one machine,
-    scripts/torchrun.sh on several machines.""",
+    COMMAND=tune scripts/torchrun.sh on several machines.""",
     groups=run_groups(_SECTIONS),
     examples=(
         "ee-llm tune --tuning.checkpoint runs/llama --data.prefixes data/corpus "

@@ -16,7 +16,6 @@ from ee_llm.distributed.devices import (
     has_cuda,
     local_rank,
     num_cores,
-    num_gpus,
     peak_flops,
     peak_memory_bytes,
     rng_state,
@@ -27,7 +26,7 @@ from ee_llm.distributed.devices import (
 )
 from ee_llm.distributed.environment import launched_world_size
 from ee_llm.distributed.grid import Grid, initialize, shutdown
-from ee_llm.distributed.inference_grid import InferenceGrid, RankLostError
+from ee_llm.distributed.inference_grid import InferenceGrid, RankLostError, check_gpus
 from ee_llm.distributed.inference_grid import connect as connect_serving
 from ee_llm.distributed.megatron import enable as enable_megatron
 
@@ -37,6 +36,7 @@ __all__ = [
     "InferenceGrid",
     "RankLostError",
     "backend",
+    "check_gpus",
     "connect_serving",
     "console",
     "deepspeed",
@@ -50,7 +50,6 @@ __all__ = [
     "launched_world_size",
     "local_rank",
     "num_cores",
-    "num_gpus",
     "peak_flops",
     "peak_memory_bytes",
     "print_line",

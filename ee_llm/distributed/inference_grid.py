@@ -205,6 +205,17 @@ class InferenceGrid:
             ) from error
 
 
+def check_gpus(tensor: int, pipeline: int) -> None:
+    """Raise UserError if this machine has GPUs, but fewer than one for each rank."""
+    num_gpus = devices.num_gpus()
+    if 0 < num_gpus < tensor * pipeline:
+        raise UserError(
+            f"tensor = {tensor} x pipeline = {pipeline} needs {tensor * pipeline} GPUs, but this"
+            f" machine has {num_gpus}. Use fewer ranks, or set CUDA_VISIBLE_DEVICES= to compute on"
+            " the CPU."
+        )
+
+
 def connect(*, tensor: int = 1, pipeline: int = 1, timeout_s: float = 600) -> InferenceGrid:
     """Join the tensor x pipeline ranks that decode one model, from torchrun's environment.
 
@@ -214,7 +225,7 @@ def connect(*, tensor: int = 1, pipeline: int = 1, timeout_s: float = 600) -> In
     world_size = environment.launched_world_size() or 1
     if world_size != tensor * pipeline:
         raise UserError(
-            f"--tensor {tensor} x --pipeline {pipeline} needs {tensor * pipeline} ranks, but the "
+            f"tensor = {tensor} x pipeline = {pipeline} needs {tensor * pipeline} ranks, but the "
             f"world size is {world_size}. Start {tensor * pipeline} ranks."
         )
     timeout = datetime.timedelta(seconds=timeout_s)

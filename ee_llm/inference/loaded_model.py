@@ -286,8 +286,7 @@ class LoadedModel:
         if not boundaries:
             raise RequestError(
                 "strategy = 'self-speculative' drafts at an exit, but the model has none. Add exits"
-                " with 'ee-llm checkpoint add-exits' or --exits of 'ee-llm convert', then tune them"
-                " with 'ee-llm tune'."
+                " with 'ee-llm checkpoint add-exits', then tune them with 'ee-llm tune'."
             )
         return given if given.draft_exit is not None else replace(given, draft_exit=boundaries[0])
 
@@ -301,13 +300,7 @@ class LoadedModel:
             )
         self._has_workers = distributed.launched_world_size() is None
         if self._has_workers:
-            num_gpus = distributed.num_gpus()
-            if 0 < num_gpus < tensor * pipeline:
-                raise RequestError(
-                    f"tensor = {tensor} x pipeline = {pipeline} needs {tensor * pipeline} GPUs, but"
-                    f" this machine has {num_gpus}. Use fewer ranks, or set CUDA_VISIBLE_DEVICES="
-                    " to compute on the CPU."
-                )
+            distributed.check_gpus(tensor, pipeline)
             workers = Workers(tensor * pipeline, arguments)
             with ExitStack() as stack:  # ends the workers if one of them fails
                 stack.callback(workers.close)

@@ -43,9 +43,9 @@ class Speed:
             accepted = f"; {self.acceptance:.0%} of the drafts were accepted"
         return (
             f"self-speculation is slower than full depth: {self.tokens_per_second:.1f} tokens/s"
-            f" against {self.full_tokens_per_second:.1f}{accepted}. Use --strategy full,"
-            " tune the exit that drafts, choose another with --draft-exit, or raise"
-            " --draft-threshold."
+            f" against {self.full_tokens_per_second:.1f}{accepted}. Use strategy ="
+            " 'full', tune the exit that drafts, choose another draft_exit, or raise"
+            " draft_threshold."
         )
 
 

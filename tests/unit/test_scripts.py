@@ -262,6 +262,8 @@ def test_torchrun_template(run: Run) -> None:
         "--master-addr localhost --master-port 29500 "
         "--module ee_llm train --config a b.toml\n"
     )
+    done = run("scripts/torchrun.sh", "--config", "a.toml", PYTHON="echo", COMMAND="tune")
+    assert done.stdout.endswith("--module ee_llm tune --config a.toml\n")
 
 
 def test_slurm_template(run: Run, checkout: Path) -> None:

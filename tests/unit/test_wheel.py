@@ -6,13 +6,16 @@ import site
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import ee_llm
+from tests.unit.inference.models import random_tensors, save_model, tiny_config
 
 pytestmark = pytest.mark.thorough
 
@@ -98,3 +101,23 @@ def test_the_package_can_be_imported_without_the_checkout(
     assert done.stdout.startswith(str(environment.parent))
     code = "import ee_llm.inference.engine, ee_llm.training.trainer, sys; print(len(sys.path))"
     run(environment / "python", "-c", code, folder=tmp_path)
+
+
+def test_a_model_generates_without_the_checkout(environment: Path, tmp_path: Path) -> None:
+    """Also on two pipeline stages: the other rank is started from the wheel too."""
+    config = tiny_config(vocab_size=264)
+    save_model(tmp_path / "run", config, random_tensors(config, dtype=torch.float32))
+    code = """
+        import ee_llm
+        params = ee_llm.SamplingParams(max_tokens=4, ignore_eos=True)
+        if __name__ == "__main__":
+            for pipeline in (1, 2):
+                with ee_llm.LLM("run", dtype="float32", pipeline=pipeline) as llm:
+                    (output,) = llm.generate(["a prompt"], params, exits=0.5)
+                    assert llm.verify(output).passed
+                print(*output.token_ids)
+    """
+    (tmp_path / "program.py").write_text(textwrap.dedent(code))
+    one, two = run(environment / "python", "program.py", folder=tmp_path).stdout.splitlines()
+    assert len(one.split()) == 4
+    assert one == two

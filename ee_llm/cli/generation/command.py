@@ -90,13 +90,8 @@ def check(options: GenerateOptions) -> None:
                 f" {options.quantize} computes with others. Remove one of them."
             )
     check_layout(TensorReader(options.checkpoint).config(), options.tensor, options.pipeline)
-    num_gpus = distributed.num_gpus()
-    if started is None and 0 < num_gpus < num_ranks:
-        raise UserError(
-            f"--tensor {options.tensor} x --pipeline {options.pipeline} needs {num_ranks} GPUs, but"
-            f" this machine has {num_gpus}. Use fewer ranks, or set CUDA_VISIBLE_DEVICES= to"
-            " compute on the CPU."
-        )
+    if started is None:
+        distributed.check_gpus(options.tensor, options.pipeline)
 
 
 def generate(options: GenerateOptions) -> None:

@@ -74,9 +74,9 @@ class Executor:
             )
         if execution.cuda_graphs and stage.num_ranks > 1:
             raise RequestError(
-                f"cuda_graphs does not work with --tensor {stage.num_ranks}: a CUDA graph cannot"
+                f"cuda_graphs does not work with tensor = {stage.num_ranks}: a CUDA graph cannot"
                 " contain the communication of tensor-parallel layers. Turn cuda_graphs off, or use"
-                " --tensor 1."
+                " tensor = 1."
             )
         self._stage = stage
         self._block_size = scheduler_config.block_size

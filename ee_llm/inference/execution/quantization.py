@@ -42,8 +42,8 @@ def check_quantize(dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         name = str(dtype).removeprefix("torch.")
         raise RequestError(
-            f"--quantize int8 with --dtype {name}: torchao does not support this dtype. Use --dtype"
-            " float32 or bfloat16, or drop --quantize."
+            f"quantize = 'int8' with dtype = {name!r}: torchao does not support this dtype. Use"
+            " dtype = 'float32' or 'bfloat16', or leave out quantize."
         )
 
 
@@ -58,7 +58,7 @@ def _torchao() -> Any:
         import torchao.quantization
     except ImportError as error:
         raise RequestError(
-            f"--quantize int8 needs torchao ({error}). Run: pip install 'ee-llm[quantize]'"
+            f"quantize = 'int8' needs torchao ({error}). Run: pip install 'ee-llm[quantize]'"
         ) from None
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -8,7 +8,7 @@ positions in the cache, k key/value heads of this rank, d head dimension.
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ee_llm import distributed
 from ee_llm.architecture.parameter_names import output_weight_name
+from ee_llm.architecture.partition import even_split
 from ee_llm.architecture.tensor_parallel import DIVIDED_SIZES
 from ee_llm.config import Config
 from ee_llm.errors import RequestError
@@ -34,18 +35,18 @@ class LayerRange(NamedTuple):
 
 
 def partition_layers(config: Config, num_stages: int = 1) -> list[list[LayerRange]]:
-    """Return the layer ranges of each pipeline stage; stages have about equally many layers.
+    """Return the layer ranges of each pipeline stage, split at the exits.
 
     Raises RequestError if there are more stages than layers.
     """
     num_layers = config.model.num_layers
     if num_stages > num_layers:
         raise RequestError(
-            f"--pipeline {num_stages} is more than num_layers = {num_layers}. Use --pipeline"
-            f" {num_layers} or less."
+            f"pipeline = {num_stages} is more than num_layers = {num_layers}. Use {num_layers}"
+            " or less."
         )
     exits = (*config.exits.boundaries, num_layers)
-    ends = [num_layers * (stage + 1) // num_stages for stage in range(num_stages)]
+    ends = accumulate(even_split(num_layers, num_stages))
     stages: list[list[LayerRange]] = []
     first = 1
     for end in ends:
@@ -64,8 +65,10 @@ def check_layout(config: Config, tensor: int, pipeline: int) -> None:
         if size % tensor:
             common = math.gcd(*sizes.values())
             divisors = [n for n in range(1, common + 1) if common % n == 0]
-            choices = " or ".join(f"--tensor {n}" for n in divisors)
-            raise RequestError(f"--tensor {tensor} does not divide {name} = {size}. Use {choices}.")
+            choices = " or ".join(map(str, divisors))
+            raise RequestError(
+                f"tensor = {tensor} does not divide {name} = {size}. Use tensor = {choices}."
+            )
 
 
 def make_shard(
@@ -189,8 +192,8 @@ class ModelStage:
             size = math.prod(shape) * self.cache_dtype.itemsize * sum(num_pages)
             raise RequestError(
                 f"no memory for the keys and values of {num_positions} positions on {self.device}:"
-                f" they take {size / 2**30:,.1f} GiB. Use a smaller --cache-tokens or"
-                " --max-num-seqs, or a smaller model."
+                f" they take {size / 2**30:,.1f} GiB. Use a smaller cache_tokens or max_num_seqs,"
+                " or a smaller model."
             ) from error
 
     def clear(self) -> None:

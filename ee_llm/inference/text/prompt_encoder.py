@@ -99,10 +99,10 @@ def first_tokens(bos: Bos, tokenizer: Tokenizer, adds_bos: bool | None) -> list[
     if bos == "off" or (bos == "auto" and not adds):
         return []
     if tokenizer.bos_token_id is None:
-        wanted = "--bos on" if bos == "on" else "the tokenizer's settings (add_bos_token)"
+        wanted = "bos = 'on'" if bos == "on" else "the tokenizer's settings (add_bos_token)"
         raise RequestError(
             f"{wanted}: tokenizer {tokenizer.name} has no beginning-of-sequence token. Use"
-            " --bos off."
+            " bos = 'off'."
         )
     return [tokenizer.bos_token_id]
 

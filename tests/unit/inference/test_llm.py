@@ -351,7 +351,7 @@ def test_a_closed_model_says_so(run: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tensor": 3}, "tensor 3"),
+        ({"tensor": 3}, "tensor = 3"),
         ({"tensor": 0}, "tensor = 0"),
         ({"max_num_seqs": 1.5}, "max_num_seqs = 1.5"),
         ({"timeout_s": float("nan")}, "timeout_s = nan"),

@@ -68,7 +68,7 @@ def test_missing_torchao_is_an_error(run, capsys, monkeypatch):
     how = ["--checkpoint", str(run), "--prompt", "x", "--quantize", "int8", "--dtype", "float32"]
     assert main(["generate", *how]) == 2
     error = " ".join(capsys.readouterr().err.split())
-    assert "--quantize int8 needs torchao" in error
+    assert "quantize = 'int8' needs torchao" in error
     assert "pip install 'ee-llm[quantize]'" in error
 
 

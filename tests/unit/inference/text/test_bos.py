@@ -102,7 +102,7 @@ def test_none_to_begin_with(tmp_path, capsys):
 
     checkpoint = save(tmp_path / "bytes", "bytes")
     found = refused(checkpoint, "--bos", "on")
-    assert "--bos on: tokenizer bytes has no beginning-of-sequence token. Use --bos off." in found
+    assert "bos = 'on': tokenizer bytes has no beginning-of-sequence token. Use bos" in found
     file = make_json(tmp_path / "tokenizer.json", None, bos="[X]")
     checkpoint = save(tmp_path / "stated", file, '{"add_bos_token": true}')
     assert "the tokenizer's settings (add_bos_token)" in refused(checkpoint)

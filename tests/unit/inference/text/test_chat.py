@@ -328,7 +328,7 @@ def test_a_message_too_long_for_the_name_of_a_file_is_a_message(
 
 def test_a_warning_without_drafts_names_no_share_of_them() -> None:
     speed = Speed(tokens_per_second=1.0, full_tokens_per_second=2.0)
-    assert "1.0 tokens/s against 2.0. Use --strategy full" in str(speed.warning())
+    assert "1.0 tokens/s against 2.0. Use strategy = 'full'" in str(speed.warning())
     assert "2.0; 25% of the drafts were accepted. Use" in str(
         replace(speed, acceptance=0.25).warning()
     )
