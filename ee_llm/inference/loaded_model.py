@@ -31,7 +31,7 @@ from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.strategies import SelfSpeculation, Strategy
 from ee_llm.inference.stream import TokenStream
-from ee_llm.inference.text.detokenizer import generated_text
+from ee_llm.inference.text.detokenizer import GeneratedText
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt, PromptEncoder
 
 DEFAULT_THRESHOLD = 0.8
@@ -271,14 +271,7 @@ class LoadedModel:
         """Return an output with its texts; one whose tokens have no text keeps its error."""
         if output.finish_reason == "error":
             return replace(output, prompt=prompt)
-        text = generated_text(
-            self.decode,
-            output.prompt_token_ids,
-            output.token_ids,
-            request.sampling_params.stop,
-            dict(request.special_texts),
-            request.sampling_params.min_tokens,
-        )
+        text = GeneratedText.of_request(request, self.decode).complete(output.token_ids)
         return replace(output, prompt=prompt, text=text.text, pieces=text.trimmed_pieces)
 
     def _speculation(self, given: SelfSpeculation) -> SelfSpeculation:

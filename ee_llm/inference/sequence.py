@@ -253,16 +253,9 @@ class Sequence:
 
     def _is_stopped(self, token: int) -> bool:
         """Return whether the newest token completed a stop string."""
-        request, params = self.request, self.request.sampling_params
-        if not params.stop or self.detokenize is None:
+        if not self.request.sampling_params.stop or self.detokenize is None:
             return False
         if self._text is None:
-            self._text = GeneratedText(
-                self.detokenize,
-                request.prompt_token_ids,
-                params.stop,
-                dict(request.special_texts),
-                params.min_tokens,
-            )
+            self._text = GeneratedText.of_request(self.request, self.detokenize)
         self._text.add(token)
         return self._text.is_stopped

@@ -33,15 +33,8 @@ class TokenStream(Iterator[TokenOutput]):
         prompt: str,
         detokenize: Callable[[list[int]], str],
     ) -> None:
-        params = request.sampling_params
         self.output: RequestOutput | None = None
-        self.generated = GeneratedText(
-            detokenize,
-            request.prompt_token_ids,
-            params.stop,
-            dict(request.special_texts),
-            params.min_tokens,
-        )
+        self.generated = GeneratedText.of_request(request, detokenize)
         self._prompt = prompt
         self._num_sent = 0
         self._tokens: deque[TokenOutput] = deque()

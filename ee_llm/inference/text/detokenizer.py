@@ -4,7 +4,9 @@ Each token is decoded in a window that includes a few tokens before it, so a tex
 n short calls of the tokenizer. The text of a generation is the concatenation of its pieces.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from ee_llm.inference.request import Request
 
 Detokenize = Callable[[list[int]], str]
 
@@ -107,6 +109,13 @@ class GeneratedText:
         self._tail = ""
         self._before: list[int] = []
 
+    @classmethod
+    def of_request(cls, request: Request, detokenize: Detokenize) -> "GeneratedText":
+        """Return the text of a request, still without tokens."""
+        params = request.sampling_params
+        special = dict(request.special_texts)
+        return cls(detokenize, request.prompt_token_ids, params.stop, special, params.min_tokens)
+
     @property
     def text(self) -> str:
         """The text, up to the stop string that ended it if there is one."""
@@ -144,6 +153,13 @@ class GeneratedText:
             self._length -= len(last)
             self._append(last + piece, "", num_seen=len(last))
 
+    def complete(self, tokens: Iterable[int]) -> "GeneratedText":
+        """Append all tokens of a finished generation and return the text itself."""
+        for token in tokens:
+            self.add(token)
+        self.finish()
+        return self
+
     def _append(self, piece: str, spelled: str, num_seen: int = 0) -> None:
         """Append a piece and search for stop strings.
 
@@ -166,22 +182,6 @@ class GeneratedText:
             self._end = self._before[min(starts)]
         surplus = max(0, len(self._tail) - self._longest + 1)
         self._tail, self._before = self._tail[surplus:], self._before[surplus:]
-
-
-def generated_text(
-    detokenize: Detokenize,
-    prompt: Sequence[int],
-    tokens: Sequence[int],
-    stops: Sequence[str] = (),
-    special: Mapping[int, str] | None = None,
-    min_tokens: int = 0,
-) -> GeneratedText:
-    """Return the text of a finished generation; the arguments are those of `GeneratedText`."""
-    text = GeneratedText(detokenize, prompt, stops, special, min_tokens)
-    for token in tokens:
-        text.add(token)
-    text.finish()
-    return text
 
 
 def _context(detokenize: Detokenize, prompt: Sequence[int]) -> list[int]:

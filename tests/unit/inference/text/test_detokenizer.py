@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ee_llm.data.tokenization.tokenizer import BytesTokenizer, load_tokenizer
-from ee_llm.inference.text.detokenizer import GeneratedText, generated_text
+from ee_llm.inference.text.detokenizer import GeneratedText
 from tests.unit.data.tokenization.families import FAMILIES, write_family
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -20,6 +20,10 @@ TEXTS = [
     " 日",
     "é é",
 ]
+
+
+def generated_text(detokenize, prompt, tokens, stops=(), special=None) -> GeneratedText:
+    return GeneratedText(detokenize, prompt, stops, special).complete(tokens)
 
 
 @pytest.mark.parametrize("text", TEXTS)
