@@ -111,7 +111,8 @@ def _add_class_aware(options: AddExitsOptions, config: Config) -> None:
     from ee_llm.checkpoint.surgery.exits import added
     from ee_llm.cli.checkpoint.rewriting import progress, write
     from ee_llm.data.tokenization.tokenizer import load_tokenizer
-    from ee_llm.inference.exits.class_means import Windows, class_means
+    from ee_llm.data.windows import Windows
+    from ee_llm.inference.exits.class_means import class_means
 
     reader = TensorReader(options.checkpoint)
     ranks = None

@@ -17,10 +17,9 @@ from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.surgery.exits import added
 from ee_llm.checkpoint.surgery.rewrite import with_options
 from ee_llm.config import Config
-from ee_llm.data.indexed import IndexedTokens
+from ee_llm.data.windows import Windows, check_window
 from ee_llm.errors import DataError
-from ee_llm.inference.execution.attention import BlockTable, Run
-from ee_llm.inference.execution.stage import ModelStage, make_shard, partition_layers
+from ee_llm.inference.execution.teacher_forced import TeacherForced
 
 
 @dataclass(frozen=True)
@@ -36,45 +35,6 @@ class ClassMeans:
     weights: dict[int, Tensor]
     num_seen: int
     num_tokens: int
-
-
-class Windows:
-    """Prepared data as windows of up to `seq_length` + 1 tokens.
-
-    Each token is predicted once, in order.
-    """
-
-    def __init__(self, prefixes: Sequence[str], seq_length: int, num_tokens: int | None) -> None:
-        """Open the data.
-
-        Args:
-            prefixes: Prefixes of the prepared data.
-            seq_length: Greatest number of predicted tokens in a window.
-            num_tokens: Greatest number of tokens to predict; None for all.
-
-        Raises:
-            DataError: A file cannot be read, or there is nothing to predict.
-        """
-        self._data = [IndexedTokens(prefix) for prefix in prefixes]
-        self._seq_length = seq_length
-        available = sum(max(0, data.num_tokens - 1) for data in self._data)
-        self.num_tokens = available if num_tokens is None else min(num_tokens, available)
-        if self.num_tokens < 1:
-            raise DataError(
-                f"--data {' '.join(prefixes)} with --num-tokens {num_tokens}: there is nothing to"
-                " predict. Give data of at least 2 tokens and a --num-tokens of at least 1."
-            )
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield token ids, int64 [t + 1]."""
-        remaining = self.num_tokens
-        for data in self._data:
-            for start in range(0, data.num_tokens - 1, self._seq_length):
-                num = min(self._seq_length, data.num_tokens - 1 - start, remaining)
-                if num == 0:
-                    return
-                remaining -= num
-                yield torch.from_numpy(data.tokens[start : start + num + 1].astype("int64"))
 
 
 def class_means(
@@ -110,29 +70,30 @@ def class_means(
     Raises:
         DataError: The data has a token id outside the vocabulary, on all ranks, or no target.
     """
-    stage = _Exits(reader, config, boundaries, ranks)
+    model_pass = _with_new_exits(reader, config, boundaries, ranks)
     model = config.model
     summed = boundaries if ranks is None or ranks.is_leader else ()
     size = model.vocab_size, model.hidden_size
     sums = {boundary: torch.zeros(size, dtype=torch.float64) for boundary in summed}
     counts = torch.zeros(model.vocab_size, dtype=torch.float64)
     for window in windows:
-        _check_tokens(window, model.vocab_size)
+        check_window(window, model.vocab_size)
         targets = window[1:]
         is_counted = torch.ones(len(targets), dtype=torch.bool)
         if config.data.mask_after_eos:
             is_counted = window[:-1] != eos_token_id
         counts.index_add_(0, targets[is_counted], torch.ones(int(is_counted.sum())).double())
-        for boundary, features in stage.features(window[:-1]):
-            if boundary in sums:
+        for exit in model_pass(window[:-1]):
+            features = exit.features()
+            if exit.boundary in sums:
                 states = F.normalize(features.cpu().double(), dim=-1)
-                sums[boundary].index_add_(0, targets[is_counted], states[is_counted])
+                sums[exit.boundary].index_add_(0, targets[is_counted], states[is_counted])
         if on_tokens is not None:
             on_tokens(len(targets))
     is_seen = counts > 0
     if not is_seen.any():
         raise DataError(
-            "--data has no token to predict: with data.mask_after_eos, tokens after an end token"
+            "the data has no token to predict: with data.mask_after_eos, tokens after an end token"
             " do not count. Give data with longer documents."
         )
     if sums:
@@ -144,37 +105,21 @@ def class_means(
     return ClassMeans(sums, int(is_seen.sum()), int(counts.sum()))
 
 
-class _Exits:
-    """The model up to the deepest of some exits that the checkpoint does not have."""
-
-    def __init__(
-        self,
-        reader: TensorReader,
-        config: Config,
-        boundaries: Sequence[int],
-        ranks: distributed.InferenceGrid | None,
-    ) -> None:
-        # The final exit's output weight stands in for the new ones, which do not exist yet.
-        per_exit = {"weights": (), "initial_weights": (), "temperatures": ()}
-        exits = {"boundaries": tuple(sorted(boundaries)), "output": "shared", **per_exit}
-        config = with_options(config, exits=exits)
-        layer_ranges = [r for r in partition_layers(config)[0] if r.last <= max(boundaries)]
-        dtype = reader.dtype("embedding.word.weight")
-        dtype = dtype if dtype == torch.float64 else torch.float32
-        tensors = Converted(_WithCopies(reader, config), dtype, distributed.device())
-        length = config.model.max_seq_length
-        self._stage = ModelStage(config, tensors, length, layer_ranges, make_shard(config, ranks))
-        self._table = BlockTable(1, 1, length, self._stage.device)
-
-    @torch.no_grad()
-    def features(self, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield each exit's boundary and the input [t, h] of its output projection."""
-        stage, run = self._stage, Run(0, 0, len(tokens), 0)
-        batch = self._table.batch([run], None, stage.cache_dtype)
-        x = stage.embed(tokens.to(stage.device), batch.positions)
-        for index, layer_range in enumerate(stage.layer_ranges):
-            x, attended = stage.run(index, x, batch)
-            yield layer_range.last, stage.features(index, x, attended, batch)
+def _with_new_exits(
+    reader: TensorReader,
+    config: Config,
+    boundaries: Sequence[int],
+    ranks: distributed.InferenceGrid | None,
+) -> TeacherForced:
+    """Return the model up to the deepest of some exits that the checkpoint does not have."""
+    # The final exit's output weight stands in for the new ones, which do not exist yet.
+    per_exit = {"weights": (), "initial_weights": (), "temperatures": ()}
+    exits = {"boundaries": tuple(sorted(boundaries)), "output": "shared", **per_exit}
+    config = with_options(config, exits=exits)
+    dtype = reader.dtype("embedding.word.weight")
+    dtype = dtype if dtype == torch.float64 else torch.float32
+    tensors = Converted(_WithCopies(reader, config), dtype, distributed.device())
+    return TeacherForced(config, tensors, config.model.max_seq_length, ranks, last=max(boundaries))
 
 
 class _WithCopies(Mapping[str, Tensor]):
@@ -194,11 +139,3 @@ class _WithCopies(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def _check_tokens(window: Tensor, vocab_size: int) -> None:
-    if int(window.min()) < 0 or int(window.max()) >= vocab_size:
-        raise DataError(
-            f"--data has token ids {int(window.min())} to {int(window.max())}, outside"
-            f" model.vocab_size = {vocab_size}. Prepare the data with the checkpoint's tokenizer."
-        )

@@ -1,0 +1,57 @@
+"""Windows of prepared data, for passes that see each token once."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ee_llm.data.indexed import IndexedTokens
+from ee_llm.errors import DataError
+
+
+class Windows:
+    """Prepared data as windows of up to `seq_length` + 1 tokens.
+
+    Each token is predicted once, in order.
+    """
+
+    def __init__(self, prefixes: Sequence[str], seq_length: int, num_tokens: int | None) -> None:
+        """Open the data.
+
+        Args:
+            prefixes: Prefixes of the prepared data.
+            seq_length: Greatest number of predicted tokens in a window.
+            num_tokens: Greatest number of tokens to predict; None for all.
+
+        Raises:
+            DataError: A file cannot be read, or there is nothing to predict.
+        """
+        self._data = [IndexedTokens(prefix) for prefix in prefixes]
+        self._seq_length = seq_length
+        available = sum(max(0, data.num_tokens - 1) for data in self._data)
+        self.num_tokens = available if num_tokens is None else min(num_tokens, available)
+        if self.num_tokens < 1:
+            raise DataError(
+                f"data {' '.join(prefixes)} with num_tokens = {num_tokens}: there is nothing to"
+                " predict. Give data of at least 2 tokens and a num_tokens of at least 1."
+            )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield token ids, int64 [t + 1]."""
+        remaining = self.num_tokens
+        for data in self._data:
+            for start in range(0, data.num_tokens - 1, self._seq_length):
+                num = min(self._seq_length, data.num_tokens - 1 - start, remaining)
+                if num == 0:
+                    return
+                remaining -= num
+                yield torch.from_numpy(data.tokens[start : start + num + 1].astype("int64"))
+
+
+def check_window(window: Tensor, vocab_size: int) -> None:
+    """Raise DataError if a token id is outside the vocabulary."""
+    if int(window.min()) < 0 or int(window.max()) >= vocab_size:
+        raise DataError(
+            f"the data has token ids {int(window.min())} to {int(window.max())}, outside"
+            f" model.vocab_size = {vocab_size}. Prepare the data with the checkpoint's tokenizer."
+        )

@@ -1,0 +1,108 @@
+"""Forward passes over whole windows of given tokens, for statistics at every exit.
+
+Legend of shapes: t tokens of a window, r rows with logits, h hidden, v vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ee_llm import distributed
+from ee_llm.config import Config
+from ee_llm.inference.execution.attention import Batch, BlockTable, Run
+from ee_llm.inference.execution.stage import ModelStage, make_shard, partition_layers
+
+
+@dataclass(frozen=True)
+class ExitInput:
+    """The rows of a window at the boundary of an exit.
+
+    Attributes:
+        boundary: The boundary.
+        hidden: Residual stream [t, h].
+    """
+
+    boundary: int
+    hidden: Tensor
+    _attended: Tensor
+    _batch: Batch
+    _stage: ModelStage
+    _index: int
+    _ranks: distributed.InferenceGrid | None
+
+    def features(self) -> Tensor:
+        """Return the input [t, h] of the exit's output projection."""
+        return self._stage.features(self._index, self.hidden, self._attended, self._batch)
+
+    def logits(self) -> Tensor:
+        """Return the exit's logits [t, v]; all tensor-parallel ranks of the stage must call it."""
+        rows = [Run(0, 0, len(self.hidden), 0)]
+        batch = self._batch if self._stage.has_block(self._index) else None
+        part = self._stage.logits(self._index, self.hidden, self._attended, rows, batch)
+        return part if self._ranks is None else self._ranks.gather(part)
+
+
+class TeacherForced:
+    """A model, or its first layers, that runs whole windows over all its ranks.
+
+    Attributes:
+        boundaries: Boundaries of the exits on this rank's pipeline stage, in order of depth.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tensors: Mapping[str, Tensor],
+        max_length: int,
+        ranks: distributed.InferenceGrid | None = None,
+        *,
+        last: int | None = None,
+    ) -> None:
+        """Build this rank's part of the model.
+
+        Args:
+            config: The model's configuration.
+            tensors: The weights, all of one dtype and device.
+            max_length: Greatest number of tokens of a window.
+            ranks: The ranks that run the model together; all of them see the same windows.
+            last: Number of layers to run; None for all.
+
+        Raises:
+            RequestError: The model cannot be split over the ranks.
+        """
+        num_stages, stage = (1, 0) if ranks is None else (ranks.num_stages, ranks.stage)
+        last = config.model.num_layers if last is None else last
+        layer_ranges = [r for r in partition_layers(config, num_stages)[stage] if r.last <= last]
+        self._ranks = ranks
+        self._has_previous, self._has_next = stage > 0, stage + 1 < num_stages
+        shard = make_shard(config, ranks)
+        self._stage = ModelStage(config, tensors, max_length, layer_ranges, shard)
+        self._table = BlockTable(1, 1, max_length, self._stage.device)
+        self.boundaries = tuple(r.last for r in layer_ranges if r.has_exit)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Iterator[ExitInput]:
+        """Yield the rows at each exit of this rank's stage, in order of depth.
+
+        Exhaust the iterator: the next stage gets its rows at the end.
+
+        Args:
+            tokens: Token ids [t].
+        """
+        stage = self._stage
+        batch = self._table.batch([Run(0, 0, len(tokens), 0)], None, stage.cache_dtype)
+        if self._has_previous:
+            assert self._ranks is not None
+            _, x = self._ranks.receive_previous(stage.hidden_size, stage.dtype)
+        else:
+            x = stage.embed(tokens.to(stage.device), batch.positions)
+        for index, layer_range in enumerate(stage.layer_ranges):
+            x, attended = stage.run(index, x, batch)
+            if layer_range.has_exit:
+                boundary = layer_range.last
+                yield ExitInput(boundary, x, attended, batch, stage, index, self._ranks)
+        if self._has_next:
+            assert self._ranks is not None
+            self._ranks.send_next(b"", x)
