@@ -132,12 +132,55 @@ def test_a_model_trains_in_this_process_and_in_several(place: Path) -> None:
 
 
 def test_mistakes_are_named(place: Path) -> None:
-    with pytest.raises(ConfigError, match="'exit'"):
+    with pytest.raises(TypeError, match="'exit'"):
         ee_llm.convert(place / "models" / "llama", place / "runs" / "x", exit=[1])
+    bad_values = {"to": "HF", "exits": 2, "head": "norm", "max_shard_gb": "many", "dtype": "int8"}
+    for name, value in bad_values.items():
+        with pytest.raises(ConfigError, match=f"^{name} = {value!r}: "):
+            ee_llm.convert(place / "models" / "llama", place / "runs" / "x", **{name: value})
     with pytest.raises(ConfigError, match=r"tuning\.checkpoint"):
         ee_llm.tune(output=place / "runs" / "x")
     with pytest.raises(ee_llm.UserError, match=r"no/such\.toml"):
         ee_llm.train("no/such.toml")
+
+
+INTERRUPTED = """
+import os
+import signal
+from pathlib import Path
+import pytest
+import ee_llm
+from ee_llm.training import trainer
+
+config = {**ee_llm.load_config("train.toml").model_dump(), "parallel": {}}
+with pytest.raises(ee_llm.UserError, match="missing") as error:
+    data = {**config["data"], "prefixes": ["data/missing"]}
+    ee_llm.train({**config, "output": "runs/x", "data": data}, nproc=2)
+assert "missing" in str(error.value)
+with pytest.raises(ee_llm.UserError, match="nproc = '2'"):
+    ee_llm.train({**config, "output": "runs/x"}, nproc="2")
+
+step = trainer._Trainer.step
+def stop_in_the_step(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+    return step(*arguments)
+trainer._Trainer.step = stop_in_the_step
+with pytest.raises(ee_llm.RunError, match="SIGINT .* runs/stopped"):
+    ee_llm.train({**config, "output": "runs/stopped"})
+trainer._Trainer.step = step
+result = ee_llm.train({**config, "output": "runs/stopped"})
+with (result.output / "log.jsonl").open("a") as log:
+    log.write('{"step": 3, "lm lo')
+assert result.log[-1]["step"] == 2
+(result.output / "log.jsonl").unlink()
+assert "step-00000002" in repr(result)
+"""
+
+
+def test_a_run_that_fails_or_is_stopped_raises_an_error(place: Path) -> None:
+    """With its reason, in one process and in several."""
+    (place / "train.toml").write_text(TRAINING)
+    run(INTERRUPTED, place)
 
 
 def test_importing_is_quick_and_every_name_exists() -> None:
