@@ -17,7 +17,7 @@ from ee_llm.config import Config, HeadPart, load_config
 from ee_llm.conversion.convert import ConversionResult
 from ee_llm.conversion.convert import convert as _convert
 from ee_llm.conversion.options import ConvertOptions
-from ee_llm.errors import ConfigError, RunError, UserError
+from ee_llm.errors import ConfigError, RunError, UserError, naming_arguments
 from ee_llm.pipeline.planner.report import PlanReport
 from ee_llm.pipeline.planner.report import plan as _plan
 from ee_llm.training.start import load_tuning_config, prepare
@@ -115,7 +115,8 @@ def convert(
         first = error.errors()[0]
         name = str(first["loc"][0])
         raise ConfigError(f"{name} = {values[name]!r}: {first['msg']}.") from None
-    return _convert(options, progress=progress)
+    with naming_arguments(values):
+        return _convert(options, progress=progress)
 
 
 def train(
@@ -154,7 +155,7 @@ def tune(
 
     Args:
         checkpoint: Checkpoint or run directory of the model.
-        output: Run directory to write.
+        output: Run directory to write. None writes to that of `config`, or to runs/default.
         data: Prefixes of token files that `ee-llm data prepare` wrote.
         config: TOML file with further options. The other arguments take precedence.
         nproc: Number of processes to start on this machine. None trains in this process.
@@ -202,7 +203,8 @@ def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:
 
 
 def _run(config: Config, command: str, nproc: int | None) -> TrainingResult:
-    config = prepare(config, nproc)
+    with naming_arguments(("nproc", "output")):
+        config = prepare(config, nproc)
     if nproc is None:
         from ee_llm.training.trainer import TrainingInterrupted
         from ee_llm.training.trainer import train as train_as_rank
