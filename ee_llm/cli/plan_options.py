@@ -85,7 +85,7 @@ class PlanOptions:
     number. (default: that of --config, else 0)"""
 
     config: Path | None = None
-    """TOML file of a training run."""
+    """Show the schedule of the training run in this TOML file."""
 
     costs: Path | None = None
     """Read the seconds of each piece for one microbatch from this JSON file: {"layer": [forward,

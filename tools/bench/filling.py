@@ -37,7 +37,7 @@ OTHERS = {"training.eval_steps": 16, "checkpoint.interval": 0}
 
 @dataclass(frozen=True)
 class Options:
-    """Validation losses of the quick start's model with and without filled bubbles."""
+    """Compare validation losses of the quick start's model with and without filled bubbles."""
 
     json: Path | None = None
     """Write the machine, rows and figures to this JSON file."""
