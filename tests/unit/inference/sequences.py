@@ -1,4 +1,4 @@
-"""Sequences for a scheduler without a model, and exit results as a model would give them."""
+"""Create sequences and exit results for a scheduler without a model."""
 
 from collections.abc import Collection
 from dataclasses import fields, replace
@@ -50,7 +50,7 @@ def make_sequence(
 
 
 def token_at(position: int) -> int:
-    """Return the token that every exit draws for `position` unless it is in `wrong`."""
+    """Return the token that every exit samples for `position` unless it is in `wrong`."""
     return 100 + position
 
 

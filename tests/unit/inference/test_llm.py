@@ -1,4 +1,4 @@
-"""`LLM`: prompts in, outputs with texts out, and nothing of it depends on the other requests."""
+"""Test `LLM`: outputs with text that do not depend on other requests, streams and errors."""
 
 import gc
 import json
@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exits(run: Path) -> dict[int, float]:
-    """Thresholds that about half of the rows reach at each exit."""
+    """Return thresholds that about half of the rows reach at each exit."""
     logits = load_reference(TensorReader(run)).forward(torch.arange(32, 96))
     medians = {b: logits[b].softmax(-1).amax(-1).median() for b in (1, 2)}
     return {b: float(median) for b, median in medians.items()}
@@ -53,7 +53,7 @@ def llm(run: Path, tmp_path_factory: pytest.TempPathFactory):
         yield llm
 
 
-def test_outputs_are_those_of_the_definition(llm: LLM, run: Path, exits: dict) -> None:
+def test_outputs_equal_the_reference(llm: LLM, run: Path, exits: dict) -> None:
     model = load_reference(TensorReader(run), torch.float64)
     params = SamplingParams(max_tokens=12, temperature=0.8, seed=7, min_tokens=3)
     outputs = llm.generate(["Once", "def main("], params, exits=exits)
@@ -80,13 +80,13 @@ def test_a_single_prompt_and_token_ids(llm: LLM) -> None:
 
 
 def test_the_fingerprint_is_computed_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each output record states it, and it reads old checkpoints as a whole."""
+    """Each output record contains it, and for old checkpoints it reads the whole file."""
     first = llm.fingerprint
     monkeypatch.setattr(TensorReader, "fingerprint", lambda self: pytest.fail("computed again"))
     assert llm.fingerprint == first
 
 
-def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
+def test_each_prompt_can_have_its_own_parameters(llm: LLM) -> None:
     outputs = llm.generate(
         ["a", "b"], [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 4)]
     )
@@ -95,7 +95,7 @@ def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
         llm.generate(["a", "b"], [SamplingParams()])
 
 
-def test_n_samples_have_seeds_of_their_own_and_follow_one_another(llm: LLM) -> None:
+def test_n_samples_have_different_seeds_and_are_consecutive(llm: LLM) -> None:
     params = SamplingParams(n=3, temperature=1.0, max_tokens=8, seed=5)
     outputs = llm.generate(["a", "b"], params)
     assert [output.index for output in outputs] == [0, 1, 2, 0, 1, 2]
@@ -105,7 +105,7 @@ def test_n_samples_have_seeds_of_their_own_and_follow_one_another(llm: LLM) -> N
     assert llm.generate("a", params)[1].token_ids == outputs[1].token_ids
 
 
-def test_min_tokens_bans_end_and_stop_tokens_until_then(llm: LLM) -> None:
+def test_min_tokens_bans_end_and_stop_tokens_before_it(llm: LLM) -> None:
     (free,) = llm.generate("Once", SamplingParams(max_tokens=12))
     stops = tuple(set(free.token_ids))
     params = SamplingParams(max_tokens=12, min_tokens=4, stop_token_ids=stops)
@@ -146,7 +146,9 @@ def test_logprobs_are_the_most_probable_tokens_of_the_exit(llm: LLM, run: Path, 
     [{1: 0.5, 2: "off"}, {1: 0.5}, ExitPolicy((1, 2), (0.5, None)), "file"],
     ids=["all", "one", "policy", "file"],
 )
-def test_exits_may_be_given_in_many_ways(llm: LLM, tmp_path: Path, exits: object) -> None:
+def test_exits_accept_thresholds_policies_and_files(
+    llm: LLM, tmp_path: Path, exits: object
+) -> None:
     policy = ExitPolicy((1, 2), (0.5, None))
     if exits == "file":
         exits = tmp_path / "policy.json"
@@ -166,12 +168,12 @@ def test_exits_may_be_given_in_many_ways(llm: LLM, tmp_path: Path, exits: object
         (ExitPolicy((1,), (0.5,)), r"\[1\].*\[1, 2\]"),
     ],
 )
-def test_wrong_exits_are_named(llm: LLM, exits: object, message: str) -> None:
+def test_errors_name_invalid_exits(llm: LLM, exits: object, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         llm.generate("a", exits=exits)
 
 
-def test_strategies_by_name_and_by_object(llm: LLM) -> None:
+def test_strategies_can_be_names_or_objects(llm: LLM) -> None:
     params = SamplingParams(max_tokens=10)
     (full,) = llm.generate("Once", params, strategy="full")
     (by_name,) = llm.generate("Once", params, strategy="self-speculative")
@@ -204,7 +206,7 @@ def test_a_stream_yields_the_text_of_the_output(llm: LLM, stop: tuple[str, ...])
 
 
 @pytest.mark.parametrize("how", ["close", "context", "drop"])
-def test_a_stream_that_is_not_finished_aborts_its_request(llm: LLM, how: str) -> None:
+def test_an_unfinished_stream_aborts_its_request(llm: LLM, how: str) -> None:
     stream = llm.stream("Once", SamplingParams(max_tokens=40))
     next(stream)
     assert llm.engine.has_work
@@ -271,7 +273,7 @@ def test_a_wrong_output_fails_the_certificate(llm: LLM) -> None:
         (["\ud800"], "Unicode"),
     ],
 )
-def test_bad_prompts_are_refused_before_anything_runs(llm: LLM, prompts, message: str) -> None:
+def test_invalid_prompts_are_refused_before_anything_runs(llm: LLM, prompts, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         llm.generate(prompts)
     assert not llm.engine.has_work
@@ -282,7 +284,7 @@ def test_bad_prompts_are_refused_before_anything_runs(llm: LLM, prompts, message
     [None, "Hello", {"role": "user", "content": "Hello"}, [], ["Hello"]],
     ids=["none", "text", "message", "empty", "texts"],
 )
-def test_what_is_not_a_conversation_is_refused(llm: LLM, messages: object) -> None:
+def test_an_invalid_conversation_is_refused(llm: LLM, messages: object) -> None:
     with pytest.raises(RequestError, match="conversation 1"):
         llm.chat(messages)  # type: ignore[arg-type]
 
@@ -297,13 +299,13 @@ def test_what_is_not_a_conversation_is_refused(llm: LLM, messages: object) -> No
         ({"strategy": "verify"}, "'verify'"),
     ],
 )
-def test_bad_arguments_are_named(llm: LLM, arguments: dict, message: str) -> None:
+def test_errors_name_invalid_arguments(llm: LLM, arguments: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         llm.generate("Once", **arguments)
     assert not llm.engine.has_work
 
 
-def test_a_policy_file_is_named_in_its_errors(llm: LLM, tmp_path: Path) -> None:
+def test_errors_of_a_policy_file_name_the_file(llm: LLM, tmp_path: Path) -> None:
     path = tmp_path / "policy.json"
     path.write_text('{"thresholds": {"1": 1.5}}')
     with pytest.raises(RequestError, match=r"policy\.json.*1\.5"):
@@ -320,8 +322,8 @@ def test_closing_the_model_ends_its_streams(run: Path) -> None:
         llm.worker_loop()
 
 
-def test_an_error_of_the_caller_leaves_no_request(llm: LLM) -> None:
-    """A traceback that somebody keeps holds the frames of its generators."""
+def test_an_exception_of_the_caller_leaves_no_request(llm: LLM) -> None:
+    """A stored traceback keeps references to the frames of generators."""
 
     class Failed(Exception):
         pass
@@ -337,7 +339,7 @@ def test_an_error_of_the_caller_leaves_no_request(llm: LLM) -> None:
     assert error.traceback
 
 
-def test_a_closed_model_says_so(run: Path) -> None:
+def test_calls_on_a_closed_model_are_errors(run: Path) -> None:
     llm = LLM(run, dtype="float64")
     assert repr(llm).startswith("LLM(")
     assert "exits=[1, 2]" in repr(llm)
@@ -361,12 +363,12 @@ def test_a_closed_model_says_so(run: Path) -> None:
         ({"deferral": "on"}, "deferral = 'on'"),
     ],
 )
-def test_bad_options_are_named(run: Path, options: dict, message: str) -> None:
+def test_errors_name_invalid_options(run: Path, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         LLM(run, **options)
 
 
-def test_a_repr_is_readable_and_html_is_escaped(llm: LLM, exits) -> None:
+def test_repr_is_readable_and_html_is_escaped(llm: LLM, exits) -> None:
     (output,) = llm.generate("<b>Once</b>", SamplingParams(max_tokens=12), exits=exits)
     assert re.fullmatch(r"RequestOutput\(text='.*', num_tokens=12, mean_depth=.*\)", repr(output))
     html = output._repr_html_()
@@ -398,8 +400,10 @@ llm.generate("Once" * int(sys.argv[2]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "status"), [(1, 0), (100, 1)])
-def test_a_program_that_leaves_ranks_open_ends_quietly(run: Path, count: int, status: int) -> None:
-    """It aborted now and then, and its workers printed that they had lost a rank."""
+def test_a_program_that_does_not_close_its_ranks_exits_quietly(
+    run: Path, count: int, status: int
+) -> None:
+    """Such programs sometimes aborted, and their workers printed that a rank was lost."""
     command = [sys.executable, "-c", _LEFT_OPEN, str(run), f"{count}"]
     for _ in range(3):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -410,8 +414,8 @@ def test_a_program_that_leaves_ranks_open_ends_quietly(run: Path, count: int, st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}])
-def test_other_ranks_are_started_and_ended(run: Path, llm: LLM, layout: dict[str, int]) -> None:
-    """In a process of its own: a process group is for ranks alone."""
+def test_other_ranks_are_started_and_stopped(run: Path, llm: LLM, layout: dict[str, int]) -> None:
+    """This runs in a new process, because a process group must contain only ranks."""
     params = SamplingParams(max_tokens=12, temperature=0.8, seed=7)
     expected = [list(output.token_ids) for output in llm.generate(["Once", "def main("], params)]
     command = [sys.executable, "-c", _SCRIPT, str(run), json.dumps(layout)]
@@ -437,7 +441,7 @@ assert time.monotonic() - start < 60
 """
 
 
-def test_a_rank_that_does_not_start_is_reported_at_once(run: Path) -> None:
+def test_a_rank_that_does_not_start_is_reported_immediately(run: Path) -> None:
     command = [sys.executable, "-c", _FAILING, str(run)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
