@@ -151,11 +151,18 @@ class EngineBase(ABC):
                 f"The prompt has {len(request.prompt_token_ids)} tokens, more than"
                 f" model.max_seq_length = {model.max_seq_length}. Shorten it."
             )
+        params = request.sampling_params
         for token in request.prompt_token_ids:
             if not 0 <= token < model.vocab_size:
                 raise RequestError(
                     f"Token id {token} in the prompt is outside model.vocab_size ="
                     f" {model.vocab_size}. Use the tokenizer that the model was trained with."
+                )
+        for token in params.stop_token_ids:
+            if not 0 <= token < model.vocab_size:
+                raise RequestError(
+                    f"Token id {token} in stop_token_ids is outside model.vocab_size ="
+                    f" {model.vocab_size}. Remove it, since the model cannot generate it."
                 )
         exits = list(self.boundaries[:-1])
         request.policy.check_fits(exits)
@@ -165,12 +172,12 @@ class EngineBase(ABC):
                 f"draft_exit = {speculation.draft_exit} is not an exit. The model has exits at"
                 f" {exits}."
             )
-        params = request.sampling_params
         if params.stop and self._detokenize is None:
             raise RequestError(
                 f"stop = {list(params.stop)} needs an engine with a tokenizer. Give it detokenize=."
             )
-        if params.min_tokens and len(request.end_token_ids) >= model.vocab_size:
+        banned = params.banned_token_ids(0, request.eos_token_ids, model.vocab_size)
+        if len(banned) >= model.vocab_size:
             raise RequestError(
                 f"min_tokens = {params.min_tokens} bans all {model.vocab_size} token ids, since all"
                 " are end or stop tokens. Remove some of stop_token_ids."
@@ -183,8 +190,10 @@ class EngineBase(ABC):
                 f"Request id {request.id!r} is in use. Unfinished requests need unique ids."
             )
         self.check(request)
-        max_length = self.config.model.max_seq_length
-        sequence = Sequence(request, self.boundaries, max_length, self._detokenize)
+        model = self.config.model
+        sequence = Sequence(
+            request, self.boundaries, model.max_seq_length, model.vocab_size, self._detokenize
+        )
         self._scheduler.add(sequence)
         self._sequences[request.id] = sequence
         self._num_reported[request.id] = 0

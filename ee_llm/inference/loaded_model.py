@@ -1,6 +1,7 @@
 """A model that is loaded for inference: its engine, tokenizer and ranks, and its requests."""
 
 import atexit
+import logging
 import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -35,6 +36,8 @@ from ee_llm.inference.text.detokenizer import GeneratedText
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt, PromptEncoder
 
 DEFAULT_THRESHOLD = 0.8
+
+logger = logging.getLogger(__name__)
 
 
 class LoadedModel:
@@ -149,6 +152,8 @@ class LoadedModel:
             )
             self._closing = stack.pop_all()
         self._is_open = True
+        if self.is_leader:
+            self._warn_of_large_tokenizer()
 
     @property
     def checkpoint(self) -> Path:
@@ -343,6 +348,19 @@ class LoadedModel:
         if quantize != "none":
             check_quantize(self.dtype)
         check_layout(self.config, tensor, pipeline)
+
+    def _warn_of_large_tokenizer(self) -> None:
+        """Log a warning if the tokenizer has ids for which the model has no logits."""
+        size = self.config.model.vocab_size
+        if self.tokenizer.vocab_size > size:
+            logger.warning(
+                "The tokenizer %s has %d tokens, but model.vocab_size = %d. Prompts with larger"
+                " token ids are refused, and the model generates none of them. Use the tokenizer"
+                " that the model was trained with.",
+                self.tokenizer.name,
+                self.tokenizer.vocab_size,
+                size,
+            )
 
     def _check_open(self) -> None:
         if not self._is_open:

@@ -105,12 +105,18 @@ class SamplingParams:
         """Whether the token is always the one with the largest logit."""
         return self.temperature == 0.0 and self.repetition_penalty == 1.0
 
-    def banned_token_ids(self, index: int, eos_token_ids: Iterable[int]) -> tuple[int, ...]:
-        """Return the ids that generated token `index` (from 0) must not have; see `min_tokens`."""
+    def banned_token_ids(
+        self, index: int, eos_token_ids: Iterable[int], vocab_size: int
+    ) -> tuple[int, ...]:
+        """Return the ids that generated token `index` (from 0) must not have; see `min_tokens`.
+
+        Ids outside the vocabulary are omitted, because no logit belongs to them.
+        """
         if index >= self.min_tokens:
             return ()
         eos = () if self.ignore_eos else eos_token_ids
-        return tuple(sorted({*eos, *self.stop_token_ids}))
+        ids = {*eos, *self.stop_token_ids}
+        return tuple(sorted(token for token in ids if 0 <= token < vocab_size))
 
     def samples(self) -> tuple["SamplingParams", ...]:
         """Return parameters with `n` = 1 and a distinct seed for each of the `n` samples."""

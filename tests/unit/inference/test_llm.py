@@ -26,7 +26,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<ass
 
 def save(output: Path, **config: object) -> Path:
     """Write a checkpoint of a random model whose tokens are bytes."""
-    made = tiny_config(vocab_size=264, max_seq_length=64, **config)
+    made = tiny_config(**{"vocab_size": 264, "max_seq_length": 64} | config)
     tensors = random_tensors(made, dtype=torch.float32)
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     return write_checkpoint(output, made, specs, tensors.__getitem__, tokenizer_file="bytes")
@@ -335,6 +335,20 @@ def test_an_error_of_the_caller_leaves_no_request(llm: LLM) -> None:
             llm.generate(["a", "b"], [SamplingParams(max_tokens=n) for n in (1, 30)])
     assert not llm.engine.has_work
     assert error.traceback
+
+
+def test_a_tokenizer_larger_than_the_model_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tokenizer of bytes has 257 tokens, the last of them the end token."""
+    with LLM(save(tmp_path / "256", vocab_size=256), dtype="float64") as llm:
+        assert "257 tokens, but model.vocab_size = 256" in caplog.text
+        (output,) = llm.generate("a", SamplingParams(max_tokens=3, min_tokens=2))
+        assert len(output.token_ids) == 3
+        assert llm.verify(output).passed
+    caplog.clear()
+    LLM(save(tmp_path / "padded", vocab_size=320), dtype="float64").close()
+    assert not caplog.records
 
 
 def test_a_closed_model_says_so(run: Path) -> None:
