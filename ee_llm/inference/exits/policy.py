@@ -190,12 +190,13 @@ def resolve_policy(exits: Exits, boundaries: Sequence[int]) -> ExitPolicy:
             raise RequestError(f"Policy file {exits}: {error}") from None
     if isinstance(exits, Mapping):
         return _by_exit(exits, boundaries, "max_probability")
-    if isinstance(exits, bool) or not isinstance(exits, int | float):
+    threshold = plain_float(exits)
+    if threshold is None:
         raise RequestError(
             f"exits = {exits!r}. Give a threshold such as 0.8, thresholds by exit such as"
             " {8: 0.9}, an ExitPolicy, or a policy file."
         )
-    return make_exit_policy(boundaries, [exits])
+    return make_exit_policy(boundaries, [threshold])
 
 
 def make_exit_policy(
