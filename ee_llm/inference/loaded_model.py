@@ -219,7 +219,7 @@ class LoadedModel:
         """Yield the output of each request as it finishes.
 
         Requests that are unfinished when the iterator is closed are aborted. A request that failed
-        has the finish reason `error`.
+        has the finish reason `error`, and the tokens and the text before the failure.
 
         Args:
             requests: The requests.
@@ -273,10 +273,10 @@ class LoadedModel:
         )
 
     def _with_text(self, output: RequestOutput, request: Request, prompt: str) -> RequestOutput:
-        """Return an output with its texts; one whose tokens have no text keeps its error."""
-        if output.finish_reason == "error":
-            return replace(output, prompt=prompt)
-        text = GeneratedText.of_request(request, self.decode).complete(output.token_ids)
+        """Return an output with its texts; tokens of a failed request may have no text."""
+        text = GeneratedText.of_request(request, self.decode).complete(
+            output.token_ids, skip_errors=output.error is not None
+        )
         return replace(output, prompt=prompt, text=text.text, pieces=text.trimmed_pieces)
 
     def _speculation(self, given: SelfSpeculation) -> SelfSpeculation:

@@ -137,27 +137,46 @@ class GeneratedText:
             return self._end
         return max(0, self._length - max(0, self._longest - 1))
 
-    def add(self, token: int) -> None:
-        """Append a token; exceptions of `detokenize` propagate."""
+    def add(self, token: int, *, skip_errors: bool = False) -> None:
+        """Append a token.
+
+        Args:
+            token: Id of the token.
+            skip_errors: If `detokenize` raises an exception, append a token without text instead
+                of raising it.
+        """
         spelled = self._special.get(token, "")
-        piece = self._detokenizer.add(token)
-        if spelled:
-            piece += self._detokenizer.finish()
+        try:
+            piece = self._detokenizer.add(token)
+            if spelled:
+                piece += self._detokenizer.finish()
+        except Exception:
+            if not skip_errors:
+                raise
+            piece = ""
         self._append(piece, spelled)
 
-    def finish(self) -> None:
-        """End the text: append the text that was withheld for later tokens."""
-        piece = self._detokenizer.finish()
+    def finish(self, *, skip_errors: bool = False) -> None:
+        """End the text: append the text that was withheld for later tokens.
+
+        With `skip_errors`, append nothing if `detokenize` raises an exception.
+        """
+        try:
+            piece = self._detokenizer.finish()
+        except Exception:
+            if not skip_errors:
+                raise
+            piece = ""
         if piece:
             last = self.pieces.pop()
             self._length -= len(last)
             self._append(last + piece, "", num_seen=len(last))
 
-    def complete(self, tokens: Iterable[int]) -> "GeneratedText":
-        """Append all tokens of a finished generation and return the text itself."""
+    def complete(self, tokens: Iterable[int], *, skip_errors: bool = False) -> "GeneratedText":
+        """Append all tokens of a finished generation and return the text itself; see `add`."""
         for token in tokens:
-            self.add(token)
-        self.finish()
+            self.add(token, skip_errors=skip_errors)
+        self.finish(skip_errors=skip_errors)
         return self
 
     def _append(self, piece: str, spelled: str, num_seen: int = 0) -> None:

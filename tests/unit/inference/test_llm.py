@@ -13,7 +13,7 @@ import torch
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import load_reference
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
-from ee_llm.errors import RequestError, UserError
+from ee_llm.errors import RequestError, RunError, UserError
 from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.sampling.params import SamplingParams
@@ -201,6 +201,37 @@ def test_a_stream_yields_the_text_of_the_output(llm: LLM, stop: tuple[str, ...])
     assert stream.output is not None
     assert stream.output.text == output.text
     assert stream.output.pieces == output.pieces
+
+
+def test_a_failed_request_keeps_its_tokens_and_its_text(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer cannot decode its sixth token, in the engine and elsewhere."""
+    params = SamplingParams(max_tokens=20, stop="never", ignore_eos=True)
+    (whole,) = llm.generate("Once", params)
+    bad = whole.token_ids[5]
+    assert bad not in whole.token_ids[:5]
+
+    def decode(tokens: list[int]) -> str:
+        if bad in tokens:
+            raise RuntimeError("cannot be decoded")
+        return LLM.decode(llm, tokens)
+
+    monkeypatch.setattr(llm, "decode", decode)
+    monkeypatch.setattr(llm.engine, "_detokenize", decode)
+    stream = llm.stream("Once", params)
+    tokens = []
+    with pytest.raises(RunError, match="cannot be decoded"):
+        tokens += stream  # `+=` keeps the tokens before the exception.
+    assert list(stream) == []
+    assert [token.token_id for token in tokens] == list(whole.token_ids[:6])
+    (output,) = llm.generate("Once", params)
+    for found in (output, stream.output):
+        assert found is not None
+        assert (found.finish_reason, found.token_ids) == ("error", whole.token_ids[:6])
+        assert found.pieces == (*whole.pieces[:5], "")
+        assert found.text == "".join(whole.pieces[:5])
+    assert "".join(token.text for token in tokens) == output.text
 
 
 @pytest.mark.parametrize("how", ["close", "context", "drop"])
