@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Self
 
 from ee_llm.config import Config
-from ee_llm.errors import RequestError
+from ee_llm.errors import RequestError, RunError
 from ee_llm.inference.outputs import RequestOutput, StepOutput, TokenOutput
 from ee_llm.inference.request import Request
 from ee_llm.inference.scheduling.base import SchedulerBase
@@ -18,7 +18,8 @@ class OutputStream(Iterator[StepOutput]):
     """An iterator over the step outputs of one request (see `EngineBase.stream`).
 
     The request is aborted if the stream is closed, left as a context manager, or garbage-collected
-    before its end, whether or not an output was read from it.
+    before its end, whether or not an output was read from it. If someone else aborts the request,
+    the iterator raises RunError.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class OutputStream(Iterator[StepOutput]):
         self._engine = engine
         self._sequence = sequence
         self._outputs = outputs
+        self._is_over = False  # The final output was read, or the stream was closed.
 
     def __next__(self) -> StepOutput:
         try:
@@ -35,13 +37,19 @@ class OutputStream(Iterator[StepOutput]):
         except BaseException:
             self.close()
             raise
-        if not self._outputs:
+        if self._outputs:
+            output = self._outputs.popleft()
+            self._is_over = output.request_output is not None
+            return output
+        if self._is_over:
             raise StopIteration
-        return self._outputs.popleft()
+        self._is_over = True
+        raise RunError(f"Request {self._sequence.request.id!r} was aborted before its end.")
 
     def close(self) -> None:
         """Abort the request unless it is finished, and drop outputs that were not read."""
         self._outputs.clear()
+        self._is_over = True
         if self._engine.is_running(self._sequence):
             self._engine.abort(self._sequence.request.id)
 
@@ -217,7 +225,7 @@ class EngineBase(ABC):
         return _request_output(sequence) if sequence.exits else None
 
     def abort_all(self) -> None:
-        """Abort all unfinished requests; their streams end."""
+        """Abort all unfinished requests; their streams raise RunError."""
         for id in list(self._sequences):
             self.abort(id)
 

@@ -17,7 +17,7 @@ from ee_llm import distributed
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tokenizer import stated_bos
 from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
-from ee_llm.errors import RequestError
+from ee_llm.errors import RequestError, RunError
 from ee_llm.inference.choices import Attention, DeferralMode, DtypeName, Quantize
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.execution.paged_attention import FLASH_BLOCK
@@ -227,15 +227,21 @@ class LoadedModel:
 
         Raises:
             RequestError: A request is not valid. In this case, none is served.
+            RunError: Someone else aborted a request. The others are finished first.
         """
         self._check_open()
         by_id = {request.id: request for request in requests}
+        finished: set[str] = set()
         # If the caller fails, its traceback keeps the generators alive: close them explicitly.
         with closing(self.engine.run(by_id.values())) as steps:
             for step in steps:
                 if step.request_output is not None:
                     request = by_id[step.request_id]
+                    finished.add(request.id)
                     yield self._with_text(step.request_output, request, prompts[request.id])
+        for id in by_id:
+            if id not in finished:
+                raise RunError(f"Request {id!r} was aborted before its end.")
 
     def worker_loop(self) -> None:
         """Run passes for the leader until it closes the engine. Call this on all other ranks."""

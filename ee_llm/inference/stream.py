@@ -19,7 +19,8 @@ class TokenStream(Iterator[TokenOutput]):
     of a stop string, and incomplete multi-byte characters, come with a later token. Concatenated,
     the texts are the output's text. The request is aborted if the stream is closed, left as a
     context manager, or garbage-collected before its end. If the request fails, the iterator raises
-    RunError after the last token.
+    RunError after the last token. It also raises RunError if someone else aborts the request, for
+    example by closing the model.
 
     Attributes:
         output: The finished output; None before the end.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from ee_llm.errors import RunError
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.outputs import RequestOutput, StepOutput
@@ -614,6 +615,8 @@ def test_a_stream_ends_with_its_request_even_when_its_id_is_reused() -> None:
     next(stream)
     engine.abort("x")
     engine.add(make_request("x", 9))
+    with pytest.raises(RunError, match="Request 'x' was aborted before its end"):
+        next(stream)
     assert list(stream) == []
     while engine.has_work:
         engine.step()

@@ -346,9 +346,31 @@ def test_closing_the_model_ends_its_streams(run: Path) -> None:
     stream = llm.stream([72, 105], SamplingParams(max_tokens=40, ignore_eos=True))
     next(stream)
     llm.close()
-    assert len(list(stream)) < 39
+    with pytest.raises(RunError, match="'1' was aborted before its end"):
+        list(stream)
+    assert list(stream) == []
+    assert stream.output is None
     with pytest.raises(RequestError, match="closed"):
         llm.worker_loop()
+
+
+@pytest.mark.parametrize("how", ["abort", "close"])
+def test_a_request_that_somebody_else_aborts_is_reported(run: Path, how: str) -> None:
+    with LLM(run, dtype="float64") as llm:
+        with_text = llm._with_text
+
+        def interfere(*arguments: object) -> object:
+            if how == "close":
+                llm.close()
+            else:
+                llm.engine.abort_all()
+            return with_text(*arguments)  # type: ignore[arg-type]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llm, "_with_text", interfere)
+            params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (1, 30)]
+            with pytest.raises(RunError, match="'2' was aborted before its end"):
+                llm.generate(["a", "b"], params)
 
 
 def test_an_error_of_the_caller_leaves_no_request(llm: LLM) -> None:
