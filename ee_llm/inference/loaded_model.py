@@ -226,14 +226,16 @@ class LoadedModel:
             prompts: The texts of their prompts, by request id.
 
         Raises:
-            RequestError: A request is not valid. In this case, none is served.
+            RequestError: A request is not valid, or two have the same id. In this case, none is
+                served.
             RunError: Someone else aborted a request. The others are finished first.
         """
         self._check_open()
+        requests = list(requests)
         by_id = {request.id: request for request in requests}
         finished: set[str] = set()
         # If the caller fails, its traceback keeps the generators alive: close them explicitly.
-        with closing(self.engine.run(by_id.values())) as steps:
+        with closing(self.engine.run(requests)) as steps:
             for step in steps:
                 if step.request_output is not None:
                     request = by_id[step.request_id]

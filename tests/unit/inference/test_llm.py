@@ -262,6 +262,15 @@ def test_an_interrupted_run_leaves_no_request(llm: LLM) -> None:
     assert not llm.engine.has_work
 
 
+def test_two_requests_with_the_same_id_are_refused(llm: LLM) -> None:
+    """One of them would get no output."""
+    params = SamplingParams(max_tokens=2)
+    requests = [llm.make_request(llm.encoder.encode_text(text), params, id="x") for text in "ab"]
+    with pytest.raises(RequestError, match="Request id 'x' is in use"):
+        list(llm.run(requests, {"x": ""}))
+    assert not llm.engine.has_work
+
+
 def test_chat_formats_with_the_template(llm: LLM) -> None:
     messages = [{"role": "user", "content": "Hello"}]
     params = SamplingParams(max_tokens=4)
