@@ -294,7 +294,7 @@ class EngineBase(ABC):
             return None
         self._num_reported[id] = stop
         columns = zip(
-            sequence.new_tokens[start:],
+            sequence.tokens[sequence.num_prompt + start : sequence.num_confirmed],
             sequence.exits[start:],
             sequence.confidences[start:],
             sequence.logprobs[start:],

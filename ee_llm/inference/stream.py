@@ -37,7 +37,6 @@ class TokenStream(Iterator[TokenOutput]):
         self.output: RequestOutput | None = None
         self.generated = GeneratedText.of_request(request, detokenize)
         self._prompt = prompt
-        self._num_sent = 0
         self._tokens: deque[TokenOutput] = deque()
         self._error: str | None = None
         self._steps = engine.stream(request)
@@ -72,7 +71,7 @@ class TokenStream(Iterator[TokenOutput]):
             is_last = finished is not None and number == len(step.tokens)
             if is_last:
                 self.generated.finish(skip_errors=has_failed)
-            self._tokens.append(replace(token, text=self._new_text(is_last)))
+            self._tokens.append(replace(token, text=self.generated.take_text(is_last)))
         if finished is not None:
             if not step.tokens:
                 self.generated.finish(skip_errors=has_failed)
@@ -83,10 +82,3 @@ class TokenStream(Iterator[TokenOutput]):
                 text=self.generated.text,
                 pieces=self.generated.trimmed_pieces,
             )
-
-    def _new_text(self, is_last: bool) -> str:
-        """Return the text that has become final since the last call."""
-        text = self.generated.text
-        end = len(text) if is_last else self.generated.num_safe
-        start, self._num_sent = self._num_sent, max(self._num_sent, end)
-        return text[start : self._num_sent]

@@ -104,6 +104,8 @@ class GeneratedText:
         self._longest = max(map(len, self._stops), default=0)
         self._length = 0
         self._end: int | None = None
+        self._untaken: list[str] = []  # text that `take_text` has not returned yet
+        self._num_taken = 0
         # The newest text with special tokens spelled out, and the number of characters of plain
         # text before each of its characters.
         self._tail = ""
@@ -136,6 +138,26 @@ class GeneratedText:
         if self._end is not None:
             return self._end
         return max(0, self._length - max(0, self._longest - 1))
+
+    @property
+    def num_characters(self) -> int:
+        """Length of `text`."""
+        return self._length if self._end is None else self._end
+
+    def take_text(self, is_last: bool = False) -> str:
+        """Return the text that has become final since the last call.
+
+        The time does not depend on the length of the text before.
+
+        Args:
+            is_last: Whether the text is finished, and therefore all of it final.
+        """
+        end = self.num_characters if is_last else self.num_safe
+        count = max(0, end - self._num_taken)
+        text = "".join(self._untaken)
+        self._untaken = [text[count:]]
+        self._num_taken += count
+        return text[:count]
 
     def add(self, token: int, *, skip_errors: bool = False) -> None:
         """Append a token.
@@ -189,6 +211,7 @@ class GeneratedText:
         """
         self.pieces.append(piece)
         start, self._length = self._length, self._length + len(piece)
+        self._untaken.append(piece[num_seen:])
         if not self._stops or self.is_stopped or len(self.pieces) <= self._min_tokens:
             return
         new = piece[num_seen:]

@@ -5,19 +5,24 @@ import json
 import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import load_reference
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
+from ee_llm.cli.generation.live import LiveText
 from ee_llm.errors import RequestError, RunError, UserError
 from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.sequence import Sequence
 from ee_llm.inference.strategies import SelfSpeculation
+from ee_llm.inference.text.detokenizer import GeneratedText
 from ee_llm.inference.verification.reference_decoding import generate_reference
 from tests.unit.inference.models import random_tensors, tiny_config
 
@@ -201,6 +206,31 @@ def test_a_stream_yields_the_text_of_the_output(llm: LLM, stop: tuple[str, ...])
     assert stream.output is not None
     assert stream.output.text == output.text
     assert stream.output.pieces == output.pieces
+
+
+def test_the_time_per_token_of_a_stream_does_not_grow_with_its_text(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole text, and the list of all tokens, are built for the final output only."""
+    counts = {"text": 0, "new_tokens": 0}
+    for owner, name in ((GeneratedText, "text"), (Sequence, "new_tokens")):
+
+        def counted(self: object, name: str = name, build=getattr(owner, name).fget) -> object:
+            counts[name] += 1
+            return build(self)
+
+        monkeypatch.setattr(owner, name, property(counted))
+    stream = llm.stream("Once", SamplingParams(max_tokens=20, stop="never", ignore_eos=True))
+    console = Console(file=StringIO())
+    live = LiveText(console, stream.generated, ExitPolicy((1, 2), (None, None)), 4)
+    text = ""
+    for token in stream:
+        live.show(4)
+        text += token.text
+    assert counts["text"] <= 2
+    assert counts["new_tokens"] <= 1
+    assert stream.output is not None
+    assert text == stream.output.text
 
 
 def test_a_failed_request_keeps_its_tokens_and_its_text(
