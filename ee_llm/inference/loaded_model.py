@@ -29,6 +29,7 @@ from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.ranks.workers import Workers, announce_ready
 from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.sampling.plain_numbers import plain_float
 from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.strategies import SelfSpeculation, Strategy
 from ee_llm.inference.stream import TokenStream
@@ -103,7 +104,13 @@ class LoadedModel:
         self.dtype = _dtype(dtype)
         _check_choice("quantize", quantize, get_args(Quantize))
         _check_choice("deferral", deferral, get_args(DeferralMode))
+        _check_choice("attention", attention, get_args(Attention))
+        _check_bool("cuda_graphs", cuda_graphs)
+        _check_bool("compile", compile)
+        if chat_template is not None and not isinstance(chat_template, str | Path):
+            raise RequestError(f"chat_template = {chat_template!r} must be the path of a file")
         self._check(tensor, pipeline, max_num_seqs, cache_tokens, timeout_s, quantize)
+        timeout_s = float(timeout_s)
         self._quantize = quantize
         self.tokenizer: Tokenizer = load_tokenizer(
             self._reader.tokenizer(), self.config.data.eos_token
@@ -351,8 +358,11 @@ class LoadedModel:
         for (name, most), value in zip(limits.items(), values, strict=True):
             if type(value) is not int or not 1 <= value <= most:
                 raise RequestError(f"{name} = {value!r} must be an integer from 1 to {most}")
-        if not 0 < timeout_s <= 10**6:  # NaN fails too
-            raise RequestError(f"timeout_s = {timeout_s} must be above 0 and at most {10**6}")
+        seconds = plain_float(timeout_s)
+        if seconds is None or not 0 < seconds <= 10**6:  # NaN fails too
+            raise RequestError(
+                f"timeout_s = {timeout_s!r} must be a number above 0 and at most {10**6}"
+            )
         if quantize != "none":
             check_quantize(self.dtype)
         check_layout(self.config, tensor, pipeline)
@@ -380,7 +390,12 @@ def _abandon_ranks(model: "weakref.ref[LoadedModel]") -> None:
         found._abandon_ranks()
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} = {value!r} must be True or False")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise RequestError(f"{name} = {value!r} is unknown. Use one of {', '.join(choices)}.")
 
@@ -389,7 +404,7 @@ def _dtype(dtype: DtypeName | torch.dtype) -> torch.dtype:
     known = distributed.DTYPES
     if isinstance(dtype, torch.dtype) and dtype in known.values():
         return dtype
-    if dtype == "auto" or dtype in known:
+    if isinstance(dtype, str) and (dtype == "auto" or dtype in known):
         return distributed.dtype_named(str(dtype))
     raise RequestError(f"dtype = {dtype!r} is unknown. Use one of auto, {', '.join(known)}.")
 

@@ -213,13 +213,18 @@ def test_the_time_per_token_of_a_stream_does_not_grow_with_its_text(
 ) -> None:
     """The whole text, and the list of all tokens, are built for the final output only."""
     counts = {"text": 0, "new_tokens": 0}
-    for owner, name in ((GeneratedText, "text"), (Sequence, "new_tokens")):
 
-        def counted(self: object, name: str = name, build=getattr(owner, name).fget) -> object:
+    def count(owner: type, name: str) -> None:
+        build = getattr(owner, name).fget
+
+        def counted(self: object) -> object:
             counts[name] += 1
             return build(self)
 
         monkeypatch.setattr(owner, name, property(counted))
+
+    count(GeneratedText, "text")
+    count(Sequence, "new_tokens")
     stream = llm.stream("Once", SamplingParams(max_tokens=20, stop="never", ignore_eos=True))
     console = Console(file=StringIO())
     live = LiveText(console, stream.generated, ExitPolicy((1, 2), (None, None)), 4)
@@ -465,6 +470,16 @@ def test_a_closed_model_says_so(run: Path) -> None:
         ({"dtype": "float8"}, "float8"),
         ({"quantize": "int4"}, "quantize = 'int4'"),
         ({"deferral": "on"}, "deferral = 'on'"),
+        ({"deferral": ["auto"]}, r"deferral = \['auto'\]"),
+        ({"attention": "fast"}, "attention = 'fast'"),
+        ({"timeout_s": "5"}, "timeout_s = '5' must be a number"),
+        ({"timeout_s": True}, "timeout_s = True"),
+        ({"compile": "no"}, "compile = 'no' must be True or False"),
+        ({"cuda_graphs": 1}, "cuda_graphs = 1 must be True or False"),
+        ({"chat_template": 5}, "chat_template = 5"),
+        ({"dtype": ["float32"]}, r"dtype = \['float32'\]"),
+        ({"dtype": None}, "dtype = None"),
+        ({"max_num_seqs": "4"}, "max_num_seqs = '4'"),
     ],
 )
 def test_bad_options_are_named(run: Path, options: dict, message: str) -> None:
