@@ -1,7 +1,6 @@
 """A model that is loaded for inference: its engine, tokenizer and ranks, and its requests."""
 
 import atexit
-import logging
 import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -18,27 +17,30 @@ from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tokenizer import stated_bos
 from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from ee_llm.errors import RequestError, RunError
-from ee_llm.inference.choices import Attention, DeferralMode, DtypeName, Quantize
+from ee_llm.inference.choices import (
+    Attention,
+    DeferralMode,
+    DtypeName,
+    Quantize,
+    check_bool,
+    check_choice,
+)
 from ee_llm.inference.execution.executor import ExecutionConfig
-from ee_llm.inference.execution.paged_attention import FLASH_BLOCK
 from ee_llm.inference.execution.quantization import check_quantize
 from ee_llm.inference.execution.stage import check_layout
 from ee_llm.inference.exits.policy import Exits, resolve_policy
-from ee_llm.inference.load import load_engine
+from ee_llm.inference.load import load_engine, make_scheduler_config, warn_of_large_tokenizer
 from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.ranks.workers import Workers, announce_ready
 from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.sampling.plain_numbers import plain_float
-from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.strategies import SelfSpeculation, Strategy
 from ee_llm.inference.stream import TokenStream
 from ee_llm.inference.text.detokenizer import GeneratedText
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt, PromptEncoder
 
 DEFAULT_THRESHOLD = 0.8
-
-logger = logging.getLogger(__name__)
 
 
 class LoadedModel:
@@ -102,11 +104,11 @@ class LoadedModel:
         self._reader = TensorReader(model)
         self.config = self._reader.config()
         self.dtype = _dtype(dtype)
-        _check_choice("quantize", quantize, get_args(Quantize))
-        _check_choice("deferral", deferral, get_args(DeferralMode))
-        _check_choice("attention", attention, get_args(Attention))
-        _check_bool("cuda_graphs", cuda_graphs)
-        _check_bool("compile", compile)
+        check_choice("quantize", quantize, get_args(Quantize))
+        check_choice("deferral", deferral, get_args(DeferralMode))
+        check_choice("attention", attention, get_args(Attention))
+        check_bool("cuda_graphs", cuda_graphs)
+        check_bool("compile", compile)
         if chat_template is not None and not isinstance(chat_template, str | Path):
             raise RequestError(f"chat_template = {chat_template!r} must be the path of a file")
         self._check(tensor, pipeline, max_num_seqs, cache_tokens, timeout_s, quantize)
@@ -149,7 +151,7 @@ class LoadedModel:
             self.engine = load_engine(
                 self._reader,
                 self.dtype,
-                _scheduler_config(
+                make_scheduler_config(
                     max_num_seqs, cache_tokens, self.config.model.max_seq_length, attention
                 ),
                 self.decode,
@@ -160,7 +162,7 @@ class LoadedModel:
             self._closing = stack.pop_all()
         self._is_open = True
         if self.is_leader:
-            self._warn_of_large_tokenizer()
+            warn_of_large_tokenizer(self.tokenizer, self.config.model.vocab_size)
 
     @property
     def checkpoint(self) -> Path:
@@ -367,19 +369,6 @@ class LoadedModel:
             check_quantize(self.dtype)
         check_layout(self.config, tensor, pipeline)
 
-    def _warn_of_large_tokenizer(self) -> None:
-        """Log a warning if the tokenizer has ids for which the model has no logits."""
-        size = self.config.model.vocab_size
-        if self.tokenizer.vocab_size > size:
-            logger.warning(
-                "The tokenizer %s has %d tokens, but model.vocab_size = %d. Prompts with larger"
-                " token ids are refused, and the model generates none of them. Use the tokenizer"
-                " that the model was trained with.",
-                self.tokenizer.name,
-                self.tokenizer.vocab_size,
-                size,
-            )
-
     def _check_open(self) -> None:
         if not self._is_open:
             raise RequestError("This LLM is closed. Load the model again.")
@@ -390,16 +379,6 @@ def _abandon_ranks(model: "weakref.ref[LoadedModel]") -> None:
         found._abandon_ranks()
 
 
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise RequestError(f"{name} = {value!r} must be True or False")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise RequestError(f"{name} = {value!r} is unknown. Use one of {', '.join(choices)}.")
-
-
 def _dtype(dtype: DtypeName | torch.dtype) -> torch.dtype:
     known = distributed.DTYPES
     if isinstance(dtype, torch.dtype) and dtype in known.values():
@@ -407,13 +386,3 @@ def _dtype(dtype: DtypeName | torch.dtype) -> torch.dtype:
     if isinstance(dtype, str) and (dtype == "auto" or dtype in known):
         return distributed.dtype_named(str(dtype))
     raise RequestError(f"dtype = {dtype!r} is unknown. Use one of auto, {', '.join(known)}.")
-
-
-def _scheduler_config(
-    max_num_seqs: int, cache_tokens: int, max_seq_length: int, attention: Attention
-) -> SchedulerConfig:
-    size = FLASH_BLOCK if attention == "flash" else SchedulerConfig.block_size
-    num_positions = min(cache_tokens, max_num_seqs * max_seq_length)
-    # Partly filled last blocks, and the block for padding.
-    num_blocks = -(-num_positions // size) + max_num_seqs + 1
-    return SchedulerConfig(max_num_seqs=max_num_seqs, num_blocks=num_blocks, block_size=size)
