@@ -66,13 +66,6 @@ class Request:
                 " Give a SelfSpeculation with strategy 'self-speculative' and with no other."
             )
 
-    @property
-    def end_token_ids(self) -> frozenset[int]:
-        """Tokens at which the generation ends."""
-        params = self.sampling_params
-        eos = () if params.ignore_eos else self.eos_token_ids
-        return frozenset((*eos, *params.stop_token_ids))
-
 
 @dataclass(frozen=True)
 class ExitResult:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ee_llm.errors import RequestError
+from ee_llm.inference.sampling.plain_numbers import plain_float, plain_int
 
 Strategy = Literal["exact", "full", "self-speculative", "propagate"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -28,14 +29,18 @@ class SelfSpeculation:
     draft_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.draft_exit is not None and type(self.draft_exit) is not int:
+        exit, length = plain_int(self.draft_exit), plain_int(self.draft_length)
+        if self.draft_exit is not None and exit is None:
             raise RequestError(f"draft_exit = {self.draft_exit!r} must be an integer, or None")
-        if type(self.draft_length) is not int or self.draft_length < 1:
+        if length is None or length < 1:
             raise RequestError(
                 f"draft_length = {self.draft_length!r} must be an integer of at least 1"
             )
-        threshold = self.draft_threshold
-        if threshold is None:
-            return
-        if not isinstance(threshold, int | float) or not 0.0 < threshold <= 1.0:  # NaN fails too
-            raise RequestError(f"draft_threshold = {threshold!r} is not in (0, 1]")
+        threshold = plain_float(self.draft_threshold)
+        if self.draft_threshold is not None and (
+            threshold is None or not 0.0 < threshold <= 1.0  # NaN fails too
+        ):
+            raise RequestError(f"draft_threshold = {self.draft_threshold!r} is not in (0, 1]")
+        object.__setattr__(self, "draft_exit", exit)
+        object.__setattr__(self, "draft_length", length)
+        object.__setattr__(self, "draft_threshold", threshold)

@@ -61,7 +61,7 @@ def play(seed: int, num_passes: int) -> list[Strip]:
     sequences = {}
     for name, length in PROMPTS.items():
         request = Request(name, (1,) * length, policy, SamplingParams(max_tokens=40))
-        sequences[name] = Sequence(request, BOUNDARIES, max_length=64)
+        sequences[name] = Sequence(request, BOUNDARIES, max_length=64, vocab_size=200)
     for name in ("A", "B", "C"):
         scheduler.add(sequences[name])
     for number in range(num_passes):

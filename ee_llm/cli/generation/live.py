@@ -33,11 +33,11 @@ class LiveText:
     def show(self, exit: int) -> None:
         """Print the text that is final after another token, which exited at `exit`."""
         self._exits.append(exit)
-        self._print_to(min(self._text.num_safe, len(self._text.text)))
+        self._print_to(self._text.num_safe)
 
     def finish(self) -> None:
         """Print the rest of the text."""
-        self._print_to(len(self._text.text))
+        self._print_to(self._text.num_characters)
 
     def _print_to(self, length: int) -> None:
         pieces = self._text.pieces

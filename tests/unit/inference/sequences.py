@@ -46,7 +46,7 @@ def make_sequence(
         draft,
         **options,
     )
-    return Sequence(request, BOUNDARIES, max_length=64)
+    return Sequence(request, BOUNDARIES, max_length=64, vocab_size=200)
 
 
 def token_at(position: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from ee_llm.errors import RunError
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.outputs import RequestOutput, StepOutput
@@ -82,6 +83,18 @@ BAD: dict[str, tuple[Callable[[], Request], str]] = {
         lambda: make_request("bad", prompt=[1, 40]),
         r"Token id 40 .*model\.vocab_size = 40",
     ),
+    "a stop token beyond the vocabulary": (
+        lambda: make_request("bad", min_tokens=1, stop_token_ids=[3, 40]),
+        r"Token id 40 in stop_token_ids .*model\.vocab_size = 40",
+    ),
+    "a stop token beyond every integer type": (
+        lambda: make_request("bad", stop_token_ids=[10**30]),
+        r"Token id 10{30} in stop_token_ids .*model\.vocab_size = 40",
+    ),
+    "a minimum length for which every token is banned": (
+        lambda: make_request("bad", min_tokens=1, stop_token_ids=range(39), eos_token_ids=(39, 50)),
+        r"min_tokens = 1 bans all 40 token ids",
+    ),
     "a stop string without a tokenizer": (
         lambda: make_request("bad", stop=("x",)),
         r"stop = \['x'\] needs",
@@ -109,6 +122,16 @@ for _value in OUT_OF_RANGE:
         lambda value=_value: _self_speculative(threshold=value),
         rf"draft_threshold = {_value} is not in \(0, 1\]",
     )
+
+
+def test_end_tokens_outside_the_vocabulary_are_never_generated() -> None:
+    """The ids come from the tokenizer's files, and no logit belongs to them."""
+    for strategy in ("exact", "self-speculative"):
+        request = make_request("a", 5, strategy, min_tokens=4, eos_token_ids=(3, 40, 10**30))
+        assert_same(serve(make_engine(), [request])[0][0], reference(request))
+    every = make_request("a", min_tokens=4, stop_token_ids=range(39), eos_token_ids=(40, 41))
+    (made,) = make_engine().generate([every])
+    assert made.token_ids[:4] == (39,) * 4
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -595,6 +618,8 @@ def test_a_stream_ends_with_its_request_even_when_its_id_is_reused() -> None:
     next(stream)
     engine.abort("x")
     engine.add(make_request("x", 9))
+    with pytest.raises(RunError, match="Request 'x' was aborted before its end"):
+        next(stream)
     assert list(stream) == []
     while engine.has_work:
         engine.step()

@@ -5,19 +5,24 @@ import json
 import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import load_reference
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
-from ee_llm.errors import RequestError, UserError
+from ee_llm.cli.generation.live import LiveText
+from ee_llm.errors import RequestError, RunError, UserError
 from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.sequence import Sequence
 from ee_llm.inference.strategies import SelfSpeculation
+from ee_llm.inference.text.detokenizer import GeneratedText
 from ee_llm.inference.verification.reference_decoding import generate_reference
 from tests.unit.inference.models import random_tensors, tiny_config
 
@@ -26,7 +31,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<ass
 
 def save(output: Path, **config: object) -> Path:
     """Write a checkpoint of a random model whose tokens are bytes."""
-    made = tiny_config(vocab_size=264, max_seq_length=64, **config)
+    made = tiny_config(**{"vocab_size": 264, "max_seq_length": 64} | config)
     tensors = random_tensors(made, dtype=torch.float32)
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     return write_checkpoint(output, made, specs, tensors.__getitem__, tokenizer_file="bytes")
@@ -205,6 +210,67 @@ def test_a_stream_yields_the_text_of_the_output(llm: LLM, stop: tuple[str, ...])
     assert stream.output.pieces == output.pieces
 
 
+def test_the_time_per_token_of_a_stream_does_not_grow_with_its_text(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole text, and the list of all tokens, are built for the final output only."""
+    counts = {"text": 0, "new_tokens": 0}
+
+    def count(owner: type, name: str) -> None:
+        build = getattr(owner, name).fget
+
+        def counted(self: object) -> object:
+            counts[name] += 1
+            return build(self)
+
+        monkeypatch.setattr(owner, name, property(counted))
+
+    count(GeneratedText, "text")
+    count(Sequence, "new_tokens")
+    stream = llm.stream("Once", SamplingParams(max_tokens=20, stop="never", ignore_eos=True))
+    console = Console(file=StringIO())
+    live = LiveText(console, stream.generated, ExitPolicy((1, 2), (None, None)), 4)
+    text = ""
+    for token in stream:
+        live.show(4)
+        text += token.text
+    assert counts["text"] <= 2
+    assert counts["new_tokens"] <= 1
+    assert stream.output is not None
+    assert text == stream.output.text
+
+
+def test_a_failed_request_keeps_its_tokens_and_its_text(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer cannot decode its sixth token, in the engine and elsewhere."""
+    params = SamplingParams(max_tokens=20, stop="never", ignore_eos=True)
+    (whole,) = llm.generate("Once", params)
+    bad = whole.token_ids[5]
+    assert bad not in whole.token_ids[:5]
+
+    def decode(tokens: list[int]) -> str:
+        if bad in tokens:
+            raise RuntimeError("cannot be decoded")
+        return LLM.decode(llm, tokens)
+
+    monkeypatch.setattr(llm, "decode", decode)
+    monkeypatch.setattr(llm.engine, "_detokenize", decode)
+    stream = llm.stream("Once", params)
+    tokens = []
+    with pytest.raises(RunError, match="cannot be decoded"):
+        tokens += stream  # `+=` keeps the tokens before the exception.
+    assert list(stream) == []
+    assert [token.token_id for token in tokens] == list(whole.token_ids[:6])
+    (output,) = llm.generate("Once", params)
+    for found in (output, stream.output):
+        assert found is not None
+        assert (found.finish_reason, found.token_ids) == ("error", whole.token_ids[:6])
+        assert found.pieces == (*whole.pieces[:5], "")
+        assert found.text == "".join(whole.pieces[:5])
+    assert "".join(token.text for token in tokens) == output.text
+
+
 @pytest.mark.parametrize("how", ["close", "context", "drop"])
 def test_an_unfinished_stream_aborts_its_request(llm: LLM, how: str) -> None:
     stream = llm.stream("Once", SamplingParams(max_tokens=40))
@@ -230,6 +296,15 @@ def test_an_interrupted_run_leaves_no_request(llm: LLM) -> None:
     outputs = llm.run(requests, {request.id: "" for request in requests})
     next(outputs)
     outputs.close()
+    assert not llm.engine.has_work
+
+
+def test_two_requests_with_the_same_id_are_refused(llm: LLM) -> None:
+    """One of them would get no output."""
+    params = SamplingParams(max_tokens=2)
+    requests = [llm.make_request(llm.encoder.encode_text(text), params, id="x") for text in "ab"]
+    with pytest.raises(RequestError, match="Request id 'x' is in use"):
+        list(llm.run(requests, {"x": ""}))
     assert not llm.engine.has_work
 
 
@@ -317,9 +392,31 @@ def test_closing_the_model_ends_its_streams(run: Path) -> None:
     stream = llm.stream([72, 105], SamplingParams(max_tokens=40, ignore_eos=True))
     next(stream)
     llm.close()
-    assert len(list(stream)) < 39
+    with pytest.raises(RunError, match="'1' was aborted before its end"):
+        list(stream)
+    assert list(stream) == []
+    assert stream.output is None
     with pytest.raises(RequestError, match="closed"):
         llm.worker_loop()
+
+
+@pytest.mark.parametrize("how", ["abort", "close"])
+def test_a_request_that_somebody_else_aborts_is_reported(run: Path, how: str) -> None:
+    with LLM(run, dtype="float64") as llm:
+        with_text = llm._with_text
+
+        def interfere(*arguments: object) -> object:
+            if how == "close":
+                llm.close()
+            else:
+                llm.engine.abort_all()
+            return with_text(*arguments)  # type: ignore[arg-type]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llm, "_with_text", interfere)
+            params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (1, 30)]
+            with pytest.raises(RunError, match="'2' was aborted before its end"):
+                llm.generate(["a", "b"], params)
 
 
 def test_an_exception_of_the_caller_leaves_no_request(llm: LLM) -> None:
@@ -337,6 +434,20 @@ def test_an_exception_of_the_caller_leaves_no_request(llm: LLM) -> None:
             llm.generate(["a", "b"], [SamplingParams(max_tokens=n) for n in (1, 30)])
     assert not llm.engine.has_work
     assert error.traceback
+
+
+def test_a_tokenizer_larger_than_the_model_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tokenizer of bytes has 257 tokens, the last of them the end token."""
+    with LLM(save(tmp_path / "256", vocab_size=256), dtype="float64") as llm:
+        assert "257 tokens, but model.vocab_size = 256" in caplog.text
+        (output,) = llm.generate("a", SamplingParams(max_tokens=3, min_tokens=2))
+        assert len(output.token_ids) == 3
+        assert llm.verify(output).passed
+    caplog.clear()
+    LLM(save(tmp_path / "padded", vocab_size=320), dtype="float64").close()
+    assert not caplog.records
 
 
 def test_calls_on_a_closed_model_are_errors(run: Path) -> None:
@@ -361,6 +472,16 @@ def test_calls_on_a_closed_model_are_errors(run: Path) -> None:
         ({"dtype": "float8"}, "float8"),
         ({"quantize": "int4"}, "quantize = 'int4'"),
         ({"deferral": "on"}, "deferral = 'on'"),
+        ({"deferral": ["auto"]}, r"deferral = \['auto'\]"),
+        ({"attention": "fast"}, "attention = 'fast'"),
+        ({"timeout_s": "5"}, "timeout_s = '5' must be a number"),
+        ({"timeout_s": True}, "timeout_s = True"),
+        ({"compile": "no"}, "compile = 'no' must be True or False"),
+        ({"cuda_graphs": 1}, "cuda_graphs = 1 must be True or False"),
+        ({"chat_template": 5}, "chat_template = 5"),
+        ({"dtype": ["float32"]}, r"dtype = \['float32'\]"),
+        ({"dtype": None}, "dtype = None"),
+        ({"max_num_seqs": "4"}, "max_num_seqs = '4'"),
     ],
 )
 def test_errors_name_invalid_options(run: Path, options: dict, message: str) -> None:

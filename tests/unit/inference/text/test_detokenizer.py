@@ -117,6 +117,21 @@ def test_the_text_ends_before_the_first_stop_string() -> None:
     assert text.pieces == ["a", "b", "c", "d", "e"]
 
 
+@pytest.mark.parametrize("stops", [(), ("cde",), ("never", "😀x")])
+def test_texts_taken_join_to_the_text(stops: tuple[str, ...]) -> None:
+    tokenizer = BytesTokenizer()
+    text = GeneratedText(tokenizer.decode, [65], stops)
+    taken = ""
+    for token in [*tokenizer.encode("abc😀def abcde fgh"), 0xE2]:
+        text.add(token)
+        taken += text.take_text()
+        assert (taken, len(text.text)) == (text.text[: text.num_safe], text.num_characters)
+    text.finish()
+    taken += text.take_text(is_last=True)
+    assert taken == text.text
+    assert text.take_text(is_last=True) == ""
+
+
 def test_a_stop_string_matches_special_tokens_without_text(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_family("qwen-2.5", tmp_path) / "tokenizer.json")
     tokens = tokenizer.encode("Hello<|im_end|>\nthere<|endoftext|> x", parse_special=True)

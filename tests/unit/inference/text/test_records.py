@@ -130,6 +130,7 @@ def test_a_record_without_a_part_is_refused(name: str) -> None:
 
 
 ALLOWED = [
+    ("top_k", -1),
     ("top_k", 10**400),
     ("max_tokens", 10**400),
     ("ignore_eos", True),

@@ -273,6 +273,17 @@ def test_certificate_refuses_invalid_generations() -> None:
         verify_trace(model, dataclasses.replace(made, token_ids=(*made.token_ids[:-1], 40)))
 
 
+def test_certificate_ignores_end_tokens_outside_the_vocabulary() -> None:
+    """They come from a file, and a record of a generation may claim any."""
+    model = tiny_model()
+    policy = make_exit_policy((1, 2), [0.4])
+    made = _generate(model, policy, min_tokens=4, max_tokens=4, eos_token_ids=[3, 40])
+    assert verify_trace(model, made) == []
+    assert verify_trace(model, dataclasses.replace(made, eos_token_ids=(3, 2**31 - 1))) == []
+    params = dataclasses.replace(made.sampling_params, stop_token_ids=(10**30,))
+    assert verify_trace(model, dataclasses.replace(made, sampling_params=params)) == []
+
+
 def test_certificate_of_propagate_finds_every_single_change() -> None:
     """Later rows read the keys and values of the changed one, so its divergence is first."""
     model = tiny_model(tiny_config(head=("block", "norm")))
