@@ -98,7 +98,7 @@ def _logits(folder: Path, tokens: Tensor, boundaries: Sequence[int]) -> dict[int
 
 def _is_comparable(folder: Folder) -> bool:
     exits = read_exits(folder.settings)
-    return exits is None or not {"mlp", "block"} & set(exits.options["head"])
+    return exits is None or not {"mlp", "block", "translator"} & set(exits.options["head"])
 
 
 def _exit(model: Any, folder: Folder, boundary: int, hidden: Tensor) -> Tensor:

@@ -36,6 +36,12 @@ class ExitInput:
         """Return the input [t, h] of the exit's output projection."""
         return self._stage.features(self._index, self.hidden, self._attended, self._batch)
 
+    def translator_input(self) -> Tensor:
+        """Return the input [t, h] of the exit's translator: its hidden state behind other parts."""
+        return self._stage.features(
+            self._index, self.hidden, self._attended, self._batch, of_trunk=True
+        )
+
     def logits(self) -> Tensor:
         """Return the exit's logits [t, v]; all tensor-parallel ranks of the stage must call it."""
         rows = [Run(0, 0, len(self.hidden), 0)]
