@@ -149,8 +149,7 @@ def _import(
         return result
     exits = source.config.exits
     # transformers can compute a new exit only if it is a copy of the final norm and output.
-    has_unknown = bool({"block", "translator"} & set(exits.head))
-    is_unknown = "norm" not in exits.head or has_unknown or exits.output == "tied"
+    is_unknown = "norm" not in exits.head or "block" in exits.head or exits.output == "tied"
     early = () if new is not None and is_unknown else exits.boundaries
     return _compare(options, folder, TensorReader(path), source.config, early, result)
 

@@ -55,6 +55,7 @@ class TeacherForced:
 
     Attributes:
         boundaries: Boundaries of the exits on this rank's pipeline stage, in order of depth.
+        dtype: The dtype of the hidden states.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class TeacherForced:
         shard = make_shard(config, ranks)
         self._stage = ModelStage(config, tensors, max_length, layer_ranges, shard)
         self._table = BlockTable(1, 1, max_length, self._stage.device)
+        self.dtype = self._stage.dtype
         self.boundaries = tuple(r.last for r in layer_ranges if r.has_exit)
 
     @torch.no_grad()

@@ -200,7 +200,7 @@ class Plain:
             x = x + self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", x))
         if "translator" in head:
             x = x / (x.square().mean(-1, keepdim=True) + self.config.model.norm_eps).sqrt()
-            x = self.linear(f"{name}.translator", x)
+            x = x @ self.p[f"{name}.translator.weight"].T + self.p[f"{name}.translator.bias"]
         if "norm" in head:
             x = self.norm(f"{name}.norm", x)
         return x @ self.output_weight(boundary).T / temperature
