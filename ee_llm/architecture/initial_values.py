@@ -16,15 +16,17 @@ from ee_llm.config import Config
 def initial_value(name: str, shape: Sequence[int], config: Config) -> torch.Tensor:
     """Return the initial value of an unsharded parameter in float32.
 
-    Norm weights are 1 and biases 0. Other weights are drawn from a normal distribution whose
-    standard deviation is `model.init_std`, or init_std / sqrt(2 L) for weights that write into the
-    residual stream of L layers (GPT-2; Megatron-LM).
+    Norm weights are 1, biases 0, and a translator is the identity. Other weights are drawn from a
+    normal distribution whose standard deviation is `model.init_std`, or init_std / sqrt(2 L) for
+    weights that write into the residual stream of L layers (GPT-2; Megatron-LM).
     """
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "bias":
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
+    if name.endswith(".translator.weight"):
+        return torch.eye(*shape)
     std = config.model.init_std
     if ".linear_proj." in name or ".linear_fc2." in name:
         std /= math.sqrt(2 * config.model.num_layers)
@@ -38,9 +40,9 @@ def copy_source(name: str, config: Config) -> str | None:
 
     A norm is copied from the final norm, an output weight from the final exit's, and a block from
     the next layer. An `mlp` that replaces its layer's MLP is copied from that MLP and its norm, so
-    that the exit starts out equal to one without an `mlp` (EE-Tuning, arXiv 2402.00518). An `mlp`
-    behind a block has no counterpart, and the result is None: with its random initial values it
-    adds little to its input.
+    that the exit starts out equal to one without an `mlp` (EE-Tuning, arXiv 2402.00518). The result
+    is None for parts without a counterpart: a translator, whose initial value is the identity, and
+    an `mlp` behind a block, whose random initial values add little to its input.
     """
     _, boundary, rest = name.split(".", 2)
     if rest.startswith("block."):
@@ -49,6 +51,8 @@ def copy_source(name: str, config: Config) -> str | None:
         if "block" in config.exits.head:
             return None
         return f"layers.{boundary}.{rest.replace('mlp_norm.', 'pre_mlp_layernorm.')}"
+    if rest.startswith("translator."):
+        return None
     if rest.startswith("norm."):
         return f"exits.{config.model.num_layers}.{rest}"
     assert rest == "output.weight", f"{name} is not a parameter of an exit"

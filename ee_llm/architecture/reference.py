@@ -131,10 +131,11 @@ class ReferenceModel:
         return x
 
     def _head(self, boundary: int, x: Tensor, attended: Tensor) -> Tensor:
-        """Return the input of an exit's output weight: [block] -> [mlp] -> [norm] of x [s, h].
+        """Return the input of an exit's output weight.
 
-        Without a block, the mlp reads the layer's residual stream after attention, `attended`, and
-        replaces the layer's own MLP (EE-Tuning, arXiv 2402.00518).
+        It is [block] -> [mlp] -> [translator] -> [norm] of x [s, h]. Without a block, the mlp reads
+        the layer's residual stream after attention, `attended`, and replaces the layer's own MLP
+        (EE-Tuning, arXiv 2402.00518).
         """
         name = f"exits.{boundary}"
         parts = ("norm",) if boundary == self.num_layers else self.config.exits.head
@@ -144,6 +145,9 @@ class ReferenceModel:
             x = attended = x + self._mlp(block, "pre_mlp_layernorm", x)
         if "mlp" in parts:
             x = attended + self._mlp(name, "mlp_norm", attended)
+        if "translator" in parts:
+            x = F.rms_norm(x, (x.shape[-1],), eps=self.config.model.norm_eps)
+            x = self._linear(f"{name}.translator", x)
         return self._norm(f"{name}.norm", x) if "norm" in parts else x
 
     def _attention(self, layer: str, x: Tensor) -> Tensor:

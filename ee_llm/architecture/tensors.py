@@ -34,6 +34,9 @@ def tensor_shapes(config: Config) -> Shapes:
             shapes |= _layer_shapes(model, f"{name}.block")
         if "mlp" in exits.head:
             shapes |= _norm_shapes(model, f"{name}.mlp_norm") | _mlp_shapes(model, f"{name}.mlp")
+        if "translator" in exits.head:
+            shapes[f"{name}.translator.weight"] = (model.hidden_size, model.hidden_size)
+            shapes[f"{name}.translator.bias"] = (model.hidden_size,)
         if "norm" in exits.head:
             shapes |= _norm_shapes(model, f"{name}.norm")
         if exits.output == "own":

@@ -27,7 +27,8 @@ from ee_llm.config.limits import (
 )
 from ee_llm.errors import ConfigError
 
-HeadPart = Literal["block", "mlp", "norm"]
+HeadPart = Literal["block", "mlp", "translator", "norm"]
+"""A module of an exit, in the order in which they run."""
 
 
 class ExitsConfig(Section):
@@ -46,7 +47,8 @@ class ExitsConfig(Section):
     head: Annotated[tuple[HeadPart, ...], BeforeValidator(list_to_tuple)] = option(
         ("norm",),
         "Modules between the boundary and the output projection: any of block (a transformer "
-        "layer), mlp and norm, in this order.",
+        "layer), mlp, translator (an affine map of the normalized hidden state) and norm, in this "
+        "order.",
     )
     output: Literal["tied", "shared", "own"] = option(
         "shared",
@@ -57,7 +59,7 @@ class ExitsConfig(Section):
         "copy",
         "Initial weights of exits that tuning.checkpoint or checkpoint.initial does not have. "
         "copy: from the final norm and output weight, the MLP of the exit's layer, and (block) the "
-        "next layer. random: random weights.",
+        "next layer. random: random weights. A translator starts as the identity in both.",
     )
     weights: Floats = option(
         (), "Loss weight of each early exit; the final exit has weight 1.", shown="1 each"

@@ -2,10 +2,12 @@
 
 import contextlib
 import datetime
+import io
 import queue
 import threading
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,6 +100,44 @@ class InferenceGrid:
         if len(hidden):
             self._receive(hidden, peer, self._column_group)
         return message.numpy().tobytes(), hidden
+
+    def broadcast_from_last(
+        self, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """Return the tensor of the last stage on every stage with the same tensor rank.
+
+        Other stages pass an empty tensor; `shape` and `dtype` are those of the last stage's.
+        """
+        if self.num_stages == 1:
+            return tensor
+        if self.stage < self.num_stages - 1:
+            tensor = torch.empty(shape, dtype=dtype, device=devices.device())
+        tensor, source = tensor.contiguous(), self._column_ranks[-1]
+        self._try(lambda: dist.broadcast(tensor, source, group=self._column_group))
+        return tensor
+
+    def gather_to_leader(self, parts: dict[int, Any]) -> dict[int, Any]:
+        """Return the parts of all stages on the leader, and nothing on the other ranks.
+
+        Args:
+            parts: By key, objects of tensors that `torch.save` can write. Keys differ by stage.
+        """
+        if self.tensor_rank > 0:
+            return {}
+        if self.stage > 0:
+            buffer = io.BytesIO()
+            torch.save(parts, buffer)
+            self.send_result(buffer.getvalue())
+            self.flush()
+            return {}
+        found = dict(parts)
+        for group in self._result_groups.values():
+            peer = next(rank for rank in dist.get_process_group_ranks(group) if rank != 0)
+            size = self._receive(torch.empty(1, dtype=torch.int64), peer, group)
+            data = self._receive(torch.empty(int(size), dtype=torch.uint8), peer, group)
+            message = io.BytesIO(data.numpy().tobytes())
+            found |= torch.load(message, map_location="cpu", weights_only=True)
+        return found
 
     def send_next_numbers(self, numbers: list[int]) -> None:
         """Send numbers, as many as the next stage expects, without blocking."""

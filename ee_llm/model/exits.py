@@ -1,4 +1,4 @@
-"""Exit heads: [block] -> [mlp] -> [norm] -> output projection.
+"""Exit heads: [block] -> [mlp] -> [translator] -> [norm] -> output projection.
 
 Shapes: s sequence, b microbatch, h hidden, v vocabulary, t tensor-parallel ranks.
 """
@@ -6,6 +6,7 @@ Shapes: s sequence, b microbatch, h hidden, v vocabulary, t tensor-parallel rank
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ee_llm import distributed
 from ee_llm.architecture.parameter_names import output_weight_name
@@ -19,6 +20,28 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class Translator(torch.nn.Module):
+    """An affine map of the RMS-normalized hidden state (tuned lens, arXiv 2303.08112).
+
+    Every tensor-parallel rank has all of it, and with sequence parallelism maps its own positions.
+    """
+
+    def __init__(self, parts: TransformerConfig) -> None:
+        super().__init__()
+        size = parts.hidden_size
+        like = torch.empty(0, device=distributed.device(), dtype=parts.params_dtype)
+        self.weight = torch.nn.Parameter(like.new_empty(size, size))
+        self.bias = torch.nn.Parameter(like.new_empty(size))
+        self._eps = parts.layernorm_epsilon
+        for parameter in self.parameters():
+            parameter.sequence_parallel = parts.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the map of hidden states [s, b, h]."""
+        normalized = F.rms_norm(hidden, hidden.shape[-1:], eps=self._eps)
+        return F.linear(normalized, self.weight, self.bias)
 
 
 class Exit(MegatronModule):
@@ -43,6 +66,7 @@ class Exit(MegatronModule):
         self.block: Any = None
         self.mlp_norm: Any = None
         self.mlp: Any = None
+        self.translator: Any = None
         self.norm: Any = None
         if "block" in head:
             self.block = build_module(layer_spec(parts), config=parts, layer_number=boundary)
@@ -52,6 +76,8 @@ class Exit(MegatronModule):
             self.mlp = build_module(
                 mlp_spec(parts), config=parts, ffn_hidden_size=parts.ffn_hidden_size, tp_group=group
             )
+        if "translator" in head:
+            self.translator = Translator(parts)
         if "norm" in head:
             self.norm = Norm(parts, hidden_size, eps=parts.layernorm_epsilon)
         owns_weight = output_weight_name(config, boundary).startswith("exits.")
@@ -81,6 +107,8 @@ class Exit(MegatronModule):
         if self.mlp is not None:
             update, bias = self.mlp(self.mlp_norm(hidden))
             hidden = hidden + (update if bias is None else update + bias)
+        if self.translator is not None:
+            hidden = self.translator(hidden)
         if self.norm is not None:
             hidden = self.norm(hidden)
         logits, _ = self.output(hidden, weight)

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from ee_llm.checkpoint.read import TensorReader
 from ee_llm.cli.main import main
 from tests.distributed.runs import (
     assert_equal_bits,
@@ -79,22 +78,24 @@ def test_run_resumes_with_another_exit(tmp_path, corpus, source):
         assert found[key] == pytest.approx(value, rel=1e-6)
 
 
-def test_class_aware_exits_are_equal_on_two_ranks_and_one(tmp_path, corpus, source):
+@pytest.mark.parametrize(
+    ("method", "layouts"),
+    [
+        ("class-aware", [(1, 1), (2, 1)]),
+        ("least-squares", [(1, 1), (2, 1), (1, 2), (2, 2)]),
+    ],
+)
+def test_exits_from_data_are_equal_on_all_layouts(tmp_path, corpus, source, method, layouts):
     dense = tmp_path / "dense"
     command("remove-exits", source, "--exits", 1, 2, "--output", dense)
-    options = ["--exits", "2", "--initialization", "class-aware", "--data", corpus, "--json"]
-    start = [
-        sys.executable,
-        "-m",
-        "ee_llm",
-        "checkpoint",
-        "add-exits",
-        str(dense),
-        *options,
-    ]
-    for number in ("1", "2"):
+    options = ["--exits", "1,3", "--initialization", method, "--data", corpus, "--json"]
+    start = [sys.executable, "-m", "ee_llm", "checkpoint", "add-exits", str(dense), *options]
+    found = []
+    for tensor, pipeline in layouts:
+        output = tmp_path / f"{tensor}-{pipeline}"
+        ranks = ["--tensor", str(tensor)] + ["--pipeline", str(pipeline)] * (pipeline > 1)
         done = subprocess.run(
-            [*start, "--tensor", number, "--output", str(tmp_path / number)],
+            [*start, *ranks, "--output", str(output)],
             env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
             capture_output=True,
             text=True,
@@ -103,8 +104,10 @@ def test_class_aware_exits_are_equal_on_two_ranks_and_one(tmp_path, corpus, sour
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("\n") == 1
-    one, two = tensors_of(tmp_path / "1"), tensors_of(tmp_path / "2")
-    weight = "exits.2.output.weight"
-    assert TensorReader(tmp_path / "1").config().exits.output == "own"
-    torch.testing.assert_close(two[weight], one[weight], rtol=1e-5, atol=1e-6)
-    assert one.keys() == two.keys()
+        found.append(tensors_of(output))
+    computed = "output.weight" if method == "class-aware" else "translator.weight"
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for boundary in (1, 3):
+            name = f"exits.{boundary}.{computed}"
+            torch.testing.assert_close(other[name], found[0][name], rtol=1e-4, atol=1e-5)

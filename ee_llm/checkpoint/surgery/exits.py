@@ -1,7 +1,4 @@
-"""Adds, moves and removes exits of a checkpoint; all other tensors are copied bit for bit.
-
-Legend of shapes: h hidden, v vocabulary.
-"""
+"""Adds, moves and removes exits of a checkpoint; all other tensors are copied bit for bit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +23,7 @@ from ee_llm.checkpoint.write import TensorSpec
 from ee_llm.config import Config
 from ee_llm.errors import CheckpointError, ConfigError
 
-Initialization = Literal["copy", "random", "class-aware"]
+Initialization = Literal["copy", "random", "class-aware", "least-squares"]
 
 _PER_EXIT = {"weights": 1.0, "initial_weights": 0.0, "temperatures": 1.0}
 
@@ -70,7 +67,7 @@ def added(
     reader: TensorReader,
     config: Config,
     initialization: Initialization,
-    output_weights: Mapping[int, Tensor] | None = None,
+    computed: Mapping[str, Tensor] | None = None,
 ) -> Rewrite:
     """Return the checkpoint with the exits that `config` (from `config_with`) adds.
 
@@ -81,21 +78,20 @@ def added(
         reader: The checkpoint.
         config: The configuration with the new exits.
         initialization: `copy` copies the parameters named by `copy_source`; `random` draws them as
-            functions of (training.seed, name), as in a new model; `class-aware` is `copy` except
-            for the output weights.
-        output_weights: The output weights [v, h] for `class-aware`, by boundary.
+            functions of (training.seed, name), as in a new model; `class-aware` and `least-squares`
+            are `copy` except for the parameters in `computed`.
+        computed: Parameters that were computed from data, by name.
     """
     whole = model_copy_of(reader)
     shapes = tensor_shapes(config)
     new = {name: shape for name, shape in shapes.items() if name not in reader}
     is_random = initialization == "random"
     sources = {name: None if is_random else copy_source(name, config) for name in new}
-    weights = output_weights or {}
+    values = computed or {}
 
     def value(name: str) -> Tensor:
-        boundary = int(name.split(".")[1])
-        if initialization == "class-aware" and name.endswith(f".{boundary}.output.weight"):
-            return weights[boundary]
+        if name in values:
+            return values[name]
         if (source := sources[name]) is None:
             return initial_value(name, shapes[name], config)
         return reader.tensor(source)

@@ -1,6 +1,8 @@
 """`ee-llm checkpoint add-exits`: write a checkpoint with more exits."""
 
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ee_llm.cli.arguments.help import CommandHelp, Group
 from ee_llm.cli.arguments.parsing import parse
@@ -10,39 +12,50 @@ from ee_llm.config.limits import MAX_TIMEOUT_S, MIN_TIMEOUT_S
 from ee_llm.errors import UserError
 from ee_llm.launch.local import launch
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ee_llm.checkpoint.read import TensorReader
+    from ee_llm.data.windows import Windows
+    from ee_llm.distributed import InferenceGrid
+
 COMMAND = CommandHelp(
     "checkpoint add-exits",
     "Add exits to a checkpoint. All other tensors, including the optimizer's state, stay the same "
     "bit for bit.",
     (
         Group("New exits", "head exit_output initialization"),
-        Group("Class-aware initialization", "data", "num_tokens seq_length tensor timeout_s"),
+        Group(
+            "Initialization from data", "data", "num_tokens seq_length tensor pipeline timeout_s"
+        ),
         Group("Output", "json"),
     ),
     (
         "ee-llm checkpoint add-exits runs/llama --exits 8,16 --output runs/with-exits",
         "ee-llm checkpoint add-exits runs/llama --exits 8 16 --output runs/with-exits "
-        "--initialization class-aware --data data/corpus",
+        "--initialization least-squares --data data/corpus --num-tokens 100000",
     ),
 )
 
 _MAX_SEQ_LENGTH = 2048  # tokens, unless --seq-length is given, because attention is quadratic
-_FOR_CLASS_AWARE = {"data": (), "num_tokens": None, "seq_length": None, "tensor": 1}
+_DEFAULTS = {"data": (), "num_tokens": None, "seq_length": None, "tensor": 1, "pipeline": 1}
+"""Options that only an initialization from data uses, with their defaults."""
 
 
 def run_add_exits(arguments: list[str]) -> None:
-    """Run `ee-llm checkpoint add-exits`, on several ranks with --tensor."""
+    """Run `ee-llm checkpoint add-exits`, on several ranks with --tensor or --pipeline."""
     options = parse(AddExitsOptions, COMMAND, arguments, ("checkpoint",))
     config = check_add_exits(options)
-    if options.tensor > 1 and "WORLD_SIZE" not in os.environ:
-        launch(options.tensor, [*COMMAND.command.split(), *arguments])
+    num_ranks = options.tensor * options.pipeline
+    if num_ranks > 1 and "WORLD_SIZE" not in os.environ:
+        launch(num_ranks, [*COMMAND.command.split(), *arguments])
         return
     from ee_llm.checkpoint.read import TensorReader
     from ee_llm.checkpoint.surgery.exits import added
     from ee_llm.cli.checkpoint.rewriting import write
 
-    if options.initialization == "class-aware":
-        _add_class_aware(options, config)
+    if options.initialization in _FROM_DATA:
+        _add_from_data(options, config)
         return
     rewrite = added(TensorReader(options.checkpoint), config, options.initialization)
     write(rewrite, options.output, as_json=options.json)
@@ -58,25 +71,38 @@ def check_add_exits(options: AddExitsOptions) -> Config:
     from ee_llm.checkpoint.surgery.exits import config_with
 
     reader = TensorReader(options.checkpoint)
-    is_class_aware = options.initialization == "class-aware"
-    output = options.exit_output
-    if output is None and not reader.config().exits.boundaries:
-        output = "own" if is_class_aware else "shared"
-    config = config_with(reader, options.exits, options.head, output)
+    method = options.initialization
+    head, output = options.head, options.exit_output
+    if not reader.config().exits.boundaries:
+        output = output or ("own" if method == "class-aware" else "shared")
+        if head is None and method == "least-squares":
+            head = ("translator", "norm")
+    config = config_with(reader, options.exits, head, output)
     if not MIN_TIMEOUT_S <= options.timeout_s <= MAX_TIMEOUT_S:
         raise UserError(
             f"--timeout-s {options.timeout_s} is out of range. Use {MIN_TIMEOUT_S} to "
             f"{MAX_TIMEOUT_S:,.0f} seconds."
         )
-    if not is_class_aware:
-        for name, default in _FOR_CLASS_AWARE.items():
+    if method not in _FROM_DATA:
+        for name, default in _DEFAULTS.items():
             if getattr(options, name) != default:
                 raise UserError(
-                    f"--{name.replace('_', '-')} has no effect with --initialization "
-                    f"{options.initialization}. Remove it, or use --initialization class-aware."
+                    f"--{name.replace('_', '-')} has no effect with --initialization {method}. "
+                    "Leave it out, or use --initialization least-squares or class-aware."
                 )
         return config
-    if config.exits.output != "own":
+    if method == "least-squares" and "translator" not in config.exits.head:
+        raise UserError(
+            "--initialization least-squares computes translators, and these exits have none: their "
+            f"head is {' '.join(config.exits.head) or 'empty'}. Use --head translator norm, or "
+            "--initialization copy."
+        )
+    if method == "class-aware" and options.pipeline != 1:
+        raise UserError(
+            f"--pipeline {options.pipeline} does not work with --initialization class-aware. Use "
+            "--tensor."
+        )
+    if method == "class-aware" and config.exits.output != "own":
         raise UserError(
             "--initialization class-aware computes output weights, but these exits do not have "
             f"their own (exits.output = {config.exits.output}). Use --exit-output own, or "
@@ -84,7 +110,7 @@ def check_add_exits(options: AddExitsOptions) -> Config:
         )
     if not options.data:
         raise UserError(
-            "--initialization class-aware needs data. Give --data with the prefixes of data that "
+            f"--initialization {method} needs data. Give --data with the prefixes of data that "
             "'ee-llm data prepare' wrote."
         )
     num_kv_heads = config.model.num_kv_heads
@@ -93,6 +119,12 @@ def check_add_exits(options: AddExitsOptions) -> Config:
         raise UserError(
             f"--tensor {options.tensor} does not divide num_kv_heads = {num_kv_heads}. Use one of "
             f"{', '.join(divisors)}."
+        )
+    num_layers = config.model.num_layers
+    if not 1 <= options.pipeline <= num_layers:
+        raise UserError(
+            f"--pipeline {options.pipeline} is out of range. Use 1 to {num_layers}, the number of "
+            "layers."
         )
     longest = config.model.max_seq_length
     if options.seq_length is not None and not 1 <= options.seq_length <= longest:
@@ -104,32 +136,67 @@ def check_add_exits(options: AddExitsOptions) -> Config:
     return config
 
 
-def _add_class_aware(options: AddExitsOptions, config: Config) -> None:
-    """Write the checkpoint with output weights that are class means; rank 0 writes."""
+def _add_from_data(options: AddExitsOptions, config: Config) -> None:
+    """Write the checkpoint with parameters that are computed from data; rank 0 writes."""
     from ee_llm import distributed
     from ee_llm.checkpoint.read import TensorReader
     from ee_llm.checkpoint.surgery.exits import added
     from ee_llm.cli.checkpoint.rewriting import progress, write
-    from ee_llm.data.tokenization.tokenizer import load_tokenizer
     from ee_llm.data.windows import Windows
-    from ee_llm.inference.exits.class_means import class_means
 
     reader = TensorReader(options.checkpoint)
     ranks = None
-    if options.tensor > 1:
-        ranks = distributed.connect_serving(tensor=options.tensor, timeout_s=options.timeout_s)
+    if options.tensor * options.pipeline > 1:
+        ranks = distributed.connect_serving(
+            tensor=options.tensor, pipeline=options.pipeline, timeout_s=options.timeout_s
+        )
     seq_length = options.seq_length or min(config.data.seq_length, _MAX_SEQ_LENGTH)
     windows = Windows(options.data, seq_length, options.num_tokens)
-    eos_token_id = load_tokenizer(reader.tokenizer(), config.data.eos_token).eos_token_id
     with progress("reading data", windows.num_tokens, is_quiet=options.json) as advance:
-        means = class_means(reader, config, options.exits, windows, eos_token_id, ranks, advance)
+        compute = _FROM_DATA[options.initialization]
+        computed, note = compute(options, reader, config, windows, ranks, advance)
     if distributed.is_rank_zero():
-        rewrite = added(reader, config, "class-aware", means.weights)
-        vocab_size = config.model.vocab_size
-        rewrite.notes.append(
-            f"class-aware: {means.num_tokens:,} tokens; {vocab_size - means.num_seen:,} of the "
-            f"vocabulary's {vocab_size:,} do not occur and have the rows of the final exit"
-        )
+        rewrite = added(reader, config, options.initialization, computed)
+        rewrite.notes.append(f"{options.initialization}: {note}")
         write(rewrite, options.output, as_json=options.json)
     if ranks is not None:
         ranks.shutdown()
+
+
+def _class_means(
+    options: AddExitsOptions,
+    reader: "TensorReader",
+    config: Config,
+    windows: "Windows",
+    ranks: "InferenceGrid | None",
+    advance: Callable[[int], None],
+) -> "tuple[dict[str, Tensor], str]":
+    from ee_llm.data.tokenization.tokenizer import load_tokenizer
+    from ee_llm.inference.exits.class_means import class_means
+
+    eos_token_id = load_tokenizer(reader.tokenizer(), config.data.eos_token).eos_token_id
+    means = class_means(reader, config, options.exits, windows, eos_token_id, ranks, advance)
+    vocab_size = config.model.vocab_size
+    note = (
+        f"{means.num_tokens:,} tokens; {vocab_size - means.num_seen:,} of the vocabulary's "
+        f"{vocab_size:,} do not occur and have the rows of the final exit"
+    )
+    return {f"exits.{b}.output.weight": weight for b, weight in means.weights.items()}, note
+
+
+def _least_squares(
+    options: AddExitsOptions,
+    reader: "TensorReader",
+    config: Config,
+    windows: "Windows",
+    ranks: "InferenceGrid | None",
+    advance: Callable[[int], None],
+) -> "tuple[dict[str, Tensor], str]":
+    from ee_llm.inference.exits.least_squares import least_squares
+
+    translators = least_squares(reader, config, options.exits, windows, ranks, advance)
+    return translators, f"{windows.num_tokens:,} tokens"
+
+
+_FROM_DATA = {"class-aware": _class_means, "least-squares": _least_squares}
+"""Functions that compute parameters of new exits from data, and a note for the user."""

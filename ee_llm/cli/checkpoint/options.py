@@ -64,14 +64,16 @@ class AddExitsOptions:
     exits: tuple[int, ...]
     """Layers after which to add exits."""
 
-    initialization: Literal["copy", "random", "class-aware"] = "copy"
-    """Initialize the new exits in this way. copy: copy each part from the model (its final norm and
-    output weight, the MLP of the layer, the next layer). random: as in a new model. class-aware: as
-    copy, but the row of a token in the output weight is the mean of the normalized hidden states
-    before that token in --data."""
+    initialization: Literal["copy", "random", "class-aware", "least-squares"] = "copy"
+    """Initial values of the new exits. copy: each part is copied from the model (its final norm and
+    output weight, the layer's MLP, the next layer). random: as in a new model. class-aware: as
+    copy, but the output weight's row of a token is the mean of the normalized hidden states before
+    that token in --data. least-squares: as copy, but the translator is the affine map that best
+    predicts the final hidden state in --data."""
 
     head: tuple[HeadPart, ...] | None = None
-    """Parts of the new exits. (default: as in the checkpoint's exits, else norm)"""
+    """Parts of the new exits. (default: as in the checkpoint's exits, else translator norm for
+    least-squares and norm otherwise)"""
 
     exit_output: Literal["shared", "own", "tied"] | None = None
     """Output weight of the new exits: shared with the final exit, one of their own each, or tied to
@@ -79,17 +81,20 @@ class AddExitsOptions:
     otherwise)"""
 
     data: tuple[str, ...] = ()
-    """For class-aware: prefixes of prepared data."""
+    """For class-aware and least-squares: prefixes of prepared data."""
 
     num_tokens: int | None = None
-    """For class-aware: number of tokens to use, from the start of the data. (default: all)"""
+    """With --data: number of tokens to use, from the start of the data. (default: all)"""
 
     seq_length: int | None = None
-    """For class-aware: length of the sequences that the model runs on, in tokens. (default: that of
+    """With --data: length of the sequences that the model runs on, in tokens. (default: that of
     training, but at most 2048)"""
 
     tensor: int = 1
-    """For class-aware: number of tensor-parallel ranks to start."""
+    """With --data: number of tensor-parallel ranks to start."""
+
+    pipeline: int = 1
+    """For least-squares: number of pipeline-parallel ranks to start."""
 
     timeout_s: float = 600
     """Abort if a rank receives nothing from another rank for this many seconds."""

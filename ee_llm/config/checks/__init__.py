@@ -5,11 +5,13 @@ Each check yields messages that name the options, their values and a remedy.
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import get_args
 
 from ee_llm.config.checks.deepspeed import deepspeed_problems
 from ee_llm.config.checks.tuning import tuning_problems
 from ee_llm.config.limits import MAX_BATCH_SIZE, MAX_FACTOR
 from ee_llm.config.schema import ConfigFields
+from ee_llm.config.sections import HeadPart
 
 
 def _layers(config: ConfigFields) -> Iterator[str]:
@@ -213,7 +215,7 @@ def _per_exit_values(config: ConfigFields) -> Iterator[str]:
 
 def _exit_head(config: ConfigFields) -> Iterator[str]:
     exits = config.exits
-    ordered = [part for part in ("block", "mlp", "norm") if part in exits.head]
+    ordered = [part for part in get_args(HeadPart) if part in exits.head]
     if list(exits.head) != ordered:
         yield (
             f"exits.head = {list(exits.head)} must name each module once, in order. Write "

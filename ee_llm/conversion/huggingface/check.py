@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, rms_norm
 
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import load_reference
@@ -112,6 +112,12 @@ def _exit(model: Any, folder: Folder, boundary: int, hidden: Tensor) -> Tensor:
     if exits is None or exits.are_copies:
         return linear(norm(hidden), output)
     own = f"{PREFIX}exits.{boundary}."
+    if "translator" in exits.options["head"]:
+        weight, bias = (
+            folder.tensor(f"{own}translator.{name}").float() for name in ("weight", "bias")
+        )
+        eps = getattr(norm, "variance_epsilon", None) or norm.eps
+        hidden = linear(rms_norm(hidden, hidden.shape[-1:], eps=eps), weight, bias)
     if "norm" in exits.options["head"]:
         for name, parameter in norm.named_parameters():
             parameter.copy_(folder.tensor(f"{own}norm.{name}"))

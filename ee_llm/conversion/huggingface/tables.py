@@ -197,9 +197,8 @@ def copied_exits(rows: dict[str, Row], config: Config) -> dict[str, Row]:
         source = copy_source(name, config)
         if source is None:
             raise ConversionError(
-                f"--head {' '.join(config.exits.head)}: an mlp behind a block has no counterpart"
-                " in the model. Remove one of them, or convert without exits and add them with"
-                " 'ee-llm checkpoint add-exits'."
+                f"--head {' '.join(config.exits.head)}: {name} has no counterpart in the model."
+                " Convert without exits, and add them with 'ee-llm checkpoint add-exits'."
             )
         copied[name] = rows[source]._replace(name=name)
     return copied

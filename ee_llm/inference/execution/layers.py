@@ -72,6 +72,22 @@ class Norm:
         return F.layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
 
 
+class Translator:
+    """An affine map of RMS-normalized rows [t, h] (tuned lens, arXiv 2303.08112).
+
+    Every tensor-parallel rank has all of it.
+    """
+
+    def __init__(
+        self, model: ModelConfig, tensors: Mapping[str, Tensor], name: str, shard: Shard
+    ) -> None:
+        self._linear = shard.linear(*shard.parameters(model, tensors, name))
+        self._eps = model.norm_eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._linear(F.rms_norm(x, (x.shape[-1],), eps=self._eps))
+
+
 class Mlp:
     """Norm and MLP of rows [t, h], without the residual: SwiGLU (llama) or GELU (gpt)."""
 

@@ -21,7 +21,15 @@ from ee_llm.architecture.tensor_parallel import DIVIDED_SIZES
 from ee_llm.config import Config
 from ee_llm.errors import RequestError
 from ee_llm.inference.execution.attention import Batch, Run
-from ee_llm.inference.execution.layers import Layer, MakeLinear, Mlp, Norm, Shard, rotations
+from ee_llm.inference.execution.layers import (
+    Layer,
+    MakeLinear,
+    Mlp,
+    Norm,
+    Shard,
+    Translator,
+    rotations,
+)
 from ee_llm.inference.execution.linear import Linear
 from ee_llm.inference.execution.quantization import Int8Linear
 
@@ -82,7 +90,10 @@ def make_shard(
 
 
 class Head:
-    """An exit: [block] -> [mlp] -> [norm] -> output projection; the final exit has only a norm."""
+    """An exit: [block] -> [mlp] -> [translator] -> [norm] -> output projection.
+
+    The final exit has only a norm.
+    """
 
     def __init__(
         self,
@@ -100,6 +111,9 @@ class Head:
         self._mlp = None
         if "mlp" in parts:
             self._mlp = Mlp(model, tensors, f"{name}.mlp", f"{name}.mlp_norm", shard)
+        self._translator = None
+        if "translator" in parts:
+            self._translator = Translator(model, tensors, f"{name}.translator", shard)
         self._norm = Norm(model, tensors, f"{name}.norm") if "norm" in parts else None
         self._output = output
         temperatures = dict(zip(exits.boundaries, exits.temperatures, strict=True))
@@ -118,10 +132,17 @@ class Head:
 
     def features(self, x: Tensor, attended: Tensor) -> Tensor:
         """Return the input [r, h] of the output projection; the arguments are those of a call."""
-        if self._mlp is not None:
-            start = attended if self.block is None else x
-            x = start + self._mlp(start)
+        x = self.trunk(x, attended)
+        if self._translator is not None:
+            x = self._translator(x)
         return x if self._norm is None else self._norm(x)
+
+    def trunk(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Return the input [r, h] of the translator; the arguments are those of a call."""
+        if self._mlp is None:
+            return x
+        start = attended if self.block is None else x
+        return start + self._mlp(start)
 
 
 class ModelStage:
@@ -254,7 +275,9 @@ class ModelStage:
         rotation = None if self._rotations is None else self._rotations[batch.positions]
         return head.block(x, self._pages[index][-1], batch, rotation)
 
-    def features(self, index: int, x: Tensor, attended: Tensor, batch: Batch) -> Tensor:
+    def features(
+        self, index: int, x: Tensor, attended: Tensor, batch: Batch, *, of_trunk: bool = False
+    ) -> Tensor:
         """Return the input [t, h] of the output projection of an exit, for all rows.
 
         Args:
@@ -262,12 +285,13 @@ class ModelStage:
             x: Rows [t, h] as `run` returned them.
             attended: Rows [t, h] as `run` returned them.
             batch: Metadata of the rows, all of which are live.
+            of_trunk: Return the input [t, h] of the exit's translator instead.
         """
         head = self._heads[index]
         assert head is not None, f"layer range {index} has no exit"
         if head.block is not None:
             x, attended = self.run_block(index, x, batch)
-        return head.features(x, attended)
+        return head.trunk(x, attended) if of_trunk else head.features(x, attended)
 
     def logits(
         self, index: int, x: Tensor, attended: Tensor, rows: Sequence[Run], batch: Batch | None

@@ -36,6 +36,12 @@ class ExitInput:
         """Return the input [t, h] of the exit's output projection."""
         return self._stage.features(self._index, self.hidden, self._attended, self._batch)
 
+    def translator_input(self) -> Tensor:
+        """Return the input [t, h] of the exit's translator: its hidden state behind other parts."""
+        return self._stage.features(
+            self._index, self.hidden, self._attended, self._batch, of_trunk=True
+        )
+
     def logits(self) -> Tensor:
         """Return the exit's logits [t, v]; all tensor-parallel ranks of the stage must call it."""
         rows = [Run(0, 0, len(self.hidden), 0)]
@@ -49,6 +55,7 @@ class TeacherForced:
 
     Attributes:
         boundaries: Boundaries of the exits on this rank's pipeline stage, in order of depth.
+        dtype: The dtype of the hidden states.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class TeacherForced:
         shard = make_shard(config, ranks)
         self._stage = ModelStage(config, tensors, max_length, layer_ranges, shard)
         self._table = BlockTable(1, 1, max_length, self._stage.device)
+        self.dtype = self._stage.dtype
         self.boundaries = tuple(r.last for r in layer_ranges if r.has_exit)
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 Legend of shapes: t tokens of a window, h hidden, v vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +12,12 @@ from torch import Tensor
 
 from ee_llm import distributed
 from ee_llm.architecture.parameter_names import output_weight_name
-from ee_llm.architecture.tensors import Converted, tensor_shapes
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.checkpoint.surgery.exits import added
-from ee_llm.checkpoint.surgery.rewrite import with_options
 from ee_llm.config import Config
 from ee_llm.data.windows import Windows, check_window
 from ee_llm.errors import DataError
 from ee_llm.inference.execution.teacher_forced import TeacherForced
+from ee_llm.inference.exits.new_exits import tensors_with_new_exits, with_new_exits
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,11 @@ def class_means(
     Raises:
         DataError: The data has a token id outside the vocabulary, on all ranks, or no target.
     """
-    model_pass = _with_new_exits(reader, config, boundaries, ranks)
+    with_exits = with_new_exits(config, boundaries)
+    tensors = tensors_with_new_exits(reader, with_exits)
+    run = TeacherForced(
+        with_exits, tensors, config.model.max_seq_length, ranks, last=max(boundaries)
+    )
     model = config.model
     summed = boundaries if ranks is None or ranks.is_leader else ()
     size = model.vocab_size, model.hidden_size
@@ -83,7 +85,7 @@ def class_means(
         if config.data.mask_after_eos:
             is_counted = window[:-1] != eos_token_id
         counts.index_add_(0, targets[is_counted], torch.ones(int(is_counted.sum())).double())
-        for exit in model_pass(window[:-1]):
+        for exit in run(window[:-1]):
             features = exit.features()
             if exit.boundary in sums:
                 states = F.normalize(features.cpu().double(), dim=-1)
@@ -103,39 +105,3 @@ def class_means(
         length = means[is_seen].norm(dim=-1).mean()
         means[~is_seen] = F.normalize(final[~is_seen], dim=-1) * length
     return ClassMeans(sums, int(is_seen.sum()), int(counts.sum()))
-
-
-def _with_new_exits(
-    reader: TensorReader,
-    config: Config,
-    boundaries: Sequence[int],
-    ranks: distributed.InferenceGrid | None,
-) -> TeacherForced:
-    """Return the model up to the deepest of some exits that the checkpoint does not have."""
-    # The final exit's output weight stands in for the new ones, which do not exist yet.
-    per_exit = {"weights": (), "initial_weights": (), "temperatures": ()}
-    exits = {"boundaries": tuple(sorted(boundaries)), "output": "shared", **per_exit}
-    config = with_options(config, exits=exits)
-    dtype = reader.dtype("embedding.word.weight")
-    dtype = dtype if dtype == torch.float64 else torch.float32
-    tensors = Converted(_WithCopies(reader, config), dtype, distributed.device())
-    return TeacherForced(config, tensors, config.model.max_seq_length, ranks, last=max(boundaries))
-
-
-class _WithCopies(Mapping[str, Tensor]):
-    """A checkpoint's tensors, and those of exits that it lacks, copied from the model."""
-
-    def __init__(self, reader: TensorReader, config: Config) -> None:
-        self._names = list(tensor_shapes(config))
-        self._get = added(reader, config, "copy").get
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._get(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

@@ -54,7 +54,11 @@ def test_unknown_option_without_similar_names_lists_all_names() -> None:
             [1, "b"],
             'exits.boundaries: must be an integer such as 8, got "b" (item 2)',
         ),
-        ("exits.head", ["nrm"], "exits.head: must be one of 'block', 'mlp' or 'norm', got \"nrm\""),
+        (
+            "exits.head",
+            ["nrm"],
+            "exits.head: must be one of 'block', 'mlp', 'translator' or 'norm', got \"nrm\"",
+        ),
         ("model.family", "bert", "model.family: must be one of 'llama' or 'gpt', got \"bert\""),
         ("data.split", (1.0,), "data.split: too few values, got [1.0]"),
         ("parallel", 2, "parallel: must be a table of options, got 2"),

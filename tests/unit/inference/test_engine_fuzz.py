@@ -27,7 +27,14 @@ from tests.unit.inference.models import random_tensors, tiny_config
 pytestmark = pytest.mark.thorough
 
 SEEDS = range(24)
-HEADS = (("norm",), ("mlp", "norm"), ("block", "norm"), ("block", "mlp", "norm"), ())
+HEADS = (
+    ("norm",),
+    ("mlp", "norm"),
+    ("block", "norm"),
+    ("block", "mlp", "translator", "norm"),
+    ("translator", "norm"),
+    (),
+)
 
 
 class Residuals(ReferenceModel):

@@ -27,6 +27,8 @@ HEADS = [
     ("block", "mlp"),
     ("mlp",),
     (),
+    ("translator", "norm"),
+    ("block", "mlp", "translator", "norm"),
 ]
 # Over 30 positions the four pairs rotate 4.8, 1.5, 0.5 and 0.15 times: all cases of llama3.
 LLAMA3 = {
@@ -196,6 +198,9 @@ class Plain:
             x = attended
         if "mlp" in head:
             x = x + self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", x))
+        if "translator" in head:
+            x = x / (x.square().mean(-1, keepdim=True) + self.config.model.norm_eps).sqrt()
+            x = x @ self.p[f"{name}.translator.weight"].T + self.p[f"{name}.translator.bias"]
         if "norm" in head:
             x = self.norm(f"{name}.norm", x)
         return x @ self.output_weight(boundary).T / temperature

@@ -22,6 +22,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "norm": {},
     "own outputs": {"output": "own"},
     "mlp": {"head": ("mlp", "norm")},
+    "translator": {"head": ("translator", "norm")},
     "block": {"head": ("block", "mlp", "norm"), "output": "own"},
     "bare": {"head": (), "output": "tied"},
 }

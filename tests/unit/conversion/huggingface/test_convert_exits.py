@@ -24,6 +24,7 @@ PARTS = {
     "shared outputs": {"output": "shared"},
     "bare": {"head": (), "output": "own"},
     "mlp": {"head": ("mlp", "norm")},
+    "translator": {"head": ("translator", "norm")},
     "block": {"head": ("block", "mlp"), "output": "own"},
     "temperatures": {"temperatures": (0.5, 2.0)},
 }

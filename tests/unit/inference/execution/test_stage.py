@@ -21,7 +21,16 @@ from ee_llm.inference.execution.stage import (
 from tests.unit.inference.models import QWEN3, random_tensors, tiny_config
 from tests.unit.inference.stages import CHUNKS, TOKENS, Ranks, block_table, stage_logits
 
-HEADS = [(), ("norm",), ("mlp", "norm"), ("block", "norm"), ("block", "mlp", "norm"), ("mlp",)]
+HEADS = [
+    (),
+    ("norm",),
+    ("mlp", "norm"),
+    ("block", "norm"),
+    ("block", "mlp", "norm"),
+    ("mlp",),
+    ("translator", "norm"),
+    ("block", "mlp", "translator", "norm"),
+]
 
 
 def _assert_equal(found: dict[int, Tensor], expected: dict[int, Tensor]) -> None:
