@@ -25,8 +25,8 @@ from ee_llm.evaluation.row_statistics import RowStatistics, divergence, row_stat
 from ee_llm.inference.execution.stage import Projection
 from ee_llm.inference.execution.teacher_forced import TeacherForced
 
-MAX_LOGITS = 1 << 23
-"""Logits of an exit in a chunk of rows, 32 MiB of float32; four such tensors are alive at once."""
+MAX_LOGITS = 1 << 22
+"""Logits of an exit in a chunk of rows, 16 MiB of float32; four such tensors are alive at once."""
 
 _COLUMNS = ("loss", "agreement", "kl_to_final", "confidence")
 _Averages = dict[int, dict[str, Average]]
@@ -141,8 +141,9 @@ def _add(
     for boundary, columns in parts.items():
         found = torch.cat(columns, dim=1)  # [4, t]
         if not found.isfinite().all():
+            dtype = str(model.dtype).removeprefix("torch.")
             raise RunError(
-                f"the loss of the exit after layer {boundary} is not finite in {model.dtype}."
+                f"the loss of the exit after layer {boundary} is not finite in {dtype}."
                 " Use dtype = float32, and check the checkpoint if it still is not."
             )
         for name, column in zip(_COLUMNS, found, strict=True):

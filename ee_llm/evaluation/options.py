@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from ee_llm.config.limits import MAX_RANKS, MAX_TIMEOUT_S, MIN_TIMEOUT_S
 from ee_llm.errors import RequestError
@@ -61,6 +62,9 @@ def check_options(options: EvaluateOptions) -> None:
             f"data = {options.data[0]} and text = {options.text[0]} are both given. Use one of"
             " them, and evaluate twice to compare."
         )
+    if options.dtype not in get_args(DtypeName):
+        choices = ", ".join(get_args(DtypeName))
+        raise RequestError(f"dtype = {options.dtype!r} is unknown. Use one of {choices}.")
     for name in ("tensor", "pipeline"):
         value = getattr(options, name)
         if type(value) is not int or not 1 <= value <= MAX_RANKS:

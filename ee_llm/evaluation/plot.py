@@ -1,10 +1,10 @@
-"""Draw the metrics of the exits over their depth."""
+"""Draw metrics of the exits over their depth."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ee_llm.errors import RequestError
-from ee_llm.evaluation.result import EvaluationResult
 
 SUFFIXES = (".png", ".svg")
 _COLOR = "#0072B2"  # of the palette of Okabe and Ito, which is safe for color-blind readers
@@ -18,22 +18,29 @@ def check_suffix(path: Path) -> None:
         )
 
 
-def save_plot(result: EvaluationResult, path: Path) -> None:
-    """Write the loss and the agreement of the exits to `path`, as PNG or SVG by its suffix."""
+def save_plot(
+    path: Path,
+    title: str,
+    boundaries: Sequence[int],
+    panels: Mapping[str, Sequence[tuple[float, float]]],
+) -> None:
+    """Write a picture with a panel for each metric, as PNG or SVG by the suffix of `path`.
+
+    Args:
+        path: The file to write.
+        title: Title of the picture.
+        boundaries: The exits, in order of depth.
+        panels: The value of each exit and its margin, by the label of the metric.
+    """
     check_suffix(path)
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    boundaries = [one.boundary for one in result.exits]
-    panels: dict[str, list[tuple[float, float]]] = {
-        "loss (nats per token)": [(one.loss, one.loss_margin or 0.0) for one in result.exits],
-        "agreement with the final exit (%)": [
-            (100 * one.agreement, 100 * (one.agreement_margin or 0.0)) for one in result.exits
-        ],
-    }
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained"
+    )
     for panel, (label, points) in zip(axes, panels.items(), strict=True):
         values, margins = zip(*points, strict=True)
         panel.errorbar(
@@ -42,9 +49,6 @@ def save_plot(result: EvaluationResult, path: Path) -> None:
         panel.set(xlabel="layers before the exit", ylabel=label, xticks=boundaries)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    title = f"{result.num_tokens:,} tokens"
-    if result.final.loss_margin is not None:
-        title += ", bars: 95 % confidence"
     figure.suptitle(title, fontsize="medium")
     # Text stays text, and equal results give equal files.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ee_llm"}):

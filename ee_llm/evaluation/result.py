@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ee_llm.errors import RequestError
+from ee_llm.evaluation.plot import save_plot
 
 
 @dataclass(frozen=True)
 class ExitMetrics:
     """How well one exit predicts the text.
 
-    Errors and margins are None if the text is too short to estimate them (fewer than 1024 tokens).
+    Errors and margins are estimated from blocks of up to 128 neighbouring positions. They are None
+    for a text with fewer than 8 blocks.
 
     Attributes:
         boundary: Number of layers before the exit.
@@ -121,9 +123,16 @@ class EvaluationResult:
         Raises:
             RequestError: The file has another suffix.
         """
-        from ee_llm.evaluation.plot import save_plot
-
-        save_plot(self, Path(path))
+        title = f"{self.num_tokens:,} tokens"
+        if self.final.loss_margin is not None:
+            title += ", bars: 95 % confidence"
+        panels = {
+            "loss (nats per token)": [(one.loss, one.loss_margin or 0.0) for one in self.exits],
+            "agreement with the final exit (%)": [
+                (100 * one.agreement, 100 * (one.agreement_margin or 0.0)) for one in self.exits
+            ],
+        }
+        save_plot(Path(path), title, [one.boundary for one in self.exits], panels)
 
     def __repr__(self) -> str:
         rows = [("exit after", "loss", "perplexity", "agreement", "KL to final", "confidence")]
