@@ -11,6 +11,8 @@ import ee_llm
 from ee_llm.cli import main
 from tests.unit.evaluation.models import TOKENS, make_config, save, write_data, write_texts
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -25,6 +25,8 @@ from tests.unit.evaluation.models import (
 )
 from tests.unit.inference.models import random_tensors, save_model
 
+pytestmark = pytest.mark.thorough
+
 LENGTH = 16  # tokens of a window
 
 
