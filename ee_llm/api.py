@@ -231,12 +231,7 @@ def evaluate(
         timeout_s,
         progress,
     )
-    try:
-        return _evaluate(options)
-    except SystemExit as end:
-        raise RunError(
-            f"The evaluation of {checkpoint} ended with status {end.code}. Its message is above."
-        ) from None
+    return _evaluate(options)
 
 
 def plan(

@@ -18,13 +18,13 @@ from ee_llm.data.prepare import check_tokenizer
 from ee_llm.data.text_windows import TextWindows
 from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from ee_llm.data.windows import Windows
-from ee_llm.errors import RequestError, UserError
+from ee_llm.errors import RequestError, RunError, UserError
 from ee_llm.evaluation.measure import measure
 from ee_llm.evaluation.options import MAX_SEQ_LENGTH, EvaluateOptions, check_options
 from ee_llm.evaluation.result import EvaluationResult
 from ee_llm.inference.execution.stage import check_layout
 from ee_llm.inference.execution.teacher_forced import TeacherForced
-from ee_llm.launch.local import launch
+from ee_llm.launch.local import run_ranks
 
 
 def evaluate(options: EvaluateOptions) -> EvaluationResult:
@@ -37,8 +37,7 @@ def evaluate(options: EvaluateOptions) -> EvaluationResult:
 
     Raises:
         UserError: The options, the text or the checkpoint is not valid.
-        RunError: The loss of an exit is not finite, or a rank was lost.
-        SystemExit: A rank that this process started failed; its message is on standard error.
+        RunError: The loss of an exit is not finite, or a rank failed or was lost.
     """
     check_options(options)
     reader = TensorReader(options.checkpoint)
@@ -139,7 +138,10 @@ def _launch(options: EvaluateOptions, num_ranks: int) -> EvaluationResult:
                 arguments.append(f"--{name.replace('_', '-')}={value}")
         if not options.progress:
             arguments.append("--no-progress")
-        launch(num_ranks, ["evaluate", f"{options.checkpoint}", *arguments])
+        outcome = run_ranks(num_ranks, ["evaluate", f"{options.checkpoint}", *arguments])
+        if outcome is not None:
+            kind = UserError if outcome.status == 2 else RunError
+            raise kind(outcome.message)
         return EvaluationResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
