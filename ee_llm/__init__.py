@@ -1,4 +1,4 @@
-"""Early-exit large language models: train, tune, convert and run them."""
+"""Early-exit large language models: train, tune, convert, evaluate and run them."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
         convert as convert,
     )
     from ee_llm.api import (
+        evaluate as evaluate,
+    )
+    from ee_llm.api import (
         plan as plan,
     )
     from ee_llm.api import (
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from ee_llm.config import load_config as load_config
     from ee_llm.errors import RunError as RunError
     from ee_llm.errors import UserError as UserError
+    from ee_llm.evaluation.result import EvaluationResult as EvaluationResult
+    from ee_llm.evaluation.result import ExitMetrics as ExitMetrics
     from ee_llm.inference.exits.policy import ExitPolicy as ExitPolicy
     from ee_llm.inference.llm import LLM as LLM
     from ee_llm.inference.outputs import RequestOutput as RequestOutput
@@ -43,9 +48,12 @@ _EXPORTS = {
     "RequestOutput": "ee_llm.inference.outputs",
     "TokenOutput": "ee_llm.inference.outputs",
     "VerificationReport": "ee_llm.inference.verification.verify",
+    "EvaluationResult": "ee_llm.evaluation.result",
+    "ExitMetrics": "ee_llm.evaluation.result",
     "convert": "ee_llm.api",
     "train": "ee_llm.api",
     "tune": "ee_llm.api",
+    "evaluate": "ee_llm.api",
     "plan": "ee_llm.api",
     "TrainingResult": "ee_llm.api",
     "Config": "ee_llm.config",

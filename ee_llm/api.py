@@ -18,6 +18,9 @@ from ee_llm.conversion.convert import ConversionResult
 from ee_llm.conversion.convert import convert as _convert
 from ee_llm.conversion.options import ConvertOptions
 from ee_llm.errors import ConfigError, RunError, UserError, naming_arguments
+from ee_llm.evaluation.options import EvaluateOptions
+from ee_llm.evaluation.result import EvaluationResult
+from ee_llm.inference.choices import DtypeName
 from ee_llm.pipeline.planner.report import PlanReport
 from ee_llm.pipeline.planner.report import plan as _plan
 from ee_llm.training.start import load_tuning_config, prepare
@@ -166,7 +169,7 @@ def tune(
         UserError: The configuration, the data or the checkpoint is not valid.
         RunError: The run failed or was stopped by a signal.
     """
-    prefixes = [data] if isinstance(data, str | Path) else list(data)
+    prefixes = _listed(data)
     overrides: dict[str, Any] = dict(options)
     if checkpoint is not None:
         overrides["tuning.checkpoint"] = str(checkpoint)
@@ -175,6 +178,61 @@ def tune(
     if prefixes:
         overrides["data.prefixes"] = [str(prefix) for prefix in prefixes]
     return _run(load_tuning_config(config, overrides), "tune", nproc)
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    data: Sequence[str | Path] | str | Path = (),
+    text: Sequence[str | Path] | str | Path = (),
+    num_tokens: int | None = None,
+    seq_length: int | None = None,
+    dtype: DtypeName = "auto",
+    tensor: int = 1,
+    pipeline: int = 1,
+    timeout_s: float = 600.0,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Measure the loss of every exit on given text, and how often it agrees with the final exit.
+
+    With tensor x pipeline > 1, this starts that many processes on this machine, unless a launcher
+    such as torchrun has already started them. In this case, all of them call this function, and
+    all of them get the result.
+
+    Args:
+        checkpoint: Checkpoint directory, or run directory, whose newest checkpoint is used.
+        data: Prefixes of token files that `ee-llm data prepare` wrote.
+        text: Files or folders of plain text, JSON or Parquet, instead of `data`. The checkpoint's
+            tokenizer encodes them.
+        num_tokens: Number of tokens to predict, from the start of the text. None means all.
+        seq_length: Length of a window in tokens. The model sees no token before the window. None
+            means the checkpoint's data.seq_length, at most 2048.
+        dtype: Dtype of the computation; "auto" is bfloat16 where the device supports it in
+            hardware, else float32. Sums are float64.
+        tensor: Number of tensor-parallel ranks of each pipeline stage.
+        pipeline: Number of pipeline stages.
+        timeout_s: Maximum number of seconds to wait for another rank.
+        progress: Show a progress bar in terminals.
+
+    Raises:
+        UserError: An argument, the text or the checkpoint is not valid.
+        RunError: The loss of an exit is not finite, or a rank failed.
+    """
+    from ee_llm.evaluation.evaluate import evaluate as _evaluate
+
+    options = EvaluateOptions(
+        Path(checkpoint),
+        tuple(map(str, _listed(data))),
+        tuple(map(Path, _listed(text))),
+        num_tokens,
+        seq_length,
+        dtype,
+        tensor,
+        pipeline,
+        timeout_s,
+        progress,
+    )
+    return _evaluate(options)
 
 
 def plan(
@@ -192,6 +250,10 @@ def plan(
     found = _config(config)
     size = found.parallel.tensor * found.parallel.pipeline if nproc is None else nproc
     return _plan(found, num_microbatches=found.num_microbatches(size))
+
+
+def _listed(values: Sequence[str | Path] | str | Path) -> list[str | Path]:
+    return [values] if isinstance(values, str | Path) else list(values)
 
 
 def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:

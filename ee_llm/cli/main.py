@@ -76,6 +76,9 @@ COMMANDS: dict[str, Command] = {
     "generate": Command(
         "generate text, and show where each token exited", _lazy("generate", "run_generate")
     ),
+    "evaluate": Command(
+        "measure the loss of every exit on given text", _lazy("evaluate", "run_evaluate")
+    ),
     "verify": Command("verify generations against the model", _lazy("verify", "run_verify")),
 }
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ee_llm.cli.arguments.help import CommandHelp, Group
+from ee_llm.cli.arguments.output_files import check_writable
 from ee_llm.config.limits import MAX_BATCH_SIZE, MAX_FACTOR, MAX_LAYERS, MAX_RANKS
 from ee_llm.config.sections import Fills, Schedule
 from ee_llm.errors import UserError
@@ -179,17 +180,4 @@ def check(options: PlanOptions) -> None:
     if options.picture is not None:
         check_suffix(options.picture)
     for name in WRITTEN:
-        _check_writable(f"--{name.replace('_', '-')}", getattr(options, name))
-
-
-def _check_writable(name: str, path: Path | None) -> None:
-    """Raise UserError for a file in a folder that does not exist, before any work is done."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise UserError(f"{name} {path} is a folder. Give a file.")
-    if not path.parent.is_dir():
-        raise UserError(
-            f"{name} {path}: the folder {path.parent} does not exist. Create it, or give another "
-            "file."
-        )
+        check_writable(f"--{name.replace('_', '-')}", getattr(options, name))

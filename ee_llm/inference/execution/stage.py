@@ -89,6 +89,19 @@ def make_shard(
     return Shard(ranks.tensor_rank, ranks.tensor_size, ranks.reduce, linear)
 
 
+class Projection:
+    """The output projection of an exit, divided by the exit's temperature."""
+
+    def __init__(self, output: Linear | Int8Linear, temperature: float) -> None:
+        self._output = output
+        self._temperature = temperature
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return this rank's logits [r, v / n] for the input [r, h] of the output projection."""
+        logits = self._output(features)
+        return logits if self._temperature == 1.0 else logits / self._temperature
+
+
 class Head:
     """An exit: [block] -> [mlp] -> [translator] -> [norm] -> output projection.
 
@@ -100,7 +113,7 @@ class Head:
         config: Config,
         tensors: Mapping[str, Tensor],
         boundary: int,
-        output: Linear | Int8Linear,
+        projection: Projection,
         shard: Shard,
     ) -> None:
         model, exits = config.model, config.exits
@@ -115,9 +128,7 @@ class Head:
         if "translator" in parts:
             self._translator = Translator(model, tensors, f"{name}.translator", shard)
         self._norm = Norm(model, tensors, f"{name}.norm") if "norm" in parts else None
-        self._output = output
-        temperatures = dict(zip(exits.boundaries, exits.temperatures, strict=True))
-        self._temperature = temperatures.get(boundary, 1.0)
+        self._projection = projection
 
     def __call__(self, x: Tensor, attended: Tensor) -> Tensor:
         """Return this rank's logits [r, v / n].
@@ -127,8 +138,7 @@ class Head:
             attended: The same rows [r, h] before the MLP of that layer or block. Without a block,
                 the exit's `mlp` takes the place of the layer's own (EE-Tuning, arXiv 2402.00518).
         """
-        logits = self._output(self.features(x, attended))
-        return logits if self._temperature == 1.0 else logits / self._temperature
+        return self._projection(self.features(x, attended))
 
     def features(self, x: Tensor, attended: Tensor) -> Tensor:
         """Return the input [r, h] of the output projection; the arguments are those of a call."""
@@ -189,15 +199,14 @@ class ModelStage:
             ]
             for layer_range in layer_ranges
         ]
-        outputs: dict[str, Linear | Int8Linear] = {}
+        self._shard = shard
+        self._outputs: dict[str, Linear | Int8Linear] = {}
         self._heads: list[Head | None] = []
         for layer_range in layer_ranges:
             self._heads.append(None)
             if layer_range.has_exit:
-                name = output_weight_name(config, layer_range.last)
-                if name not in outputs:
-                    outputs[name] = shard.linear(shard.parameter(model, tensors, name))
-                self._heads[-1] = Head(config, tensors, layer_range.last, outputs[name], shard)
+                projection = self.projection(config, tensors, layer_range.last)
+                self._heads[-1] = Head(config, tensors, layer_range.last, projection, shard)
         self.cache_dtype = cache_dtype(self.dtype, self.device)
         shape = (num_positions, 2, model.num_kv_heads // shard.size, model.head_dim)
         num_pages = [len(layers) + self.has_block(n) for n, layers in enumerate(self._layers)]
@@ -216,6 +225,20 @@ class ModelStage:
                 f" they take {size / 2**30:,.1f} GiB. Use a smaller cache_tokens or max_num_seqs,"
                 " or a smaller model."
             ) from error
+
+    def projection(
+        self, config: Config, tensors: Mapping[str, Tensor], boundary: int
+    ) -> Projection:
+        """Return the output projection of an exit of the model, which may be on another stage.
+
+        Its weight is loaded unless an exit with the same weight is on this stage.
+        """
+        name, shard = output_weight_name(config, boundary), self._shard
+        if name not in self._outputs:
+            self._outputs[name] = shard.linear(shard.parameter(config.model, tensors, name))
+        exits = config.exits
+        temperatures = dict(zip(exits.boundaries, exits.temperatures, strict=True))
+        return Projection(self._outputs[name], temperatures.get(boundary, 1.0))
 
     def clear(self) -> None:
         """Zero all keys and values."""

@@ -12,7 +12,12 @@ from torch import Tensor
 from ee_llm import distributed
 from ee_llm.config import Config
 from ee_llm.inference.execution.attention import Batch, BlockTable, Run
-from ee_llm.inference.execution.stage import ModelStage, make_shard, partition_layers
+from ee_llm.inference.execution.stage import (
+    ModelStage,
+    Projection,
+    make_shard,
+    partition_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,9 @@ class TeacherForced:
 
     Attributes:
         boundaries: Boundaries of the exits on this rank's pipeline stage, in order of depth.
-        dtype: The dtype of the hidden states.
+        earlier: Boundaries of the exits on the stages before it, in order of depth.
+        first_id: Vocabulary id of the first logit of this tensor-parallel rank.
+        num_logits: Number of logits of this rank.
     """
 
     def __init__(
@@ -82,13 +89,23 @@ class TeacherForced:
         num_stages, stage = (1, 0) if ranks is None else (ranks.num_stages, ranks.stage)
         last = config.model.num_layers if last is None else last
         layer_ranges = [r for r in partition_layers(config, num_stages)[stage] if r.last <= last]
-        self._ranks = ranks
+        self._config, self._tensors, self._ranks = config, tensors, ranks
         self._has_previous, self._has_next = stage > 0, stage + 1 < num_stages
         shard = make_shard(config, ranks)
         self._stage = ModelStage(config, tensors, max_length, layer_ranges, shard)
         self._table = BlockTable(1, 1, max_length, self._stage.device)
-        self.dtype = self._stage.dtype
         self.boundaries = tuple(r.last for r in layer_ranges if r.has_exit)
+        self.earlier = tuple(b for b in config.exits.boundaries if b < layer_ranges[0].first)
+        self.first_id, self.num_logits = self._stage.first_id, self._stage.num_logits
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the hidden states."""
+        return self._stage.dtype
+
+    def projection(self, boundary: int) -> Projection:
+        """Return the output projection of an exit of the model, which may be on another stage."""
+        return self._stage.projection(self._config, self._tensors, boundary)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Iterator[ExitInput]:

@@ -1,0 +1,73 @@
+"""`ee-llm evaluate`: the loss of every exit on given text."""
+
+import json as json_module
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ee_llm.cli.arguments.help import CommandHelp, Group
+from ee_llm.cli.arguments.output_files import check_writable
+from ee_llm.cli.arguments.parsing import parse
+from ee_llm.evaluation.options import EvaluateOptions, check_options
+from ee_llm.evaluation.plot import check_suffix
+
+COMMAND = CommandHelp(
+    "evaluate",
+    """Measure how well every exit predicts given text: its loss and perplexity, how often its most
+    probable token is that of the final exit, the divergence from the final exit's distribution,
+    and its mean confidence.
+
+    The model runs once over the text, without generating any.""",
+    (
+        Group("Text", "data text num_tokens", "seq_length"),
+        Group("Execution", "dtype", "tensor pipeline timeout_s"),
+        Group("Output", "json plot", "progress"),
+    ),
+    (
+        "ee-llm evaluate runs/tuned --data data/validation",
+        "ee-llm evaluate runs/tuned --text book.txt --num-tokens 100000 --plot exits.svg",
+        "ee-llm evaluate runs/tuned --text texts/ --pipeline 2 --json result.json",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class EvaluateCommandOptions(EvaluateOptions):
+    """The options of `ee-llm evaluate`."""
+
+    json: Path | None = None
+    """File to write all figures to; - prints them and nothing else."""
+
+    plot: Path | None = None
+    """File to draw the loss and the agreement of the exits into: .png or .svg."""
+
+
+def run_evaluate(arguments: list[str]) -> None:
+    """Run `ee-llm evaluate`, on several ranks if the options say so."""
+    options = parse(EvaluateCommandOptions, COMMAND, arguments, ("checkpoint",))
+    if options.plot is not None:
+        check_suffix(options.plot)
+    for name in ("json", "plot"):
+        check_writable(f"--{name}", getattr(options, name))
+    check_options(options)
+    from ee_llm import distributed
+    from ee_llm.evaluation.evaluate import check_world, evaluate
+    from ee_llm.launch.rank import is_launched
+
+    check_world(options)
+    names = [field.name for field in fields(EvaluateOptions)]
+    result = evaluate(EvaluateOptions(**{name: getattr(options, name) for name in names}))
+    if not distributed.is_rank_zero():
+        return
+    if options.plot is not None:
+        result.save_plot(options.plot)
+    text = json_module.dumps(result.to_dict(), indent=2)
+    if options.json is not None and str(options.json) != "-":
+        options.json.write_text(f"{text}\n", encoding="utf-8")
+    if is_launched():  # The process that has started this rank prints the result.
+        return
+    if str(options.json) == "-":
+        print(text)
+        return
+    print(result)
+    if written := [str(path) for path in (options.json, options.plot) if path is not None]:
+        print(f"\nwrote {', '.join(written)}")

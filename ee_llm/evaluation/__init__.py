@@ -1,0 +1,1 @@
+"""Measure how well each exit of a model predicts given text."""

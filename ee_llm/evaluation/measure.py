@@ -1,0 +1,197 @@
+"""Run a model over windows of text and average the metrics of its exits.
+
+On pipeline stages, the input of each exit's output projection travels to the last stage together
+with the hidden states, at the same size. The last stage projects all of them, since the divergence
+needs two distributions in one place. Logits never travel. Afterwards, the result goes to all ranks.
+
+Legend of shapes: t tokens of a window, r rows of a chunk, h hidden, v vocabulary, n tensor-parallel
+ranks.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ee_llm import distributed
+from ee_llm.config import Config
+from ee_llm.data.windows import check_window
+from ee_llm.errors import DataError, RunError
+from ee_llm.evaluation.averages import Average
+from ee_llm.evaluation.result import ExitMetrics
+from ee_llm.evaluation.row_statistics import RowStatistics, divergence, row_statistics
+from ee_llm.inference.execution.stage import Projection
+from ee_llm.inference.execution.teacher_forced import TeacherForced
+
+MAX_LOGITS = 1 << 22
+"""Logits of an exit in a chunk of rows, 16 MiB of float32; four such tensors are alive at once."""
+
+_COLUMNS = ("loss", "agreement", "kl_to_final", "confidence")
+_Averages = dict[int, dict[str, Average]]
+
+
+def measure(
+    model: TeacherForced,
+    config: Config,
+    windows: Iterable[Tensor],
+    eos_token_id: int | None = None,
+    ranks: distributed.InferenceGrid | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+    max_logits: int = MAX_LOGITS,
+) -> tuple[int, tuple[ExitMetrics, ...]]:
+    """Return the number of predicted tokens and the metrics of each exit, on every rank.
+
+    Args:
+        model: This rank's part of the model.
+        config: The model's configuration.
+        windows: Token ids, int64 [t + 1], the same on all ranks.
+        eos_token_id: Id of the end token: its successors do not count. None counts all tokens.
+        ranks: The ranks that run the model together; all of them call this function.
+        on_tokens: Called with the number of tokens of each window.
+        max_logits: Number of logits of an exit that a rank computes at once.
+
+    Raises:
+        DataError: The data has a token id outside the vocabulary, on all ranks, or no target.
+        RunError: The loss of an exit is not finite.
+    """
+    boundaries = (*config.exits.boundaries, config.model.num_layers)
+    is_last = ranks is None or ranks.stage + 1 == ranks.num_stages
+    projections = {b: model.projection(b) for b in boundaries} if is_last else {}
+    averages: _Averages = {b: {name: Average() for name in _COLUMNS} for b in projections}
+    num_rows = max(1, max_logits // model.num_logits)
+    num_tokens = 0
+    for window in windows:
+        check_window(window, config.model.vocab_size)
+        tokens, targets = window[:-1], window[1:]
+        is_counted = torch.ones(len(targets), dtype=torch.bool)
+        if eos_token_id is not None:
+            is_counted = tokens != eos_token_id
+        features = _features(model, tokens, config.model.hidden_size, ranks)
+        rows = is_counted.nonzero()[:, 0]
+        if is_last and len(rows):
+            _add(averages, projections, features, targets, rows.split(num_rows), model, ranks)
+        num_tokens += len(rows)
+        if on_tokens is not None:
+            on_tokens(len(targets))
+    if num_tokens == 0:
+        raise DataError(
+            "the data has no token to predict: with data.mask_after_eos, tokens after an end token"
+            " do not count. Give data with longer documents."
+        )
+    found = [_metrics(b, b == boundaries[-1], columns) for b, columns in averages.items()]
+    return num_tokens, tuple(ExitMetrics(**one) for one in _share(found, model, config, ranks))
+
+
+@torch.no_grad()
+def _features(
+    model: TeacherForced, tokens: Tensor, hidden_size: int, ranks: distributed.InferenceGrid | None
+) -> dict[int, Tensor]:
+    """Return the input [t, h] of each exit's output projection on the last stage, else nothing."""
+    next_stage = ranks if ranks is not None and ranks.stage + 1 < ranks.num_stages else None
+    found: dict[int, Tensor] = {}
+
+    def pass_on(boundary: int, features: Tensor) -> None:
+        if next_stage is None:
+            found[boundary] = features
+        else:
+            next_stage.send_next(b"", features)
+
+    for boundary in model.earlier:
+        assert ranks is not None, "a stage before this one has exits"
+        pass_on(boundary, ranks.receive_previous(hidden_size, model.dtype)[1])
+    for exit in model(tokens):
+        pass_on(exit.boundary, exit.features())
+    return found
+
+
+@torch.no_grad()
+def _add(
+    averages: _Averages,
+    projections: dict[int, Projection],
+    features: dict[int, Tensor],
+    targets: Tensor,
+    chunks: Iterable[Tensor],
+    model: TeacherForced,
+    ranks: distributed.InferenceGrid | None,
+) -> None:
+    """Add the metrics of a window's rows, in chunks so that few logits are alive at once."""
+    gather = (lambda part: part) if ranks is None else ranks.gather
+    *early, final_boundary = features
+    parts: dict[int, list[Tensor]] = {boundary: [] for boundary in features}
+    targets = targets.to(features[final_boundary].device)
+
+    def statistics(boundary: int, rows: Tensor) -> RowStatistics:
+        logits = projections[boundary](features[boundary][rows])
+        return row_statistics(logits, targets[rows], model.first_id, gather)
+
+    for chunk in chunks:
+        rows = chunk.to(targets.device)
+        final = statistics(final_boundary, rows)
+        for boundary in features:
+            one = statistics(boundary, rows) if boundary in early else final
+            values = {
+                "loss": one.loss,
+                "agreement": one.top == final.top,
+                "kl_to_final": divergence(final.logprobs, one.logprobs, gather),
+                "confidence": one.confidence,
+            }
+            parts[boundary].append(torch.stack([values[name].double() for name in _COLUMNS]).cpu())
+    for boundary, columns in parts.items():
+        found = torch.cat(columns, dim=1)  # [4, t]
+        if not found.isfinite().all():
+            dtype = str(model.dtype).removeprefix("torch.")
+            raise RunError(
+                f"the loss of the exit after layer {boundary} is not finite in {dtype}."
+                " Use dtype = float32, and check the checkpoint if it still is not."
+            )
+        for name, column in zip(_COLUMNS, found, strict=True):
+            averages[boundary][name].add(column)
+
+
+def _metrics(boundary: int, is_final: bool, columns: dict[str, Average]) -> dict[str, Any]:
+    estimates = {name: average.estimate() for name, average in columns.items()}
+    found: dict[str, Any] = {"boundary": boundary, "is_final": is_final}
+    for name, estimate in estimates.items():
+        found[name] = estimate.value
+        if name in ("loss", "agreement"):
+            found |= {f"{name}_error": estimate.error, f"{name}_margin": estimate.margin}
+    return found
+
+
+def _share(
+    found: list[dict[str, Any]],
+    model: TeacherForced,
+    config: Config,
+    ranks: distributed.InferenceGrid | None,
+) -> list[dict[str, Any]]:
+    """Return on every rank what the last stage has found: to the leader, then down the stages."""
+    if ranks is None or ranks.num_stages == 1:
+        return found
+    if ranks.stage > 0 and ranks.tensor_rank == 0:
+        if found:
+            ranks.send_result(json.dumps(found).encode())
+        ranks.send_result(b"")  # the end
+    if ranks.stage == 0:
+        message = ranks.broadcast(_receive(ranks) if ranks.is_leader else b"")
+    else:
+        message, _ = ranks.receive_previous(config.model.hidden_size, model.dtype)
+    if ranks.stage + 1 < ranks.num_stages:
+        nothing = torch.empty(0, config.model.hidden_size, dtype=model.dtype)
+        ranks.send_next(message, nothing)
+    ranks.flush()
+    received: list[dict[str, Any]] = json.loads(message)
+    return received
+
+
+def _receive(ranks: distributed.InferenceGrid) -> bytes:
+    """Return the result of the last stage on the leader, after all stages have ended."""
+    ranks.listen()
+    message = b""
+    for _ in range(ranks.num_stages):  # one result, and one end of each later stage
+        result = ranks.next_result(wait=True)
+        assert result is not None, "waiting returns a result"
+        message = message or result[1]
+    ranks.join_listeners()
+    return message

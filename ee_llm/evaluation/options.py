@@ -1,0 +1,78 @@
+"""The options of an evaluation, and their checks against the checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from ee_llm.config.limits import MAX_RANKS, MAX_TIMEOUT_S, MIN_TIMEOUT_S
+from ee_llm.errors import RequestError
+from ee_llm.inference.choices import DtypeName
+
+MAX_SEQ_LENGTH = 2048
+"""Tokens of a window, unless an option sets more: attention is quadratic."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure the loss of every exit on given text."""
+
+    checkpoint: Path
+    """Checkpoint directory, or run directory, whose newest checkpoint is used."""
+
+    data: tuple[str, ...] = ()
+    """Prefixes of prepared data, as 'ee-llm data prepare' writes."""
+
+    text: tuple[Path, ...] = ()
+    """Files or folders of plain text, JSON lines, JSON arrays or Parquet (key "text"), optionally
+    compressed. The checkpoint's tokenizer encodes them."""
+
+    num_tokens: int | None = None
+    """Number of tokens to predict, from the start of the text. (default: all)"""
+
+    seq_length: int | None = None
+    """Length of a window in tokens. The model sees no token before the window. (default: the
+    checkpoint's data.seq_length, at most 2048)"""
+
+    dtype: DtypeName = "auto"
+    """Precision to compute in; auto is bfloat16 if the device supports it in hardware, else
+    float32. Sums are float64."""
+
+    tensor: int = 1
+    """Number of tensor-parallel ranks of each pipeline stage."""
+
+    pipeline: int = 1
+    """Number of pipeline stages."""
+
+    timeout_s: float = 600
+    """Maximum number of seconds to wait for another rank."""
+
+    progress: bool = True
+    """Show a progress bar on standard error if it is a terminal."""
+
+
+def check_options(options: EvaluateOptions) -> None:
+    """Raise RequestError for options that contradict each other or are out of range."""
+    if not options.data and not options.text:
+        raise RequestError(
+            "there is no text to evaluate. Give data (--data) with the prefixes of prepared data,"
+            " or text (--text) with text files."
+        )
+    if options.data and options.text:
+        raise RequestError(
+            f"data = {options.data[0]} and text = {options.text[0]} are both given. Use one of"
+            " them, and evaluate twice to compare."
+        )
+    if options.dtype not in get_args(DtypeName):
+        choices = ", ".join(get_args(DtypeName))
+        raise RequestError(f"dtype = {options.dtype!r} is unknown. Use one of {choices}.")
+    for name in ("tensor", "pipeline"):
+        value = getattr(options, name)
+        if type(value) is not int or not 1 <= value <= MAX_RANKS:
+            raise RequestError(f"{name} = {value!r} is out of range. Use 1 to {MAX_RANKS}.")
+    if options.num_tokens is not None and options.num_tokens < 1:
+        raise RequestError(f"num_tokens = {options.num_tokens} is out of range. Use 1 or more.")
+    if not MIN_TIMEOUT_S <= options.timeout_s <= MAX_TIMEOUT_S:  # NaN fails too
+        raise RequestError(
+            f"timeout_s = {options.timeout_s} is out of range. Use {MIN_TIMEOUT_S} to"
+            f" {MAX_TIMEOUT_S:,.0f} seconds."
+        )

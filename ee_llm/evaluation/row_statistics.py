@@ -1,0 +1,73 @@
+"""Statistics of single positions from vocabulary-parallel logits.
+
+Legend of shapes: r rows, v vocabulary, n tensor-parallel ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ee_llm.inference.exits.decision import summarize
+
+Gather = Callable[[Tensor], Tensor]
+"""Concatenate the parts [r, x] of all tensor-parallel ranks to [r, n * x]."""
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """What an exit predicts at some positions.
+
+    Attributes:
+        logprobs: Log probabilities [r, v / n] of this rank's part of the vocabulary.
+        loss: Negative log probability [r] of the next token, in nats.
+        top: Id [r] of the most probable token; of equal ones, the least.
+        confidence: Probability [r] of that token.
+    """
+
+    logprobs: Tensor
+    loss: Tensor
+    top: Tensor
+    confidence: Tensor
+
+
+def row_statistics(logits: Tensor, targets: Tensor, first_id: int, gather: Gather) -> RowStatistics:
+    """Return the statistics of rows; all tensor-parallel ranks must call this together.
+
+    The ranks exchange four numbers per row and rank, and never logits.
+
+    Args:
+        logits: Logits [r, v / n] of the ids from `first_id` on.
+        targets: Ids [r] of the next tokens.
+        first_id: Vocabulary id of the first column.
+        gather: Exchange between the ranks.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    index = targets - first_id
+    is_here = (index >= 0) & (index < logits.shape[1])
+    target = logits.gather(-1, index.clamp(0, logits.shape[1] - 1)[:, None])
+    target = target.masked_fill(~is_here[:, None], 0.0)
+    summaries = gather(torch.cat([summarize(logits, first_id), target], dim=-1))
+    tops, totals, ids, found = summaries.unflatten(-1, (-1, 4)).unbind(-1)  # [r, n] each
+    greatest, shard = tops.max(dim=-1)
+    total = (totals * (tops - greatest[:, None]).exp()).sum(dim=-1)
+    normalizer = greatest + total.log()
+    return RowStatistics(
+        logits - normalizer[:, None],
+        normalizer - found.sum(dim=-1),
+        ids.gather(-1, shard[:, None])[:, 0].long(),
+        1 / total,
+    )
+
+
+def divergence(final: Tensor, early: Tensor, gather: Gather) -> Tensor:
+    """Return the Kullback-Leibler divergence KL(final || early) [r] in nats.
+
+    Args:
+        final: Log probabilities [r, v / n] of the final exit.
+        early: Log probabilities [r, v / n] of another exit.
+        gather: Exchange between the ranks: one number per row and rank.
+    """
+    part = (final.exp() * (final - early)).sum(dim=-1, keepdim=True)
+    return gather(part).sum(dim=-1)

@@ -1,0 +1,115 @@
+"""Evaluations on tensor- and pipeline-parallel ranks equal those of one process, in float64."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ee_llm
+from ee_llm.errors import RunError, UserError
+from ee_llm.evaluation.result import EvaluationResult
+from tests.distributed.harness import run_ranks
+from tests.unit.evaluation.models import make_config, make_tensors, save, write_data
+from tests.unit.inference.models import save_model
+
+LAYOUTS = [(2, 1), (1, 2), (1, 4), (2, 2)]
+MODELS: dict[str, dict[str, Any]] = {
+    "shared": {"boundaries": (1, 2, 3), "temperatures": (1.5, 1.0, 0.5)},
+    "own": {"boundaries": (1, 3), "output": "own", "head": ("block", "mlp", "norm")},
+    "tied": {"output": "tied", "tie_embeddings": True},
+    "no exits": {"boundaries": ()},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models and data."""
+    path = tmp_path_factory.mktemp("place")
+    for name, options in MODELS.items():
+        save(path / name, make_config(mask_after_eos=True, **options))
+    write_data(path / "data")
+    return path
+
+
+def evaluate(place: Path, model: str, **arguments: Any) -> EvaluationResult:
+    defaults: dict[str, Any] = {"data": place / "data", "seq_length": 9, "dtype": "float64"}
+    return ee_llm.evaluate(place / model, **{**defaults, **arguments})
+
+
+def assert_close(found: EvaluationResult, expected: EvaluationResult) -> None:
+    """Assert equality up to the rounding of sums over ranks."""
+    assert found.num_tokens == expected.num_tokens
+    assert [one.boundary for one in found.exits] == [one.boundary for one in expected.exits]
+    for one, other in zip(found.to_dict()["exits"], expected.to_dict()["exits"], strict=True):
+        assert one == pytest.approx(other, rel=1e-11, abs=1e-13)
+
+
+def _on_rank(place: Path, model: str, tensor: int, pipeline: int) -> EvaluationResult:
+    torch.set_num_threads(1)
+    return evaluate(place, model, tensor=tensor, pipeline=pipeline, timeout_s=30)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
+def test_ranks_equal_one_process(place: Path, model: str, tensor: int, pipeline: int) -> None:
+    """Exits on all stages, in groups that no stage or only some stages have."""
+    found = run_ranks(tensor * pipeline, _on_rank, place, model, tensor, pipeline)
+    expected = evaluate(place, model)
+    for result in found:
+        assert result == found[0], "all ranks get the result"
+        assert_close(result, expected)
+
+
+def _with_nan(place: Path, tensor: int, pipeline: int) -> str:
+    torch.set_num_threads(1)
+    try:
+        evaluate(place, "nan", tensor=tensor, pipeline=pipeline, timeout_s=30)
+    except RunError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
+def test_a_loss_that_is_not_finite_ends_all_ranks(place: Path, tensor: int, pipeline: int) -> None:
+    config = make_config(output="own")
+    tensors = make_tensors(config)
+    tensors["exits.1.output.weight"][5] = float("nan")
+    save_model(place / "nan", config, tensors)
+    found = run_ranks(tensor * pipeline, _with_nan, place, tensor, pipeline)
+    assert "exit after layer 1 is not finite" in found[-1]
+    assert all(message.startswith(("RunError", "RankLostError")) for message in found)
+
+
+@pytest.mark.parametrize("options", [("--tensor", "2"), ("--pipeline", "2")])
+def test_command_starts_ranks_and_prints_once(place: Path, options: tuple[str, str]) -> None:
+    command = ("evaluate", "shared", "--data", "data", "--seq-length", "9", "--dtype", "float64")
+    files = ("--json", "result.json", "--plot", "exits.svg")
+    done = subprocess.run(
+        [sys.executable, "-m", "ee_llm", *command, *options, *files],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.count("layer 4 (final)") == 1
+    assert done.stdout.endswith("\nwrote result.json, exits.svg\n")
+    found = EvaluationResult.from_dict(json.loads((place / "result.json").read_text()))
+    assert_close(found, evaluate(place, "shared"))
+    assert (place / "exits.svg").is_file()
+
+
+def test_api_starts_ranks(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    found = evaluate(place, "shared", pipeline=2, num_tokens=90)
+    assert_close(found, evaluate(place, "shared", num_tokens=90))
+    assert capfd.readouterr().out == "", "the ranks do not print"
+    with pytest.raises(UserError, match="token ids 1 to 300"):
+        evaluate(place, "shared", pipeline=2, data=write_data(place / "far", [[1, 300]]))
+    assert capfd.readouterr() == ("", "")
