@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 from ee_llm.config.checks.deepspeed import deepspeed_problems
+from ee_llm.config.checks.layerskip import layerskip_problems
 from ee_llm.config.checks.tuning import tuning_problems
 from ee_llm.config.limits import MAX_BATCH_SIZE, MAX_FACTOR
 from ee_llm.config.schema import ConfigFields
@@ -334,6 +335,7 @@ CHECKS: tuple[Callable[[ConfigFields], Iterator[str]], ...] = (
     _traces,
     tuning_problems,
     deepspeed_problems,
+    layerskip_problems,
 )
 
 
