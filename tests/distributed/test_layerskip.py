@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ee_llm import distributed
+from ee_llm.training.optimizer import build_optimizer, take_step
 from ee_llm.training.parallel import ParallelModel, exit_weights
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import (
@@ -169,7 +170,7 @@ def test_weights_of_a_run_are_those_of_the_equations():
 
 
 def test_a_shared_norm_trains_with_the_gradients_of_all_exits():
-    """Its gradient is the sum of those of separate norms, and counts once in the norm."""
+    """Its gradient is the sum of those of separate norms."""
     own = run_ranks(1, losses_and_gradients, DEPTH | {"exits.norm": "own"}, SINGLE, 2)[0][1]
     shared = run_ranks(1, losses_and_gradients, DEPTH, SINGLE, 2)[0][1]
     names = [f"exits.{boundary}.norm.weight" for boundary in (1, 2, 3, 4)]
@@ -177,6 +178,28 @@ def test_a_shared_norm_trains_with_the_gradients_of_all_exits():
     assert not (own[names[1]] == own[names[3]]).all()
     for name in names:
         assert shared[name] == pytest.approx(total, rel=1e-12)
+
+
+def _norms(pipeline: int) -> tuple[float, dict[str, float]]:
+    """Return the gradient norm of a step, and the squared norm of each of this rank's gradients."""
+    config = make_config(DEPTH, (1, pipeline, 1, False))
+    grid = distributed.initialize(pipeline=pipeline, timeout_s=30)
+    model = ParallelModel(config, grid, torch.float64)
+    options = config.optimizer
+    optimizer = build_optimizer(model.chunks, options, data_size=1, dtype=torch.float64)
+    model.forward_backward(make_batches(config, grid), step=0)
+    squares = {name: (g**2).sum().item() for name, g in unsharded_gradients(model).items()}
+    return take_step(optimizer, clip_grad=0.0).grad_norm, squares
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_a_shared_norm_counts_once_in_the_gradient_norm(pipeline):
+    ranks = run_ranks(pipeline, _norms, pipeline)
+    squares = {name: square for _, part in ranks for name, square in part.items()}
+    copies = [f"exits.{boundary}.norm.weight" for boundary in (1, 2, 3)]
+    assert all(squares[name] > 0 for name in copies)
+    expected = sum(square for name, square in squares.items() if name not in copies) ** 0.5
+    assert all(norm == pytest.approx(expected, rel=1e-9) for norm, _ in ranks)
 
 
 def _options(**others: object) -> dict[str, object]:
