@@ -1,9 +1,12 @@
 """Layer dropout, weights by depth and curricula do not depend on the layout, and resume exactly."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from ee_llm import distributed
+from ee_llm.config import load_config
 from ee_llm.training.optimizer import build_optimizer, take_step
 from ee_llm.training.parallel import ParallelModel, exit_weights
 from tests.distributed.harness import run_ranks
@@ -23,7 +26,9 @@ from tests.distributed.test_parallel_parity import (
     make_config,
     unsharded_gradients,
 )
+from tests.distributed.zero_runs import BACKENDS, needs_deepspeed
 
+ROOT = Path(__file__).resolve().parents[2]
 SINGLE = (1, 1, 1, False)
 DROPOUT = {"layer_dropout.max_probability": 0.6}
 DEPTH = {
@@ -288,3 +293,40 @@ def test_a_run_that_continues_a_model_starts_with_its_final_norm(tmp_path, corpu
     found = tensors_of(continued)
     for boundary in (1, 2, 3, 4):
         torch.testing.assert_close(found[f"exits.{boundary}.norm.weight"], final)
+
+
+def test_the_example_trains(tmp_path, corpus):
+    """examples/layerskip.toml, with smaller numbers."""
+    small = {
+        "output": str(tmp_path / "run"),
+        "model.hidden_size": 48,
+        "model.vocab_size": 258,
+        "data.tokenizer": "bytes",
+        "data.prefixes": (corpus,),
+        "data.split": (0.8, 0.2, 0.0),
+        "data.seq_length": 16,
+        "training.steps": 8,
+        "training.eval_interval": 4,
+        "training.eval_steps": 1,
+        "training.dtype": "float32",
+        "optimizer.warmup_steps": 2,
+        "logging.interval": 1,
+    }
+    config = load_config(ROOT / "examples" / "layerskip.toml", small)
+    ends = train_ranks(2, config)
+    assert all(end.endswith("step-00000008") for end in ends)
+    seen = {name for _, name in losses_of(tmp_path / "run") if "loss" in name}
+    assert seen == {"lm loss", *(f"exit {boundary} loss" for boundary in range(2, 8))}
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("engine", ["zero-2", "zero-3"])
+def test_deepspeed_takes_the_same_steps_with_a_curriculum(tmp_path, corpus, engine):
+    """It computes disabled exits too, because ZeRO needs a gradient of every parameter."""
+    options = _options(**{"exits.norm": "own", "training.steps": 4})
+    options = {name: value for name, value in options.items() if "dropout" not in name}
+    train_ranks(2, run_config(tmp_path / "megatron", corpus, **options))
+    train_ranks(2, run_config(tmp_path / "deepspeed", corpus, **options | BACKENDS[engine]))
+    expected, found = losses_of(tmp_path / "megatron"), losses_of(tmp_path / "deepspeed")
+    assert len(found) == 4 * 5
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-3)
