@@ -101,18 +101,26 @@ def measure(options: Options) -> list[dict[str, Any]]:
         p: Side(make_config(options, p), grid, options.num_microbatches) for p in PROBABILITIES
     }
     seconds: dict[float, list[float]] = {p: [] for p in sides}
+    cpu_seconds: dict[float, list[float]] = {p: [] for p in sides}
     for index in range(-2, options.rounds):
         for probability in sorted(sides, reverse=index % 2 == 1):
             side = sides[probability]
             distributed.synchronize()
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             side.model.forward_backward(side.batches, max(index, 0))
             take_step(side.optimizer, clip_grad=side.clip_grad)
             distributed.synchronize()
             if index >= 0:  # the first rounds allocate and choose kernels
                 seconds[probability].append(time.perf_counter() - start)
+                cpu_seconds[probability].append(time.process_time() - cpu_start)
     distributed.shutdown()
-    return [_row(sides[p].model.config, seconds[p], seconds[0.0]) for p in PROBABILITIES]
+    rows = []
+    for probability in PROBABILITIES:
+        row = _row(sides[probability].model.config, seconds[probability], seconds[0.0])
+        # Less sensitive to other load on the machine, and meaningless on a GPU.
+        ratio = report.ratio_of_medians(cpu_seconds[probability], cpu_seconds[0.0])
+        rows.append(row | {"cpu_time_ratio": ratio.value})
+    return rows
 
 
 def _row(config: Config, seconds: list[float], plain: list[float]) -> dict[str, Any]:
@@ -145,6 +153,7 @@ def main(options: Options) -> None:
             "time_ratio",
             "time_ratio_low",
             "time_ratio_high",
+            "cpu_time_ratio",
             "expected_ratio",
             "kept_ratio",
             "predicted_time_ratio",
@@ -161,6 +170,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "layers kept": f"{row['kept_ratio']:.3f}",
         "time, by counting": f"{row['predicted_time_ratio']:.3f}",
         "time [quartiles]": f"{row['time_ratio']:.3f} [{low:.3f} .. {high:.3f}]",
+        "processor time": f"{row['cpu_time_ratio']:.3f}",
         "seconds": f"{row['seconds']:.3f}",
     }
 
