@@ -36,6 +36,8 @@ def described_options(path: str | Path, given: Mapping[str, Any]) -> dict[str, A
     section = given.get("exits")
     requested = section.get("boundaries") if isinstance(section, Mapping) else None
     boundaries = saved.exits.boundaries
+    if requested == "all":
+        boundaries = tuple(range(1, saved.model.num_layers))
     # The configuration that receives these options rejects any other value.
     if isinstance(requested, list | tuple) and all(isinstance(b, int) for b in requested):
         boundaries = tuple(requested)

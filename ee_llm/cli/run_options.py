@@ -10,7 +10,7 @@ from ee_llm.cli.arguments.help import CommandHelp, Group
 from ee_llm.cli.arguments.options import Option
 from ee_llm.cli.arguments.parsing import parse_values
 from ee_llm.cli.example_config import COMMON
-from ee_llm.config import Config, default_text, section_types
+from ee_llm.config import Config, default_text, given_type, section_types
 from ee_llm.launch.local import launch
 from ee_llm.launch.streams import ignore_output_trouble
 
@@ -75,7 +75,7 @@ def config_options(
             default = None if name in required else shown.get(name, default_text(info))
             default = None if default == "[]" else default  # an empty list is not informative
             text = info.description or ""
-            options.append(Option(name, info.annotation, text, default, name in required))
+            options.append(Option(name, given_type(info), text, default, name in required))
     return options
 
 

@@ -4,11 +4,11 @@
 sizes are concrete.
 """
 
-from ee_llm.config.base import Section, default_text
+from ee_llm.config.base import Section, default_text, given_type
 from ee_llm.config.config import Config, option_names, section_types
 from ee_llm.config.deepspeed import DeepSpeedConfig
 from ee_llm.config.loading import load_config, read_options
-from ee_llm.config.model import ModelConfig
+from ee_llm.config.model import LayerDropoutConfig, ModelConfig
 from ee_llm.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -30,6 +30,7 @@ __all__ = [
     "DeepSpeedConfig",
     "ExitsConfig",
     "HeadPart",
+    "LayerDropoutConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -38,6 +39,7 @@ __all__ = [
     "TrainingConfig",
     "TuningConfig",
     "default_text",
+    "given_type",
     "load_config",
     "option_names",
     "read_options",

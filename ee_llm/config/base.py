@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
@@ -31,16 +31,26 @@ PathTexts = Annotated[
 ]
 
 
-def option(default: Any, description: str, *, shown: str | None = None, **limits: Any) -> Any:
+def option(
+    default: Any,
+    description: str,
+    *,
+    shown: str | None = None,
+    words: tuple[str, ...] = (),
+    **limits: Any,
+) -> Any:
     """Return a documented field.
 
     Args:
         default: The default value.
         description: The meaning of the option and its unit, if any.
         shown: How help and docs print the default if it is not a plain value.
+        words: Words that may be given instead of a value. `Config` replaces them by a value.
         limits: Pydantic's bounds (`gt`, `ge`, ...).
     """
     extra: JsonDict = {} if shown is None else {"shown_default": shown}
+    if words:
+        extra["words"] = list(words)
     return Field(
         default=default,
         description=description,
@@ -56,6 +66,14 @@ def default_text(field: FieldInfo) -> str:
     if isinstance(extra, dict) and "shown_default" in extra:
         return str(extra["shown_default"])
     return toml.notation(field.default)
+
+
+def given_type(field: FieldInfo) -> Any:
+    """Return the type of a field as a user may set it: that of its value, or one of its words."""
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and isinstance(words := extra.get("words"), list):
+        return field.annotation | Literal[tuple(words)]
+    return field.annotation
 
 
 class Section(BaseModel):

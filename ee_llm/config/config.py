@@ -7,7 +7,10 @@ from pydantic import ValidationError, model_validator
 from ee_llm.config import checks
 from ee_llm.config.base import Section
 from ee_llm.config.errors import render
+from ee_llm.config.limits import MAX_LAYERS
+from ee_llm.config.model import ModelConfig
 from ee_llm.config.schema import ConfigFields
+from ee_llm.config.shapes import SHAPES
 from ee_llm.errors import ConfigError
 
 
@@ -35,7 +38,7 @@ class Config(ConfigFields):
         if not isinstance(given, dict):
             return given
         # With an empty model section, the error lists the options that a model needs.
-        return _with_new_names({"model": {}, **given})
+        return _with_all_boundaries(_with_new_names({"model": {}, **given}))
 
     @model_validator(mode="after")
     def _resolve_and_check(self) -> "Config":
@@ -63,6 +66,24 @@ def _with_new_names(given: dict[str, Any]) -> dict[str, Any]:
             options = renamed[section].items()
             renamed[section] = {names.get(name, name): value for name, value in options}
     return renamed
+
+
+def _with_all_boundaries(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with exits.boundaries = all replaced by the boundaries of all layers."""
+    exits, model = given.get("exits"), given["model"]
+    if not isinstance(exits, dict) or exits.get("boundaries") != "all":
+        return given
+    num_layers = None
+    if isinstance(model, dict):
+        preset = SHAPES.get(str(model.get("shape")), {})
+        num_layers = model.get("num_layers", preset.get("num_layers"))
+    elif isinstance(model, ModelConfig):
+        num_layers = model.num_layers
+    # If the number of layers is not valid, report only that.
+    boundaries: tuple[int, ...] = ()
+    if isinstance(num_layers, int) and 0 < num_layers <= MAX_LAYERS:
+        boundaries = tuple(range(1, num_layers))
+    return given | {"exits": exits | {"boundaries": boundaries}}
 
 
 def section_types() -> dict[str, type[Section]]:

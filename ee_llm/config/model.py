@@ -1,4 +1,4 @@
-"""The model section of the configuration."""
+"""The sections of the configuration that describe the model and the dropout of its layers."""
 
 from typing import Any, Literal
 
@@ -157,3 +157,20 @@ class ModelConfig(Section):
         }
         given = fill(given, derived.items())
         return given
+
+
+class LayerDropoutConfig(Section):
+    """Layer dropout: training skips layers at random, later layers more often (LayerSkip)."""
+
+    max_probability: float = option(
+        0.0,
+        "Probability that a sample skips the last layer. The probability of a layer grows with its "
+        "depth, from 0 for the first layer.",
+        ge=0,
+        lt=1,
+    )
+    schedule: Literal["constant", "exponential"] = option(
+        "constant",
+        "Schedule of the probabilities over the steps. constant: to continue the training of a "
+        "model. exponential: from 0 in the first step, for training from scratch.",
+    )

@@ -5,7 +5,7 @@ from pydantic import Field
 from ee_llm.config import toml
 from ee_llm.config.base import PathText, Section, option
 from ee_llm.config.deepspeed import DeepSpeedConfig
-from ee_llm.config.model import ModelConfig
+from ee_llm.config.model import LayerDropoutConfig, ModelConfig
 from ee_llm.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -29,6 +29,7 @@ class ConfigFields(Section):
     )
     model: ModelConfig
     exits: ExitsConfig = Field(default_factory=ExitsConfig)
+    layer_dropout: LayerDropoutConfig = Field(default_factory=LayerDropoutConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     deepspeed: DeepSpeedConfig = Field(default_factory=DeepSpeedConfig)
     data: DataConfig = Field(default_factory=DataConfig)

@@ -18,6 +18,7 @@ from ee_llm.config.limits import (
     MAX_BATCH_SIZE,
     MAX_FACTOR,
     MAX_FLOAT,
+    MAX_LAYERS,
     MAX_RANKS,
     MAX_RATE,
     MAX_SEED,
@@ -37,7 +38,8 @@ class ExitsConfig(Section):
     boundaries: Integers = option(
         (),
         "Positions of the early exits, in increasing order. Exit b reads the residual stream after "
-        "layer b, with 1 <= b < num_layers.",
+        "layer b, with 1 <= b < num_layers. all: an exit after every layer.",
+        words=("all",),
     )
     placement: Literal["post", "pre"] = option(
         "post",
@@ -60,6 +62,38 @@ class ExitsConfig(Section):
         "Initial weights of exits that tuning.checkpoint or checkpoint.initial does not have. "
         "copy: from the final norm and output weight, the MLP of the exit's layer, and (block) the "
         "next layer. random: random weights. A translator starts as the identity in both.",
+    )
+    norm: Literal["own", "shared"] = option(
+        "own",
+        "Norm of each exit's head. own: one per exit. shared: all exits and the final exit have "
+        "equal norms, and each trains with the sum of their gradients.",
+    )
+    weighting: Literal["weights", "depth"] = option(
+        "weights",
+        "Origin of the loss weights. weights: the option weights. depth: weights that grow with "
+        "the depth of the exit and sum to 1 over all exits of a step, the final exit included "
+        "(LayerSkip).",
+    )
+    depth_scale: float = option(
+        1.0,
+        "Scale of the early exits' weights against the final exit's, for weighting = depth "
+        "(LayerSkip's e_scale).",
+        gt=0,
+        le=MAX_FACTOR,
+    )
+    curriculum: Literal["none", "rotational", "gradual"] = option(
+        "none",
+        "Early exits that a step computes and trains, for weighting = depth. none: all. "
+        "rotational: every rotation_interval-th, shifted by one exit in each step. gradual: in the "
+        "first step none, then from the last to the first, all of them after half of "
+        "training.steps.",
+    )
+    rotation_interval: int = option(
+        1,
+        "Distance between the exits of a step in a rotational curriculum, in exits (LayerSkip's "
+        "R).",
+        gt=0,
+        le=MAX_LAYERS,
     )
     weights: Floats = option(
         (), "Loss weight of each early exit; the final exit has weight 1.", shown="1 each"

@@ -3,6 +3,7 @@
 Shapes: s sequence, b microbatch, h hidden, v vocabulary, t tensor-parallel ranks.
 """
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +20,7 @@ from ee_llm.model.dropout import hidden_region
 from ee_llm.model.embedding import Embedding
 from ee_llm.model.exits import Exit
 from ee_llm.model.initialize import initialize
+from ee_llm.model.layer_dropout import KeptRows, run_on_rows
 from ee_llm.model.linear import ColumnLinear, RowLinear
 from ee_llm.model.rotary import RotaryAngles
 from ee_llm.model.specs import layer_spec, transformer_config, uses_transformer_engine
@@ -149,7 +151,7 @@ class Stage(MegatronModule):
                 module.weight_gradients = self.weight_gradients
 
     def _mark_copies(self, config: Config) -> None:
-        """Mark the copies of weights that several stages share as `shared`, except the owner's.
+        """Mark the copies of weights that stages or exits share as `shared`, except the owner's.
 
         megatron-core omits them from the gradient norm. Its own mark, `shared_embedding`, is not
         set, because it puts the weight into a separate bucket: the distributed optimizer of 0.16.1
@@ -162,6 +164,11 @@ class Stage(MegatronModule):
                 weight = self.get_parameter(name)
                 weight.shared = self.index != stages[0]
                 self.copies[name] = stages.index(self.index)
+        if config.exits.norm == "shared":
+            head: Any
+            for head in self.exits.values():
+                for parameter in head.norm.parameters():
+                    parameter.shared = not head.is_final
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -169,7 +176,11 @@ class Stage(MegatronModule):
         return tuple(self.output_weights)
 
     def forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, hidden: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        hidden: torch.Tensor | None = None,
+        kept_rows: KeptRows | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Run the layers of the stage.
 
@@ -178,6 +189,7 @@ class Stage(MegatronModule):
             positions: Positions [b, s].
             hidden: The output of the previous stage, [s, b, h] ([s / t, b, h] if sequence
                 parallel); None on the first stage.
+            kept_rows: The samples that run each layer (layer dropout), by default all.
 
         Returns:
             The residual stream after the last layer, and the inputs of the exits in increasing
@@ -194,7 +206,14 @@ class Stage(MegatronModule):
         for number, layer in self.layers.items():
             head: Any = self.exits[number] if number in self.exits else None  # noqa: SIM401
             taps_attention = head is not None and head.taps_attention
-            hidden, attended = self._run_layer(layer, hidden, rotary, taps_attention)
+            run = functools.partial(self._run_layer, layer, taps_attention)
+            rows = None if kept_rows is None else kept_rows.get(int(number))
+            if rows is None:
+                hidden, attended = run(hidden, rotary)
+            else:
+                hidden, attended = run_on_rows(
+                    run, hidden, rotary, rows, taps_attention=taps_attention
+                )
             if head is not None:
                 taps[head.boundary] = hidden if attended is None else attended
         return hidden, tuple(taps[boundary] for boundary in self.boundaries)
@@ -202,9 +221,9 @@ class Stage(MegatronModule):
     def _run_layer(
         self,
         layer: Any,
+        taps_attention: bool,
         hidden: torch.Tensor,
         rotary: torch.Tensor | None,
-        taps_attention: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the layer's output and, if requested, the residual stream after attention."""
 

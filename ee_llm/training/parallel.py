@@ -13,9 +13,12 @@ import torch.distributed as dist
 from ee_llm import distributed
 from ee_llm.config import Config
 from ee_llm.data import Microbatch
+from ee_llm.data.batches import BatchShape
 from ee_llm.distributed.point_to_point import connect
+from ee_llm.losses.curricula import depth_weights, enabled_exits
 from ee_llm.losses.exit_losses import scheduled_weight
 from ee_llm.model.gradients import GradientReducer
+from ee_llm.model.layer_dropout import KeptRows, kept_rows
 from ee_llm.model.stage import Stage, stages_of_exits
 from ee_llm.pipeline.lower import lower
 from ee_llm.pipeline.plan import Plan, forward_only
@@ -30,8 +33,21 @@ from megatron.core.distributed import DistributedDataParallel
 
 
 def exit_weights(config: Config, step: int) -> dict[int, float]:
-    """Return each exit's loss weight at `step` (from 0) by boundary; the final exit has 1."""
-    exits = config.exits
+    """Return the loss weights at `step` (from 0) of the exits that the step computes, by boundary.
+
+    With `exits.weighting = "weights"` these are all exits, and the final exit has weight 1.
+    """
+    exits, num_layers = config.exits, config.model.num_layers
+    if exits.weighting == "depth":
+        boundaries = (*exits.boundaries, num_layers)
+        enabled = enabled_exits(
+            exits.curriculum,
+            step,
+            len(boundaries),
+            config.training.steps,
+            exits.rotation_interval,
+        )
+        return depth_weights(boundaries, num_layers, exits.depth_scale, enabled)
     weights = {
         boundary: scheduled_weight(
             exits.weight_schedule, initial, weight, exits.schedule_steps, step
@@ -40,7 +56,7 @@ def exit_weights(config: Config, step: int) -> dict[int, float]:
             exits.boundaries, exits.initial_weights, exits.weights, strict=True
         )
     }
-    return weights | {config.model.num_layers: 1.0}
+    return weights | {num_layers: 1.0}
 
 
 class StageOnData:
@@ -60,7 +76,9 @@ class StageOnData:
         self.dynamic_token_weights = config.exits.dynamic_token_weights
         self.microbatches: Sequence[Microbatch] = ()
         self.factors: dict[int, float] = {}
+        self.boundaries: tuple[int, ...] = ()  # of the exits that the step computes
         self.scaling: Sequence[float] = ()
+        self.kept_rows: Sequence[KeptRows] = ()
         self.sums: dict[int, torch.Tensor] = {}
 
     def set_microbatches(
@@ -68,6 +86,7 @@ class StageOnData:
         microbatches: Sequence[Microbatch],
         factors: dict[int, float],
         scaling: Sequence[float] | None = None,
+        kept_rows: Sequence[KeptRows] = (),
     ) -> None:
         """Set the data of the next step and reset `sums`.
 
@@ -75,11 +94,14 @@ class StageOnData:
 
         Args:
             microbatches: The step's microbatches.
-            factors: Factor of each exit, by boundary.
+            factors: Factor of each exit, by boundary. Exits without one are not computed.
             scaling: Factor of each microbatch, by default 1.
+            kept_rows: The samples of each microbatch that run each layer, by default all.
         """
         self.microbatches = microbatches
         self.factors = factors
+        self.boundaries = tuple(b for b in self.stage.boundaries if b in factors)
+        self.kept_rows = kept_rows
         self.scaling = [1.0] * len(microbatches) if scaling is None else scaling
         self.sums = {}
 
@@ -90,9 +112,12 @@ class StageOnData:
     def forward(
         self, microbatch: int, hidden: torch.Tensor | None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the stage's output and the inputs of its exits."""
+        """Return the stage's output and the inputs of the exits that the step computes."""
         batch = self.microbatches[microbatch]
-        return self.chunk(batch.tokens, batch.positions, hidden)
+        kept = self.kept_rows[microbatch] if self.kept_rows else None
+        output, taps = self.chunk(batch.tokens, batch.positions, hidden, kept)
+        by_boundary = dict(zip(self.stage.boundaries, taps, strict=True))
+        return output, tuple(by_boundary[boundary] for boundary in self.boundaries)
 
     def exit_loss(self, microbatch: int, index: int, tap: torch.Tensor) -> torch.Tensor:
         """Return an exit's weighted loss of one microbatch, over the step's valid tokens.
@@ -101,7 +126,7 @@ class StageOnData:
         gradients; with `all_train` it has one.
         """
         batch = self.microbatches[microbatch]
-        boundary = self.stage.boundaries[index]
+        boundary = self.boundaries[index]
         factor = self.factors[boundary] * self.scaling[microbatch]
         trains = factor != 0 or self.all_train
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
@@ -187,13 +212,16 @@ class ParallelModel:
             spans: A list to which the times of this rank's actions are added (`Runtime.step`).
 
         Returns:
-            By boundary, the mean loss over the valid tokens that the exit saw on all ranks. It is
-            equal on all ranks, so that a loss that is not finite on one rank is finite on none.
+            By boundary, the mean loss over the valid tokens that the exit saw on all ranks, for the
+            exits that the step computes. It is equal on all ranks, so that a loss that is not
+            finite on one rank is finite on none.
         """
         for chunk in self.chunks:
             chunk.train()
             clear_gradients(chunk)
-        self._set_microbatches(microbatches, exit_weights(self.config, step), self._scaling.losses)
+        weights = exit_weights(self.config, step)
+        kept = kept_rows(self.config, step, self._samples(microbatches), self._layers())
+        self._set_microbatches(microbatches, weights, self._scaling.losses, kept)
         if spans is not None:
             dist.barrier()  # starts the clocks of all ranks together
         self._train.step(spans)
@@ -201,7 +229,8 @@ class ParallelModel:
             if (factor := self._scaling.gradients[stage.index]) != 1:
                 chunk.scale_gradients(factor)
         self._sum_gradients(self.chunks)
-        return mean_losses(self._loss_sums())
+        sums = self._loss_sums()
+        return mean_losses({boundary: sums[boundary] for boundary in sums if boundary in weights})
 
     def evaluate(self, steps: Iterable[Sequence[Microbatch]]) -> dict[int, float]:
         """Return every exit's mean loss in nats over the valid tokens of the given global batches.
@@ -223,12 +252,24 @@ class ParallelModel:
         microbatches: Sequence[Microbatch],
         weights: dict[int, float],
         scaling: Sequence[Sequence[float]] | None = None,
+        kept: Sequence[KeptRows] = (),
     ) -> None:
         """Set the data of the stages, with losses normalized by the valid tokens of all ranks."""
         batches, tokens = on_device(microbatches, self.grid)
         factors = {boundary: weight / tokens for boundary, weight in weights.items()}
         for index, stage in self._on_data.items():
-            stage.set_microbatches(batches, factors, None if scaling is None else scaling[index])
+            stage.set_microbatches(
+                batches, factors, None if scaling is None else scaling[index], kept
+            )
+
+    def _samples(self, microbatches: Sequence[Microbatch]) -> list[range]:
+        """Return the positions in the global batch of the rows of each microbatch."""
+        rows, data_size = self.config.training.micro_batch_size, self.grid.data_size
+        size = rows * data_size * len(microbatches)
+        return BatchShape(rows, size, self.grid.data_rank, data_size).offsets()
+
+    def _layers(self) -> list[int]:
+        return [int(number) for stage in self.stages for number in stage.layers]
 
     def _loss_sums(self) -> dict[int, list[float]]:
         return summed_losses(self._on_data.values(), self.boundaries, self.grid)

@@ -46,7 +46,7 @@ from ee_llm.training.reporting.run_log import (
 from ee_llm.training.reporting.tracing import traced_step
 from ee_llm.training.schedule import learning_rate, wasted_steps
 from ee_llm.training.signals import StopSignals
-from ee_llm.training.tuning import INITIALIZATIONS, describe_tuning
+from ee_llm.training.tuning import INITIALIZATIONS, describe_tuning, share_norms
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,8 @@ class _Trainer:
         if initial is not None:
             start = warm_start(initial, self.model.stages, config)
             INITIALIZATIONS[config.exits.initialization](start, self.model)
+            if config.exits.norm == "shared":
+                share_norms(start, self.model)
         # Frozen parameters are saved as they are in the newest checkpoint.
         self.frozen = (resume or initial) if config.is_tuning else None
         self.frozen_fingerprint = self.fingerprint_frozen()

@@ -1,8 +1,9 @@
-"""Initialize the exits that a checkpoint lacks, and describe a tuning run."""
+"""Initialize exits from a checkpoint, and describe a tuning run."""
 
 from collections.abc import Callable
 
 from ee_llm.architecture.initial_values import copy_source
+from ee_llm.checkpoint.sharded import state_dict
 from ee_llm.checkpoint.sharded.shard_reader import read_under
 from ee_llm.checkpoint.warm_start import WarmStart
 from ee_llm.config import Config
@@ -25,6 +26,15 @@ def keep_random(start: WarmStart, model: ParallelModel) -> None:
 
 
 INITIALIZATIONS: dict[str, Initialization] = {"copy": copy_from_model, "random": keep_random}
+
+
+def share_norms(start: WarmStart, model: ParallelModel) -> None:
+    """Set the norms of all exits to the final norm of the checkpoint (exits.norm = "shared")."""
+    for shard in state_dict.model_state(model.stages).values():
+        if shard.key.startswith("exits.") and ".norm." in shard.key:
+            source = copy_source(shard.key, model.config)
+            assert source is not None, f"{shard.key} is copied from the final norm"
+            read_under(start.reader, shard, source)
 
 
 def describe_tuning(config: Config) -> str:

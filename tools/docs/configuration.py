@@ -11,7 +11,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from ee_llm.config import SHAPES, Config, default_text, load_config, section_types, toml
+from ee_llm.config import (
+    SHAPES,
+    Config,
+    default_text,
+    given_type,
+    load_config,
+    section_types,
+    toml,
+)
 from ee_llm.config.base import Section
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "configuration.md"
@@ -112,7 +120,7 @@ _LIMITS = {"gt": "above", "ge": "at least", "le": "at most", "lt": "below"}
 
 def option_row(name: str, field: FieldInfo) -> str:
     """Return the table row of an option."""
-    kind = type_text(field.annotation).replace("|", "\\|") + range_text(field)
+    kind = type_text(given_type(field)).replace("|", "\\|") + range_text(field)
     return f"| `{name}` | {field.description} | {kind} | {default_text(field)} |"
 
 

@@ -25,7 +25,7 @@ from ee_llm.errors import CheckpointError
 distributed.enable_megatron()
 from megatron.core.optimizer import MegatronOptimizer
 
-_FIXED_EXITS = ("boundaries", "head", "output")
+_FIXED_EXITS = ("boundaries", "head", "output", "norm")
 
 
 def load(

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import get_args
 
 from ee_llm.config.checks.deepspeed import deepspeed_problems
+from ee_llm.config.checks.layerskip import layerskip_problems
 from ee_llm.config.checks.tuning import tuning_problems
 from ee_llm.config.limits import MAX_BATCH_SIZE, MAX_FACTOR
 from ee_llm.config.schema import ConfigFields
@@ -336,6 +337,7 @@ CHECKS: tuple[Callable[[ConfigFields], Iterator[str]], ...] = (
     _traces,
     tuning_problems,
     deepspeed_problems,
+    layerskip_problems,
 )
 
 

@@ -88,7 +88,9 @@ class ZeroModel:
         self.drop_gradients()
         self.engine.train()
         # The scale compensates for DeepSpeed, which averages gradients over the ranks.
-        self._set_microbatches(microbatches, exit_weights(self.config, step), self.grid.data_size)
+        # ZeRO needs a gradient of every parameter, so exits that a curriculum disables run as well.
+        weights = dict.fromkeys(self.boundaries, 0.0) | exit_weights(self.config, step)
+        self._set_microbatches(microbatches, weights, self.grid.data_size)
         means: dict[int, float] = {}
         for index in range(len(microbatches)):
             loss = self.engine(index)
