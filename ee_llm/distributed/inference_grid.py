@@ -15,6 +15,7 @@ from ee_llm.distributed import devices, environment
 from ee_llm.errors import RunError, UserError
 
 _MAX_IN_FLIGHT = 32  # tensors; a pass sends up to four
+_UNLIMITED = datetime.timedelta(days=10_000)  # gloo adds it to the time since the machine started
 
 
 class RankLostError(RunError):
@@ -26,8 +27,9 @@ class InferenceGrid:
     """This rank's pipeline stage and tensor rank, and its communication with the other ranks.
 
     Rank 0 (stage 0, tensor rank 0) is the leader: it is the only rank that receives requests.
-    Bytes travel over CPU groups, hidden states over groups of the device's backend. Every wait
-    ends after `timeout_s` seconds with a RankLostError.
+    Bytes travel over CPU groups, hidden states over groups of the device's backend. A wait within a
+    pass ends after `timeout_s` seconds with a RankLostError. A rank waits for its next message
+    without a limit, since the engine may be idle, but fails at once if the sender's process ends.
     """
 
     tensor_rank: int
@@ -70,15 +72,12 @@ class InferenceGrid:
         """Return the message of tensor rank 0 on every rank of its tensor-parallel group."""
         if self.tensor_size == 1:
             return message
-        source = dist.get_process_group_ranks(self._tensor_control)[0]
-        size = torch.tensor([len(message)])
-        self._try(lambda: dist.broadcast(size, source, self._tensor_control))
-        data = (
-            _bytes(message) if self.tensor_rank == 0 else torch.empty(int(size), dtype=torch.uint8)
-        )
-        if len(data):
-            self._try(lambda: dist.broadcast(data, source, self._tensor_control))
-        return data.numpy().tobytes()
+        source, *others = dist.get_process_group_ranks(self._tensor_control)
+        if self.tensor_rank > 0:
+            return self._receive_message(source, self._tensor_control)
+        for peer in others:
+            self._send_message(message, peer, self._tensor_control)
+        return message
 
     def send_next(self, message: bytes, hidden: Tensor) -> None:
         """Send a message and hidden states [t, h] to the next stage, without blocking."""
@@ -91,7 +90,7 @@ class InferenceGrid:
     def receive_previous(self, hidden_size: int, dtype: torch.dtype) -> tuple[bytes, Tensor]:
         """Return the message and the hidden states [t, h] that the previous stage sent."""
         peer = self._column_ranks[self.stage - 1]
-        sizes = self._receive(torch.empty(2, dtype=torch.int64), peer, self._column_control)
+        sizes = self._receive_next(torch.empty(2, dtype=torch.int64), peer, self._column_control)
         message = torch.empty(int(sizes[0]), dtype=torch.uint8)
         message = self._receive(message, peer, self._column_control)
         hidden = torch.empty(int(sizes[1]), hidden_size, dtype=dtype, device=devices.device())
@@ -112,9 +111,7 @@ class InferenceGrid:
 
     def send_result(self, message: bytes) -> None:
         """Send a message to the leader, from tensor rank 0 of any stage after the first."""
-        group = self._result_groups[self.stage]
-        self._send(torch.tensor([len(message)]), 0, group)
-        self._send(_bytes(message), 0, group)
+        self._send_message(message, 0, self._result_groups[self.stage])
 
     def flush(self) -> None:
         """Wait at the end of a run until all sends are complete.
@@ -169,9 +166,7 @@ class InferenceGrid:
         peer = next(rank for rank in dist.get_process_group_ranks(group) if rank != 0)
         try:
             while True:
-                size = self._receive(torch.empty(1, dtype=torch.int64), peer, group)
-                data = torch.empty(int(size), dtype=torch.uint8)
-                message = self._receive(data, peer, group).numpy().tobytes()
+                message = self._receive_message(peer, group)
                 self._results.put((stage, message))
                 if not message:  # the stage has ended
                     return
@@ -180,6 +175,15 @@ class InferenceGrid:
         except ValueError:  # raised by torch for a group that `shutdown` destroyed
             if not self._is_shut_down:
                 raise
+
+    def _send_message(self, message: bytes, peer: int, group: dist.ProcessGroup) -> None:
+        self._send(torch.tensor([len(message)]), peer, group)
+        self._send(_bytes(message), peer, group)
+
+    def _receive_message(self, peer: int, group: dist.ProcessGroup) -> bytes:
+        size = self._receive_next(torch.empty(1, dtype=torch.int64), peer, group)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        return self._receive(data, peer, group).numpy().tobytes()
 
     def _send(self, tensor: Tensor, peer: int, group: dist.ProcessGroup) -> None:
         if not tensor.numel():
@@ -193,6 +197,12 @@ class InferenceGrid:
     def _receive(self, tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Tensor:
         if tensor.numel():
             self._try(lambda: dist.recv(tensor, peer, group))
+        return tensor
+
+    def _receive_next(self, tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Tensor:
+        """Receive the start of the next message over a CPU group, however long that takes."""
+        work = self._try(lambda: dist.irecv(tensor, peer, group))
+        self._try(lambda: work.wait(_UNLIMITED))
         return tensor
 
     def _try(self, communicate):

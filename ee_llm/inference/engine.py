@@ -98,7 +98,6 @@ class Engine(EngineBase):
         start = time.perf_counter()
         output = self.scheduler.schedule()
         if output is None:
-            self.runner.heartbeat()
             return []
         running = {sequence.slot: sequence for sequence in self.scheduler.running}
         try:

@@ -105,8 +105,7 @@ class EngineBase(ABC):
     def step(self) -> list[StepOutput]:
         """Run one engine step and return the new outputs of requests submitted with `add`.
 
-        With several ranks, call this periodically when idle; it sends heartbeats. A request whose
-        logits are not finite ends with the finish reason `error`; others continue.
+        A request whose logits are not finite ends with the finish reason `error`; others continue.
         """
         self.advance()
         outputs = list(self._inbox)

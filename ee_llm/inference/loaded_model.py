@@ -89,7 +89,7 @@ class LoadedModel:
             deferral: "auto" defers rows that did not exit until others can share their pass, where
                 that pays; "off" never does.
             chat_template: File with a chat template (Jinja) to use instead of the model's own.
-            timeout_s: Maximum number of seconds to wait for another rank.
+            timeout_s: Maximum number of seconds to wait for another rank within a pass.
 
         Raises:
             UserError: The checkpoint cannot be read, or an argument does not fit the checkpoint or

@@ -1,6 +1,5 @@
 """The engine for pipeline stages: an early exit starts the next token before the pass has ended."""
 
-import time
 from collections.abc import Mapping
 
 import torch
@@ -62,7 +61,6 @@ class PipelineEngine(EngineBase):
         self._runner = PipelineRunner(
             stage, self.boundaries, scheduler_config, max_length, ranks, execution
         )
-        self._last_sent = time.monotonic()
         self._is_open = True
         if ranks.is_leader:
             ranks.listen()
@@ -79,8 +77,6 @@ class PipelineEngine(EngineBase):
             output = self.scheduler.schedule()
             if output is not None:
                 changed += self._send(output)
-            elif time.monotonic() - self._last_sent > self._ranks.timeout_s / 3:
-                self._send(self.scheduler.heartbeat())
             changed += self._receive(wait=output is None and self.scheduler.num_in_flight > 0)
         except BaseException:
             self._is_open = False
@@ -117,5 +113,4 @@ class PipelineEngine(EngineBase):
         return changed
 
     def _send(self, output: PipelineSchedulerOutput) -> list[Sequence]:
-        self._last_sent = time.monotonic()
         return self.scheduler.apply(output.id, self._runner.run_first_stage(output))

@@ -20,9 +20,8 @@ from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.deferral import LatencyProfile
 from ee_llm.inference.scheduling.output import SchedulerOutput, SegmentStep, TokenRange
 
-# Messages of the leading rank: a heartbeat, a pass that returns logits, a pass that returns
-# summaries, and a reset.
-_HEARTBEAT, _LOGITS, _SUMMARIES, _CLEAR = b"-", b"w", b"s", b"c"
+# Messages of the leading rank: a pass that returns logits, one that returns summaries, and a reset.
+_LOGITS, _SUMMARIES, _CLEAR = b"w", b"s", b"c"
 PROFILED_NUM_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -39,7 +38,6 @@ class Runner:
     ) -> None:
         self.stage = stage
         self._ranks = ranks
-        self._last_sent = time.monotonic()
         self._num_slots, self._num_pending = (
             scheduler_config.max_num_seqs,
             scheduler_config.max_pending,
@@ -98,17 +96,13 @@ class Runner:
 
     def shutdown(self) -> None:
         """Shut down the worker ranks."""
-        self._broadcast(b"")
-
-    def heartbeat(self) -> None:
-        """Send a heartbeat to the worker ranks if it is due; call this periodically when idle."""
-        if self._ranks and time.monotonic() - self._last_sent > self._ranks.timeout_s / 3:
-            self._broadcast(_HEARTBEAT)
+        if self._ranks:
+            self._ranks.broadcast(b"")
+            self._ranks.flush()
 
     def _broadcast(self, message: bytes) -> None:
         if self._ranks:
             self._ranks.broadcast(message)
-            self._last_sent = time.monotonic()
 
     def _summary(self, output: SchedulerOutput) -> Tensor:
         return summarize(self._run(output), self.stage.first_id)
