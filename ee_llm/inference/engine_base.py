@@ -5,8 +5,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Self
 
+from ee_llm import distributed
 from ee_llm.config import Config
-from ee_llm.errors import RequestError
+from ee_llm.errors import RequestError, RunError
 from ee_llm.inference.outputs import RequestOutput, StepOutput, TokenOutput
 from ee_llm.inference.request import Request
 from ee_llm.inference.scheduling.base import SchedulerBase
@@ -68,12 +69,18 @@ class EngineBase(ABC):
     """
 
     def __init__(
-        self, config: Config, scheduler: SchedulerBase, detokenize: Detokenize | None
+        self,
+        config: Config,
+        scheduler: SchedulerBase,
+        detokenize: Detokenize | None,
+        ranks: distributed.InferenceGrid | None,
     ) -> None:
         self.config = config
         self.boundaries = (*config.exits.boundaries, config.model.num_layers)
         self._scheduler = scheduler
         self._detokenize = detokenize
+        self._ranks = ranks
+        self._is_open = True
         self._sequences: dict[str, Sequence] = {}
         self._num_reported: dict[str, int] = {}
         self._inboxes: dict[str, deque[StepOutput]] = {}
@@ -94,8 +101,28 @@ class EngineBase(ABC):
         """
 
     @abstractmethod
+    def _shutdown(self) -> None:
+        """Complete the passes in flight and shut down the other ranks."""
+
     def close(self) -> None:
-        """Shut down the other ranks of the engine."""
+        """Shut down the other ranks once the passes in flight are complete.
+
+        Do nothing if the engine is closed already or was ended by an exception. A rank that is lost
+        meanwhile is not an error.
+        """
+        if not self._is_open:
+            return
+        self._is_open = False
+        try:
+            self._shutdown()
+        except distributed.RankLostError:
+            self._end()
+
+    def _end(self) -> None:
+        """End the engine on all ranks after an exception that leaves them out of step."""
+        self._is_open = False
+        if self._ranks is not None:
+            self._ranks.shutdown()
 
     @property
     def has_work(self) -> bool:
@@ -113,7 +140,13 @@ class EngineBase(ABC):
         return outputs
 
     def advance(self) -> None:
-        """Run one engine step and keep the outputs for the callers that submitted the requests."""
+        """Run one engine step and keep the outputs for the callers that submitted the requests.
+
+        Raises:
+            RunError: The engine was closed or ended by an exception.
+        """
+        if not self._is_open:
+            raise RunError("The engine was closed or ended by an exception. Build a new one.")
         self._is_advancing = True
         try:
             changed = {sequence.request.id: sequence for sequence in self._advance()}

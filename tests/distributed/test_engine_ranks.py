@@ -118,9 +118,9 @@ def test_requests_end_at_the_first_nan(tensor: int, pipeline: int, seed: int) ->
     traffic.check(made[count:])
 
 
-def _fail_amid_a_pass(noticed: Path) -> str:
+def _fail_amid_a_pass(kind: type[BaseException], tensor: int, pipeline: int, noticed: Path) -> str:
     _, config, tensors = _setting(0)
-    ranks = distributed.connect_serving(pipeline=2, timeout_s=100)
+    ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=100)
     engine = make_engine(config, tensors, SchedulerConfig(), ranks)
     if not ranks.is_leader:
         with pytest.raises(distributed.RankLostError):
@@ -131,11 +131,16 @@ def _fail_amid_a_pass(noticed: Path) -> str:
 
     def fail_at_third(self: ModelStage, *arguments: object) -> object:
         if next(passes) == 3:
-            raise RuntimeError("out of memory")
+            raise kind("out of memory")
         return run(self, *arguments)
 
-    engine._runner._executor.run = fail_at_third.__get__(engine._runner._stage)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    if isinstance(engine, PipelineEngine):
+        engine._runner._executor.run = fail_at_third.__get__(engine._runner._stage)
+    else:
+        engine.runner._executor.run = fail_at_third.__get__(engine.runner.stage)
+    with pytest.raises(kind, match="out of memory"):
+        engine.generate([_request(config)])
+    with pytest.raises(RuntimeError, match="ended by an exception"):
         engine.generate([_request(config)])
     engine.close()
     with pytest.raises(RuntimeError, match="ended by an exception"):
@@ -145,10 +150,33 @@ def _fail_amid_a_pass(noticed: Path) -> str:
     return "failed"
 
 
-def test_exception_in_a_pass_ends_all_ranks_before_the_timeout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
+def test_exception_in_a_pass_ends_all_ranks_before_the_timeout(
+    tmp_path: Path, tensor: int, pipeline: int, kind: type[BaseException]
+) -> None:
     """The ranks are out of step then, and none may wait a hundred seconds for a message."""
-    ended = run_ranks(2, _fail_amid_a_pass, tmp_path / "noticed", timeout_s=50)
+    arguments = (kind, tensor, pipeline, tmp_path / "noticed")
+    ended = run_ranks(2, _fail_amid_a_pass, *arguments, timeout_s=50)
     assert ended == ["failed", "lost"]
+
+
+def _close_after_a_loss(tensor: int, pipeline: int) -> str:
+    _, config, tensors = _setting(0)
+    ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=20)
+    engine = make_engine(config, tensors, SchedulerConfig(), ranks)
+    if not ranks.is_leader:
+        return "lost"
+    time.sleep(2)
+    start = time.monotonic()
+    engine.close()
+    assert time.monotonic() - start < 10
+    return "closed"
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
+def test_close_succeeds_after_a_rank_is_lost(tensor: int, pipeline: int) -> None:
+    assert run_ranks(2, _close_after_a_loss, tensor, pipeline) == ["closed", "lost"]
 
 
 def _events(strategy: str) -> list[str]:

@@ -26,7 +26,12 @@ PROFILED_NUM_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Runner:
-    """A model with its K/V cache, and ring buffers for the pending rows at each boundary."""
+    """A model with its K/V cache, and ring buffers for the pending rows at each boundary.
+
+    Attributes:
+        is_in_step: Whether the worker ranks wait for the next message; false within a pass, and
+            after one that failed.
+    """
 
     def __init__(
         self,
@@ -38,6 +43,7 @@ class Runner:
     ) -> None:
         self.stage = stage
         self._ranks = ranks
+        self.is_in_step = True
         self._num_slots, self._num_pending = (
             scheduler_config.max_num_seqs,
             scheduler_config.max_pending,
@@ -54,14 +60,18 @@ class Runner:
         """Return the logits [r, v] of the pass's `logit_rows`, in order."""
         if self._ranks is None:
             return self._run(output)
-        self._broadcast(_LOGITS + encode_scheduler_output(output))
-        return self._ranks.gather(self._run(output))
+        self._start(_LOGITS, output)
+        logits = self._ranks.gather(self._run(output))
+        self.is_in_step = True
+        return logits
 
     def run_summarized(self, output: SchedulerOutput) -> Tensor:
         """Return summaries [r, 3 * ranks] of the logits of the pass (see `summarize`)."""
         assert self._ranks is not None, "a single rank has all logits"
-        self._broadcast(_SUMMARIES + encode_scheduler_output(output))
-        return self._ranks.gather(self._summary(output))
+        self._start(_SUMMARIES, output)
+        summaries = self._ranks.gather(self._summary(output))
+        self.is_in_step = True
+        return summaries
 
     def clear(self) -> None:
         """Zero all keys, values and pending rows, on the worker ranks too.
@@ -99,6 +109,10 @@ class Runner:
         if self._ranks:
             self._ranks.broadcast(b"")
             self._ranks.flush()
+
+    def _start(self, kind: bytes, output: SchedulerOutput) -> None:
+        self.is_in_step = False
+        self._broadcast(kind + encode_scheduler_output(output))
 
     def _broadcast(self, message: bytes) -> None:
         if self._ranks:
