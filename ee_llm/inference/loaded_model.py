@@ -1,6 +1,7 @@
 """A model that is loaded for inference: its engine, tokenizer and ranks, and its requests."""
 
 import atexit
+import itertools
 import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -110,7 +111,7 @@ class LoadedModel:
         self._policy = resolve_policy(
             DEFAULT_THRESHOLD if exits is None else exits, self.config.exits.boundaries
         )
-        self._num_requests = 0
+        self._request_numbers = itertools.count(1)  # safe to use from several threads
         self._closing = ExitStack()
         self._ranks: distributed.InferenceGrid | None = None
         self._has_workers = False
@@ -185,7 +186,6 @@ class LoadedModel:
         id: str | None = None,
     ) -> Request:
         """Return the request for an encoded prompt. Raises RequestError if it is not valid."""
-        self._num_requests += 1
         speculation = None
         if isinstance(strategy, SelfSpeculation) or strategy == "self-speculative":
             given = strategy if isinstance(strategy, SelfSpeculation) else SelfSpeculation()
@@ -193,7 +193,7 @@ class LoadedModel:
         boundaries = self.config.exits.boundaries
         policy = self._policy if exits is None else resolve_policy(exits, boundaries)
         return Request(
-            id or str(self._num_requests),
+            id or str(next(self._request_numbers)),
             prompt.token_ids,
             policy,
             sampling_params,

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import load_reference
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
-from ee_llm.errors import RequestError, UserError
+from ee_llm.errors import RequestError, RunError, UserError
 from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.sampling.params import SamplingParams
@@ -229,6 +230,37 @@ def test_an_interrupted_run_leaves_no_request(llm: LLM) -> None:
     next(outputs)
     outputs.close()
     assert not llm.engine.has_work
+
+
+def test_several_threads_may_generate_and_stream(llm: LLM) -> None:
+    """Their requests share batches, and each gets its own outputs."""
+    params = SamplingParams(max_tokens=8)
+    prompts = [f"prompt {number}" for number in range(4)]
+    expected = [output.token_ids for output in llm.generate(prompts, params)]
+
+    def generate(prompt: str) -> set[tuple[int, ...]]:
+        return {llm.generate(prompt, params)[0].token_ids for _ in range(10)}
+
+    def stream(prompt: str) -> set[tuple[int, ...]]:
+        return {tuple(token.token_id for token in llm.stream(prompt, params)) for _ in range(10)}
+
+    with ThreadPoolExecutor(8) as threads:
+        found = [threads.submit(call, one) for call in (generate, stream) for one in prompts]
+        results = [future.result(timeout=300) for future in found]
+    assert results == [{tokens} for tokens in expected * 2]
+    assert not llm.engine.has_work
+
+
+def test_closing_the_model_ends_the_generation_of_another_thread(run: Path) -> None:
+    llm = LLM(run, dtype="float64")
+    with ThreadPoolExecutor(1) as threads:
+        params = SamplingParams(max_tokens=50, ignore_eos=True)
+        found = threads.submit(lambda: [llm.generate("a", params) for _ in range(1000)])
+        while not llm.engine.has_work:
+            assert not found.done()
+        llm.close()
+        with pytest.raises((RequestError, RunError), match="closed"):
+            found.result(timeout=100)
 
 
 def test_chat_formats_with_the_template(llm: LLM) -> None:
