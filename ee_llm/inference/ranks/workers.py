@@ -15,10 +15,10 @@ from ee_llm.launch.rank import launched_environment, parse_report
 _START = """
 import sys
 sys.path[:] = {path!r}
-from ee_llm.launch.rank import die_with_launcher
-die_with_launcher()
+from ee_llm.launch.rank import exit_at_end_of
+exit_at_end_of(int(sys.argv[1]))
 from ee_llm.inference.ranks.worker import run_worker
-run_worker(sys.argv[1])
+run_worker(sys.argv[2])
 """
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # tells torch that the parent hosts the store
@@ -29,7 +29,9 @@ _END_S, _POLL_S = 30.0, 0.02
 class Workers:
     """Ranks 1 to n - 1 of n ranks, as processes of this machine; this process is rank 0.
 
-    They end when this process ends, for whatever reason.
+    They end when this process ends, for whatever reason: each watches a pipe whose other end only
+    this process holds. The kernel could signal them instead, but it does so when the thread that
+    started them ends.
     """
 
     def __init__(self, num_ranks: int, arguments: dict[str, Any]) -> None:
@@ -38,6 +40,7 @@ class Workers:
         self._environment = {name: os.environ.get(name) for name in (*_NAMES, _AGENT_STORE)}
         os.environ |= self._rank_environment(0, num_ranks)
         self._processes: list[tuple[subprocess.Popen[bytes], int]] = []
+        watched, self._held = os.pipe()
         for rank in range(1, num_ranks):
             reader, writer = os.pipe()
             os.set_blocking(reader, False)
@@ -45,13 +48,14 @@ class Workers:
             environment[_READY] = str(self._store.port)
             code = _START.format(path=sys.path)
             process = subprocess.Popen(
-                [sys.executable, "-P", "-c", code, json.dumps(arguments)],
+                [sys.executable, "-P", "-c", code, str(watched), json.dumps(arguments)],
                 env=os.environ | environment,
-                pass_fds=[writer],
+                pass_fds=[watched, writer],
                 start_new_session=True,  # Ctrl-C in a terminal reaches the leader only.
             )
             os.close(writer)
             self._processes.append((process, reader))
+        os.close(watched)
 
     def _rank_environment(self, rank: int, num_ranks: int) -> dict[str, str]:
         values = (rank, rank, num_ranks, num_ranks, "localhost", self._store.port)
@@ -90,6 +94,8 @@ class Workers:
                 process.kill()
                 process.wait()
             os.close(reader)
+        if self._processes:
+            os.close(self._held)
         self._processes = []
         for name, value in self._environment.items():
             if value is None:

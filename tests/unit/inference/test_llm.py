@@ -3,6 +3,7 @@
 import gc
 import json
 import re
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from ee_llm.inference.llm import LLM
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.strategies import SelfSpeculation
 from ee_llm.inference.verification.reference_decoding import generate_reference
+from tests.ended import is_gone
 from tests.unit.inference.models import random_tensors, tiny_config
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -473,3 +475,44 @@ def test_a_rank_that_does_not_start_is_reported_at_once(run: Path) -> None:
     command = [sys.executable, "-c", _FAILING, str(run)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+_BUILT_IN_A_THREAD = """
+import sys, threading
+from ee_llm import LLM, SamplingParams
+made = []
+thread = threading.Thread(target=lambda: made.append(LLM(sys.argv[1], dtype="float32", tensor=2)))
+thread.start()
+thread.join()
+with made[0] as llm:
+    assert len(llm.generate("a", SamplingParams(max_tokens=2))[0].token_ids) == 2
+"""
+
+_KILLED = """
+import os, signal, subprocess, sys
+popen, started = subprocess.Popen, []
+subprocess.Popen = lambda *a, **o: started.append(popen(*a, **o)) or started[-1]
+from ee_llm import LLM
+llm = LLM(sys.argv[1], dtype="float32", tensor=2)
+print(started[0].pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def _run_script(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own: a process group is for ranks alone."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_workers_outlive_the_thread_that_started_them(run: Path) -> None:
+    done = _run_script(_BUILT_IN_A_THREAD, run)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_workers_end_when_their_leader_is_killed(run: Path) -> None:
+    done = _run_script(_KILLED, run)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert is_gone(int(done.stdout))
