@@ -5,7 +5,9 @@ import datetime
 import queue
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,6 +48,8 @@ class InferenceGrid:
     _results: "queue.SimpleQueue[tuple[int, bytes] | Exception]" = field(
         default_factory=queue.SimpleQueue
     )
+    describe_lost: Callable[[], str] | None = None
+    """Returns a sentence about a lost rank, empty if none is known to have ended."""
     _sent: "deque[tuple[dist.Work, Tensor]]" = field(default_factory=deque)
     _listeners: list[threading.Thread] = field(default_factory=list)
     _is_shut_down: bool = False
@@ -157,7 +161,8 @@ class InferenceGrid:
         except queue.Empty:
             if not wait:
                 return None
-            raise RankLostError(f"no stage sent a result within {self.timeout_s:g} s") from None
+            message = f"no stage sent a result within {self.timeout_s:g} s"
+            raise RankLostError(self._lost() or message) from None
         if isinstance(result, Exception):
             raise result
         return result
@@ -209,10 +214,14 @@ class InferenceGrid:
         try:
             return communicate()
         except RuntimeError as error:
-            raise RankLostError(
+            message = (
                 f"stage {self.stage}, tensor rank {self.tensor_rank} lost another rank, or waited "
                 f"{self.timeout_s:g} s for it. Look at the output of the other ranks first: {error}"
-            ) from error
+            )
+            raise RankLostError(self._lost() or message) from error
+
+    def _lost(self) -> str:
+        return self.describe_lost() if self.describe_lost and not self._is_shut_down else ""
 
 
 def check_gpus(tensor: int, pipeline: int) -> None:
@@ -226,26 +235,57 @@ def check_gpus(tensor: int, pipeline: int) -> None:
         )
 
 
-def connect(*, tensor: int = 1, pipeline: int = 1, timeout_s: float = 600) -> InferenceGrid:
-    """Join the tensor x pipeline ranks that decode one model, from torchrun's environment.
+def connect(
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    timeout_s: float = 600,
+    store: dist.Store | None = None,
+    rank: int = 0,
+) -> InferenceGrid:
+    """Join the tensor x pipeline ranks that decode one model.
+
+    Args:
+        tensor: Number of tensor-parallel ranks of each pipeline stage.
+        pipeline: Number of pipeline stages.
+        timeout_s: Maximum number of seconds to wait for another rank within a pass.
+        store: Store through which the ranks find each other. By default, the rank, the world size
+            and the address of the store come from torchrun's environment.
+        rank: Rank of this process, if `store` is given.
 
     Raises:
-        UserError: The environment is invalid, or the world size is not tensor x pipeline.
+        UserError: The environment is invalid, the world size is not tensor x pipeline, or this
+            process already uses torch.distributed.
+        RankLostError: Not all ranks joined in time.
     """
-    world_size = environment.launched_world_size() or 1
+    environment.refuse_second_group()
+    world_size = tensor * pipeline if store else environment.launched_world_size() or 1
     if world_size != tensor * pipeline:
         raise UserError(
             f"tensor = {tensor} x pipeline = {pipeline} needs {tensor * pipeline} ranks, but the "
             f"world size is {world_size}. Start {tensor * pipeline} ranks."
         )
     timeout = datetime.timedelta(seconds=timeout_s)
+    options: dict[str, Any] = {}
+    if store is not None:
+        store.set_timeout(timeout)
+        options = {"store": store, "rank": rank, "world_size": world_size}
     try:
-        dist.init_process_group(devices.backend(), timeout=timeout)
-    except RuntimeError as error:
+        dist.init_process_group(devices.backend(), timeout=timeout, **options)
+        return _make_grid(tensor, pipeline, timeout)
+    except BaseException as error:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if not isinstance(error, RuntimeError):
+            raise
         raise RankLostError(
             f"not all of {world_size} ranks joined within {timeout_s:g} s. Look at the output of"
             f" the other ranks first: {error}"
         ) from error
+
+
+def _make_grid(tensor: int, pipeline: int, timeout: datetime.timedelta) -> InferenceGrid:
+    """Create the groups of all ranks, collectively."""
     rank = dist.get_rank()
     stage, tensor_rank = divmod(rank, tensor)
 
@@ -265,7 +305,7 @@ def connect(*, tensor: int = 1, pipeline: int = 1, timeout_s: float = 600) -> In
         tensor_size=tensor,
         stage=stage,
         num_stages=pipeline,
-        timeout_s=timeout_s,
+        timeout_s=timeout.total_seconds(),
         _tensor_group=own_group(rows, devices.backend()),
         _tensor_control=own_group(rows, "gloo"),
         _column_ranks=columns[tensor_rank],

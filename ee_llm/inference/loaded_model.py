@@ -1,7 +1,7 @@
 """A model that is loaded for inference: its engine, tokenizer and ranks, and its requests."""
 
-import atexit
 import itertools
+import os
 import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 import torch
-import torch.distributed
 
 from ee_llm import distributed
 from ee_llm.checkpoint.read import TensorReader
@@ -115,6 +114,7 @@ class LoadedModel:
         self._closing = ExitStack()
         self._ranks: distributed.InferenceGrid | None = None
         self._has_workers = False
+        self._finalize: weakref.finalize[..., LoadedModel] | None = None
         self._is_open = False
         if tensor * pipeline > 1:
             self._connect(
@@ -129,11 +129,11 @@ class LoadedModel:
                     "max_num_seqs": max_num_seqs,
                     "cache_tokens": cache_tokens,
                     "attention": attention,
-                    "cuda_graphs": cuda_graphs,
-                    "compile": compile,
+                    "cuda_graphs": bool(cuda_graphs),
+                    "compile": bool(compile),
                     "quantize": quantize,
                     "deferral": deferral,
-                    "timeout_s": timeout_s,
+                    "timeout_s": float(timeout_s),
                 },
             )
         with self._closing.pop_all() as stack:  # closes what was started if the engine fails
@@ -149,6 +149,9 @@ class LoadedModel:
                 ExecutionConfig(attention, cuda_graphs, compile, quantize),
             )
             self._closing = stack.pop_all()
+        if self._ranks is not None and self._has_workers:
+            # Also when this object is garbage-collected, and when Python shuts down.
+            self._finalize = weakref.finalize(self, _abandon_ranks, self._closing, self._ranks)
         self._is_open = True
 
     @property
@@ -243,6 +246,8 @@ class LoadedModel:
             return
         self._is_open = False
         self.engine.abort_all()
+        if self._finalize is not None:
+            self._finalize.detach()
         if self._ranks is not None:
             self._closing.callback(self._ranks.shutdown)
             if self._ranks.is_leader:
@@ -286,29 +291,23 @@ class LoadedModel:
     def _connect(
         self, tensor: int, pipeline: int, timeout_s: float, arguments: dict[str, Any]
     ) -> None:
-        if torch.distributed.is_initialized():
-            raise RequestError(
-                f"tensor = {tensor} x pipeline = {pipeline}: this process already uses"
-                " torch.distributed. Close the other LLM, or use a new process."
-            )
+        distributed.refuse_second_group()
         self._has_workers = distributed.launched_world_size() is None
-        if self._has_workers:
-            distributed.check_gpus(tensor, pipeline)
-            workers = Workers(tensor * pipeline, arguments)
-            with ExitStack() as stack:  # ends the workers if one of them fails
+        with ExitStack() as stack:  # ends the workers if one of them fails
+            if self._has_workers:
+                distributed.check_gpus(tensor, pipeline)
+                workers = Workers(tensor * pipeline, arguments)
                 stack.callback(workers.close)
                 workers.wait_until_ready(timeout_s)
-                self._closing = stack.pop_all()
-        else:
-            announce_ready()
-        with self._closing.pop_all() as stack:
+            store = workers.store if self._has_workers else announce_ready()
+            rank = 0 if self._has_workers else int(os.environ["RANK"])
             self._ranks = distributed.connect_serving(
-                tensor=tensor, pipeline=pipeline, timeout_s=timeout_s
+                tensor=tensor, pipeline=pipeline, timeout_s=timeout_s, store=store, rank=rank
             )
+            if self._has_workers:
+                self._ranks.describe_lost = workers.describe_lost
+                stack.callback(self._ranks.shutdown)
             self._closing = stack.pop_all()
-        if self._has_workers:
-            self._closing.callback(self._ranks.shutdown)
-            atexit.register(_abandon_ranks, weakref.ref(self))
 
     def _abandon_ranks(self) -> None:
         """End the workers without a message to them: they notice that this rank is gone.
@@ -318,10 +317,8 @@ class LoadedModel:
         if not self._is_open:
             return
         self._is_open = False
-        self._closing.close()
-        if self._ranks is not None and self._has_workers:
-            # Threads that still run when Python shuts down would abort the process.
-            self._ranks.join_listeners()
+        if self._finalize is not None:
+            self._finalize()
         del self.engine
 
     def _check(
@@ -349,9 +346,10 @@ class LoadedModel:
             raise RequestError("This LLM is closed. Load the model again.")
 
 
-def _abandon_ranks(model: "weakref.ref[LoadedModel]") -> None:
-    if (found := model()) is not None:
-        found._abandon_ranks()
+def _abandon_ranks(closing: ExitStack, ranks: distributed.InferenceGrid) -> None:
+    closing.close()
+    # Threads that still run when Python shuts down would abort the process.
+    ranks.join_listeners()
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

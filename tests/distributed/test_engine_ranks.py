@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ee_llm import distributed
 from ee_llm.architecture.reference import ReferenceModel
@@ -116,6 +117,17 @@ def test_requests_end_at_the_first_nan(tensor: int, pipeline: int, seed: int) ->
     count = len(traffic.requests)
     traffic.check(made[:count])
     traffic.check(made[count:])
+
+
+def _fail_to_connect() -> bool:
+    dist.new_group = lambda *arguments, **options: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        distributed.connect_serving()
+    return dist.is_initialized()
+
+
+def test_failed_connection_leaves_no_process_group() -> None:
+    assert run_ranks(1, _fail_to_connect) == [False]
 
 
 def _fail_amid_a_pass(kind: type[BaseException], tensor: int, pipeline: int, noticed: Path) -> str:

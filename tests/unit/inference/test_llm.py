@@ -490,8 +490,14 @@ with made[0] as llm:
 
 _KILLED = """
 import os, signal, subprocess, sys
-popen, started = subprocess.Popen, []
-subprocess.Popen = lambda *a, **o: started.append(popen(*a, **o)) or started[-1]
+started = []
+
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        started.append(self)
+
+subprocess.Popen = Popen
 from ee_llm import LLM
 llm = LLM(sys.argv[1], dtype="float32", tensor=2)
 print(started[0].pid, flush=True)
@@ -516,3 +522,63 @@ def test_workers_end_when_their_leader_is_killed(run: Path) -> None:
     done = _run_script(_KILLED, run)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert is_gone(int(done.stdout))
+
+
+_LEFT_TO_THE_COLLECTOR = """
+import gc, os, signal, subprocess, sys
+started = []
+
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        started.append(self)
+
+subprocess.Popen = Popen
+import torch
+from ee_llm import LLM, SamplingParams, distributed
+from ee_llm.errors import RunError, UserError
+
+def load():
+    return LLM(sys.argv[1], dtype="float32", tensor=2)
+
+environment, params = dict(os.environ), SamplingParams(max_tokens=2)
+llm = load()
+assert dict(os.environ) == environment
+try:
+    distributed.initialize()
+except UserError as error:
+    assert "Close the LLM" in str(error)
+assert llm.generate("a", params)
+del llm
+gc.collect()
+assert started[0].poll() is not None
+assert not torch.distributed.is_initialized()
+
+llm = load()
+os.kill(started[1].pid, signal.SIGKILL)
+try:
+    llm.generate("a", params)
+except RunError as error:
+    assert str(error) == "Rank 1 of the engine ended: killed by signal 9", error
+else:
+    raise AssertionError("the lost rank was not noticed")
+llm.close()
+
+def fail(*arguments, **options):
+    raise OSError("no process")
+
+subprocess.Popen = fail
+try:
+    load()
+except OSError as error:
+    assert str(error) == "no process"
+assert dict(os.environ) == environment
+assert not torch.distributed.is_initialized()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_leave_nothing_behind(run: Path) -> None:
+    """No process, process group or variable of the environment."""
+    done = _run_script(_LEFT_TO_THE_COLLECTOR, run)
+    assert done.returncode == 0, done.stderr
