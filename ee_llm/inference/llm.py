@@ -37,6 +37,9 @@ class LLM(LoadedModel):
     Several threads may call `generate`, `chat` and `stream` at the same time; the engine batches
     their requests. A stream belongs to one thread.
 
+    Under a launcher such as torchrun, every rank builds an LLM. The leader generates, and all other
+    ranks call `worker_loop`.
+
         with ee_llm.LLM("runs/tuned", dtype="bfloat16") as llm:
             outputs = llm.generate(["Once", "def main("], exits={8: 0.9, 16: 0.8})
             print(outputs[0].text, outputs[0].mean_depth)

@@ -207,8 +207,12 @@ class LoadedModel:
         )
 
     def stream_request(self, request: Request, prompt: str) -> TokenStream:
-        """Return the token stream of a request. `prompt` is the text of its prompt."""
+        """Return the token stream of a request. `prompt` is the text of its prompt.
+
+        Raises RequestError if the request is not valid, or this rank is a worker.
+        """
         self._check_open()
+        self._check_leader()
         return TokenStream(self.engine, request, prompt, self.decode)
 
     def run(
@@ -224,9 +228,11 @@ class LoadedModel:
             prompts: The texts of their prompts, by request id.
 
         Raises:
-            RequestError: A request is not valid. In this case, none is served.
+            RequestError: A request is not valid, or this rank is a worker. In this case, none is
+                served.
         """
         self._check_open()
+        self._check_leader()
         by_id = {request.id: request for request in requests}
         # If the caller fails, its traceback keeps the generators alive: close them explicitly.
         with closing(self.engine.run(by_id.values())) as steps:
@@ -344,6 +350,10 @@ class LoadedModel:
     def _check_open(self) -> None:
         if not self._is_open:
             raise RequestError("This LLM is closed. Load the model again.")
+
+    def _check_leader(self) -> None:
+        if not self.is_leader:
+            raise RequestError("This rank is a worker. Call worker_loop().")
 
 
 def _abandon_ranks(closing: ExitStack, ranks: distributed.InferenceGrid) -> None:

@@ -354,6 +354,19 @@ def test_closing_the_model_ends_its_streams(run: Path) -> None:
         llm.worker_loop()
 
 
+def test_a_worker_takes_no_requests(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LLM, "is_leader", False)
+    request = llm.make_request(llm.encoder.encode_text("a"), SamplingParams())
+    for call in (
+        lambda: llm.generate("a"),
+        lambda: llm.chat([{"role": "user", "content": "a"}]),
+        lambda: llm.stream("a"),
+        lambda: list(llm.run([request], {request.id: "a"})),
+    ):
+        with pytest.raises(RequestError, match=r"This rank is a worker. Call worker_loop\(\)."):
+            call()
+
+
 def test_an_error_of_the_caller_leaves_no_request(llm: LLM) -> None:
     """A traceback that somebody keeps holds the frames of its generators."""
 
