@@ -1,11 +1,8 @@
 """The common interface of engines: requests in, outputs out."""
 
-import threading
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Self
 
 from ee_llm import distributed
@@ -14,11 +11,9 @@ from ee_llm.errors import RequestError, RunError
 from ee_llm.inference.outputs import RequestOutput, StepOutput, TokenOutput
 from ee_llm.inference.request import Request
 from ee_llm.inference.scheduling.base import SchedulerBase
+from ee_llm.inference.scheduling.engine_lock import EngineLock
 from ee_llm.inference.sequence import Sequence
 from ee_llm.inference.text.detokenizer import Detokenize
-
-# Pause after a step while other threads wait, which would otherwise seldom get the lock.
-_TURN_S = 1e-4
 
 
 class OutputStream(Iterator[StepOutput]):
@@ -95,9 +90,7 @@ class EngineBase(ABC):
         self._num_reported: dict[str, int] = {}
         self._inboxes: dict[str, deque[StepOutput]] = {}
         self._inbox: deque[StepOutput] = deque()  # of requests submitted with `add`
-        self._lock = threading.RLock()
-        self._is_busy = False  # whether a thread changes the state below the lock
-        self._waiting: deque[None] = deque()  # an entry for each thread that waits for the lock
+        self._lock = EngineLock(self._abort_abandoned)
         self._abandoned: deque[Sequence] = deque()
 
     @abstractmethod
@@ -122,7 +115,7 @@ class EngineBase(ABC):
         Do nothing if the engine is closed already or was ended by an exception. A rank that is lost
         meanwhile is not an error.
         """
-        with self._exclusive():
+        with self._lock.held():
             if not self._is_open:
                 return
             self._is_open = False
@@ -147,7 +140,7 @@ class EngineBase(ABC):
 
         A request whose logits are not finite ends with the finish reason `error`; others continue.
         """
-        with self._exclusive():
+        with self._lock.held():
             self.advance()
             outputs = list(self._inbox)
             self._inbox.clear()
@@ -159,7 +152,7 @@ class EngineBase(ABC):
         Raises:
             RunError: The engine was closed or ended by an exception.
         """
-        with self._exclusive():
+        with self._lock.held():
             if not self._is_open:
                 raise RunError("The engine was closed or ended by an exception. Build a new one.")
             changed = {sequence.request.id: sequence for sequence in self._advance()}
@@ -173,11 +166,10 @@ class EngineBase(ABC):
     def advance_while(self, is_needed: Callable[[], bool]) -> None:
         """Run engine steps while `is_needed` returns true; other threads may do so in between."""
         while is_needed():
-            with self._exclusive():
+            with self._lock.held():
                 if is_needed():  # Another thread may have run the step meanwhile.
                     self.advance()
-            if self._waiting:
-                time.sleep(_TURN_S)
+            self._lock.let_others_run()
 
     def abandon(self, sequence: Sequence) -> None:
         """Abort a sequence, unless it is finished, without waiting for the lock.
@@ -186,13 +178,7 @@ class EngineBase(ABC):
         sequence is aborted at the end of the current call.
         """
         self._abandoned.append(sequence)
-        if self._lock.acquire(blocking=False):
-            try:
-                if not self._is_busy:
-                    with self._exclusive():
-                        pass
-            finally:
-                self._lock.release()
+        self._lock.run_if_free()
 
     def is_running(self, sequence: Sequence) -> bool:
         """Return whether a sequence is unfinished; another one may have taken its id."""
@@ -236,7 +222,7 @@ class EngineBase(ABC):
         self._add(request, self._inbox)
 
     def _add(self, request: Request, inbox: deque[StepOutput]) -> Sequence:
-        with self._exclusive():
+        with self._lock.held():
             if request.id in self._sequences:
                 raise RequestError(
                     f"Request id {request.id!r} is in use. Unfinished requests need unique ids."
@@ -256,7 +242,7 @@ class EngineBase(ABC):
         Outputs of the request that were not read yet are dropped. Raises RequestError if no
         unfinished request has this id.
         """
-        with self._exclusive():
+        with self._lock.held():
             if id not in self._sequences:
                 raise RequestError(f"Request id {id!r} is finished, aborted or unknown.")
             sequence = self._sequences[id]
@@ -271,13 +257,13 @@ class EngineBase(ABC):
 
     def abort_sequence(self, sequence: Sequence) -> None:
         """Abort a sequence unless it is finished."""
-        with self._exclusive():
+        with self._lock.held():
             if self.is_running(sequence):
                 self.abort(sequence.request.id)
 
     def abort_all(self) -> None:
         """Abort all unfinished requests; their streams end."""
-        with self._exclusive():
+        with self._lock.held():
             for id in list(self._sequences):
                 self.abort(id)
 
@@ -336,27 +322,9 @@ class EngineBase(ABC):
             for sequence in added:
                 self.abort_sequence(sequence)
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Hold the lock; at the end of the outermost call, abort the abandoned sequences."""
-        self._waiting.append(None)
-        is_waiting = True
-        try:
-            with self._lock:
-                self._waiting.pop()
-                is_waiting = False
-                was_busy, self._is_busy = self._is_busy, True
-                try:
-                    yield
-                finally:
-                    try:
-                        while not was_busy and self._abandoned:
-                            self.abort_sequence(self._abandoned.popleft())
-                    finally:
-                        self._is_busy = was_busy
-        finally:
-            if is_waiting:
-                self._waiting.pop()
+    def _abort_abandoned(self) -> None:
+        while self._abandoned:
+            self.abort_sequence(self._abandoned.popleft())
 
     def _step_output(self, sequence: Sequence) -> StepOutput | None:
         id = sequence.request.id
