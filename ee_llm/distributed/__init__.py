@@ -24,7 +24,7 @@ from ee_llm.distributed.devices import (
     synchronize,
     synchronize_stream,
 )
-from ee_llm.distributed.environment import launched_world_size
+from ee_llm.distributed.environment import launched_world_size, refuse_second_group
 from ee_llm.distributed.grid import Grid, initialize, shutdown
 from ee_llm.distributed.inference_grid import InferenceGrid, RankLostError, check_gpus
 from ee_llm.distributed.inference_grid import connect as connect_serving
@@ -55,6 +55,7 @@ __all__ = [
     "print_line",
     "progress_bar",
     "record",
+    "refuse_second_group",
     "rng_state",
     "seed_everything",
     "set_rng_state",

@@ -2,6 +2,8 @@
 
 import os
 
+import torch.distributed as dist
+
 from ee_llm.errors import UserError
 
 
@@ -34,6 +36,15 @@ def launched_world_size() -> int | None:
         if name in os.environ:
             _number(name, least)
     return world_size
+
+
+def refuse_second_group() -> None:
+    """Raise UserError if this process has joined a process group already."""
+    if dist.is_initialized():
+        raise UserError(
+            "This process already uses torch.distributed, as an open LLM with several ranks does."
+            " Close the LLM, or use a new process."
+        )
 
 
 def _number(name: str, least: int) -> int:

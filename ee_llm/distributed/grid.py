@@ -73,8 +73,9 @@ def initialize(
 
     Raises:
         UserError: The environment is invalid, or the world size is not a multiple of
-            tensor x pipeline.
+            tensor x pipeline, or this process already uses torch.distributed.
     """
+    environment.refuse_second_group()
     launched = environment.launched_world_size()
     world_size = launched or 1
     if world_size % (tensor * pipeline):

@@ -6,6 +6,7 @@ import io
 import queue
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from ee_llm.distributed import devices, environment
 from ee_llm.errors import RunError, UserError
 
 _MAX_IN_FLIGHT = 32  # tensors; a pass sends up to four
+_UNLIMITED = datetime.timedelta(days=10_000)  # gloo adds it to the time since the machine started
 
 
 class RankLostError(RunError):
@@ -28,8 +30,9 @@ class InferenceGrid:
     """This rank's pipeline stage and tensor rank, and its communication with the other ranks.
 
     Rank 0 (stage 0, tensor rank 0) is the leader: it is the only rank that receives requests.
-    Bytes travel over CPU groups, hidden states over groups of the device's backend. Every wait
-    ends after `timeout_s` seconds with a RankLostError.
+    Bytes travel over CPU groups, hidden states over groups of the device's backend. A wait within a
+    pass ends after `timeout_s` seconds with a RankLostError. A rank waits for its next message
+    without a limit, since the engine may be idle, but fails at once if the sender's process ends.
     """
 
     tensor_rank: int
@@ -46,6 +49,8 @@ class InferenceGrid:
     _results: "queue.SimpleQueue[tuple[int, bytes] | Exception]" = field(
         default_factory=queue.SimpleQueue
     )
+    describe_lost: Callable[[], str] | None = None
+    """Returns a sentence about a lost rank, empty if none is known to have ended."""
     _sent: "deque[tuple[dist.Work, Tensor]]" = field(default_factory=deque)
     _listeners: list[threading.Thread] = field(default_factory=list)
     _is_shut_down: bool = False
@@ -72,15 +77,12 @@ class InferenceGrid:
         """Return the message of tensor rank 0 on every rank of its tensor-parallel group."""
         if self.tensor_size == 1:
             return message
-        source = dist.get_process_group_ranks(self._tensor_control)[0]
-        size = torch.tensor([len(message)])
-        self._try(lambda: dist.broadcast(size, source, self._tensor_control))
-        data = (
-            _bytes(message) if self.tensor_rank == 0 else torch.empty(int(size), dtype=torch.uint8)
-        )
-        if len(data):
-            self._try(lambda: dist.broadcast(data, source, self._tensor_control))
-        return data.numpy().tobytes()
+        source, *others = dist.get_process_group_ranks(self._tensor_control)
+        if self.tensor_rank > 0:
+            return self._receive_message(source, self._tensor_control)
+        for peer in others:
+            self._send_message(message, peer, self._tensor_control)
+        return message
 
     def send_next(self, message: bytes, hidden: Tensor) -> None:
         """Send a message and hidden states [t, h] to the next stage, without blocking."""
@@ -93,7 +95,7 @@ class InferenceGrid:
     def receive_previous(self, hidden_size: int, dtype: torch.dtype) -> tuple[bytes, Tensor]:
         """Return the message and the hidden states [t, h] that the previous stage sent."""
         peer = self._column_ranks[self.stage - 1]
-        sizes = self._receive(torch.empty(2, dtype=torch.int64), peer, self._column_control)
+        sizes = self._receive_next(torch.empty(2, dtype=torch.int64), peer, self._column_control)
         message = torch.empty(int(sizes[0]), dtype=torch.uint8)
         message = self._receive(message, peer, self._column_control)
         hidden = torch.empty(int(sizes[1]), hidden_size, dtype=dtype, device=devices.device())
@@ -152,9 +154,7 @@ class InferenceGrid:
 
     def send_result(self, message: bytes) -> None:
         """Send a message to the leader, from tensor rank 0 of any stage after the first."""
-        group = self._result_groups[self.stage]
-        self._send(torch.tensor([len(message)]), 0, group)
-        self._send(_bytes(message), 0, group)
+        self._send_message(message, 0, self._result_groups[self.stage])
 
     def flush(self) -> None:
         """Wait at the end of a run until all sends are complete.
@@ -200,7 +200,8 @@ class InferenceGrid:
         except queue.Empty:
             if not wait:
                 return None
-            raise RankLostError(f"no stage sent a result within {self.timeout_s:g} s") from None
+            message = f"no stage sent a result within {self.timeout_s:g} s"
+            raise RankLostError(self._lost() or message) from None
         if isinstance(result, Exception):
             raise result
         return result
@@ -209,9 +210,7 @@ class InferenceGrid:
         peer = next(rank for rank in dist.get_process_group_ranks(group) if rank != 0)
         try:
             while True:
-                size = self._receive(torch.empty(1, dtype=torch.int64), peer, group)
-                data = torch.empty(int(size), dtype=torch.uint8)
-                message = self._receive(data, peer, group).numpy().tobytes()
+                message = self._receive_message(peer, group)
                 self._results.put((stage, message))
                 if not message:  # the stage has ended
                     return
@@ -220,6 +219,15 @@ class InferenceGrid:
         except ValueError:  # raised by torch for a group that `shutdown` destroyed
             if not self._is_shut_down:
                 raise
+
+    def _send_message(self, message: bytes, peer: int, group: dist.ProcessGroup) -> None:
+        self._send(torch.tensor([len(message)]), peer, group)
+        self._send(_bytes(message), peer, group)
+
+    def _receive_message(self, peer: int, group: dist.ProcessGroup) -> bytes:
+        size = self._receive_next(torch.empty(1, dtype=torch.int64), peer, group)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        return self._receive(data, peer, group).numpy().tobytes()
 
     def _send(self, tensor: Tensor, peer: int, group: dist.ProcessGroup) -> None:
         if not tensor.numel():
@@ -235,14 +243,24 @@ class InferenceGrid:
             self._try(lambda: dist.recv(tensor, peer, group))
         return tensor
 
+    def _receive_next(self, tensor: Tensor, peer: int, group: dist.ProcessGroup) -> Tensor:
+        """Receive the start of the next message over a CPU group, however long that takes."""
+        work = self._try(lambda: dist.irecv(tensor, peer, group))
+        self._try(lambda: work.wait(_UNLIMITED))
+        return tensor
+
     def _try(self, communicate):
         try:
             return communicate()
         except RuntimeError as error:
-            raise RankLostError(
+            message = (
                 f"stage {self.stage}, tensor rank {self.tensor_rank} lost another rank, or waited "
                 f"{self.timeout_s:g} s for it. Look at the output of the other ranks first: {error}"
-            ) from error
+            )
+            raise RankLostError(self._lost() or message) from error
+
+    def _lost(self) -> str:
+        return self.describe_lost() if self.describe_lost and not self._is_shut_down else ""
 
 
 def check_gpus(tensor: int, pipeline: int) -> None:
@@ -256,26 +274,57 @@ def check_gpus(tensor: int, pipeline: int) -> None:
         )
 
 
-def connect(*, tensor: int = 1, pipeline: int = 1, timeout_s: float = 600) -> InferenceGrid:
-    """Join the tensor x pipeline ranks that decode one model, from torchrun's environment.
+def connect(
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    timeout_s: float = 600,
+    store: dist.Store | None = None,
+    rank: int = 0,
+) -> InferenceGrid:
+    """Join the tensor x pipeline ranks that decode one model.
+
+    Args:
+        tensor: Number of tensor-parallel ranks of each pipeline stage.
+        pipeline: Number of pipeline stages.
+        timeout_s: Maximum number of seconds to wait for another rank within a pass.
+        store: Store through which the ranks find each other. By default, the rank, the world size
+            and the address of the store come from torchrun's environment.
+        rank: Rank of this process, if `store` is given.
 
     Raises:
-        UserError: The environment is invalid, or the world size is not tensor x pipeline.
+        UserError: The environment is invalid, the world size is not tensor x pipeline, or this
+            process already uses torch.distributed.
+        RankLostError: Not all ranks joined in time.
     """
-    world_size = environment.launched_world_size() or 1
+    environment.refuse_second_group()
+    world_size = tensor * pipeline if store else environment.launched_world_size() or 1
     if world_size != tensor * pipeline:
         raise UserError(
             f"tensor = {tensor} x pipeline = {pipeline} needs {tensor * pipeline} ranks, but the "
             f"world size is {world_size}. Start {tensor * pipeline} ranks."
         )
     timeout = datetime.timedelta(seconds=timeout_s)
+    options: dict[str, Any] = {}
+    if store is not None:
+        store.set_timeout(timeout)
+        options = {"store": store, "rank": rank, "world_size": world_size}
     try:
-        dist.init_process_group(devices.backend(), timeout=timeout)
-    except RuntimeError as error:
+        dist.init_process_group(devices.backend(), timeout=timeout, **options)
+        return _make_grid(tensor, pipeline, timeout)
+    except BaseException as error:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if not isinstance(error, RuntimeError):
+            raise
         raise RankLostError(
             f"not all of {world_size} ranks joined within {timeout_s:g} s. Look at the output of"
             f" the other ranks first: {error}"
         ) from error
+
+
+def _make_grid(tensor: int, pipeline: int, timeout: datetime.timedelta) -> InferenceGrid:
+    """Create the groups of all ranks, collectively."""
     rank = dist.get_rank()
     stage, tensor_rank = divmod(rank, tensor)
 
@@ -295,7 +344,7 @@ def connect(*, tensor: int = 1, pipeline: int = 1, timeout_s: float = 600) -> In
         tensor_size=tensor,
         stage=stage,
         num_stages=pipeline,
-        timeout_s=timeout_s,
+        timeout_s=timeout.total_seconds(),
         _tensor_group=own_group(rows, devices.backend()),
         _tensor_control=own_group(rows, "gloo"),
         _column_ranks=columns[tensor_rank],

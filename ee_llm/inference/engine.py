@@ -72,7 +72,7 @@ class Engine(EngineBase):
         """
         self.scheduler_config = scheduler_config or SchedulerConfig()
         self.scheduler = Scheduler(len(config.exits.boundaries) + 1, self.scheduler_config)
-        super().__init__(config, self.scheduler, detokenize)
+        super().__init__(config, self.scheduler, detokenize, ranks)
         (layer_ranges,) = partition_layers(config)
         stage = ModelStage(
             config,
@@ -92,24 +92,24 @@ class Engine(EngineBase):
     def _advance(self) -> list[Sequence]:
         """Run one pass and return the sequences that it changed.
 
-        After an exception, unless a rank is lost, all requests continue with the tokens decided so
-        far, and the cache contains nothing of the pass.
+        After an exception all requests continue with the tokens decided so far, and the cache
+        contains nothing of the pass. With several ranks, an interrupt or an exception within a pass
+        ends the engine on all of them, because it leaves them out of step.
         """
         start = time.perf_counter()
         output = self.scheduler.schedule()
         if output is None:
-            self.runner.heartbeat()
             return []
         running = {sequence.slot: sequence for sequence in self.scheduler.running}
         try:
             results = self._results(output, running)
             self._update_deferral(output, results, running, time.perf_counter() - start)
             self.scheduler.apply(output, results)
-        except distributed.RankLostError:
-            raise
         except BaseException as error:
-            # After an interrupt the other ranks no longer respond; without them the engine goes on.
-            if isinstance(error, Exception) or not self.runner.has_workers:
+            is_in_step = self.runner.is_in_step and isinstance(error, Exception)
+            if self.runner.has_workers and not is_in_step:
+                self._end()
+            else:
                 self.scheduler.reset()
                 self.runner.clear()
             raise
@@ -119,8 +119,7 @@ class Engine(EngineBase):
         """Run passes for the leader until it shuts down; for the other tensor-parallel ranks."""
         self.runner.worker_loop()
 
-    def close(self) -> None:
-        """Shut down the other ranks of the engine."""
+    def _shutdown(self) -> None:
         self.runner.shutdown()
 
     def _results(

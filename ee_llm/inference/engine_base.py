@@ -5,11 +5,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Self
 
+from ee_llm import distributed
 from ee_llm.config import Config
 from ee_llm.errors import RequestError, RunError
 from ee_llm.inference.outputs import RequestOutput, StepOutput, TokenOutput
 from ee_llm.inference.request import Request
 from ee_llm.inference.scheduling.base import SchedulerBase
+from ee_llm.inference.scheduling.engine_lock import EngineLock
 from ee_llm.inference.sequence import Sequence
 from ee_llm.inference.text.detokenizer import Detokenize
 
@@ -32,8 +34,7 @@ class OutputStream(Iterator[StepOutput]):
 
     def __next__(self) -> StepOutput:
         try:
-            while not self._outputs and self._engine.is_running(self._sequence):
-                self._engine.advance()
+            self._engine.advance_while(self._is_waiting)
         except BaseException:
             self.close()
             raise
@@ -50,8 +51,10 @@ class OutputStream(Iterator[StepOutput]):
         """Abort the request unless it is finished, and drop outputs that were not read."""
         self._outputs.clear()
         self._is_over = True
-        if self._engine.is_running(self._sequence):
-            self._engine.abort(self._sequence.request.id)
+        self._engine.abort_sequence(self._sequence)
+
+    def _is_waiting(self) -> bool:
+        return not self._outputs and self._engine.is_running(self._sequence)
 
     def __enter__(self) -> Self:
         return self
@@ -70,24 +73,33 @@ class EngineBase(ABC):
     yields its own, `generate` returns its own, and `step` returns those of requests submitted with
     `add`.
 
+    Several threads may call all methods but `step` at the same time. A lock lets one of them run a
+    step at a time, and each step serves the requests of all.
+
     Attributes:
         config: The model's configuration.
         boundaries: Boundaries of all exits, the final one last.
     """
 
     def __init__(
-        self, config: Config, scheduler: SchedulerBase, detokenize: Detokenize | None
+        self,
+        config: Config,
+        scheduler: SchedulerBase,
+        detokenize: Detokenize | None,
+        ranks: distributed.InferenceGrid | None,
     ) -> None:
         self.config = config
         self.boundaries = (*config.exits.boundaries, config.model.num_layers)
         self._scheduler = scheduler
         self._detokenize = detokenize
+        self._ranks = ranks
+        self._is_open = True
         self._sequences: dict[str, Sequence] = {}
         self._num_reported: dict[str, int] = {}
         self._inboxes: dict[str, deque[StepOutput]] = {}
         self._inbox: deque[StepOutput] = deque()  # of requests submitted with `add`
-        self._is_advancing = False
-        self._abandoned: list[Sequence] = []
+        self._lock = EngineLock(self._abort_abandoned)
+        self._abandoned: deque[Sequence] = deque()
 
     @abstractmethod
     def _advance(self) -> list[Sequence]:
@@ -102,8 +114,29 @@ class EngineBase(ABC):
         """
 
     @abstractmethod
+    def _shutdown(self) -> None:
+        """Complete the passes in flight and shut down the other ranks."""
+
     def close(self) -> None:
-        """Shut down the other ranks of the engine."""
+        """Shut down the other ranks once the passes in flight are complete.
+
+        Do nothing if the engine is closed already or was ended by an exception. A rank that is lost
+        meanwhile is not an error.
+        """
+        with self._lock.held():
+            if not self._is_open:
+                return
+            self._is_open = False
+            try:
+                self._shutdown()
+            except distributed.RankLostError:
+                self._end()
+
+    def _end(self) -> None:
+        """End the engine on all ranks after an exception that leaves them out of step."""
+        self._is_open = False
+        if self._ranks is not None:
+            self._ranks.shutdown()
 
     @property
     def has_work(self) -> bool:
@@ -113,39 +146,47 @@ class EngineBase(ABC):
     def step(self) -> list[StepOutput]:
         """Run one engine step and return the new outputs of requests submitted with `add`.
 
-        With several ranks, call this periodically when idle; it sends heartbeats. A request whose
-        logits are not finite ends with the finish reason `error`; others continue.
+        A request whose logits are not finite ends with the finish reason `error`; others continue.
         """
-        self.advance()
-        outputs = list(self._inbox)
-        self._inbox.clear()
+        with self._lock.held():
+            self.advance()
+            outputs = list(self._inbox)
+            self._inbox.clear()
         return outputs
 
     def advance(self) -> None:
-        """Run one engine step and keep the outputs for the callers that submitted the requests."""
-        self._is_advancing = True
-        try:
+        """Run one engine step and keep the outputs for the callers that submitted the requests.
+
+        Raises:
+            RunError: The engine was closed or ended by an exception.
+        """
+        with self._lock.held():
+            if not self._is_open:
+                raise RunError("The engine was closed or ended by an exception. Build a new one.")
             changed = {sequence.request.id: sequence for sequence in self._advance()}
             for id, sequence in changed.items():
                 if not self.is_running(sequence):
                     continue
-                inbox = self._inboxes.get(id, self._inbox)
+                inbox = self._inboxes[id]
                 if output := self._step_output(sequence):
                     inbox.append(output)
-        finally:
-            self._is_advancing = False
-            while self._abandoned:
-                self.abandon(self._abandoned.pop())
+
+    def advance_while(self, is_needed: Callable[[], bool]) -> None:
+        """Run engine steps while `is_needed` returns true; other threads may do so in between."""
+        while is_needed():
+            with self._lock.held():
+                if is_needed():  # Another thread may have run the step meanwhile.
+                    self.advance()
+            self._lock.let_others_run()
 
     def abandon(self, sequence: Sequence) -> None:
-        """Abort a sequence, unless it is finished, once the current step has ended.
+        """Abort a sequence, unless it is finished, without waiting for the lock.
 
-        Garbage collection calls this, which may happen at any moment of a step.
+        Garbage collection calls this, in any thread and at any moment. If the engine is busy, the
+        sequence is aborted at the end of the current call.
         """
-        if self._is_advancing:
-            self._abandoned.append(sequence)
-        elif self.is_running(sequence):
-            self.abort(sequence.request.id)
+        self._abandoned.append(sequence)
+        self._lock.run_if_free()
 
     def is_running(self, sequence: Sequence) -> bool:
         """Return whether a sequence is unfinished; another one may have taken its id."""
@@ -193,18 +234,24 @@ class EngineBase(ABC):
 
     def add(self, request: Request) -> None:
         """Queue a request; raises RequestError if it cannot be served."""
-        if request.id in self._sequences:
-            raise RequestError(
-                f"Request id {request.id!r} is in use. Unfinished requests need unique ids."
+        self._add(request, self._inbox)
+
+    def _add(self, request: Request, inbox: deque[StepOutput]) -> Sequence:
+        with self._lock.held():
+            if request.id in self._sequences:
+                raise RequestError(
+                    f"Request id {request.id!r} is in use. Unfinished requests need unique ids."
+                )
+            self.check(request)
+            model = self.config.model
+            sequence = Sequence(
+                request, self.boundaries, model.max_seq_length, model.vocab_size, self._detokenize
             )
-        self.check(request)
-        model = self.config.model
-        sequence = Sequence(
-            request, self.boundaries, model.max_seq_length, model.vocab_size, self._detokenize
-        )
-        self._scheduler.add(sequence)
-        self._sequences[request.id] = sequence
-        self._num_reported[request.id] = 0
+            self._scheduler.add(sequence)
+            self._sequences[request.id] = sequence
+            self._num_reported[request.id] = 0
+            self._inboxes[request.id] = inbox
+        return sequence
 
     def abort(self, id: str) -> RequestOutput | None:
         """Abort a request and return its output so far; None if it has no token yet.
@@ -212,22 +259,30 @@ class EngineBase(ABC):
         Outputs of the request that were not read yet are dropped. Raises RequestError if no
         unfinished request has this id.
         """
-        if id not in self._sequences:
-            raise RequestError(f"Request id {id!r} is finished, aborted or unknown.")
-        sequence = self._sequences[id]
-        sequence.finish_reason = "abort"
-        self._scheduler.remove(sequence)
-        inbox = self._inboxes.get(id, self._inbox)
-        kept = [output for output in inbox if output.request_id != id]
-        inbox.clear()
-        inbox.extend(kept)
-        self._forget(id)
-        return _request_output(sequence) if sequence.exits else None
+        with self._lock.held():
+            if id not in self._sequences:
+                raise RequestError(f"Request id {id!r} is finished, aborted or unknown.")
+            sequence = self._sequences[id]
+            sequence.finish_reason = "abort"
+            self._scheduler.remove(sequence)
+            inbox = self._inboxes[id]
+            for output in list(inbox):
+                if output.request_id == id:
+                    inbox.remove(output)
+            self._forget(id)
+            return _request_output(sequence) if sequence.exits else None
+
+    def abort_sequence(self, sequence: Sequence) -> None:
+        """Abort a sequence unless it is finished."""
+        with self._lock.held():
+            if self.is_running(sequence):
+                self.abort(sequence.request.id)
 
     def abort_all(self) -> None:
         """Abort all unfinished requests; their streams raise RunError."""
-        for id in list(self._sequences):
-            self.abort(id)
+        with self._lock.held():
+            for id in list(self._sequences):
+                self.abort(id)
 
     def stream(self, request: Request) -> OutputStream:
         """Return an iterator over the outputs of one request; other requests continue meanwhile.
@@ -235,9 +290,8 @@ class EngineBase(ABC):
         Several streams may be open, and `step` may be called beside them. Raises RequestError at
         once, as `add` does.
         """
-        self.add(request)
-        outputs = self._inboxes[request.id] = deque()
-        return OutputStream(self, self._sequences[request.id], outputs)
+        outputs: deque[StepOutput] = deque()
+        return OutputStream(self, self._add(request, outputs), outputs)
 
     def generate(
         self, requests: Iterable[Request], on_output: Callable[[StepOutput], None] | None = None
@@ -275,17 +329,19 @@ class EngineBase(ABC):
         inbox: deque[StepOutput] = deque()
         try:
             for request in requests:
-                self.add(request)
-                added.append(self._sequences[request.id])
-                self._inboxes[request.id] = inbox
-            while inbox or any(map(self.is_running, added)):
-                if inbox:
-                    yield inbox.popleft()
-                else:
-                    self.advance()
+                added.append(self._add(request, inbox))
+            while True:
+                self.advance_while(lambda: not inbox and any(map(self.is_running, added)))
+                if not inbox:
+                    return
+                yield inbox.popleft()
         finally:
-            for sequence in filter(self.is_running, added):
-                self.abort(sequence.request.id)
+            for sequence in added:
+                self.abort_sequence(sequence)
+
+    def _abort_abandoned(self) -> None:
+        while self._abandoned:
+            self.abort_sequence(self._abandoned.popleft())
 
     def _step_output(self, sequence: Sequence) -> StepOutput | None:
         id = sequence.request.id
@@ -311,8 +367,7 @@ class EngineBase(ABC):
         return StepOutput(id, tokens, _request_output(sequence))
 
     def _forget(self, id: str) -> None:
-        del self._sequences[id], self._num_reported[id]
-        self._inboxes.pop(id, None)
+        del self._sequences[id], self._num_reported[id], self._inboxes[id]
 
 
 def _request_output(sequence: Sequence) -> RequestOutput:

@@ -34,6 +34,12 @@ class LLM(LoadedModel):
     deepest one. The weights, the prompt, the exit policy, the strategy and the sampling parameters
     determine each output; other requests in the batch do not affect it.
 
+    Several threads may call `generate`, `chat` and `stream` at the same time; the engine batches
+    their requests. A stream belongs to one thread.
+
+    Under a launcher such as torchrun, every rank builds an LLM. The leader generates, and all other
+    ranks call `worker_loop`.
+
         with ee_llm.LLM("runs/tuned", dtype="bfloat16") as llm:
             outputs = llm.generate(["Once", "def main("], exits={8: 0.9, 16: 0.8})
             print(outputs[0].text, outputs[0].mean_depth)
@@ -198,6 +204,10 @@ class LLM(LoadedModel):
                 for output in finished:
                     outputs[output.request_id] = replace(output, index=indices[output.request_id])
                     bar.update(task, advance=1)
+        if len(outputs) < len(requests):
+            raise RequestError(
+                "The LLM was closed, or a request aborted, before the outputs were complete."
+            )
         return [outputs[request.id] for request in requests]
 
     def _encode(self, prompt: Prompt, bos: Bos, parse_special: bool) -> EncodedPrompt:

@@ -1,6 +1,7 @@
 """A model that is loaded for inference: its engine, tokenizer and ranks, and its requests."""
 
-import atexit
+import itertools
+import os
 import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 import torch
-import torch.distributed
 
 from ee_llm import distributed
 from ee_llm.checkpoint.read import TensorReader
@@ -95,7 +95,7 @@ class LoadedModel:
             deferral: "auto" defers rows that did not exit until others can share their pass, where
                 that pays; "off" never does.
             chat_template: File with a chat template (Jinja) to use instead of the model's own.
-            timeout_s: Maximum number of seconds to wait for another rank.
+            timeout_s: Maximum number of seconds to wait for another rank within a pass.
 
         Raises:
             UserError: The checkpoint cannot be read, or an argument does not fit the checkpoint or
@@ -122,10 +122,11 @@ class LoadedModel:
         self._policy = resolve_policy(
             DEFAULT_THRESHOLD if exits is None else exits, self.config.exits.boundaries
         )
-        self._num_requests = 0
+        self._request_numbers = itertools.count(1)  # safe to use from several threads
         self._closing = ExitStack()
         self._ranks: distributed.InferenceGrid | None = None
         self._has_workers = False
+        self._finalize: weakref.finalize[..., LoadedModel] | None = None
         self._is_open = False
         if tensor * pipeline > 1:
             self._connect(
@@ -140,11 +141,11 @@ class LoadedModel:
                     "max_num_seqs": max_num_seqs,
                     "cache_tokens": cache_tokens,
                     "attention": attention,
-                    "cuda_graphs": cuda_graphs,
-                    "compile": compile,
+                    "cuda_graphs": bool(cuda_graphs),
+                    "compile": bool(compile),
                     "quantize": quantize,
                     "deferral": deferral,
-                    "timeout_s": timeout_s,
+                    "timeout_s": float(timeout_s),
                 },
             )
         with self._closing.pop_all() as stack:  # closes what was started if the engine fails
@@ -160,6 +161,9 @@ class LoadedModel:
                 ExecutionConfig(attention, cuda_graphs, compile, quantize),
             )
             self._closing = stack.pop_all()
+        if self._ranks is not None and self._has_workers:
+            # Also when this object is garbage-collected, and when Python shuts down.
+            self._finalize = weakref.finalize(self, _abandon_ranks, self._closing, self._ranks)
         self._is_open = True
         if self.is_leader:
             warn_of_large_tokenizer(self.tokenizer, self.config.model.vocab_size)
@@ -199,7 +203,6 @@ class LoadedModel:
         id: str | None = None,
     ) -> Request:
         """Return the request for an encoded prompt. Raises RequestError if it is not valid."""
-        self._num_requests += 1
         speculation = None
         if isinstance(strategy, SelfSpeculation) or strategy == "self-speculative":
             given = strategy if isinstance(strategy, SelfSpeculation) else SelfSpeculation()
@@ -207,7 +210,7 @@ class LoadedModel:
         boundaries = self.config.exits.boundaries
         policy = self._policy if exits is None else resolve_policy(exits, boundaries)
         return Request(
-            id or str(self._num_requests),
+            id or str(next(self._request_numbers)),
             prompt.token_ids,
             policy,
             sampling_params,
@@ -218,8 +221,12 @@ class LoadedModel:
         )
 
     def stream_request(self, request: Request, prompt: str) -> TokenStream:
-        """Return the token stream of a request. `prompt` is the text of its prompt."""
+        """Return the token stream of a request. `prompt` is the text of its prompt.
+
+        Raises RequestError if the request is not valid, or this rank is a worker.
+        """
         self._check_open()
+        self._check_leader()
         return TokenStream(self.engine, request, prompt, self.decode)
 
     def run(
@@ -235,11 +242,12 @@ class LoadedModel:
             prompts: The texts of their prompts, by request id.
 
         Raises:
-            RequestError: A request is not valid, or two have the same id. In this case, none is
-                served.
+            RequestError: A request is not valid, two have the same id, or this rank is a worker. In
+                this case, none is served.
             RunError: Someone else aborted a request. The others are finished first.
         """
         self._check_open()
+        self._check_leader()
         requests = list(requests)
         by_id = {request.id: request for request in requests}
         finished: set[str] = set()
@@ -265,6 +273,8 @@ class LoadedModel:
             return
         self._is_open = False
         self.engine.abort_all()
+        if self._finalize is not None:
+            self._finalize.detach()
         if self._ranks is not None:
             self._closing.callback(self._ranks.shutdown)
             if self._ranks.is_leader:
@@ -308,29 +318,23 @@ class LoadedModel:
     def _connect(
         self, tensor: int, pipeline: int, timeout_s: float, arguments: dict[str, Any]
     ) -> None:
-        if torch.distributed.is_initialized():
-            raise RequestError(
-                f"tensor = {tensor} x pipeline = {pipeline}: this process already uses"
-                " torch.distributed. Close the other LLM, or use a new process."
-            )
+        distributed.refuse_second_group()
         self._has_workers = distributed.launched_world_size() is None
-        if self._has_workers:
-            distributed.check_gpus(tensor, pipeline)
-            workers = Workers(tensor * pipeline, arguments)
-            with ExitStack() as stack:  # ends the workers if one of them fails
+        with ExitStack() as stack:  # ends the workers if one of them fails
+            if self._has_workers:
+                distributed.check_gpus(tensor, pipeline)
+                workers = Workers(tensor * pipeline, arguments)
                 stack.callback(workers.close)
                 workers.wait_until_ready(timeout_s)
-                self._closing = stack.pop_all()
-        else:
-            announce_ready()
-        with self._closing.pop_all() as stack:
+            store = workers.store if self._has_workers else announce_ready()
+            rank = 0 if self._has_workers else int(os.environ["RANK"])
             self._ranks = distributed.connect_serving(
-                tensor=tensor, pipeline=pipeline, timeout_s=timeout_s
+                tensor=tensor, pipeline=pipeline, timeout_s=timeout_s, store=store, rank=rank
             )
+            if self._has_workers:
+                self._ranks.describe_lost = workers.describe_lost
+                stack.callback(self._ranks.shutdown)
             self._closing = stack.pop_all()
-        if self._has_workers:
-            self._closing.callback(self._ranks.shutdown)
-            atexit.register(_abandon_ranks, weakref.ref(self))
 
     def _abandon_ranks(self) -> None:
         """End the workers without a message to them: they notice that this rank is gone.
@@ -340,10 +344,8 @@ class LoadedModel:
         if not self._is_open:
             return
         self._is_open = False
-        self._closing.close()
-        if self._ranks is not None and self._has_workers:
-            # Threads that still run when Python shuts down would abort the process.
-            self._ranks.join_listeners()
+        if self._finalize is not None:
+            self._finalize()
         del self.engine
 
     def _check(
@@ -373,10 +375,15 @@ class LoadedModel:
         if not self._is_open:
             raise RequestError("This LLM is closed. Load the model again.")
 
+    def _check_leader(self) -> None:
+        if not self.is_leader:
+            raise RequestError("This rank is a worker. Call worker_loop().")
 
-def _abandon_ranks(model: "weakref.ref[LoadedModel]") -> None:
-    if (found := model()) is not None:
-        found._abandon_ranks()
+
+def _abandon_ranks(closing: ExitStack, ranks: distributed.InferenceGrid) -> None:
+    closing.close()
+    # Threads that still run when Python shuts down would abort the process.
+    ranks.join_listeners()
 
 
 def _dtype(dtype: DtypeName | torch.dtype) -> torch.dtype:

@@ -1,6 +1,5 @@
 """The engine for pipeline stages: an early exit starts the next token before the pass has ended."""
 
-import time
 from collections.abc import Mapping
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 from ee_llm import distributed
 from ee_llm.architecture.tensors import take_tensors
 from ee_llm.config import Config
-from ee_llm.errors import RunError
 from ee_llm.inference.engine_base import EngineBase
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.execution.pipeline_runner import PipelineRunner
@@ -49,8 +47,8 @@ class PipelineEngine(EngineBase):
         """
         scheduler_config = scheduler_config or SchedulerConfig()
         self.scheduler = PipelineScheduler(scheduler_config, ranks.num_stages)
-        super().__init__(config, self.scheduler, detokenize)
-        self._ranks = ranks
+        super().__init__(config, self.scheduler, detokenize, ranks)
+        self._grid = ranks
         stage = ModelStage(
             config,
             take_tensors(config, tensors, dtype, device),
@@ -62,8 +60,6 @@ class PipelineEngine(EngineBase):
         self._runner = PipelineRunner(
             stage, self.boundaries, scheduler_config, max_length, ranks, execution
         )
-        self._last_sent = time.monotonic()
-        self._is_open = True
         if ranks.is_leader:
             ranks.listen()
 
@@ -72,19 +68,14 @@ class PipelineEngine(EngineBase):
 
         An exception during a pass leaves the ranks out of step, so it ends the engine on all ranks.
         """
-        if not self._is_open:
-            raise RunError("The engine was closed or ended by an exception. Build a new one.")
         changed: list[Sequence] = []
         try:
             output = self.scheduler.schedule()
             if output is not None:
                 changed += self._send(output)
-            elif time.monotonic() - self._last_sent > self._ranks.timeout_s / 3:
-                self._send(self.scheduler.heartbeat())
             changed += self._receive(wait=output is None and self.scheduler.num_in_flight > 0)
         except BaseException:
-            self._is_open = False
-            self._ranks.shutdown()
+            self._end()
             raise
         return changed
 
@@ -92,14 +83,7 @@ class PipelineEngine(EngineBase):
         """Run passes of the leader until it closes; raises RankLostError if a rank is lost."""
         self._runner.worker_loop()
 
-    def close(self) -> None:
-        """Shut down the other ranks once the passes in flight are complete.
-
-        Do nothing if the engine is closed already or was ended by an exception.
-        """
-        if not self._is_open:
-            return
-        self._is_open = False
+    def _shutdown(self) -> None:
         while self.scheduler.num_in_flight:
             self._receive(wait=True)
         self._runner.shutdown()
@@ -110,12 +94,11 @@ class PipelineEngine(EngineBase):
         wait: wait for at least one result.
         """
         changed: list[Sequence] = []
-        while received := self._ranks.next_result(wait=wait):
+        while received := self._grid.next_result(wait=wait):
             _, message = received
             changed += self.scheduler.apply(*decode_results(message))
             wait = False
         return changed
 
     def _send(self, output: PipelineSchedulerOutput) -> list[Sequence]:
-        self._last_sent = time.monotonic()
         return self.scheduler.apply(output.id, self._runner.run_first_stage(output))

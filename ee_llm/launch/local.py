@@ -67,12 +67,11 @@ def run_ranks(num_processes: int, arguments: list[str]) -> Outcome | None:
         from ee_llm import distributed
 
         num_threads = max(1, distributed.num_cores() // num_processes)
-        os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         ranks: list[_Rank] = []
         try:
             for rank in range(num_processes):
-                ranks.append(_Rank(rank, num_processes, store.port, arguments))
+                ranks.append(_Rank(rank, num_processes, store.port, arguments, num_threads))
             return _wait(ranks, requests)
         finally:
             for rank_ in ranks:
@@ -98,7 +97,9 @@ class _Rank:
     Each rank has its own session, so that Ctrl-C at the terminal reaches only the launcher.
     """
 
-    def __init__(self, rank: int, num_ranks: int, port: int, arguments: list[str]) -> None:
+    def __init__(
+        self, rank: int, num_ranks: int, port: int, arguments: list[str], num_threads: int
+    ) -> None:
         self.rank = rank
         self._report: Report | None = None
         self._reader, writer = os.pipe()
@@ -113,10 +114,11 @@ class _Rank:
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher hosts the store
             **launched_environment(writer),
         }
+        defaults = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "OMP_NUM_THREADS": str(num_threads)}
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _START.format(path=sys.path), *arguments],
-                env={"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"} | os.environ | environment,
+                env=defaults | os.environ | environment,
                 pass_fds=[writer],
                 start_new_session=True,
             )

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from typing import NamedTuple
 
 # Environment variable of a rank that `launch` starts: the launcher's process id, and the file
@@ -45,6 +46,17 @@ def die_with_launcher() -> None:
         prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG of sys/prctl.h
     if is_launched() and os.getppid() != int(os.environ[_LAUNCHED].split()[0]):
         os.kill(os.getpid(), signal.SIGKILL)  # the launcher has died already
+
+
+def exit_at_end_of(descriptor: int) -> None:
+    """End this process when the other end of a pipe closes, as at the death of its holder."""
+
+    def watch() -> None:
+        while os.read(descriptor, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def report(message: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ee_llm import distributed
 from ee_llm.architecture.reference import ReferenceModel
@@ -118,9 +119,20 @@ def test_requests_end_at_the_first_nan(tensor: int, pipeline: int, seed: int) ->
     traffic.check(made[count:])
 
 
-def _fail_amid_a_pass(noticed: Path) -> str:
+def _fail_to_connect() -> bool:
+    dist.new_group = lambda *arguments, **options: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        distributed.connect_serving()
+    return dist.is_initialized()
+
+
+def test_failed_connection_leaves_no_process_group() -> None:
+    assert run_ranks(1, _fail_to_connect) == [False]
+
+
+def _fail_amid_a_pass(kind: type[BaseException], tensor: int, pipeline: int, noticed: Path) -> str:
     _, config, tensors = _setting(0)
-    ranks = distributed.connect_serving(pipeline=2, timeout_s=100)
+    ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=100)
     engine = make_engine(config, tensors, SchedulerConfig(), ranks)
     if not ranks.is_leader:
         with pytest.raises(distributed.RankLostError):
@@ -131,11 +143,16 @@ def _fail_amid_a_pass(noticed: Path) -> str:
 
     def fail_at_third(self: ModelStage, *arguments: object) -> object:
         if next(passes) == 3:
-            raise RuntimeError("out of memory")
+            raise kind("out of memory")
         return run(self, *arguments)
 
-    engine._runner._executor.run = fail_at_third.__get__(engine._runner._stage)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    if isinstance(engine, PipelineEngine):
+        engine._runner._executor.run = fail_at_third.__get__(engine._runner._stage)
+    else:
+        engine.runner._executor.run = fail_at_third.__get__(engine.runner.stage)
+    with pytest.raises(kind, match="out of memory"):
+        engine.generate([_request(config)])
+    with pytest.raises(RuntimeError, match="ended by an exception"):
         engine.generate([_request(config)])
     engine.close()
     with pytest.raises(RuntimeError, match="ended by an exception"):
@@ -145,10 +162,33 @@ def _fail_amid_a_pass(noticed: Path) -> str:
     return "failed"
 
 
-def test_exception_in_a_pass_ends_all_ranks_before_the_timeout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
+def test_exception_in_a_pass_ends_all_ranks_before_the_timeout(
+    tmp_path: Path, tensor: int, pipeline: int, kind: type[BaseException]
+) -> None:
     """The ranks are out of step then, and none may wait a hundred seconds for a message."""
-    ended = run_ranks(2, _fail_amid_a_pass, tmp_path / "noticed", timeout_s=50)
+    arguments = (kind, tensor, pipeline, tmp_path / "noticed")
+    ended = run_ranks(2, _fail_amid_a_pass, *arguments, timeout_s=50)
     assert ended == ["failed", "lost"]
+
+
+def _close_after_a_loss(tensor: int, pipeline: int) -> str:
+    _, config, tensors = _setting(0)
+    ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=20)
+    engine = make_engine(config, tensors, SchedulerConfig(), ranks)
+    if not ranks.is_leader:
+        return "lost"
+    time.sleep(2)
+    start = time.monotonic()
+    engine.close()
+    assert time.monotonic() - start < 10
+    return "closed"
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
+def test_close_succeeds_after_a_rank_is_lost(tensor: int, pipeline: int) -> None:
+    assert run_ranks(2, _close_after_a_loss, tensor, pipeline) == ["closed", "lost"]
 
 
 def _events(strategy: str) -> list[str]:
@@ -243,27 +283,29 @@ def test_requests_with_nan_end_without_the_others(tensor: int, pipeline: int) ->
             assert (found.token_ids, found.exits) == (wanted.token_ids, wanted.exits)
 
 
-def _idle(tensor: int, pipeline: int) -> tuple[int, ...]:
+def _idle(tensor: int, pipeline: int) -> list[tuple[int, ...]]:
     _, config, tensors = _setting(0)
-    ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=3)
+    ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=2)
     engine = make_engine(config, tensors, SchedulerConfig(), ranks)
     if not ranks.is_leader:
         engine.worker_loop()
-        return ()
-    until = time.monotonic() + 5
-    while time.monotonic() < until:
-        assert engine.step() == []
-        time.sleep(0.1)
+        return []
+    time.sleep(4)
+    stream = engine.stream(_request(config))
+    streamed = list(next(stream).tokens)
+    time.sleep(4)
+    streamed += [token for output in stream for token in output.tokens]
     (made,) = engine.generate([_request(config)])
     engine.close()
-    return made.token_ids
+    return [tuple(token.token_id for token in streamed), made.token_ids]
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (2, 2)])
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
 def test_idle_ranks_do_not_time_out(tensor: int, pipeline: int) -> None:
-    """Five seconds without a request are longer than the timeout of three."""
-    tokens, *_ = run_ranks(tensor * pipeline, _idle, tensor, pipeline)
-    assert len(tokens) == 20
+    """The pauses, without a request and within a stream, are longer than the timeout."""
+    (streamed, generated), *_ = run_ranks(tensor * pipeline, _idle, tensor, pipeline)
+    assert len(generated) == 20
+    assert streamed == generated
 
 
 def _lose(tensor: int, pipeline: int, lost: int, hangs_s: float) -> float:
@@ -291,7 +333,8 @@ _DIES, _HANGS = 0.5, 12.0
     ("tensor", "pipeline", "lost", "hangs_s"),
     [
         (2, 1, 1, _DIES),
-        (2, 1, 0, _HANGS),
+        (2, 1, 0, _DIES),
+        (2, 1, 1, _HANGS),
         (1, 2, 1, _HANGS),
         (1, 2, 0, _DIES),
         (2, 2, 3, _DIES),
@@ -300,7 +343,10 @@ _DIES, _HANGS = 0.5, 12.0
 def test_all_ranks_end_when_one_is_lost(
     tensor: int, pipeline: int, lost: int, hangs_s: float
 ) -> None:
-    """None of the others may still wait some seconds after the timeout of four."""
+    """None of the others may still wait some seconds after the timeout of four.
+
+    A leader that hangs does not end the others: it looks like an idle one.
+    """
     waited = run_ranks(tensor * pipeline, _lose, tensor, pipeline, lost, hangs_s)
     assert max(waited) < 11
 

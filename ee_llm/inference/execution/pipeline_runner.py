@@ -66,7 +66,7 @@ class PipelineRunner:
         stage_results: list[StageResult] = []
         runs = runs_of(output.ranges)
         is_early = False
-        for index, segment in enumerate(self._segments if output.ranges else ()):
+        for index, segment in enumerate(self._segments):
             frozen = [
                 frontier.row
                 for frontier, exit in zip(output.frontiers, exited, strict=True)

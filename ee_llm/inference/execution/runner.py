@@ -20,14 +20,18 @@ from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.deferral import LatencyProfile
 from ee_llm.inference.scheduling.output import SchedulerOutput, SegmentStep, TokenRange
 
-# Messages of the leading rank: a heartbeat, a pass that returns logits, a pass that returns
-# summaries, and a reset.
-_HEARTBEAT, _LOGITS, _SUMMARIES, _CLEAR = b"-", b"w", b"s", b"c"
+# Messages of the leading rank: a pass that returns logits, one that returns summaries, and a reset.
+_LOGITS, _SUMMARIES, _CLEAR = b"w", b"s", b"c"
 PROFILED_NUM_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Runner:
-    """A model with its K/V cache, and ring buffers for the pending rows at each boundary."""
+    """A model with its K/V cache, and ring buffers for the pending rows at each boundary.
+
+    Attributes:
+        is_in_step: Whether the worker ranks wait for the next message; false within a pass, and
+            after one that failed.
+    """
 
     def __init__(
         self,
@@ -39,7 +43,7 @@ class Runner:
     ) -> None:
         self.stage = stage
         self._ranks = ranks
-        self._last_sent = time.monotonic()
+        self.is_in_step = True
         self._num_slots, self._num_pending = (
             scheduler_config.max_num_seqs,
             scheduler_config.max_pending,
@@ -56,14 +60,18 @@ class Runner:
         """Return the logits [r, v] of the pass's `logit_rows`, in order."""
         if self._ranks is None:
             return self._run(output)
-        self._broadcast(_LOGITS + encode_scheduler_output(output))
-        return self._ranks.gather(self._run(output))
+        self._start(_LOGITS, output)
+        logits = self._ranks.gather(self._run(output))
+        self.is_in_step = True
+        return logits
 
     def run_summarized(self, output: SchedulerOutput) -> Tensor:
         """Return summaries [r, 3 * ranks] of the logits of the pass (see `summarize`)."""
         assert self._ranks is not None, "a single rank has all logits"
-        self._broadcast(_SUMMARIES + encode_scheduler_output(output))
-        return self._ranks.gather(self._summary(output))
+        self._start(_SUMMARIES, output)
+        summaries = self._ranks.gather(self._summary(output))
+        self.is_in_step = True
+        return summaries
 
     def clear(self) -> None:
         """Zero all keys, values and pending rows, on the worker ranks too.
@@ -98,17 +106,17 @@ class Runner:
 
     def shutdown(self) -> None:
         """Shut down the worker ranks."""
-        self._broadcast(b"")
+        if self._ranks:
+            self._ranks.broadcast(b"")
+            self._ranks.flush()
 
-    def heartbeat(self) -> None:
-        """Send a heartbeat to the worker ranks if it is due; call this periodically when idle."""
-        if self._ranks and time.monotonic() - self._last_sent > self._ranks.timeout_s / 3:
-            self._broadcast(_HEARTBEAT)
+    def _start(self, kind: bytes, output: SchedulerOutput) -> None:
+        self.is_in_step = False
+        self._broadcast(kind + encode_scheduler_output(output))
 
     def _broadcast(self, message: bytes) -> None:
         if self._ranks:
             self._ranks.broadcast(message)
-            self._last_sent = time.monotonic()
 
     def _summary(self, output: SchedulerOutput) -> Tensor:
         return summarize(self._run(output), self.stage.first_id)

@@ -128,10 +128,6 @@ class PipelineScheduler(SchedulerBase):
                 budget -= stop - start
         return self._send(scheduled) if scheduled else None
 
-    def heartbeat(self) -> PipelineSchedulerOutput:
-        """Return a pass without rows, which shows all stages that the first one is alive."""
-        return self._send([])
-
     def apply(self, pass_id: int, results: Items[StageResult]) -> list[Sequence]:
         """Apply the results of a stage, once per stage and pass; return the changed sequences."""
         sent = next(one for one in self._in_flight if one.output.id == pass_id)

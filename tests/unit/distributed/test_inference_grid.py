@@ -19,12 +19,12 @@ def test_listener_ends_silently_after_shutdown(monkeypatch, is_shut_down) -> Non
     """An interrupted leader destroys its groups while a listener may be between two messages."""
     leader, errors = make_leader(), []
 
-    def receive(tensor: torch.Tensor, peer: int, group: object) -> None:
+    def receive(tensor: torch.Tensor, peer: int, group: object) -> dist.Work:
         leader._is_shut_down = is_shut_down
         raise ValueError("Group is not registered")
 
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1])
-    monkeypatch.setattr(dist, "recv", receive)
+    monkeypatch.setattr(dist, "irecv", receive)
     monkeypatch.setattr(threading, "excepthook", errors.append)
     leader.listen()
     leader.join_listeners()

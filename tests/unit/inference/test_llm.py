@@ -3,8 +3,10 @@
 import gc
 import json
 import re
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from ee_llm.inference.sequence import Sequence
 from ee_llm.inference.strategies import SelfSpeculation
 from ee_llm.inference.text.detokenizer import GeneratedText
 from ee_llm.inference.verification.reference_decoding import generate_reference
+from tests.ended import is_gone
 from tests.unit.inference.models import random_tensors, tiny_config
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -308,6 +311,37 @@ def test_two_requests_with_the_same_id_are_refused(llm: LLM) -> None:
     assert not llm.engine.has_work
 
 
+def test_several_threads_may_generate_and_stream(llm: LLM) -> None:
+    """Their requests share batches, and each gets its own outputs."""
+    params = SamplingParams(max_tokens=8)
+    prompts = [f"prompt {number}" for number in range(4)]
+    expected = [output.token_ids for output in llm.generate(prompts, params)]
+
+    def generate(prompt: str) -> set[tuple[int, ...]]:
+        return {llm.generate(prompt, params)[0].token_ids for _ in range(10)}
+
+    def stream(prompt: str) -> set[tuple[int, ...]]:
+        return {tuple(token.token_id for token in llm.stream(prompt, params)) for _ in range(10)}
+
+    with ThreadPoolExecutor(8) as threads:
+        found = [threads.submit(call, one) for call in (generate, stream) for one in prompts]
+        results = [future.result(timeout=300) for future in found]
+    assert results == [{tokens} for tokens in expected * 2]
+    assert not llm.engine.has_work
+
+
+def test_closing_the_model_ends_the_generation_of_another_thread(run: Path) -> None:
+    llm = LLM(run, dtype="float64")
+    with ThreadPoolExecutor(1) as threads:
+        params = SamplingParams(max_tokens=50, ignore_eos=True)
+        found = threads.submit(lambda: [llm.generate("a", params) for _ in range(1000)])
+        while not llm.engine.has_work:
+            assert not found.done()
+        llm.close()
+        with pytest.raises((RequestError, RunError), match="closed"):
+            found.result(timeout=100)
+
+
 def test_chat_formats_with_the_template(llm: LLM) -> None:
     messages = [{"role": "user", "content": "Hello"}]
     params = SamplingParams(max_tokens=4)
@@ -398,6 +432,19 @@ def test_closing_the_model_ends_its_streams(run: Path) -> None:
     assert stream.output is None
     with pytest.raises(RequestError, match="closed"):
         llm.worker_loop()
+
+
+def test_a_worker_takes_no_requests(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LLM, "is_leader", False)
+    request = llm.make_request(llm.encoder.encode_text("a"), SamplingParams())
+    for call in (
+        lambda: llm.generate("a"),
+        lambda: llm.chat([{"role": "user", "content": "a"}]),
+        lambda: llm.stream("a"),
+        lambda: list(llm.run([request], {request.id: "a"})),
+    ):
+        with pytest.raises(RequestError, match=r"This rank is a worker. Call worker_loop\(\)."):
+            call()
 
 
 @pytest.mark.parametrize("how", ["abort", "close"])
@@ -565,4 +612,111 @@ assert time.monotonic() - start < 60
 def test_a_rank_that_does_not_start_is_reported_immediately(run: Path) -> None:
     command = [sys.executable, "-c", _FAILING, str(run)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+_BUILT_IN_A_THREAD = """
+import sys, threading
+from ee_llm import LLM, SamplingParams
+made = []
+thread = threading.Thread(target=lambda: made.append(LLM(sys.argv[1], dtype="float32", tensor=2)))
+thread.start()
+thread.join()
+with made[0] as llm:
+    assert len(llm.generate("a", SamplingParams(max_tokens=2))[0].token_ids) == 2
+"""
+
+_KILLED = """
+import os, signal, subprocess, sys
+started = []
+
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        started.append(self)
+
+subprocess.Popen = Popen
+from ee_llm import LLM
+llm = LLM(sys.argv[1], dtype="float32", tensor=2)
+print(started[0].pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def _run_script(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own: a process group is for ranks alone."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_workers_outlive_the_thread_that_started_them(run: Path) -> None:
+    done = _run_script(_BUILT_IN_A_THREAD, run)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_workers_end_when_their_leader_is_killed(run: Path) -> None:
+    done = _run_script(_KILLED, run)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert is_gone(int(done.stdout))
+
+
+_LEFT_TO_THE_COLLECTOR = """
+import gc, os, signal, subprocess, sys
+started = []
+
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        started.append(self)
+
+subprocess.Popen = Popen
+import torch
+from ee_llm import LLM, SamplingParams, distributed
+from ee_llm.errors import RunError, UserError
+
+def load():
+    return LLM(sys.argv[1], dtype="float32", tensor=2)
+
+environment, params = dict(os.environ), SamplingParams(max_tokens=2)
+llm = load()
+assert dict(os.environ) == environment
+try:
+    distributed.initialize()
+except UserError as error:
+    assert "Close the LLM" in str(error)
+assert llm.generate("a", params)
+del llm
+gc.collect()
+assert started[0].poll() is not None
+assert not torch.distributed.is_initialized()
+
+llm = load()
+os.kill(started[1].pid, signal.SIGKILL)
+try:
+    llm.generate("a", params)
+except RunError as error:
+    assert str(error) == "Rank 1 of the engine ended: killed by signal 9", error
+else:
+    raise AssertionError("the lost rank was not noticed")
+llm.close()
+
+def fail(*arguments, **options):
+    raise OSError("no process")
+
+subprocess.Popen = fail
+try:
+    load()
+except OSError as error:
+    assert str(error) == "no process"
+assert dict(os.environ) == environment
+assert not torch.distributed.is_initialized()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_leave_nothing_behind(run: Path) -> None:
+    """No process, process group or variable of the environment."""
+    done = _run_script(_LEFT_TO_THE_COLLECTOR, run)
     assert done.returncode == 0, done.stderr

@@ -34,6 +34,16 @@ def test_every_rank_runs_the_command() -> None:
     assert done.stdout.replace("\n", "") == f"ee-llm {ee_llm.__version__}" * 2
 
 
+def test_launcher_keeps_its_environment() -> None:
+    code = (
+        "import os; from ee_llm.launch.local import launch; before = dict(os.environ);"
+        " launch(2, ['--version']); assert dict(os.environ) == before"
+    )
+    environment = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=120)
+    assert done.returncode == 0
+
+
 def test_error_of_every_rank_is_printed_once() -> None:
     """N copies of an error, each with the launcher's own report, would hide the useful line."""
     done = run_ranks("data", "stats", "--prefix", "/nowhere/corpus")
