@@ -115,7 +115,7 @@ RULES = (
         ),
     ),
     Rule("evaluation", never=("megatron",), through=True),
-    Rule("", never=("ee_llm.evaluation",), besides=("evaluation", "api", "cli", "__init__")),
+    Rule("", never=("ee_llm.evaluation",), excluded=("evaluation", "api", "cli", "__init__")),
     Rule("serving", ours=("config", "distributed", "data", "inference", "errors")),
     Rule("api", never=("ee_llm.cli",)),
     Rule("", never=("ee_llm.cli",), excluded=("cli", "launch", "__main__")),
