@@ -7,6 +7,7 @@ from typing import Self
 
 from ee_llm.config import Config
 from ee_llm.errors import RequestError
+from ee_llm.inference.decoding.settings import resolve_contrast
 from ee_llm.inference.outputs import RequestOutput, StepOutput, TokenOutput
 from ee_llm.inference.request import Request
 from ee_llm.inference.scheduling.base import SchedulerBase
@@ -165,6 +166,11 @@ class EngineBase(ABC):
                 f"draft_exit = {speculation.draft_exit} is not an exit. The model has exits at"
                 f" {exits}."
             )
+        contrast = request.contrast
+        if contrast is not None and resolve_contrast(contrast, self.config) != contrast:
+            raise RequestError(
+                f"{contrast} does not name its boundaries and head. Use resolve_contrast first."
+            )
         params = request.sampling_params
         if params.stop and self._detokenize is None:
             raise RequestError(
@@ -319,4 +325,5 @@ def _request_output(sequence: Sequence) -> RequestOutput:
         num_drafted=sequence.num_drafted,
         num_accepted=sequence.num_accepted,
         error=sequence.error,
+        contrast=request.contrast,
     )

@@ -5,8 +5,10 @@ from typing import Literal, get_args
 
 from ee_llm.errors import RequestError
 
-Strategy = Literal["exact", "full", "self-speculative", "propagate"]
+Strategy = Literal["exact", "full", "self-speculative", "propagate", "sled", "dola"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+# Every token of these strategies is decided at the final exit.
+FULL_DEPTH: tuple[Strategy, ...] = ("full", "self-speculative", "sled", "dola")
 
 
 @dataclass(frozen=True)
