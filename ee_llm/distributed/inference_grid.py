@@ -14,7 +14,7 @@ from torch import Tensor
 from ee_llm.distributed import devices, environment
 from ee_llm.errors import RunError, UserError
 
-_MAX_IN_FLIGHT = 32  # tensors; a pass sends up to four
+_MAX_IN_FLIGHT = 32  # tensors; a pass sends up to eight
 
 
 class RankLostError(RunError):

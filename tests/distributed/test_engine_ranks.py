@@ -22,6 +22,7 @@ from ee_llm.inference.pipeline_engine import PipelineEngine
 from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.scheduling.config import SchedulerConfig
+from ee_llm.inference.strategies import STRATEGIES
 from tests.distributed.harness import run_ranks
 from tests.unit.inference.engines import make_request
 from tests.unit.inference.fuzz import Traffic, assert_expected, expected, random_traffic, serve
@@ -187,7 +188,6 @@ def test_next_stage_does_not_wait_for_an_exit(strategy: str, order: list[str]) -
     assert events[:2] == order
 
 
-_STRATEGIES = ("exact", "full", "self-speculative", "propagate")
 _POISON = 28
 
 
@@ -218,8 +218,8 @@ def _serve_poison(tensor: int, pipeline: int) -> dict[str, RequestOutput]:
 
 def _poisoned_requests() -> list[Request]:
     requests = []
-    for number in range(16):
-        strategy = _STRATEGIES[number % 4]
+    for number in range(24):
+        strategy = STRATEGIES[number // 2 % len(STRATEGIES)]
         prompt = [1 + number, 2, 3, *range(4, 4 + number % 5)]
         if number % 2:
             prompt[number % len(prompt)] = _POISON

@@ -109,5 +109,47 @@ class EarlyRows:
         rows = torch.stack([kept[boundary][slots] for boundary in boundaries], dim=1).flatten(0, 1)
         return rows if head == "exits" else self._stage.early_logits(rows, head == "final")
 
+    def pack(self, taps: Items[Tap], last: int) -> tuple[Tensor, Tensor]:
+        """Return the rows and logits of taps at boundaries up to `last`, for the next stage.
+
+        Returns:
+            Rows [.., h] and logits [.., v / p], by boundary and then in the order of the taps.
+        """
+        hidden = [torch.empty(0, self._stage.hidden_size)]
+        logits = [torch.empty(0, self._stage.num_logits)]
+        for boundary, found in _by_boundary(taps, last):
+            is_own = found[0].head == "exits"
+            kept = (self._logits if is_own else self._hidden)[boundary]
+            (logits if is_own else hidden).append(kept[self._slots(found)])
+        dtype, device = self._stage.dtype, self._stage.device
+        return (
+            torch.cat([part.to(device, dtype) for part in hidden]),
+            torch.cat([part.to(device, dtype) for part in logits]),
+        )
+
+    def unpack(self, taps: Items[Tap], last: int, hidden: Tensor, logits: Tensor) -> None:
+        """Store what `pack` returned on the previous stage, which ends with layer `last`."""
+        for boundary, found in _by_boundary(taps, last):
+            is_own = found[0].head == "exits"
+            rows = (logits if is_own else hidden)[: len(found)]
+            self.keep(boundary, found, rows)
+            if is_own:
+                logits = logits[len(found) :]
+            else:
+                hidden = hidden[len(found) :]
+
     def _slots(self, taps: list[Tap]) -> Tensor:
         return torch.tensor([tap.slot for tap in taps], device=self._stage.device)
+
+
+def _by_boundary(taps: Items[Tap], last: int) -> Iterator[tuple[int, list[Tap]]]:
+    """Yield boundaries up to `last`, each with its taps, those with the exit's head apart."""
+    for boundary in sorted({at for tap in taps for at in tap.boundaries if at <= last}):
+        for is_own in (False, True):
+            found = [
+                tap
+                for tap in taps
+                if boundary in tap.boundaries and (tap.head == "exits") == is_own
+            ]
+            if found:
+                yield boundary, found

@@ -11,7 +11,7 @@ from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.outputs import RequestOutput, StepOutput
 from ee_llm.inference.request import Request
 from ee_llm.inference.scheduling.output import SchedulerOutput
-from ee_llm.inference.strategies import SelfSpeculation
+from ee_llm.inference.strategies import STRATEGIES, SelfSpeculation
 from tests.unit.inference.engines import (
     DRAWN,
     assert_idle,
@@ -157,7 +157,7 @@ def _abort_after(engine: Engine, num_steps: int, victim: str) -> tuple[dict, Req
 
 
 @pytest.mark.parametrize("num_blocks", [65, 9])
-@pytest.mark.parametrize("victim", ["e", "f", "s", "p"])
+@pytest.mark.parametrize("victim", STRATEGIES)
 def test_an_abort_at_any_step_leaks_nothing(victim: str, num_blocks: int) -> None:
     """One engine through them all, with room for all and without: the others are not disturbed."""
     engine = make_engine(num_blocks=num_blocks)
@@ -167,7 +167,7 @@ def test_an_abort_at_any_step_leaks_nothing(victim: str, num_blocks: int) -> Non
         made, partial = _abort_after(engine, num_steps, victim)
         for id, generation in made.items():
             assert_same(generation, expected[id])
-        assert len(made) == 4 - (victim not in made)
+        assert len(made) == len(STRATEGIES) - (victim not in made)
         if partial is not None:
             num_partial += 1
             count = len(partial.token_ids)
@@ -559,7 +559,7 @@ def test_generate_leaves_nothing_behind_when_it_is_interrupted() -> None:
     with pytest.raises(KeyboardInterrupt):
         engine.generate(one_of_each(), interrupt)
     assert_idle(engine)
-    assert len(engine.generate(one_of_each())) == 4
+    assert len(engine.generate(one_of_each())) == len(STRATEGIES)
 
 
 def test_streams_do_not_take_each_others_updates() -> None:
