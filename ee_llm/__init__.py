@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ee_llm.config import load_config as load_config
     from ee_llm.errors import RunError as RunError
     from ee_llm.errors import UserError as UserError
+    from ee_llm.inference.decoding.settings import SLED as SLED
+    from ee_llm.inference.decoding.settings import DoLa as DoLa
     from ee_llm.inference.exits.policy import ExitPolicy as ExitPolicy
     from ee_llm.inference.llm import LLM as LLM
     from ee_llm.inference.outputs import RequestOutput as RequestOutput
@@ -40,6 +42,8 @@ _EXPORTS = {
     "SamplingParams": "ee_llm.inference.sampling.params",
     "ExitPolicy": "ee_llm.inference.exits.policy",
     "SelfSpeculation": "ee_llm.inference.strategies",
+    "SLED": "ee_llm.inference.decoding.settings",
+    "DoLa": "ee_llm.inference.decoding.settings",
     "RequestOutput": "ee_llm.inference.outputs",
     "TokenOutput": "ee_llm.inference.outputs",
     "VerificationReport": "ee_llm.inference.verification.verify",

@@ -12,6 +12,7 @@ from ee_llm.inference.choices import (
     Measure,
     Quantize,
 )
+from ee_llm.inference.decoding.settings import DoLaLayers, EarlyHead, SLEDLayers, SLEDVariant
 from ee_llm.inference.strategies import Strategy
 
 
@@ -68,7 +69,8 @@ class GenerateOptions:
     """exact exits at the first confident exit. full runs every token through all layers.
     self-speculative drafts at an exit and checks with all layers; its output is that of full.
     propagate exits as exact does and uses the state at the exit for all deeper layers
-    (approximate)."""
+    (approximate). sled and dola run all layers and contrast the final logits with those of early
+    layers."""
 
     draft_exit: int | None = None
     """Exit that drafts, for self-speculative; the first exit by default."""
@@ -78,6 +80,34 @@ class GenerateOptions:
 
     draft_threshold: float | None = None
     """Draft only while the exit's confidence reaches this, for self-speculative; else always."""
+
+    sled_rate: float = 1.0
+    """Step size by which the final logits follow the early layers (evolution rate)."""
+
+    sled_scale: int = 10
+    """Number of most probable tokens that evolve and may be drawn (evolution scale)."""
+
+    sled_tau: float = 1.0
+    """Temperature of the distributions in the update; not used by the released variant."""
+
+    sled_layers: tuple[int | SLEDLayers, ...] = ("all",)
+    """Boundaries of the early logits (0 is the embedding output), all, or alternate (every other
+    one)."""
+
+    sled_variant: SLEDVariant = "paper"
+    """paper follows the paper's algorithm, released the authors' code."""
+
+    dola_layers: tuple[int | DoLaLayers, ...] = ("low",)
+    """Candidate boundaries of the layer to contrast with; low and high are every other boundary in
+    one half of the model. Of several, each row uses the one that differs most."""
+
+    dola_alpha: float = 0.1
+    """Draw only tokens with at least this share of the top token's probability, in (0, 1]."""
+
+    early_head: EarlyHead | Literal["auto"] = "auto"
+    """What computes early logits for sled and dola: the final exit's norm and output weight
+    (final), its output weight alone (raw), or the exits' own heads (exits). auto is final, and raw
+    with --sled-variant released."""
 
     bos: Bos = "auto"
     """Whether prompts begin with the beginning-of-sequence token. auto follows the tokenizer's
