@@ -135,7 +135,7 @@ class Engine(EngineBase):
         if self.runner.has_workers and can_decide_from_summaries(queries):
             return decide_from_summaries(self.runner.run_summarized(output), queries)
         logits = self.runner.run(output)
-        if output.taps:
+        if output.early_queries:
             early = self.runner.early_logits(output)
             logits = contrast_rows(logits, early, [query.contrast for query in queries])
         return decide_exits(logits, queries)

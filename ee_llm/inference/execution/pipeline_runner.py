@@ -12,7 +12,12 @@ from torch import Tensor
 from ee_llm import distributed
 from ee_llm.inference.decoding.contrast import EarlyLogits, contrast_rows
 from ee_llm.inference.execution.attention import Batch, Run, live_runs
-from ee_llm.inference.execution.early_rows import EarlyRows, TappedRow, run_tapped, split_taps
+from ee_llm.inference.execution.early_rows import (
+    EarlyRows,
+    QueriedRow,
+    run_with_early,
+    split_queries,
+)
 from ee_llm.inference.execution.executor import ExecutionConfig, Executor
 from ee_llm.inference.execution.runner import runs_of
 from ee_llm.inference.execution.stage import ModelStage
@@ -25,7 +30,7 @@ from ee_llm.inference.exits.decision import (
     summarize,
 )
 from ee_llm.inference.scheduling.config import SchedulerConfig
-from ee_llm.inference.scheduling.output import Tap, make_tap
+from ee_llm.inference.scheduling.output import EarlyQuery, make_early_query
 from ee_llm.inference.scheduling.pipeline_scheduler import (
     PipelineSchedulerOutput,
     StageResult,
@@ -73,14 +78,16 @@ class PipelineRunner:
         self._executor.prepare(output.new_blocks, output.zeroed)
         stage_results: list[StageResult] = []
         runs = runs_of(output.ranges)
-        tapped = [
-            TappedRow(make_tap(frontier.contrast, frontier.slot, frontier.position), frontier.row)
+        queried = [
+            QueriedRow(
+                make_early_query(frontier.contrast, frontier.slot, frontier.position), frontier.row
+            )
             for frontier in output.frontiers
             if frontier.contrast is not None
         ]
-        taps = [one.tap for one in tapped]
-        if taps and self._ranks.stage > 0:
-            self._receive_early(taps)
+        early_queries = [one.query for one in queried]
+        if early_queries and self._ranks.stage > 0:
+            self._receive_early(early_queries)
         is_early = False
         for index, segment in enumerate(self._segments if output.ranges else ()):
             frozen = [
@@ -93,14 +100,14 @@ class PipelineRunner:
             if index == 0 and self._ranks.stage == 0:
                 tokens = torch.tensor(output.tokens, device=self._stage.device)
                 x = self._stage.embed(tokens, batch.positions)
-            if tapped:
-                x, attended = self._run_tapped(index, x, batch, tapped, runs)
+            if queried:
+                x, attended = self._run_with_early(index, x, batch, queried, runs)
             else:
                 x, attended = self._executor.run(index, x, batch)
             if index == len(self._segments) - 1:
                 is_early = self._may_send_on(output) and (is_late or segment is not None)
             if is_early:
-                self._send_on(passed.message(is_late=True), x, taps)
+                self._send_on(passed.message(is_late=True), x, early_queries)
             if segment is not None:
                 if is_late:
                     exited[:], is_late = self._ranks.receive_previous_numbers(len(exited)), False
@@ -112,7 +119,7 @@ class PipelineRunner:
         if is_early:
             self._ranks.send_next_numbers(exited)
         else:
-            self._send_on(passed.message(), x, taps)
+            self._send_on(passed.message(), x, early_queries)
         return stage_results
 
     def worker_loop(self) -> None:
@@ -151,33 +158,33 @@ class PipelineRunner:
             return self._ranks.broadcast(), self._no_rows()
         return self._ranks.receive_previous(self._stage.hidden_size, self._stage.dtype)
 
-    def _send_on(self, message: bytes, x: Tensor, taps: Items[Tap] = ()) -> None:
+    def _send_on(self, message: bytes, x: Tensor, early_queries: Items[EarlyQuery] = ()) -> None:
         if self._ranks.stage < self._ranks.num_stages - 1:
             if self._executor.reuses_buffers:  # The send may outlast the next replay.
                 x = x.clone()
             self._ranks.send_next(message, x)
-            if taps:
-                for rows in self._early.pack(taps, self._stage.layer_ranges[-1].last):
+            if early_queries:
+                for rows in self._early.pack(early_queries, self._stage.layer_ranges[-1].last):
                     self._ranks.send_next(b"", rows)
 
-    def _receive_early(self, taps: Items[Tap]) -> None:
-        """Receive the tapped rows of the previous stages, which follow the pass."""
+    def _receive_early(self, early_queries: Items[EarlyQuery]) -> None:
+        """Receive the queried rows of the previous stages, which follow the pass."""
         widths = (self._stage.hidden_size, self._stage.num_logits)
         hidden, logits = (
             self._ranks.receive_previous(width, self._stage.dtype)[1] for width in widths
         )
-        self._early.unpack(taps, self._stage.layer_ranges[0].first - 1, hidden, logits)
+        self._early.unpack(early_queries, self._stage.layer_ranges[0].first - 1, hidden, logits)
 
-    def _run_tapped(
-        self, index: int, x: Tensor, batch: Batch, tapped: Items[TappedRow], runs: Items[Run]
+    def _run_with_early(
+        self, index: int, x: Tensor, batch: Batch, queried: Items[QueriedRow], runs: Items[Run]
     ) -> tuple[Tensor, Tensor]:
-        """Run a layer range and keep the tapped rows at its boundaries."""
-        return run_tapped(
+        """Run a layer range and keep the queried rows at its boundaries."""
+        return run_with_early(
             self._stage,
             index,
             x,
             batch,
-            tapped,
+            queried,
             lambda live: self._executor.batch(runs, live),
             self._early.keep,
         )
@@ -251,15 +258,15 @@ class PipelineRunner:
         """Return the final logits [r, v] in which the rows of `sled` and `dola` are contrasted."""
         rows = [row for row, query in enumerate(queries) if query.contrast is not None]
         settings = [query.contrast for query in queries]
-        taps = [
-            make_tap(query.contrast, query.slot, query.position)
+        early_queries = [
+            make_early_query(query.contrast, query.slot, query.position)
             for query in queries
             if query.contrast is not None
         ]
 
         def early_logits() -> Iterator[EarlyLogits]:
-            for numbers in split_taps(taps, logits.shape[1]):
-                part = self._early.logits([taps[number] for number in numbers])
+            for numbers in split_queries(early_queries, logits.shape[1]):
+                part = self._early.logits([early_queries[number] for number in numbers])
                 early = self._ranks.gather(part).unflatten(0, (len(numbers), -1))
                 yield [rows[number] for number in numbers], early
 

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from ee_llm import distributed
 from ee_llm.inference.execution.attention import Batch, Run, live_runs
-from ee_llm.inference.execution.early_rows import EarlyRows, TappedRow, run_tapped, split_taps
+from ee_llm.inference.execution.early_rows import (
+    EarlyRows,
+    QueriedRow,
+    run_with_early,
+    split_queries,
+)
 from ee_llm.inference.execution.executor import ExecutionConfig, Executor
 from ee_llm.inference.execution.stage import ModelStage
 from ee_llm.inference.execution.wire import decode_scheduler_output, encode_scheduler_output
@@ -65,7 +70,7 @@ class Runner:
 
     @torch.no_grad()
     def early_logits(self, output: SchedulerOutput) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield numbers of rows and their early logits [n, b, v], for the taps of a pass.
+        """Yield numbers of rows and their early logits [n, b, v], for the early queries of a pass.
 
         Rows are numbered as in the logits that `run` returned for the pass just before. Exhaust the
         iterator, since the worker ranks do. It is empty if the pass ends before the final exit.
@@ -73,12 +78,17 @@ class Runner:
         if output.last_segment < len(self.stage.layer_ranges) - 1:
             return
         slots = [rows.slot for rows in output.logit_rows for _ in range(len(rows))]
-        for numbers in split_taps(output.taps, self.stage.num_logits * self.stage.num_ranks):
-            taps = [output.taps[number] for number in numbers]
-            logits = self._early.logits(taps)
+        for numbers in split_queries(
+            output.early_queries, self.stage.num_logits * self.stage.num_ranks
+        ):
+            queries = [output.early_queries[number] for number in numbers]
+            logits = self._early.logits(queries)
             if self._ranks is not None:
                 logits = self._ranks.gather(logits)
-            yield [slots.index(tap.slot) for tap in taps], logits.unflatten(0, (len(taps), -1))
+            yield (
+                [slots.index(query.slot) for query in queries],
+                logits.unflatten(0, (len(queries), -1)),
+            )
 
     def run_summarized(self, output: SchedulerOutput) -> Tensor:
         """Return summaries [r, 3 * ranks] of the logits of the pass (see `summarize`)."""
@@ -154,8 +164,8 @@ class Runner:
                 ring = self._rings[step.segment - 1]
                 x = ring[self._ring_rows(step.ranges)]
             ranges = step.ranges
-            if output.taps:
-                x, attended = self._run_tapped(output, step, x, batch)
+            if output.early_queries:
+                x, attended = self._run_with_early(output, step, x, batch)
             else:
                 x, attended = self._executor.run(step.segment, x, batch)
             if step is not output.steps[-1] and self.stage.has_block(step.segment):
@@ -200,18 +210,22 @@ class Runner:
         bare, full = (min(seconds[1:]) for seconds in times)
         return bare, full
 
-    def _run_tapped(
+    def _run_with_early(
         self, output: SchedulerOutput, step: SegmentStep, x: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor]:
-        """Run a step and keep the rows that the taps of the pass need."""
+        """Run a step and keep the rows that the early queries of the pass need."""
         newest = {run.slot: run.first + run.num_rows - 1 for run in runs_of(step.ranges)}
-        tapped = [TappedRow(tap, newest[tap.slot]) for tap in output.taps if tap.slot in newest]
-        return run_tapped(
+        queried = [
+            QueriedRow(query, newest[query.slot])
+            for query in output.early_queries
+            if query.slot in newest
+        ]
+        return run_with_early(
             self.stage,
             step.segment,
             x,
             batch,
-            tapped,
+            queried,
             lambda live: self._batch(step.ranges, live),
             self._early.keep,
         )

@@ -8,7 +8,7 @@ from typing import Any
 from ee_llm.inference.decoding.settings import CONTRASTS, contrast_fields, strategy_of
 from ee_llm.inference.request import ExitResult
 from ee_llm.inference.sampling.params import SamplingParams
-from ee_llm.inference.scheduling.output import SchedulerOutput, SegmentStep, Tap, TokenRange
+from ee_llm.inference.scheduling.output import EarlyQuery, SchedulerOutput, SegmentStep, TokenRange
 from ee_llm.inference.scheduling.pipeline_scheduler import (
     Frontier,
     PipelineSchedulerOutput,
@@ -25,14 +25,14 @@ def encode_scheduler_output(output: SchedulerOutput) -> bytes:
         _pairs(output.logit_rows),
         output.new_blocks,
         output.zeroed,
-        [astuple(tap) for tap in output.taps],
+        [astuple(query) for query in output.early_queries],
     ]
     return json.dumps(fields).encode()
 
 
 def decode_scheduler_output(message: bytes) -> SchedulerOutput:
     """Return the scheduler output that `encode_scheduler_output` encoded."""
-    steps, tokens, logit_rows, new_blocks, zeroed, taps = json.loads(message)
+    steps, tokens, logit_rows, new_blocks, zeroed, early_queries = json.loads(message)
     return SchedulerOutput(
         tuple(
             SegmentStep(segment, _ranges(ranges), tuple(frozen))
@@ -42,7 +42,10 @@ def decode_scheduler_output(message: bytes) -> SchedulerOutput:
         _ranges(logit_rows),
         tuple((slot, index, block) for slot, index, block in new_blocks),
         tuple(zeroed),
-        tuple(Tap(slot, position, tuple(at), head) for slot, position, at, head in taps),
+        tuple(
+            EarlyQuery(slot, position, tuple(at), head)
+            for slot, position, at, head in early_queries
+        ),
     )
 
 

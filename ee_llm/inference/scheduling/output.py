@@ -34,7 +34,7 @@ class SegmentStep:
 
 
 @dataclass(frozen=True)
-class Tap:
+class EarlyQuery:
     """A row whose logits are contrasted with early ones, at these boundaries (see `Contrast`)."""
 
     slot: int
@@ -43,11 +43,11 @@ class Tap:
     head: "EarlyHead"
 
 
-def make_tap(contrast: "Contrast", slot: int, position: int) -> Tap:
-    """Return the tap that a row with these settings needs."""
+def make_early_query(contrast: "Contrast", slot: int, position: int) -> EarlyQuery:
+    """Return the early query that a row with these settings needs."""
     assert isinstance(contrast.layers, tuple), "the engine checks that boundaries are resolved"
     assert contrast.head is not None, "the engine checks that the head is resolved"
-    return Tap(slot, position, contrast.layers, contrast.head)
+    return EarlyQuery(slot, position, contrast.layers, contrast.head)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SchedulerOutput:
         logit_rows: Rows that the exit at the end of the last step decides about.
         new_blocks: Newly taken blocks as (slot, index within the sequence, block).
         zeroed: Blocks to zero before the pass.
-        taps: Rows of the pass that need early logits.
+        early_queries: Rows of the pass that need early logits.
     """
 
     steps: tuple[SegmentStep, ...]
@@ -68,7 +68,7 @@ class SchedulerOutput:
     logit_rows: tuple[TokenRange, ...]
     new_blocks: tuple[tuple[int, int, int], ...]
     zeroed: tuple[int, ...] = ()
-    taps: tuple[Tap, ...] = ()
+    early_queries: tuple[EarlyQuery, ...] = ()
 
     @property
     def last_segment(self) -> int:

@@ -14,11 +14,11 @@ from ee_llm.inference.request import ExitResult
 from ee_llm.inference.scheduling.base import SchedulerBase, by_slot
 from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.output import (
+    EarlyQuery,
     SchedulerOutput,
     SegmentStep,
-    Tap,
     TokenRange,
-    make_tap,
+    make_early_query,
 )
 from ee_llm.inference.scheduling.prefix_cache import publish_prefix
 from ee_llm.inference.sequence import Sequence
@@ -240,7 +240,7 @@ class Scheduler(SchedulerBase):
             logit_rows,
             tuple(new_blocks),
             zeroed,
-            tuple(_taps(ranges, sequences)),
+            tuple(_early_queries(ranges, sequences)),
         )
 
     def _logit_rows(
@@ -257,12 +257,14 @@ class Scheduler(SchedulerBase):
                 yield TokenRange(rows.slot, rows.stop - 1, rows.stop)
 
 
-def _taps(ranges: Items[TokenRange], sequences: Mapping[int, Sequence]) -> Iterator[Tap]:
+def _early_queries(
+    ranges: Items[TokenRange], sequences: Mapping[int, Sequence]
+) -> Iterator[EarlyQuery]:
     """Yield the newest rows of the sequences that contrast final logits with early ones."""
     for rows in ranges:
         sequence = sequences[rows.slot]
         if sequence.request.contrast is not None and rows.stop == len(sequence.tokens):
-            yield make_tap(sequence.request.contrast, rows.slot, rows.stop - 1)
+            yield make_early_query(sequence.request.contrast, rows.slot, rows.stop - 1)
 
 
 def _frozen(
