@@ -21,7 +21,7 @@ from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.sampling.sampler import mask_banned, token_margin
 
 # Errors of the logits that `contrast_margin` tries, besides 0.
-_ERRORS = tuple(2.0**exponent for exponent in range(-24, 7))
+_ERRORS = tuple(2.0**exponent for exponent in range(-24, 7, 2))
 
 
 @dataclass(frozen=True)

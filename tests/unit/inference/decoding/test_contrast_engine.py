@@ -151,7 +151,8 @@ def test_certificate_finds_any_other_token(contrast: Contrast, sampling: Samplin
     model = ReferenceModel(config, random_tensors(config), torch.float64)
     output = reference(_request(contrast, sampling=sampling, max_tokens=6))
     assert verify_trace(model, output) == []
-    for index, token in enumerate(output.token_ids):
+    for index in (0, 3, 5):
+        token = output.token_ids[index]
         other = (token + 1) % config.model.vocab_size
         tokens = (*output.token_ids[:index], other, *output.token_ids[index + 1 :])
         first, *_ = verify_trace(model, replace(output, token_ids=tokens))
