@@ -56,16 +56,22 @@ def test_layers_are_weighted_by_the_sum_of_their_similarities() -> None:
 
 
 def test_vectors_are_restricted_to_the_evolution_scale() -> None:
-    """For tokens 0 and 1: d = log 2 (-1, 1), q = (1/4, 1/2), final (log 4, log 2, 0).
+    """Tokens 0 and 1 evolve, with d = (-1, -2), q = (2/8, 1/8) and d q = -1/2:
 
-    cos(d, q - e_0) = (3/4 + 1/2) / (sqrt 2 sqrt(9/16 + 4/16)) > 0, cos(d, q - e_1) < 0; m = (1, 0).
+    cos(d, q - e_0) = (-1/2 + 1) / (|d| sqrt(36 + 1) / 8)
+    cos(d, q - e_1) = (-1/2 + 2) / (|d| sqrt(4 + 49) / 8)
+
+    The third token, with q = 5/8 and d = log 5, has no part in them, but it has one in p.
     """
-    final, early = (
-        [math.log(4.0), math.log(2.0), 0.0],
-        [math.log(2.0), math.log(4.0), math.log(2.0)],
-    )
-    found = _evolved([early], SLED(scale=2), final)
-    _assert_close(found, [math.log(4.0) - (4 / 7 - 1), math.log(2.0) - 2 / 7, -1000.0])
+    early = [math.log(2.0), 0.0, math.log(5.0)]
+    final = [math.log(2.0) + 1.0, 2.0, 0.0]
+    first, second = 1 / 2 / math.sqrt(37), 3 / 2 / math.sqrt(53)
+    powers = [math.exp(logit) for logit in final]
+    expected = [
+        logit - (power / sum(powers) - similarity / (first + second))
+        for logit, power, similarity in zip(final, powers, (first, second), strict=False)
+    ]
+    _assert_close(_evolved([early], SLED(scale=2), final), [*expected, -1000.0])
 
 
 def test_tau_divides_the_step_and_the_logits_of_the_distributions() -> None:
