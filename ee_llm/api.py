@@ -4,17 +4,20 @@
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ee_llm.config import Config, load_config
+from pydantic import TypeAdapter, ValidationError
+
+from ee_llm.config import Config, HeadPart, load_config
 from ee_llm.conversion.convert import ConversionResult
 from ee_llm.conversion.convert import convert as _convert
 from ee_llm.conversion.options import ConvertOptions
-from ee_llm.errors import ConfigError, RunError
+from ee_llm.errors import ConfigError, RunError, UserError, naming_arguments
 from ee_llm.pipeline.planner.report import PlanReport
 from ee_llm.pipeline.planner.report import plan as _plan
 from ee_llm.training.start import load_tuning_config, prepare
@@ -27,25 +30,17 @@ class TrainingResult:
     Attributes:
         output: Run directory.
         checkpoint: Directory of the last checkpoint, which you can pass to `LLM`.
+        losses: The last reported loss of every exit.
     """
 
     output: Path
     checkpoint: Path
+    losses: Mapping[str, float]
 
     @property
     def log(self) -> list[dict[str, Any]]:
         """The records of the run's log (log.jsonl), such as losses by step."""
-        lines = (self.output / "log.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    @property
-    def losses(self) -> dict[str, float]:
-        """The last reported loss of every exit."""
-        for record in reversed(self.log):
-            losses = {name: value for name, value in record.items() if name.endswith(" loss")}
-            if losses:
-                return losses
-        return {}
+        return _read_log(self.output)
 
     def __repr__(self) -> str:
         losses = ", ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
@@ -56,9 +51,20 @@ def convert(
     source: str | Path,
     output: str | Path,
     *,
+    to: Literal["ee-llm", "hf", "int8"] = "ee-llm",
     exits: Sequence[int] = (),
+    head: Sequence[HeadPart] = ("norm",),
+    exit_output: Literal["shared", "own", "tied"] = "shared",
+    dense: bool = False,
+    truncate_at: int | None = None,
+    tokenizer: str | Path | None = None,
+    strict: bool = False,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    revision: str | None = None,
+    max_shard_gb: float = 5.0,
+    check: bool = False,
+    text: str | None = None,
     progress: bool = True,
-    **options: Any,
 ) -> ConversionResult:
     """Convert a model from Hugging Face, GGUF or Megatron-LM, or export a checkpoint.
 
@@ -66,23 +72,51 @@ def convert(
         source: A folder with config.json, a .gguf file, a hub id such as org/name, a Megatron-LM
             or EE-LLM checkpoint, or a checkpoint or run directory of ee_llm.
         output: Directory to create: a run directory, or with to="hf" a folder for transformers.
+        to: Format of the result: a checkpoint of ee_llm, a folder for transformers ("hf"), or a
+            checkpoint with linear weights in 8 bits ("int8").
         exits: Layers after which to add early exits. Tune these afterwards.
+        head: Modules of the new exits, each copied from the model.
+        exit_output: Output weight of the new exits.
+        dense: Remove the exits of a checkpoint of ee_llm.
+        truncate_at: Cut a checkpoint of ee_llm to the model that ends with the exit after this
+            layer.
+        tokenizer: Tokenizer of a model that comes without one: "bytes" or a path.
+        strict: Refuse settings of config.json whose meaning is unknown.
+        dtype: Type of the dequantized weights of a GGUF file.
+        revision: Branch, tag or commit of a model on the Hugging Face hub.
+        max_shard_gb: With to="hf", size in GB at which a new file begins.
+        check: Compare the logits of every exit before and after, with transformers.
+        text: Text on which `check` compares the logits.
         progress: Show a progress bar in terminals.
-        options: Further options of `ee-llm convert`, with underscores: to, head, exit_output,
-            dense, truncate_at, tokenizer, strict, dtype, revision, max_shard_gb, check, text.
 
     Raises:
-        UserError: The source has no model that can be converted, or an option is not valid.
+        UserError: The source has no model that can be converted, or an argument is not valid.
     """
-    unknown = sorted(options.keys() - ConvertOptions.__dataclass_fields__.keys())
-    if unknown:
-        known = ", ".join(sorted(ConvertOptions.__dataclass_fields__))
-        raise ConfigError(f"convert: option {unknown[0]!r} is unknown. Use one of {known}.")
     values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+        "source": source,
+        "output": output,
+        "to": to,
+        "exits": exits,
+        "head": head,
+        "exit_output": exit_output,
+        "dense": dense,
+        "truncate_at": truncate_at,
+        "tokenizer": None if tokenizer is None else str(tokenizer),
+        "strict": strict,
+        "dtype": dtype,
+        "revision": revision,
+        "max_shard_gb": max_shard_gb,
+        "check": check,
+        "text": text,
     }
-    given = ConvertOptions(Path(source), Path(output), exits=tuple(exits), **values)
-    return _convert(given, progress=progress)
+    try:
+        options = TypeAdapter(ConvertOptions).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise ConfigError(f"{name} = {values[name]!r}: {first['msg']}.") from None
+    with naming_arguments(values):
+        return _convert(options, progress=progress)
 
 
 def train(
@@ -121,7 +155,7 @@ def tune(
 
     Args:
         checkpoint: Checkpoint or run directory of the model.
-        output: Run directory to write.
+        output: Run directory to write. None writes to that of `config`, or to runs/default.
         data: Prefixes of token files that `ee-llm data prepare` wrote.
         config: TOML file with further options. The other arguments take precedence.
         nproc: Number of processes to start on this machine. None trains in this process.
@@ -156,7 +190,7 @@ def plan(
         UserError: The configuration is not valid.
     """
     found = _config(config)
-    size = nproc or found.parallel.tensor * found.parallel.pipeline
+    size = found.parallel.tensor * found.parallel.pipeline if nproc is None else nproc
     return _plan(found, num_microbatches=found.num_microbatches(size))
 
 
@@ -169,24 +203,46 @@ def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:
 
 
 def _run(config: Config, command: str, nproc: int | None) -> TrainingResult:
-    config = prepare(config, nproc)
+    with naming_arguments(("nproc", "output")):
+        config = prepare(config, nproc)
     if nproc is None:
+        from ee_llm.training.trainer import TrainingInterrupted
         from ee_llm.training.trainer import train as train_as_rank
 
-        return TrainingResult(Path(config.output), train_as_rank(config))
+        try:
+            return _result(config, train_as_rank(config))
+        except TrainingInterrupted as stop:
+            raise RunError(
+                f"{stop.signal.name} stopped the run {config.output} after a complete step, and its"
+                " state is saved. Call this function again to resume it."
+            ) from None
     from ee_llm.checkpoint.directory import find_latest
-    from ee_llm.launch.local import launch
+    from ee_llm.launch.local import run_ranks
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.toml"
         path.write_text(config.to_toml())
-        try:
-            launch(nproc, [command, "--config", str(path)])
-        except SystemExit as end:
-            raise RunError(
-                f"The run {config.output} ended with status {end.code}. Its message is above."
-            ) from None
+        outcome = run_ranks(nproc, [command, "--config", str(path)])
+    if outcome is not None:
+        kind = UserError if outcome.status == 2 else RunError  # as errors.py defines the statuses
+        raise kind(outcome.message)
     checkpoint = find_latest(config.output)
     if checkpoint is None:
         raise RunError(f"The run {config.output} has no checkpoint.")
-    return TrainingResult(Path(config.output), checkpoint)
+    return _result(config, checkpoint)
+
+
+def _result(config: Config, checkpoint: Path) -> TrainingResult:
+    output = Path(config.output)
+    losses: dict[str, float] = {}
+    for record in _read_log(output):
+        found = {name: value for name, value in record.items() if name.endswith(" loss")}
+        # JSON has no NaN: the log has null.
+        losses |= {name: math.nan if value is None else value for name, value in found.items()}
+    return TrainingResult(output, checkpoint, losses)
+
+
+def _read_log(output: Path) -> list[dict[str, Any]]:
+    text = (output / "log.jsonl").read_text()
+    complete = text[: text.rfind("\n") + 1]  # A run that still writes has a partial last line.
+    return [json.loads(line) for line in complete.splitlines()]

@@ -5,6 +5,10 @@ The command line prints either kind as one line, without a traceback, and exits 
 traceback.
 """
 
+import contextlib
+import re
+from collections.abc import Collection, Iterator
+
 
 class UserError(ValueError):
     """A mistake that the user can correct.
@@ -39,3 +43,25 @@ class RequestError(UserError):
 
 class RunError(RuntimeError):
     """A run cannot continue for a reason outside its input, such as a lost rank."""
+
+
+@contextlib.contextmanager
+def naming_arguments(names: Collection[str]) -> Iterator[None]:
+    """Let a UserError name arguments of a function instead of options of the command line.
+
+    Parts that the command line and the Python API share write `--max-shard-gb 9`. For a function
+    with the argument `max_shard_gb`, this becomes `max_shard_gb 9`.
+
+    Args:
+        names: The names of the function's arguments.
+    """
+
+    def argument(option: re.Match[str]) -> str:
+        name = option[1].replace("-", "_")
+        return name if name in names else option[0]
+
+    try:
+        yield
+    except UserError as error:
+        message = re.sub(r"(?<!\S)--([a-z][a-z-]*)", argument, str(error))
+        raise type(error)(message) from error.__cause__

@@ -2,9 +2,9 @@
 
     python examples/quickstart.py
 
-Every machine with Python has this text. The script makes a vocabulary from it, trains on two
-pipeline stages for a few minutes on two CPU cores, and generates. It prints every ee-llm command
-that it runs.
+Every machine with Python has this text. The script trains a tokenizer on it, trains a model on two
+pipeline stages for a few minutes on two CPU cores, and generates text. It prints every ee-llm
+command that it runs.
 """
 
 import os
@@ -48,7 +48,7 @@ def run(*arguments: str) -> None:
 
 
 def prepare_data(config: Config) -> float:
-    """Make missing vocabulary and token files; return the unigram entropy in nats."""
+    """Create missing vocabulary and token files; return the unigram entropy in nats."""
     tokenizer, prefix = config.data.tokenizer, config.data.prefixes[0]
     if not Path(f"{prefix}.idx").exists():
         text = ["--inputs", sysconfig.get_path("stdlib"), "--suffixes", ".py"]

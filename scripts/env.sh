@@ -55,7 +55,7 @@ ee_llm_environment() {
     fi
     "$PYTHON" -m pip --version >/dev/null 2>&1 ||
         ee_llm_fail "$PYTHON has no pip. If .venv is incomplete, remove it and run this again."
-    # A hash of everything that decides the packages: without a change, nothing is installed.
+    # A hash of everything that determines the packages. If it is unchanged, nothing is installed.
     hash="$("$PYTHON" - "$ee_llm_root" pyproject.toml setup.py constraints.txt <<'PYTHON_CODE'
 import hashlib, pathlib, sys
 root, *names = sys.argv[1:]

@@ -17,10 +17,10 @@ COMMAND = CommandHelp(
     "convert",
     """Convert a model of Hugging Face or Megatron-LM to an ee-llm checkpoint, or a checkpoint back.
 
-    The conversion runs on the CPU, tensor by tensor. The result exists whole or not at all.""",
+    The conversion runs on the CPU, tensor by tensor. If it fails, it leaves no partial result.""",
     (
         Group("Result", "to", "max_shard_gb"),
-        Group("Exits of a model from elsewhere", "exits head", "exit_output"),
+        Group("Exits to add to a converted model", "exits head", "exit_output"),
         Group("Parts of an ee-llm checkpoint", "dense truncate_at"),
         Group("Source", "tokenizer revision", "dtype strict"),
         Group("Check and output", "check json", "text"),

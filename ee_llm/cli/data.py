@@ -44,7 +44,7 @@ def run_prepare(arguments: list[str]) -> None:
     from ee_llm.data.prepare import PrepareOptions, prepare
 
     options = parse(PrepareOptions, PREPARE, arguments)
-    if Path(options.tokenizer).is_dir():  # of a checkpoint, perhaps, which needs torch to read
+    if Path(options.tokenizer).is_dir():  # It may be a checkpoint, which requires torch to read.
         from ee_llm.checkpoint.describe import tokenizer_spec
 
         options = replace(options, tokenizer=tokenizer_spec(options.tokenizer))

@@ -1,4 +1,4 @@
-"""Write an example configuration, with a comment on every option in it."""
+"""Write an example configuration with a comment for each option."""
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ COMMON: dict[str, tuple[str, ...]] = {
     "checkpoint": ("interval", "keep_last", "resume"),
     "logging": ("interval", "tensorboard"),
 }
-"""The options of each section that most runs set: examples and short help show these."""
+"""The options of each section that most runs set. The example and the short help show these."""
 
 _WIDTH = 100  # characters in a line
 _HEADING = """\
@@ -38,12 +38,12 @@ def example_config(path: str, shape: str, exits: Sequence[int] | None = None) ->
     """Return the text of an example configuration, which `load_config` reads.
 
     Args:
-        path: The file that the text is meant for, which its comments name.
-        shape: The name of the model's sizes, such as llama-tiny.
-        exits: The boundaries of the early exits; after a quarter and a half of the layers if None.
+        path: The path of the file, which the comments mention.
+        shape: The name of a ready-made shape, such as llama-tiny.
+        exits: The boundaries of the early exits. None is after a quarter and half of the layers.
 
     Raises:
-        ConfigError: There is no such shape, or an exit is not at a boundary within the model.
+        ConfigError: The shape does not exist, or an exit is not at a boundary inside the model.
     """
     num_layers = load_config(None, {"model.shape": shape}).model.num_layers
     if exits is None:
@@ -62,7 +62,7 @@ def example_config(path: str, shape: str, exits: Sequence[int] | None = None) ->
     parts = [_HEADING.format(path=path, nproc=config.parallel.pipeline)]
     parts += _options(config, "", ("output",), values)
     for section, names in COMMON.items():
-        if section == "tuning":  # is for 'ee-llm tune'
+        if section == "tuning":  # used only by 'ee-llm tune'
             continue
         title = " ".join((section_types()[section].__doc__ or "").split())
         first, *others = _options(getattr(config, section), f"{section}.", names, values)

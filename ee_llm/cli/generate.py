@@ -1,4 +1,4 @@
-"""`ee-llm generate`: its options and help, and the start of its ranks."""
+"""`ee-llm generate`: define its help, and start its ranks."""
 
 import os
 
@@ -46,7 +46,7 @@ COMMAND = CommandHelp(
 
 
 def run_generate(arguments: list[str]) -> None:
-    """Run `ee-llm generate`, on several ranks if --tensor or --pipeline says so."""
+    """Run `ee-llm generate`, on several ranks with --tensor or --pipeline."""
     options = parse(GenerateOptions, COMMAND, arguments)
     from ee_llm.cli.generation.command import check, generate
 

@@ -10,7 +10,7 @@ from ee_llm.errors import UserError
 
 COMMAND = CommandHelp(
     "init",
-    """Write an example configuration, a TOML file with a comment on every option in it.
+    """Write an example configuration, a TOML file with a comment for each option.
 
     The file must not exist yet.""",
     (Group("Options", "file shape exits"),),
@@ -26,10 +26,10 @@ class InitOptions:
     """File to write."""
 
     shape: str = "llama-tiny"
-    """Sizes of the model by name: llama-tiny, llama-1.3B, llama-7B, llama-13B or llama-30B."""
+    """Size of the model: llama-tiny, llama-1.3B, llama-7B, llama-13B or llama-30B."""
 
     exits: tuple[int, ...] | None = None
-    """Layers after which the early exits are. (default: a quarter and a half of the layers)"""
+    """Layers after which to place the early exits. (default: a quarter and half of the layers)"""
 
 
 def run_init(arguments: list[str]) -> None:
@@ -41,9 +41,9 @@ def run_init(arguments: list[str]) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise UserError(f"{path} exists already. Name another file, or remove it.") from None
+        raise UserError(f"{path} already exists. Give another file, or remove this one.") from None
     except FileNotFoundError:
         raise UserError(
-            f"{path}: the folder {path.parent} does not exist. Create it, or name another file."
+            f"{path}: the folder {path.parent} does not exist. Create it, or give another file."
         ) from None
     print(f"wrote {path}: edit it, then run 'ee-llm train --config {path} --nproc 2'")

@@ -142,15 +142,15 @@ def _is_output_closed() -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `ee-llm ARGUMENTS` and return its exit status.
 
-    The status is 0 after success, 2 after a mistake of the user and 1 after a failed run. Errors
-    are one line on standard error; EE_LLM_DEBUG=1 shows their traceback. Defects of ee_llm are
-    raised.
+    The status is 0 after success, 2 after an error of the user and 1 after a failed run. Errors
+    are one line on standard error; EE_LLM_DEBUG=1 shows their traceback. Other exceptions are
+    defects of ee_llm and are raised.
     """
     protect_streams()
     configure_logging()
     try:
         _dispatch(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()  # Here, because a closed pipe is handled below.
+        sys.stdout.flush()  # Flush here, because a closed pipe is handled below.
     except (UserError, RunError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _is_output_closed():
             return 128 + signal.SIGPIPE

@@ -1,4 +1,4 @@
-"""`ee-llm plan`: show the schedule of a training run before anything is started."""
+"""`ee-llm plan`: show the pipeline schedule of a training run without starting it."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from ee_llm.pipeline.planner.costs import NOMINAL, Pieces, read_pieces, write_pi
 from ee_llm.pipeline.planner.report import DEFAULT_WIDTH, PlanReport, plan, refuse_tuning
 from ee_llm.pipeline.selection import FILLS
 
-# A schedule depends on no sizes but the number of layers.
+# A schedule does not depend on the sizes of the model, except the number of layers.
 _ANY_MODEL = {"model.hidden_size": 8, "model.num_heads": 1, "model.vocab_size": 8}
 _OPTION_NAMES = {
     "model.num_layers": "--layers",
@@ -51,7 +51,7 @@ def show_plan(options: PlanOptions, measure: Callable[[Config], Pieces]) -> None
         measure: Called for --profile.
 
     Raises:
-        UserError: The options are not valid; before anything is measured or written if possible.
+        UserError: The options are invalid. Most errors are raised before any measurement.
     """
     check(options)
     given = _given(options)
@@ -94,7 +94,7 @@ def _ratio(pieces: Pieces) -> float:
 def _given(options: PlanOptions) -> dict[str, object]:
     """Return the configuration values that the options set, by dotted name."""
     if options.config is None and options.stages is None:
-        raise UserError("--stages: not given. Give a number, or the --config FILE of a run.")
+        raise UserError("--stages is missing. Give a number, or the --config FILE of a run.")
     layers = DEFAULT_LAYERS if options.config is None else None
     given: dict[str, object] = {
         "parallel.pipeline": options.stages,
@@ -117,21 +117,23 @@ def _configure(
 ) -> Config:
     """Return the configuration with the given values; errors name the command's options.
 
-    With `searched`, values that are about to be searched only have to be valid.
+    With `searched`, options that --advise will search start from any valid value.
     """
     with _errors_name_options(options):
         values = {**(_valid_start(options) if searched else {}), **given}
         if options.config is None:
             values = {**_ANY_MODEL, **values}
         elif any(size is not None for size in (options.stages, options.virtual, options.layers)):
-            values.setdefault("parallel.layer_split", ())  # The split in the file has other sizes.
+            values.setdefault(
+                "parallel.layer_split", ()
+            )  # The split in the file does not fit these sizes.
         config = load_config(options.config, values)
         refuse_tuning(config)
         return config
 
 
 def _valid_start(options: PlanOptions) -> dict[str, object]:
-    """Return values of the options that --advise searches with which the given ones are valid."""
+    """Return values for the options that --advise searches that are valid with the given ones."""
     stages, layers = options.stages, options.layers or DEFAULT_LAYERS
     if options.config is not None:
         config = load_config(options.config)
@@ -151,7 +153,7 @@ def _valid_start(options: PlanOptions) -> dict[str, object]:
 
 @contextmanager
 def _errors_name_options(options: PlanOptions) -> Iterator[None]:
-    """Replace configuration names in errors by the options of the command, without --config."""
+    """Replace names of the configuration in errors by options of the command, without --config."""
     try:
         yield
     except ConfigError as error:
@@ -164,19 +166,19 @@ def _errors_name_options(options: PlanOptions) -> Iterator[None]:
 
 
 def _num_microbatches(options: PlanOptions, config: Config) -> int:
-    """Return the number of microbatches of a step; raises UserError if it is not possible."""
+    """Return the number of microbatches per step; raises UserError if it is invalid."""
     parallel, count = config.parallel, options.microbatches
     if count is None:
         if options.config is None:
             raise UserError(
-                "--microbatches: not given. Give a number, or the --config FILE of a run."
+                "--microbatches is missing. Give a number, or the --config FILE of a run."
             )
         return config.num_microbatches(options.nproc or parallel.pipeline * parallel.tensor)
     if parallel.virtual > 1 and count % parallel.pipeline:
         raise UserError(
             f"--microbatches {count} with {parallel.virtual} stages per rank (--virtual, "
-            f"--layer-split) is not a multiple of --stages {parallel.pipeline}, the size of the "
-            "groups that such a schedule passes on. Use a multiple, such as "
+            f"--layer-split) is not a multiple of --stages {parallel.pipeline}, as the interleaved "
+            "schedule requires. Use a multiple, such as "
             f"{-(-count // parallel.pipeline) * parallel.pipeline}."
         )
     return count

@@ -1,4 +1,4 @@
-"""The options of `ee-llm plan`, its help, and the checks of the options."""
+"""The options and help of `ee-llm plan`, and checks of the options."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ WRITTEN = ("picture", "trace", "costs_output", "json")
 
 COMMAND = CommandHelp(
     "plan",
-    """Show a pipeline schedule: which rank computes what when, the time and the memory.
+    """Show a pipeline schedule: the actions of each rank, the time and the memory.
 
-    Nothing is trained, and no GPU is needed. With --config the schedule is that of 'ee-llm train'
-    with this file; options here take precedence over the file. Without it, --stages and
+    This trains nothing and needs no GPU. With --config, it shows the schedule of 'ee-llm train'
+    with this file; options here take precedence over the file. Without --config, --stages and
     --microbatches are required.""",
     (
         Group("Run", "config stages microbatches", "nproc"),
@@ -48,8 +48,8 @@ class PlanOptions:
     """Number of microbatches in one step of one data-parallel rank. (default: that of --config)"""
 
     nproc: int | None = None
-    """Number of processes of the run in --config; its data-parallel ranks share the microbatches.
-    (default: those of one data-parallel rank)"""
+    """Number of processes of the run in --config. Its data-parallel ranks share the microbatches.
+    (default: the processes of one data-parallel rank)"""
 
     layers: int | None = None
     """Number of transformer layers (model.num_layers). (default: that of --config, else 24)"""
@@ -74,53 +74,55 @@ class PlanOptions:
     --config, else an even split)"""
 
     fill: Fills | None = None
-    """Sets --fill-warmup and --fill-cooldown, if they are not given themselves."""
+    """Set --fill-warmup and --fill-cooldown to this, unless they are given."""
 
     fill_warmup: Fills | None = None
-    """Number of additional microbatches that fill the wait for the first gradient; auto is as many
-    as are useful. (default: that of --config, else 0)"""
+    """Number of additional microbatches that fill the warm-up bubble; auto is the largest useful
+    number. (default: that of --config, else 0)"""
 
     fill_cooldown: Fills | None = None
-    """Number of additional microbatches that fill the drain of the pipeline; auto is as many as are
-    useful. (default: that of --config, else 0)"""
+    """Number of additional microbatches that fill the cool-down bubble; auto is the largest useful
+    number. (default: that of --config, else 0)"""
 
     config: Path | None = None
-    """TOML file of a training run."""
+    """Show the schedule of the training run in this TOML file."""
 
     costs: Path | None = None
-    """JSON file with the time of each piece for one microbatch, in seconds: {"layer": [forward,
+    """Read the seconds of each piece for one microbatch from this JSON file: {"layer": [forward,
     backward, weight], "embedding": [forward, backward], "exit": [forward, backward, weight],
     "final": [forward, backward, weight], "communication": time}. weight is the part of backward
     that computes the gradients of weights. (default: layer, exit and final 1, 2, 1; embedding and
     communication 0)"""
 
     profile: bool = False
-    """Measure the costs of the model in --config on this device; communication counts as 0."""
+    """Measure the costs of the model in --config on this device. Communication counts as 0."""
 
     costs_output: Path | None = None
-    """File to write the costs of --profile to, for --costs."""
+    """Write the costs that --profile measures to this file, for --costs."""
 
     picture: Path | None = None
-    """File to draw the schedule into: .png or .svg."""
+    """Draw the schedule to this .png or .svg file."""
 
     trace: Path | None = None
-    """File to write the schedule to, for chrome://tracing and ui.perfetto.dev."""
+    """Write the schedule to this file, for chrome://tracing and ui.perfetto.dev."""
 
     json: Path | None = None
-    """File to write all figures to; - prints them and nothing else."""
+    """Write all figures to this file as JSON; - prints them and nothing else."""
 
     advise: bool = False
-    """Search the layer split, placement, schedule, virtual and filling with the least time per
-    ordinary microbatch, and show that schedule. Options that are given stay as they are."""
+    """Search the layer split, placement, schedule, virtual and filling for the least time per
+    ordinary microbatch, and show the best schedule. Options that are given do not change."""
 
     memory_limit: float | None = None
-    """With --advise: most memory of a rank, in activations of one layer for one microbatch."""
+    """Limit the memory of a rank in the search of --advise, in activations of one layer for one
+    microbatch."""
 
     logits_size: float = 1.0
-    """Memory of one exit's logits for one microbatch, in activations of one layer for one."""
+    """Memory of the logits of one exit for one microbatch, in activations of one layer for one
+    microbatch."""
 
     width: int | None = None
-    """Longest line of the grid, in characters. (default: that of the terminal, else 160)"""
+    """Maximum width of the grid in characters. (default: that of the terminal, else 160)"""
 
 
 _MAXIMA = {
@@ -129,7 +131,7 @@ _MAXIMA = {
     "nproc": MAX_RANKS,
     "layers": MAX_LAYERS,
     "virtual": MAX_RANKS,
-    "width": 100_000,  # characters, more than any terminal or file has in a line
+    "width": 100_000,  # characters, more than any line in a terminal or file has
 }
 
 
@@ -143,18 +145,18 @@ def check(options: PlanOptions) -> None:
         raise UserError("--profile measures the model of a configuration. Give --config FILE.")
     if options.profile and options.costs is not None:
         raise UserError(
-            f"--profile measures the costs that --costs {options.costs} gives. Leave one of the "
-            "two out."
+            f"--profile measures costs, but --costs {options.costs} gives them. Remove one of the "
+            "two."
         )
     if options.costs_output is not None and not options.profile:
         raise UserError(
-            f"--costs-output {options.costs_output} is for the costs that --profile measures. Give "
-            "--profile too, or leave --costs-output out."
+            f"--costs-output {options.costs_output} requires --profile, which measures costs. Add "
+            "--profile, or remove --costs-output."
         )
     if options.memory_limit is not None and not options.advise:
         raise UserError(
-            f"--memory-limit {options.memory_limit:g} limits the search of --advise. Give --advise "
-            "too, or leave --memory-limit out."
+            f"--memory-limit {options.memory_limit:g} limits the search of --advise. "
+            "Add --advise, or remove --memory-limit."
         )
     if options.memory_limit is not None and not options.memory_limit > 0:
         raise UserError(
@@ -166,13 +168,13 @@ def check(options: PlanOptions) -> None:
         )
     if options.nproc is not None and options.config is None:
         raise UserError(
-            f"--nproc {options.nproc} is for the run of a configuration. Give --config FILE too, "
-            "or leave --nproc out."
+            f"--nproc {options.nproc} requires the configuration of a run. Add --config FILE, or "
+            "remove --nproc."
         )
     if options.nproc is not None and options.microbatches is not None:
         raise UserError(
-            f"--nproc {options.nproc} and --microbatches {options.microbatches} both decide the "
-            "number of microbatches. Leave one of the two out."
+            f"--nproc {options.nproc} and --microbatches {options.microbatches} both determine "
+            "the number of microbatches. Remove one of the two."
         )
     if options.picture is not None:
         check_suffix(options.picture)
@@ -185,9 +187,9 @@ def _check_writable(name: str, path: Path | None) -> None:
     if path is None:
         return
     if path.is_dir():
-        raise UserError(f"{name} {path} is a folder. Name a file in it.")
+        raise UserError(f"{name} {path} is a folder. Give a file.")
     if not path.parent.is_dir():
         raise UserError(
-            f"{name} {path}: the folder {path.parent} does not exist. Create it, or name another "
+            f"{name} {path}: the folder {path.parent} does not exist. Create it, or give another "
             "file."
         )

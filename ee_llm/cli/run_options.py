@@ -57,12 +57,12 @@ def config_options(
 ) -> list[Option]:
     """Return an option for every field of the configuration.
 
-    No option has a value unless it is given: the value then comes from the file.
+    The options have no default values, so that values in the file apply unless an option is given.
 
     Args:
         defaults: The defaults that help shows instead of the configuration's, by dotted name.
         required: The options that help shows as required; the file may have them.
-        hidden: The options and sections to leave out.
+        hidden: The options and sections to omit.
     """
     options = []
     shown = dict(defaults or {})
@@ -73,14 +73,14 @@ def config_options(
             if name in section_types() or not {name, section}.isdisjoint(hidden):
                 continue
             default = None if name in required else shown.get(name, default_text(info))
-            default = None if default == "[]" else default  # says nothing
+            default = None if default == "[]" else default  # an empty list is not informative
             text = info.description or ""
             options.append(Option(name, info.annotation, text, default, name in required))
     return options
 
 
 def run_groups(sections: Sequence[str]) -> list[Group]:
-    """Return the groups of help: options of the run, then the given sections."""
+    """Return the groups of options in help: those of the run, then the given sections."""
     groups = [Group("Run", "config nproc output")]
     for section in sections:
         kind = section_types()[section]
@@ -98,7 +98,7 @@ def run_groups(sections: Sequence[str]) -> list[Group]:
 
 
 def run(config: Config, command: str, nproc: int | None, arguments: Sequence[str]) -> None:
-    """Train as one rank, or start the ranks that do."""
+    """Train on this rank, or start the ranks that train."""
     from ee_llm.training.start import prepare
 
     config = prepare(config, nproc)

@@ -1,4 +1,4 @@
-"""`ee-llm train`: train a model as a configuration describes."""
+"""`ee-llm train`: train the model that a configuration describes."""
 
 from ee_llm.cli.arguments.help import CommandHelp
 from ee_llm.cli.run_options import config_options, parse_run, run, run_groups
@@ -9,16 +9,16 @@ _SECTIONS = (
     *("model", "exits", "data", "training", "optimizer", "parallel", "checkpoint", "logging"),
     "deepspeed",
 )
-# For 'ee-llm tune', which has a command of its own.
+# Only 'ee-llm tune' uses this section.
 _HIDDEN = ("tuning",)
 _REQUIRED = ("data.prefixes",)
 _DEFAULTS = {"model.shape": "none; the sizes of the model are then required"}
 
 COMMAND = CommandHelp(
     "train",
-    """Train a model as a TOML file describes. Options here take precedence over the file.
+    """Train the model that a TOML file describes. Options here take precedence over the file.
 
-    --nproc starts several processes on one machine, scripts/torchrun.sh on several machines.
+    Use --nproc for several processes on one machine, and scripts/torchrun.sh for several machines.
     'ee-llm init' writes a file to start from.""",
     groups=run_groups(_SECTIONS),
     examples=(

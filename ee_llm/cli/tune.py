@@ -8,7 +8,7 @@ _SECTIONS = (
     *("tuning", "exits", "data", "training", "optimizer", "parallel"),
     *("checkpoint", "logging", "deepspeed"),
 )
-# Tuning refuses these options, or the checkpoint decides them.
+# Tuning refuses these options, or the checkpoint determines them.
 _HIDDEN = (
     *("model", "parallel.virtual", "parallel.schedule", "parallel.fill_warmup"),
     *("parallel.fill_cooldown", "parallel.forward_over_backward", "checkpoint.initial"),
@@ -28,8 +28,8 @@ COMMAND = CommandHelp(
     """Train exits of an existing model, with all other parameters frozen (EE-Tuning).
 
     The options come from a TOML file, from the command line, or both; the command line takes
-    precedence. The checkpoint decides the model. --nproc starts several processes on one machine,
-    COMMAND=tune scripts/torchrun.sh on several machines.""",
+    precedence. The checkpoint determines the model. Use --nproc for several processes on one
+    machine, and COMMAND=tune scripts/torchrun.sh for several machines.""",
     groups=run_groups(_SECTIONS),
     examples=(
         "ee-llm tune --tuning.checkpoint runs/llama --data.prefixes data/corpus "

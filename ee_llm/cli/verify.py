@@ -1,4 +1,4 @@
-"""`ee-llm verify`: its options and help."""
+"""`ee-llm verify`: define its help and run it."""
 
 from ee_llm.cli.arguments.help import CommandHelp, Group
 from ee_llm.cli.arguments.parsing import parse

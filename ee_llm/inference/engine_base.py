@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Self
 
 from ee_llm.config import Config
-from ee_llm.errors import RequestError
+from ee_llm.errors import RequestError, RunError
 from ee_llm.inference.decoding.settings import resolve_contrast
 from ee_llm.inference.outputs import RequestOutput, StepOutput, TokenOutput
 from ee_llm.inference.request import Request
@@ -19,7 +19,8 @@ class OutputStream(Iterator[StepOutput]):
     """An iterator over the step outputs of one request (see `EngineBase.stream`).
 
     The request is aborted if the stream is closed, left as a context manager, or garbage-collected
-    before its end, whether or not an output was read from it.
+    before its end, whether or not an output was read from it. If someone else aborts the request,
+    the iterator raises RunError.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class OutputStream(Iterator[StepOutput]):
         self._engine = engine
         self._sequence = sequence
         self._outputs = outputs
+        self._is_over = False  # The final output was read, or the stream was closed.
 
     def __next__(self) -> StepOutput:
         try:
@@ -36,13 +38,19 @@ class OutputStream(Iterator[StepOutput]):
         except BaseException:
             self.close()
             raise
-        if not self._outputs:
+        if self._outputs:
+            output = self._outputs.popleft()
+            self._is_over = output.request_output is not None
+            return output
+        if self._is_over:
             raise StopIteration
-        return self._outputs.popleft()
+        self._is_over = True
+        raise RunError(f"Request {self._sequence.request.id!r} was aborted before its end.")
 
     def close(self) -> None:
         """Abort the request unless it is finished, and drop outputs that were not read."""
         self._outputs.clear()
+        self._is_over = True
         if self._engine.is_running(self._sequence):
             self._engine.abort(self._sequence.request.id)
 
@@ -152,11 +160,18 @@ class EngineBase(ABC):
                 f"The prompt has {len(request.prompt_token_ids)} tokens, more than"
                 f" model.max_seq_length = {model.max_seq_length}. Shorten it."
             )
+        params = request.sampling_params
         for token in request.prompt_token_ids:
             if not 0 <= token < model.vocab_size:
                 raise RequestError(
                     f"Token id {token} in the prompt is outside model.vocab_size ="
                     f" {model.vocab_size}. Use the tokenizer that the model was trained with."
+                )
+        for token in params.stop_token_ids:
+            if not 0 <= token < model.vocab_size:
+                raise RequestError(
+                    f"Token id {token} in stop_token_ids is outside model.vocab_size ="
+                    f" {model.vocab_size}. Remove it, since the model cannot generate it."
                 )
         exits = list(self.boundaries[:-1])
         request.policy.check_fits(exits)
@@ -171,12 +186,12 @@ class EngineBase(ABC):
             raise RequestError(
                 f"{contrast} does not name its boundaries and head. Use resolve_contrast first."
             )
-        params = request.sampling_params
         if params.stop and self._detokenize is None:
             raise RequestError(
                 f"stop = {list(params.stop)} needs an engine with a tokenizer. Give it detokenize=."
             )
-        if params.min_tokens and len(request.end_token_ids) >= model.vocab_size:
+        banned = params.banned_token_ids(0, request.eos_token_ids, model.vocab_size)
+        if len(banned) >= model.vocab_size:
             raise RequestError(
                 f"min_tokens = {params.min_tokens} bans all {model.vocab_size} token ids, since all"
                 " are end or stop tokens. Remove some of stop_token_ids."
@@ -189,8 +204,10 @@ class EngineBase(ABC):
                 f"Request id {request.id!r} is in use. Unfinished requests need unique ids."
             )
         self.check(request)
-        max_length = self.config.model.max_seq_length
-        sequence = Sequence(request, self.boundaries, max_length, self._detokenize)
+        model = self.config.model
+        sequence = Sequence(
+            request, self.boundaries, model.max_seq_length, model.vocab_size, self._detokenize
+        )
         self._scheduler.add(sequence)
         self._sequences[request.id] = sequence
         self._num_reported[request.id] = 0
@@ -214,7 +231,7 @@ class EngineBase(ABC):
         return _request_output(sequence) if sequence.exits else None
 
     def abort_all(self) -> None:
-        """Abort all unfinished requests; their streams end."""
+        """Abort all unfinished requests; their streams raise RunError."""
         for id in list(self._sequences):
             self.abort(id)
 
@@ -283,7 +300,7 @@ class EngineBase(ABC):
             return None
         self._num_reported[id] = stop
         columns = zip(
-            sequence.new_tokens[start:],
+            sequence.tokens[sequence.num_prompt + start : sequence.num_confirmed],
             sequence.exits[start:],
             sequence.confidences[start:],
             sequence.logprobs[start:],

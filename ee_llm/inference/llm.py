@@ -76,6 +76,7 @@ class LLM(LoadedModel):
 
         Raises:
             RequestError: A prompt or parameter is not valid. In this case, nothing is generated.
+            RunError: Someone else aborted a request, for example by closing the model.
         """
         encoded = [self._encode(prompt, bos, parse_special) for prompt in _prompt_list(prompts)]
         return self._generate(encoded, sampling_params, exits, strategy, progress)
@@ -136,7 +137,8 @@ class LLM(LoadedModel):
 
         Raises:
             RequestError: The prompt or a parameter is not valid.
-            RunError: The request failed. The iterator raises this, not `stream`.
+            RunError: The request failed or was aborted by someone else. The iterator raises this,
+                not `stream`.
         """
         if _is_list(prompt) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
             encoded = self._encoder.encode_chat(check_messages(list(prompt), "messages"))

@@ -16,20 +16,26 @@ from ee_llm import distributed
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tokenizer import stated_bos
 from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
-from ee_llm.errors import RequestError
-from ee_llm.inference.choices import Attention, DeferralMode, DtypeName, Quantize
+from ee_llm.errors import RequestError, RunError
+from ee_llm.inference.choices import (
+    Attention,
+    DeferralMode,
+    DtypeName,
+    Quantize,
+    check_bool,
+    check_choice,
+)
 from ee_llm.inference.decoding.settings import Contrast
 from ee_llm.inference.execution.executor import ExecutionConfig
-from ee_llm.inference.execution.paged_attention import FLASH_BLOCK
 from ee_llm.inference.execution.quantization import check_quantize
 from ee_llm.inference.execution.stage import check_layout
 from ee_llm.inference.exits.policy import Exits, resolve_policy
-from ee_llm.inference.load import load_engine
+from ee_llm.inference.load import load_engine, make_scheduler_config, warn_of_large_tokenizer
 from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.ranks.workers import Workers, announce_ready
 from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
-from ee_llm.inference.scheduling.config import SchedulerConfig
+from ee_llm.inference.sampling.plain_numbers import plain_float
 from ee_llm.inference.strategies import SelfSpeculation, Strategy, resolve_strategy
 from ee_llm.inference.stream import TokenStream
 from ee_llm.inference.text.detokenizer import GeneratedText
@@ -99,9 +105,15 @@ class LoadedModel:
         self._reader = TensorReader(model)
         self.config = self._reader.config()
         self.dtype = _dtype(dtype)
-        _check_choice("quantize", quantize, get_args(Quantize))
-        _check_choice("deferral", deferral, get_args(DeferralMode))
+        check_choice("quantize", quantize, get_args(Quantize))
+        check_choice("deferral", deferral, get_args(DeferralMode))
+        check_choice("attention", attention, get_args(Attention))
+        check_bool("cuda_graphs", cuda_graphs)
+        check_bool("compile", compile)
+        if chat_template is not None and not isinstance(chat_template, str | Path):
+            raise RequestError(f"chat_template = {chat_template!r} must be the path of a file")
         self._check(tensor, pipeline, max_num_seqs, cache_tokens, timeout_s, quantize)
+        timeout_s = float(timeout_s)
         self._quantize = quantize
         self.tokenizer: Tokenizer = load_tokenizer(
             self._reader.tokenizer(), self.config.data.eos_token
@@ -140,7 +152,7 @@ class LoadedModel:
             self.engine = load_engine(
                 self._reader,
                 self.dtype,
-                _scheduler_config(
+                make_scheduler_config(
                     max_num_seqs, cache_tokens, self.config.model.max_seq_length, attention
                 ),
                 self.decode,
@@ -150,6 +162,8 @@ class LoadedModel:
             )
             self._closing = stack.pop_all()
         self._is_open = True
+        if self.is_leader:
+            warn_of_large_tokenizer(self.tokenizer, self.config.model.vocab_size)
 
     @property
     def checkpoint(self) -> Path:
@@ -218,23 +232,31 @@ class LoadedModel:
         """Yield the output of each request as it finishes.
 
         Requests that are unfinished when the iterator is closed are aborted. A request that failed
-        has the finish reason `error`.
+        has the finish reason `error`, and the tokens and the text before the failure.
 
         Args:
             requests: The requests.
             prompts: The texts of their prompts, by request id.
 
         Raises:
-            RequestError: A request is not valid. In this case, none is served.
+            RequestError: A request is not valid, or two have the same id. In this case, none is
+                served.
+            RunError: Someone else aborted a request. The others are finished first.
         """
         self._check_open()
+        requests = list(requests)
         by_id = {request.id: request for request in requests}
+        finished: set[str] = set()
         # If the caller fails, its traceback keeps the generators alive: close them explicitly.
-        with closing(self.engine.run(by_id.values())) as steps:
+        with closing(self.engine.run(requests)) as steps:
             for step in steps:
                 if step.request_output is not None:
                     request = by_id[step.request_id]
+                    finished.add(request.id)
                     yield self._with_text(step.request_output, request, prompts[request.id])
+        for id in by_id:
+            if id not in finished:
+                raise RunError(f"Request {id!r} was aborted before its end.")
 
     def worker_loop(self) -> None:
         """Run passes for the leader until it closes the engine. Call this on all other ranks."""
@@ -272,10 +294,10 @@ class LoadedModel:
         )
 
     def _with_text(self, output: RequestOutput, request: Request, prompt: str) -> RequestOutput:
-        """Return an output with its texts; one whose tokens have no text keeps its error."""
-        if output.finish_reason == "error":
-            return replace(output, prompt=prompt)
-        text = GeneratedText.of_request(request, self.decode).complete(output.token_ids)
+        """Return an output with its texts; tokens of a failed request may have no text."""
+        text = GeneratedText.of_request(request, self.decode).complete(
+            output.token_ids, skip_errors=output.error is not None
+        )
         return replace(output, prompt=prompt, text=text.text, pieces=text.trimmed_pieces)
 
     def _connect(
@@ -333,8 +355,11 @@ class LoadedModel:
         for (name, most), value in zip(limits.items(), values, strict=True):
             if type(value) is not int or not 1 <= value <= most:
                 raise RequestError(f"{name} = {value!r} must be an integer from 1 to {most}")
-        if not 0 < timeout_s <= 10**6:  # NaN fails too
-            raise RequestError(f"timeout_s = {timeout_s} must be above 0 and at most {10**6}")
+        seconds = plain_float(timeout_s)
+        if seconds is None or not 0 < seconds <= 10**6:  # NaN fails too
+            raise RequestError(
+                f"timeout_s = {timeout_s!r} must be a number above 0 and at most {10**6}"
+            )
         if quantize != "none":
             check_quantize(self.dtype)
         check_layout(self.config, tensor, pipeline)
@@ -349,25 +374,10 @@ def _abandon_ranks(model: "weakref.ref[LoadedModel]") -> None:
         found._abandon_ranks()
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise RequestError(f"{name} = {value!r} is unknown. Use one of {', '.join(choices)}.")
-
-
 def _dtype(dtype: DtypeName | torch.dtype) -> torch.dtype:
     known = distributed.DTYPES
     if isinstance(dtype, torch.dtype) and dtype in known.values():
         return dtype
-    if dtype == "auto" or dtype in known:
+    if isinstance(dtype, str) and (dtype == "auto" or dtype in known):
         return distributed.dtype_named(str(dtype))
     raise RequestError(f"dtype = {dtype!r} is unknown. Use one of auto, {', '.join(known)}.")
-
-
-def _scheduler_config(
-    max_num_seqs: int, cache_tokens: int, max_seq_length: int, attention: Attention
-) -> SchedulerConfig:
-    size = FLASH_BLOCK if attention == "flash" else SchedulerConfig.block_size
-    num_positions = min(cache_tokens, max_num_seqs * max_seq_length)
-    # Partly filled last blocks, and the block for padding.
-    num_blocks = -(-num_positions // size) + max_num_seqs + 1
-    return SchedulerConfig(max_num_seqs=max_num_seqs, num_blocks=num_blocks, block_size=size)

@@ -77,13 +77,6 @@ class Request:
                 " SLED with strategy 'sled', a DoLa with strategy 'dola', and None with others."
             )
 
-    @property
-    def end_token_ids(self) -> frozenset[int]:
-        """Tokens at which the generation ends."""
-        params = self.sampling_params
-        eos = () if params.ignore_eos else self.eos_token_ids
-        return frozenset((*eos, *params.stop_token_ids))
-
 
 @dataclass(frozen=True)
 class ExitResult:

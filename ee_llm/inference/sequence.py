@@ -24,6 +24,7 @@ class Sequence:
         request: The request.
         boundaries: Boundaries of all exits, the final one last.
         max_length: Number of rows that the model has positions for.
+        vocab_size: Number of token ids of the model.
         detokenize: Function from token ids to text; needed for stop strings only.
         tokens: The prompt, the decided tokens, then drafts that no full pass has confirmed yet.
         num_confirmed: Number of leading tokens that are not drafts.
@@ -51,6 +52,7 @@ class Sequence:
     request: Request
     boundaries: tuple[int, ...]
     max_length: int
+    vocab_size: int
     detokenize: Callable[[list[int]], str] | None = None
     tokens: list[int] = field(default_factory=list)
     num_confirmed: int = 0
@@ -157,7 +159,10 @@ class Sequence:
     def banned(self, position: int) -> tuple[int, ...]:
         """Return the ids that the row at `position` may not draw."""
         index = position + 1 - self.num_prompt
-        return self.request.sampling_params.banned_token_ids(index, self.request.eos_token_ids)
+        request = self.request
+        return request.sampling_params.banned_token_ids(
+            index, request.eos_token_ids, self.vocab_size
+        )
 
     def _count(self, num_tokens: int) -> None:
         """Move the counts to those of the first `num_tokens` tokens."""

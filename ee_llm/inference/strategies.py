@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from ee_llm.errors import RequestError
 from ee_llm.inference.decoding.settings import CONTRASTS, Contrast, resolve_contrast, strategy_of
+from ee_llm.inference.sampling.plain_numbers import plain_float, plain_int
 
 if TYPE_CHECKING:
     from ee_llm.config import Config
@@ -34,17 +35,21 @@ class SelfSpeculation:
     draft_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.draft_exit is not None and type(self.draft_exit) is not int:
+        exit, length = plain_int(self.draft_exit), plain_int(self.draft_length)
+        if self.draft_exit is not None and exit is None:
             raise RequestError(f"draft_exit = {self.draft_exit!r} must be an integer, or None")
-        if type(self.draft_length) is not int or self.draft_length < 1:
+        if length is None or length < 1:
             raise RequestError(
                 f"draft_length = {self.draft_length!r} must be an integer of at least 1"
             )
-        threshold = self.draft_threshold
-        if threshold is None:
-            return
-        if not isinstance(threshold, int | float) or not 0.0 < threshold <= 1.0:  # NaN fails too
-            raise RequestError(f"draft_threshold = {threshold!r} is not in (0, 1]")
+        threshold = plain_float(self.draft_threshold)
+        if self.draft_threshold is not None and (
+            threshold is None or not 0.0 < threshold <= 1.0  # NaN fails too
+        ):
+            raise RequestError(f"draft_threshold = {self.draft_threshold!r} is not in (0, 1]")
+        object.__setattr__(self, "draft_exit", exit)
+        object.__setattr__(self, "draft_length", length)
+        object.__setattr__(self, "draft_threshold", threshold)
 
 
 def resolve_strategy(
@@ -60,7 +65,7 @@ def resolve_strategy(
     if isinstance(strategy, Contrast):
         contrast = resolve_contrast(strategy, config)
         return strategy_of(contrast), None, contrast
-    if strategy in CONTRASTS:
+    if isinstance(strategy, str) and strategy in CONTRASTS:
         return strategy, None, resolve_contrast(CONTRASTS[strategy](), config)
     return strategy, None, None
 

@@ -7,7 +7,7 @@ from typing import Self
 
 from ee_llm.errors import RunError
 from ee_llm.inference.engine_base import EngineBase
-from ee_llm.inference.outputs import RequestOutput, TokenOutput
+from ee_llm.inference.outputs import RequestOutput, StepOutput, TokenOutput
 from ee_llm.inference.request import Request
 from ee_llm.inference.text.detokenizer import GeneratedText
 
@@ -19,7 +19,8 @@ class TokenStream(Iterator[TokenOutput]):
     of a stop string, and incomplete multi-byte characters, come with a later token. Concatenated,
     the texts are the output's text. The request is aborted if the stream is closed, left as a
     context manager, or garbage-collected before its end. If the request fails, the iterator raises
-    RunError.
+    RunError after the last token. It also raises RunError if someone else aborts the request, for
+    example by closing the model.
 
     Attributes:
         output: The finished output; None before the end.
@@ -36,35 +37,22 @@ class TokenStream(Iterator[TokenOutput]):
         self.output: RequestOutput | None = None
         self.generated = GeneratedText.of_request(request, detokenize)
         self._prompt = prompt
-        self._num_sent = 0
         self._tokens: deque[TokenOutput] = deque()
+        self._error: str | None = None
         self._steps = engine.stream(request)
 
     def __next__(self) -> TokenOutput:
         while not self._tokens:
-            step = next(self._steps)
-            finished = step.request_output
-            if finished is not None and finished.error is not None:
-                self.output = replace(finished, prompt=self._prompt)
-                raise RunError(finished.error)
-            for number, token in enumerate(step.tokens, start=1):
-                self.generated.add(token.token_id)
-                is_last = finished is not None and number == len(step.tokens)
-                if is_last:
-                    self.generated.finish()
-                self._tokens.append(replace(token, text=self._new_text(is_last)))
-            if finished is not None:
-                self.output = replace(
-                    finished,
-                    prompt=self._prompt,
-                    text=self.generated.text,
-                    pieces=self.generated.trimmed_pieces,
-                )
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise RunError(error)
+            self._take(next(self._steps))
         return self._tokens.popleft()
 
     def close(self) -> None:
         """Abort the request unless it is finished."""
         self._tokens.clear()
+        self._error = None
         self._steps.close()
 
     def __enter__(self) -> Self:
@@ -73,9 +61,24 @@ class TokenStream(Iterator[TokenOutput]):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _new_text(self, is_last: bool) -> str:
-        """Return the text that has become final since the last call."""
-        text = self.generated.text
-        end = len(text) if is_last else self.generated.num_safe
-        start, self._num_sent = self._num_sent, max(self._num_sent, end)
-        return text[start : self._num_sent]
+    def _take(self, step: StepOutput) -> None:
+        """Queue the tokens of a step, each with its text."""
+        finished = step.request_output
+        # If the request failed, the reason may be that the tokenizer cannot decode its tokens.
+        has_failed = finished is not None and finished.error is not None
+        for number, token in enumerate(step.tokens, start=1):
+            self.generated.add(token.token_id, skip_errors=has_failed)
+            is_last = finished is not None and number == len(step.tokens)
+            if is_last:
+                self.generated.finish(skip_errors=has_failed)
+            self._tokens.append(replace(token, text=self.generated.take_text(is_last)))
+        if finished is not None:
+            if not step.tokens:
+                self.generated.finish(skip_errors=has_failed)
+            self._error = finished.error
+            self.output = replace(
+                finished,
+                prompt=self._prompt,
+                text=self.generated.text,
+                pieces=self.generated.trimmed_pieces,
+            )

@@ -31,15 +31,33 @@ sys.exit(main())
 
 
 def launch(num_processes: int, arguments: list[str]) -> None:
-    """Run `ee-llm ARGUMENTS` in `num_processes` ranks and return when all of them have succeeded.
+    """Run `ee-llm ARGUMENTS` as `run_ranks` does, for the command line.
+
+    Raises:
+        SystemExit: A rank failed or a signal stopped the run, after one line on standard error.
+    """
+    outcome = run_ranks(num_processes, arguments)
+    if outcome is not None:
+        complain(outcome.message)
+        sys.exit(outcome.status)
+
+
+class Outcome(NamedTuple):
+    """Why a run failed or stopped, and its exit status.
+
+    The status is that of the first rank that failed, or 128 + the signal's number.
+    """
+
+    message: str
+    status: int
+
+
+def run_ranks(num_processes: int, arguments: list[str]) -> Outcome | None:
+    """Run `ee-llm ARGUMENTS` in `num_processes` ranks; return None if all of them succeed.
 
     SIGTERM, SIGINT and SIGHUP are forwarded to the ranks, which may take as long as they need to
     finish their step and save. A repeated signal (`StopSignalHandler`) kills them. When one rank
     fails, the others are ended. Ranks are killed when this process dies.
-
-    Raises:
-        SystemExit: A rank failed or a signal stopped the run, after one line on standard error.
-            The status is that of the first rank that failed, or 128 + the signal's number.
     """
     with _StopRequests() as requests:
         # Imported here because torch is slow to import. The store runs in this process so that
@@ -55,20 +73,10 @@ def launch(num_processes: int, arguments: list[str]) -> None:
         try:
             for rank in range(num_processes):
                 ranks.append(_Rank(rank, num_processes, store.port, arguments))
-            outcome = _wait(ranks, requests)
+            return _wait(ranks, requests)
         finally:
             for rank_ in ranks:
                 rank_.kill()
-    if outcome is not None:
-        complain(outcome.message)
-        sys.exit(outcome.status)
-
-
-class _Outcome(NamedTuple):
-    """Why a run failed or stopped, and its exit status."""
-
-    message: str
-    status: int
 
 
 class _StopRequests(StopSignalHandler):
@@ -139,7 +147,7 @@ class _Rank:
         return state in "tT"
 
 
-def _wait(ranks: list[_Rank], requests: _StopRequests) -> _Outcome | None:
+def _wait(ranks: list[_Rank], requests: _StopRequests) -> Outcome | None:
     """Wait for all ranks to end. Return why the run failed or stopped, None if it succeeded."""
     running = list(ranks)
     stopped = 0
@@ -154,7 +162,7 @@ def _wait(ranks: list[_Rank], requests: _StopRequests) -> _Outcome | None:
             for rank in running:
                 rank.kill()
             name = _signal_name(requests.received)
-            return _Outcome(f"killed by a second signal after {name}", 128 + requests.received)
+            return Outcome(f"killed by a second signal after {name}", 128 + requests.received)
         ended = [rank for rank in running if rank.process.poll() is not None]
         running = [rank for rank in running if rank not in ended]
         failed = []
@@ -170,12 +178,10 @@ def _wait(ranks: list[_Rank], requests: _StopRequests) -> _Outcome | None:
             first = min(failed, key=lambda rank: rank.process.returncode >= 0)
             message, status = _failure(first)
             others = _end_others(running)
-            return _Outcome(
-                ". ".join([message.rstrip("."), *others]) if others else message, status
-            )
+            return Outcome(". ".join([message.rstrip("."), *others]) if others else message, status)
     for rank in running:
         rank.kill()
-    return _Outcome(f"stopped by {_signal_name(stopped)}", 128 + stopped) if stopped else None
+    return Outcome(f"stopped by {_signal_name(stopped)}", 128 + stopped) if stopped else None
 
 
 def _stop_signal(rank: _Rank, requested: int) -> int:
@@ -188,17 +194,17 @@ def _stop_signal(rank: _Rank, requested: int) -> int:
     return requested if was_killed and not report.message else 0
 
 
-def _failure(rank: _Rank) -> _Outcome:
+def _failure(rank: _Rank) -> Outcome:
     """Return the message and the status for a rank that failed."""
     status = rank.process.returncode
     if status < 0:
         name = _signal_name(-status)
         hint = ". The machine may be out of memory" if name == "SIGKILL" else ""
-        return _Outcome(f"rank {rank.rank} was killed by {name}{hint}", 128 - status)
+        return Outcome(f"rank {rank.rank} was killed by {name}{hint}", 128 - status)
     message = rank.report().message
     if status == 128 + signal.SIGINT and not message:
-        return _Outcome(f"rank {rank.rank} was killed by SIGINT", status)
-    return _Outcome(
+        return Outcome(f"rank {rank.rank} was killed by SIGINT", status)
+    return Outcome(
         message or f"rank {rank.rank} exited with status {status}. See its output above", status
     )
 

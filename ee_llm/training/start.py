@@ -76,13 +76,14 @@ def _check_start(config: Config, num_processes: int | None) -> None:
 
     if num_processes is not None and "WORLD_SIZE" in os.environ:
         raise ConfigError(
-            f"--nproc {num_processes} within a launcher that already started "
-            f"{os.environ['WORLD_SIZE']} processes (WORLD_SIZE). Leave --nproc out."
+            f"nproc = {num_processes} within a launcher that already started "
+            f"{os.environ['WORLD_SIZE']} processes (WORLD_SIZE). Leave nproc out."
         )
     world_size = distributed.launched_world_size()
-    if num_processes is not None and not 1 <= num_processes <= MAX_RANKS:
+    is_number = type(num_processes) is int and 1 <= num_processes <= MAX_RANKS
+    if num_processes is not None and not is_number:
         raise ConfigError(
-            f"--nproc {num_processes} is not a number of processes. Use 1 to {MAX_RANKS:,}."
+            f"nproc = {num_processes!r} is not a number of processes. Use 1 to {MAX_RANKS:,}."
         )
     if not config.data.prefixes:
         raise ConfigError(

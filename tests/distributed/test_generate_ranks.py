@@ -129,7 +129,7 @@ def test_batch_equals_that_of_one_process(place: Path, tmp_path: Path, layout: s
         assert_equal(found[id], record)
     assert {exit for one in found.values() for exit in one["exits"]} == {1, 2, 4}
     *lines, certificate = err.splitlines()
-    assert any(line.startswith("8 prompts, 0 of them done before") for line in lines)
+    assert any(line.startswith("8 prompts, 0 of them from an earlier run") for line in lines)
     assert any(line.startswith("self-speculation: ") for line in lines)
     assert certificate.startswith("certificate: 8 generations")
     assert ", 0 divergences," in certificate
@@ -312,7 +312,7 @@ def test_killed_batch_is_resumed(place: Path, tmp_path: Path, layout: str) -> No
     (tmp_path / "batch.jsonl").write_text(lines)
     other = LAYOUTS["pipeline 2"] if layout == "one process" else ()
     _, err = run(place, *arguments, *other)
-    assert "4 prompts, 3 of them done before; 10 tokens" in err
+    assert "4 prompts, 3 of them from an earlier run; 10 tokens" in err
     assert (tmp_path / "out.jsonl").read_bytes().startswith(finished)
     (tmp_path / "out.jsonl").rename(tmp_path / "resumed.jsonl")
     run(place, *arguments)

@@ -1,4 +1,4 @@
-"""What a configuration is refused with."""
+"""Return the errors of invalid configurations."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from ee_llm.errors import ConfigError
 
 
 def message(overrides: dict[str, Any], path: Path | None = None) -> str:
-    """The whole text of the error that `load_config` raises."""
+    """Return the whole text of the error that `load_config` raises."""
     shape = {} if path else {"model.shape": "llama-tiny"}
     with pytest.raises(ConfigError) as caught:
         load_config(path, {**shape, **overrides})

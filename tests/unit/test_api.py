@@ -1,4 +1,4 @@
-"""The Python API: the lines of the README, from a Hugging Face folder to a verified output."""
+"""Test the Python API: the example of the README, from conversion to verification."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama of random weights and prepared data."""
+    """Return a folder with a Llama of random weights and prepared data."""
     place = tmp_path_factory.mktemp("place")
     folder = make_folder(place / "models" / "llama", bos_token_id=7, eos_token_id=9)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(code: str, place: Path) -> None:
-    """Run Python code in a process of its own: training forms process groups."""
+    """Run Python code in a new process, because training creates process groups."""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=place, capture_output=True, text=True, timeout=300
     )
@@ -78,7 +78,7 @@ seq_length = 16
 """
 
 
-def test_the_ten_lines(place: Path) -> None:
+def test_the_example_of_the_readme(place: Path) -> None:
     (place / "tune.toml").write_text(TUNING)
     run(TEN_LINES, place)
 
@@ -131,16 +131,59 @@ def test_a_model_trains_in_this_process_and_in_several(place: Path) -> None:
     run(TRAIN, place)
 
 
-def test_mistakes_are_named(place: Path) -> None:
-    with pytest.raises(ConfigError, match="'exit'"):
+def test_errors_name_the_mistake(place: Path) -> None:
+    with pytest.raises(TypeError, match="'exit'"):
         ee_llm.convert(place / "models" / "llama", place / "runs" / "x", exit=[1])
+    bad_values = {"to": "HF", "exits": 2, "head": "norm", "max_shard_gb": "many", "dtype": "int8"}
+    for name, value in bad_values.items():
+        with pytest.raises(ConfigError, match=f"^{name} = {value!r}: "):
+            ee_llm.convert(place / "models" / "llama", place / "runs" / "x", **{name: value})
     with pytest.raises(ConfigError, match=r"tuning\.checkpoint"):
         ee_llm.tune(output=place / "runs" / "x")
     with pytest.raises(ee_llm.UserError, match=r"no/such\.toml"):
         ee_llm.train("no/such.toml")
 
 
-def test_importing_is_quick_and_every_name_exists() -> None:
+INTERRUPTED = """
+import os
+import signal
+from pathlib import Path
+import pytest
+import ee_llm
+from ee_llm.training import trainer
+
+config = {**ee_llm.load_config("train.toml").model_dump(), "parallel": {}}
+with pytest.raises(ee_llm.UserError, match="missing") as error:
+    data = {**config["data"], "prefixes": ["data/missing"]}
+    ee_llm.train({**config, "output": "runs/x", "data": data}, nproc=2)
+assert "missing" in str(error.value)
+with pytest.raises(ee_llm.UserError, match="nproc = '2'"):
+    ee_llm.train({**config, "output": "runs/x"}, nproc="2")
+
+step = trainer._Trainer.step
+def stop_in_the_step(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+    return step(*arguments)
+trainer._Trainer.step = stop_in_the_step
+with pytest.raises(ee_llm.RunError, match="SIGINT .* runs/stopped"):
+    ee_llm.train({**config, "output": "runs/stopped"})
+trainer._Trainer.step = step
+result = ee_llm.train({**config, "output": "runs/stopped"})
+with (result.output / "log.jsonl").open("a") as log:
+    log.write('{"step": 3, "lm lo')
+assert result.log[-1]["step"] == 2
+(result.output / "log.jsonl").unlink()
+assert "step-00000002" in repr(result)
+"""
+
+
+def test_a_run_that_fails_or_is_stopped_raises_an_error(place: Path) -> None:
+    """The error states the reason, in one process and in several."""
+    (place / "train.toml").write_text(TRAINING)
+    run(INTERRUPTED, place)
+
+
+def test_importing_is_fast_and_every_public_name_exists() -> None:
     code = (
         "import sys, ee_llm\n"
         "assert not {'torch', 'pydantic', 'numpy'} & {*sys.modules}\n"

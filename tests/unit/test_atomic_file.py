@@ -1,4 +1,4 @@
-"""Files that are replaced atomically."""
+"""Test files that are replaced atomically."""
 
 import os
 from pathlib import Path

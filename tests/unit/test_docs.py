@@ -1,4 +1,4 @@
-"""The documentation keeps its structure: links, openings, the map of packages."""
+"""Test the structure of the documentation: links, openings and the map of packages."""
 
 import importlib.util
 import re
@@ -88,7 +88,7 @@ def test_architecture_page_agrees_with_the_packages_and_their_import_rules() -> 
 
 
 def test_generation_picture_shows_every_token() -> None:
-    """A token without its own rectangle would be counted in the legend and not be shown."""
+    """Otherwise, a token could be counted in the legend but not be shown."""
     record = {
         "prompt": "a b\n",
         "pieces": ["    ", "x", "\n", "y<z"],
@@ -106,7 +106,7 @@ def test_generation_picture_shows_every_token() -> None:
 
 
 def test_api_page_is_up_to_date() -> None:
-    """After a change of public signatures or docstrings: python tools/docs/api.py."""
+    """After a change of public signatures or docstrings, run python tools/docs/api.py."""
     api = load_tool("api")
     assert api.PAGE.read_text(encoding="utf-8") == api.page()
 

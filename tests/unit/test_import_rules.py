@@ -1,4 +1,4 @@
-"""The import rules between the packages of ee_llm, enforced on their syntax trees."""
+"""Test the import rules between the packages of ee_llm on their syntax trees."""
 
 import ast
 import functools
@@ -15,14 +15,14 @@ PACKAGE = Path(__file__).resolve().parents[2] / "ee_llm"
 
 
 class Rule(NamedTuple):
-    """What the modules below `where` may import; names are dotted and cover what is below them."""
+    """The imports that are allowed in `where`. Dotted names include all modules below them."""
 
     where: str
     ours: tuple[str, ...] | None = None  # other ee_llm packages allowed; None: all
     never: tuple[str, ...] = ()  # forbidden modules of any package
     standard_only: bool = False  # no third-party modules
     through: bool = False  # whether `never` also covers indirect imports
-    besides: tuple[str, ...] = ()  # packages that the rule does not hold for
+    excluded: tuple[str, ...] = ()  # packages that the rule does not apply to
 
 
 RULES = (
@@ -107,16 +107,16 @@ RULES = (
     ),
     Rule("serving", ours=("config", "distributed", "data", "inference", "errors")),
     Rule("api", never=("ee_llm.cli",)),
-    Rule("", never=("ee_llm.cli",), besides=("cli", "launch", "__main__")),
+    Rule("", never=("ee_llm.cli",), excluded=("cli", "launch", "__main__")),
     Rule(
-        "", never=("megatron",), besides=("distributed", "model", "checkpoint", "training", "data")
+        "", never=("megatron",), excluded=("distributed", "model", "checkpoint", "training", "data")
     ),
-    Rule("", never=("deepspeed",), besides=("distributed",)),
+    Rule("", never=("deepspeed",), excluded=("distributed",)),
 )
 
-# The only package that says on what hardware things run.
+# The only package that names devices.
 DEVICE_WORDS = ("cuda", "nccl", "gloo")
-DEVICE_ROOM = "distributed"
+DEVICE_PACKAGE = "distributed"
 
 MAX_FILES = 14  # Python files in one folder
 MAX_LINES = 400  # of one file
@@ -131,7 +131,7 @@ class Import(NamedTuple):
 
 
 def package_sources() -> dict[str, str]:
-    """The source of each module of ee_llm by dotted name; packages end in `.__init__`."""
+    """Return the source of each module of ee_llm by dotted name; packages end in `.__init__`."""
     return {
         ".".join(("ee_llm", *path.relative_to(PACKAGE).with_suffix("").parts)): path.read_text()
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -157,7 +157,7 @@ def imports(module: str, source: str) -> tuple[Import, ...]:
         elif isinstance(node, ast.ImportFrom):
             above = module.split(".")[: -node.level] if node.level else []
             origin = ".".join([*above, *([node.module] if node.module else [])])
-            # `from a import b` may import the module a.b; where it does not, no rule is so narrow.
+            # `from a import b` may import the module a.b. If b is no module, no rule matches a.b.
             for alias in node.names:
                 yield Import(f"{origin}.{alias.name}", node.lineno, at_once)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
@@ -173,8 +173,8 @@ def imports(module: str, source: str) -> tuple[Import, ...]:
     return tuple(visit(ast.parse(source), True))
 
 
-def imported_at_once(module: str, sources: Mapping[str, str]) -> dict[str, str]:
-    """Return every module that importing `module` imports, also indirectly, with its importer."""
+def imported_modules(module: str, sources: Mapping[str, str]) -> dict[str, str]:
+    """Return every module that `module` imports directly or indirectly, with its importer."""
     found: dict[str, str] = {}
     queue = [module]
     seen = set()
@@ -183,7 +183,7 @@ def imported_at_once(module: str, sources: Mapping[str, str]) -> dict[str, str]:
         if current in seen or current not in sources:
             continue
         seen.add(current)
-        # The packages that a module is in are imported before it.
+        # Importing a module first imports the packages that contain it.
         parts = current.split(".")
         queue += [".".join([*parts[:n], "__init__"]) for n in range(1, len(parts))]
         for name, _, at_once in imports(current, sources[current]):
@@ -195,13 +195,13 @@ def imported_at_once(module: str, sources: Mapping[str, str]) -> dict[str, str]:
 
 
 def broken_imports(sources: Mapping[str, str]) -> list[str]:
-    """One line for each import that breaks a rule."""
+    """Return one line for each import that breaks a rule."""
     lines = []
     for module, source in sources.items():
         for rule in RULES:
             where = f"ee_llm.{rule.where}" if rule.where else "ee_llm"
-            room = module.split(".")[1]
-            if not within(module, where) or room in rule.besides:
+            package = module.split(".")[1]
+            if not within(module, where) or package in rule.excluded:
                 continue
             for name, line, _ in imports(module, source):
                 place = f"{module}:{line} imports {name}"
@@ -209,19 +209,19 @@ def broken_imports(sources: Mapping[str, str]) -> list[str]:
                     lines.append(f"{place}: never in {where}")
                 elif within(name, "ee_llm"):
                     theirs = [*name.split("."), ""][1]
-                    if rule.ours is not None and theirs not in (room, *rule.ours):
+                    if rule.ours is not None and theirs not in (package, *rule.ours):
                         lines.append(f"{place}: {where} may import of ee_llm only {rule.ours}")
                 elif rule.standard_only and name.split(".")[0] not in sys.stdlib_module_names:
                     lines.append(f"{place}: {where} has the standard library only")
             if rule.through:
-                for name, importer in imported_at_once(module, sources).items():
+                for name, importer in imported_modules(module, sources).items():
                     if within(name, *rule.never) and importer != module:
                         lines.append(f"{module} imports {name} through {importer}")
     return lines
 
 
-def circles(sources: Mapping[str, str]) -> list[str]:
-    """Return one line for each circle of imports between modules, those for types included."""
+def import_cycles(sources: Mapping[str, str]) -> list[str]:
+    """Return one line for each cycle of imports, including those for type checkers."""
     edges: dict[str, set[str]] = {}
     for module, source in sources.items():
         found = edges.setdefault(module, set())
@@ -254,10 +254,10 @@ def circles(sources: Mapping[str, str]) -> list[str]:
 
 
 def device_words(sources: Mapping[str, str]) -> list[str]:
-    """One line for each place outside the platform that names a device or its backend in code."""
+    """Return one line for each device name in the code of other packages than `distributed`."""
     lines = []
     for module, source in sources.items():
-        if within(module, f"ee_llm.{DEVICE_ROOM}"):
+        if within(module, f"ee_llm.{DEVICE_PACKAGE}"):
             continue
         for node in ast.walk(ast.parse(source)):
             word = ""
@@ -274,26 +274,26 @@ def device_words(sources: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def test_the_package_keeps_the_rules() -> None:
+def test_the_package_follows_the_import_rules() -> None:
     assert broken_imports(package_sources()) == []
 
 
-def test_devices_are_named_in_the_platform_alone() -> None:
+def test_only_the_distributed_package_names_devices() -> None:
     assert device_words(package_sources()) == []
 
 
-def test_there_are_no_circles() -> None:
-    assert circles(package_sources()) == []
+def test_there_are_no_import_cycles() -> None:
+    assert import_cycles(package_sources()) == []
 
 
-def test_a_planted_circle_is_found() -> None:
+def test_a_planted_import_cycle_is_found() -> None:
     sources = {
         "ee_llm.a": "from ee_llm import b",
         "ee_llm.b": "def f():\n    from ee_llm.c import g",
         "ee_llm.c": "if TYPE_CHECKING:\n    from ee_llm.a import f",
     }
-    assert circles(sources) == ["ee_llm.a -> ee_llm.b -> ee_llm.c -> ee_llm.a"]
-    assert circles(sources | {"ee_llm.b": "import os"}) == []
+    assert import_cycles(sources) == ["ee_llm.a -> ee_llm.b -> ee_llm.c -> ee_llm.a"]
+    assert import_cycles(sources | {"ee_llm.b": "import os"}) == []
 
 
 def test_folders_and_files_stay_small() -> None:
@@ -303,8 +303,8 @@ def test_folders_and_files_stay_small() -> None:
     assert {path: size for path, size in sizes.items() if size > MAX_LINES} == {}
 
 
-def test_there_is_no_utils() -> None:
-    """A drawer for everything is where rooms lose their purpose."""
+def test_no_module_is_named_utils() -> None:
+    """Such modules collect unrelated functions."""
     assert not [name for name in package_sources() if {"utils", "util"} & set(name.split("."))]
 
 
@@ -321,7 +321,7 @@ def test_there_is_no_utils() -> None:
         ("ee_llm.pipeline.lower", "from ee_llm.config import Config"),
         ("ee_llm.pipeline.simulate", "import rich.table"),
         ("ee_llm.cli.main", "import megatron.core"),
-        ("ee_llm.some.new.room", "import megatron"),
+        ("ee_llm.some.new.package", "import megatron"),
         ("ee_llm.pipeline.runtime", "import ee_llm.model.stage"),
         ("ee_llm.inference.engine", "from ee_llm.training.run import train"),
         ("ee_llm.inference.engine", "import importlib\nimportlib.import_module('megatron.core')"),
@@ -343,8 +343,8 @@ def test_a_planted_import_is_found(module: str, source: str) -> None:
     assert len(broken_imports({module: source})) >= 1
 
 
-def test_a_planted_import_is_found_through_others() -> None:
-    """Importing the reader would import megatron-core if the package it lies in did."""
+def test_a_planted_indirect_import_is_found() -> None:
+    """Importing the reader would import megatron-core if its package did."""
     sources = {
         "ee_llm.checkpoint.__init__": "from ee_llm.checkpoint.sharded.save import save",
         "ee_llm.checkpoint.sharded.save": "import megatron.core",
@@ -357,8 +357,8 @@ def test_a_planted_import_is_found_through_others() -> None:
     assert broken_imports(sources) == []
 
 
-def test_the_scheduling_of_requests_is_importable_without_torch() -> None:
-    """That the rules above have not been outwitted: an import that fails ends the process."""
+def test_scheduling_can_be_imported_without_torch() -> None:
+    """This also finds imports that the rules above miss."""
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from ee_llm.inference import request\n"
@@ -368,7 +368,7 @@ def test_the_scheduling_of_requests_is_importable_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_imports_for_type_checkers_are_free() -> None:
+def test_imports_for_type_checkers_are_allowed() -> None:
     source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"
     assert broken_imports({"ee_llm.inference.scheduling.scheduler": source}) == []
 

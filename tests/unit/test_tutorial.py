@@ -1,4 +1,4 @@
-"""The Python tutorial runs as it is written, on a CPU."""
+"""Test that the Python tutorial runs as written on a CPU."""
 
 import os
 import re
@@ -15,7 +15,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "tutorials" / "python-api.
 
 
 def script(page: str) -> str:
-    """Return a program of the page's code blocks in order; commands run as subprocesses."""
+    """Return a program with the code blocks of the page; commands run as subprocesses."""
     parts = ["import subprocess"]
     for language, code in re.findall(
         r"^```(bash|python)\n(.*?)^```", page, re.DOTALL | re.MULTILINE
@@ -27,7 +27,7 @@ def script(page: str) -> str:
     return "\n".join(parts)
 
 
-def test_the_code_blocks_run_in_order(tmp_path: Path) -> None:
+def test_code_blocks_run_in_order(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     (tmp_path / "tutorial.py").write_text(script(PAGE.read_text()))
     done = subprocess.run(

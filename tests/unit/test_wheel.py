@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it works where there is no checkout."""
+"""Test the content of the wheel, and that it works without a checkout."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of a copy of the checkout, in which no earlier build has left files."""
+    """Build the wheel from a copy of the checkout without files of earlier builds."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -54,17 +54,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path) -> Path:
-    """The programs of an environment with the wheel, which finds the libraries of this one."""
+    """Return the bin folder of an environment with the wheel and this environment's libraries."""
     folder = wheel.parent / "environment"
     venv.create(folder, symlinks=True)
     packages = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     run(*pip, "--no-deps", "--target", packages, wheel, folder=wheel.parent)
-    # What .pth files add to this environment comes last, and never the checkout.
+    # Paths from .pth files of this environment come last, without the checkout.
     libraries = [*site.getsitepackages(), *sys.path]
     found = [path for path in dict.fromkeys(libraries) if path.endswith("-packages")]
     (packages / "libraries.pth").write_text("\n".join(found) + "\n")
-    # pip writes programs for the interpreter that runs it.
+    # pip installs scripts for the interpreter that runs it.
     program = folder / "bin" / "ee-llm"
     shutil.copy(packages / "bin" / "ee-llm", program)
     text = program.read_text().partition("\n")[2]

@@ -1,1 +1,1 @@
-"""Benchmarks: each module is a script that prints a table and writes its figures as JSON."""
+"""Benchmarks. Each script prints a table and can write its figures as JSON."""

@@ -1,9 +1,9 @@
-"""Memory and time of converting a sharded checkpoint of random weights, there and back.
+"""Measure the memory and time of converting a sharded checkpoint of random weights and back.
 
     python tools/bench/convert.py --json convert.json [--quick]
 
-Each conversion is a process of its own, whose memory is watched from outside. What is measured and
-why: docs/reference/benchmarks.md.
+Each conversion runs in a separate process, which reports its peak resident memory. See
+docs/reference/benchmarks.md for the method and results.
 """
 
 import json
@@ -31,36 +31,36 @@ from ee_llm.conversion.huggingface.tables import rows_of
 from tools.bench import report
 
 ROOT = Path(__file__).resolve().parents[2]
-# A Llama of this width has 59 MB a layer in bfloat16, and 131 MB each of embeddings and output.
+# A Llama of this width has 59 MB per layer in bfloat16, and 131 MB each for embedding and output.
 WIDTH, FFN, VOCABULARY = 2048, 2048, 32000
 QUICK = {"gigabytes": 0.5, "rounds": 1}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Peak memory and seconds of `ee-llm convert`, into a checkpoint and out again."""
+    """Peak memory and time of `ee-llm convert`, to a checkpoint and back."""
 
     json: Path | None = None
-    """Where to write machine, rows and figures."""
+    """Write the machine, rows and figures to this JSON file."""
     quick: bool = False
-    """A checkpoint of 0.5 GB, once: ends within a minute on two cores. What is given beside it
-    wins."""
+    """Convert a checkpoint of 0.5 GB once, within a minute on two cores. Explicit options take
+    precedence."""
     gigabytes: float = 4.0
-    """Size of the checkpoint, in 10^9 bytes."""
+    """Size of the checkpoint in 10^9 bytes."""
     shard_gigabytes: float = 1.0
-    """Size of each of its files."""
+    """Size of each file of the checkpoint in 10^9 bytes."""
     rounds: int = 3
-    """Conversions each way; figures are of their medians."""
+    """Number of conversions in each direction; the figures are their medians."""
     directory: Path | None = None
-    """Where to write the files, which takes three times their size; a temporary one unless
-    given."""
+    """Write the files to this directory, which needs space for three times the checkpoint; None
+    uses the system's directory for temporary files."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Measure, print a table, and write what --json asks for."""
+    """Measure, print a table and write the figures."""
     options = report.read_options(Options, QUICK, args)
-    with tempfile.TemporaryDirectory(dir=options.directory) as place:
-        rows = measure(options, Path(place))
+    with tempfile.TemporaryDirectory(dir=options.directory) as directory:
+        rows = measure(options, Path(directory))
     report.print_table("Conversion, tensor by tensor", [_cells(row) for row in rows])
     into, out = ([r for r in rows if r["direction"] == way] for way in ("in", "out"))
     figures = {
@@ -72,20 +72,21 @@ def main(args: Sequence[str] | None = None) -> None:
     report.write_json(options.json, rows, figures)
 
 
-def measure(options: Options, place: Path) -> list[dict[str, Any]]:
-    """Return a row for each conversion; the files lie below `place`."""
-    size = make_folder(place / "theirs", options.gigabytes, options.shard_gigabytes)
+def measure(options: Options, directory: Path) -> list[dict[str, Any]]:
+    """Return a row for each conversion. The files are written to `directory`."""
+    size = make_folder(directory / "theirs", options.gigabytes, options.shard_gigabytes)
     largest = VOCABULARY * WIDTH * 2
     rows = []
     for index in range(options.rounds):
-        ours, back = place / f"ours-{index}", place / f"back-{index}"
-        there = ["convert", str(place / "theirs"), "--tokenizer", "bytes", "--output", str(ours)]
-        again = ["convert", str(ours), "--to", "hf", "--output", str(back)]
-        for way, arguments in (("in", there), ("out", again)):
-            seconds, peak, idle = run_watched(arguments)
+        ours, back = directory / f"ours-{index}", directory / f"back-{index}"
+        to_ours = ["convert", str(directory / "theirs"), "--tokenizer", "bytes"]
+        to_ours += ["--output", str(ours)]
+        to_theirs = ["convert", str(ours), "--to", "hf", "--output", str(back)]
+        for direction, arguments in (("in", to_ours), ("out", to_theirs)):
+            seconds, peak, idle = run_measured(arguments)
             rows.append(
                 {
-                    "direction": way,
+                    "direction": direction,
                     "bytes": size,
                     "largest_tensor_bytes": largest,
                     "seconds": seconds,
@@ -98,10 +99,13 @@ def measure(options: Options, place: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def run_watched(arguments: list[str]) -> tuple[float, int, int]:
-    """Return seconds, the largest resident memory, and how large that is before anything is done.
+def run_measured(arguments: list[str]) -> tuple[float, int, int]:
+    """Run `ee-llm` in a new process and return its time and memory.
 
-    Python and torch are in both; pages of a file count while it is mapped.
+    Returns:
+        The seconds of the command, the peak resident bytes, and the resident bytes before the
+        command starts. Both numbers of bytes include Python and torch. The pages of a file count
+        while it is mapped.
     """
     code = (
         "import json, resource, sys, time\n"
@@ -123,7 +127,7 @@ def run_watched(arguments: list[str]) -> tuple[float, int, int]:
 
 
 def make_folder(path: Path, gigabytes: float, shard_gigabytes: float) -> int:
-    """Write a Llama of about that size in bfloat16 as transformers does; return its bytes."""
+    """Write a bfloat16 Llama in Hugging Face's format and return the bytes of its weights."""
     layer = 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * FFN)
     outside = 2 * 2 * VOCABULARY * WIDTH
     num_layers = max(1, math.ceil((gigabytes * 1e9 - outside) / layer))
@@ -166,8 +170,8 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "largest tensor, MB": f"{row['largest_tensor_bytes'] / 1e6:.0f}",
         "seconds": f"{row['seconds']:.1f}",
         "peak memory, MB": f"{row['peak_bytes'] / 1e6:.0f}",
-        "of these idle": f"{row['idle_bytes'] / 1e6:.0f}",
-        "peak of the checkpoint": f"{row['peak_bytes'] / row['bytes']:.3f}",
+        "idle process, MB": f"{row['idle_bytes'] / 1e6:.0f}",
+        "peak / checkpoint": f"{row['peak_bytes'] / row['bytes']:.3f}",
     }
 
 

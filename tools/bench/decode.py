@@ -1,9 +1,9 @@
-"""Decoding with exits: each strategy beside exits off, beside transformers, beside its ideal.
+"""Measure decoding with exits, compared with exits off, transformers and the ideal.
 
     python tools/bench/decode.py --json decode.json [--quick]
 
-The model is one that the quick start trained. All sides decode the same prompts in turn. What is
-measured and why, and how to read the tables: docs/reference/benchmarks.md.
+The default model is the quick start's. All sides decode the same prompts in turn. See
+docs/reference/benchmarks.md for the method, and for how to read the tables.
 """
 
 import json
@@ -36,14 +36,14 @@ from tools.bench.decode_rows import (
 from tools.bench.decode_setup import STRATEGIES, Bench, Options, prepare, sides
 
 QUICK = {"batches": (1, 16), "new_tokens": 32, "rounds": 3}
-# How many sequences of each side and batch size are judged for quality, at least.
-NUM_JUDGED = 8
+# The minimum number of sequences of each side and batch size whose quality is evaluated.
+NUM_EVALUATED = 8
 
 
 def measure(
     bench: Bench, batch: int, on_step: Callable[[str], None]
 ) -> tuple[list[Row], list[Certificate]]:
-    """Return the rows of a batch size, and the certificates of our strategies."""
+    """Return the rows of a batch size and the certificates of our strategies."""
     options = bench.options
     on_step(f"batch {batch}: costs")
     context = options.prompt_tokens + options.new_tokens // 2
@@ -52,24 +52,24 @@ def measure(
     names = list(wanted)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     for number in range(-1, options.rounds):
-        shift = number % len(names)  # nobody always comes after the same neighbour
+        shift = number % len(names)  # no side always runs after the same other side
         for name in names[shift:] + names[:shift]:
             on_step(f"batch {batch}: {name}")
             sample = wanted[name](number)
-            if number >= 0:  # the first round allocates, and learns how often rows go on
+            if number >= 0:  # the first round allocates, and collects exit statistics
                 samples[name].append(sample)
     on_step(f"batch {batch}: certificate")
     rows = make_rows(batch, samples, costs, bench.model.config.model.num_layers)
-    return judge(bench, rows, samples)
+    return add_quality(bench, rows, samples)
 
 
-def judge(
+def add_quality(
     bench: Bench, rows: Sequence[Row], samples: Mapping[str, Sequence[Sample]]
 ) -> tuple[list[Row], list[Certificate]]:
-    """Return the rows with the quality of the last rounds' texts, and the certificates."""
-    judged, certificates = [], []
+    """Add the quality of the last rounds' outputs to the rows; return rows and certificates."""
+    evaluated, certificates = [], []
     for row in rows:
-        count = -(-NUM_JUDGED // row.batch)  # rounds
+        count = -(-NUM_EVALUATED // row.batch)  # number of rounds
         own, full = samples[row.side][-count:], samples[FULL][-count:]
         texts = [text for one in own for text in zip(one.prompts, one.tokens, strict=True)]
         by_dense = [tokens for one in full for tokens in one.tokens]
@@ -91,8 +91,8 @@ def judge(
                 largest_exit_margin=found.largest_exit,
                 certificate_pass_rate=found.num_passed / found.num_generations,
             )
-        judged.append(row)
-    return judged, certificates
+        evaluated.append(row)
+    return evaluated, certificates
 
 
 def show(bench: Bench, rows: Sequence[Row]) -> None:
@@ -105,14 +105,14 @@ def show(bench: Bench, rows: Sequence[Row]) -> None:
     if not distributed.has_cuda():
         title += f", {torch.get_num_threads()} threads"
     report.print_table(f"{title}; thresholds: {exits}", [speed_cells(row) for row in rows])
-    title = f"latency and agreement; margins up to {limits.token:.2g} / {limits.exit:.2g} are legal"
+    title = f"latency and agreement; tolerated margins: {limits.token:.2g} / {limits.exit:.2g}"
     report.print_table(title, [latency_cells(row) for row in rows])
-    title = "controls: as dense at the same depth"
+    title = "controls: agreement with the dense model at the same depth"
     report.print_table(title, [control_cells(control) for control in bench.controls])
 
 
 def pipeline_figures(bench: Bench) -> dict[str, float]:
-    """Return what decode_pipeline.py finds, in processes of its own, with the same thresholds."""
+    """Run decode_pipeline.py with the same thresholds and return its figures."""
     options = bench.options
     if not options.pipeline or options.shape is not None or distributed.has_cuda():
         return {}

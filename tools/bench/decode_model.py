@@ -1,4 +1,4 @@
-"""The model that decode.py measures, its prompts, and a dense control with its top cut off."""
+"""Load the model and prompts of decode.py, and truncate the model for a dense control."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ from ee_llm.config import Config
 from ee_llm.data.dataset import SPLITS, split_documents
 from ee_llm.data.indexed import IndexedTokens
 
-QUICKSTART = "train one with ./scripts/quickstart.sh"
+QUICKSTART = "To train a model, run ./scripts/quickstart.sh."
 
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model: its configuration, its tensors by name, and text it was not trained on."""
+    """A model: its configuration, its tensors by name, and text that it was not trained on."""
 
     config: Config
     tensors: dict[str, Tensor]
@@ -28,14 +28,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Weights:
-    """How many weights a token is multiplied with: in a layer, in the head at each boundary."""
+    """The number of weights that a token is multiplied by: in a layer, and in each head."""
 
     layer: int
     heads: dict[int, int]
 
 
 def count_weights(model: Model) -> Weights:
-    """Return the numbers of weights, norms and biases included, which hardly count."""
+    """Return the numbers of weights, including norms and biases."""
     config = model.config
     boundaries = (*config.exits.boundaries, config.model.num_layers)
     output = config.model.vocab_size * config.model.hidden_size
@@ -48,27 +48,31 @@ def count_weights(model: Model) -> Weights:
 
 
 def open_model(checkpoint: Path) -> Model:
-    """Return the model of a run directory or checkpoint, and its run's validation text.
+    """Return the model of a run directory or checkpoint, with the validation text of its run.
 
-    Raises ValueError if there is none, if it has no early exit, or if the text is not there.
+    Raises:
+        ValueError: The checkpoint or the text does not exist, or the model has no early exit.
     """
     try:
         path = resolve_checkpoint(checkpoint)
     except ValueError as error:
-        raise ValueError(f"{error}; {QUICKSTART}") from error
+        raise ValueError(f"{error} {QUICKSTART}") from error
     reader = TensorReader(path)
     config = reader.config()
     if not config.exits.boundaries:
-        raise ValueError(f"{path}: the model has no early exit; {QUICKSTART}")
+        raise ValueError(f"{path}: the model has no early exit. {QUICKSTART}")
     tensors = {name: reader.tensor(name) for name in reader.names()}
     return Model(config, tensors, _validation_text(config, path.parent.parent))
 
 
 def random_model(shape: str) -> Model:
-    """Return a model of a ready-made shape with random weights, exits at 1/4 and 1/2 of its depth.
+    """Return a model of a ready-made shape, with random weights and text.
 
-    Its text is random too. What passes cost it tells, and that they are right; how often tokens
-    leave, nothing. Raises ValueError for a shape that does not exist.
+    Its exits are at 1/4 and 1/2 of its depth. The model is suited to measuring the cost and
+    correctness of passes, but not how often tokens exit.
+
+    Raises:
+        ValueError: The shape does not exist.
     """
     num_layers = Config.model_validate({"model": {"shape": shape}}).model.num_layers
     exits = {"boundaries": [num_layers // 4, num_layers // 2]}
@@ -83,19 +87,23 @@ def random_model(shape: str) -> Model:
     return Model(config, tensors, text.tolist())
 
 
-def cut(text: list[int], count: int, length: int) -> list[tuple[int, ...]]:
-    """Return `count` pieces of `length` tokens that begin at even distances, not overlapping."""
+def excerpts(text: list[int], count: int, length: int) -> list[tuple[int, ...]]:
+    """Return `count` excerpts of `length` tokens, evenly spaced and without overlap.
+
+    Raises:
+        ValueError: The text is too short.
+    """
     if count * length > len(text):
         raise ValueError(
-            f"{count} pieces of {length} tokens do not fit the {len(text)} tokens of validation"
-            " text; ask for smaller batches or prompts"
+            f"{count} excerpts of {length} tokens do not fit into the {len(text)} tokens of"
+            " validation text. Use smaller batches or prompts."
         )
     starts = [index * (len(text) - length) // max(1, count - 1) for index in range(count)]
     return [tuple(text[start : start + length]) for start in starts]
 
 
 def nearest_exit(config: Config, depth: int) -> int:
-    """Return the boundary of the exit nearest to `depth` layers, the deeper one of two."""
+    """Return the boundary of the exit nearest to `depth` layers; of two, the deeper one."""
     boundaries = (*config.exits.boundaries, config.model.num_layers)
     return min(reversed(boundaries), key=lambda boundary: abs(boundary - depth))
 
@@ -103,8 +111,8 @@ def nearest_exit(config: Config, depth: int) -> int:
 def truncate(model: Model, depth: int) -> Model:
     """Return the dense model of the first `depth` layers and one head.
 
-    The head is that of the exit nearest to the depth, if exits are a norm and a projection;
-    otherwise the final one's.
+    The head is that of the nearest exit if exits consist of a norm and a projection, and the final
+    head otherwise.
     """
     config, tensors = model.config, model.tensors
     last = config.model.num_layers
@@ -125,20 +133,20 @@ def truncate(model: Model, depth: int) -> Model:
 def _validation_text(config: Config, run: Path) -> list[int]:
     """Return the validation tokens of a run's first data set.
 
-    It is looked for beside the checkpoints, where the quick start has it, then where the
-    configuration says, which may be a path from the directory that it was trained in.
+    The run directory is searched first, because the quick start stores its data there. The path
+    in the configuration may be relative to the directory in which training was started.
     """
     if not config.data.prefixes:
-        raise ValueError(f"{run}: the model was trained without data.prefixes; {QUICKSTART}")
+        raise ValueError(f"{run}: the model was trained without data.prefixes. {QUICKSTART}")
     prefix = Path(config.data.prefixes[0])
-    beside = run / "data" / prefix.name
+    in_run = run / "data" / prefix.name
     try:
-        data = IndexedTokens(beside if Path(f"{beside}.idx").exists() else prefix)
+        data = IndexedTokens(in_run if Path(f"{in_run}.idx").exists() else prefix)
     except ValueError as error:
-        raise ValueError(f"no text for prompts: {error}; {QUICKSTART}") from error
+        raise ValueError(f"Cannot read the text of the prompts: {error} {QUICKSTART}") from error
     part = SPLITS.index("validation")
     if config.data.split[part] <= 0:
-        raise ValueError(f"data.split = {list(config.data.split)} leaves no validation text")
+        raise ValueError(f"data.split = {list(config.data.split)} has no validation text")
     documents = split_documents(data.num_documents, config.data.split)[part]
     tokens = data.tokens[data.bounds[documents.start] : data.bounds[documents.stop]]
     return np.asarray(tokens, dtype=np.int64).tolist()

@@ -1,4 +1,4 @@
-"""transformers' generate on the same weights: the other side of decode.py's comparisons."""
+"""Decode with transformers' `generate` on the same weights, for comparison in decode.py."""
 
 import time
 from collections.abc import Sequence
@@ -14,28 +14,38 @@ from tools.bench.llama import llama_config, llama_weights
 
 
 class Decoded(NamedTuple):
-    """How long a batch took, and the new tokens of each prompt."""
+    """The seconds of a batch and the new tokens of each prompt."""
 
     seconds: float
     tokens: list[tuple[int, ...]]
 
 
 class Peer:
-    """A model in transformers' LlamaForCausalLM, with sdpa attention and greedy decoding."""
+    """A model in transformers' LlamaForCausalLM with sdpa attention, decoded greedily."""
 
     def __init__(self, model: Model, dtype: torch.dtype) -> None:
-        """Raises ValueError if transformers is missing or the model is no llama."""
+        """Load the weights of `model` into transformers.
+
+        Raises:
+            ValueError: transformers is not installed, or the model is not a llama model.
+        """
         if model.config.model.family != "llama" or model.config.model.position != "rope":
-            raise ValueError("only llama models can be held against transformers: give --no-peers")
+            raise ValueError(
+                f"model.family = {model.config.model.family} with model.position ="
+                f" {model.config.model.position} cannot be compared with transformers. Use"
+                " --no-peers."
+            )
         try:
             self._model = llama(model).to(distributed.device(), dtype).eval()
         except ImportError as error:
-            raise ValueError(f"{error}: install ee_llm[dev], or give --no-peers") from error
-        self._model.generation_config.eos_token_id = None  # as long as ours, whatever comes
+            raise ValueError(f"{error}. Install ee_llm[dev], or use --no-peers.") from error
+        self._model.generation_config.eos_token_id = (
+            None  # so that all outputs have the same length
+        )
 
     @torch.no_grad()
     def decode(self, prompts: Sequence[tuple[int, ...]], num_new: int, **options: Any) -> Decoded:
-        """Return what `generate` makes of prompts of one length; `options` are passed on to it."""
+        """Return the output of `generate` for prompts of equal length; `options` go to it."""
         tokens = torch.tensor(prompts, device=distributed.device())
         distributed.synchronize()
         start = time.perf_counter()
@@ -51,15 +61,20 @@ class Peer:
         return Decoded(seconds, [tuple(row[len(prompts[0]) :].tolist()) for row in made])
 
     def draft_at(self, model: Model, boundary: int) -> None:
-        """Let drafts of `assistant_early_exit` use the head of the exit at `boundary`.
+        """Make drafts of `assistant_early_exit` use the head of the exit at `boundary`.
 
         transformers drafts with the final norm and output weight, which were not trained for that
-        depth; its drafts would be worse than ours for no merit of ours. Raises ValueError if the
-        exit is more than a norm and a projection.
+        depth. Without this change, its drafts would be unfairly worse than ours.
+
+        Raises:
+            ValueError: The exit has more than a norm and a projection.
         """
         config = model.config
         if config.exits.head != ("norm",):
-            raise ValueError("transformers can only draft with an exit of a norm and a projection")
+            raise ValueError(
+                f"exits.head = {list(config.exits.head)}: transformers can draft only with an exit"
+                " of a norm and a projection."
+            )
         inner, depth = self._model.model, config.model.num_layers
         own_norm = type(inner.norm)(config.model.hidden_size, eps=config.model.norm_eps)
         own_norm.weight = _like(model.tensors[f"exits.{boundary}.norm.weight"], inner.norm.weight)
@@ -74,7 +89,14 @@ class Peer:
     def decode_assisted(
         self, prompt: tuple[int, ...], num_new: int, boundary: int, draft_length: int | None
     ) -> Decoded:
-        """Return what `generate` makes with drafts at an exit: of its own length, or of ours."""
+        """Return the output of `generate` with drafts at an exit.
+
+        Args:
+            prompt: The token ids of one prompt.
+            num_new: The number of new tokens.
+            boundary: The exit that drafts.
+            draft_length: Tokens per draft, or None for transformers' own choice.
+        """
         settings = self._model.generation_config
         before = settings.num_assistant_tokens, settings.assistant_confidence_threshold
         if draft_length is not None:
@@ -87,7 +109,7 @@ class Peer:
 
 
 class _ByDepth(torch.nn.Module):
-    """The module that belongs to the number of layers that the model has at the moment."""
+    """Select a module by the number of layers that the model currently has."""
 
     def __init__(self, inner: Any, modules: dict[int, torch.nn.Module]) -> None:
         super().__init__()
@@ -102,7 +124,7 @@ def llama(model: Model) -> Any:
     """Return transformers' LlamaForCausalLM with the model's weights, in float32."""
     from transformers import LlamaForCausalLM, logging
 
-    logging.set_verbosity_error()  # it warns of what it does itself when it drafts
+    logging.set_verbosity_error()  # its own drafting triggers its warnings
     alone = {"bos_token_id": None, "eos_token_id": None, "attn_implementation": "sdpa"}
     theirs = LlamaForCausalLM(llama_config(model.config, **alone))
     theirs.load_state_dict(llama_weights(model.config, model.tensors))

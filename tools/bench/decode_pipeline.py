@@ -1,11 +1,11 @@
-"""Latency of one sequence over two pipeline stages: what tokens gain that leave in the first.
+"""Measure the latency of one sequence over two pipeline stages, with and without exits.
 
     python tools/bench/decode_pipeline.py --thresholds 0.5 --json pp2.json [--quick]
 
-A token that leaves at an exit of the first stage comes back without the second one, which fills in
-its keys and values meanwhile. So one sequence is decoded P / E times as fast as without exits, if E
-is the mean number of stages that a token waits for (docs/reference/benchmarks.md). decode.py runs
-this too.
+A token that exits in the first stage does not wait for the second stage, which computes the token's
+keys and values meanwhile. Ideally, tokens therefore arrive P / E times as fast as without exits,
+where E is the mean number of stages that a token waits for (docs/reference/benchmarks.md).
+decode.py also runs this benchmark.
 """
 
 import statistics
@@ -29,7 +29,7 @@ from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.scheduling.config import SchedulerConfig
 from tools.bench import report
-from tools.bench.decode_model import cut, open_model
+from tools.bench.decode_model import excerpts, open_model
 from tools.bench.ranks import run_ranks
 
 NUM_STAGES = 2
@@ -38,29 +38,29 @@ QUICK = {"new_tokens": 32, "rounds": 3}
 
 @dataclass(frozen=True)
 class Options:
-    """One sequence over two pipeline stages, with exits and without."""
+    """Decode one sequence over two pipeline stages, with and without exits."""
 
     json: Path | None = None
-    """Where to write machine, rows and figures."""
+    """Write the machine, rows and figures to this JSON file."""
     quick: bool = False
-    """Fewer tokens and rounds. What is given beside it wins."""
+    """Decode fewer tokens in fewer rounds. Explicit options take precedence."""
     checkpoint: Path = Path("runs/quickstart")
-    """Run directory or checkpoint of a model with exits."""
+    """Decode with this model: a run directory or checkpoint with exits."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Precision; auto is the engine's own choice for this device."""
+    """Compute with this precision; auto is the engine's default on this device."""
     thresholds: tuple[float | Literal["off"], ...] = (0.5,)
-    """Probability of the top token at which a token leaves: one for each exit, or one for all."""
+    """Exit if the top token has at least this probability; one value per exit, or one for all."""
     prompt_tokens: int = 32
-    """Tokens of each prompt."""
+    """Number of tokens in each prompt."""
     new_tokens: int = 96
-    """Tokens that are decoded after each prompt."""
+    """Number of tokens to decode after each prompt."""
     rounds: int = 7
-    """Prompts that are continued, each with exits and without, in turn."""
+    """Number of prompts to decode, each with and without exits."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of each round without and with exits, and how many stages a token waits for."""
+    """Seconds of each round without and with exits, and the mean stages that a token waits for."""
 
     full: list[float]
     exact: list[float]
@@ -68,24 +68,24 @@ class Result:
 
     @property
     def speed_up(self) -> report.Ratio:
-        """Return how many times as fast tokens come with exits."""
+        """Return the speed-up with exits."""
         return report.ratio_of_medians(self.full, self.exact)
 
     @property
     def efficiency(self) -> float:
-        """Return the speed-up over the P / E that it could be."""
+        """Return the speed-up divided by the ideal P / E."""
         return self.speed_up.value / (NUM_STAGES / self.mean_stages)
 
 
 def mean_stages(config: Config, generations: Sequence[RequestOutput]) -> float:
-    """Return how many stages the tokens waited for, on average."""
+    """Return the mean number of stages that the tokens waited for."""
     ends = [pieces[-1].last for pieces in partition_layers(config, NUM_STAGES)]
     exits = [exit for one in generations for exit in one.exits]
     return statistics.mean(1 + sum(exit > end for end in ends) for exit in exits)
 
 
 def measure(options: Options) -> Result | None:
-    """Return the result on the leading rank; to be run in as many ranks as there are stages."""
+    """Return the result on the leading rank. Run this on one rank per stage."""
     torch.set_num_threads(1)
     model = open_model(options.checkpoint)
     config = model.config
@@ -100,20 +100,20 @@ def measure(options: Options) -> Result | None:
         return None
     thresholds = [None if value == "off" else value for value in options.thresholds]
     policy = make_exit_policy(config.exits.boundaries, thresholds)
-    prompts = cut(model.text, options.rounds + 1, options.prompt_tokens)
+    prompts = excerpts(model.text, options.rounds + 1, options.prompt_tokens)
     seconds: dict[str, list[float]] = {"full": [], "exact": []}
-    made: list[RequestOutput] = []
+    outputs: list[RequestOutput] = []
     for number, prompt in enumerate(prompts):
         exact = Request("one", prompt, policy, SamplingParams(max_tokens=options.new_tokens))
         for strategy in ("full", "exact"):
             start = time.perf_counter()
-            made += engine.generate([replace(exact, strategy=strategy)])
-            if number > 0:  # the first one allocates
+            outputs += engine.generate([replace(exact, strategy=strategy)])
+            if number > 0:  # the first prompt allocates
                 seconds[strategy].append(time.perf_counter() - start)
     engine.close()
     ranks.shutdown()
-    left = [one for one in made if one.strategy == "exact"]
-    return Result(seconds["full"], seconds["exact"], mean_stages(config, left))
+    with_exits = [output for output in outputs if output.strategy == "exact"]
+    return Result(seconds["full"], seconds["exact"], mean_stages(config, with_exits))
 
 
 def main(options: Options) -> None:

@@ -1,6 +1,6 @@
-"""How good decoded text is: agreement with the dense model, the certificate, and controls.
+"""Evaluate decoded text: agreement with the dense model, the certificate, and controls.
 
-All is judged by the plain reference model in float64, teacher-forced.
+All evaluations are teacher-forced, with the reference model in float64.
 """
 
 import math
@@ -19,16 +19,21 @@ from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.verification.certificate import Divergence, Tolerance, verify_trace
 from tools.bench.decode_model import Model, Weights, truncate
 
-# So many tokens must be the dense model's own choice, where thresholds are not given.
-LEAST_AGREEMENT = 0.95
+# The minimum agreement with the dense model when thresholds are chosen automatically.
+MIN_AGREEMENT = 0.95
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the certificate says about some generations.
+    """The result of checking some generations.
 
-    num_divergent: tokens with any divergence. largest_token, largest_exit: greatest margins, in
-    logits and in confidence. num_passed: generations whose divergences are all within tolerance.
+    Attributes:
+        num_tokens: The number of checked tokens.
+        num_divergent: The number of tokens with a divergence.
+        largest_token: The largest margin of a token, in logits.
+        largest_exit: The largest margin of an exit, in confidence.
+        num_generations: The number of checked generations.
+        num_passed: The number of generations in which the tolerance explains every divergence.
     """
 
     num_tokens: int
@@ -40,7 +45,7 @@ class Certificate:
 
 
 class Dense:
-    """The dense model and its exits in float64; what it has said of a sequence it remembers."""
+    """The dense model and its exits in float64. Results are cached by sequence."""
 
     def __init__(self, model: Model) -> None:
         self.reference = ReferenceModel(model.config, model.tensors, torch.float64)
@@ -48,12 +53,12 @@ class Dense:
         self._divergences: dict[tuple[object, ...], list[Divergence]] = {}
 
     def agreement(self, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> float:
-        """Return the share of tokens that the dense model would choose after those before them."""
+        """Return the share of tokens that the dense model would choose after the same text."""
         choices = self._choices(prompt, tokens)
         return statistics.mean(a == b for a, b in zip(choices, tokens, strict=True))
 
     def certify(self, generations: Sequence[RequestOutput], tolerance: Tolerance) -> Certificate:
-        """Return what `verify_trace` finds; after a divergence the rest is judged by itself."""
+        """Check generations with `verify_trace`, each token given the recorded text before it."""
         found = [self._verify(generation) for generation in generations]
         margins: dict[str, list[float]] = {"token": [0.0], "exit": [0.0]}
         for divergence in (d for one in found for d in one):
@@ -75,7 +80,7 @@ class Dense:
         return tuple(logits.argmax(-1).tolist())
 
     def _verify(self, made: RequestOutput) -> list[Divergence]:
-        # Batches of other sizes make the same generation again and again.
+        # Batches of different sizes repeat the same generations.
         key = (
             made.prompt_token_ids,
             made.token_ids,
@@ -89,16 +94,18 @@ class Dense:
 
 
 def common_prefix(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """Return how many leading tokens are equal."""
+    """Return the number of equal leading tokens."""
     pairs = enumerate(zip(tokens, others, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(tokens), len(others)))
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What each exit says on the same rows: its choice, and how sure it is of it.
+    """The top token and the confidence of each exit on the same rows.
 
-    tokens, confidences: by boundary, [rows]; the final exit is the last.
+    Attributes:
+        tokens: By boundary, [rows]; the final exit is last.
+        confidences: By boundary, [rows]; the final exit is last.
     """
 
     tokens: dict[int, Tensor]
@@ -106,10 +113,10 @@ class Choices:
 
 
 @torch.no_grad()
-def choices(
+def exit_choices(
     reference: ReferenceModel, sequences: Sequence[Sequence[int]], num_prompt: int
 ) -> Choices:
-    """Return what all exits say on the rows of `sequences` that follow the prompt."""
+    """Return the choices of all exits on the rows of `sequences` that follow the prompt."""
     policy = make_exit_policy(reference.boundaries[:-1], [None])
     tokens: dict[int, list[Tensor]] = {boundary: [] for boundary in reference.boundaries}
     confidences: dict[int, list[Tensor]] = {boundary: [] for boundary in reference.boundaries}
@@ -124,48 +131,57 @@ def choices(
     )
 
 
-def exits_taken(said: Choices, policy: ExitPolicy) -> Tensor:
-    """Return the boundary [rows] that each row leaves at: the first that is confident."""
-    *early, last = said.tokens
-    at = torch.full_like(said.tokens[last], last)
+def exits_taken(choices: Choices, policy: ExitPolicy) -> Tensor:
+    """Return the boundary [rows] of the first confident exit of each row."""
+    *early, last = choices.tokens
+    exits = torch.full_like(choices.tokens[last], last)
     for boundary in reversed(early):
         threshold = policy.threshold(boundary)
         if threshold is not None:
-            at[said.confidences[boundary] >= threshold] = boundary
-    return at
+            exits[choices.confidences[boundary] >= threshold] = boundary
+    return exits
 
 
-def agreement(said: Choices, at: Tensor) -> float:
-    """Return the share of rows whose exit, the boundary in `at`, says what the final one does."""
-    dense = next(reversed(said.tokens.values()))
-    return sum(float((own == dense)[at == b].sum()) for b, own in said.tokens.items()) / len(at)
+def agreement(choices: Choices, exits: Tensor) -> float:
+    """Return the share of rows whose exit chooses the same token as the final exit.
 
-
-def calibrate(said: Choices, weights: Weights, least: float = LEAST_AGREEMENT) -> ExitPolicy:
-    """Return the policy with the least cost whose choices are, for a share `least`, the dense ones.
-
-    Of all with one threshold, in hundredths, for one exit or two; cost is counted in weights that a
-    token is multiplied with. Without a policy that saves anything, every exit is off.
+    Args:
+        choices: The choices of all exits.
+        exits: The boundary of each row's exit, [rows].
     """
-    *early, last = said.tokens
+    dense = next(reversed(choices.tokens.values()))
+    counts = (float((own == dense)[exits == b].sum()) for b, own in choices.tokens.items())
+    return sum(counts) / len(exits)
+
+
+def calibrate(
+    choices: Choices, weights: Weights, min_agreement: float = MIN_AGREEMENT
+) -> ExitPolicy:
+    """Return the cheapest policy that agrees with the dense model often enough.
+
+    The candidates use one or two exits, with one threshold in hundredths for both. The cost is the
+    number of weights that a token is multiplied by. If no candidate saves anything, all exits are
+    off.
+    """
+    *early, last = choices.tokens
     off = make_exit_policy(early, [None])
     best, least_cost = off, float(weights.layer * last + weights.heads[last])
     for used in [*combinations(early, 1), *combinations(early, 2)]:
         for hundredths in range(1, 100):
-            chosen = [hundredths / 100 if boundary in used else None for boundary in early]
-            policy = make_exit_policy(early, chosen)
-            at = exits_taken(said, policy)
-            cost = weights.layer * float(at.double().mean())
+            thresholds = [hundredths / 100 if boundary in used else None for boundary in early]
+            policy = make_exit_policy(early, thresholds)
+            exits = exits_taken(choices, policy)
+            cost = weights.layer * float(exits.double().mean())
             for boundary in (*used, last):
-                cost += weights.heads[boundary] * float((at >= boundary).double().mean())
-            if cost < least_cost and agreement(said, at) >= least:
+                cost += weights.heads[boundary] * float((exits >= boundary).double().mean())
+            if cost < least_cost and agreement(choices, exits) >= min_agreement:
                 best, least_cost = policy, cost
     return best
 
 
 @dataclass(frozen=True)
 class Control:
-    """Who decides tokens, after which text, at what mean depth, how often as the dense model."""
+    """A way to choose exits: the text it was tried on, its mean depth and dense agreement."""
 
     name: str
     text: str
@@ -173,17 +189,17 @@ class Control:
     agreement: float
 
 
-def controls(said: Choices, policy: ExitPolicy, text: str) -> list[Control]:
+def controls(choices: Choices, policy: ExitPolicy, text: str) -> list[Control]:
     """Return exits by confidence, the same number of exits at random rows, and each exit alone.
 
-    Random: the mean over all ways to deal the same exits out to the rows.
+    The agreement at random rows is the mean over all ways to distribute the exits to the rows.
     """
-    at = exits_taken(said, policy)
-    alone = {b: agreement(said, torch.full_like(at, b)) for b in said.tokens}
-    at_random = sum(float((at == b).double().mean()) * own for b, own in alone.items())
-    depth = float(at.double().mean())
+    exits = exits_taken(choices, policy)
+    alone = {b: agreement(choices, torch.full_like(exits, b)) for b in choices.tokens}
+    at_random = sum(float((exits == b).double().mean()) * own for b, own in alone.items())
+    depth = float(exits.double().mean())
     return [
-        Control("exits by confidence", text, depth, agreement(said, at)),
+        Control("exits by confidence", text, depth, agreement(choices, exits)),
         Control("exits at random rows", text, depth, at_random),
         *(Control(f"all at exit {b}", text, float(b), alone[b]) for b in policy.boundaries),
     ]
@@ -196,24 +212,25 @@ def all_controls(
     texts: Mapping[str, Sequence[Sequence[int]]],
     num_prompt: int,
 ) -> list[Control]:
-    """Return the controls on each of the texts, by name, after `num_prompt` tokens.
+    """Return the controls on each named text, after `num_prompt` tokens.
 
-    The last of each text is the model truncated to the depth of exits on the first text.
+    The last control of each text is the model truncated to the mean depth of exits on the first
+    text.
     """
     found: list[Control] = []
     for text, sequences in texts.items():
-        said = choices(reference, sequences, num_prompt)
-        found += controls(said, policy, text)
+        choices = exit_choices(reference, sequences, num_prompt)
+        found += controls(choices, policy, text)
         depth = depth_of(found[0])
         shorter = truncate(model, depth)
-        cut_off = ReferenceModel(shorter.config, shorter.tensors, torch.float64)
-        theirs = choices(cut_off, sequences, num_prompt).tokens[depth]
-        is_right = theirs == next(reversed(said.tokens.values()))
+        truncated = ReferenceModel(shorter.config, shorter.tensors, torch.float64)
+        tokens = exit_choices(truncated, sequences, num_prompt).tokens[depth]
+        is_right = tokens == next(reversed(choices.tokens.values()))
         share = float(is_right.double().mean())
         found.append(Control(f"truncated to {depth} layers", text, float(depth), share))
     return found
 
 
 def depth_of(control: Control) -> int:
-    """Return the number of whole layers nearest to a control's mean depth."""
+    """Return the mean depth of a control, rounded to whole layers."""
     return max(1, math.floor(control.mean_depth + 0.5))

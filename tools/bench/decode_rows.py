@@ -1,4 +1,4 @@
-"""What decode.py reports: one row for each batch size and side, as tables, JSON and figures."""
+"""Report the results of decode.py: a row per batch size and side, tables, JSON and figures."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,16 +17,16 @@ from tools.bench.decode_costs import (
     shares,
 )
 from tools.bench.decode_quality import Certificate, Control
-from tools.bench.decode_trace import Steady, Trace, deferred, fill_share, steady
+from tools.bench.decode_trace import Steady, Trace, deferral_times, fill_share, steady
 from tools.bench.report import Ratio
 
-FULL, EXACT, HELD = "full", "exact, no deferral", "exact, deferral"
-VERIFY, PROPAGATE, TRUNCATED = "self-speculative", "propagate", "truncated"
+FULL, EXACT, DEFERRED = "full", "exact, no deferral", "exact, deferral"
+SELF_SPECULATIVE, PROPAGATE, TRUNCATED = "self-speculative", "propagate", "truncated"
 PEER, ASSISTED = "transformers", "transformers, drafting"
 
 
 class Sample(NamedTuple):
-    """One batch decoded by one side: seconds, new tokens by prompt, what our engine did."""
+    """One batch decoded by one side: seconds, new tokens by prompt, and our engine's trace."""
 
     seconds: float
     prompts: list[tuple[int, ...]]
@@ -36,11 +36,13 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One side at one batch size; ratios have the quartiles of single rounds.
+    """The results of one side at one batch size. Ratios have the quartiles of single rounds.
 
-    tokens_per_s: new tokens, prompts included in the time; over_* are ratios of it. steady: the
-    speed-up over full while all sequences decode (see `steady`), of which efficiency is the part
-    of `ideal`, regime_efficiency that of `regime_ideal`. hold_*: means over rows that declined.
+    `tokens_per_s` counts new tokens; its time includes the prompts. `over_*` are ratios of
+    `tokens_per_s`. `steady` is the speed-up over full while all sequences decode (see
+    `decode_trace.steady`). `efficiency` is `steady` divided by `ideal`, and `regime_efficiency`
+    is `steady` divided by `regime_ideal`. `hold_steps` and `hold_ms` are the mean passes and
+    milliseconds for which rows that declined an exit were deferred.
     """
 
     batch: int
@@ -73,7 +75,7 @@ class Row:
     certificate_pass_rate: float | None = None
 
     def record(self) -> dict[str, Any]:
-        """Return the row for JSON: a ratio has its quartiles beside it, _low and _high."""
+        """Return the row for JSON. The quartiles of a ratio have the suffixes _low and _high."""
         found: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Ratio):
@@ -86,12 +88,16 @@ class Row:
 def make_rows(
     batch: int, samples: Mapping[str, Sequence[Sample]], costs: Costs, num_layers: int
 ) -> list[Row]:
-    """Return the rows of all sides of a batch size, without what the quality of its text is.
+    """Return the rows of all sides of a batch size, without the quality of the text.
 
-    samples: by side, one for each round, those of the same round together.
+    Args:
+        batch: The number of sequences.
+        samples: By side, one sample per round; the same index is the same round.
+        costs: The measured costs of passes.
+        num_layers: The number of layers of the model.
     """
     seconds = {side: [sample.seconds for sample in own] for side, own in samples.items()}
-    calm = {
+    steady_parts = {
         side: [steady(sample.trace) for sample in own if sample.trace]
         for side, own in samples.items()
     }
@@ -105,28 +111,29 @@ def make_rows(
         }
         if PEER in seconds:
             fields["over_transformers"] = report.ratio_of_medians(seconds[PEER], seconds[side])
-        if side == VERIFY and assisted:
+        if side == SELF_SPECULATIVE and assisted:
             fastest = min(assisted, key=statistics.median)
             fields["over_assisted"] = report.ratio_of_medians(fastest, seconds[side])
         traces = [sample.trace for sample in own if sample.trace]
         if traces:
             fields |= _passes(traces, side)
-            fields |= _steady(calm[FULL], calm[side])
-        if side in (EXACT, HELD, PROPAGATE):
+            fields |= _steady(steady_parts[FULL], steady_parts[side])
+        if side in (EXACT, DEFERRED, PROPAGATE):
             policy = traces[0].generations[0].policy
-            fields |= _ideals(batch, policy, calm[FULL], calm[side], costs, num_layers, side)
+            parts = steady_parts[FULL], steady_parts[side]
+            fields |= _ideals(batch, policy, *parts, costs, num_layers, side)
         rows.append(Row(batch, side, **fields))
     return rows
 
 
 def _passes(traces: Sequence[Trace], side: str) -> dict[str, float | None]:
-    """Return what all rounds' passes and arrivals come to."""
+    """Return the fields that summarize the passes and arrivals of all rounds."""
     made = [generation for trace in traces for generation in trace.generations]
     num_prompt = len(made[0].prompt_token_ids)
     gaps = [gap for trace in traces for gap in trace.gaps]
-    held = [deferred(trace.passes) for trace in traces]
-    steps = [n for one in held for n in one.steps]
-    times = [n for one in held for n in one.seconds]
+    deferrals = [deferral_times(trace.passes) for trace in traces]
+    steps = [n for one in deferrals for n in one.steps]
+    times = [n for one in deferrals for n in one.seconds]
     num_drafted = sum(generation.num_drafted for generation in made)
     num_accepted = sum(generation.num_accepted for generation in made)
     return {
@@ -139,7 +146,7 @@ def _passes(traces: Sequence[Trace], side: str) -> dict[str, float | None]:
         "hold_steps": statistics.mean(steps) if steps else None,
         "hold_ms": 1e3 * statistics.mean(times) if times else None,
         "fill_share": None
-        if side == VERIFY
+        if side == SELF_SPECULATIVE
         else statistics.mean(fill_share(trace.passes, num_prompt) for trace in traces),
     }
 
@@ -165,40 +172,40 @@ def _ideals(
     num_layers: int,
     side: str,
 ) -> dict[str, Any]:
-    """Return ideals at the exits of all rounds, efficiencies at those of each round."""
+    """Return the ideals at the exits of all rounds, and the efficiencies round by round."""
 
     def bounds(steadies: Sequence[Steady]) -> _Bounds:
-        left = shares([exit for one in steadies for exit in one.exits], policy, num_layers)
-        rates = declining(left)
-        at_once = (1,) * len(rates)
-        found = Regime(regime(costs, rates, batch, at_once), at_once)
-        if side == HELD:
+        exited = shares([exit for one in steadies for exit in one.exits], policy, num_layers)
+        rates = declining(exited)
+        no_deferral = (1,) * len(rates)
+        found = Regime(regime(costs, rates, batch, no_deferral), no_deferral)
+        if side == DEFERRED:
             found = best_regime(costs, rates, batch)
-        return _Bounds(ideal(costs, left, batch), found)
+        return _Bounds(ideal(costs, exited, batch), found)
 
-    def efficiency(reached: Sequence[float]) -> Ratio:
-        seconds = [s * bound for s, bound in zip(_per_token(own), reached, strict=True)]
+    def efficiency(ideals: Sequence[float]) -> Ratio:
+        seconds = [s * bound for s, bound in zip(_per_token(own), ideals, strict=True)]
         return report.ratio_of_medians(_per_token(full), seconds)
 
-    whole, each = bounds(own), [bounds([one]) for one in own]
-    fields = {"ideal": whole.ideal, "efficiency": efficiency([one.ideal for one in each])}
-    if side == PROPAGATE:  # its rows that left cost less further up, and S(k) is not for them
+    total, each = bounds(own), [bounds([one]) for one in own]
+    fields = {"ideal": total.ideal, "efficiency": efficiency([one.ideal for one in each])}
+    if side == PROPAGATE:  # S(k) does not apply: above their exit, its rows cost less
         return fields
     return fields | {
-        "regime_ideal": whole.regime.speedup,
-        "regime_passes": whole.regime.passes,
+        "regime_ideal": total.regime.speedup,
+        "regime_passes": total.regime.passes,
         "regime_efficiency": efficiency([one.regime.speedup for one in each]),
     }
 
 
 def percentile(samples: Sequence[float], percent: int) -> float:
-    """Return the smallest sample that `percent` of all samples do not exceed."""
+    """Return the smallest sample that at least `percent` % of all samples do not exceed."""
     ordered = sorted(samples)
     return ordered[max(0, -(-percent * len(ordered) // 100) - 1)]
 
 
 def speed_cells(row: Row) -> dict[str, str]:
-    """Return the row as the first table shows it."""
+    """Return the cells of a row in the first table."""
     passes = ",".join(map(str, row.regime_passes or ()))
     return {
         "B, side": f"{row.batch:>2}  {row.side}",
@@ -215,7 +222,7 @@ def speed_cells(row: Row) -> dict[str, str]:
 
 
 def latency_cells(row: Row) -> dict[str, str]:
-    """Return the row as the second table shows it."""
+    """Return the cells of a row in the second table."""
     margins = (row.largest_token_margin, row.largest_exit_margin)
     return {
         "B, side": f"{row.batch:>2}  {row.side}",
@@ -235,17 +242,17 @@ def latency_cells(row: Row) -> dict[str, str]:
 
 
 def control_cells(control: Control) -> dict[str, str]:
-    """Return a control as the third table shows it."""
+    """Return the cells of a control in the third table."""
     return {
-        "tokens decided by": control.name,
-        "after": control.text,
+        "exits chosen by": control.name,
+        "text": control.text,
         "mean depth": f"{control.mean_depth:.2f}",
         "as dense": f"{control.agreement:.3f}",
     }
 
 
 def make_figures(rows: Iterable[Row], certificates: Iterable[Certificate]) -> dict[str, float]:
-    """Return the figures for which there are rows."""
+    """Return the figures of the batch sizes and sides that were measured."""
     by_name = {(row.batch, row.side): row for row in rows}
     figures: dict[str, float] = {}
 
@@ -258,11 +265,11 @@ def make_figures(rows: Iterable[Row], certificates: Iterable[Certificate]) -> di
     put("full_vs_hf_b16", 16, FULL, "over_transformers")
     put("exact_efficiency_b1", 1, EXACT, "efficiency")
     for batch in (8, 16, 32):
-        put(f"exact_regime_efficiency_b{batch}", batch, HELD, "regime_efficiency")
-    held = [row for row in by_name.values() if row.side == HELD]
-    figures["exact_vs_full_min"] = min(row.over_full.value for row in held if row.over_full)
-    figures["exact_vs_full_steady_min"] = min(row.steady.value for row in held if row.steady)
-    put("verify_vs_hf_assisted_b1", 1, VERIFY, "over_assisted")
+        put(f"exact_regime_efficiency_b{batch}", batch, DEFERRED, "regime_efficiency")
+    deferred = [row for row in by_name.values() if row.side == DEFERRED]
+    figures["exact_vs_full_min"] = min(row.over_full.value for row in deferred if row.over_full)
+    figures["exact_vs_full_steady_min"] = min(row.steady.value for row in deferred if row.steady)
+    put("verify_vs_hf_assisted_b1", 1, SELF_SPECULATIVE, "over_assisted")
     found = list(certificates)
     num_generations = sum(one.num_generations for one in found)
     figures["certificate_pass_rate"] = sum(one.num_passed for one in found) / num_generations

@@ -1,4 +1,4 @@
-"""What decode.py measures, made ready: options, engines, peers, thresholds, prompts, controls."""
+"""Prepare the measurements of decode.py: options, engines, thresholds, prompts, controls."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from ee_llm.inference.strategies import SelfSpeculation, Strategy
 from tools.bench.decode_model import (
     Model,
     count_weights,
-    cut,
+    excerpts,
     open_model,
     random_model,
     truncate,
@@ -34,18 +34,18 @@ from tools.bench.decode_quality import (
     Dense,
     all_controls,
     calibrate,
-    choices,
     depth_of,
+    exit_choices,
 )
 from tools.bench.decode_rows import (
     ASSISTED,
+    DEFERRED,
     EXACT,
     FULL,
-    HELD,
     PEER,
     PROPAGATE,
+    SELF_SPECULATIVE,
     TRUNCATED,
-    VERIFY,
     Sample,
 )
 from tools.bench.decode_trace import decode
@@ -53,62 +53,63 @@ from tools.bench.decode_trace import decode
 STRATEGIES: dict[str, Strategy] = {
     FULL: "full",
     EXACT: "exact",
-    HELD: "exact",
-    VERIFY: "self-speculative",
+    DEFERRED: "exact",
+    SELF_SPECULATIVE: "self-speculative",
     PROPAGATE: "propagate",
 }
-# Texts, at least, that thresholds are found on, and controls are compared on.
+# The minimum number of texts for choosing thresholds and comparing controls.
 NUM_TEXTS = 16
 
 
 @dataclass(frozen=True)
 class Options:
-    """Decoding with early exits, over the same engine without them and over transformers."""
+    """Compare decoding with early exits with the same engine without exits, and transformers."""
 
     json: Path | None = None
-    """Where to write machine, rows and figures."""
+    """Write the machine, rows and figures to this JSON file."""
     quick: bool = False
-    """Fewer batch sizes, tokens and rounds: ends within a minute on two cores. What is given
-    beside it wins."""
+    """Measure fewer batch sizes, tokens and rounds, within a minute on two cores. Explicit options
+    take precedence."""
     checkpoint: Path = Path("runs/quickstart")
-    """Run directory or checkpoint of a model with exits; its run's validation text is continued."""
+    """Decode with this model, a run directory or checkpoint with exits, on its validation text."""
     shape: str | None = None
-    """Ready-made shape to take with random weights in place of a checkpoint, as llama-1.3B: for
-    what passes cost; it says nothing of how often tokens leave. Needs --thresholds."""
+    """Use random weights of this ready-made shape, such as llama-1.3B, instead of a checkpoint.
+    This measures the cost of passes, but not how often tokens exit. Requires --thresholds."""
     attention: Attention = "auto"
-    """How our engine attends, see ee-llm generate --help."""
+    """Use this implementation of attention (see ee-llm generate --help-all)."""
     cuda_graphs: bool = False
-    """Whether our engine replays passes of few rows as CUDA graphs."""
+    """Replay passes of few rows as CUDA graphs."""
     compile: bool = False
-    """Whether our engine's layers go through torch.compile."""
+    """Compile the layers with torch.compile."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Precision of both sides; auto is the engine's own choice for this device."""
+    """Compute with this precision on both sides; auto is the engine's default on this device."""
     threads: int | None = None
-    """Threads of this process on a CPU; torch's choice, all cores, unless given."""
+    """Number of CPU threads; None uses all cores."""
     batches: tuple[int, ...] = (1, 4, 8, 16, 32)
-    """Sequences that are decoded together."""
+    """Batch sizes: the numbers of sequences to decode together."""
     prompt_tokens: int = 32
-    """Tokens of each prompt."""
+    """Number of tokens in each prompt."""
     new_tokens: int = 96
-    """Tokens that are decoded after each prompt."""
+    """Number of tokens to decode after each prompt."""
     rounds: int = 7
-    """Times that every side is measured, all of them in turn."""
+    """Number of rounds; each measures all sides in turn."""
     thresholds: tuple[float | Literal["off"], ...] = ()
-    """Probability of the top token at which a token leaves: one for each exit, or one for all.
-    Unless given, what costs least while 95 % of the tokens are the dense model's choice."""
+    """Exit if the top token has at least this probability; one value per exit, or one for all.
+    Without this option, use the cheapest thresholds at which 95 % of the tokens are the dense
+    model's choice."""
     draft_length: int = 4
-    """Tokens that verify drafts at the first exit before a deep pass."""
+    """Number of tokens that self-speculative drafts at the first exit before a deep pass."""
     peers: bool = True
-    """Whether to measure transformers."""
+    """Also measure transformers."""
     pipeline: bool = True
-    """Whether to measure one sequence over two pipeline stages, on a CPU."""
+    """Also measure one sequence over two pipeline stages. Not available on a GPU."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """All that is measured: engines and peers with the same weights, prompts, controls.
+    """The engines and peers, which have the same weights, and their prompts and controls.
 
-    holdings: what the engine has learned about holding, by side.
+    `deferrals` has the state of the engine's deferral by side; None or no entry disables deferral.
     """
 
     options: Options
@@ -122,13 +123,17 @@ class Bench:
     prompts: list[tuple[int, ...]]
     dense: Dense
     controls: list[Control]
-    holdings: dict[str, Deferral | None] = field(default_factory=dict)
+    deferrals: dict[str, Deferral | None] = field(default_factory=dict)
 
 
 def prepare(options: Options) -> Bench:
-    """Return what is to be measured; raises ValueError for options that do not fit the model."""
+    """Prepare the measurement.
+
+    Raises:
+        ValueError: The options are invalid for the model.
+    """
     if options.shape is not None and not options.thresholds:
-        raise ValueError(f"--shape {options.shape} has random weights: give it --thresholds")
+        raise ValueError(f"--shape {options.shape} has random weights and needs --thresholds.")
     model = random_model(options.shape) if options.shape else open_model(options.checkpoint)
     config = model.config
     _check(options, config.model.max_seq_length)
@@ -145,19 +150,19 @@ def prepare(options: Options) -> Bench:
     )
     engine = make(config, model.tensors, deferral="auto")
     half = len(model.text) // 2
-    text, other = model.text[:half], model.text[half:]  # prompts, and what is seen before them
+    text, other = model.text[:half], model.text[half:]  # for prompts, and for choosing thresholds
     dense = Dense(model)
     policy = _policy(options, model, engine, dense, other)
-    prompts = cut(text, num_texts, options.prompt_tokens)
+    prompts = excerpts(text, num_texts, options.prompt_tokens)
     texts: dict[str, Sequence[Sequence[int]]] = {
         "the dense model's text": _continued(engine, prompts, options.new_tokens),
-        "validation text": cut(other, min(num_texts, len(other) // length), length),
+        "validation text": excerpts(other, min(num_texts, len(other) // length), length),
     }
     found = all_controls(model, dense.reference, policy, texts, options.prompt_tokens)
     shorter = truncate(model, depth_of(found[0]))
     truncated = make(shorter.config, shorter.tensors)
     peers, assistant = _peers(model, dtype) if options.peers else ({}, None)
-    holdings = {side: deepcopy(engine.deferral) for side in STRATEGIES if side != EXACT}
+    deferrals = {side: deepcopy(engine.deferral) for side in STRATEGIES if side != EXACT}
     return Bench(
         options,
         model,
@@ -170,53 +175,54 @@ def prepare(options: Options) -> Bench:
         prompts,
         dense,
         found,
-        holdings,
+        deferrals,
     )
 
 
 def _check(options: Options, max_length: int) -> None:
     for name in ("prompt_tokens", "rounds", "draft_length"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} is less than 1.")
     if not options.batches or min(options.batches) < 1:
-        raise ValueError(f"--batches {options.batches}: at least one, of 1 sequence or more")
+        sizes = " ".join(map(str, options.batches))
+        raise ValueError(f"--batches {sizes}: give at least one size, each at least 1.")
     if options.new_tokens < 2:
-        raise ValueError(f"--new-tokens {options.new_tokens}: at least 2, to see what lies between")
+        raise ValueError(f"--new-tokens {options.new_tokens} is less than 2, so there are no gaps.")
     if options.prompt_tokens + options.new_tokens > max_length:
         raise ValueError(
-            f"--prompt-tokens {options.prompt_tokens} and --new-tokens {options.new_tokens} are"
-            f" more than the model's max_seq_length = {max_length}"
+            f"--prompt-tokens {options.prompt_tokens} and --new-tokens {options.new_tokens}"
+            f" together exceed the model's max_seq_length = {max_length}. Use smaller values."
         )
 
 
 def _policy(
     options: Options, model: Model, engine: Engine, dense: Dense, text: list[int]
 ) -> ExitPolicy:
-    """Return the policy that is given, or the one found on what the dense model writes."""
+    """Return the given policy, or one calibrated on the dense model's text."""
     if options.thresholds:
         given = [None if threshold == "off" else threshold for threshold in options.thresholds]
         policy = make_exit_policy(model.config.exits.boundaries, given)
     else:
         count = min(NUM_TEXTS, len(text) // options.prompt_tokens)
-        texts = _continued(engine, cut(text, count, options.prompt_tokens), options.new_tokens)
-        said = choices(dense.reference, texts, options.prompt_tokens)
-        policy = calibrate(said, count_weights(model))
+        texts = _continued(engine, excerpts(text, count, options.prompt_tokens), options.new_tokens)
+        choices = exit_choices(dense.reference, texts, options.prompt_tokens)
+        policy = calibrate(choices, count_weights(model))
     if all(threshold is None for threshold in policy.thresholds):
         raise ValueError(
-            "no exit is in use: train the model for longer, or give --thresholds in (0, 1]"
+            "no exit is in use. Train the model for longer, or give --thresholds in (0, 1]."
         )
     return policy
 
 
 def _continued(engine: Engine, prompts: Sequence[tuple[int, ...]], num_new: int) -> list[list[int]]:
-    """Return the prompts with what the dense model makes of them."""
+    """Return the prompts, each followed by the dense model's continuation."""
     policy = make_exit_policy(engine.boundaries[:-1], [None])
     made = run(engine, FULL, policy, None, prompts, num_new, "", None)
     return [[*p, *t] for p, t in zip(prompts, made.tokens, strict=True)]
 
 
 def _peers(model: Model, dtype: torch.dtype) -> tuple[dict[str, Peer], Peer | None]:
-    """Return transformers in our dtype and in the other fast one, and with drafts at an exit."""
+    """Return transformers in our dtype and in the other fast dtype, and a peer that drafts."""
     other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
     name = next(name for name, known in distributed.DTYPES.items() if known == other)
     peers = {PEER: Peer(model, dtype), f"{PEER}, {name}": Peer(model, other)}
@@ -235,11 +241,19 @@ def run(
     prompts: Sequence[tuple[int, ...]],
     num_new: int,
     tenant: str,
-    learned: Deferral | None,
+    deferral: Deferral | None,
 ) -> Sample:
-    """Return what a side makes of prompts that come at once.
+    """Decode prompts that arrive at once, as the given side does.
 
-    tenant: of its own, so that no prefix is found in the cache. learned: None is no holding.
+    Args:
+        engine: The engine.
+        side: The name of the side, which selects the strategy.
+        policy: The exit policy.
+        draft: The settings of the self-speculative strategy.
+        prompts: The token ids of each prompt.
+        num_new: The number of new tokens per prompt.
+        tenant: A name that no earlier call used, so that no prefix is in the cache.
+        deferral: The state of deferral, which is updated, or None to disable deferral.
     """
     strategy = STRATEGIES.get(side, "full")
     draft = draft if strategy == "self-speculative" else None
@@ -248,16 +262,16 @@ def run(
         Request(str(n), prompt, policy, params, strategy, draft, tenant=tenant)
         for n, prompt in enumerate(prompts)
     ]
-    with deferral(engine, learned):
+    with using_deferral(engine, deferral):
         trace = decode(engine, requests)
     tokens = [generation.token_ids for generation in trace.generations]
     return Sample(trace.seconds, list(prompts), tokens, trace)
 
 
 @contextmanager
-def deferral(engine: Engine, learned: Deferral | None) -> Iterator[None]:
-    """Let the engine hold rows by what it has learned, and learn on, or not hold any."""
-    before, engine.deferral = engine.deferral, learned
+def using_deferral(engine: Engine, deferral: Deferral | None) -> Iterator[None]:
+    """Use `deferral` in the engine inside the `with` block; None disables deferral."""
+    before, engine.deferral = engine.deferral, deferral
     engine.scheduler.deferral_targets = [1] * engine.scheduler.num_segments
     try:
         yield
@@ -266,13 +280,13 @@ def deferral(engine: Engine, learned: Deferral | None) -> Iterator[None]:
 
 
 def sides(bench: Bench, batch: int) -> dict[str, Callable[[int], Sample]]:
-    """Return what each side does in a round, by name."""
+    """Return a function per side, by name, that decodes the prompts of a round."""
     options, model = bench.options, bench.model
     draft_exit = model.config.exits.boundaries[0]
     draft = SelfSpeculation(draft_exit, options.draft_length)
 
     def prompts(number: int) -> list[tuple[int, ...]]:
-        # Small batches take other prompts in every round.
+        # Small batches use different prompts in each round.
         count = len(bench.prompts)
         return [bench.prompts[(number * batch + index) % count] for index in range(batch)]
 
@@ -280,9 +294,9 @@ def sides(bench: Bench, batch: int) -> dict[str, Callable[[int], Sample]]:
         engine, policy = bench.engine, bench.policy
         if side == TRUNCATED:
             engine, policy = bench.truncated, make_exit_policy((), (None,))
-        tenant, learned = f"{side} {batch} {number}", bench.holdings.get(side)
+        tenant, deferral = f"{side} {batch} {number}", bench.deferrals.get(side)
         num_new = options.new_tokens
-        return run(engine, side, policy, draft, prompts(number), num_new, tenant, learned)
+        return run(engine, side, policy, draft, prompts(number), num_new, tenant, deferral)
 
     def theirs(peer: Peer, number: int) -> Sample:
         made = peer.decode(prompts(number), options.new_tokens)

@@ -1,6 +1,6 @@
-"""What an engine did while it decoded: its passes, when tokens came, which rows waited and why.
+"""Record the passes and tokens of an engine while it decodes, and analyse them.
 
-Nothing is counted in the engine: its passes are watched from outside, at two calls in each.
+The engine needs no code for this. The recording wraps two methods that each pass calls.
 """
 
 import time
@@ -17,7 +17,7 @@ from ee_llm.inference.scheduling.output import SchedulerOutput
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass: its plan, what the exit said about the judged rows, when it began and ended."""
+    """One pass: its schedule, its exit results, and when it started and ended."""
 
     scheduler_output: SchedulerOutput
     results: tuple[ExitResult, ...]
@@ -27,7 +27,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Arrival:
-    """Tokens that came to one request at once: when, and the boundaries they left at."""
+    """Tokens that one request received at the same time, and the boundaries of their exits."""
 
     time: float
     id: str
@@ -37,7 +37,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Trace:
-    """One batch decoded from `start` to `end`, all requests there from the start."""
+    """One batch decoded from `start` to `end`. All requests arrive at the start."""
 
     generations: list[RequestOutput]
     arrivals: list[Arrival]
@@ -47,7 +47,7 @@ class Trace:
 
     @property
     def seconds(self) -> float:
-        """Return how long the whole batch took, prompts included."""
+        """Return the duration of the whole batch, including its prompts."""
         return self.end - self.start
 
     @property
@@ -57,13 +57,13 @@ class Trace:
 
     @property
     def heads_per_token(self) -> float:
-        """Return how many rows the exits judged for each new token, the final exit's included."""
-        judged = sum(
+        """Return the rows that exits evaluated per new token, including the final exit."""
+        num_rows = sum(
             len(token_range)
             for one in self.passes
             for token_range in one.scheduler_output.logit_rows
         )
-        return judged / self.num_tokens
+        return num_rows / self.num_tokens
 
     @property
     def first_token_seconds(self) -> list[float]:
@@ -75,7 +75,7 @@ class Trace:
 
     @property
     def gaps(self) -> list[float]:
-        """Return the seconds between a request's neighbouring tokens; 0 where they come at once."""
+        """Return the seconds between consecutive tokens of a request; 0 if they arrive together."""
         last: dict[str, float] = {}
         found: list[float] = []
         for arrival in self.arrivals:
@@ -88,9 +88,12 @@ class Trace:
 
 @dataclass(frozen=True)
 class Steady:
-    """The part of a trace in which all sequences decode and no prompt is under way.
+    """The part of a trace in which all sequences decode and no prompt is being processed.
 
-    exits: where its tokens left. share: of all new tokens.
+    Attributes:
+        seconds: The duration of this part.
+        exits: The boundaries of its tokens' exits.
+        share: Its share of all new tokens.
     """
 
     seconds: float
@@ -99,44 +102,44 @@ class Steady:
 
     @property
     def seconds_per_token(self) -> float:
-        """Return the seconds for each token of all sequences together."""
+        """Return the seconds per token, over all sequences."""
         return self.seconds / len(self.exits)
 
 
 def decode(engine: Engine, requests: Sequence[Request]) -> Trace:
-    """Return what the engine did with requests that all arrive at once."""
+    """Decode requests that arrive at once, and return the trace."""
     arrivals: list[Arrival] = []
 
-    def note(output: StepOutput) -> None:
+    def record(output: StepOutput) -> None:
         exits = tuple(token_output.exit for token_output in output.tokens)
         is_last = output.request_output is not None
         arrivals.append(Arrival(time.perf_counter(), output.request_id, exits, is_last))
 
-    with watching(engine) as passes:
+    with recording(engine) as passes:
         start = time.perf_counter()
-        generations = engine.generate(requests, note)
+        generations = engine.generate(requests, record)
         end = time.perf_counter()
     return Trace(generations, arrivals, passes, start, end)
 
 
 @contextmanager
-def watching(engine: Engine) -> Iterator[list[Pass]]:
-    """Note every pass of the engine in the list that this gives."""
+def recording(engine: Engine) -> Iterator[list[Pass]]:
+    """Yield a list to which each pass of the engine is appended."""
     run, apply = engine.runner.run, engine.scheduler.apply
     passes: list[Pass] = []
     start = 0.0
 
-    def noted_run(scheduler_output: SchedulerOutput) -> Any:
+    def recorded_run(scheduler_output: SchedulerOutput) -> Any:
         nonlocal start
         start = time.perf_counter()
         return run(scheduler_output)
 
-    def noted_apply(scheduler_output: SchedulerOutput, results: Sequence[ExitResult]) -> Any:
+    def recorded_apply(scheduler_output: SchedulerOutput, results: Sequence[ExitResult]) -> Any:
         passes.append(Pass(scheduler_output, tuple(results), start, time.perf_counter()))
         return apply(scheduler_output, results)
 
-    engine.runner.run = noted_run  # type: ignore[method-assign]
-    engine.scheduler.apply = noted_apply  # type: ignore[method-assign]
+    engine.runner.run = recorded_run  # type: ignore[method-assign]
+    engine.scheduler.apply = recorded_apply  # type: ignore[method-assign]
     try:
         yield passes
     finally:
@@ -144,21 +147,21 @@ def watching(engine: Engine) -> Iterator[list[Pass]]:
 
 
 def steady(trace: Trace) -> Steady:
-    """Return the passes after the last prompt's end, up to the one that ends the first sequence.
+    """Return the passes from the end of the last prompt to the end of the first sequence.
 
-    A prompt's end is when its rows are through all segments: with exits that may be long after
-    its first token. Where no pass lies between, it is the whole trace.
+    A prompt ends when its rows have run through all segments. With exits, this can be long after
+    its first token. If there is no pass in between, the result is the whole trace.
     """
     num_prompt = len(trace.generations[0].prompt_token_ids)
     last = max(one.scheduler_output.last_segment for one in trace.passes)
-    ends: dict[int, int] = {}  # slot: number of the pass
+    ends: dict[int, int] = {}  # slot: index of the pass
     for number, one in enumerate(trace.passes):
         for step in one.scheduler_output.steps:
             for token_range in step.ranges:
                 if step.segment == last and token_range.stop >= num_prompt:
                     ends.setdefault(token_range.slot, number)
     starts = [one.start for one in trace.passes] + [trace.end]
-    # Tokens of a pass come before the next one starts.
+    # The tokens of a pass arrive before the next pass starts.
     finish = min(arrival.time for arrival in trace.arrivals if arrival.is_last)
     end = next(start for start in starts if start >= finish)
     begin = starts[max(ends.values()) + 1] if len(ends) == len(trace.generations) else end
@@ -170,17 +173,17 @@ def steady(trace: Trace) -> Steady:
 
 
 @dataclass(frozen=True)
-class Holds:
-    """Rows that declined an exit: how many passes ran before they went on, and for how long."""
+class DeferralTimes:
+    """For each row that declined an exit, the passes and seconds until it continued."""
 
     steps: list[int]
     seconds: list[float]
 
 
-def deferred(passes: Sequence[Pass]) -> Holds:
-    """Return how long each row waited at an exit that it had declined, until it went deeper."""
+def deferral_times(passes: Sequence[Pass]) -> DeferralTimes:
+    """Return how long each row waited after declining an exit before it ran deeper."""
     waiting: dict[tuple[int, int], tuple[int, ExitResult, float]] = {}  # (slot, segment)
-    found = Holds([], [])
+    found = DeferralTimes([], [])
     for number, one in enumerate(passes):
         for step in one.scheduler_output.steps:
             for token_range in step.ranges:
@@ -199,9 +202,9 @@ def deferred(passes: Sequence[Pass]) -> Holds:
 def fill_share(passes: Sequence[Pass], num_prompt: int) -> float:
     """Return the share of rows that ran through a segment after their token was decided.
 
-    They run so that later rows find their keys and values there. A row counts once for each
-    segment; those of prompts that decide no token are left out. Not for `self-speculative`, which
-    judges every row that it takes deeper.
+    These rows run only for the keys and values that later rows need. A row counts once per
+    segment. Prompt rows that decide no token do not count. The share is not defined for
+    `self-speculative`, which evaluates an exit for every row that runs deeper.
     """
     decided: dict[int, int] = {}  # slot: newest position whose token has been decided
     num_rows = num_fill = 0

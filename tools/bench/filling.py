@@ -1,10 +1,9 @@
-"""What filled bubbles are worth: validation losses with and without them in the same time.
+"""Compare validation losses with and without filled bubbles in the same training time.
 
     python tools/bench/filling.py --json filling.json [--quick]
 
-Trains the quick start's model on its data (run ./scripts/quickstart.sh first) over four pipeline
-ranks, once for each seed and way of filling. What is measured and why:
-docs/explanation/experiments.md.
+Trains the quick start's model on its data over four pipeline ranks, once for each seed and way of
+filling. Run ./scripts/quickstart.sh first. See docs/explanation/experiments.md for the method.
 """
 
 import json
@@ -38,20 +37,20 @@ OTHERS = {"training.eval_steps": 16, "checkpoint.interval": 0}
 
 @dataclass(frozen=True)
 class Options:
-    """Validation losses of the quick start's model with and without filled bubbles."""
+    """Compare validation losses of the quick start's model with and without filled bubbles."""
 
     json: Path | None = None
-    """Where to write machine, rows and figures."""
+    """Write the machine, rows and figures to this JSON file."""
     quick: bool = False
-    """One seed, few steps: shows that it runs. What is given beside it wins."""
+    """Train with one seed for few steps, to try the benchmark. Explicit options take precedence."""
     seeds: tuple[int, ...] | None = None
-    """Seeds of initial weights and of the order of data; 1, 2 and 3 unless given."""
+    """Seeds of the initial weights and the order of the data; None uses 1, 2 and 3."""
     steps: int | None = None
-    """Training steps of each run; 120 unless given."""
+    """Number of training steps without filling; None uses 120."""
 
 
 def steps_in_time(way: dict[str, str], steps: int) -> int:
-    """Return how many steps take the time of `steps` unfilled ones, by the plan at usual costs."""
+    """Return the number of steps that take as long as `steps` unfilled ones, by simulation."""
 
     def makespan(extra: dict[str, str]) -> float:
         config = load_config(ROOT / "examples" / "quickstart.toml", {**PIPELINE, **extra})
@@ -61,7 +60,7 @@ def steps_in_time(way: dict[str, str], steps: int) -> int:
 
 
 def train(seed: int, steps: int, way: dict[str, str], output: Path) -> dict[str, float]:
-    """Return each exit's validation loss in nats at the end of a run of its own processes."""
+    """Train in new processes and return the final validation loss of each exit in nats."""
     options: dict[str, object] = {
         **PIPELINE,
         **OTHERS,
@@ -90,7 +89,7 @@ def main(options: Options) -> None:
     steps = (25 if options.quick else 120) if options.steps is None else options.steps
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for seed in seeds:  # the ways in turn, so that a stopped experiment is of use
+        for seed in seeds:  # alternate, so that an interrupted experiment is still useful
             for way, extra in WAYS.items():
                 number = steps_in_time(extra, steps)
                 found = train(seed, number, extra, Path(scratch) / f"{seed}-{way}")
@@ -108,7 +107,7 @@ def main(options: Options) -> None:
                 gains
             )
             each = ", ".join(f"{gain:+.3f}" for gain in gains)
-            print(f"{way}: {name} is lower by {statistics.mean(gains):+.3f} nats ({each})")
+            print(f"{way}: {name} decreases by {statistics.mean(gains):+.3f} nats ({each})")
     report.write_json(options.json, rows, figures)
 
 
@@ -123,4 +122,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Options))
     except subprocess.CalledProcessError as error:
-        sys.exit(f"filling: a run ended with status {error.returncode}; what it said stands above")
+        sys.exit(f"filling: a run failed with status {error.returncode}. See its output above.")

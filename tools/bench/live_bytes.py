@@ -1,4 +1,4 @@
-"""Counts the bytes of living tensors exactly, on any device, by watching every operation."""
+"""Count the bytes of live tensors exactly, on any device, by tracking every operation."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, counts the storages that operations make, until they die.
+    """While active, count each storage that an operation creates until it is released.
 
-    Parameters, gradient buffers and whatever else was there before do not count. `peak` is the
-    most that was alive at once; `marked_peak` the most of what was made inside `marked`.
+    Storages that existed before, such as parameters and gradient buffers, do not count. `peak` is
+    the maximum of live bytes. `marked_peak` is the maximum of those created inside `marked`.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def marked(self) -> Iterator[None]:
-        """Attribute what is made inside to `marked_peak` as well, for as long as it lives."""
+        """Count storages that are created inside also towards `marked_peak`."""
         before, self._is_marking = self._is_marking, True
         try:
             yield
@@ -37,22 +37,22 @@ class LiveBytes(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        taken = {storage._cdata for storage in _storages((args, kwargs))}
+        inputs = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(result):
-            # Views and in-place results live in a storage that came in.
-            if storage._cdata not in taken and storage._cdata not in self._known:
+            # Views and in-place results share a storage with an input.
+            if storage._cdata not in inputs and storage._cdata not in self._known:
                 self._count(storage)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         size, key, is_marked = storage.nbytes(), storage._cdata, self._is_marking
 
-        def died(_: weakref.ref) -> None:
+        def release(_: weakref.ref) -> None:
             del self._known[key]
             self._live -= size
             self._marked_live -= size * is_marked
 
-        self._known[key] = weakref.ref(storage, died)
+        self._known[key] = weakref.ref(storage, release)
         self._live += size
         self._marked_live += size * is_marked
         self.peak = max(self.peak, self._live)

@@ -1,4 +1,4 @@
-"""The same Llama in transformers: its configuration, and our weights under its names."""
+"""Convert a Llama to transformers: its configuration, and its weights under their names."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ee_llm.config import Config
 
 
 def llama_config(config: Config, **options: Any) -> Any:
-    """Return the LlamaConfig of a model; `options` are transformers' own, added to it."""
+    """Return the LlamaConfig of a model. `options` are additional arguments of LlamaConfig."""
     from transformers import LlamaConfig
 
     shape = config.model
@@ -30,7 +30,7 @@ def llama_config(config: Config, **options: Any) -> Any:
 
 
 def llama_weights(config: Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under transformers' names; the fused ones are taken apart."""
+    """Return the weights under transformers' names, with fused weights split."""
     shape = config.model
     state = {
         "model.embed_tokens.weight": tensors["embedding.word.weight"],
@@ -41,7 +41,7 @@ def llama_weights(config: Config, tensors: dict[str, Tensor]) -> dict[str, Tenso
     for number in range(1, shape.num_layers + 1):
         ours, name = f"layers.{number}", f"model.layers.{number - 1}"
         qkv = tensors[f"{ours}.self_attention.linear_qkv.weight"]
-        # Each key/value head's queries, key and value lie one after the other.
+        # The weight has, for each key/value head, its query heads, then its key, then its value.
         groups = qkv.view(shape.num_kv_heads, per_group + 2, shape.head_dim, shape.hidden_size)
         parts = (groups[:, :-2], groups[:, -2], groups[:, -1])
         for letter, part in zip("qkv", parts, strict=True):

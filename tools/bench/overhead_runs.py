@@ -1,4 +1,4 @@
-"""One model with and without exits, in training on real pipeline ranks: its times and its bytes."""
+"""Train variants of a model on real pipeline ranks, and measure their time and memory."""
 
 import statistics
 import time
@@ -22,31 +22,31 @@ TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the model, of its batches and of the measurement."""
+    """Sizes of the model, its batches and the measurement."""
 
     num_layers: int = 8
-    """Transformer layers; a multiple of 4, with exits at a quarter and at half of the depth."""
+    """Number of layers, a multiple of 4. The exits are at a quarter and at half of the depth."""
     hidden_size: int = 288
-    """Width of the residual stream."""
+    """Hidden size."""
     num_heads: int = 6
-    """Attention heads."""
+    """Number of attention heads."""
     vocab_size: int = 4096
-    """Rows of the embedding, which is also every exit's output weight."""
+    """Vocabulary size. The embedding is also the output weight of every exit."""
     seq_length: int = 256
-    """Tokens in a sequence."""
+    """Number of tokens per sequence."""
     micro_batch_size: int = 2
-    """Sequences in a microbatch."""
+    """Number of sequences per microbatch."""
     num_microbatches: int = 8
-    """Microbatches in a step of the real ranks."""
+    """Number of microbatches per step of the real ranks."""
     simulated_microbatches: int = 64
-    """Microbatches in a simulated step; EE-LLM's Table 1 has 64."""
+    """Number of microbatches per simulated step; EE-LLM's Table 1 uses 64."""
     rounds: int = 15
-    """Times that every variant is measured, all of them in turn."""
+    """Number of rounds; each measures all variants in turn."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of training the model; `exits` are boundaries as fractions of the depth."""
+    """A way to train the model. `exits` are fractions of the depth."""
 
     name: str
     exits: tuple[float, ...] = ()
@@ -55,7 +55,7 @@ class Variant:
 
 
 def variants(*exits: float) -> list[Variant]:
-    """Return the rows of EE-LLM's Table 1 for exits at these fractions of the depth."""
+    """Return the variants of EE-LLM's Table 1 with exits at these fractions of the depth."""
     return [
         Variant("standard"),
         Variant("naive", exits, deferred=False),
@@ -65,7 +65,7 @@ def variants(*exits: float) -> list[Variant]:
     ]
 
 
-# With two stages there is no middle one: a single exit can hide behind the final one, on stage 0.
+# With two stages, only a single exit, on stage 0, can run while its stage waits for the final exit.
 TWO_STAGES = [*variants(1 / 2), Variant("deferred, 2 exits", (1 / 4, 1 / 2))]
 FOUR_STAGES = variants(1 / 4, 1 / 2)
 
@@ -73,7 +73,7 @@ FOUR_STAGES = variants(1 / 4, 1 / 2)
 def make_config(
     sizes: Sizes, variant: Variant, num_stages: int, layer_split: Sequence[int] = ()
 ) -> Config:
-    """Return the variant's configuration; its weights are tied, as in EE-LLM's 1.3B model."""
+    """Return the configuration of a variant, with tied weights as in EE-LLM's 1.3B model."""
     boundaries = tuple(round(depth * sizes.num_layers) for depth in variant.exits)
     return load_config(
         None,
@@ -100,7 +100,7 @@ def make_config(
 
 
 class Run:
-    """One variant in training on this rank."""
+    """The training of one variant on this rank."""
 
     def __init__(self, config: Config, grid: distributed.Grid) -> None:
         self.config = config
@@ -111,7 +111,7 @@ class Run:
         self.batches = [random_batch(config)] * self.model.num_microbatches
 
     def step(self) -> tuple[float, float]:
-        """Return the seconds of forward and backward passes, and those of the whole step."""
+        """Take a step; return the seconds of its passes and of the whole step."""
         dist.barrier()
         start = time.perf_counter()
         self.model.forward_backward(self.batches, 0)
@@ -121,7 +121,7 @@ class Run:
         return passes - start, time.perf_counter() - start
 
     def count_bytes(self) -> tuple[int, int]:
-        """Return this stage's peaks in bytes: what exits make and keep, and all activations."""
+        """Return this stage's peaks in bytes: of tensors that exits create, and of all tensors."""
         counter = LiveBytes()
         with _marking_exits(counter), counter:
             self.model.forward_backward(self.batches, 0)
@@ -145,7 +145,7 @@ def _marking_exits(counter: LiveBytes) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class RankResult:
-    """By variant, what one rank saw: seconds per round, peaks in bytes; seconds of a message."""
+    """The results of one rank by variant: seconds per round, peak bytes; seconds of a message."""
 
     passes: dict[str, list[float]]
     steps: dict[str, list[float]]
@@ -165,7 +165,7 @@ def run_variants(
         steps: dict[str, list[float]] = {name: [] for name in runs}
         names = list(runs)
         for index in range(-1 if num_rounds else 0, num_rounds):
-            shift = index % len(names)  # nobody always comes after the same neighbour
+            shift = index % len(names)  # no variant always runs after the same other variant
             for name in names[shift:] + names[:shift]:
                 pass_seconds, step_seconds = runs[name].step()
                 if index >= 0:  # the first round allocates
@@ -184,7 +184,7 @@ def run_variants(
 
 
 def _hop_seconds(model: ParallelModel, num_rounds: int = 20) -> float:
-    """Return the median seconds of a hidden state's way from rank 0 to 1, half there and back."""
+    """Return the median seconds to send a hidden state from rank 0 to 1: half of a round trip."""
     spec = model.hidden_spec()
     hidden = torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device)
     samples = []

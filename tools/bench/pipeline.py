@@ -1,10 +1,10 @@
-"""What pipeline plans promise and what processes do: measured step times over simulated ones.
+"""Compare the step times of pipeline schedules, measured in processes, with simulated times.
 
     python tools/bench/pipeline.py --json pipeline.json [--quick]
 
-Every rank is a process whose stages sleep for what they would compute, so that the cores of the
-machine do not bound how many ranks work at once. All else is real: the runtime, its messages, the
-gradients that travel. What is measured and why: docs/reference/benchmarks.md.
+Every rank is a process whose stages sleep for the time that they would compute, so that more ranks
+than cores can work concurrently. Everything else is real: the runtime, its messages and the
+gradients. See docs/reference/benchmarks.md for the method and results.
 """
 
 import datetime
@@ -56,26 +56,26 @@ FIGURE_NAMES = {
 
 @dataclass(frozen=True)
 class Options:
-    """Step times of pipeline schedules in processes, over those that their plans promise."""
+    """Compare step times of pipeline schedules in processes with those of the simulation."""
 
     json: Path | None = None
-    """Where to write machine, rows and figures."""
+    """Write the machine, rows and figures to this JSON file."""
     quick: bool = False
-    """One round of shorter sleeps: ends within a minute. What is given beside it wins."""
+    """Run one round of shorter sleeps, within a minute. Explicit options take precedence."""
     ranks: tuple[int, ...] = (2, 4, 8)
-    """Pipeline sizes, one after the other."""
+    """Pipeline sizes to measure."""
     num_microbatches: int = 16
-    """Microbatches in a step, those that fill bubbles apart; a multiple of every size."""
+    """Number of microbatches per step, a multiple of all --ranks. Those in bubbles are extra."""
     forward_ms: float = 40.0
-    """Milliseconds that a rank's layers take for a forward pass; a backward pass takes twice as
-    long, half of it for weights, and an exit half as long as the layers."""
+    """Duration of the forward pass of a rank's layers in ms. A backward pass takes twice as long,
+    half of it for weight gradients. An exit takes half as long as the layers."""
     rounds: int = 5
-    """Times that every schedule is measured, all of them in turn."""
+    """Number of rounds; each measures all schedules in turn."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A plan and what its stages cost, in seconds."""
+    """A plan and the costs of its stages in seconds."""
 
     name: str
     plan: Plan
@@ -83,15 +83,16 @@ class Schedule:
 
     @cached_property
     def simulation(self) -> Simulation:
-        """What the plan promises; messages take no time."""
+        """Return the simulation of the plan. Messages take no time."""
         return simulate_plan(self.plan, Costs(self.stages))
 
 
 def schedules(num_ranks: int, num_microbatches: int, forward: float) -> list[Schedule]:
-    """Return all schedules; a microbatch's work is the same in each, exits apart.
+    """Return all schedules. Except for exits, the work of a microbatch is the same in each.
 
-    Exits cost nothing but in the two schedules named after them. With fewer than four ranks
-    nothing fits into the bubbles, and there are no two stages between the first and the last one.
+    Exits cost nothing, except in the two schedules that are named after them. With fewer than four
+    ranks, no microbatch fits into the bubbles, and there are no two stages between the first and
+    the last.
     """
     backward = 2 * forward
     free, exit_cost = (PieceCost(0.0, 0.0),), (PieceCost(forward / 2, backward / 2),)
@@ -133,36 +134,36 @@ def schedules(num_ranks: int, num_microbatches: int, forward: float) -> list[Sch
     return [*found, Schedule(FINAL, base, final), Schedule(TWO_EXITS, base, exits)]
 
 
-Span = tuple[float, float]  # from and to, in seconds of the clock that all processes share
+Span = tuple[float, float]  # start and end, in seconds of a clock that all processes share
 
 
 class SleepingStage:
-    """A stage that sleeps for the rest of its time and notes when; its gradients are real."""
+    """A stage that sleeps for the rest of its time and records when. Its gradients are real."""
 
     def __init__(self, cost: StageCost, *, is_last: bool) -> None:
         self.cost, self.is_last = cost, is_last
         width = HIDDEN.shape[-1]
         self.weight = torch.nn.Parameter(0.9 * torch.eye(width, dtype=HIDDEN.dtype))
-        self.later = WeightGradients()
-        self.puts_off = False
+        self.weight_gradients = WeightGradients()
+        self.defers_weights = False
         self.spans: list[Span] = []
 
     def forward(
         self, microbatch: int, hidden: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, ...]]:
-        """Return the output and, for every exit, the output again."""
+        """Return the output, and the same output for every exit."""
         start = time.monotonic()
         if hidden is None:
             hidden = torch.full(HIDDEN.shape, 1.0 + microbatch, dtype=HIDDEN.dtype)
         if not hidden.requires_grad:
-            hidden = hidden.detach().requires_grad_()  # the end of the backward pass, to be noted
-        output = self.later.linear(hidden, self.weight)
+            hidden = hidden.detach().requires_grad_()  # its hook marks the end of the backward pass
+        output = self.weight_gradients.linear(hidden, self.weight)
         self._time_backward(output, hidden, self._layers_backward)
         self._sleep_until_over(start, self.cost.forward)
         return None if self.is_last else output, (output,) * len(self.cost.exits)
 
     def exit_loss(self, microbatch: int, index: int, tap: torch.Tensor) -> torch.Tensor:
-        """Return the mean of what the exit reads."""
+        """Return the mean of the exit's input."""
         start = time.monotonic()
         cost = self.cost.exits[index]
         loss = tap.mean()
@@ -172,22 +173,22 @@ class SleepingStage:
 
     @contextmanager
     def defer_weight_gradients(self) -> Iterator[Callable[[], None]]:
-        """Keep weights out of the backward passes within; the function given adds them later."""
+        """Defer weight gradients of the backward passes inside; yield a function that adds them."""
 
         def add_weights() -> None:
             start = time.monotonic()
             add()
             self._sleep_until_over(start, self.cost.weight)
 
-        self.puts_off = True
+        self.defers_weights = True
         try:
-            with self.later.defer() as add:
+            with self.weight_gradients.defer() as add:
                 yield add_weights
         finally:
-            self.puts_off = False
+            self.defers_weights = False
 
     def _layers_backward(self) -> float:
-        return self.cost.backward - (self.cost.weight if self.puts_off else 0.0)
+        return self.cost.backward - (self.cost.weight if self.defers_weights else 0.0)
 
     def _time_backward(
         self, output: torch.Tensor, source: torch.Tensor, seconds: Callable[[], float]
@@ -199,8 +200,8 @@ class SleepingStage:
             source.register_hook(lambda _: self._sleep_until_over(starts.pop(), seconds()))
 
     def _sleep_until_over(self, start: float, seconds: float) -> None:
-        # The few microseconds of real tensors count as work; nothing makes up for what the
-        # scheduler adds.
+        # The few microseconds of real tensor operations count as work. Delays by the operating
+        # system's scheduler are not compensated.
         if seconds > 0:
             time.sleep(max(0.0, start + seconds - time.monotonic()))
             self.spans.append((start, time.monotonic()))
@@ -208,14 +209,14 @@ class SleepingStage:
 
 @dataclass(frozen=True)
 class RankResult:
-    """By schedule, what one rank did: its spans per round, its stages' gradients, all rounds'."""
+    """The results of one rank by schedule: spans of each round, summed gradients of each stage."""
 
     spans: dict[str, list[list[Span]]]
     gradients: dict[str, dict[int, list[float]]]
 
 
 def run_schedules(wanted: Sequence[Schedule], num_rounds: int) -> RankResult:
-    """Carry out all schedules in turn on this rank; the first round is not counted."""
+    """Run all schedules in turn on this rank. The first round does not count."""
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", timeout=timeout)
     try:
@@ -261,11 +262,11 @@ def _gradients(stages: Mapping[int, SleepingStage]) -> dict[int, list[float]]:
 
 @dataclass(frozen=True)
 class Row:
-    """One schedule on some ranks.
+    """The results of one schedule on some ranks.
 
-    ratio is measured over simulated seconds, its quartiles those of single rounds. A bubble share
-    is the part of the ranks' time in which they do nothing; what is saved is the idle time that
-    1F1B has and this schedule has not, as a part of 1F1B's.
+    `ratio` is the measured over the simulated time, with the quartiles of single rounds. A bubble
+    share is the share of the ranks' time in which they are idle. `saved_*` is the share of 1F1B's
+    idle time that this schedule removes.
     """
 
     ranks: int
@@ -281,7 +282,7 @@ class Row:
     saved_measured: float | None = None
 
     def cells(self) -> dict[str, str]:
-        """Return the row as the table shows it."""
+        """Return the cells of the row in the table."""
 
         def percent(simulated: float | None, measured: float | None) -> str:
             if simulated is None or measured is None:
@@ -302,34 +303,34 @@ class Row:
 
 
 def makespan(ranks: Sequence[Sequence[Span]]) -> float:
-    """Return the seconds from the first span's start on any rank to the last one's end."""
+    """Return the seconds from the first start of a span on any rank to the last end."""
     spans = [span for rank in ranks for span in rank]
     return max(end for _, end in spans) - min(start for start, _ in spans)
 
 
 def bubble_share(ranks: Sequence[Sequence[Span]]) -> float:
-    """Return the part of all ranks' time, from the first start to the last end, spent idle."""
+    """Return the share of the ranks' time, from first start to last end, that they are idle."""
     busy = sum(end - start for rank in ranks for start, end in rank)
     return 1.0 - busy / (len(ranks) * makespan(ranks))
 
 
 def make_row(schedule: Schedule, rounds: Sequence[Sequence[Sequence[Span]]]) -> Row:
-    """Return what the rounds come to; each has the spans of every rank."""
+    """Return the row of a schedule; each round has the spans of every rank."""
     seconds = [makespan(ranks) for ranks in rounds]
-    promise = schedule.simulation
+    simulated = schedule.simulation
     return Row(
         schedule.plan.num_ranks,
         schedule.name,
-        promise.makespan,
+        simulated.makespan,
         statistics.median(seconds),
-        *report.ratio_of_medians(seconds, [promise.makespan] * len(seconds)),
-        statistics.mean(promise.bubble_share),
+        *report.ratio_of_medians(seconds, [simulated.makespan] * len(seconds)),
+        statistics.mean(simulated.bubble_share),
         statistics.median(map(bubble_share, rounds)),
     )
 
 
 def with_savings(row: Row, base: Row) -> Row:
-    """Return the row with what it saves of the idle time of `base`, which is 1F1B's row."""
+    """Return the row with its savings of idle time compared with `base`, the row of 1F1B."""
     simulated = row.bubble_simulated * row.simulated / (base.bubble_simulated * base.simulated)
     measured = row.bubble_measured * row.measured / (base.bubble_measured * base.measured)
     return Row(**asdict(row) | {"saved_simulated": 1 - simulated, "saved_measured": 1 - measured})
@@ -341,13 +342,13 @@ def measure(num_ranks: int, options: Options) -> list[Row]:
     results = run_ranks(num_ranks, run_schedules, wanted, options.rounds)
     by_rank = {s.name: [result.spans[s.name] for result in results] for s in wanted}
     rows = [make_row(s, list(zip(*by_rank[s.name], strict=True))) for s in wanted]
-    # With exits that cost time, 1F1B has another bubble to compare with.
-    apart = (BASE, FINAL, TWO_EXITS)
-    return [row if row.schedule in apart else with_savings(row, rows[0]) for row in rows]
+    # The schedules with exits that cost time are not comparable with the bubble of 1F1B.
+    without_savings = (BASE, FINAL, TWO_EXITS)
+    return [row if row.schedule in without_savings else with_savings(row, rows[0]) for row in rows]
 
 
 def make_figures(rows: Sequence[Row]) -> dict[str, float]:
-    """Return the figures for which there are rows; those of a plan have a measured one beside."""
+    """Return the figures of the schedules that were measured, simulated and measured."""
     by_name = {(row.ranks, row.schedule): row for row in rows}
     worst = max((row.ratio for row in rows), key=lambda ratio: abs(ratio - 1))
     figures = {"measured_over_simulated_worst": worst}
@@ -367,7 +368,7 @@ def make_figures(rows: Sequence[Row]) -> dict[str, float]:
 def main(options: Options) -> None:
     """Measure, print the table and write the figures."""
     rows = [row for num_ranks in options.ranks for row in measure(num_ranks, options)]
-    title = f"pipeline steps of {options.num_microbatches} microbatches, processes over plans"
+    title = f"pipeline steps of {options.num_microbatches} microbatches, measured over simulated"
     report.print_table(title, [row.cells() for row in rows])
     report.write_json(options.json, [asdict(row) for row in rows], make_figures(rows))
 

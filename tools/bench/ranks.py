@@ -1,4 +1,4 @@
-"""Runs a benchmark's function in several ranks that are forked from this process."""
+"""Run the function of a benchmark in several ranks that are forked from this process."""
 
 import os
 import socket
@@ -11,23 +11,25 @@ import torch
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Return what `function(*args)` returned in each of `world_size` ranks on this machine.
+    """Run `function(*args)` in `world_size` ranks on this machine and return their results.
 
-    Every rank sees torchrun's environment and must join the process group before it returns. This
-    process must not have computed with several threads before: threads do not survive a fork.
+    Every rank has torchrun's environment variables and must join the process group before it
+    returns. This process must not have used several threads before, because they do not survive a
+    fork.
 
-    Raises ValueError where there is a GPU: CUDA does not survive a fork either.
+    Raises:
+        ValueError: A GPU is visible. CUDA does not survive a fork.
     """
     if torch.cuda.is_available():
         raise ValueError(
-            "its ranks are forked and compute on the CPU: hide the GPUs from it, "
-            "CUDA_VISIBLE_DEVICES= python ..."
+            "a GPU is visible, but this benchmark forks its ranks and runs on CPUs. To hide the"
+            " GPUs, run: CUDA_VISIBLE_DEVICES= python ..."
         )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with ProcessPoolExecutor(world_size, mp_context=get_context("fork")) as pool:
-        # A rank waits for all others to join, so that no process takes two of them.
+        # Each rank waits until all have joined, so no worker process runs two of them.
         ranks = [
             pool.submit(_run, rank, world_size, port, function, args) for rank in range(world_size)
         ]

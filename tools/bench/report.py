@@ -1,4 +1,4 @@
-"""What every benchmark reports alike: the machine, medians with their spread, tables, JSON."""
+"""Report the results of a benchmark: machine, ratios of medians, tables, JSON."""
 
 import json
 import os
@@ -22,14 +22,14 @@ Options = TypeVar("Options")
 def read_options(
     kind: type[Options], quick: Mapping[str, Any], args: Sequence[str] | None = None
 ) -> Options:
-    """Return the command line's options; --quick changes defaults alone, what is given wins."""
+    """Parse the command line. --quick changes defaults; explicit options take precedence."""
     args = sys.argv[1:] if args is None else args
     defaults = {"quick": True, **quick} if "--quick" in args else {}
     return tyro.cli(kind, args=args, default=kind(**defaults))
 
 
 class Ratio(NamedTuple):
-    """A ratio of two medians, and the quartiles of the ratios of single rounds."""
+    """A ratio of two medians, with the quartiles of the ratios of single rounds."""
 
     value: float
     low: float
@@ -40,7 +40,7 @@ class Ratio(NamedTuple):
 
 
 def ratio_of_medians(over: Sequence[float], under: Sequence[float]) -> Ratio:
-    """Return median(over) / median(under); element i of both is from round i."""
+    """Return median(over) / median(under). Element i of both is from round i."""
     rounds = [a / b for a, b in zip(over, under, strict=True)]
     value = statistics.median(over) / statistics.median(under)
     return Ratio(value, *quartiles(rounds))
@@ -55,7 +55,7 @@ def quartiles(samples: Sequence[float]) -> tuple[float, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Return the processor or GPU, its cores and torch's version; nothing that names the host."""
+    """Return the processor or GPU, its cores and the version of torch, but not the host name."""
     facts: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -76,13 +76,13 @@ def _processor() -> str:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    """Print rows of cells under the first row's keys, the first column to the left."""
+    """Print a table; the keys of the first row are the column titles."""
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(rows[0]):
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row.values())
-    # A table that is cut to fit a pipe's nominal width is of no use in a log.
+    # Outside a terminal, rich assumes 80 columns, which would truncate the cells in a log.
     console = Console()
     Console(width=console.width if console.is_terminal else 160).print(table)
 
@@ -90,7 +90,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
 def write_json(
     path: Path | None, rows: Sequence[Mapping[str, Any]], figures: Mapping[str, float]
 ) -> None:
-    """Print the figures and, if there is a path, write machine, rows and figures to it."""
+    """Print the figures; if `path` is given, write machine, rows and figures to it."""
     for name, value in figures.items():
         print(f"{name} = {value:.4f}")
     if path is not None:

@@ -1,9 +1,9 @@
-"""What early exits cost in training: time and memory, over the same model without exits.
+"""Measure the time and memory of training with early exits, relative to no exits.
 
     python tools/bench/train_overhead.py --json overhead.json [--quick]
 
-Two real pipeline ranks are timed; four are simulated from costs measured in the same run, and their
-memory is counted in four real ranks. What is measured and why: docs/reference/benchmarks.md.
+Two real pipeline ranks are timed. Four ranks are simulated with costs measured in the same run;
+their memory is counted in four real ranks. See docs/reference/benchmarks.md for the method.
 """
 
 import itertools
@@ -36,20 +36,20 @@ from tools.bench.overhead_runs import (
 )
 from tools.bench.ranks import run_ranks
 
-# A round of single pieces is much shorter than one of whole steps.
+# A round of single pieces is much shorter than a round of whole steps.
 PIECE_ROUNDS = 4
 QUICK = {"seq_length": 128, "micro_batch_size": 1, "num_microbatches": 4, "rounds": 3}
 
 
 @dataclass(frozen=True)
 class Options(Sizes):
-    """Time and memory of training with early exits, over the same model without."""
+    """Compare the time and memory of training with and without early exits."""
 
     json: Path | None = None
-    """Where to write machine, rows and figures."""
+    """Write the machine, rows and figures to this JSON file."""
     quick: bool = False
-    """Fewer rounds on smaller microbatches: ends within a minute on two cores. What is given
-    beside it wins."""
+    """Run fewer rounds on smaller microbatches, within a minute on two cores. Explicit options take
+    precedence."""
 
 
 def makespan(
@@ -57,23 +57,23 @@ def makespan(
 ) -> float:
     """Return the simulated seconds of the forward and backward passes of one step."""
     config = make_config(sizes, variant, stages, split)
-    # Two real ranks are simulated as they ran, to be compared with.
+    # Two ranks are simulated as they really run, for comparison.
     count = sizes.num_microbatches if stages == 2 else sizes.simulated_microbatches
     plan = one_f_one_b(stages, count)
     return simulate(plan, pieces.costs(config), deferred=variant.deferred).makespan
 
 
 def best_split(sizes: Sizes, variant: Variant, stages: int, pieces: Pieces) -> tuple[int, ...]:
-    """Return the layers per stage with which a simulated step is shortest; every stage has one."""
-    cuts = itertools.combinations(range(1, sizes.num_layers), stages - 1)
-    ends = [(0, *cut, sizes.num_layers) for cut in cuts]
+    """Return the layers per stage, at least one each, with the shortest simulated step."""
+    inner = itertools.combinations(range(1, sizes.num_layers), stages - 1)
+    ends = [(0, *boundaries, sizes.num_layers) for boundaries in inner]
     splits = [tuple(b - a for a, b in itertools.pairwise(end)) for end in ends]
     return min(splits, key=lambda split: makespan(sizes, variant, stages, pieces, split))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ratios are over the standard model in the same layout."""
+    """A row of the table. Ratios are relative to the standard model in the same layout."""
 
     layout: str
     variant: str
@@ -87,7 +87,7 @@ class Row:
     total_bytes_ratio: float | None = None
 
     def cells(self) -> dict[str, str]:
-        """Return the row as the table shows it."""
+        """Return the cells of the row in the table."""
 
         def size(count: int | None, ratio: float | None) -> str:
             return "" if count is None else f"{count / 2**20:.1f} MiB x {ratio:.3f}"
@@ -105,7 +105,7 @@ class Row:
 
 
 def real_rows(layout: str, ranks: Sequence[RankResult]) -> list[Row]:
-    """Return a row per variant: medians over rounds of the slowest rank's seconds."""
+    """Return a row per variant with the median time of the slowest rank."""
     seconds = {
         name: [max(round_) for round_ in zip(*(rank.steps[name] for rank in ranks), strict=True)]
         for name in ranks[0].steps
@@ -128,7 +128,7 @@ def simulated_rows(
     rounds: Sequence[Pieces],
     ranks: Sequence[RankResult] = (),
 ) -> list[Row]:
-    """Return a row per variant at the median costs; the spread is that of single rounds' costs."""
+    """Return a row per variant, simulated at median costs; quartiles are of single rounds."""
     standard = seconds["standard"]
     pieces = median_pieces(rounds)
     return [
@@ -145,7 +145,7 @@ def simulated_rows(
 
 
 def peaks(name: str, ranks: Sequence[RankResult]) -> tuple[Any, ...]:
-    """Return the fullest stage's bytes and their ratio to standard's: of exits, of everything."""
+    """Return the peak bytes of exits and of all tensors, each with its ratio to standard."""
     if not ranks:
         return ()
     exits, exits_base = (max(r.exit_bytes[n] for r in ranks) for n in (name, "standard"))
@@ -156,12 +156,12 @@ def peaks(name: str, ranks: Sequence[RankResult]) -> tuple[Any, ...]:
 def even(
     sizes: Sizes, wanted: Sequence[Variant], stages: int
 ) -> dict[str, Callable[[Pieces], float]]:
-    """Return the simulated step of every variant, its layers split evenly."""
+    """Return functions that simulate a step of each variant with an even layer split."""
     return {v.name: partial(makespan, sizes, v, stages) for v in wanted}
 
 
 def balanced_rows(sizes: Sizes, rounds: Sequence[Pieces]) -> list[Row]:
-    """Return simulated rows against a standard model whose layers are split for speed."""
+    """Return simulated rows relative to a standard model on its fastest layer split."""
     pieces = median_pieces(rounds)
     standard, *_, both = FOUR_STAGES
     split = best_split(sizes, standard, 4, pieces)
@@ -181,7 +181,7 @@ def _joined(split: Sequence[int]) -> str:
 def main(options: Options) -> None:
     """Measure, print the table and write the figures."""
     if options.num_layers % 4:
-        raise ConfigError(f"--num-layers {options.num_layers} is not a multiple of 4 stages")
+        raise ConfigError(f"--num-layers {options.num_layers} is not a multiple of the 4 stages.")
     two = run_ranks(2, run_variants, options, TWO_STAGES, 2, options.rounds)
     both = FOUR_STAGES[-1]
     config = make_config(options, both, 4)
@@ -197,11 +197,13 @@ def main(options: Options) -> None:
         *simulated,
         *balanced_rows(options, rounds),
     ]
-    report.print_table("early-exit training over standard", [row.cells() for row in rows])
+    report.print_table(
+        "training with early exits, relative to standard", [row.cells() for row in rows]
+    )
     pieces = median_pieces(rounds)
     passes = statistics.median(two[0].passes["standard"])
     print(f"costs in ms (forward, backward): {_shown(pieces)}")
-    print(f"P=2 standard, forward and backward passes alone: {passes:.3f} s measured")
+    print(f"P=2 standard, forward and backward passes only: {passes:.3f} s measured")
     by_name = {row.variant: row for row in simulated}
     figures = {
         f"{figure}_{label}": getattr(by_name[name], field)

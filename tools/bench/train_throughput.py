@@ -1,10 +1,10 @@
-"""Tokens per second of ours, without exits, over a plain PyTorch loop on transformers' Llama.
+"""Compare the training speed without exits with a plain PyTorch loop on transformers' Llama.
 
     python tools/bench/train_throughput.py --json throughput.json [--quick]
     python tools/bench/train_throughput.py --shape llama-1.3B --dtype bfloat16    (on a GPU)
 
-Both train in one process, step by step in turn. What is measured and why:
-docs/reference/benchmarks.md.
+Both train in one process and alternate step by step. See docs/reference/benchmarks.md for the
+method and results.
 """
 
 import statistics
@@ -31,30 +31,30 @@ QUICK = {"seq_length": 128, "num_microbatches": 1, "rounds": 8}
 
 @dataclass(frozen=True)
 class Options:
-    """Training speed of one process without exits, over a plain loop on transformers' Llama."""
+    """Compare the training speed of one process with a plain loop on transformers' Llama."""
 
     json: Path | None = None
-    """Where to write machine, rows and figures."""
+    """Write the machine, rows and figures to this JSON file."""
     quick: bool = False
-    """Fewer rounds on smaller batches: ends within a minute on two cores. What is given
-    beside it wins."""
+    """Run fewer rounds on smaller batches, within a minute on two cores. Explicit options take
+    precedence."""
     shape: str = "llama-tiny"
-    """A ready-made llama shape of ee_llm (docs/reference/configuration.md)."""
+    """Train this ready-made llama shape (see docs/reference/configuration.md)."""
     num_layers: int | None = None
-    """Transformer layers, if not those of the shape."""
+    """Number of layers; None uses that of the shape."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of both. In bfloat16 ours keeps float32 masters and gradients, the plain loop
-    does not, which favours it."""
+    """Precision of both sides. In bfloat16, only ee_llm keeps float32 master weights and gradients,
+    which gives the plain loop an advantage."""
     seq_length: int | None = None
-    """Tokens in a sequence; the shape's longest unless given."""
+    """Number of tokens per sequence; None uses the maximum of the shape."""
     micro_batch_size: int = 4
-    """Sequences in one forward pass."""
+    """Number of sequences per forward pass."""
     num_microbatches: int = 2
-    """Forward and backward passes in one optimizer step."""
+    """Number of forward and backward passes per optimizer step."""
     rounds: int = 20
-    """Steps that are timed of each side, in turn."""
+    """Number of steps to time on each side."""
     threads: int | None = None
-    """Threads of this process on a CPU; torch's choice unless given."""
+    """Number of CPU threads; None uses all cores."""
 
 
 def make_config(options: Options) -> Config:
@@ -98,7 +98,7 @@ def our_step(config: Config, tokens: list[torch.Tensor]) -> Callable[[], Any]:
 
 
 def plain_step(config: Config, tokens: list[torch.Tensor]) -> Callable[[], Any]:
-    """Return a function that takes one step of the loop one would write with transformers."""
+    """Return a function that takes one step of a plain training loop with transformers."""
     from transformers import LlamaForCausalLM
 
     options = config.optimizer
@@ -117,7 +117,7 @@ def plain_step(config: Config, tokens: list[torch.Tensor]) -> Callable[[], Any]:
     def step() -> None:
         optimizer.zero_grad()
         for batch in tokens:
-            # transformers shifts the labels itself; as many positions as ours are computed.
+            # transformers shifts the labels itself. Both sides compute as many positions.
             inputs = batch[:, :-1]
             (model(input_ids=inputs, labels=inputs).loss / len(tokens)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)
@@ -129,8 +129,9 @@ def plain_step(config: Config, tokens: list[torch.Tensor]) -> Callable[[], Any]:
 def flops_per_token(config: Config) -> float:
     """Return the floating-point operations of forward and backward passes for one token.
 
-    6 for each weight of a matrix product (the embedding's is none), and 6 s for each layer and unit
-    of the heads' width: causal attention sees half of the s positions on average.
+    There are 6 operations for each weight of a matrix product (the embedding is not one), and 6 s
+    for each layer and unit of the heads' total width, because causal attention reads half of the s
+    positions on average.
     """
     shape = config.model
     queries, groups = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -141,7 +142,7 @@ def flops_per_token(config: Config) -> float:
 
 
 def measure(options: Options, config: Config) -> dict[str, list[float]]:
-    """Return the seconds of each side's steps, by round."""
+    """Return the seconds of each side's steps by round."""
     generator = torch.Generator().manual_seed(1)
     shape = (options.micro_batch_size, config.data.seq_length + 1)
     tokens = [

@@ -1,8 +1,8 @@
-"""Time and memory of tuning exits over training the whole model, at several heads and exits.
+"""Compare the time and memory of tuning exits with training the whole model.
 
     python tools/bench/tuning.py --json tuning.json [--quick]
 
-One process takes steps of both in turn. What is counted and why: docs/reference/benchmarks.md.
+Both alternate in one process. See docs/reference/benchmarks.md for the method and results.
 """
 
 import statistics
@@ -28,14 +28,14 @@ QUICK = {"seq_length": 128, "num_microbatches": 1, "rounds": 4}
 
 
 class Case(NamedTuple):
-    """Exits that are tuned, and what they are made of."""
+    """The exits to tune and the layers of their heads."""
 
     boundaries: tuple[int, ...]
     head: tuple[str, ...]
     output: str
 
 
-# The first is the figures': EE-Tuning's choice of head, at the quick start's exits.
+# The figures are those of the first case, EE-Tuning's head at the quick start's exits.
 CASES = (
     Case((2, 4), ("mlp", "norm"), "own"),
     Case((2, 4), ("norm",), "own"),
@@ -47,29 +47,29 @@ CASES = (
 
 @dataclass(frozen=True)
 class Options:
-    """Time and memory of a step that tunes two exits, over one that trains the whole model."""
+    """Compare a step that tunes two exits with a step that trains the whole model."""
 
     json: Path | None = None
-    """Where to write machine, rows and figures."""
+    """Write the machine, rows and figures to this JSON file."""
     quick: bool = False
-    """Fewer and smaller batches: ends within a minute on two cores. What is given beside it
-    wins."""
+    """Use fewer and smaller batches, within a minute on two cores. Explicit options take
+    precedence."""
     dtype: str = "float32"
-    """Precision of both: float32 or bfloat16."""
+    """Precision of both sides: float32 or bfloat16."""
     seq_length: int = 256
-    """Tokens in a sequence."""
+    """Number of tokens per sequence."""
     micro_batch_size: int = 4
-    """Sequences in one forward pass."""
+    """Number of sequences per forward pass."""
     num_microbatches: int = 2
-    """Microbatches in one optimizer step."""
+    """Number of microbatches per optimizer step."""
     rounds: int = 8
-    """Steps that are timed of each side, in turn."""
+    """Number of steps to time on each side."""
     threads: int | None = None
-    """Threads of this process on a CPU; torch's choice unless given."""
+    """Number of CPU threads; None uses all cores."""
 
 
 def make_config(options: Options, case: Case, is_tuning: bool) -> Config:
-    """Return the quick start's model with the exits of a case, trained as a whole or tuned."""
+    """Return the configuration of a case: the quick start's model, trained as a whole or tuned."""
     overrides: dict[str, object] = {
         "model.shape": "llama-tiny",
         "model.vocab_size": 4096,
@@ -82,16 +82,17 @@ def make_config(options: Options, case: Case, is_tuning: bool) -> Config:
         "training.global_batch_size": options.micro_batch_size * options.num_microbatches,
     }
     if is_tuning:
-        overrides["tuning.checkpoint"] = "none is read: values do not change the time"
+        overrides["tuning.checkpoint"] = "not read: the values of weights do not affect the time"
     return load_config(None, overrides)
 
 
 def flops(config: Config) -> float:
     """Return the floating-point operations of a step's passes for one token.
 
-    2 for each weight of a product in a forward pass, and 2 s for each unit of the heads' width of
-    a layer (causal attention sees half of s positions). A trained product takes as much twice
-    again in the backward pass, one with a frozen weight once, one that no gradient passes nothing.
+    A forward pass has 2 operations for each weight of a product, and 2 s for each layer and unit of
+    the heads' total width, because causal attention reads half of the s positions. A backward pass
+    takes twice as much for a trained product, the same for a frozen one, and nothing for a product
+    through which no gradient flows.
     """
     model = config.model
     width = model.num_heads * model.head_dim
@@ -109,7 +110,7 @@ def flops(config: Config) -> float:
 
 
 class Side:
-    """One of both ways to train, ready to take steps."""
+    """A model and its optimizer, ready to take steps."""
 
     def __init__(self, config: Config, grid: distributed.Grid, num_microbatches: int) -> None:
         dtype = distributed.DTYPES[config.training.dtype]
@@ -126,7 +127,7 @@ class Side:
         take_step(self.optimizer, clip_grad=self.clip_grad)
 
     def kept_bytes(self) -> int:
-        """Return the bytes of parameters, gradients and the optimizer's state, after a step."""
+        """Return the bytes of parameters, gradients and optimizer state, after a step."""
         tensors = [p for stage in self.model.stages for p in stage.parameters()]
         for chunk in self.model.chunks:
             tensors += [buffer.grad_data for buffer in chunk.buffers]
@@ -142,8 +143,8 @@ class Side:
         return sum(storages.values())
 
 
-def passing_bytes(step: Callable[[], Any]) -> int:
-    """Return the most that is alive at once of what a step makes, activations and logits."""
+def peak_step_bytes(step: Callable[[], Any]) -> int:
+    """Return the peak bytes of the tensors that a step creates, such as activations."""
     counter = LiveBytes()
     with counter:
         step()
@@ -151,7 +152,7 @@ def passing_bytes(step: Callable[[], Any]) -> int:
 
 
 def measure(options: Options, case: Case, grid: distributed.Grid) -> dict[str, Any]:
-    """Return a case's row: seconds and bytes of both sides, and what counting predicts."""
+    """Return the row of a case: seconds and bytes of both sides, and the predicted ratio."""
     configs = {name: make_config(options, case, name == "tuned") for name in ("full", "tuned")}
     sides = {name: Side(c, grid, options.num_microbatches) for name, c in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -164,7 +165,7 @@ def measure(options: Options, case: Case, grid: distributed.Grid) -> dict[str, A
             if index >= 0:  # the first rounds allocate and choose kernels
                 seconds[name].append(time.perf_counter() - start)
     kept = {name: side.kept_bytes() for name, side in sides.items()}
-    passing = {name: passing_bytes(side.step) for name, side in sides.items()}
+    passing = {name: peak_step_bytes(side.step) for name, side in sides.items()}
     ratio = report.ratio_of_medians(seconds["tuned"], seconds["full"])
     return {
         "exits": list(case.boundaries),
@@ -190,7 +191,7 @@ def main(options: Options) -> None:
     rows = [measure(options, case, grid) for case in CASES]
     distributed.shutdown()
     title = (
-        f"tuning two exits over training all of llama-tiny, {options.dtype}, "
+        f"tuning two exits, relative to training llama-tiny, {options.dtype}, "
         f"{options.num_microbatches} x {options.micro_batch_size} x {options.seq_length} tokens"
     )
     report.print_table(title, [_cells(row) for row in rows])
@@ -214,7 +215,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "by counting": f"{row['predicted_step_time_vs_full']:.3f}",
         "memory over full": f"{row['memory_vs_full']:.3f}",
         "parameters and state, MiB": mib("kept"),
-        "made in a step, MiB": mib("passing"),
+        "created in a step, MiB": mib("passing"),
     }
 
 

@@ -1,4 +1,4 @@
-"""Turn a model from elsewhere into a checkpoint, or back; the same as `ee-llm convert`."""
+"""Convert a model to or from an ee_llm checkpoint, as `ee-llm convert` does."""
 
 import sys
 from pathlib import Path

@@ -26,7 +26,7 @@ from pydantic import BaseModel
 import ee_llm
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "api.md"
-LINE_LENGTH = 88  # of a signature, before it is broken into one line per parameter
+LINE_LENGTH = 88  # Longer signatures have one line per parameter.
 
 INTRODUCTION = """\
 # Python API
@@ -64,7 +64,7 @@ RESULTS = (
     "ee_llm.pipeline.planner.report.PlanReport",
 )
 
-# The sections of a docstring in Google style; those of the first kind have `name: text` entries.
+# The sections of a docstring in Google style. ENTRY_SECTIONS have entries of `name: text`.
 ENTRY_SECTIONS = ("Args", "Attributes", "Raises")
 TEXT_SECTIONS = ("Returns", "Yields", "Example", "Examples", "Note", "Source")
 _SECTION = re.compile(rf"^({'|'.join(ENTRY_SECTIONS + TEXT_SECTIONS)}):\s*$", re.MULTILINE)
@@ -173,7 +173,7 @@ class ApiPage:
         return _joined(name, parts, "")
 
     def _note_aliases(self, item: Any, parts: list[str]) -> None:
-        """Remember the type aliases in a signature."""
+        """Collect the type aliases in a signature."""
         names = vars(sys.modules[item.__module__])
         for word in re.findall(r"\b[A-Z]\w*", " ".join(parts)):
             value = names.get(word)

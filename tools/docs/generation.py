@@ -4,8 +4,8 @@
     python tools/docs/generation.py          # generates with it and draws the picture
     python tools/docs/generation.py RECORD   # draws what `ee-llm generate --json` printed
 
-The colours are from Okabe and Ito's palette, which colour-blind readers can tell apart. They also
-differ in lightness, and a bar above each token grows with its depth.
+The colours are from Okabe and Ito's palette, which colour-blind readers can distinguish. They also
+differ in lightness, and the bar above each token is proportional to its depth.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Draw docs/images/watermarks.png: four sequences in a real scheduler, and its next pass.
+"""Draw docs/images/watermarks.png: four sequences in the scheduler, and its next pass.
 
     python tools/docs/watermarks.py [FILE]
 
@@ -32,7 +32,7 @@ PICTURE = Path(__file__).resolve().parents[2] / "docs" / "images" / "watermarks.
 BOUNDARIES = (2, 4, 8)
 MAX_PENDING = 9
 PROMPTS = {"A": 4, "B": 3, "C": 5, "D": 12}
-# Colours that colour-blind readers can tell apart. The next pass is hatched as well.
+# Colours that colour-blind readers can distinguish. The next pass is also hatched.
 PROCESSED, PASS, PENDING, FRONTIER = "#a6cee3", "#e69f00", "#0072b2", "#000000"
 GREY = "#8a8a8a"
 
@@ -61,7 +61,7 @@ def play(seed: int, num_passes: int) -> list[Strip]:
     sequences = {}
     for name, length in PROMPTS.items():
         request = Request(name, (1,) * length, policy, SamplingParams(max_tokens=40))
-        sequences[name] = Sequence(request, BOUNDARIES, max_length=64)
+        sequences[name] = Sequence(request, BOUNDARIES, max_length=64, vocab_size=200)
     for name in ("A", "B", "C"):
         scheduler.add(sequences[name])
     for number in range(num_passes):

@@ -32,7 +32,10 @@ def open_all(sources: Sequence[Path], last: int | None = None) -> list[TensorRea
         steps = steps[: steps.index(newest) + 1] if newest in steps else steps
         if len(steps) < last:
             found = ", ".join(path.name for path in steps) or "none"
-            raise CheckpointError(f"--last {last}: {run} has fewer checkpoints: {found}")
+            raise CheckpointError(
+                f"--last {last}: {run} has fewer checkpoints: {found}. Use a smaller --last, or"
+                " train with a smaller checkpoint.interval."
+            )
         return [TensorReader(path) for path in steps[-last:]]
     readers = [TensorReader(path) for path in sources]
     if len(readers) < 2:

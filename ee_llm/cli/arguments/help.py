@@ -13,7 +13,7 @@ _MAX_INDENT = 36  # characters before the text of an option
 
 
 class Group(NamedTuple):
-    """Options that belong together; names are separated by blanks."""
+    """Related options. Names are separated by spaces."""
 
     title: str
     common: str

@@ -17,13 +17,13 @@ class Option(NamedTuple):
     """An option of a command."""
 
     name: str
-    """The field's name; with its section, as in exits.initial_weights, where it has one."""
+    """The name of the field, with its section if it has one: exits.initial_weights."""
     annotation: Any
     """The type of its value."""
     text: str
     """The help text. It may end with the default, as in "(default: one per core)"."""
     default: str | None = None
-    """The default as help shows it, or None if help shows none or `text` has it."""
+    """The default as help shows it; None if there is none to show or `text` contains it."""
     is_required: bool = False
     is_positional: bool = False
 
@@ -87,7 +87,7 @@ def options_of(kind: type, positional: Sequence[str] = ()) -> list[Option]:
 
 
 def shown(value: Any) -> str | None:
-    """Return a default as help shows it, None for one that says nothing."""
+    """Return a default as help shows it, or None for one that is not informative."""
     if value is dataclasses.MISSING or value is None or value is False or value == ():
         return None
     if value is True:

@@ -5,8 +5,8 @@
   `--exits 2 --exits 4`. Lists of numbers and names also take commas: `--exits 2,4`. Texts and paths
   do not, because they may contain commas.
 - A Boolean takes no value, or true or false: `--json`, `--no-json`, `--json false`, `--json=false`.
-- An option that may be unset takes None: `--optimizer.decay-steps None`.
-- A path may begin with `~`, in every spelling: shells leave `--output=~/runs` as it is.
+- An optional value can be unset with None: `--optimizer.decay-steps None`.
+- A path may begin with `~`, including in `--output=~/runs`, which shells do not expand.
 - `-h` and `--help` print the common options, `--help-all` all of them.
 """
 
@@ -133,7 +133,7 @@ def _flag(name: str, options: Mapping[str, Option]) -> tuple[Option | None, bool
 
 
 def _truth(value: str, is_on: bool) -> str:
-    """Return a Boolean's value as tyro spells it; what is no Boolean is for tyro to refuse."""
+    """Return the value of a Boolean as tyro spells it. Other values are left for tyro to refuse."""
     if value.lower() not in ("true", "false"):
         return value
     return str((value.lower() == "true") == is_on)
@@ -169,7 +169,7 @@ def _refuse_empty_paths(arguments: Sequence[str], options: Mapping[str, Option])
         option = options.get(spelled(name[2:])) if name else positional
         if not value and option is not None and _takes_paths(option):
             raise UserError(
-                f"{name or option.name.upper()} is given an empty path. Name a file or folder, and "
+                f"{name or option.name.upper()} has an empty path. Give a file or folder, and "
                 "check that a shell variable in the command is set."
             )
 

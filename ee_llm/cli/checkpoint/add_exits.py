@@ -26,12 +26,12 @@ COMMAND = CommandHelp(
     ),
 )
 
-_MAX_SEQ_LENGTH = 2048  # tokens, unless --seq-length says more: attention is quadratic
+_MAX_SEQ_LENGTH = 2048  # tokens, unless --seq-length is given, because attention is quadratic
 _FOR_CLASS_AWARE = {"data": (), "num_tokens": None, "seq_length": None, "tensor": 1}
 
 
 def run_add_exits(arguments: list[str]) -> None:
-    """Run `ee-llm checkpoint add-exits`, on several ranks if --tensor says so."""
+    """Run `ee-llm checkpoint add-exits`, on several ranks with --tensor."""
     options = parse(AddExitsOptions, COMMAND, arguments, ("checkpoint",))
     config = check_add_exits(options)
     if options.tensor > 1 and "WORLD_SIZE" not in os.environ:
@@ -73,12 +73,12 @@ def check_add_exits(options: AddExitsOptions) -> Config:
             if getattr(options, name) != default:
                 raise UserError(
                     f"--{name.replace('_', '-')} has no effect with --initialization "
-                    f"{options.initialization}. Leave it out, or use --initialization class-aware."
+                    f"{options.initialization}. Remove it, or use --initialization class-aware."
                 )
         return config
     if config.exits.output != "own":
         raise UserError(
-            "--initialization class-aware computes output weights, and these exits have none of "
+            "--initialization class-aware computes output weights, but these exits do not have "
             f"their own (exits.output = {config.exits.output}). Use --exit-output own, or "
             "--initialization copy."
         )
@@ -128,7 +128,7 @@ def _add_class_aware(options: AddExitsOptions, config: Config) -> None:
         vocab_size = config.model.vocab_size
         rewrite.notes.append(
             f"class-aware: {means.num_tokens:,} tokens; {vocab_size - means.num_seen:,} of the "
-            f"vocabulary's {vocab_size:,} do not occur in them and have the final exit's rows"
+            f"vocabulary's {vocab_size:,} do not occur and have the rows of the final exit"
         )
         write(rewrite, options.output, as_json=options.json)
     if ranks is not None:

@@ -29,9 +29,10 @@ RESHARD = CommandHelp(
     layout.
 
     Any layout can resume from any checkpoint without this command, because a checkpoint stores
-    unsharded tensors. It speeds up the start of a large run from a checkpoint that few ranks, or a
-    conversion, have written: such a rank reads a whole tensor to take its columns. Afterwards each
-    rank reads its own blocks from its own file, and the configuration states the layout.""",
+    unsharded tensors. It speeds up the start of a large run from a checkpoint that few ranks or a
+    conversion have written, because otherwise each rank reads whole tensors to take its columns.
+    Afterwards, each rank reads its own blocks from its own file, and the configuration has the new
+    layout.""",
     (Group("Layout", "tensor pipeline virtual layer_split"), _OUTPUT),
     ("ee-llm checkpoint reshard runs/llama --tensor 4 --pipeline 2 --output runs/llama-4x2",),
 )
@@ -39,8 +40,8 @@ MOVE_EXITS = CommandHelp(
     "checkpoint move-exits",
     """Place all exits of a checkpoint before or after the boundaries of pipeline stages.
 
-    No tensor changes, and the model computes the same function; the time and memory of the stages
-    change.""",
+    The tensors and the function of the model do not change, but the time and memory of the stages
+    do.""",
     (_OUTPUT,),
     ("ee-llm checkpoint move-exits runs/first --placement pre --output runs/pre",),
 )
@@ -52,7 +53,7 @@ REMOVE_EXITS = CommandHelp(
 )
 AVERAGE = CommandHelp(
     "checkpoint average",
-    "Average the weights of several checkpoints of one run. The optimizer's state is left out.",
+    "Average the weights of several checkpoints of one run. The result has no optimizer state.",
     (Group("Checkpoints", "last"), _OUTPUT),
     (
         "ee-llm checkpoint average runs/first --last 3 --output runs/mean",

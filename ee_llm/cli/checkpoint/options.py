@@ -12,14 +12,14 @@ class InfoOptions:
     """The options of `ee-llm checkpoint info`."""
 
     checkpoint: Path
-    """A checkpoint, or a run directory, of which the newest checkpoint is used."""
+    """Checkpoint to read, or a run directory, of which the newest checkpoint is used."""
 
     tensors: bool = False
     """List all tensors with their dtypes and shapes."""
 
     verify: bool = False
-    """Read the whole checkpoint and compare every file with its checksums. The command fails, and
-    names the files, if any are damaged or missing."""
+    """Read the whole checkpoint and compare every file with its checksum. If files are damaged or
+    missing, the command names them and fails."""
 
     json: bool = False
     """Print one JSON object and nothing else."""
@@ -30,16 +30,16 @@ class ReshardOptions:
     """The options of `ee-llm checkpoint reshard`."""
 
     checkpoint: Path
-    """A checkpoint, or a run directory, of which the newest checkpoint is used."""
+    """Checkpoint to read, or a run directory, of which the newest checkpoint is used."""
 
     output: Path
-    """Run directory to create for the result."""
+    """Write the result to this new run directory."""
 
     tensor: int = 1
-    """Number of tensor-parallel ranks that will read the result."""
+    """Number of tensor-parallel ranks of the new layout."""
 
     pipeline: int = 1
-    """Number of pipeline-parallel ranks."""
+    """Number of pipeline-parallel ranks of the new layout."""
 
     virtual: int = 1
     """Number of stages on each pipeline rank."""
@@ -56,19 +56,19 @@ class AddExitsOptions:
     """The options of `ee-llm checkpoint add-exits`."""
 
     checkpoint: Path
-    """A checkpoint, or a run directory, of which the newest checkpoint is used."""
+    """Checkpoint to read, or a run directory, of which the newest checkpoint is used."""
 
     output: Path
-    """Run directory to create for the result."""
+    """Write the result to this new run directory."""
 
     exits: tuple[int, ...]
     """Layers after which to add exits."""
 
     initialization: Literal["copy", "random", "class-aware"] = "copy"
-    """Initial values of the new exits. copy: each part is copied from the model (its final norm and
-    output weight, the layer's MLP, the next layer). random: as in a new model. class-aware: as
-    copy, but the output weight's row of a token is the mean of the normalized hidden states before
-    that token in --data."""
+    """Initialize the new exits in this way. copy: copy each part from the model (its final norm and
+    output weight, the MLP of the layer, the next layer). random: as in a new model. class-aware: as
+    copy, but the row of a token in the output weight is the mean of the normalized hidden states
+    before that token in --data."""
 
     head: tuple[HeadPart, ...] | None = None
     """Parts of the new exits. (default: as in the checkpoint's exits, else norm)"""
@@ -92,7 +92,7 @@ class AddExitsOptions:
     """For class-aware: number of tensor-parallel ranks to start."""
 
     timeout_s: float = 600
-    """Timeout of any wait for another rank, in seconds."""
+    """Abort if a rank receives nothing from another rank for this many seconds."""
 
     json: bool = False
     """Print one JSON object and nothing else."""
@@ -103,14 +103,13 @@ class MoveExitsOptions:
     """The options of `ee-llm checkpoint move-exits`."""
 
     checkpoint: Path
-    """A checkpoint, or a run directory, of which the newest checkpoint is used."""
+    """Checkpoint to read, or a run directory, of which the newest checkpoint is used."""
 
     output: Path
-    """Run directory to create for the result."""
+    """Write the result to this new run directory."""
 
     placement: Literal["post", "pre"]
-    """Pipeline stage of the exit after layer b: post is the stage of layer b, pre the stage of
-    layer b+1."""
+    """Place the exit after layer b on the stage of layer b (post) or of layer b+1 (pre)."""
 
     json: bool = False
     """Print one JSON object and nothing else."""
@@ -121,10 +120,10 @@ class RemoveExitsOptions:
     """The options of `ee-llm checkpoint remove-exits`."""
 
     checkpoint: Path
-    """A checkpoint, or a run directory, of which the newest checkpoint is used."""
+    """Checkpoint to read, or a run directory, of which the newest checkpoint is used."""
 
     output: Path
-    """Run directory to create for the result."""
+    """Write the result to this new run directory."""
 
     exits: tuple[int, ...]
     """Layers whose exits to remove."""
@@ -138,13 +137,13 @@ class AverageOptions:
     """The options of `ee-llm checkpoint average`."""
 
     checkpoints: tuple[Path, ...]
-    """Checkpoints of one run; or one run directory, with --last."""
+    """Checkpoints of one run to average, or one run directory with --last."""
 
     output: Path
-    """Run directory to create for the result."""
+    """Write the result to this new run directory."""
 
     last: int | None = None
-    """Average this many of the newest checkpoints of a run directory."""
+    """Average this many newest checkpoints of a run directory."""
 
     json: bool = False
     """Print one JSON object and nothing else."""

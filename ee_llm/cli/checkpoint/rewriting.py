@@ -34,7 +34,7 @@ def write(rewrite: Rewrite, output: Path, *, as_json: bool) -> None:
 
 @contextmanager
 def progress(title: str, total: int, *, is_quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar; the function that it gives advances it."""
+    """Show a progress bar, and yield a function that advances it."""
     share = TextColumn("{task.percentage:.0f} %")
     with distributed.progress_bar(title, total, share, is_quiet=is_quiet) as bar:
         yield lambda amount: bar.advance(bar.task_ids[0], amount)

@@ -85,7 +85,7 @@ def _verification(found: Facts) -> str:
     if found["checksums"] != "all files":
         text = (
             "all tensors match their checksums; other files only by size and form, because an "
-            "older version of ee-llm wrote this checkpoint without checksums"
+            "older version of ee-llm wrote this checkpoint without all checksums"
         )
     if found["extra_files"]:
         text += f"; extra files, which are not read: {', '.join(found['extra_files'][:8])}"

@@ -1,7 +1,7 @@
-"""Write the output of a batch: one JSON object per line, appended as they finish.
+"""Write the output of a batch: one JSON object per line, appended as each prompt finishes.
 
-Error records come after all generations. Repeating the command removes them, appends what is
-missing, and retries what failed; nothing is generated twice.
+Error records come after all generations. If the command is repeated, it removes the error records
+and generates only the prompts that are missing or failed.
 """
 
 import fcntl
@@ -22,9 +22,9 @@ _START = b'{"id": "'
 def open_output(
     path: Path, origins: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[BinaryIO, set[str]]]:
-    """Open the file to append records to, and yield it with the ids of the records in it.
+    """Open the file to append records to, and yield it with the ids of its records.
 
-    A line that a crash cut off is removed, and so are error records.
+    Error records and a last line that a crash truncated are removed.
 
     Args:
         path: The file.
@@ -33,7 +33,7 @@ def open_output(
     Raises:
         UserError: The file cannot be written, another process writes to it, or it contains anything
             other than generations that this batch would generate, followed by error records. The
-            file is unchanged then.
+            file is not changed in this case.
     """
     source = f"--output {path}"
     try:
@@ -43,7 +43,7 @@ def open_output(
         raise UserError(f"{source} cannot be written: {error.strerror or error}") from error
     with file:
         if not path.is_file():
-            raise UserError(f"{source} is not a regular file. Give the path of one.")
+            raise UserError(f"{source} is not a regular file. Use a regular file.")
         _lock(file, source)
         file.seek(0)
         done, end = _finished(file, source, origins)
@@ -52,7 +52,7 @@ def open_output(
 
 
 def append(file: BinaryIO, record: Record) -> None:
-    """Write a record as a line; it is on the disk when this returns."""
+    """Append a record as a line, and sync it to the disk."""
     file.write(as_json(record).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
@@ -62,9 +62,11 @@ def _lock(file: BinaryIO, source: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed
     except (BlockingIOError, PermissionError):
-        raise UserError(f"{source} is being written by another process. Wait for it.") from None
+        raise UserError(
+            f"{source} is being written by another process. Wait until it ends."
+        ) from None
     except OSError:
-        pass  # The file system has no locks; two batches must not write to one file there.
+        pass  # The file system has no locks, so users must not write to one file from two batches.
 
 
 def _finished(
@@ -77,7 +79,7 @@ def _finished(
     for number, line in enumerate(read_lines(file, source), start=1):
         where = f"{source}, line {number}"
         is_ended = line.endswith(b"\n")
-        if not is_ended and _is_cut(line):
+        if not is_ended and _is_truncated(line):
             break
         try:
             record = parse_object(line, where)
@@ -85,7 +87,7 @@ def _finished(
                 error_at = error_at or where
                 continue
             if error_at:
-                raise UserError(f"{where} follows the error record of {error_at}")
+                raise UserError(f"{where} follows the error record of {error_at}.")
             from_record(record, where)
         except ValueError as error:
             raise UserError(
@@ -93,21 +95,23 @@ def _finished(
             ) from None
         id = record.get("id")
         if not isinstance(id, str) or id in done:
-            raise UserError(f'{where}: "id" is {short(id)}, which must be a unique string')
+            raise UserError(
+                f'{where}: "id" is {short(id)}, which is not a unique string. Give another file.'
+            )
         differs = difference(record, origins[id]) if id in origins else None
         if differs:
             raise UserError(
                 f"{where}: id {short(id)} was generated with another {differs!r} than this batch"
                 " uses. Give another file."
             )
-        if is_ended:  # Otherwise it is generated again.
+        if is_ended:  # An incomplete line is generated again.
             done.add(id)
             end += len(line)
     return done, end
 
 
-def _is_cut(line: bytes) -> bool:
-    """Return whether a line is the beginning of a record that a crash cut off."""
+def _is_truncated(line: bytes) -> bool:
+    """Return whether a line is the start of a record that a crash truncated."""
     if not line.startswith(_START[: len(line)]):
         return False
     try:

@@ -1,4 +1,4 @@
-"""`ee-llm generate`: prompts in, continuations out, with the exit of every token."""
+"""`ee-llm generate`: generate text for prompts, with the exit of every token."""
 
 import time
 from dataclasses import replace
@@ -31,8 +31,8 @@ from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 from ee_llm.inference.text.records import Record, as_json, error_record, origin, to_record
 from ee_llm.inference.verification.verify import Verifier
 
-# Far more than is useful; beyond it lists, tensors and time-outs overflow.
-_MOST: dict[str, int] = {
+# Far more than is useful. Larger values overflow lists, tensors or timeouts.
+_MAXIMA: dict[str, int] = {
     "tensor": 2**16,
     "pipeline": 2**16,
     "max_num_seqs": 2**14,
@@ -46,7 +46,7 @@ _SAMPLING = (
 
 
 def check(options: GenerateOptions) -> None:
-    """Raise UserError for options that are seen to fail before a process is started."""
+    """Raise UserError for invalid options, before any process is started."""
     kinds = ("prompt", "prompt_file", "prompt_token_ids", "chat", "chat_file", "batch_file")
     given = [name for name in kinds if getattr(options, name) not in (None, ())]
     if len(given) > 1:
@@ -72,11 +72,11 @@ def check(options: GenerateOptions) -> None:
         raise UserError(
             f"--policy {options.policy} and --thresholds are both given. Use one of them."
         )
-    for name, most in _MOST.items():
+    for name, maximum in _MAXIMA.items():
         value = getattr(options, name)
-        if not 1 <= value <= most:  # NaN fails too
+        if not 1 <= value <= maximum:  # refuses NaN, too
             option = name.replace("_", "-")
-            raise UserError(f"--{option} {value} must be at least 1 and at most {most}")
+            raise UserError(f"--{option} {value} is out of range. Use 1 to {maximum:,}.")
     num_ranks, started = options.tensor * options.pipeline, distributed.launched_world_size()
     if started is not None and started != num_ranks:
         raise UserError(
@@ -87,8 +87,8 @@ def check(options: GenerateOptions) -> None:
         check_quantize(distributed.dtype_named(options.dtype))
         if options.verify:
             raise UserError(
-                "--verify checks generations with the checkpoint's weights, and --quantize"
-                f" {options.quantize} computes with others. Remove one of them."
+                "--verify checks generations with the checkpoint's weights, but --quantize"
+                f" {options.quantize} changes the weights. Remove one of them."
             )
     config = TensorReader(options.checkpoint).config()
     check_layout(config, options.tensor, options.pipeline)
@@ -105,8 +105,8 @@ def generate(options: GenerateOptions) -> None:
     """Print or write the continuation of prompts.
 
     Raises:
-        UserError: The input is not valid, or --verify found what rounding does not explain.
-        RunError: Prompts of a batch have error records; raised at the end.
+        UserError: The input is invalid, or --verify found a divergence beyond rounding.
+        RunError: Prompts of a batch failed. Raised at the end, when all others are written.
     """
     check(options)
     # Only rank 0 reads prompts, so that errors are reported once.
@@ -118,7 +118,7 @@ def generate(options: GenerateOptions) -> None:
         if not llm.tokenizer.eos_token_ids and not options.ignore_eos:
             distributed.console.print(
                 f"warning: tokenizer {escape(llm.tokenizer.name)} has no known end token, so only"
-                " --max-tokens ends a continuation. Give one with --stop-token-ids.",
+                " --max-tokens ends the output. Give an end token with --stop-token-ids.",
                 soft_wrap=True,
             )
         if options.batch_file is not None:
@@ -204,15 +204,15 @@ def _run_one(llm: LLM, options: GenerateOptions, prompt: Prompt) -> RequestOutpu
         raise RunError(f"{prompt.where}: {error}") from None
     finally:
         if stopwatch.is_running:
-            console.print()  # Whatever comes next starts on a new line.
+            console.print()  # Later output starts on a new line.
     output = stream.output
     assert output is not None, "the stream is finished"
     speed = stopwatch.speed()
     if output.strategy == "self-speculative":
         speed = against_full(speed, llm.engine, [(request, output)])
     if options.json:
-        made_of = _origin(llm, prompt, encoded, request)
-        print(as_json(to_record(made_of, output, speed=speed, with_pieces=True)))
+        source = _origin(llm, prompt, encoded, request)
+        print(as_json(to_record(source, output, speed=speed, with_pieces=True)))
     if options.show_confidence:
         console.print(token_table(output))
     console.rule()
@@ -258,7 +258,7 @@ def _run_batch(
             append(file, error_record(id, message))
     seconds = time.monotonic() - start
     distributed.console.print(
-        f"{len(lines)} prompts, {num_done} of them done before; {num_tokens} tokens in"
+        f"{len(lines)} prompts, {num_done} of them from an earlier run; {num_tokens} tokens in"
         f" {seconds:.1f} s: {escape(str(options.output))}",
         soft_wrap=True,
     )
@@ -283,7 +283,7 @@ def _requests(
         try:
             encoded = line.encode(llm.encoder)
             request = _request(llm, line, encoded)
-            llm.engine.add(request)  # checks that the cache is large enough, too
+            llm.engine.add(request)  # also checks that the cache is large enough
             llm.engine.abort(request.id)
         except ValueError as error:
             errors[line.id] = f"{line.where}: {error}"

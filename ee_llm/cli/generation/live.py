@@ -10,9 +10,9 @@ from ee_llm.inference.text.detokenizer import GeneratedText
 
 
 class LiveText:
-    """Prints the text of a generation as its tokens come, each in the colour of its exit.
+    """Print the text of a generation as its tokens arrive, each in the colour of its exit.
 
-    Text that may be part of a stop string is printed once it is known not to be one.
+    Text that may be the start of a stop string is printed once it turns out not to be one.
     """
 
     def __init__(
@@ -22,7 +22,7 @@ class LiveText:
         self._text = text
         self._styles = exit_styles(policy, num_layers)
         self._exits: list[int] = []
-        self._piece = 0  # number of the next piece to print
+        self._piece = 0  # index of the next piece to print
         self._start = 0  # its first character that is not printed yet
         self._num_printed = 0
 
@@ -31,13 +31,13 @@ class LiveText:
         self._print(text, "dim")
 
     def show(self, exit: int) -> None:
-        """Print the text that is certain after another token, which exited at `exit`."""
+        """Print the text that is final after another token, which exited at `exit`."""
         self._exits.append(exit)
-        self._print_to(min(self._text.num_safe, len(self._text.text)))
+        self._print_to(self._text.num_safe)
 
     def finish(self) -> None:
         """Print the rest of the text."""
-        self._print_to(len(self._text.text))
+        self._print_to(self._text.num_characters)
 
     def _print_to(self, length: int) -> None:
         pieces = self._text.pieces

@@ -20,9 +20,9 @@ from ee_llm.inference.text.chat import check_messages, read_conversation, user_m
 from ee_llm.inference.text.json_lines import MIB, decode, opened, read_objects, short
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt, PromptEncoder
 
-# Far more than any model has positions for.
+# Far more than the context of any model.
 _MAX_PROMPT = 16 * MIB
-# All prompts of a batch are in memory, as token ids of ten times the size.
+# All prompts of a batch are in memory, as token ids, which take ten times as much space.
 _MAX_BATCH = 256 * MIB
 _KINDS = ("prompt", "messages", "prompt_token_ids")
 
@@ -32,12 +32,12 @@ class Prompt:
     """A text, a conversation or token ids to continue, with the options for it.
 
     Attributes:
-        options: The options; those of a batch's line override the command's.
-        text: The text, if the prompt is one.
-        messages: The conversation, if the prompt is one.
-        token_ids: The token ids, if the prompt has them.
-        id: Name of the prompt in a batch.
-        where: Where it comes from, for errors.
+        options: The options. Those of a line override those of the command.
+        text: The text, or "".
+        messages: The conversation, or ().
+        token_ids: The token ids, or ().
+        id: The id of the prompt in a batch.
+        where: The source of the prompt, for error messages.
     """
 
     options: GenerateOptions
@@ -48,7 +48,11 @@ class Prompt:
     where: str = ""
 
     def encode(self, encoder: PromptEncoder) -> EncodedPrompt:
-        """Return the token ids; raises RequestError if the tokenizer lacks what they need."""
+        """Return the token ids.
+
+        Raises:
+            RequestError: The tokenizer cannot encode the prompt.
+        """
         options = self.options
         if self.messages:
             return encoder.encode_chat(self.messages, system=options.system, bos=options.bos)
@@ -59,7 +63,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class InvalidLine:
-    """A line of a batch file that has an id and cannot be served; error: why, naming the line."""
+    """An invalid line of a batch file that has an id, with its error message."""
 
     id: str
     where: str
@@ -67,7 +71,7 @@ class InvalidLine:
 
 
 class _Line(BaseModel):
-    """What a line of a batch file may set; a field that is not set has the command's option."""
+    """The fields of a line of a batch file. Options of the command replace missing fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -107,11 +111,11 @@ class _Line(BaseModel):
 
 
 def read_prompts(options: GenerateOptions) -> list[Prompt | InvalidLine]:
-    """Return the prompts that the options name, and for a batch its invalid lines, in order.
+    """Return the prompts that the options select, and the invalid lines of a batch, in order.
 
     Raises:
-        UserError: There is no prompt, a line of a batch is not a JSON object, or its id cannot name
-            a record: it is not a text, or belongs to another line.
+        UserError: There is no prompt, a line of a batch is not a JSON object, or its id is neither
+            a string nor an integer, or not unique.
     """
     if options.batch_file is not None:
         return _read_batch(options, options.batch_file)
@@ -187,7 +191,7 @@ def _read_batch(options: GenerateOptions, path: Path) -> list[Prompt | InvalidLi
 def _id(record: dict[str, Any], where: str, default: str) -> str:
     id = record.pop("id", default)
     if type(id) not in (str, int) or not is_encodable(str(id)):
-        raise UserError(f'{where}: "id" is {short(id)}. Give a text or an integer.')
+        raise UserError(f'{where}: "id" is {short(id)}. Give a string or an integer.')
     return str(id)
 
 
@@ -205,7 +209,7 @@ def _from_line(options: GenerateOptions, record: dict[str, Any], where: str, id:
         if name in own:
             own[name] = tuple(own[name]) if isinstance(own[name], list) else (own[name],)
     if line.system is not None and not is_encodable(line.system):
-        raise RequestError(f'{where}: "system" is {short(line.system)}. Give a text.')
+        raise RequestError(f'{where}: "system" is {short(line.system)}. Give a string.')
     parts = [name for name in ("thresholds", "measure") if name in own]
     if parts:
         if line.policy is not None:
@@ -224,7 +228,7 @@ def _from_line(options: GenerateOptions, record: dict[str, Any], where: str, id:
             )
         return replace(prompt, token_ids=tuple(line.prompt_token_ids))
     if not line.prompt or not is_encodable(line.prompt):
-        raise RequestError(f'{where}: "prompt" is {short(line.prompt)}. Give a text.')
+        raise RequestError(f'{where}: "prompt" is {short(line.prompt)}. Give a nonempty string.')
     return replace(prompt, text=line.prompt)
 
 
@@ -239,4 +243,4 @@ def _problem(error: ValidationError, record: dict[str, Any]) -> str:
         return f"{short(name)} is unknown. {hint}"
     if problem["type"] == "literal_error":
         return f"{name!r} is {short(record[name])}. Use one of {problem['ctx']['expected']}."
-    return f"{name!r} is {short(record[name])}, which is not allowed: {problem['msg'].lower()}."
+    return f"{name!r} is {short(record[name])}, which is invalid: {problem['msg'].lower()}."

@@ -1,4 +1,4 @@
-"""Show a generation to people: text coloured by exit, a legend, a table of tokens."""
+"""Render a generation for a terminal: text coloured by exit, a legend, a table of tokens."""
 
 from rich.table import Table
 from rich.text import Text
@@ -7,7 +7,7 @@ from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.speed import Speed
 
-# Tokens of the final exit have the terminal's own colour: what is coloured was cheaper.
+# Tokens of the final exit have the terminal's default colour. Coloured tokens were cheaper.
 _COLORS = ("green", "cyan", "yellow", "magenta", "blue", "red")
 
 
@@ -19,7 +19,7 @@ def exit_styles(policy: ExitPolicy, num_layers: int) -> dict[int, str]:
 
 
 def printable(text: str) -> str:
-    """Return `text` with the control characters that could drive a terminal made visible."""
+    """Return `text` with control characters, which could change the terminal, made visible."""
     return "".join(
         char if char in "\n\t" or char.isprintable() else char.encode("unicode_escape").decode()
         for char in text
@@ -27,7 +27,7 @@ def printable(text: str) -> str:
 
 
 def legend(output: RequestOutput, speed: Speed | None = None) -> Text:
-    """Return a line for each exit with its share of the tokens, then totals, then the speed."""
+    """Return a line per exit with its share of the tokens, then totals and the speed."""
     num_tokens, num_layers = len(output.token_ids), output.num_layers
     lines = Text()
     for boundary, style in exit_styles(output.policy, num_layers).items():
@@ -48,7 +48,7 @@ def legend(output: RequestOutput, speed: Speed | None = None) -> Text:
 
 
 def speed_line(speed: Speed) -> str:
-    """Return what was measured in one line."""
+    """Return the measured speed in one line."""
     parts = []
     if speed.tokens_per_second is not None:
         parts.append(f"{speed.tokens_per_second:,.1f} tokens/s")

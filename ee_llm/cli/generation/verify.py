@@ -19,7 +19,7 @@ from ee_llm.inference.verification.verify import VerificationReport, Verifier
 
 
 def verify(options: VerifyOptions) -> None:
-    """Check a file of generations and print any divergence with its margin.
+    """Check a file of generations, and print divergences with their margins.
 
     Raises:
         UserError: A line is not a generation, or rounding does not explain a divergence.
@@ -44,7 +44,7 @@ def read_outputs(
         ids: Only the generations with these ids; None for all.
 
     Raises:
-        UserError: Another line is not a generation.
+        UserError: A line is neither a generation nor an error record.
     """
     with opened(path, source) as file:
         for where, record in read_objects(file, source):
@@ -65,8 +65,8 @@ def print_report(report: VerificationReport) -> None:
     distributed.console.print(str(report), soft_wrap=True)
     if not report.passed:
         raise UserError(
-            f"{report.num_unexplained} tokens or exits are not what the model, the policy and the"
-            " seed define. Check that this is the checkpoint that generated them."
+            f"{report.num_unexplained} tokens or exits differ from those that the model, the policy"
+            " and the seed define. Check that this checkpoint generated them."
         )
 
 

@@ -42,14 +42,14 @@ class ChatTemplate:
         if len(source) > _MAX_TEMPLATE:
             raise DataError(
                 f"{where}: the chat template is larger than {_MAX_TEMPLATE // 2**20} MiB. Give a "
-                "smaller one with --chat-template FILE."
+                "smaller one as chat_template."
             )
         try:
             self._template = _compile(source)
         except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             raise DataError(
-                f"{where}: the chat template is not valid: {error}. Give another one with "
-                "--chat-template FILE."
+                f"{where}: the chat template is not valid: {error}. Give another one as "
+                "chat_template."
             ) from None
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -78,7 +78,7 @@ class ChatTemplate:
             raise DataError(
                 f"{self._where}: the chat template rejects this conversation: "
                 f"{str(error).rstrip('.') or type(error).__name__}. Change the messages, or give "
-                "another template with --chat-template FILE."
+                "another chat_template."
             ) from None
         if length > _MAX_TEXT:
             raise DataError(
@@ -89,7 +89,7 @@ class ChatTemplate:
         if not is_encodable(text):
             raise DataError(
                 f"{self._where}: the chat template renders an unpaired surrogate. Give another "
-                "template with --chat-template FILE."
+                "chat_template."
             )
         return text
 
@@ -101,7 +101,7 @@ def load_chat_template(tokenizer: Tokenizer, path: Path | None = None) -> ChatTe
         DataError: There is no template, or it is not valid.
     """
     if path is not None:
-        where = f"--chat-template {path}"
+        where = f"chat_template {path}"
         try:
             with path.open("rb") as file:
                 source = file.read(_MAX_TEMPLATE + 1).decode()
@@ -115,14 +115,14 @@ def load_chat_template(tokenizer: Tokenizer, path: Path | None = None) -> ChatTe
     if template is None:
         raise DataError(
             f"the model has no chat template: tokenizer {tokenizer.name} has neither a "
-            "chat_template.jinja nor a chat_template in tokenizer_config.json. Give one with "
-            "--chat-template FILE, or write the prompt yourself: --prompt TEXT --parse-special."
+            "chat_template.jinja nor a chat_template in tokenizer_config.json. Give one as "
+            "chat_template, or write the prompt yourself and set parse_special."
         )
     if not isinstance(template, str):
         if "default" not in template:
             raise DataError(
                 f"{where}: none of the chat templates {', '.join(sorted(template))} is named "
-                "'default'. Give one with --chat-template FILE."
+                "'default'. Give one as chat_template."
             )
         template = template["default"]
     return ChatTemplate(template, where, _variables(tokenizer))

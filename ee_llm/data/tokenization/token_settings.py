@@ -185,6 +185,6 @@ def _chat_template(
     if not all(isinstance(text, str) for pair in templates.items() for text in pair):
         raise DataError(
             f"{path}: chat_template must be a string or a list of named templates. Download the "
-            "file again, or give --chat-template FILE."
+            "file again, or give a chat_template."
         )
     return templates, path

@@ -3,12 +3,12 @@
 This module imports no torch.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ee_llm.errors import RequestError
+from ee_llm.inference.sampling.plain_numbers import plain_float, plain_int
 
 if TYPE_CHECKING:
     from ee_llm.config import Config
@@ -57,15 +57,17 @@ class SLED:
 
     def __post_init__(self) -> None:
         for name in ("rate", "tau"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 1 / _MOST <= value <= _MOST:  # NaN fails too
+            value = plain_float(getattr(self, name))
+            if value is None or not 1 / _MOST <= value <= _MOST:  # NaN fails too
                 raise RequestError(
-                    f"sled: {name} = {value!r} must be a number above 0, from {1 / _MOST:g} to"
-                    f" {_MOST:g}"
+                    f"sled: {name} = {getattr(self, name)!r} must be a number above 0, from"
+                    f" {1 / _MOST:g} to {_MOST:g}"
                 )
-        if type(self.scale) is not int or self.scale < 1:
+            object.__setattr__(self, name, value)
+        scale, low_value = plain_int(self.scale), plain_float(self.low_value)
+        if scale is None or scale < 1:
             raise RequestError(f"sled: scale = {self.scale!r} must be an integer of at least 1")
-        if not _is_number(self.low_value) or not -_MOST <= self.low_value < 0.0:
+        if low_value is None or not -_MOST <= low_value < 0.0:  # NaN fails too
             raise RequestError(
                 f"sled: low_value = {self.low_value!r} must be a number below 0, from {-_MOST:g} on"
             )
@@ -74,6 +76,8 @@ class SLED:
                 f"sled: variant {self.variant!r} is unknown. Use 'paper' or 'released'."
             )
         _check_head("sled", self.head)
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "low_value", low_value)
         object.__setattr__(self, "layers", _checked("sled", self.layers, ("all", "alternate")))
 
 
@@ -101,9 +105,11 @@ class DoLa:
     head: EarlyHead | None = None
 
     def __post_init__(self) -> None:
-        if not _is_number(self.alpha) or not 0.0 < self.alpha <= 1.0:  # NaN fails too
+        alpha = plain_float(self.alpha)
+        if alpha is None or not 0.0 < alpha <= 1.0:  # NaN fails too
             raise RequestError(f"dola: alpha = {self.alpha!r} is not in (0, 1]")
         _check_head("dola", self.head)
+        object.__setattr__(self, "alpha", alpha)
         object.__setattr__(self, "layers", _checked("dola", self.layers, ("low", "high")))
 
 
@@ -175,10 +181,6 @@ def _default_layers(contrast: Contrast, config: "Config") -> tuple[int, ...]:
     return tuple(range(start, min(middle, _MAX_BUCKET), 2)) or (middle,)
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
-
-
 def _check_head(name: str, head: EarlyHead | None) -> None:
     if head is not None and head not in EARLY_HEADS:
         raise RequestError(
@@ -190,19 +192,22 @@ def _checked(name: str, layers: Any, names: tuple[str, ...]) -> Any:
     """Return `layers` as a sorted tuple, one of `names`, or None; raises RequestError."""
     if layers is None or (isinstance(layers, str) and layers in names):
         return layers
-    if type(layers) is int:
-        layers = (layers,)
+    single = plain_int(layers)
+    if single is not None:
+        return (single,)
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise RequestError(
             f"{name}: layers = {layers!r} is unknown. Use {' or '.join(map(repr, names))}, or a"
             " list of boundaries."
         )
-    found = tuple(layers)
-    if not found:
+    given, found = list(layers), []
+    if not given:
         raise RequestError(f"{name}: layers is empty. Give at least one boundary.")
-    for layer in found:
-        if type(layer) is not int:
-            raise RequestError(f"{name}: layers = {list(found)!r}: {layer!r} is not an integer")
+    for layer in given:
+        boundary = plain_int(layer)
+        if boundary is None:
+            raise RequestError(f"{name}: layers = {given!r}: {layer!r} is not an integer")
+        found.append(boundary)
     if len(set(found)) < len(found):
-        raise RequestError(f"{name}: layers = {list(found)} repeats a boundary. Give each once.")
+        raise RequestError(f"{name}: layers = {found} repeats a boundary. Give each once.")
     return tuple(sorted(found))

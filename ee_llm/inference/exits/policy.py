@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,6 +16,7 @@ from torch import Tensor
 from ee_llm.atomic_file import AtomicFile
 from ee_llm.errors import RequestError
 from ee_llm.inference.choices import Measure
+from ee_llm.inference.sampling.plain_numbers import plain_float, plain_int
 from ee_llm.inference.strategies import FULL_DEPTH, Strategy
 
 
@@ -47,7 +49,8 @@ class ExitPolicy:
     """Which exits a token may take, and how confident they must be.
 
     Attributes:
-        boundaries: The early exits of the model in increasing order, without the final one.
+        boundaries: The early exits of the model in increasing order, without the final one; a
+            tuple or a list.
         thresholds: For each of these exits, a confidence in (0, 1], or None if the exit is off. A
             token exits at the first exit whose confidence reaches its threshold.
         measure: Measure of confidence, computed from the exit's own distribution before sampling
@@ -63,24 +66,17 @@ class ExitPolicy:
     measure: Measure = "max_probability"
 
     def __post_init__(self) -> None:
-        if self.measure not in MEASURES:
+        if not isinstance(self.measure, str) or self.measure not in MEASURES:
             raise RequestError(
                 f"measure {self.measure!r} is unknown. Use one of {', '.join(MEASURES)}."
             )
+        object.__setattr__(self, "boundaries", _boundaries(self.boundaries))
+        object.__setattr__(self, "thresholds", _thresholds(self.thresholds))
         if len(self.thresholds) != len(self.boundaries):
             raise RequestError(
                 f"thresholds: {len(self.thresholds)} given for {len(self.boundaries)} exits at"
                 f" boundaries {list(self.boundaries)}. Give one per exit, or a single one for all."
             )
-        for threshold in self.thresholds:
-            if threshold is None:
-                continue
-            is_number = isinstance(threshold, int | float)
-            if not is_number or not 0.0 < threshold <= 1.0:  # NaN fails the test too
-                raise RequestError(
-                    f"thresholds: {threshold!r} is not in (0, 1]. 1 means 'only if certain'; use"
-                    " 'off' for an exit that no token may take."
-                )
 
     @property
     def digest(self) -> str:
@@ -130,6 +126,34 @@ class ExitPolicy:
             file.commit()
 
 
+def _boundaries(given: Any) -> tuple[int, ...]:
+    """Return the boundaries of a policy as a tuple; raises RequestError if they are not valid."""
+    found = [plain_int(one) for one in given] if isinstance(given, Iterable) else [None]
+    boundaries = tuple(one for one in found if one is not None)
+    if len(boundaries) < len(found) or any(a >= b for a, b in pairwise(boundaries)):
+        raise RequestError(
+            f"boundaries = {given!r} must be integers in increasing order. Give each early exit of"
+            " the model once."
+        )
+    return boundaries
+
+
+def _thresholds(given: Any) -> tuple[float | None, ...]:
+    """Return the thresholds of a policy as a tuple; raises RequestError if they are not valid."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise RequestError(f"thresholds = {given!r} must be a list with a threshold for each exit.")
+    thresholds: list[float | None] = []
+    for one in given:
+        value = plain_float(one)
+        if one is not None and (value is None or not 0.0 < value <= 1.0):  # NaN fails too
+            raise RequestError(
+                f"thresholds: {one!r} is not in (0, 1]. 1 means 'only if certain'; use 'off' for an"
+                " exit that no token may take."
+            )
+        thresholds.append(value)
+    return tuple(thresholds)
+
+
 Threshold = float | Literal["off"] | None
 Exits = float | Literal["off"] | Mapping[int, Threshold] | ExitPolicy | str | Path
 """What users give as exits: one threshold, thresholds by exit, a policy, or a policy file."""
@@ -166,12 +190,13 @@ def resolve_policy(exits: Exits, boundaries: Sequence[int]) -> ExitPolicy:
             raise RequestError(f"Policy file {exits}: {error}") from None
     if isinstance(exits, Mapping):
         return _by_exit(exits, boundaries, "max_probability")
-    if isinstance(exits, bool) or not isinstance(exits, int | float):
+    threshold = plain_float(exits)
+    if threshold is None:
         raise RequestError(
             f"exits = {exits!r}. Give a threshold such as 0.8, thresholds by exit such as"
             " {8: 0.9}, an ExitPolicy, or a policy file."
         )
-    return make_exit_policy(boundaries, [exits])
+    return make_exit_policy(boundaries, [threshold])
 
 
 def make_exit_policy(

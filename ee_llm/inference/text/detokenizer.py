@@ -104,6 +104,8 @@ class GeneratedText:
         self._longest = max(map(len, self._stops), default=0)
         self._length = 0
         self._end: int | None = None
+        self._untaken: list[str] = []  # text that `take_text` has not returned yet
+        self._num_taken = 0
         # The newest text with special tokens spelled out, and the number of characters of plain
         # text before each of its characters.
         self._tail = ""
@@ -137,27 +139,66 @@ class GeneratedText:
             return self._end
         return max(0, self._length - max(0, self._longest - 1))
 
-    def add(self, token: int) -> None:
-        """Append a token; exceptions of `detokenize` propagate."""
+    @property
+    def num_characters(self) -> int:
+        """Length of `text`."""
+        return self._length if self._end is None else self._end
+
+    def take_text(self, is_last: bool = False) -> str:
+        """Return the text that has become final since the last call.
+
+        The time does not depend on the length of the text before.
+
+        Args:
+            is_last: Whether the text is finished, and therefore all of it final.
+        """
+        end = self.num_characters if is_last else self.num_safe
+        count = max(0, end - self._num_taken)
+        text = "".join(self._untaken)
+        self._untaken = [text[count:]]
+        self._num_taken += count
+        return text[:count]
+
+    def add(self, token: int, *, skip_errors: bool = False) -> None:
+        """Append a token.
+
+        Args:
+            token: Id of the token.
+            skip_errors: If `detokenize` raises an exception, append a token without text instead
+                of raising it.
+        """
         spelled = self._special.get(token, "")
-        piece = self._detokenizer.add(token)
-        if spelled:
-            piece += self._detokenizer.finish()
+        try:
+            piece = self._detokenizer.add(token)
+            if spelled:
+                piece += self._detokenizer.finish()
+        except Exception:
+            if not skip_errors:
+                raise
+            piece = ""
         self._append(piece, spelled)
 
-    def finish(self) -> None:
-        """End the text: append the text that was withheld for later tokens."""
-        piece = self._detokenizer.finish()
+    def finish(self, *, skip_errors: bool = False) -> None:
+        """End the text: append the text that was withheld for later tokens.
+
+        With `skip_errors`, append nothing if `detokenize` raises an exception.
+        """
+        try:
+            piece = self._detokenizer.finish()
+        except Exception:
+            if not skip_errors:
+                raise
+            piece = ""
         if piece:
             last = self.pieces.pop()
             self._length -= len(last)
             self._append(last + piece, "", num_seen=len(last))
 
-    def complete(self, tokens: Iterable[int]) -> "GeneratedText":
-        """Append all tokens of a finished generation and return the text itself."""
+    def complete(self, tokens: Iterable[int], *, skip_errors: bool = False) -> "GeneratedText":
+        """Append all tokens of a finished generation and return the text itself; see `add`."""
         for token in tokens:
-            self.add(token)
-        self.finish()
+            self.add(token, skip_errors=skip_errors)
+        self.finish(skip_errors=skip_errors)
         return self
 
     def _append(self, piece: str, spelled: str, num_seen: int = 0) -> None:
@@ -170,6 +211,7 @@ class GeneratedText:
         """
         self.pieces.append(piece)
         start, self._length = self._length, self._length + len(piece)
+        self._untaken.append(piece[num_seen:])
         if not self._stops or self.is_stopped or len(self.pieces) <= self._min_tokens:
             return
         new = piece[num_seen:]

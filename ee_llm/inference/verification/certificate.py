@@ -160,7 +160,7 @@ def _wrong_token(
 ) -> Divergence | None:
     """Return the divergence of a token if logits [v], perhaps `contrasted`, do not draw it."""
     params, token = output.sampling_params, output.token_ids[index]
-    banned = params.banned_token_ids(index, output.eos_token_ids)
+    banned = params.banned_token_ids(index, output.eos_token_ids, len(logits))
     masked, history = mask_banned(logits[None], [banned])[0], sequence[: position + 1]
     drawn = sample(masked, params, position, history)
     if token == drawn:

@@ -60,14 +60,14 @@ def generate_reference(
         raise RequestError("The prompt is empty. Give at least one token.")
     if contrast is not None:
         contrast = resolve_contrast(contrast, model.config)
-    params = sampling_params
+    params, vocab_size = sampling_params, model.config.model.vocab_size
     tokens: list[TokenOutput] = []
     sequence = list(prompt_token_ids)
     finish_reason: FinishReason = "length"
     while len(tokens) < params.max_tokens:
         exits = [token.exit for token in tokens]
         frozen_at = frozen_boundaries(model, len(prompt_token_ids), exits, strategy)
-        banned = params.banned_token_ids(len(tokens), eos_token_ids)
+        banned = params.banned_token_ids(len(tokens), eos_token_ids, vocab_size)
         tokens.append(_decide(model, sequence, frozen_at, policy, params, banned, contrast))
         sequence.append(tokens[-1].token_id)
         if on_token:

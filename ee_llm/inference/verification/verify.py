@@ -1,7 +1,7 @@
 """Verify finished generations against the definition of their strategy."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -86,16 +86,11 @@ class Verifier:
         self._reader = reader
         self._models: dict[torch.dtype, ReferenceModel] = {}
 
-    def verify(
-        self,
-        outputs: Iterable[tuple[RequestOutput, torch.dtype]],
-        on_output: Callable[[], None] | None = None,
-    ) -> VerificationReport:
+    def verify(self, outputs: Iterable[tuple[RequestOutput, torch.dtype]]) -> VerificationReport:
         """Return the divergences of outputs that were generated in the given dtypes.
 
         Args:
             outputs: The outputs, each with the dtype it was computed in.
-            on_output: Called after each output.
 
         Raises:
             RequestError: An output does not fit the model.
@@ -118,8 +113,6 @@ class Verifier:
             ]
             num_generations += 1
             num_tokens += len(output.token_ids)
-            if on_output is not None:
-                on_output()
         return VerificationReport(num_generations, num_tokens, tuple(findings))
 
 

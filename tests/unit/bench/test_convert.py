@@ -1,4 +1,4 @@
-"""The benchmark of conversion runs and writes its figures; the tool beside it is the command."""
+"""Test the conversion benchmark, and that tools/checkpoint/convert.py runs the command."""
 
 import subprocess
 import sys
@@ -22,13 +22,13 @@ def test_convert_writes_its_figures(tmp_path, monkeypatch):
     assert {"peak_memory_vs_checkpoint", "seconds_per_gb"} <= set(figures)
     assert [row["direction"] for row in written["rows"]] == ["in", "out"]
     for row in written["rows"]:
-        # More than an idle process, and no more than a few of the largest tensor.
+        # More than an idle process needs, but less than three times the largest tensor.
         needed = row["peak_bytes"] - row["idle_bytes"]
         assert 0 < needed < 3 * row["largest_tensor_bytes"]
         assert row["bytes"] > 2.5e8
 
 
-def test_the_folder_is_one_of_transformers(tmp_path, monkeypatch):
+def test_transformers_loads_the_written_folder(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     for name, size in {"WIDTH": 64, "FFN": 48, "VOCABULARY": 300}.items():
         monkeypatch.setattr(convert, name, size)
@@ -38,7 +38,7 @@ def test_the_folder_is_one_of_transformers(tmp_path, monkeypatch):
     assert sum(p.numel() * 2 for p in theirs.parameters()) == size
 
 
-def test_the_tool_is_the_command(tmp_path):
+def test_the_tool_runs_the_command(tmp_path):
     folder = make_folder(tmp_path / "theirs")
     command = [sys.executable, str(TOOLS / "checkpoint" / "convert.py"), str(folder)]
     command += ["--output", str(tmp_path / "ours")]

@@ -1,4 +1,4 @@
-"""The decoding benchmark runs, writes its figures, and names what it cannot take."""
+"""Test that the decoding benchmark runs, writes its figures and rejects invalid options."""
 
 import json
 import math
@@ -21,7 +21,15 @@ from tools.bench import decode, report
 from tools.bench.decode_model import open_model
 from tools.bench.decode_pipeline import Result, mean_stages
 from tools.bench.decode_quality import depth_of
-from tools.bench.decode_rows import EXACT, FULL, HELD, PEER, PROPAGATE, TRUNCATED, VERIFY
+from tools.bench.decode_rows import (
+    DEFERRED,
+    EXACT,
+    FULL,
+    PEER,
+    PROPAGATE,
+    SELF_SPECULATIVE,
+    TRUNCATED,
+)
 from tools.bench.decode_setup import Options
 
 pytestmark = pytest.mark.thorough
@@ -31,7 +39,7 @@ BENCH = Path(__file__).resolve().parents[3] / "tools" / "bench" / "decode.py"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run directory as the quick start leaves one: checkpoint and data."""
+    """A run directory like that of the quick start, with checkpoint and data."""
     output = tmp_path_factory.mktemp("run")
     config = tiny_config()
     data = {"prefixes": (str(output / "elsewhere" / "corpus"),), "split": (0.5, 0.5, 0.0)}
@@ -44,7 +52,7 @@ def trained(tmp_path_factory) -> Path:
     return output
 
 
-def test_a_shape_is_taken_with_random_weights(tmp_path):
+def test_shape_uses_random_weights(tmp_path):
     path = tmp_path / "decode.json"
     command = [sys.executable, str(BENCH), "--json", str(path), "--quick", "--no-peers"]
     command += ["--shape", "llama-tiny", "--thresholds", "0.001", "--batches", "1"]
@@ -58,10 +66,10 @@ def test_a_shape_is_taken_with_random_weights(tmp_path):
     without = [word for word in command if word not in ("--thresholds", "0.001")]
     done = subprocess.run(without, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
-    assert "--shape llama-tiny has random weights: give it --thresholds" in done.stderr
+    assert "--shape llama-tiny has random weights and needs --thresholds" in done.stderr
 
 
-def test_prompts_come_from_the_validation_part_beside_the_checkpoint(trained):
+def test_prompts_come_from_the_validation_data_in_the_run_directory(trained):
     model = open_model(trained)
     assert model.text == random_tokens(2400)[1200:].tolist()
 
@@ -93,33 +101,33 @@ def test_the_benchmark_writes_its_figures(trained, tmp_path):
         "pp2_latency_efficiency",
     }
     assert all(math.isfinite(value) for value in figures.values())
-    # In float64 nothing may diverge, and verify says what the dense model says.
+    # In float64 nothing may diverge, and self-speculative generates the dense model's text.
     assert figures["certificate_pass_rate"] == 1.0
     assert figures["divergence_rate"] == 0.0
     rows = [row for row in written["rows"] if "side" in row]
     for row in rows:
-        if row["side"] in (FULL, VERIFY, PEER):
+        if row["side"] in (FULL, SELF_SPECULATIVE, PEER):
             assert (row["agreement"], row["common_prefix"]) == (1.0, 12.0)
-        if row["side"] in (EXACT, HELD):
+        if row["side"] in (EXACT, DEFERRED):
             assert 1.0 < row["mean_depth"] < 4.0
             assert row["heads_per_token"] > 1.0
     depths = {
-        row["mean_depth"] for row in rows if row["side"] in (EXACT, HELD) and row["batch"] > 8
+        row["mean_depth"] for row in rows if row["side"] in (EXACT, DEFERRED) and row["batch"] > 8
     }
-    assert len(depths) <= 2  # holding moves no exit
+    assert len(depths) <= 2  # deferral changes no exit
     names = [row["name"] for row in written["rows"] if "name" in row]
     assert names[:2] == ["exits by confidence", "exits at random rows"]
     assert "exits at random rows" in done.stdout
 
 
-def test_what_is_given_wins_over_quick():
+def test_explicit_options_take_precedence_over_quick():
     plain = report.read_options(Options, decode.QUICK, [])
     assert plain == Options()
     quick = report.read_options(Options, decode.QUICK, ["--rounds", "5", "--quick"])
     assert quick == Options(**decode.QUICK | {"quick": True, "rounds": 5})
 
 
-def test_a_missing_checkpoint_says_how_to_make_one(tmp_path):
+def test_the_error_for_a_missing_checkpoint_says_how_to_train_one(tmp_path):
     with pytest.raises(ValueError, match=r"quickstart\.sh"):
         decode.main(Options(checkpoint=tmp_path / "none"))
 
@@ -138,7 +146,7 @@ def test_a_missing_checkpoint_says_how_to_make_one(tmp_path):
         ({"batches": (101,)}, "do not fit"),
     ],
 )
-def test_bad_options_are_named(trained, given, named):
+def test_errors_name_invalid_options(trained, given, named):
     options = {
         "new_tokens": 4,
         "prompt_tokens": 6,
@@ -149,7 +157,7 @@ def test_bad_options_are_named(trained, given, named):
         decode.prepare(Options(checkpoint=trained, dtype="float64", peers=False, **options))
 
 
-def test_each_side_decodes_as_its_name_says(trained):
+def test_each_side_uses_its_strategy_and_engine(trained):
     options = Options(
         checkpoint=trained,
         dtype="float64",
@@ -169,7 +177,7 @@ def test_each_side_decodes_as_its_name_says(trained):
         assert all(len(tokens) == 6 for tokens in found.tokens)
     drafted = [
         len(token_range)
-        for one in made[VERIFY](1).trace.passes
+        for one in made[SELF_SPECULATIVE](1).trace.passes
         for token_range in one.scheduler_output.logit_rows
     ]
     assert max(drafted) == 1 + SelfSpeculation(1, 2).draft_length
@@ -177,14 +185,14 @@ def test_each_side_decodes_as_its_name_says(trained):
     assert depth == depth_of(bench.controls[0]) < 4
     shorter = made[TRUNCATED](0).trace.generations
     assert {exit for one in shorter for exit in one.exits} == {depth}
-    # Each side learns for itself when to hold, and one never holds.
-    learned = [bench.holdings.get(side) for side in (FULL, HELD, VERIFY, PROPAGATE)]
-    assert len({id(one) for one in (*learned, bench.engine.deferral)}) == 5
-    assert bench.holdings.get(EXACT) is bench.holdings.get(TRUNCATED) is None
+    # Each side has its own state of deferral, except those that never defer.
+    states = [bench.deferrals.get(side) for side in (FULL, DEFERRED, SELF_SPECULATIVE, PROPAGATE)]
+    assert len({id(one) for one in (*states, bench.engine.deferral)}) == 5
+    assert bench.deferrals.get(EXACT) is bench.deferrals.get(TRUNCATED) is None
 
 
 def test_a_token_waits_for_the_stages_up_to_its_exit():
-    """Two stages of two layers: the exits after layers 1 and 2 are in the first."""
+    """With two stages of two layers, the exits after layers 1 and 2 are in the first stage."""
     config = tiny_config()
     generation = generate_reference(
         ReferenceModel(config, random_tensors(config), torch.float64),

@@ -1,4 +1,4 @@
-"""Costs of passes, and what exits could bring at them: the formulas, worked out by hand."""
+"""Test the costs of passes, and the ideal speed-ups against values computed by hand."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tools.bench.decode_costs import (
 
 
 def profile(*seconds: float) -> LatencyProfile:
-    """Times that do not depend on the number of rows."""
+    """Return times that do not depend on the number of rows."""
     return LatencyProfile((1,), tuple((time,) for time in seconds))
 
 
@@ -33,7 +33,7 @@ def constant_costs(levels: tuple[float, ...], heads: tuple[float, ...]) -> Costs
 
 
 def linear_costs(levels: tuple[float, ...]) -> Costs:
-    """Each row takes as long, however many there are; heads are free."""
+    """Return costs with the same time per row for any number of rows. Heads cost nothing."""
     rows = (1, 2)
     double = [(time, 2 * time) for time in levels]
     depths = [tuple(map(sum, zip(*double[: i + 1], strict=True))) for i in range(len(levels))]
@@ -51,14 +51,14 @@ def test_levels_end_at_exits_in_use():
     assert shares((4, 8, 8, 4, 4), policy, num_layers=8) == [3 / 5, 2 / 5]
 
 
-def test_rows_decline_an_exit_as_often_as_they_go_beyond_it():
+def test_rows_that_do_not_exit_decline_the_exit():
     assert declining([0.5, 0.2, 0.3]) == pytest.approx([0.5, 0.6])
     assert declining([1.0, 0.0, 0.0]) == [0.0, 0.0]
 
 
 def test_the_ideal_counts_layers_and_heads_below_the_exit():
     costs = constant_costs((2.0, 2.0, 4.0), heads=(0.5, 0.5, 1.0))
-    # A token costs 2.5 at the first exit, 5 at the second, 10 at the end; 9 with exits off.
+    # A token costs 2.5 at the first exit, 5 at the second, 10 at the final exit; 9 with exits off.
     assert ideal(costs, [0.5, 0.2, 0.3], 4) == pytest.approx(9 / (1.25 + 1.0 + 3.0))
     assert ideal(costs, [0.0, 0.0, 1.0], 4) == pytest.approx(0.9)
 
@@ -66,8 +66,8 @@ def test_the_ideal_counts_layers_and_heads_below_the_exit():
 @pytest.mark.parametrize(
     ("share", "rate", "best"), [(1 / 2, 0.1, 1.38), (1 / 2, 0.3, 1.13), (1 / 4, 0.3, 1.46)]
 )
-def test_the_regime_ideal_is_the_closed_form_where_passes_cost_the_same(share, rate, best):
-    """share: of the whole model's time that a shallow pass takes."""
+def test_the_regime_ideal_equals_the_closed_form_for_constant_costs(share, rate, best):
+    """`share` is the time of a shallow pass relative to the full model."""
     costs = constant_costs((share, 1 - share), heads=(0.0, 0.0))
     found = {}
     for k in (1, 2, 3, 4, 6, 8):
@@ -78,14 +78,14 @@ def test_the_regime_ideal_is_the_closed_form_where_passes_cost_the_same(share, r
     assert best_regime(costs, [rate], 400) == (max(found.values()), (max(found, key=found.get),))
 
 
-def test_one_sequence_alone_has_a_deep_pass_for_each_row_that_declines():
+def test_a_single_sequence_has_a_deep_pass_for_each_declining_row():
     costs = constant_costs((1.0, 3.0), heads=(0.5, 0.5))
-    for k in (1, 2, 8):  # nothing waits for others
+    for k in (1, 2, 8):  # there is no other row to wait for
         assert regime(costs, [0.2], 1, (k,)) == pytest.approx(4.5 / (1.5 + 0.2 * 3.5))
 
 
-def test_a_deep_pass_takes_the_rows_pending_before_the_held_one():
-    """Compute-bound, exits save nothing when keys and values are exact: S is 1, whatever k is."""
+def test_a_deep_pass_runs_the_rows_pending_before_the_deferred_one():
+    """In compute-bound passes with exact keys and values, exits save nothing: S is 1 for any k."""
     for rates in ([0.2], [0.5, 0.4]):
         costs = linear_costs((1.0, 2.0, 5.0)[: len(rates) + 1])
         for k in (1, 3):
@@ -93,20 +93,22 @@ def test_a_deep_pass_takes_the_rows_pending_before_the_held_one():
 
 
 def test_three_levels_nest():
-    """Two sequences that decline always, or never, can be followed by hand."""
+    """The values for two sequences that always or never decline are computed by hand."""
     costs = constant_costs((1.0, 10.0, 100.0), heads=(0.0, 0.0, 0.0))
     assert regime(costs, [1.0, 1.0], 2, (1, 1)) == pytest.approx(1.0)
-    # Nobody is ready for further passes while both are held: they cost nothing.
+    # While both are deferred, no row is ready for further passes, so these cost nothing.
     assert regime(costs, [1.0, 1.0], 2, (4, 4)) == pytest.approx(1.0)
     assert regime(costs, [0.0, 0.0], 2, (3, 2)) == pytest.approx(111.0)
-    # All come back from the middle: it runs after two shallow passes, and only the first has rows.
+    # All exit at the middle level. It runs after two shallow passes, of which only the first has
+    # rows.
     assert regime(costs, [1.0, 0.0], 2, (2, 1)) == pytest.approx(111 / 11)
-    # All go to the middle, half of them back. Its second run has rows with probability 3/4; one
-    # of both is held for the last level with 15/16. 1.5 tokens each, in 11 + 8.25 + 93.75.
+    # All reach the middle level and half of them exit there. Its second run has rows with
+    # probability 3/4. With probability 15/16, a sequence is deferred for the last level. This gives
+    # 1.5 tokens each in 11 + 8.25 + 93.75.
     assert regime(costs, [1.0, 0.5], 2, (1, 2)) == pytest.approx(111 * 1.5 / 113)
 
 
-def test_costs_are_of_the_engines_own_passes_and_leave_it_as_it_was():
+def test_measuring_costs_uses_the_engine_and_restores_its_state():
     config = tiny_config()
     engine = Engine(
         config, random_tensors(config), torch.float64, SchedulerConfig(max_num_seqs=3, block_size=4)

@@ -1,4 +1,4 @@
-"""What is read off an engine's passes, and the rows and figures that are made of it."""
+"""Test the analysis of recorded passes, and the rows and figures computed from it."""
 
 import json
 from dataclasses import replace
@@ -20,11 +20,11 @@ from tests.unit.inference.models import random_tensors, random_tokens, tiny_conf
 from tools.bench.decode_costs import Costs
 from tools.bench.decode_quality import Certificate
 from tools.bench.decode_rows import (
+    DEFERRED,
     EXACT,
     FULL,
-    HELD,
     PEER,
-    VERIFY,
+    SELF_SPECULATIVE,
     Row,
     Sample,
     make_figures,
@@ -32,20 +32,20 @@ from tools.bench.decode_rows import (
     percentile,
 )
 from tools.bench.decode_setup import run
-from tools.bench.decode_trace import Arrival, Pass, Trace, deferred, fill_share, steady
-from tools.bench.decode_trace import decode as traced
+from tools.bench.decode_trace import Arrival, Pass, Trace, deferral_times, fill_share, steady
+from tools.bench.decode_trace import decode as decode_traced
 from tools.bench.report import Ratio
 
 POLICY = make_exit_policy((1, 2), (0.3,))
 GREEDY = SamplingParams(max_tokens=10)
 
 
-def result(slot: int, position: int, left: bool) -> ExitResult:
-    return ExitResult(slot, position, left, 7, 0.5, -1.0)
+def result(slot: int, position: int, exited: bool) -> ExitResult:
+    return ExitResult(slot, position, exited, 7, 0.5, -1.0)
 
 
 def step(number: int, steps, results=()) -> Pass:
-    """Seconds 10 n to 10 n + 8; parts: segment, then (slot, start, stop) of each span."""
+    """A pass from second 10 n to 10 n + 8; steps: segment, then (slot, start, stop) per range."""
     made = tuple(
         SegmentStep(segment, tuple(TokenRange(*token_range) for token_range in ranges))
         for segment, *ranges in steps
@@ -57,7 +57,7 @@ def step(number: int, steps, results=()) -> Pass:
 
 
 def two_sequences() -> Trace:
-    """Prompts of 3 and 3 new tokens each, one exit: sequence 1 leaves there, 0 goes on once."""
+    """Two prompts of 3 tokens, each with 3 new tokens; only sequence 0's first token declines."""
     passes = [
         step(0, [(0, (0, 0, 3), (1, 0, 3))], [result(0, 2, False), result(1, 2, True)]),
         step(1, [(0, (1, 3, 4))], [result(1, 3, True)]),
@@ -95,26 +95,26 @@ def generation(exits: tuple[int, ...], policy=None, strategy="exact") -> Request
     )
 
 
-def test_heads_gaps_and_first_tokens_are_read_off_the_passes():
+def test_heads_gaps_and_first_tokens_are_computed_from_passes():
     trace = two_sequences()
     assert trace.heads_per_token == 7 / 6
     assert trace.first_token_seconds == pytest.approx([8.1, 28.1])
     assert trace.gaps == pytest.approx([10.0, 10.0, 20.1, 10.0])
 
 
-def test_tokens_that_come_at_once_have_no_gap_between_them():
+def test_tokens_that_arrive_together_have_gaps_of_zero():
     arrivals = [Arrival(1.0, "a", (2, 2), False), Arrival(4.0, "a", (2, 2, 2), True)]
     assert Trace([], arrivals, [], 0.0, 5.0).gaps == [0.0, 3.0, 0.0, 0.0]
 
 
-def test_the_steady_part_lies_between_the_last_prompt_and_the_first_end():
+def test_the_steady_part_is_between_the_last_prompt_and_the_first_end():
     step = steady(two_sequences())
-    # Both prompts are through after pass 2; the first sequence ends with pass 3.
+    # Both prompts are complete after pass 2. The first sequence ends with pass 3.
     assert (step.seconds, step.exits, step.share) == (10.0, (1, 1), 2 / 6)
     assert step.seconds_per_token == 5.0
 
 
-def test_a_trace_without_a_steady_part_is_taken_whole():
+def test_without_a_steady_part_the_whole_trace_counts():
     trace = two_sequences()
     short = replace(trace, passes=trace.passes[:2], arrivals=trace.arrivals[:4])
     ended = replace(short, arrivals=[replace(a, is_last=True) for a in short.arrivals])
@@ -122,8 +122,8 @@ def test_a_trace_without_a_steady_part_is_taken_whole():
     assert steady(ended).seconds == 49.0
 
 
-def test_a_row_is_held_until_a_pass_takes_it_beyond_the_exit_it_declined():
-    found = deferred(two_sequences().passes)
+def test_a_row_is_deferred_until_a_pass_runs_it_beyond_the_declined_exit():
+    found = deferral_times(two_sequences().passes)
     assert found.steps == [1]  # one pass in between
     assert found.seconds == [12.0]  # from the end of pass 0 to the start of pass 2
     again = [
@@ -131,11 +131,11 @@ def test_a_row_is_held_until_a_pass_takes_it_beyond_the_exit_it_declined():
         step(1, [(1, (0, 2, 3))], [result(0, 2, False)]),
         step(2, [(0, (1, 2, 3)), (2, (0, 2, 3))], [result(0, 2, True)]),
     ]
-    assert deferred(again).steps == [0, 0]
+    assert deferral_times(again).steps == [0, 0]
 
 
-def test_fill_rows_are_those_whose_token_was_decided_before():
-    # After the prompts: rows 2 and 2; 3; 2 (declined before), 2 and 3 (both left before); 3, 4; 4.
+def test_fill_rows_are_those_whose_token_is_already_decided():
+    # After the prompts: rows 2 and 2; 3; 2 (declined), 2 and 3 (both already exited); 3, 4; 4.
     assert fill_share(two_sequences().passes, num_prompt=3) == 2 / 9
 
 
@@ -145,50 +145,50 @@ def engine_of(config, tensors, **scheduler_config) -> Engine:
     )
 
 
-def test_watching_an_engine_changes_nothing_and_misses_no_token():
+def test_recording_changes_no_output_and_misses_no_token():
     config = tiny_config()
     tensors = random_tensors(config)
     engine = engine_of(config, tensors, max_num_seqs=4)
     prompts = [tuple(random_tokens(6, seed).tolist()) for seed in range(3)]
     requests = [Request(str(n), prompt, POLICY, GREEDY) for n, prompt in enumerate(prompts)]
-    trace = traced(engine, requests)
+    trace = decode_traced(engine, requests)
     model = ReferenceModel(config, tensors, torch.float64)
     for made, prompt in zip(trace.generations, prompts, strict=True):
         expected = generate_reference(model, prompt, POLICY, GREEDY, "exact")
         assert (made.token_ids, made.exits) == (expected.token_ids, expected.exits)
-    told = [exit for arrival in trace.arrivals for exit in arrival.exits]
-    assert sorted(told) == sorted(exit for made in trace.generations for exit in made.exits)
+    arrived = [exit for arrival in trace.arrivals for exit in arrival.exits]
+    assert sorted(arrived) == sorted(exit for made in trace.generations for exit in made.exits)
     assert "run" not in vars(engine.runner)
     assert "apply" not in vars(engine.scheduler)
-    # Heads by counting: a token that leaves at segment s was judged at all exits up to it.
-    judged = sum((1, 2, 4).index(exit) + 1 for exit in told)
-    assert trace.heads_per_token == judged / len(told)
+    # By counting: a token that exits after segment s is evaluated at all exits up to it.
+    num_heads = sum((1, 2, 4).index(exit) + 1 for exit in arrived)
+    assert trace.heads_per_token == num_heads / len(arrived)
 
 
-def test_only_held_sides_hold_and_prompts_are_never_cached():
+def test_only_deferral_sides_defer_and_prompts_are_never_cached():
     config = tiny_config()
     engine = engine_of(config, random_tensors(config), max_num_seqs=2)
-    learned = engine.deferral
+    deferral = engine.deferral
     prompts = [tuple(random_tokens(20, seed).tolist()) for seed in range(2)]
     for number in range(2):
-        before = list(learned._evaluated)
+        before = list(deferral._evaluated)
         made = run(engine, EXACT, POLICY, None, prompts, 4, f"{number}", None)
-        assert learned._evaluated == before
+        assert deferral._evaluated == before
         first = made.trace.passes[0].scheduler_output
         assert len(first.tokens) == 40  # whole prompts, in the second round too
-        assert engine.deferral is learned
-    run(engine, HELD, POLICY, None, prompts, 4, "held", learned)
-    assert learned._evaluated != before
+        assert engine.deferral is deferral
+    run(engine, DEFERRED, POLICY, None, prompts, 4, "deferral", deferral)
+    assert deferral._evaluated != before
 
 
-def test_percentiles_are_samples():
+def test_percentile_returns_a_sample():
     assert percentile([3.0, 1.0, 2.0, 4.0], 50) == 2.0
     assert percentile(list(map(float, range(1, 101))), 99) == 99.0
     assert percentile([5.0], 99) == 5.0
 
 
 def even_trace(exits: tuple[int, ...], seconds: float, policy) -> Trace:
-    """One sequence that has a token after each pass of `seconds`; its prompt is through at once."""
+    """One sequence with a token after each pass of `seconds`. Pass 0 completes its prompt."""
     passes, arrivals = [], []
     for n, exit in enumerate(exits):
         scheduler_output = SchedulerOutput(
@@ -203,7 +203,7 @@ def even_trace(exits: tuple[int, ...], seconds: float, policy) -> Trace:
     return Trace([generation(exits, policy)], arrivals, passes, 0.0, len(exits) * seconds)
 
 
-def test_rows_hold_the_measured_speed_up_against_both_ideals():
+def test_rows_compare_the_measured_speed_up_with_both_ideals():
     policy = make_exit_policy((1,), (0.3,))
     off = policy.without_exits()
     full, exact = even_trace((4, 4, 4), 6.0, off), even_trace((1, 1, 4), 4.0, policy)
@@ -211,8 +211,8 @@ def test_rows_hold_the_measured_speed_up_against_both_ideals():
     samples = {
         FULL: [sample(full)] * 2,
         EXACT: [sample(exact)] * 2,
-        HELD: [sample(exact)] * 2,
-        VERIFY: [sample(replace(full, generations=drafting))] * 2,
+        DEFERRED: [sample(exact)] * 2,
+        SELF_SPECULATIVE: [sample(replace(full, generations=drafting))] * 2,
         PEER: [Sample(36.0, [(1, 2, 3)], [(7, 7, 7)])] * 2,
         "transformers, drafting": [Sample(27.0, [(1, 2, 3)], [(7, 7, 7)])] * 2,
         "transformers, drafting 4": [Sample(24.0, [(1, 2, 3)], [(7, 7, 7)])] * 2,
@@ -221,23 +221,23 @@ def test_rows_hold_the_measured_speed_up_against_both_ideals():
     rows = {row.side: row for row in make_rows(1, samples, costs, num_layers=4)}
     assert rows[FULL].over_transformers.value == 2.0
     assert rows[FULL].tokens_per_s.value == pytest.approx(1 / 6)
-    assert rows[VERIFY].over_assisted.value == pytest.approx(24 / 18)
+    assert rows[SELF_SPECULATIVE].over_assisted.value == pytest.approx(24 / 18)
     assert rows[EXACT].over_full.value == rows[EXACT].steady.value == 1.5
-    # Of the two steady tokens one leaves: a full pass is 6, the two cost 2 and 7.
+    # One of the two steady tokens exits early. A full pass costs 6, the two tokens 2 and 7.
     assert rows[EXACT].ideal == pytest.approx(6 / 4.5)
     assert rows[EXACT].efficiency.value == pytest.approx(1.5 * 4.5 / 6)
     assert rows[EXACT].regime_ideal == pytest.approx(6 / (2 + 0.5 * 5))
-    assert rows[HELD].regime_efficiency.value == pytest.approx(1.5 * 4.5 / 6)
+    assert rows[DEFERRED].regime_efficiency.value == pytest.approx(1.5 * 4.5 / 6)
     assert rows[EXACT].regime_passes == (1,)
     assert rows[EXACT].mean_depth == 2.0
     assert rows[EXACT].ttft_ms == 4000.0
     assert rows[EXACT].gap_p50_ms == rows[EXACT].gap_p99_ms == 4000.0
     assert rows[PEER].mean_depth is None
-    assert (rows[VERIFY].drafts_kept, rows[EXACT].drafts_kept) == (0.75, None)
-    # Two sequences: k = 1 gives 6 / (2 + 3/4 * 5), and waiting for both is better.
+    assert (rows[SELF_SPECULATIVE].drafts_kept, rows[EXACT].drafts_kept) == (0.75, None)
+    # With two sequences, k = 1 gives 6 / (2 + 3/4 * 5), and waiting for both is better.
     pair = {row.side: row for row in make_rows(2, samples, costs, num_layers=4)}
     assert (pair[EXACT].regime_ideal, pair[EXACT].regime_passes) == (pytest.approx(6 / 5.75), (1,))
-    assert (pair[HELD].regime_ideal, pair[HELD].regime_passes) == (
+    assert (pair[DEFERRED].regime_ideal, pair[DEFERRED].regime_passes) == (
         pytest.approx(1.16, abs=0.01),
         (8,),
     )
@@ -247,7 +247,7 @@ def test_rows_hold_the_measured_speed_up_against_both_ideals():
 
 
 def profile(*seconds: float) -> LatencyProfile:
-    """Times that do not depend on the number of rows."""
+    """Return times that do not depend on the number of rows."""
     return LatencyProfile((1,), tuple((time,) for time in seconds))
 
 
@@ -256,7 +256,7 @@ def sample(trace: Trace) -> Sample:
     return Sample(trace.seconds, [(1, 2, 3)], tokens, trace)
 
 
-def test_figures_are_taken_from_their_rows():
+def test_each_figure_comes_from_its_row():
     def ratio(value: float) -> Ratio:
         return Ratio(value, value, value)
 
@@ -264,12 +264,12 @@ def test_figures_are_taken_from_their_rows():
         Row(1, FULL, ratio(1), over_transformers=ratio(2.0)),
         Row(16, FULL, ratio(1), over_transformers=ratio(3.0)),
         Row(1, EXACT, ratio(1), efficiency=ratio(0.9), over_full=ratio(0.1)),
-        Row(1, VERIFY, ratio(1), over_assisted=ratio(1.4)),
+        Row(1, SELF_SPECULATIVE, ratio(1), over_assisted=ratio(1.4)),
     ]
     rows += [
         Row(
             batch,
-            HELD,
+            DEFERRED,
             ratio(1),
             over_full=ratio(1 + batch / 100),
             steady=ratio(2 + batch),

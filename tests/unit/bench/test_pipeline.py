@@ -1,4 +1,4 @@
-"""The pipeline benchmark: what its schedules promise, its arithmetic, and one small real run."""
+"""Test the pipeline benchmark: simulated times, calculations, and a small real run."""
 
 import json
 import math
@@ -23,8 +23,8 @@ def row(ranks: int, name: str, simulated: float, measured: float, bubble: float)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_plans_promise_what_counting_says(size):
-    """The formulas of docs/reference/benchmarks.md with f = w = 1 and b = 2 forward passes."""
+def test_simulated_times_match_the_formulas(size):
+    """The formulas are those of docs/reference/benchmarks.md with f = w = 1 and b = 2."""
     found = {name: s.simulation.makespan for name, s in by_name(size).items()}
     assert found["1F1B"] == pytest.approx(3 * (M + size - 1))
     assert found["interleaved"] == pytest.approx(3 * M + 3 * (size - 1) / 2)
@@ -39,7 +39,7 @@ def test_plans_promise_what_counting_says(size):
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_bubbles_are_what_counting_says(size):
+def test_bubbles_match_the_formulas(size):
     found = {
         name: sum(s.simulation.bubble_share) * s.simulation.makespan
         for name, s in by_name(size).items()
@@ -59,7 +59,7 @@ def test_bubbles_are_what_counting_says(size):
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_every_schedule_is_sound_and_has_the_work_of_1f1b(size):
+def test_every_schedule_is_valid_and_has_the_work_of_1f1b(size):
     found = by_name(size)
     for schedule in found.values():
         lower(schedule.plan)
@@ -71,14 +71,14 @@ def test_every_schedule_is_sound_and_has_the_work_of_1f1b(size):
         assert work[name] == pytest.approx(3 * M)
 
 
-def test_time_is_from_the_first_start_on_any_rank_to_the_last_end():
+def test_makespan_is_from_first_start_to_last_end_over_all_ranks():
     ranks = [[(10.0, 11.0), (12.0, 14.0)], [(11.0, 12.0)]]
     assert bench.makespan(ranks) == 4.0
     assert bench.bubble_share(ranks) == pytest.approx(0.5)
 
 
-def test_a_row_is_of_medians_over_the_promise():
-    schedule = by_name(2, 2)["1F1B"]  # promises 9
+def test_a_row_has_the_median_time_over_the_simulated_time():
+    schedule = by_name(2, 2)["1F1B"]  # takes 9 in the simulation
     rounds = [[[(0.0, 6.0)], [(3.0, end)]] for end in (9.0, 12.0, 18.0)]
     found = bench.make_row(schedule, rounds)
     assert (found.ranks, found.schedule) == (2, "1F1B")
@@ -89,7 +89,7 @@ def test_a_row_is_of_medians_over_the_promise():
     assert found.bubble_measured == pytest.approx(1 - 15 / 24)
 
 
-def test_savings_are_of_idle_time_not_of_its_share():
+def test_savings_are_relative_to_idle_time_not_to_bubble_shares():
     base = row(4, "1F1B", simulated=10.0, measured=20.0, bubble=0.2)
     half = row(4, "ZB-H1", simulated=8.0, measured=10.0, bubble=0.125)
     found = bench.with_savings(half, base)
@@ -98,7 +98,7 @@ def test_savings_are_of_idle_time_not_of_its_share():
     assert found.ratio == half.ratio
 
 
-def test_figures_name_the_worst_ratio_either_way_and_the_dearest_exits():
+def test_figures_have_the_worst_ratio_and_the_most_expensive_exits():
     rows = [
         row(4, "1F1B", 10.0, 10.2, 0.16),
         row(4, "ZB-H1", 10.0, 9.0, 0.06),
@@ -122,14 +122,14 @@ def test_figures_name_the_worst_ratio_either_way_and_the_dearest_exits():
     }
 
 
-def test_options_that_are_given_win_over_quick():
+def test_explicit_options_take_precedence_over_quick():
     assert report.read_options(bench.Options, bench.QUICK, []) == bench.Options()
     quick = report.read_options(bench.Options, bench.QUICK, ["--quick", "--ranks", "2", "4"])
     assert quick == bench.Options(**bench.QUICK | {"quick": True, "ranks": (2, 4)})
 
 
-def test_two_ranks_work_as_their_plans_say_and_train():
-    """A few milliseconds of sleep: no ratio is asked for, only that nothing is left out."""
+def test_two_ranks_execute_their_plans_and_compute_gradients():
+    """With a few milliseconds of sleep, only completeness is checked, not the ratio of times."""
     wanted = bench.schedules(2, 4, forward=0.002)
     results = run_ranks(2, bench.run_schedules, wanted, 2)
     gradients = [result.gradients for result in results]
@@ -137,7 +137,7 @@ def test_two_ranks_work_as_their_plans_say_and_train():
         for result in results:
             assert len(result.spans[schedule.name]) == 2
             for spans in result.spans[schedule.name]:
-                # Four microbatches of 2 + 4 ms: a sleep may be longer, never shorter.
+                # Four microbatches take 2 + 4 ms each. A sleep can be longer, but not shorter.
                 assert sum(end - start for start, end in spans) >= 4 * 0.006
         found = {stage: g for own in gradients for stage, g in own[schedule.name].items()}
         assert set(found) == set(range(schedule.plan.num_stages))
@@ -148,8 +148,8 @@ def test_two_ranks_work_as_their_plans_say_and_train():
             assert own["ZB-H1"][stage] == pytest.approx(values)
 
 
-def test_the_report_has_its_rows_and_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "run_ranks", _as_promised)
+def test_the_json_file_has_all_rows_and_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "run_ranks", _as_simulated)
     path = tmp_path / "pipeline.json"
     bench.main(bench.Options(json=path))
     written = json.loads(path.read_text())
@@ -167,8 +167,8 @@ def test_the_report_has_its_rows_and_figures(tmp_path, monkeypatch):
     assert saved == pytest.approx([2 / 3] * 3)
 
 
-def _as_promised(num_ranks, _function, wanted, num_rounds):
-    # What ranks would return that kept to their plans' times.
+def _as_simulated(num_ranks, _function, wanted, num_rounds):
+    # The results of ranks that take exactly the simulated time.
     def spans(schedule, rank):
         line = schedule.simulation.timeline.ranks[rank]
         return [[(span.start, span.end) for span in line]] * num_rounds

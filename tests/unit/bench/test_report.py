@@ -1,4 +1,4 @@
-"""The benchmarks run and write their figures, and count and compare what they say they do."""
+"""Test that the training benchmarks run and write their figures, and their calculations."""
 
 import json
 import os
@@ -30,7 +30,7 @@ STANDARD, NAIVE, DEFERRED, _, BOTH = FOUR_STAGES
 
 
 def run(name: str, path: Path, options: dict[str, int]) -> dict:
-    """What the benchmark wrote, run as the documentation says."""
+    """Run a benchmark with the documented command and return the JSON that it writes."""
     command = [sys.executable, str(BENCHES / f"{name}.py"), "--json", str(path)]
     command += [text for option, value in options.items() for text in (f"--{option}", str(value))]
     on_cpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -50,7 +50,7 @@ def test_train_overhead_writes_its_figures(tmp_path):
     )
     figures = written["figures"]
     assert {"step_time_ratio_naive", "step_time_ratio_best"} <= set(figures)
-    # Bytes are counted, not measured: they are the same on every machine.
+    # Bytes are counted, not measured, so they are the same on every machine.
     assert figures["peak_bytes_ratio_best"] == 1.0
     assert figures["peak_bytes_ratio_naive"] > 2.0
     layouts = {row["layout"] for row in written["rows"]}
@@ -69,7 +69,7 @@ def test_train_throughput_writes_its_figure(tmp_path):
 
 
 @pytest.mark.parametrize("bench", [train_overhead, train_throughput])
-def test_options_that_are_given_win_over_quick(bench):
+def test_explicit_options_take_precedence_over_quick(bench):
     plain = report.read_options(bench.Options, bench.QUICK, [])
     assert plain == bench.Options()
     for args in (["--quick", "--rounds", "5"], ["--rounds", "5", "--quick"]):
@@ -77,41 +77,41 @@ def test_options_that_are_given_win_over_quick(bench):
         assert quick == bench.Options(**bench.QUICK | {"quick": True, "rounds": 5})
 
 
-def test_forked_ranks_are_refused_where_there_is_a_gpu(monkeypatch):
+def test_forked_ranks_are_refused_if_a_gpu_is_visible(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ValueError, match="hide the GPUs"):
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES="):
         run_ranks(1, print)
 
 
-def test_a_layer_count_that_cannot_be_split_is_named():
+def test_a_number_of_layers_that_cannot_be_split_is_refused():
     with pytest.raises(ConfigError, match="--num-layers 6"):
         train_overhead.main(train_overhead.Options(num_layers=6))
 
 
-def test_live_bytes_count_what_lives_and_nothing_that_was_there_before():
+def test_live_bytes_count_only_storages_created_while_active():
     weight = torch.ones(100, 10, requires_grad=True)
-    there_before = torch.zeros(100)
+    existing = torch.zeros(100)
     counter = LiveBytes()
     with counter:
-        there_before.add_(1)  # in place, and a view: nothing new
-        there_before[:10].view(2, 5)
+        existing.add_(1)  # in-place operations and views create no storage
+        existing[:10].view(2, 5)
         assert counter.peak == 0
         with counter.marked():
-            logits = weight * 2  # 4,000 bytes, kept by exp's result only until here
+            logits = weight * 2  # 4,000 bytes, released below
             probabilities = logits.exp()  # 4,000 bytes, kept for the backward pass
         del logits
         loss = probabilities.sum()
         del probabilities
         assert counter.marked_peak == 8000
         assert 8000 <= counter.peak < 8100
-        third = torch.ones(100, 10)  # beside the 4,000 bytes that the graph keeps
+        third = torch.ones(100, 10)  # in addition to the 4,000 bytes that the graph keeps
         assert 8000 <= counter.peak < 8100
         loss.backward()
         del third, loss
     assert counter.marked_peak == 8000
 
 
-def test_ratios_are_of_medians_with_the_quartiles_of_rounds():
+def test_a_ratio_of_medians_has_the_quartiles_of_rounds():
     ratio = report.ratio_of_medians([2.0, 4.0, 6.0], [1.0, 1.0, 3.0])
     assert ratio == (4.0, 2.0, 3.0)
     assert report.ratio_of_medians([3.0], [2.0]) == (1.5, 1.5, 1.5)
@@ -119,27 +119,27 @@ def test_ratios_are_of_medians_with_the_quartiles_of_rounds():
 
 @pytest.fixture
 def pieces() -> Pieces:
-    """One layer takes 1 + 2, a head, the final one or not, 1 + 1.5."""
+    """A layer takes 1 + 2, and each head, including the final one, 1 + 1.5."""
     head = PieceCost(1.0, 1.5)
     return Pieces(PieceCost(1.0, 2.0), PieceCost(0.0, 0.0), head, head)
 
 
-def test_exits_behind_the_final_one_cost_no_time(pieces):
-    """EE-LLM's claim, in our simulation: exits on middle stages hide behind the last stage's."""
+def test_exits_on_middle_stages_cost_no_time(pieces):
+    """Check EE-LLM's claim in simulation: these exits run while their stage would be idle."""
     standard, naive, both = (makespan(SIZES, v, 4, pieces) for v in (STANDARD, NAIVE, BOTH))
     assert both == pytest.approx(standard)
     assert naive > standard
 
 
-def test_an_uneven_split_makes_room_for_a_dear_final_exit(pieces):
-    dear = replace(pieces, final=PieceCost(2.0, 4.0))
-    split = best_split(SIZES, STANDARD, 4, dear)
+def test_the_best_split_has_fewer_layers_on_a_stage_with_a_costly_exit(pieces):
+    costly = replace(pieces, final=PieceCost(2.0, 4.0))
+    split = best_split(SIZES, STANDARD, 4, costly)
     assert sum(split) == SIZES.num_layers
     assert split[-1] == 1
-    assert makespan(SIZES, STANDARD, 4, dear, split) < makespan(SIZES, STANDARD, 4, dear)
+    assert makespan(SIZES, STANDARD, 4, costly, split) < makespan(SIZES, STANDARD, 4, costly)
 
 
-def test_pieces_make_the_stages_of_a_configuration():
+def test_stage_costs_are_the_sums_of_their_pieces():
     pieces = Pieces(
         PieceCost(1, 2, 0.5),
         PieceCost(0.5, 0.25),
@@ -156,7 +156,7 @@ def test_pieces_make_the_stages_of_a_configuration():
     assert [stage.exits for stage in post] == [((3, 4, 2),), ((3, 4, 2),), (), ((5, 6, 3),)]
 
 
-def test_median_pieces_are_medians_of_each_cost():
+def test_median_pieces_have_the_median_of_each_cost():
     def pieces(n: float) -> Pieces:
         heads = (PieceCost(n, -n, n / 2) for _ in range(3))
         return Pieces(PieceCost(n, -n, 2 * n), *heads, communication=n)
@@ -164,7 +164,7 @@ def test_median_pieces_are_medians_of_each_cost():
     assert median_pieces([pieces(n) for n in (1.0, 5.0, 2.0)]) == pieces(2.0)
 
 
-def test_flops_of_a_token_are_six_for_each_weight_of_a_product():
+def test_a_token_takes_six_flops_per_weight_of_a_product():
     config = make_throughput_config(Options(seq_length=64))
     layer = 4 * 288 * 288 + 3 * 288 * 768
     expected = 6 * (8 * layer + 288 * 4096) + 6 * 8 * 288 * 64

@@ -1,4 +1,4 @@
-"""The benchmark of tuning: what it counts, and that it writes its figures."""
+"""Test the benchmark of tuning: its counts, and that it writes its figures."""
 
 import json
 import subprocess
@@ -26,14 +26,14 @@ def test_the_figures_are_written(tmp_path):
     assert set(written) == {"machine", "rows", "figures"}
     assert {"step_time_vs_full", "memory_vs_full"} <= set(written["figures"])
     assert len(written["rows"]) == len(CASES)
-    # Bytes are counted, not sampled: they are the same on every machine.
+    # Bytes are counted, not sampled, so they are the same on every machine.
     first = written["rows"][0]
     assert first["tuned_kept_bytes"] == state_bytes(first)
     assert 0 < first["tuned_passing_bytes"] < first["full_passing_bytes"]
 
 
 def state_bytes(row):
-    """4 bytes of what is built, 12 of what is trained: four layers, two exits."""
+    """Return 4 bytes per built and 12 more per trained parameter: four layers, two exits."""
     hidden, ffn, vocab = 288, 768, 4096
     layer = 4 * hidden * hidden + 3 * hidden * ffn + 2 * hidden
     head = 3 * hidden * ffn + 2 * hidden + hidden * vocab
@@ -49,11 +49,11 @@ def state_bytes(row):
         (Case((4, 7), ("mlp", "norm"), "own"), 0.461),
     ],
 )
-def test_the_count_is_that_of_the_documentation(case, share):
+def test_predicted_ratios_are_those_of_the_documentation(case, share):
     full, tuned = (flops(make_config(Options(), case, is_tuning)) for is_tuning in (False, True))
     assert tuned / full == pytest.approx(share, abs=5e-4)
 
 
-def test_options_that_are_given_win_over_quick():
+def test_explicit_options_take_precedence_over_quick():
     quick = report.read_options(Options, tuning.QUICK, ["--quick", "--rounds", "3"])
     assert quick == Options(**tuning.QUICK | {"quick": True, "rounds": 3})

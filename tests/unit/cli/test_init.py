@@ -55,7 +55,7 @@ def test_existing_file_is_not_replaced(folder: Path, capsys: pytest.CaptureFixtu
     path = folder / "train.toml"
     path.write_text("existing")
     assert main.main(["init"]) == 2
-    assert "train.toml exists already" in capsys.readouterr().err
+    assert "train.toml already exists" in capsys.readouterr().err
     assert path.read_text() == "existing"
 
 

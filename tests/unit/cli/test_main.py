@@ -73,7 +73,7 @@ def test_full_help_of_training_describes_every_option(
     for name in set(option_names()) - set(section_types()):
         section, _, leaf = name.rpartition(".")
         field = (section_types()[section] if section else Config).model_fields[leaf]
-        if section == "tuning":  # for a command of its own
+        if section == "tuning":  # shown by another command
             continue
         assert re.search(rf"--{section}\.?(\[no-\])?{leaf.replace('_', '-')}\b", text)
         assert field.description

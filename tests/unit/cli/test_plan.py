@@ -243,8 +243,8 @@ EIGHT = ("--stages", "4", "--microbatches", "8")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--microbatches", "8"), "--stages: not given & --config"),
-        (("--stages", "4"), "--microbatches: not given & --config"),
+        (("--microbatches", "8"), "--stages is missing & --config"),
+        (("--stages", "4"), "--microbatches is missing & --config"),
         (("--stages", "4", "--microbatches", "0"), "--microbatches 0 & 1 to 65,536"),
         (
             ("--stages", "4", "--microbatches", "6", "--virtual", "2"),

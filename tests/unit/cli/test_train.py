@@ -135,7 +135,7 @@ MISTAKES = {
         ["--tuning.checkpoint", "runs/a", "--exits.boundaries", "2"],
         "tuning.checkpoint = runs/a is for 'ee-llm tune', .*set checkpoint.initial",
     ),
-    "no processes": (["--nproc", "0"], "--nproc 0 is not .* 1 to 65,536"),
+    "no processes": (["--nproc", "0"], "nproc = 0 is not .* 1 to 65,536"),
 }
 
 
@@ -204,7 +204,7 @@ def test_nproc_within_a_launcher_is_an_error(
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
     assert main.main(["train", "--config", str(tiny), "--nproc", "2"]) == 2
-    assert "already started 2 processes (WORLD_SIZE). Leave --nproc out." in capsys.readouterr().err
+    assert "already started 2 processes (WORLD_SIZE). Leave nproc out." in capsys.readouterr().err
     assert main.main(["train", "--config", str(tiny), "--parallel.pipeline", "2"]) == 0
     assert len(trained) == 1
 

@@ -1,4 +1,4 @@
-"""Checkpoints of tiny random models with the tokenizers and files of well-known families."""
+"""Create checkpoints of tiny random models with tokenizers of well-known families."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 def save_family(
     output: Path, name: str, tensors: dict[str, Tensor] | None = None, **model: Any
 ) -> Path:
-    """Write a checkpoint as converting the folder of a model of that family would."""
+    """Write a checkpoint like that of a converted model of the family."""
     folder = write_family(name, output.parent / f"{output.name}-hub")
     config = tiny_config(vocab_size=640, max_seq_length=256, **model)
     tensors = tensors or random_tensors(config, dtype=torch.float32)

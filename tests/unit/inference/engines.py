@@ -1,4 +1,4 @@
-"""Tiny engines, requests for them, and what has to hold when nothing is left to do."""
+"""Create tiny engines and requests, and check their outputs and final state."""
 
 from collections.abc import Sequence as Items
 from dataclasses import fields, replace
@@ -26,7 +26,7 @@ LIMITS = SchedulerConfig(
 )
 DRAWN = SamplingParams(temperature=0.9, top_k=20, top_p=0.95, seed=4)
 _SETTINGS = {field.name for field in fields(SamplingParams)}
-# Reached by about half of the rows of a random model.
+# About half of the rows of a random model reach these thresholds.
 THRESHOLDS = (0.35, 0.35)
 
 
@@ -64,7 +64,7 @@ def make_request(
     contrast: Contrast | None = None,
     **options: object,
 ) -> Request:
-    """Return a request whose prompt depends on its id and length alone."""
+    """Return a request whose prompt depends only on its id and length."""
     if prompt is None:
         prompt = random_tokens(num_prompt, seed=sum(id.encode())).tolist()
     if strategy == "self-speculative" and draft is None:
@@ -79,13 +79,13 @@ def make_request(
 
 
 def with_settings(request: Request, id: str | None = None, **settings: object) -> Request:
-    """Return a request with other sampling parameters, and perhaps another id."""
+    """Return a copy with changed sampling parameters and, if given, another id."""
     params = replace(request.sampling_params, **settings)
     return replace(request, id=id or request.id, sampling_params=params)
 
 
 def one_of_each(**options: object) -> list[Request]:
-    """Return a request of each strategy."""
+    """Return one request for each strategy."""
     return [
         make_request(strategy, 3 + 2 * index, strategy, **options)
         for index, strategy in enumerate(STRATEGIES)
@@ -95,14 +95,14 @@ def one_of_each(**options: object) -> list[Request]:
 def reference(
     request: Request, config: Config | None = None, tensors: dict | None = None
 ) -> RequestOutput:
-    """Return what the one-at-a-time generator makes of a request, in float64."""
+    """Return the reference output of a request in float64."""
     config = config or tiny_config()
     model = ReferenceModel(config, tensors or random_tensors(config), torch.float64)
     return expected(model, request)
 
 
 def serve(engine: Engine, requests: Items[Request]) -> tuple[list[RequestOutput], list[Sequence]]:
-    """Return what the engine made of the requests, and how; every step leaves it sound."""
+    """Run requests and return outputs and sequences; check the engine after every step."""
     for request in requests:
         engine.add(request)
     sequences = [engine._sequences[request.id] for request in requests]
@@ -117,7 +117,7 @@ def serve(engine: Engine, requests: Items[Request]) -> tuple[list[RequestOutput]
 
 
 def assert_same(found: RequestOutput, expected: RequestOutput) -> None:
-    """Assert equal tokens and exits, and the rest as near as float64 is."""
+    """Assert that tokens and exits are equal, and the other values up to float64 rounding."""
     assert found.token_ids == expected.token_ids
     assert found.exits == expected.exits
     assert found.finish_reason == expected.finish_reason
@@ -134,7 +134,7 @@ def assert_same(found: RequestOutput, expected: RequestOutput) -> None:
 
 
 def assert_idle(engine: Engine) -> None:
-    """Assert that nothing is left: no request, no slot, no block."""
+    """Assert that the engine has no request and that all slots and blocks are free."""
     assert not engine.has_work
     assert not engine._sequences
     assert not engine._num_reported

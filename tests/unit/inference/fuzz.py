@@ -1,4 +1,4 @@
-"""Random traffic for the engine, and a scheduler that does anything legal."""
+"""Create random traffic for the engine, and a scheduler that makes any valid choice."""
 
 import random
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from tests.unit.inference.models import VOCABULARY, random_tensors
 
 
 class RandomScheduler(Scheduler):
-    """Runs any rows that may run, in any segment, and preempts whom it likes."""
+    """Run random rows of those that may run, in any segment, and preempt random sequences."""
 
     random: random.Random
 
@@ -35,13 +35,13 @@ class RandomScheduler(Scheduler):
         return self.random.choice([s for s in range(self.num_segments) if self._runnable(s)])
 
     def _runnable(self, segment: int) -> list[TokenRange]:
-        """Return the longest span of every sequence that may run through `segment`."""
+        """Return the longest range of each sequence that may run through `segment`."""
         ranges = []
         for sequence in self.running:
             start = sequence.watermarks[segment]
             if segment == 0:
-                room = self.config.max_pending - sequence.num_pending
-                stop = min(len(sequence.tokens), start + room)
+                free = self.config.max_pending - sequence.num_pending
+                stop = min(len(sequence.tokens), start + free)
             else:
                 stop = sequence.watermarks[segment - 1]
             if stop > start:
@@ -65,7 +65,7 @@ class RandomScheduler(Scheduler):
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests, when each arrives, and which are aborted at what step."""
+    """Requests, the step at which each arrives, and the step at which some are aborted."""
 
     requests: list[Request]
     arrivals: list[int]
@@ -103,7 +103,7 @@ def random_contrast(rng: random.Random, strategy: str, config: Config) -> Contra
 def random_request(
     rng: random.Random, id: str, config: Config, policies: list[ExitPolicy]
 ) -> Request:
-    """Return a request with one of the policies: those of one share what is in the cache."""
+    """Return a request with one of the policies; requests of one policy share cached blocks."""
     exits = config.exits.boundaries
     strategy = rng.choice(STRATEGIES)
     draft = None
@@ -154,7 +154,7 @@ def random_traffic(rng: random.Random, config: Config) -> Traffic:
 
 
 def expected(model: ReferenceModel, request: Request) -> RequestOutput:
-    """Return what the one-at-a-time generator makes of a request."""
+    """Return the reference output of a request."""
     return generate_reference(
         model,
         request.prompt_token_ids,
@@ -167,7 +167,7 @@ def expected(model: ReferenceModel, request: Request) -> RequestOutput:
 
 
 def serve(engine: Engine, traffic: Traffic, check=lambda engine: None) -> dict[str, RequestOutput]:
-    """Return what the engine made of each request; `check` is called after every step."""
+    """Run the traffic and return the outputs; call `check` after every step."""
     made, step = {}, 0
     while step <= max(traffic.arrivals) or engine.has_work:
         for request, arrival in zip(traffic.requests, traffic.arrivals, strict=True):
@@ -188,7 +188,7 @@ def serve(engine: Engine, traffic: Traffic, check=lambda engine: None) -> dict[s
 def assert_expected(
     model: ReferenceModel, traffic: Traffic, made: dict[str, RequestOutput | None]
 ) -> None:
-    """Assert that each request got what the reference makes of it, if aborted the beginning."""
+    """Assert that outputs equal the reference, or its beginning for aborted requests."""
     for request in traffic.requests:
         wanted, found = expected(model, request), made[request.id]
         if found is None:  # aborted before its first token

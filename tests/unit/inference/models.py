@@ -1,4 +1,4 @@
-"""Small random models with enough signal in them for exits to differ."""
+"""Create small random models whose exits differ from each other."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.unit.checkpoint.checkpoints import reseal, write_checkpoint
 
 VOCABULARY = 40
 
-# Over 40 positions the four pairs of eight dimensions turn 6.4, 2, 0.64 and 0.2 times.
+# Over 40 positions, the four pairs of eight dimensions rotate 6.4, 2, 0.64 and 0.2 times.
 LLAMA3_ROPE = {
     "rope_theta": 100.0,
     "rope_scaling": "llama3",
@@ -59,7 +59,7 @@ def tiny_config(
 def random_tensors(
     config: Config, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
-    """Return tensors wide enough that distributions are neither flat nor certain."""
+    """Return tensors large enough that distributions are neither flat nor certain."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in tensor_shapes(config).items():
@@ -78,7 +78,7 @@ def tiny_model(
 
 
 def split_qkv(config: Config, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the q, k, v rows of a fused weight or bias, undone independently of the model."""
+    """Split a fused weight or bias into its q, k and v rows, independently of the model."""
     model = config.model
     per_group = model.num_heads // model.num_kv_heads + 2
     rows = list(qkv.split(model.head_dim))
@@ -92,7 +92,7 @@ def random_tokens(length: int, seed: int = 0) -> Tensor:
 
 
 def save_model(output: Path, config: Config, tensors: dict[str, Tensor]) -> Path:
-    """Return the checkpoint, below the run directory `output`, that holds a model."""
+    """Save a model to the run directory `output` and return its checkpoint."""
     partial = write_checkpoint(output, tensors=tensors, publish=False)
     replace_text(partial / CONFIG, config.to_toml())
     reseal(partial)

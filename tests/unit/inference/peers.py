@@ -1,4 +1,4 @@
-"""The same weights in models of transformers; tests that ask for them are skipped without it."""
+"""Load weights into models of transformers; tests that use it are skipped without it."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def gpt2_of_transformers(config: Config, tensors: dict[str, Tensor]):
                 tensor = tensors[f"layers.{n}.{ours}.{kind}"]
                 if name == "attn.c_attn":
                     tensor = torch.cat(split_qkv(config, tensor))
-                # GPT-2's linear weights lie transposed.
+                # GPT-2 stores transposed linear weights.
                 state[f"transformer.h.{n - 1}.{name}.{kind}"] = (
                     tensor.t() if tensor.dim() == 2 else tensor
                 )
@@ -77,8 +77,8 @@ class _PreciseRotary(torch.nn.Module):
 
 
 def make_precise(theirs) -> None:
-    """Replace what transformers computes in float32 in every dtype by the same in float64."""
-    if hasattr(theirs, "model"):  # gpt2 has no rotations, and its norms are torch's
+    """Compute in float64 what transformers computes in float32 regardless of the dtype."""
+    if hasattr(theirs, "model"):  # GPT-2 has no rotary embedding and uses torch's norms
         theirs.model.rotary_emb = _PreciseRotary(theirs.model.rotary_emb.inv_freq)
     for parent in list(theirs.modules()):
         for name, child in list(parent.named_children()):

@@ -1,4 +1,4 @@
-"""A model with one token whose embedding is NaN, and what requests that meet it have to get."""
+"""Create a model with one token whose embedding is NaN, and check requests with this token."""
 
 import math
 import random
@@ -23,7 +23,12 @@ DRAWN = SamplingParams(temperature=0.9, top_k=20, seed=4)
 
 @dataclass(frozen=True)
 class PoisonedTraffic:
-    """poison: the token. wanted: what each request gets from the same model without the NaN."""
+    """Requests to the model with NaN.
+
+    Attributes:
+        poison: The token whose embedding is NaN.
+        wanted: The output of each request for the same model without NaN.
+    """
 
     config: Config
     tensors: dict[str, Tensor]
@@ -32,7 +37,7 @@ class PoisonedTraffic:
     wanted: list[RequestOutput]
 
     def check(self, made: Items[RequestOutput]) -> None:
-        """Assert that requests end where they meet the token, and that others are not disturbed."""
+        """Assert that requests end at the token, and that other requests are not affected."""
         for request, found, wanted in zip(self.requests, made, self.wanted, strict=True):
             count = len(wanted.token_ids)
             if self.poison in request.prompt_token_ids:
@@ -49,7 +54,7 @@ class PoisonedTraffic:
 
 
 def poisoned_traffic(seed: int) -> PoisonedTraffic:
-    """Return requests of all strategies; some have the token in their prompt, some draw it."""
+    """Return requests of all strategies; some have the token in the prompt, others sample it."""
     rng = random.Random(seed)
     config = tiny_config(boundaries=(1, 2), num_kv_heads=rng.choice([2, 4]))
     tensors = random_tensors(config, seed)
@@ -73,7 +78,7 @@ def poisoned_traffic(seed: int) -> PoisonedTraffic:
     model = ReferenceModel(config, tensors, torch.float64)
     wanted = [expected(model, request) for request in requests]
     drawn = [token for one in wanted for token in set(one.token_ids[:-1])]
-    # Some draw it, not all; it is in some prompts too.
+    # Choose a token that some but not all requests sample, and add it to some prompts.
     poison = min(set(drawn), key=lambda token: abs(drawn.count(token) - 4))
     for index in (2, 7):
         prompt = [*requests[index].prompt_token_ids]

@@ -1,4 +1,4 @@
-"""Sequences for a scheduler without a model, and exit results as a model would give them."""
+"""Create sequences and exit results for a scheduler without a model."""
 
 from collections.abc import Collection
 from dataclasses import fields, replace
@@ -46,11 +46,11 @@ def make_sequence(
         draft,
         **options,
     )
-    return Sequence(request, BOUNDARIES, max_length=64)
+    return Sequence(request, BOUNDARIES, max_length=64, vocab_size=200)
 
 
 def token_at(position: int) -> int:
-    """Return the token that every exit draws for `position` unless it is in `wrong`."""
+    """Return the token that every exit samples for `position` unless it is in `wrong`."""
     return 100 + position
 
 

@@ -15,8 +15,8 @@ from ee_llm.inference.execution.stage import ModelStage, partition_layers
 from tests.unit.inference.models import random_tokens
 
 TOKENS = random_tokens(21, seed=5)
-CHUNKS = ((0, 21), (0, 1, 2, 13, 14, 21))  # the prompt at once; single rows, long and short runs
-BLOCKS = (7, 3, 4, 5, 11, 2)  # of four positions each
+CHUNKS = ((0, 21), (0, 1, 2, 13, 14, 21))  # the whole prompt; single rows; long and short runs
+BLOCKS = (7, 3, 4, 5, 11, 2)  # with four positions each
 
 
 def block_table() -> BlockTable:

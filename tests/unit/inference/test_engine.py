@@ -1,4 +1,4 @@
-"""The engine's faces: what it refuses, what it leaves behind, and how results are handed over."""
+"""Test the engine: refused requests, freed resources, streams, aborts and failures."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from ee_llm.errors import RunError
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.outputs import RequestOutput, StepOutput
@@ -28,7 +29,9 @@ from tests.unit.inference.poison import poisoned_traffic
 OUT_OF_RANGE = (math.nan, 0.0, -0.1, 1.01)
 
 
-def _verify(boundary: int = 1, length: int = 3, threshold: float | None = None) -> Request:
+def _self_speculative(
+    boundary: int = 1, length: int = 3, threshold: float | None = None
+) -> Request:
     return make_request(
         "bad", strategy="self-speculative", draft=SelfSpeculation(boundary, length, threshold)
     )
@@ -40,35 +43,38 @@ BAD: dict[str, tuple[Callable[[], Request], str]] = {
         r"33 tokens.*model\.max_seq_length = 32",
     ),
     "an empty prompt": (lambda: make_request("bad", prompt=[]), "prompt is empty"),
-    "a draft at no exit": (
-        lambda: _verify(3),
+    "a draft at a boundary without an exit": (
+        lambda: _self_speculative(3),
         r"draft_exit = 3 .*\[1, 2\]",
     ),
-    "a draft at the final exit": (lambda: _verify(4), "draft_exit = 4"),
+    "a draft at the final exit": (lambda: _self_speculative(4), "draft_exit = 4"),
     "a policy for other exits": (
         lambda: make_request("bad", boundaries=(1, 3)),
         r"\[1, 3\].*\[1, 2\]",
     ),
-    "a draft without end": (lambda: _verify(length=0), "draft_length = 0"),
+    "an empty draft": (lambda: _self_speculative(length=0), "draft_length = 0"),
     "a draft longer than a ring": (
-        lambda: _verify(length=16),
+        lambda: _self_speculative(length=16),
         "draft_length = 16 .*max_pending = 16",
     ),
-    "more than the cache": (
+    "more tokens than the cache": (
         lambda: make_request("bad", 20, max_tokens=12),
         r"'bad' .*31 positions.* 8 blocks.* 7",
     ),
     "an id in use": (lambda: make_request("good"), "id 'good' is in use"),
-    "a draft of half a token": (lambda: _verify(length=1.5), "draft_length = 1.5"),
-    "half a token": (
+    "a fractional draft length": (lambda: _self_speculative(length=1.5), "draft_length = 1.5"),
+    "a fractional token id": (
         lambda: make_request("bad", prompt=[1, 1.5]),
         "Token id 1.5",
     ),
-    "half a length": (
+    "a fractional max_tokens": (
         lambda: make_request("bad", max_tokens=2.5),
         "max_tokens = 2.5",
     ),
-    "no length": (lambda: make_request("bad", max_tokens=math.nan), "max_tokens = nan"),
+    "max_tokens that is not a number": (
+        lambda: make_request("bad", max_tokens=math.nan),
+        "max_tokens = nan",
+    ),
     "a negative token": (
         lambda: make_request("bad", prompt=[1, -1]),
         r"Token id -1 .*model\.vocab_size = 40",
@@ -77,7 +83,19 @@ BAD: dict[str, tuple[Callable[[], Request], str]] = {
         lambda: make_request("bad", prompt=[1, 40]),
         r"Token id 40 .*model\.vocab_size = 40",
     ),
-    "a stop string that nobody can see": (
+    "a stop token beyond the vocabulary": (
+        lambda: make_request("bad", min_tokens=1, stop_token_ids=[3, 40]),
+        r"Token id 40 in stop_token_ids .*model\.vocab_size = 40",
+    ),
+    "a stop token beyond every integer type": (
+        lambda: make_request("bad", stop_token_ids=[10**30]),
+        r"Token id 10{30} in stop_token_ids .*model\.vocab_size = 40",
+    ),
+    "a minimum length for which every token is banned": (
+        lambda: make_request("bad", min_tokens=1, stop_token_ids=range(39), eos_token_ids=(39, 50)),
+        r"min_tokens = 1 bans all 40 token ids",
+    ),
+    "a stop string without a tokenizer": (
         lambda: make_request("bad", stop=("x",)),
         r"stop = \['x'\] needs",
     ),
@@ -89,11 +107,11 @@ BAD: dict[str, tuple[Callable[[], Request], str]] = {
         lambda: make_request("bad", strategy="exakt"),
         "strategy 'exakt' .*exact, full, self-speculative, propagate",
     ),
-    "a draft that is not for verify": (
+    "a draft with another strategy": (
         lambda: make_request("bad", draft=SelfSpeculation(1)),
         "strategy 'exact' .*speculation",
     ),
-    "no token": (lambda: make_request("bad", max_tokens=0), "max_tokens = 0"),
+    "max_tokens of zero": (lambda: make_request("bad", max_tokens=0), "max_tokens = 0"),
 }
 for _value in OUT_OF_RANGE:
     BAD[f"a threshold of {_value}"] = (
@@ -101,14 +119,24 @@ for _value in OUT_OF_RANGE:
         rf"thresholds: {_value} is not in \(0, 1\]",
     )
     BAD[f"a draft threshold of {_value}"] = (
-        lambda value=_value: _verify(threshold=value),
+        lambda value=_value: _self_speculative(threshold=value),
         rf"draft_threshold = {_value} is not in \(0, 1\]",
     )
 
 
+def test_end_tokens_outside_the_vocabulary_are_never_generated() -> None:
+    """The ids come from the tokenizer's files, and no logit belongs to them."""
+    for strategy in ("exact", "self-speculative"):
+        request = make_request("a", 5, strategy, min_tokens=4, eos_token_ids=(3, 40, 10**30))
+        assert_same(serve(make_engine(), [request])[0][0], reference(request))
+    every = make_request("a", min_tokens=4, stop_token_ids=range(39), eos_token_ids=(40, 41))
+    (made,) = make_engine().generate([every])
+    assert made.token_ids[:4] == (39,) * 4
+
+
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_request_is_refused_and_leaves_nothing(name: str) -> None:
-    """The one that runs is not disturbed, and another with the refused id is served."""
+def test_an_invalid_request_is_refused_and_leaves_no_state(name: str) -> None:
+    """The running request is not affected, and a later request can use the refused id."""
     build, message = BAD[name]
     engine = make_engine(num_blocks=8)
     good = make_request("good", max_tokens=9)
@@ -127,7 +155,7 @@ def test_a_bad_request_is_refused_and_leaves_nothing(name: str) -> None:
     assert_idle(engine)
 
 
-def test_only_what_is_under_way_can_be_aborted() -> None:
+def test_only_active_requests_can_be_aborted() -> None:
     engine, request = make_engine(), make_request("a")
     for _ in range(2):
         with pytest.raises(ValueError, match="id 'a' is finished"):
@@ -141,7 +169,7 @@ def test_only_what_is_under_way_can_be_aborted() -> None:
 
 
 def _abort_after(engine: Engine, num_steps: int, victim: str) -> tuple[dict, RequestOutput | None]:
-    """Return what all make when one is given up after so many steps, and what that one had."""
+    """Abort a request after some steps; return all outputs and the partial one."""
     made = {}
     for request in one_of_each(max_tokens=5):
         engine.add(request)
@@ -158,8 +186,8 @@ def _abort_after(engine: Engine, num_steps: int, victim: str) -> tuple[dict, Req
 
 @pytest.mark.parametrize("num_blocks", [65, 9])
 @pytest.mark.parametrize("victim", STRATEGIES)
-def test_an_abort_at_any_step_leaks_nothing(victim: str, num_blocks: int) -> None:
-    """One engine through them all, with room for all and without: the others are not disturbed."""
+def test_an_abort_at_any_step_frees_all_resources(victim: str, num_blocks: int) -> None:
+    """One engine runs all cases, with many and with few blocks. Others are not affected."""
     engine = make_engine(num_blocks=num_blocks)
     expected = {request.id: reference(request) for request in one_of_each(max_tokens=5)}
     num_partial = num_steps = 0
@@ -197,7 +225,7 @@ def test_damaged_weights_end_the_request_with_an_error(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["exact", "full", "self-speculative", "propagate"])
 def test_a_full_context_ends_a_sequence(strategy: str) -> None:
-    """A row of the last position decides one token more; the prompt may fill them all."""
+    """The row of the last position decides one more token. The prompt may fill the context."""
     requests = [
         make_request(f"{strategy}{length}", length, strategy, max_tokens=9)
         for length in (31, 32, 30)
@@ -209,12 +237,12 @@ def test_a_full_context_ends_a_sequence(strategy: str) -> None:
     assert {generation.finish_reason for generation in made} == {"context"}
 
 
-def test_a_step_without_work_brings_nothing() -> None:
+def test_a_step_without_work_returns_no_output() -> None:
     assert make_engine().step() == []
 
 
 @pytest.mark.parametrize("sampling", [None, DRAWN])
-def test_a_stream_is_the_generation_token_by_token(sampling) -> None:
+def test_a_stream_yields_the_generation_token_by_token(sampling) -> None:
     options = {"sampling": sampling} if sampling else {}
     engine = make_engine()
     other = make_request("other", 9, max_tokens=30, **options)
@@ -237,7 +265,7 @@ def test_a_stream_is_the_generation_token_by_token(sampling) -> None:
             == generation.confidences
         )
         assert tuple(token_output.logprob for token_output in token_outputs) == generation.logprobs
-    # What the streams' passes brought to the other request is still there for its owner.
+    # The outputs of the other request from the streams' passes are still available.
     outputs = []
     while engine.has_work:
         outputs += engine.step()
@@ -260,8 +288,8 @@ def test_a_stream_that_is_closed_early_is_aborted() -> None:
     assert_same(last.request_output, reference(request))
 
 
-def test_an_abort_takes_back_updates_that_nobody_has_seen() -> None:
-    """Its return value holds all tokens; a request of the same id must not get old updates."""
+def test_an_abort_discards_outputs_that_were_not_read() -> None:
+    """The returned output has all tokens, and a request with the same id gets no old outputs."""
     engine = make_engine()
     engine.add(make_request("a", 4))
     engine.generate([make_request("b", 4, max_tokens=3)])
@@ -273,7 +301,7 @@ def test_an_abort_takes_back_updates_that_nobody_has_seen() -> None:
 
 
 @pytest.mark.parametrize("num_taken", [0, 1])
-def test_a_stream_that_is_dropped_is_aborted(num_taken: int) -> None:
+def test_a_dropped_stream_is_aborted(num_taken: int) -> None:
     engine = make_engine()
     stream = engine.stream(make_request("a"))
     for _ in range(num_taken):
@@ -284,7 +312,7 @@ def test_a_stream_that_is_dropped_is_aborted(num_taken: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "drop", "leave"])
-def test_a_stream_that_nobody_reads_is_aborted(how: str) -> None:
+def test_an_unread_stream_is_aborted(how: str) -> None:
     engine = make_engine()
     stream = engine.stream(make_request("a"))
     if how == "close":
@@ -297,17 +325,17 @@ def test_a_stream_that_nobody_reads_is_aborted(how: str) -> None:
     assert_idle(engine)
 
 
-def test_a_stream_that_is_dropped_within_a_pass_is_aborted_after_it(monkeypatch) -> None:
-    """Garbage collection may come at any moment; the pass goes on with whom it began."""
+def test_a_stream_dropped_during_a_pass_is_aborted_after_it(monkeypatch) -> None:
+    """Garbage collection can happen during a pass, which completes with the same sequences."""
     engine = make_engine()
     streams = [engine.stream(make_request("a"))]
     run = engine.runner.run
 
-    def collects(scheduler_output):
+    def collect_garbage(scheduler_output):
         streams.clear()
         return run(scheduler_output)
 
-    monkeypatch.setattr(engine.runner, "run", collects)
+    monkeypatch.setattr(engine.runner, "run", collect_garbage)
     engine.add(make_request("b", 6))
     found = []
     while engine.has_work:
@@ -318,16 +346,16 @@ def test_a_stream_that_is_dropped_within_a_pass_is_aborted_after_it(monkeypatch)
     assert_idle(engine)
 
 
-def test_a_stream_that_is_dropped_while_updates_are_handed_out_is_aborted(monkeypatch) -> None:
+def test_a_stream_dropped_while_outputs_are_returned_is_aborted(monkeypatch) -> None:
     engine = make_engine()
     streams = [engine.stream(make_request("a"))]
     output = engine._step_output
 
-    def collects(sequence):
+    def collect_garbage(sequence):
         streams.clear()
         return output(sequence)
 
-    monkeypatch.setattr(engine, "_step_output", collects)
+    monkeypatch.setattr(engine, "_step_output", collect_garbage)
     engine.add(make_request("b", 6))
     found = []
     while engine.has_work:
@@ -337,7 +365,7 @@ def test_a_stream_that_is_dropped_while_updates_are_handed_out_is_aborted(monkey
     assert_idle(engine)
 
 
-def test_generate_does_not_take_what_others_wait_for() -> None:
+def test_generate_does_not_take_outputs_of_other_callers() -> None:
     engine = make_engine()
     engine.add(make_request("a", 4, max_tokens=2))
     engine.generate([make_request("b", 5, max_tokens=9)])
@@ -347,7 +375,7 @@ def test_generate_does_not_take_what_others_wait_for() -> None:
     assert_idle(engine)
 
 
-def test_results_come_in_the_order_of_the_requests() -> None:
+def test_outputs_are_in_the_order_of_the_requests() -> None:
     lengths = (9, 2, 12, 1, 5)
     requests = [make_request(str(n), 6, max_tokens=n) for n in lengths]
     engine, outputs = make_engine(max_num_seqs=2), []
@@ -364,7 +392,7 @@ def test_results_come_in_the_order_of_the_requests() -> None:
     assert from_iterator.token_ids == made[0].token_ids
 
 
-def test_one_bad_request_keeps_all_of_a_batch_out() -> None:
+def test_one_invalid_request_refuses_the_whole_batch() -> None:
     engine = make_engine()
     engine.add(make_request("before"))
     for bad in (make_request("c", prompt=[99]), make_request("a"), make_request("before")):
@@ -375,14 +403,14 @@ def test_one_bad_request_keeps_all_of_a_batch_out() -> None:
     assert_same(made, reference(make_request("a")))
 
 
-def test_weights_that_do_not_fit_are_refused() -> None:
+def test_weights_of_the_wrong_shape_are_refused() -> None:
     tensors = random_tensors(tiny_config())
     with pytest.raises(ValueError, match="the weights do not fit the configuration"):
         make_engine(tensors=tensors | {"layers.5.x": torch.ones(1)})
 
 
-def test_generate_ends_though_one_request_is_aborted_meanwhile() -> None:
-    """It would wait for ever for what never comes; the others are finished first."""
+def test_generate_ends_if_one_of_its_requests_is_aborted() -> None:
+    """It must not wait forever for the aborted request. The other requests finish first."""
     engine = make_engine()
     finished = []
 
@@ -399,7 +427,7 @@ def test_generate_ends_though_one_request_is_aborted_meanwhile() -> None:
 
 
 def test_a_stop_string_may_begin_with_the_space_of_the_first_token() -> None:
-    """SentencePiece drops the space of what it is given first: of the new text it must not."""
+    """SentencePiece drops the leading space of a text, but the new text must keep it."""
 
     def decode(tokens: list[int]) -> str:
         return "".join(f" {token}" for token in tokens).removeprefix(" ")
@@ -414,10 +442,8 @@ def test_a_stop_string_may_begin_with_the_space_of_the_first_token() -> None:
     "execution", [ExecutionConfig(), ExecutionConfig("plain", cuda_graphs=True)]
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_requests_that_meet_nan_end_where_they_meet_it(
-    seed: int, execution: ExecutionConfig
-) -> None:
-    """One token leads to NaN: in a prompt, drawn, or drafted, which alone ends nothing."""
+def test_requests_end_with_an_error_at_the_first_nan(seed: int, execution: ExecutionConfig) -> None:
+    """One token gives NaN if it is in a prompt or sampled. If only drafted, it ends nothing."""
     traffic = poisoned_traffic(seed)
     engine = make_engine(traffic.config, tensors=traffic.tensors, execution=execution)
     for _ in range(2):
@@ -425,8 +451,8 @@ def test_requests_that_meet_nan_end_where_they_meet_it(
         traffic.check(made)
 
 
-def test_an_aborted_request_leaves_no_nan_to_the_next_user_of_its_blocks() -> None:
-    """It is aborted amid its prompt, before any exit has seen that something is wrong."""
+def test_blocks_of_an_aborted_request_leak_no_nan() -> None:
+    """It is aborted during its prompt, before any exit detects NaN."""
     good = [make_request(f"{n}", prompt=[n] * n, strategy="full") for n in range(1, 6)]
     wanted = [reference(request) for request in good]
     used = {token for one in wanted for token in (*one.prompt_token_ids, *one.token_ids)}
@@ -445,10 +471,10 @@ def test_an_aborted_request_leaves_no_nan_to_the_next_user_of_its_blocks() -> No
 
 @pytest.mark.parametrize("num_blocks", [9, 65])
 @pytest.mark.parametrize("strategy", ["exact", "full", "self-speculative", "propagate"])
-def test_a_request_with_nan_ends_alone_and_leaves_no_nan_behind(
+def test_nan_ends_only_its_own_request_and_does_not_stay_in_blocks(
     strategy: str, num_blocks: int
 ) -> None:
-    """Blocks that held NaN serve later requests: with 8 blocks, all of them do."""
+    """Later requests reuse blocks that contained NaN; with 8 blocks, they reuse all."""
     good = make_request("good", prompt=[1, 2, 3], strategy=strategy)
     later = [
         make_request(f"later{n}", prompt=[4, 5, 6, 8, 9 + n], strategy=strategy) for n in range(3)
@@ -462,10 +488,10 @@ def test_a_request_with_nan_ends_alone_and_leaves_no_nan_behind(
     engine.add(good)
     for _ in range(2):
         engine.step()
-    # Its leading blocks are full: they are published before its first token is due.
+    # Its leading blocks are full and are published before its first token is computed.
     prompt = [1, poison, *range(1, 12)]
     found = {}
-    for number in range(2):  # the second one must not find the blocks of the first one
+    for number in range(2):  # the second request must not reuse the blocks of the first
         engine.add(make_request(f"bad{number}", prompt=prompt, strategy=strategy))
         for one in later[number::2]:
             engine.add(one)
@@ -480,7 +506,7 @@ def test_a_request_with_nan_ends_alone_and_leaves_no_nan_behind(
 
 
 @pytest.mark.parametrize("strategy", ["exact", "self-speculative", "propagate"])
-def test_after_a_pass_that_failed_all_go_on(monkeypatch, strategy: str) -> None:
+def test_all_requests_continue_after_a_failed_pass(monkeypatch, strategy: str) -> None:
     engine = make_engine()
     requests = [make_request(f"{n}", 4 + n, strategy) for n in range(3)]
     for request in requests:
@@ -488,14 +514,14 @@ def test_after_a_pass_that_failed_all_go_on(monkeypatch, strategy: str) -> None:
     engine.step()
     run, count = engine.runner.run, 0
 
-    def fails_at_times(scheduler_output):
+    def fails_sometimes(scheduler_output):
         nonlocal count
         count += 1
         if count % 5 == 2:
             raise RuntimeError("out of memory")
         return run(scheduler_output)
 
-    monkeypatch.setattr(engine.runner, "run", fails_at_times)
+    monkeypatch.setattr(engine.runner, "run", fails_sometimes)
     made, num_failures = {}, 0
     while engine.has_work:
         try:
@@ -509,7 +535,7 @@ def test_after_a_pass_that_failed_all_go_on(monkeypatch, strategy: str) -> None:
     assert_idle(engine)
 
 
-def test_a_tokenizer_that_fails_ends_its_own_request_alone() -> None:
+def test_a_tokenizer_error_ends_only_its_own_request() -> None:
     def decode(tokens: list[int]) -> str:
         if 13 in tokens:
             raise KeyError(13)
@@ -525,10 +551,10 @@ def test_a_tokenizer_that_fails_ends_its_own_request_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
-def test_an_engine_goes_on_after_a_pass_that_was_interrupted(
+def test_an_engine_continues_after_an_interrupted_pass(
     monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
 ) -> None:
-    """As in a notebook: Ctrl-C amid a step of requests that are to go on."""
+    """For example, Ctrl-C in a notebook during a step of requests that should continue."""
     engine, requests = make_engine(), one_of_each()
     for request in requests:
         engine.add(request)
@@ -550,7 +576,7 @@ def test_an_engine_goes_on_after_a_pass_that_was_interrupted(
     assert_idle(engine)
 
 
-def test_generate_leaves_nothing_behind_when_it_is_interrupted() -> None:
+def test_an_interrupted_generate_leaves_no_state() -> None:
     engine = make_engine()
 
     def interrupt(output: StepOutput) -> None:
@@ -562,7 +588,7 @@ def test_generate_leaves_nothing_behind_when_it_is_interrupted() -> None:
     assert len(engine.generate(one_of_each())) == len(STRATEGIES)
 
 
-def test_streams_do_not_take_each_others_updates() -> None:
+def test_streams_do_not_take_outputs_of_other_streams() -> None:
     engine = make_engine()
     requests = [
         make_request("a", 4),
@@ -592,12 +618,14 @@ def test_a_stream_ends_with_its_request_even_when_its_id_is_reused() -> None:
     next(stream)
     engine.abort("x")
     engine.add(make_request("x", 9))
+    with pytest.raises(RunError, match="Request 'x' was aborted before its end"):
+        next(stream)
     assert list(stream) == []
     while engine.has_work:
         engine.step()
     assert_idle(engine)
 
 
-def test_a_stream_refuses_a_bad_request_at_once() -> None:
+def test_a_stream_refuses_an_invalid_request_immediately() -> None:
     with pytest.raises(ValueError, match="Token id 99 "):
         make_engine().stream(make_request("bad", prompt=[99]))

@@ -1,4 +1,4 @@
-"""Random traffic and schedules: every token and exit must be the reference's, in float64 always."""
+"""Test random traffic and schedules: all tokens and exits equal the reference in float64."""
 
 import random
 from collections import deque
@@ -32,7 +32,7 @@ HEADS = (("norm",), ("mlp", "norm"), ("block", "norm"), ("block", "mlp", "norm")
 
 
 class Residuals(ReferenceModel):
-    """Gives the residual stream at each boundary in place of what the exit there projects."""
+    """A reference that returns the residual stream at each boundary instead of logits."""
 
     def _head(self, boundary, x, attended):
         return x
@@ -49,7 +49,7 @@ def _config(rng: random.Random):
 
 
 def _check_rings(engine: Engine, model: Residuals) -> None:
-    """Assert that each ring holds the pending rows, as one forward over the sequence has them."""
+    """Assert that each ring contains the pending rows, equal to those of one forward pass."""
     size = engine.scheduler_config.max_pending
     for sequence in engine.scheduler.running:
         if sequence.watermarks[0] == 0:
@@ -62,13 +62,13 @@ def _check_rings(engine: Engine, model: Residuals) -> None:
         walk = dict(model.walk(torch.tensor(sequence.tokens[:length]), left_at))
         for segment, ring in enumerate(engine.runner._rings):
             for position in range(*reversed(sequence.watermarks[segment : segment + 2])):
-                held = ring[sequence.slot * size + position % size]
+                found = ring[sequence.slot * size + position % size]
                 wanted = walk[engine.boundaries[segment]][position]
-                torch.testing.assert_close(held, wanted, rtol=1e-9, atol=1e-9)
+                torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 def _run(seed: int, checks_rings: bool = False) -> set[str]:
-    """Serve random traffic and assert all that must hold; return which strategies ran."""
+    """Serve random traffic, check its outputs, and return the strategies that ran."""
     rng = random.Random(seed)
     config = _config(rng)
     tensors = random_tensors(config, seed)
@@ -92,7 +92,7 @@ def _run(seed: int, checks_rings: bool = False) -> set[str]:
 
 
 def _continued(rng: random.Random, traffic: Traffic, made, max_length: int) -> Traffic:
-    """Return requests that go on where earlier ones ended, as a conversation does."""
+    """Return requests that continue earlier ones, as in a conversation."""
     requests = []
     for request in traffic.requests:
         answer = made[request.id].token_ids if made[request.id] else ()
@@ -115,7 +115,7 @@ def test_random_scheduler_replaces_methods_of_the_scheduler() -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_tokens_and_exits_are_the_references(seed: int) -> None:
+def test_tokens_and_exits_equal_the_reference(seed: int) -> None:
     _run(seed)
 
 
@@ -124,8 +124,8 @@ def test_rings_hold_the_pending_rows_at_every_step(seed: int) -> None:
     _run(seed, checks_rings=True)
 
 
-def _one_row_late(monkeypatch):
-    """Rows go deeper from one after the watermark: the first pending one is left out."""
+def _skip_first_pending_row(monkeypatch):
+    """Plant a bug: the first pending row does not run deeper."""
     ranges = Scheduler._ranges
 
     def late(self, segment, carried=()):
@@ -135,8 +135,8 @@ def _one_row_late(monkeypatch):
     monkeypatch.setattr(Scheduler, "_ranges", late)
 
 
-def _one_place_short(monkeypatch):
-    """A ring has one place less than rows may pend."""
+def _ring_one_row_too_small(monkeypatch):
+    """Plant a bug: a ring has space for one pending row too few."""
     init = Runner.__init__
 
     def short(self, *args):
@@ -146,8 +146,8 @@ def _one_place_short(monkeypatch):
     monkeypatch.setattr(Runner, "__init__", short)
 
 
-def _one_position_off(monkeypatch):
-    """`propagate` freezes the row after the one that left."""
+def _freeze_one_row_too_late(monkeypatch):
+    """Plant a bug: `propagate` freezes the row after the one that exited."""
     is_frozen = Sequence.is_frozen
     monkeypatch.setattr(
         Sequence,
@@ -156,8 +156,8 @@ def _one_position_off(monkeypatch):
     )
 
 
-def _one_draft_too_far(monkeypatch):
-    """A rejected draft's own row counts as run, with the keys and values of the wrong token."""
+def _keep_row_of_rejected_draft(monkeypatch):
+    """Plant a bug: the row of a rejected draft keeps the keys and values of the wrong token."""
     settle = Sequence.apply
 
     def careless(self, segment, result):
@@ -165,31 +165,31 @@ def _one_draft_too_far(monkeypatch):
         counts = settle(self, segment, result)
         if self.num_rejections > before:
             self.watermarks = [min(mark, len(self.tokens)) for mark in marks]
-            self.watermarks[-1] = len(self.tokens) - 1  # it is asked all the same
+            self.watermarks[-1] = len(self.tokens) - 1  # its exit is still evaluated
         return counts
 
     monkeypatch.setattr(Sequence, "apply", careless)
 
 
-def _prefix_of_what_is_frozen(monkeypatch):
-    """Blocks of `propagate` are shared beyond the prompt, where rows were frozen."""
+def _share_frozen_blocks(monkeypatch):
+    """Plant a bug: `propagate` shares blocks of new tokens, whose rows were frozen."""
     monkeypatch.setattr(Sequence, "num_reusable", property(lambda self: self.num_confirmed))
 
 
 PLANTS = [
-    _one_row_late,
-    _one_place_short,
-    _one_position_off,
-    _one_draft_too_far,
-    _prefix_of_what_is_frozen,
+    _skip_first_pending_row,
+    _ring_one_row_too_small,
+    _freeze_one_row_too_late,
+    _keep_row_of_rejected_draft,
+    _share_frozen_blocks,
 ]
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-def test_the_fuzz_finds_a_planted_mistake(plant, monkeypatch) -> None:
-    """Within the seeds above; a fuzz that finds nothing proves nothing."""
+def test_the_fuzz_test_finds_a_planted_bug(plant, monkeypatch) -> None:
+    """The seeds above suffice to find each bug."""
     plant(monkeypatch)
-    if plant is _one_row_late:  # leaves rows without what they read: a crash may come first
+    if plant is _skip_first_pending_row:  # rows read missing data, so it may crash first
         with pytest.raises((AssertionError, ValueError, RuntimeError)):
             deque(map(_run, SEEDS), maxlen=0)
     else:
@@ -197,8 +197,8 @@ def test_the_fuzz_finds_a_planted_mistake(plant, monkeypatch) -> None:
             deque(map(_run, SEEDS), maxlen=0)
 
 
-def test_the_fuzz_is_wild() -> None:
-    """Its schedules preempt, and its traffic has all strategies: else it would show little."""
+def test_the_fuzz_test_covers_preemption_and_all_strategies() -> None:
+    """Otherwise, it would test too little."""
     rng = random.Random(0)
     config = tiny_config()
     engine = random_engine(rng, config, 0)

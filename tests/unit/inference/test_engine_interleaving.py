@@ -1,4 +1,4 @@
-"""Any mixture of calls and failures: each request's updates arrive once, where it was made."""
+"""Test random calls and failures: each caller gets its outputs exactly once."""
 
 import random
 from collections import defaultdict
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.thorough
 
 
 class OutOfMemory(RuntimeError):
-    """Planted amid a pass."""
+    """An error planted during a pass."""
 
 
 class User:
-    """Calls an engine at random, and keeps what it got for each request."""
+    """Call an engine at random, and record the outputs of each request."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -39,15 +39,15 @@ class User:
         self.num_failures = 0
         run = self.engine.runner.run
 
-        def fails_at_times(scheduler_output: SchedulerOutput) -> torch.Tensor:
-            self._fail_at_times()
+        def fails_sometimes(scheduler_output: SchedulerOutput) -> torch.Tensor:
+            self._fail_sometimes()
             logits = run(scheduler_output)
-            self._fail_at_times()
+            self._fail_sometimes()
             return logits
 
-        self.engine.runner.run = fails_at_times
+        self.engine.runner.run = fails_sometimes
 
-    def _fail_at_times(self) -> None:
+    def _fail_sometimes(self) -> None:
         if self.rng.random() < 0.03:
             self.num_failures += 1
             raise self.rng.choice([OutOfMemory, KeyboardInterrupt])
@@ -58,7 +58,7 @@ class User:
         return self.requests[id]
 
     def act(self) -> None:
-        """Do one thing; a failure ends the request of its caller, if it has one, and no other."""
+        """Make one random call. A failure ends at most the request of this call."""
         actions = [self.add, self.open_stream, self.read_stream, self.drop_stream, self.abort]
         with suppress(OutOfMemory, KeyboardInterrupt):
             self.rng.choice([*actions, *[self.step] * 8, *[self.read_stream] * 3, self.generate])()
@@ -132,8 +132,8 @@ def _check(outputs: list[StepOutput], wanted: RequestOutput, must_end: bool) -> 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_every_request_gets_its_own_updates_whatever_happens_beside_it(seed: int) -> None:
-    """Streams opened, read, dropped; aborts; out of memory and Ctrl-C amid a pass; few blocks."""
+def test_every_request_gets_its_own_outputs_despite_other_calls_and_failures(seed: int) -> None:
+    """Streams are opened, read and dropped; passes run out of memory or are interrupted."""
     user = User(seed)
     for _ in range(200):
         user.act()

@@ -1,4 +1,4 @@
-"""What the engine makes: the same tokens whatever room, company and precision it has."""
+"""Test that the output does not depend on memory, batch composition or chunk sizes."""
 
 from dataclasses import replace
 
@@ -24,21 +24,21 @@ from tests.unit.inference.engines import (
 from tests.unit.inference.models import random_tensors, tiny_config
 from tests.unit.inference.peers import gpt2_of_transformers, llama_of_transformers, make_precise
 
-# The largest error of logits that rounding may explain; those of a random model are about 2.
+# The largest error of logits that rounding explains. Logits of a random model are about 2.
 EPSILON = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 
 def _letters(tokens: list[int]) -> str:
-    """Return two characters for each token, so that stop strings cross their edges."""
+    """Return two characters per token, so that stop strings cross the edges of tokens."""
     return "".join(f"{token:02d}" for token in tokens)
 
 
 @pytest.mark.parametrize("num_blocks", [9, 11, 14])
 @pytest.mark.parametrize("sampling", [SamplingParams(), DRAWN])
-def test_without_blocks_requests_wait_and_start_anew_and_change_nothing(
+def test_preempted_requests_restart_without_changing_the_output(
     num_blocks: int, sampling: SamplingParams
 ) -> None:
-    """Eight blocks are what a single one of the eight requests may need."""
+    """A single one of the eight requests may need eight blocks."""
     requests = [
         with_settings(request, f"{request.id}{index}", max_tokens=20)
         for index in range(2)
@@ -53,7 +53,7 @@ def test_without_blocks_requests_wait_and_start_anew_and_change_nothing(
 
 @pytest.mark.parametrize("max_num_batched_tokens", [1, 3, 64])
 @pytest.mark.parametrize("max_pending", [4, 5, 16])
-def test_prompts_in_any_chunks_give_the_same_tokens(
+def test_chunked_prompts_give_the_same_tokens(
     max_pending: int, max_num_batched_tokens: int
 ) -> None:
     requests = [
@@ -71,10 +71,10 @@ def test_prompts_in_any_chunks_give_the_same_tokens(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("sampling", [SamplingParams(), DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("head", [("norm",), ("block", "mlp", "norm")], ids="-".join)
-def test_a_threshold_above_every_confidence_is_full_bit_for_bit(
+def test_exact_without_exits_equals_full_bit_for_bit(
     head: tuple[str, ...], sampling: SamplingParams, dtype: torch.dtype
 ) -> None:
-    """The same rows go through the same layers together, though in three passes for one."""
+    """Both run the same rows through the same layers, in three passes or in one."""
     config = tiny_config(head=head)
     lengths = ((5, 12), (1, 20), (9, 4), (16, 12), (3, 12), (12, 9))
 
@@ -96,10 +96,10 @@ def test_a_threshold_above_every_confidence_is_full_bit_for_bit(
 
 
 @pytest.mark.parametrize("max_deferred_steps", [1, 3, 7])
-def test_holding_changes_no_token_and_no_row_is_held_for_longer_than_allowed(
+def test_deferral_changes_no_token_and_respects_max_deferred_steps(
     max_deferred_steps: int,
 ) -> None:
-    """With a single exit the bound is exact: the one deeper segment runs when a row is due."""
+    """With a single exit the bound is exact: the deeper segment runs when a row is due."""
     config = tiny_config(boundaries=(2,))
     engine = make_engine(config, max_deferred_steps=max_deferred_steps)
     engine.scheduler.deferral_targets = [1, 99]
@@ -123,8 +123,8 @@ def test_holding_changes_no_token_and_no_row_is_held_for_longer_than_allowed(
     assert max(waits) == max_deferred_steps
 
 
-def test_holding_by_measurement_changes_no_token() -> None:
-    """The profile is planted, as this model's own would not hold: after some steps it does."""
+def test_automatic_deferral_changes_no_token() -> None:
+    """The test sets a profile that justifies deferral, because the model's own does not."""
     engine = make_engine(deferral="auto")
     assert engine.deferral is not None
     passes, heads = engine.deferral.passes, engine.deferral.heads
@@ -134,19 +134,19 @@ def test_holding_by_measurement_changes_no_token() -> None:
     assert_idle(engine)
     engine.deferral.passes = LatencyProfile((1, 64), ((1.0, 1.0), (9.0, 9.0), (9.0, 9.0)))
     requests = [make_request(f"{n}", n, max_tokens=16) for n in range(2, 10)]
-    held: list[int] = []
-    made = engine.generate(requests, lambda _: held.extend(engine.scheduler.deferral_targets))
+    targets: list[int] = []
+    made = engine.generate(requests, lambda _: targets.extend(engine.scheduler.deferral_targets))
     for request, generation in zip(requests, made, strict=True):
         assert_same(generation, reference(request))
-    assert max(held) > 1
+    assert max(targets) > 1
     assert engine.deferral.rates != [0.5, 0.5]
 
 
 @pytest.mark.parametrize(("strategies", "rate"), [(("exact",) * 4, 0.0), (("exact", "full"), 0.5)])
-def test_rows_that_no_exit_asks_count_as_rows_that_go_on(
+def test_rows_without_an_exit_decision_count_as_declined(
     strategies: tuple[str, ...], rate: float
 ) -> None:
-    """Deep passes are as frequent as all requests together make them."""
+    """Deep passes must be as frequent as all requests together require."""
     engine = make_engine(tiny_config(boundaries=(2,)), deferral="auto")
     requests = [
         make_request(f"{n}", 5, strategy, (1e-9,), (2,), max_tokens=20)
@@ -157,8 +157,8 @@ def test_rows_that_no_exit_asks_count_as_rows_that_go_on(
     assert engine.deferral.rates[0] == pytest.approx(rate, abs=0.25)
 
 
-def test_an_exit_that_is_off_counts_as_one_that_all_rows_decline() -> None:
-    """What the deepest segment waits for must not be halved at an exit that nobody asks."""
+def test_an_exit_that_is_off_counts_as_declined_by_all_rows() -> None:
+    """An exit that is off must not halve the expected number of rows of deeper segments."""
     engine = make_engine(deferral="auto")
     requests = [make_request(f"{n}", 5, thresholds=(None, 1e-9), max_tokens=24) for n in (1, 2)]
     serve(engine, requests)
@@ -167,7 +167,7 @@ def test_an_exit_that_is_off_counts_as_one_that_all_rows_decline() -> None:
 
 
 def _stopped(request: Request, stops: tuple[str, ...], num_tokens: int) -> None:
-    """Assert that the request ends with the first `num_tokens` tokens of what it would be."""
+    """Assert that the stop strings end the request after `num_tokens` tokens."""
     whole = reference(request)
     engine = make_engine(detokenize=_letters)
     (made,), _ = serve(engine, [with_settings(request, stop=stops)])
@@ -177,13 +177,13 @@ def _stopped(request: Request, stops: tuple[str, ...], num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["exact", "full", "self-speculative", "propagate"])
-def test_a_stop_string_ends_a_sequence_where_it_is_complete(strategy: str) -> None:
-    """Also where it begins within one token and ends within another, or is one of several."""
+def test_a_sequence_ends_when_a_stop_string_is_complete(strategy: str) -> None:
+    """It may begin and end inside tokens, and may be one of several stop strings."""
     request = make_request("s", 6, strategy, sampling=DRAWN)
     text = _letters(list(reference(request).token_ids))
 
     def first(*stops: str) -> int:
-        """Return after how many tokens the text has one of them."""
+        """Return the number of tokens after which the text contains one of them."""
         return min((-(-(text.find(s) + len(s)) // 2) for s in stops if s in text), default=12)
 
     for stops in ((text[3:8],), (text[12:14], text[7:17]), (text[:21],), (text[5:7], "never")):
@@ -192,7 +192,7 @@ def test_a_stop_string_ends_a_sequence_where_it_is_complete(strategy: str) -> No
     _stopped(request, ("never", "99"), 12)
 
 
-def test_a_stop_string_of_the_prompt_does_not_end_what_follows() -> None:
+def test_a_stop_string_in_the_prompt_does_not_end_the_output() -> None:
     request = make_request("s", 6, sampling=DRAWN)
     text = _letters(list(reference(request).token_ids))
     edge = _letters(list(request.prompt_token_ids)) + text
@@ -200,8 +200,8 @@ def test_a_stop_string_of_the_prompt_does_not_end_what_follows() -> None:
     _stopped(request, (edge[8:14],), 12)
 
 
-def test_a_character_of_several_tokens_is_seen_when_it_is_whole() -> None:
-    """A decoder shows what it cannot read yet as a question mark in a diamond."""
+def test_a_character_of_several_tokens_is_matched_when_it_is_complete() -> None:
+    """A decoder shows an incomplete character as a replacement character."""
     request = make_request("s", 6, max_tokens=9, sampling=DRAWN)
     tokens = reference(request).token_ids
     pieces = dict(zip(tokens[3:6], "€".encode(), strict=True))
@@ -215,8 +215,8 @@ def test_a_character_of_several_tokens_is_seen_when_it_is_whole() -> None:
     assert made.finish_reason == "stop"
 
 
-def test_a_stop_string_may_have_tokens_without_a_text_between_its_own() -> None:
-    """As special tokens are, and those that a tokenizer does not know."""
+def test_a_stop_string_matches_across_tokens_without_text() -> None:
+    """Special tokens and tokens that the tokenizer does not know have no text."""
     request = make_request("s", 6, max_tokens=20, strategy="full", sampling=DRAWN)
     tokens = reference(request).token_ids
     first = next(token for token in tokens if tokens.count(token) == 1)
@@ -232,7 +232,7 @@ def test_a_stop_string_may_have_tokens_without_a_text_between_its_own() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["exact", "full", "self-speculative", "propagate"])
-def test_stop_tokens_and_the_end_of_a_document_end_a_sequence(strategy: str) -> None:
+def test_stop_tokens_and_end_tokens_end_a_sequence(strategy: str) -> None:
     request = make_request("s", 6, strategy, sampling=DRAWN)
     whole = reference(request)
     late = next(token for token in whole.token_ids[4:] if token not in whole.token_ids[:4])
@@ -252,8 +252,8 @@ def test_stop_tokens_and_the_end_of_a_document_end_a_sequence(strategy: str) -> 
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt"])
-def test_full_is_what_transformers_generates(family: str) -> None:
-    """Greedy, from the same weights in float64; the random model's top two are far apart."""
+def test_full_equals_the_output_of_transformers(family: str) -> None:
+    """Both decode greedily in float64. The top two tokens of the random model differ clearly."""
     config = tiny_config(family, num_kv_heads=4 if family == "gpt" else 2)
     tensors = random_tensors(config)
     if family == "llama":
@@ -278,10 +278,10 @@ def test_full_is_what_transformers_generates(family: str) -> None:
 
 @pytest.mark.parametrize("dtype", EPSILON)
 @pytest.mark.parametrize("family", ["llama", "gpt"])
-def test_in_lower_precision_rounding_explains_every_divergence(
+def test_rounding_explains_every_divergence_in_lower_precision(
     family: str, dtype: torch.dtype
 ) -> None:
-    """The certificate is in float64, of the same rounded weights."""
+    """The certificate uses the same rounded weights in float64."""
     config = tiny_config(family)
     tensors = random_tensors(config, dtype=dtype)
     requests = [

@@ -1,4 +1,4 @@
-"""`self-speculative`: drafts change the cost of a token, never the token, nor its distribution."""
+"""Test that drafts of `self-speculative` change neither tokens nor their distribution."""
 
 import math
 from collections import Counter
@@ -28,7 +28,7 @@ FALSE_ALARM = 1e-6
 
 
 def _tensors(config: Config, later: float) -> dict[str, torch.Tensor]:
-    """Return weights whose layers behind the first exit change so much: at 0, its head is final."""
+    """Return weights whose layers after the first exit are scaled by `later`; at 0, it is final."""
     tensors = random_tensors(config)
     for name, tensor in tensors.items():
         if name.startswith("layers.") and int(name.split(".")[1]) > config.exits.boundaries[0]:
@@ -44,10 +44,10 @@ def _tensors(config: Config, later: float) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("settings", [SamplingParams(), DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("threshold", [None, 0.25, 0.5])
 @pytest.mark.parametrize("length", [1, 2, 5, 15])
-def test_verify_is_full_token_for_token(
+def test_self_speculative_equals_full_token_for_token(
     length: int, threshold: float | None, settings: SamplingParams
 ) -> None:
-    """With drafts that are right and drafts that are not."""
+    """Some of the drafts are accepted and some are rejected."""
     config = tiny_config()
     tensors = _tensors(config, later=0.4)
     requests = [
@@ -77,8 +77,10 @@ def test_verify_is_full_token_for_token(
 @pytest.mark.parametrize(
     "settings", [SamplingParams(), DRAWN, SamplingParams(repetition_penalty=1.4)]
 )
-def test_an_exit_that_knows_the_answer_drafts_nothing_in_vain(settings: SamplingParams) -> None:
-    """Its draws must be those of the final exit: noise that is keyed otherwise wastes them."""
+def test_drafts_of_an_exit_equal_to_the_final_exit_are_all_accepted(
+    settings: SamplingParams,
+) -> None:
+    """The draft must sample with the noise of the final exit; other noise wastes drafts."""
     config = tiny_config()
     tensors = _tensors(config, later=0.0)
     requests = [
@@ -96,12 +98,12 @@ def test_an_exit_that_knows_the_answer_drafts_nothing_in_vain(settings: Sampling
     made, sequences = serve(engine, requests)
     for request, generation, sequence in zip(requests, made, sequences, strict=True):
         assert_same(generation, dense(request, config, tensors))
-        assert sequence.num_drafted == sequence.num_accepted == 10  # of two passes, six tokens each
+        assert sequence.num_drafted == sequence.num_accepted == 10  # two passes of six tokens each
     assert engine.scheduler.step == 2 * 6
 
 
-def test_drafting_goes_on_while_the_exit_is_confident() -> None:
-    """A threshold that every row reaches is none, and one that none reaches drafts nothing."""
+def test_drafting_continues_while_the_exit_is_confident() -> None:
+    """A threshold that every row reaches has no effect; one that none reaches drafts nothing."""
     drafts = {}
     for threshold in (None, 1e-9, 0.3, 0.5, 1.0):
         request = make_request(
@@ -112,8 +114,8 @@ def test_drafting_goes_on_while_the_exit_is_confident() -> None:
     assert drafts[None] == drafts[1e-9] > drafts[0.3] > drafts[0.5] > drafts[1.0] == 0
 
 
-def _exactly(config: Config, prompt: list[int]) -> list[float]:
-    """Return the distribution of the second new token, over all that the first one may be."""
+def _exact_distribution(config: Config, prompt: list[int]) -> list[float]:
+    """Return the distribution of the second new token, summed over all first tokens."""
     model = ReferenceModel(config, _tensors(config, later=0.6), torch.float64)
 
     def distribution(tokens: list[int]) -> torch.Tensor:
@@ -124,11 +126,11 @@ def _exactly(config: Config, prompt: list[int]) -> list[float]:
     return (first @ torch.stack(second)).tolist()
 
 
-def _chance(counts: Counter[int], distribution: list[float]) -> float:
-    """Return how often the distribution itself gives counts as far from it (Pearson's chi-square).
+def _p_value(counts: Counter[int], distribution: list[float]) -> float:
+    """Return the p-value of Pearson's chi-square test of the counts.
 
-    The statistic's upper tail is that of the gamma function, with a degree of freedom for each
-    token but one.
+    The upper tail of the statistic is the incomplete gamma function. The degrees of freedom are the
+    number of tokens minus one.
     """
     total = counts.total()
     expected = [total * share for share in distribution]
@@ -139,7 +141,7 @@ def _chance(counts: Counter[int], distribution: list[float]) -> float:
 
 
 def _sampled() -> tuple[list[RequestOutput], float]:
-    """Return the generations of many seeds, and the chance of their second tokens."""
+    """Return the generations of many seeds, and the p-value of their second tokens."""
     engine = make_engine(SMALL, tensors=_tensors(SMALL, later=0.6), max_num_seqs=64, num_blocks=129)
     prompt = [3, 1, 4]
     made = engine.generate(
@@ -158,25 +160,25 @@ def _sampled() -> tuple[list[RequestOutput], float]:
         ]
     )
     second = Counter(generation.token_ids[1] for generation in made)
-    return made, _chance(second, _exactly(SMALL, prompt))
+    return made, _p_value(second, _exact_distribution(SMALL, prompt))
 
 
 @pytest.mark.thorough
 def test_sampled_tokens_follow_the_distribution_of_the_model() -> None:
-    """Guards against drafts that pull the tokens towards the exit's own distribution.
+    """Drafts must not change the distribution towards that of the exit.
 
-    Seeds that were drawn anew would raise a false alarm once in a million times.
+    With random seeds, the test would fail by p_value once in a million runs.
     """
-    made, chance = _sampled()
+    made, p_value = _sampled()
     num_drafted = sum(generation.num_drafted for generation in made)
     share = sum(generation.num_accepted for generation in made) / num_drafted
     assert num_drafted > NUM_SEEDS
     assert 0.2 < share < 0.8, "drafts must be accepted, and rejected"
-    assert chance > FALSE_ALARM
+    assert p_value > FALSE_ALARM
 
 
 def _same_noise_at_every_position(monkeypatch) -> None:
-    """The second token's noise is the first one's."""
+    """Plant a bug: the second token uses the noise of the first."""
 
     def draw(logits, settings, positions, histories):
         return sampler.draw(logits, settings, [0] * len(positions), histories)
@@ -184,30 +186,30 @@ def _same_noise_at_every_position(monkeypatch) -> None:
     monkeypatch.setattr(decision, "draw", draw)
 
 
-def _drafts_are_believed(monkeypatch) -> None:
-    """What an exit drafted is never taken back."""
+def _accept_all_drafts(monkeypatch) -> None:
+    """Plant a bug: all drafts are accepted."""
     settle = Sequence.apply
 
-    def believing(self: Sequence, segment: int, result: ExitResult) -> bool:
+    def accepting(self: Sequence, segment: int, result: ExitResult) -> bool:
         follows = result.position + 1
         if segment == len(self.boundaries) - 1 and follows < len(self.tokens):
             result = replace(result, token=self.tokens[follows])
         return settle(self, segment, result)
 
-    monkeypatch.setattr(Sequence, "apply", believing)
+    monkeypatch.setattr(Sequence, "apply", accepting)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("plant", [_same_noise_at_every_position, _drafts_are_believed])
-def test_the_test_of_the_distribution_finds_a_planted_mistake(plant, monkeypatch) -> None:
+@pytest.mark.parametrize("plant", [_same_noise_at_every_position, _accept_all_drafts])
+def test_the_test_of_the_distribution_finds_a_planted_bug(plant, monkeypatch) -> None:
     plant(monkeypatch)
     assert _sampled()[1] < FALSE_ALARM
 
 
-def test_the_chance_is_that_of_the_tables() -> None:
-    """Of 5 degrees of freedom, 20.515 is exceeded once in a thousand."""
+def test_the_p_value_is_that_of_the_tables() -> None:
+    """With 5 degrees of freedom, the probability of more than 20.515 is 1/1000."""
     shift = round(math.sqrt(20.515 * 1e6 / 2))
     counts = Counter(dict.fromkeys(range(6), 10**6))
     counts[0] += shift
     counts[1] -= shift
-    assert _chance(counts, [1 / 6] * 6) == pytest.approx(1e-3, rel=1e-2)
+    assert _p_value(counts, [1 / 6] * 6) == pytest.approx(1e-3, rel=1e-2)

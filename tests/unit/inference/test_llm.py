@@ -1,4 +1,4 @@
-"""`LLM`: prompts in, outputs with texts out, and nothing of it depends on the other requests."""
+"""Test `LLM`: outputs with text that do not depend on other requests, streams and errors."""
 
 import gc
 import json
@@ -6,20 +6,25 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import load_reference
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
-from ee_llm.errors import RequestError, UserError
+from ee_llm.cli.generation.live import LiveText
+from ee_llm.errors import RequestError, RunError, UserError
 from ee_llm.inference.decoding.settings import SLED, DoLa
 from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.sequence import Sequence
 from ee_llm.inference.strategies import SelfSpeculation
+from ee_llm.inference.text.detokenizer import GeneratedText
 from ee_llm.inference.verification.reference_decoding import generate_reference
 from tests.unit.inference.models import random_tensors, tiny_config
 
@@ -28,7 +33,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<ass
 
 def save(output: Path, **config: object) -> Path:
     """Write a checkpoint of a random model whose tokens are bytes."""
-    made = tiny_config(vocab_size=264, max_seq_length=64, **config)
+    made = tiny_config(**{"vocab_size": 264, "max_seq_length": 64} | config)
     tensors = random_tensors(made, dtype=torch.float32)
     specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     return write_checkpoint(output, made, specs, tensors.__getitem__, tokenizer_file="bytes")
@@ -41,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exits(run: Path) -> dict[int, float]:
-    """Thresholds that about half of the rows reach at each exit."""
+    """Return thresholds that about half of the rows reach at each exit."""
     logits = load_reference(TensorReader(run)).forward(torch.arange(32, 96))
     medians = {b: logits[b].softmax(-1).amax(-1).median() for b in (1, 2)}
     return {b: float(median) for b, median in medians.items()}
@@ -89,7 +94,7 @@ def test_a_contrast_takes_no_thresholds(llm: LLM, strategy: object) -> None:
     assert output.exits == (4,)
 
 
-def test_outputs_are_those_of_the_definition(llm: LLM, run: Path, exits: dict) -> None:
+def test_outputs_equal_the_reference(llm: LLM, run: Path, exits: dict) -> None:
     model = load_reference(TensorReader(run), torch.float64)
     params = SamplingParams(max_tokens=12, temperature=0.8, seed=7, min_tokens=3)
     outputs = llm.generate(["Once", "def main("], params, exits=exits)
@@ -116,13 +121,13 @@ def test_a_single_prompt_and_token_ids(llm: LLM) -> None:
 
 
 def test_the_fingerprint_is_computed_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each output record states it, and it reads old checkpoints as a whole."""
+    """Each output record contains it, and for old checkpoints it reads the whole file."""
     first = llm.fingerprint
     monkeypatch.setattr(TensorReader, "fingerprint", lambda self: pytest.fail("computed again"))
     assert llm.fingerprint == first
 
 
-def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
+def test_each_prompt_can_have_its_own_parameters(llm: LLM) -> None:
     outputs = llm.generate(
         ["a", "b"], [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 4)]
     )
@@ -131,7 +136,7 @@ def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
         llm.generate(["a", "b"], [SamplingParams()])
 
 
-def test_n_samples_have_seeds_of_their_own_and_follow_one_another(llm: LLM) -> None:
+def test_n_samples_have_different_seeds_and_are_consecutive(llm: LLM) -> None:
     params = SamplingParams(n=3, temperature=1.0, max_tokens=8, seed=5)
     outputs = llm.generate(["a", "b"], params)
     assert [output.index for output in outputs] == [0, 1, 2, 0, 1, 2]
@@ -141,7 +146,7 @@ def test_n_samples_have_seeds_of_their_own_and_follow_one_another(llm: LLM) -> N
     assert llm.generate("a", params)[1].token_ids == outputs[1].token_ids
 
 
-def test_min_tokens_bans_end_and_stop_tokens_until_then(llm: LLM) -> None:
+def test_min_tokens_bans_end_and_stop_tokens_before_it(llm: LLM) -> None:
     (free,) = llm.generate("Once", SamplingParams(max_tokens=12))
     stops = tuple(set(free.token_ids))
     params = SamplingParams(max_tokens=12, min_tokens=4, stop_token_ids=stops)
@@ -182,7 +187,9 @@ def test_logprobs_are_the_most_probable_tokens_of_the_exit(llm: LLM, run: Path, 
     [{1: 0.5, 2: "off"}, {1: 0.5}, ExitPolicy((1, 2), (0.5, None)), "file"],
     ids=["all", "one", "policy", "file"],
 )
-def test_exits_may_be_given_in_many_ways(llm: LLM, tmp_path: Path, exits: object) -> None:
+def test_exits_accept_thresholds_policies_and_files(
+    llm: LLM, tmp_path: Path, exits: object
+) -> None:
     policy = ExitPolicy((1, 2), (0.5, None))
     if exits == "file":
         exits = tmp_path / "policy.json"
@@ -202,12 +209,12 @@ def test_exits_may_be_given_in_many_ways(llm: LLM, tmp_path: Path, exits: object
         (ExitPolicy((1,), (0.5,)), r"\[1\].*\[1, 2\]"),
     ],
 )
-def test_wrong_exits_are_named(llm: LLM, exits: object, message: str) -> None:
+def test_errors_name_invalid_exits(llm: LLM, exits: object, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         llm.generate("a", exits=exits)
 
 
-def test_strategies_by_name_and_by_object(llm: LLM) -> None:
+def test_strategies_can_be_names_or_objects(llm: LLM) -> None:
     params = SamplingParams(max_tokens=10)
     (full,) = llm.generate("Once", params, strategy="full")
     (by_name,) = llm.generate("Once", params, strategy="self-speculative")
@@ -239,8 +246,69 @@ def test_a_stream_yields_the_text_of_the_output(llm: LLM, stop: tuple[str, ...])
     assert stream.output.pieces == output.pieces
 
 
+def test_the_time_per_token_of_a_stream_does_not_grow_with_its_text(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole text, and the list of all tokens, are built for the final output only."""
+    counts = {"text": 0, "new_tokens": 0}
+
+    def count(owner: type, name: str) -> None:
+        build = getattr(owner, name).fget
+
+        def counted(self: object) -> object:
+            counts[name] += 1
+            return build(self)
+
+        monkeypatch.setattr(owner, name, property(counted))
+
+    count(GeneratedText, "text")
+    count(Sequence, "new_tokens")
+    stream = llm.stream("Once", SamplingParams(max_tokens=20, stop="never", ignore_eos=True))
+    console = Console(file=StringIO())
+    live = LiveText(console, stream.generated, ExitPolicy((1, 2), (None, None)), 4)
+    text = ""
+    for token in stream:
+        live.show(4)
+        text += token.text
+    assert counts["text"] <= 2
+    assert counts["new_tokens"] <= 1
+    assert stream.output is not None
+    assert text == stream.output.text
+
+
+def test_a_failed_request_keeps_its_tokens_and_its_text(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer cannot decode its sixth token, in the engine and elsewhere."""
+    params = SamplingParams(max_tokens=20, stop="never", ignore_eos=True)
+    (whole,) = llm.generate("Once", params)
+    bad = whole.token_ids[5]
+    assert bad not in whole.token_ids[:5]
+
+    def decode(tokens: list[int]) -> str:
+        if bad in tokens:
+            raise RuntimeError("cannot be decoded")
+        return LLM.decode(llm, tokens)
+
+    monkeypatch.setattr(llm, "decode", decode)
+    monkeypatch.setattr(llm.engine, "_detokenize", decode)
+    stream = llm.stream("Once", params)
+    tokens = []
+    with pytest.raises(RunError, match="cannot be decoded"):
+        tokens += stream  # `+=` keeps the tokens before the exception.
+    assert list(stream) == []
+    assert [token.token_id for token in tokens] == list(whole.token_ids[:6])
+    (output,) = llm.generate("Once", params)
+    for found in (output, stream.output):
+        assert found is not None
+        assert (found.finish_reason, found.token_ids) == ("error", whole.token_ids[:6])
+        assert found.pieces == (*whole.pieces[:5], "")
+        assert found.text == "".join(whole.pieces[:5])
+    assert "".join(token.text for token in tokens) == output.text
+
+
 @pytest.mark.parametrize("how", ["close", "context", "drop"])
-def test_a_stream_that_is_not_finished_aborts_its_request(llm: LLM, how: str) -> None:
+def test_an_unfinished_stream_aborts_its_request(llm: LLM, how: str) -> None:
     stream = llm.stream("Once", SamplingParams(max_tokens=40))
     next(stream)
     assert llm.engine.has_work
@@ -264,6 +332,15 @@ def test_an_interrupted_run_leaves_no_request(llm: LLM) -> None:
     outputs = llm.run(requests, {request.id: "" for request in requests})
     next(outputs)
     outputs.close()
+    assert not llm.engine.has_work
+
+
+def test_two_requests_with_the_same_id_are_refused(llm: LLM) -> None:
+    """One of them would get no output."""
+    params = SamplingParams(max_tokens=2)
+    requests = [llm.make_request(llm.encoder.encode_text(text), params, id="x") for text in "ab"]
+    with pytest.raises(RequestError, match="Request id 'x' is in use"):
+        list(llm.run(requests, {"x": ""}))
     assert not llm.engine.has_work
 
 
@@ -307,7 +384,7 @@ def test_a_wrong_output_fails_the_certificate(llm: LLM) -> None:
         (["\ud800"], "Unicode"),
     ],
 )
-def test_bad_prompts_are_refused_before_anything_runs(llm: LLM, prompts, message: str) -> None:
+def test_invalid_prompts_are_refused_before_anything_runs(llm: LLM, prompts, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         llm.generate(prompts)
     assert not llm.engine.has_work
@@ -318,7 +395,7 @@ def test_bad_prompts_are_refused_before_anything_runs(llm: LLM, prompts, message
     [None, "Hello", {"role": "user", "content": "Hello"}, [], ["Hello"]],
     ids=["none", "text", "message", "empty", "texts"],
 )
-def test_what_is_not_a_conversation_is_refused(llm: LLM, messages: object) -> None:
+def test_an_invalid_conversation_is_refused(llm: LLM, messages: object) -> None:
     with pytest.raises(RequestError, match="conversation 1"):
         llm.chat(messages)  # type: ignore[arg-type]
 
@@ -333,13 +410,13 @@ def test_what_is_not_a_conversation_is_refused(llm: LLM, messages: object) -> No
         ({"strategy": "verify"}, "'verify'"),
     ],
 )
-def test_bad_arguments_are_named(llm: LLM, arguments: dict, message: str) -> None:
+def test_errors_name_invalid_arguments(llm: LLM, arguments: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         llm.generate("Once", **arguments)
     assert not llm.engine.has_work
 
 
-def test_a_policy_file_is_named_in_its_errors(llm: LLM, tmp_path: Path) -> None:
+def test_errors_of_a_policy_file_name_the_file(llm: LLM, tmp_path: Path) -> None:
     path = tmp_path / "policy.json"
     path.write_text('{"thresholds": {"1": 1.5}}')
     with pytest.raises(RequestError, match=r"policy\.json.*1\.5"):
@@ -351,13 +428,35 @@ def test_closing_the_model_ends_its_streams(run: Path) -> None:
     stream = llm.stream([72, 105], SamplingParams(max_tokens=40, ignore_eos=True))
     next(stream)
     llm.close()
-    assert len(list(stream)) < 39
+    with pytest.raises(RunError, match="'1' was aborted before its end"):
+        list(stream)
+    assert list(stream) == []
+    assert stream.output is None
     with pytest.raises(RequestError, match="closed"):
         llm.worker_loop()
 
 
-def test_an_error_of_the_caller_leaves_no_request(llm: LLM) -> None:
-    """A traceback that somebody keeps holds the frames of its generators."""
+@pytest.mark.parametrize("how", ["abort", "close"])
+def test_a_request_that_somebody_else_aborts_is_reported(run: Path, how: str) -> None:
+    with LLM(run, dtype="float64") as llm:
+        with_text = llm._with_text
+
+        def interfere(*arguments: object) -> object:
+            if how == "close":
+                llm.close()
+            else:
+                llm.engine.abort_all()
+            return with_text(*arguments)  # type: ignore[arg-type]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llm, "_with_text", interfere)
+            params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (1, 30)]
+            with pytest.raises(RunError, match="'2' was aborted before its end"):
+                llm.generate(["a", "b"], params)
+
+
+def test_an_exception_of_the_caller_leaves_no_request(llm: LLM) -> None:
+    """A stored traceback keeps references to the frames of generators."""
 
     class Failed(Exception):
         pass
@@ -373,7 +472,21 @@ def test_an_error_of_the_caller_leaves_no_request(llm: LLM) -> None:
     assert error.traceback
 
 
-def test_a_closed_model_says_so(run: Path) -> None:
+def test_a_tokenizer_larger_than_the_model_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tokenizer of bytes has 257 tokens, the last of them the end token."""
+    with LLM(save(tmp_path / "256", vocab_size=256), dtype="float64") as llm:
+        assert "257 tokens, but model.vocab_size = 256" in caplog.text
+        (output,) = llm.generate("a", SamplingParams(max_tokens=3, min_tokens=2))
+        assert len(output.token_ids) == 3
+        assert llm.verify(output).passed
+    caplog.clear()
+    LLM(save(tmp_path / "padded", vocab_size=320), dtype="float64").close()
+    assert not caplog.records
+
+
+def test_calls_on_a_closed_model_are_errors(run: Path) -> None:
     llm = LLM(run, dtype="float64")
     assert repr(llm).startswith("LLM(")
     assert "exits=[1, 2]" in repr(llm)
@@ -395,14 +508,24 @@ def test_a_closed_model_says_so(run: Path) -> None:
         ({"dtype": "float8"}, "float8"),
         ({"quantize": "int4"}, "quantize = 'int4'"),
         ({"deferral": "on"}, "deferral = 'on'"),
+        ({"deferral": ["auto"]}, r"deferral = \['auto'\]"),
+        ({"attention": "fast"}, "attention = 'fast'"),
+        ({"timeout_s": "5"}, "timeout_s = '5' must be a number"),
+        ({"timeout_s": True}, "timeout_s = True"),
+        ({"compile": "no"}, "compile = 'no' must be True or False"),
+        ({"cuda_graphs": 1}, "cuda_graphs = 1 must be True or False"),
+        ({"chat_template": 5}, "chat_template = 5"),
+        ({"dtype": ["float32"]}, r"dtype = \['float32'\]"),
+        ({"dtype": None}, "dtype = None"),
+        ({"max_num_seqs": "4"}, "max_num_seqs = '4'"),
     ],
 )
-def test_bad_options_are_named(run: Path, options: dict, message: str) -> None:
+def test_errors_name_invalid_options(run: Path, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         LLM(run, **options)
 
 
-def test_a_repr_is_readable_and_html_is_escaped(llm: LLM, exits) -> None:
+def test_repr_is_readable_and_html_is_escaped(llm: LLM, exits) -> None:
     (output,) = llm.generate("<b>Once</b>", SamplingParams(max_tokens=12), exits=exits)
     assert re.fullmatch(r"RequestOutput\(text='.*', num_tokens=12, mean_depth=.*\)", repr(output))
     html = output._repr_html_()
@@ -434,8 +557,10 @@ llm.generate("Once" * int(sys.argv[2]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "status"), [(1, 0), (100, 1)])
-def test_a_program_that_leaves_ranks_open_ends_quietly(run: Path, count: int, status: int) -> None:
-    """It aborted now and then, and its workers printed that they had lost a rank."""
+def test_a_program_that_does_not_close_its_ranks_exits_quietly(
+    run: Path, count: int, status: int
+) -> None:
+    """Such programs sometimes aborted, and their workers printed that a rank was lost."""
     command = [sys.executable, "-c", _LEFT_OPEN, str(run), f"{count}"]
     for _ in range(3):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -446,8 +571,8 @@ def test_a_program_that_leaves_ranks_open_ends_quietly(run: Path, count: int, st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}])
-def test_other_ranks_are_started_and_ended(run: Path, llm: LLM, layout: dict[str, int]) -> None:
-    """In a process of its own: a process group is for ranks alone."""
+def test_other_ranks_are_started_and_stopped(run: Path, llm: LLM, layout: dict[str, int]) -> None:
+    """This runs in a new process, because a process group must contain only ranks."""
     params = SamplingParams(max_tokens=12, temperature=0.8, seed=7)
     expected = [list(output.token_ids) for output in llm.generate(["Once", "def main("], params)]
     command = [sys.executable, "-c", _SCRIPT, str(run), json.dumps(layout)]
@@ -473,7 +598,7 @@ assert time.monotonic() - start < 60
 """
 
 
-def test_a_rank_that_does_not_start_is_reported_at_once(run: Path) -> None:
+def test_a_rank_that_does_not_start_is_reported_immediately(run: Path) -> None:
     command = [sys.executable, "-c", _FAILING, str(run)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

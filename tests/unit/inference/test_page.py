@@ -1,4 +1,4 @@
-"""The tables of the pages on inference agree with the code."""
+"""Test that the tables in the documentation of inference agree with the code."""
 
 import re
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""`propagate`: rows frozen at their exit, against an implementation of its own."""
+"""Test the frozen rows of `propagate` against an independent implementation."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,38 +26,40 @@ TOKENS = random_tokens(24)
 
 
 class _Recurrence:
-    """`propagate`, one token at a time with lists of keys and values: llama, heads [block] norm.
+    """`propagate` for llama, one token at a time, with heads of an optional block and a norm.
 
-    Written from the definition, with nothing of the model but its tensors.
+    It follows the definition and uses only the tensors of the model.
     """
 
     def __init__(self, config: Config, tensors: dict[str, Tensor]) -> None:
         self.config, self.tensors = config, tensors
-        self.cache: dict[str, list[tuple[Tensor, Tensor]]] = {}  # of each attention by name
+        self.cache: dict[
+            str, list[tuple[Tensor, Tensor]]
+        ] = {}  # keys and values of each attention by name
 
     def step(
-        self, token: int, leaves: Callable[[int, Tensor], bool]
+        self, token: int, exits_at: Callable[[int, Tensor], bool]
     ) -> tuple[int, dict[int, Tensor]]:
-        """Return where the newest token leaves and the logits [v] of each exit on its way."""
+        """Return the exit of the newest token, and the logits [v] of each exit up to it."""
         self.position = len(self.cache.get("layers.1", []))
         model, head = self.config.model, self.config.exits.head
-        x, left, logits = self.tensors["embedding.word.weight"][token], 0, {}
+        x, exited, logits = self.tensors["embedding.word.weight"][token], 0, {}
         for layer in range(1, model.num_layers + 1):
-            x = x if left else self._layer(f"layers.{layer}", x)
-            if left:
+            x = x if exited else self._layer(f"layers.{layer}", x)
+            if exited:
                 self._remember(f"layers.{layer}", x)
             if layer in self.config.exits.boundaries and "block" in head:
                 block = f"exits.{layer}.block"
-                hidden = x if left else self._layer(block, x)
-                if left:
+                hidden = x if exited else self._layer(block, x)
+                if exited:
                     self._remember(block, x)
             else:
                 hidden = x
-            if not left and layer in (*self.config.exits.boundaries, model.num_layers):
+            if not exited and layer in (*self.config.exits.boundaries, model.num_layers):
                 normed = self._norm(f"exits.{layer}.norm", hidden)
                 logits[layer] = self.tensors[output_weight_name(self.config, layer)] @ normed
-                left = layer if leaves(layer, logits[layer]) else 0
-        return left or model.num_layers, logits
+                exited = layer if exits_at(layer, logits[layer]) else 0
+        return exited or model.num_layers, logits
 
     def _layer(self, name: str, x: Tensor) -> Tensor:
         model = self.config.model
@@ -98,29 +100,29 @@ class _Recurrence:
 
 @pytest.mark.parametrize("head", [("norm",), ("block", "norm")])
 @torch.no_grad()
-def test_frozen_rows_are_those_of_the_recurrence(head: tuple[str, ...]) -> None:
-    """One forward with `left_at` gives, for all that a row may be asked, what step by step does."""
+def test_frozen_rows_equal_the_recurrence(head: tuple[str, ...]) -> None:
+    """One forward with given exits has the same logits at all evaluated exits as single steps."""
     config, tokens = tiny_config(head=head), TOKENS
     tensors = random_tensors(config)
     generator = torch.Generator().manual_seed(1)
     chosen = torch.tensor([1, 2, 4])[torch.randint(3, (24,), generator=generator)].tolist()
-    left_at = [4] * 4 + chosen[4:]
+    exited_at = [4] * 4 + chosen[4:]
     recurrence, parts = _Recurrence(config, tensors), []
     for position, token in enumerate(tokens.tolist()):
-        left, logits = recurrence.step(token, lambda exit, _, at=position: exit == left_at[at])
-        assert left == left_at[position]
+        exited, logits = recurrence.step(token, lambda exit, _, at=position: exit == exited_at[at])
+        assert exited == exited_at[position]
         parts.append(logits)
     model = ReferenceModel(config, tensors, torch.float64)
-    found = {b: model.logits(b, hidden) for b, hidden in model.walk(tokens, left_at)}
+    found = {b: model.logits(b, hidden) for b, hidden in model.walk(tokens, exited_at)}
     exact = model.forward(tokens)
     largest = 0.0
-    for position, (left, logits) in enumerate(zip(left_at, parts, strict=True)):
-        assert list(logits) == [b for b in (1, 2, 4) if b <= left]
+    for position, (exited, logits) in enumerate(zip(exited_at, parts, strict=True)):
+        assert list(logits) == [b for b in (1, 2, 4) if b <= exited]
         for boundary, expected in logits.items():
             row = found[boundary][position]
             torch.testing.assert_close(row, expected, rtol=1e-9, atol=1e-9)
             largest = max(largest, float((exact[boundary][position] - row).abs().max()))
-    assert largest > 0.1  # and freezing matters
+    assert largest > 0.1  # freezing has an effect
 
 
 @pytest.mark.parametrize(
@@ -128,10 +130,8 @@ def test_frozen_rows_are_those_of_the_recurrence(head: tuple[str, ...]) -> None:
 )
 @pytest.mark.parametrize("head", [("norm",), ("block", "norm")])
 @torch.no_grad()
-def test_propagate_generates_what_the_recurrence_does(
-    head: tuple[str, ...], sampling: SamplingParams
-) -> None:
-    """Confidences tell what tokens of a model this small may not: they are held to 1e-9."""
+def test_propagate_equals_the_recurrence(head: tuple[str, ...], sampling: SamplingParams) -> None:
+    """Confidences, compared to 1e-9, show errors that tokens of a small model may not."""
     config = tiny_config(head=head)
     tensors = random_tensors(config)
     model = ReferenceModel(config, tensors, torch.float64)
@@ -146,25 +146,25 @@ def test_propagate_generates_what_the_recurrence_does(
     recurrence = _Recurrence(config, tensors)
     sequence = [*made.prompt_token_ids, *made.token_ids]
 
-    def leaves(boundary: int, logits: Tensor) -> bool:
+    def exits_at(boundary: int, logits: Tensor) -> bool:
         return boundary == 4 or policy.exits(boundary, float(policy.confidence(logits)))
 
     for token in made.prompt_token_ids[:-1]:
         recurrence.step(token, lambda boundary, _: boundary == 4)
     for index, token in enumerate(made.token_ids):
         position = len(made.prompt_token_ids) - 1 + index
-        left, logits = recurrence.step(sequence[position], leaves)
-        assert made.exits[index] == left
-        confidence = float(policy.confidence(logits[left]))
+        exited, logits = recurrence.step(sequence[position], exits_at)
+        assert made.exits[index] == exited
+        confidence = float(policy.confidence(logits[exited]))
         assert made.confidences[index] == pytest.approx(confidence, abs=1e-9)
-        assert token == sample(logits[left], sampling, position)
+        assert token == sample(logits[exited], sampling, position)
     assert set(made.exits) == {1, 2, 4}, "the test needs tokens at every exit"
     assert made.confidences != pytest.approx(exact.confidences, abs=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt"])
 @torch.no_grad()
-def test_a_frozen_row_matters_to_later_rows_in_deeper_layers_alone(family: str) -> None:
+def test_a_frozen_row_affects_later_rows_only_in_deeper_layers(family: str) -> None:
     model = tiny_model(tiny_config(family, (1, 2, 3), head=("block", "mlp", "norm")))
     tokens, never = random_tokens(12), torch.full((12,), 4)
     live = dict(model.walk(tokens))
@@ -177,12 +177,12 @@ def test_a_frozen_row_matters_to_later_rows_in_deeper_layers_alone(family: str) 
         assert same == [boundary <= 2 or row < 5 for row in range(12)]
 
 
-def test_frozen_rows_that_do_not_fit_are_refused() -> None:
+def test_invalid_exits_of_frozen_rows_are_refused() -> None:
     model, tokens = tiny_model(), random_tokens(3)
-    for left_at, message in (
+    for exited_at, message in (
         ([4, 4], r"exited_at has shape \[2\]\. Pass one boundary for each of the 3 tokens"),
         ([4, 0, 4], r"boundaries 0 to 4\. Pass boundaries from 1 to 4"),
         ([4, 5, 4], r"boundaries 4 to 5\. Pass boundaries from 1 to 4"),
     ):
         with pytest.raises(ValueError, match=message):
-            next(model.walk(tokens, left_at))
+            next(model.walk(tokens, exited_at))

@@ -1,4 +1,4 @@
-"""Launching ranks on this machine, and the one message about what went wrong."""
+"""Test starting ranks on this machine, and the single error message if they fail."""
 
 import os
 import re
@@ -35,7 +35,7 @@ def test_every_rank_runs_the_command() -> None:
 
 
 def test_error_of_every_rank_is_printed_once() -> None:
-    """The same error from N ranks, each with a launcher's page about it, hides the useful line."""
+    """N copies of an error, each with the launcher's own report, would hide the useful line."""
     done = run_ranks("data", "stats", "--prefix", "/nowhere/corpus")
     assert done.returncode == 2
     assert done.stderr.startswith("ee-llm: ")
@@ -165,7 +165,7 @@ def test_ranks_have_the_import_path_of_the_launcher(tmp_path: Path) -> None:
     ],
 )
 def test_killed_rank_is_named_with_its_signal(tmp_path: Path, number: int, expected: str) -> None:
-    """SIGKILL is what a machine that is out of memory sends."""
+    """A machine that is out of memory sends SIGKILL."""
     (tmp_path / "sitecustomize.py").write_text(
         f"import os\nif os.environ.get('RANK') == '1':\n    os.kill(os.getpid(), {int(number)})\n"
     )

@@ -1,4 +1,4 @@
-"""The log lines that the command line prints."""
+"""Test the log lines that the command line prints."""
 
 import subprocess
 import sys

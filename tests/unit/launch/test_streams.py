@@ -1,4 +1,4 @@
-"""Standard streams that are closed, broken or limited in their encoding, in subprocesses."""
+"""Test standard streams that are closed, broken or limited in their encoding."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def run(code: str, shell: str = '"$@"', **environment: str) -> subprocess.Comple
 
 
 def test_characters_that_the_encoding_lacks_are_escaped() -> None:
-    """JSON escapes leave the meaning of a JSON record unchanged, beyond U+FFFF too."""
+    """JSON escapes do not change the meaning of a JSON record, even beyond U+FFFF."""
     text = "é\u2581\U0001f600"
     done = run(
         f"print(json.dumps({text!r}, ensure_ascii=False))\nprint({text!r}, file=sys.stderr)",

@@ -138,7 +138,7 @@ def test_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_empty_path_is_refused(arguments: list[str]) -> None:
     """`--inputs "$TEXTS"` with an unset variable would read the working directory."""
-    with pytest.raises(ValueError, match=r"--(output|paths) is given an empty path"):
+    with pytest.raises(ValueError, match=r"--(output|paths) has an empty path"):
         parsed(*arguments)
     assert parsed("--stop", "", "--paths", "a").stop == ("",)
 

@@ -1,4 +1,4 @@
-"""A batch's output file: what is added, what is taken as done, and what is left alone."""
+"""Test the output file of a batch: appended, finished, retried and refused records."""
 
 import subprocess
 import sys
@@ -49,19 +49,19 @@ def _line(id: str, /, **changes: Any) -> bytes:
 
 
 def _reopened(path: Path, before: bytes) -> tuple[set[str], bytes]:
-    """Return what is taken as done of a file's content, and what is left of it."""
+    """Return the ids that count as finished in a file, and its content after it is reopened."""
     path.write_bytes(before)
     with open_output(path, ORIGINS) as (_, done):
         pass
     return done, path.read_bytes()
 
 
-def test_records_are_added_and_found_again(tmp_path: Path) -> None:
+def test_appended_records_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "out.jsonl"
     with open_output(path, ORIGINS) as (file, done):
         assert done == set()
         append(file, _record("b"))
-        assert path.read_bytes() == _line("b")  # at once
+        assert path.read_bytes() == _line("b")  # immediately
     with open_output(path, ORIGINS) as (file, done):
         assert done == {"b"}
         append(file, _record("a"))
@@ -69,14 +69,14 @@ def test_records_are_added_and_found_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_a_record_cut_anywhere_is_made_anew(tmp_path: Path) -> None:
+def test_a_truncated_record_is_generated_again(tmp_path: Path) -> None:
     whole, cut = _line("a"), _line("b")
     for length in range(len(cut) - 1):
         assert _reopened(tmp_path / "out", whole + cut[:length]) == ({"a"}, whole)
         assert _reopened(tmp_path / "out", cut[:length]) == (set(), b"")
 
 
-def test_a_record_that_lacks_its_line_end_alone_is_made_anew(tmp_path: Path) -> None:
+def test_a_record_without_a_line_end_is_generated_again(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_bytes(_line("a") + _line("b")[:-1])
     with open_output(path, ORIGINS) as (file, done):
@@ -85,7 +85,7 @@ def test_a_record_that_lacks_its_line_end_alone_is_made_anew(tmp_path: Path) -> 
     assert path.read_bytes() == _line("a") + _line("c")
 
 
-def test_records_of_other_prompts_stay(tmp_path: Path) -> None:
+def test_records_of_other_prompts_are_kept(tmp_path: Path) -> None:
     other = _line("c", id="elsewhere")
     assert _reopened(tmp_path / "out", other + _line("a")) == (
         {"elsewhere", "a"},
@@ -93,8 +93,8 @@ def test_records_of_other_prompts_stay(tmp_path: Path) -> None:
     )
 
 
-def test_error_records_are_taken_away(tmp_path: Path) -> None:
-    """What failed is tried again; each id has one record in the end."""
+def test_error_records_are_removed(tmp_path: Path) -> None:
+    """Failed prompts are retried, so that each id has one record in the end."""
     errors = [as_json(error_record(id, "why")).encode() + b"\n" for id in ("b", "c")]
     for after in (errors[0], errors[0] + errors[1], errors[0] + errors[1][:9], errors[0][:-1]):
         assert _reopened(tmp_path / "out", _line("a") + after) == ({"a"}, _line("a"))
@@ -122,8 +122,8 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("content", FOREIGN, ids=lambda content: repr(content[:40]))
-def test_a_foreign_file_is_refused_and_keeps_every_byte(tmp_path: Path, content: bytes) -> None:
-    """To cut its last line off first would destroy a file that was named by mistake."""
+def test_a_file_with_other_content_is_refused_and_unchanged(tmp_path: Path, content: bytes) -> None:
+    """Truncating the last line first would destroy a file that was given by mistake."""
     path = tmp_path / "out"
     with pytest.raises(ValueError, match=r"--output .*out, line \d"):
         _reopened(path, content)
@@ -144,24 +144,24 @@ def test_a_foreign_file_is_refused_and_keeps_every_byte(tmp_path: Path, content:
         ({"strategy": "propagate"}, "strategy"),
     ],
 )
-def test_what_was_made_otherwise_is_no_part_of_this_batch(
+def test_a_record_of_another_origin_is_refused(
     tmp_path: Path, changes: dict[str, Any], name: str
 ) -> None:
-    """Ids are often line numbers: an edited batch must not be taken for one that is done."""
+    """Ids are often line numbers, so an edited batch must not count as finished."""
     content = _line("b") + _line("a", **changes)
     with pytest.raises(ValueError, match=f"line 2: id 'a' was generated with another '{name}'"):
         _reopened(tmp_path / "out", content)
     assert (tmp_path / "out").read_bytes() == content
 
 
-def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ee_llm.inference.text.json_lines.MAX_LINE", 2000)
     with pytest.raises(ValueError, match="line 2 is longer than"):
         _reopened(tmp_path / "out", _line("a") + b'{"id": "' + b"x" * 3000)
 
 
 @pytest.mark.thorough
-def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
+def test_a_file_locked_by_another_process_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "out"
     code = (
         "import sys; from pathlib import Path\n"
@@ -177,14 +177,14 @@ def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
     subprocess.run(command, check=True, timeout=60)
 
 
-def test_a_file_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match=f"--output {path} cannot be written"):
             open_output(path, {}).__enter__()
 
 
-def test_a_record_is_on_the_disk_when_it_is_added(
+def test_append_syncs_the_record_to_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced = []

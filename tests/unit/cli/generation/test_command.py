@@ -1,4 +1,4 @@
-"""`ee-llm generate` in one process, from a checkpoint on disk to what it prints and writes."""
+"""Test `ee-llm generate` in one process, from a checkpoint to its output and files."""
 
 import json
 import re
@@ -29,7 +29,7 @@ from tests.unit.inference.models import random_tensors, save_model, tiny_config
 
 pytestmark = pytest.mark.thorough
 
-# More rows than the byte tokenizer's 257 tokens, as padding to the tensor-parallel size makes.
+# More rows than the byte tokenizer's 257 tokens, as after padding for tensor parallelism.
 CONFIG = tiny_config("gpt", vocab_size=264, max_seq_length=48)
 Record = dict[str, Any]
 
@@ -46,7 +46,7 @@ def model(run: Path) -> ReferenceModel:
     return load_reference(TensorReader(run), torch.float64)
 
 
-def test_json_is_all_that_is_printed_and_passes_the_certificate(
+def test_json_output_is_one_object_that_passes_the_certificate(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = GenerateOptions(
@@ -90,7 +90,7 @@ def test_json_is_all_that_is_printed_and_passes_the_certificate(
     assert verify_trace(load_reference(TensorReader(run), torch.float64), made) == []
 
 
-def test_people_see_text_legend_and_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_has_text_legend_and_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generate(GenerateOptions(run, "a prompt", max_tokens=5))
     plain = capsys.readouterr().out
     assert plain.startswith("a prompt")
@@ -101,7 +101,7 @@ def test_people_see_text_legend_and_table(run: Path, capsys: pytest.CaptureFixtu
     assert "max_probability" in capsys.readouterr().out
 
 
-def test_generation_stops_at_the_end_of_document(
+def test_generation_stops_at_the_end_token(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = random_tensors(CONFIG, dtype=torch.float32)
@@ -115,7 +115,7 @@ def test_generation_stops_at_the_end_of_document(
 
 
 @pytest.mark.parametrize("strategy", ["exact", "full", "self-speculative", "propagate"])
-def test_a_prompt_goes_through_the_engine_and_comes_out_as_defined(
+def test_generated_tokens_equal_the_reference(
     run: Path, model: ReferenceModel, capsys: pytest.CaptureFixture[str], strategy: str
 ) -> None:
     options = {"thresholds": (0.3,), "max_tokens": 20, "temperature": 0.7, "seed": 3}
@@ -132,7 +132,7 @@ def test_a_prompt_goes_through_the_engine_and_comes_out_as_defined(
     assert (made.num_drafted > 0) == (strategy == "self-speculative")
 
 
-def test_precision_is_that_of_the_device_unless_given(
+def test_the_default_precision_depends_on_the_device(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for fast in ("float32", "bfloat16"):
@@ -146,7 +146,7 @@ def test_precision_is_that_of_the_device_unless_given(
 
 
 def test_text_ends_before_a_stop_string(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """For programs and for people; all tokens are in the record, so that they can be verified."""
+    """This holds for --json and the terminal. The record has all tokens, for verification."""
     options: Record = {"max_tokens": 30, "dtype": "float64", "temperature": 1.0, "seed": 1}
     generate(GenerateOptions(run, "a prompt", json=True, **options))
     whole = json.loads(capsys.readouterr().out)
@@ -182,7 +182,7 @@ def test_verify_passes_and_fails(
     save_model(tmp_path, CONFIG, random_tensors(CONFIG, seed=1, dtype=torch.float32))
     other = Verifier(TensorReader(tmp_path))
     monkeypatch.setattr(command, "Verifier", lambda *_: other)
-    with pytest.raises(ValueError, match="are not what the model"):
+    with pytest.raises(ValueError, match="tokens or exits differ"):
         generate(options)
     assert "beyond rounding" in capsys.readouterr().err
 
@@ -213,7 +213,7 @@ def _written(options: GenerateOptions) -> dict[str, Record]:
 
 
 def _assert_equal(found: dict[str, Record], expected: dict[str, Record]) -> None:
-    """Assert equal records but for what the neighbours in a batch round otherwise."""
+    """Assert that records are equal up to rounding, which depends on the rest of the batch."""
     assert found.keys() == expected.keys()
     for id, record in expected.items():
         for name, value in record.items():
@@ -223,14 +223,14 @@ def _assert_equal(found: dict[str, Record], expected: dict[str, Record]) -> None
                 assert found[id][name] == value, (id, name)
 
 
-def test_a_batch_is_what_its_prompts_are_one_by_one(
+def test_a_batch_equals_its_prompts_one_by_one(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = _batch(run, tmp_path, verify=True)
     generate(options)
     out, err = capsys.readouterr()
     assert out == ""
-    assert "6 prompts, 0 of them done before" in err
+    assert "6 prompts, 0 of them from an earlier run" in err
     assert "certificate: 6 generations" in err
     found = _written(options)
     assert list(found) != sorted(found), "the test needs a batch that does not finish in order"
@@ -249,8 +249,8 @@ def test_a_batch_is_what_its_prompts_are_one_by_one(
     _assert_equal(found, singles)
 
 
-def test_a_batch_does_not_go_on_with_another_model(run: Path, tmp_path: Path) -> None:
-    """Of the same shape, in a directory of the same name."""
+def test_a_batch_cannot_be_resumed_with_another_model(run: Path, tmp_path: Path) -> None:
+    """The other model has the same shape and the same directory name."""
     config = TensorReader(run).config()
     other = tmp_path / "other"
     save_model(other, config, random_tensors(config, seed=9, dtype=torch.float32))
@@ -265,31 +265,31 @@ def test_a_batch_does_not_go_on_with_another_model(run: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/dev/full"])
-def test_an_output_that_is_no_file_is_named(run: Path, tmp_path: Path, path: str) -> None:
+def test_the_error_names_an_output_that_is_not_a_file(run: Path, tmp_path: Path, path: str) -> None:
     with pytest.raises(ValueError, match=f"--output {path} is not a regular file"):
         generate(_batch(run, tmp_path, output=Path(path)))
 
 
 @pytest.mark.parametrize("num_kept", [0, 2, 5])
-def test_a_batch_that_was_killed_goes_on(
+def test_a_killed_batch_can_be_resumed(
     run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     num_kept: int,
 ) -> None:
-    """What was cut off is made again, what is there is not, and all is as if in one go."""
+    """Only missing and truncated records are generated, and the result is as if in one run."""
     (tmp_path / "a").mkdir()
-    generate(in_one_go := _batch(run, tmp_path / "a"))
+    generate(in_one_run := _batch(run, tmp_path / "a"))
     options = _batch(run, tmp_path)
 
-    def cut_short(file: Any, record: Record) -> None:
+    def truncate(file: Any, record: Record) -> None:
         if (file.tell() and len(_written(options)) == num_kept) or num_kept == 0:
             file.write(json.dumps(record).encode()[:50])
             raise KeyboardInterrupt
         append(file, record)
 
-    monkeypatch.setattr(command, "append", cut_short)
+    monkeypatch.setattr(command, "append", truncate)
     with pytest.raises(KeyboardInterrupt):
         generate(options)
     monkeypatch.undo()
@@ -309,14 +309,14 @@ def test_a_batch_that_was_killed_goes_on(
     assert options.output.read_bytes().startswith(before[0] + before[1])
     done = {json.loads(line)["id"] for line in before[0].splitlines()}
     assert len(done) == num_kept
-    made = {id for id in begun if not id.endswith(" again")}  # else it measures the speed
+    made = {id for id in begun if not id.endswith(" again")}  # the others measure the speed
     assert made == _written(options).keys() - done
-    assert f"6 prompts, {num_kept} of them done before" in capsys.readouterr().err
-    _assert_equal(_written(options), _written(in_one_go))
+    assert f"6 prompts, {num_kept} of them from an earlier run" in capsys.readouterr().err
+    _assert_equal(_written(options), _written(in_one_run))
     once = options.output.read_bytes()
     generate(options)
     assert options.output.read_bytes() == once
-    assert "6 prompts, 6 of them done before; 0 tokens" in capsys.readouterr().err
+    assert "6 prompts, 6 of them from an earlier run; 0 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -341,10 +341,10 @@ def test_a_batch_that_was_killed_goes_on(
         ({"prompt": "a", "colour": 1}, "line 2: 'colour' is unknown"),
     ],
 )
-def test_an_invalid_line_of_a_batch_gets_an_error_record_and_the_others_are_served(
+def test_an_invalid_line_gets_an_error_record_and_other_lines_are_generated(
     run: Path, tmp_path: Path, line: Record, message: str
 ) -> None:
-    """One mistake among ten thousand prompts must not cost the others."""
+    """One invalid prompt among ten thousand must not discard the others."""
     options = _batch(run, tmp_path, [{"prompt": "fine"}, line, {"prompt": "fine"}], verify=True)
     with pytest.raises(RuntimeError, match=rf"1 of 3 prompts failed; .*batch.jsonl, {message}"):
         generate(options)
@@ -355,7 +355,7 @@ def test_an_invalid_line_of_a_batch_gets_an_error_record_and_the_others_are_serv
     assert len(found["1"]["token_ids"]) == len(found["3"]["token_ids"]) > 0
 
 
-def test_a_prompt_whose_logits_are_not_finite_does_not_end_its_batch(
+def test_a_prompt_with_non_finite_logits_does_not_end_its_batch(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = random_tensors(CONFIG, dtype=torch.float32)
@@ -377,8 +377,8 @@ def test_a_prompt_whose_logits_are_not_finite_does_not_end_its_batch(
     assert err.splitlines()[-1].startswith("ee-llm: --prompt: an exit computed logits")
 
 
-def test_a_batch_goes_on_with_what_failed_once_it_is_mended(run: Path, tmp_path: Path) -> None:
-    """Generations stay, byte for byte; a file with errors alone is no obstacle."""
+def test_failed_lines_are_retried_after_they_are_corrected(run: Path, tmp_path: Path) -> None:
+    """Existing generations do not change, and a file may contain only errors."""
     bad = [{"prompt": "", "id": "x"}, {"promt": "b", "id": "y"}]
     options = _batch(run, tmp_path, bad)
     for _ in range(2):
@@ -399,7 +399,7 @@ def test_a_batch_goes_on_with_what_failed_once_it_is_mended(run: Path, tmp_path:
     }
 
 
-def test_a_batch_with_errors_ends_with_status_1_and_can_be_verified(
+def test_a_batch_with_errors_exits_with_status_1_and_can_be_verified(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = _batch(run, tmp_path, [{"prompt": ""}, {"prompt": "a"}])
@@ -420,8 +420,8 @@ def test_a_batch_larger_than_the_cache_waits_or_is_refused(run: Path, tmp_path: 
         generate(_batch(run, tmp_path / "b", lines, cache_tokens=1, max_num_seqs=1))
 
 
-def test_a_foreign_output_is_refused_and_kept(run: Path, tmp_path: Path) -> None:
-    """The batch file itself would be a plausible slip."""
+def test_an_output_with_other_content_is_refused_and_unchanged(run: Path, tmp_path: Path) -> None:
+    """A plausible mistake is to give the batch file itself."""
     options = _batch(run, tmp_path)
     content = options.batch_file.read_bytes()
     with pytest.raises(ValueError, match="line 1: .* is missing"):
@@ -462,19 +462,19 @@ def test_a_foreign_output_is_refused_and_kept(run: Path, tmp_path: Path) -> None
             "draft_length = 64 .* max_pending = 64",
         ),
         ({"stop": ("",)}, r"stop = \('',\)"),
-        ({"max_num_seqs": 0}, "--max-num-seqs 0 must be at least 1"),
-        ({"cache_tokens": 0}, "--cache-tokens 0 must be at least 1"),
-        ({"tensor": 0}, "--tensor 0 must be at least 1"),
-        ({"pipeline": -1}, "--pipeline -1 must be at least 1"),
+        ({"max_num_seqs": 0}, "--max-num-seqs 0 is out of range. Use 1 to"),
+        ({"cache_tokens": 0}, "--cache-tokens 0 is out of range. Use 1 to"),
+        ({"tensor": 0}, "--tensor 0 is out of range. Use 1 to"),
+        ({"pipeline": -1}, "--pipeline -1 is out of range. Use 1 to"),
         ({"pipeline": 5}, r"pipeline = 5 is more than num_layers = 4\. Use 4 or less\."),
-        ({"tensor": 3}, r"--tensor 3 .* num_kv_heads = 2\. Use --tensor 1 or --tensor 2\."),
-        ({"tensor": 10**9}, "--tensor 1000000000 must be at least 1 and at most 65536"),
-        ({"timeout_s": float("nan")}, "--timeout-s nan must be at least 1 and at most 1000000"),
-        ({"timeout_s": 0.0}, "--timeout-s 0.0 must be at least 1"),
-        ({"timeout_s": 1e10}, "--timeout-s 10000000000.0 must be at least 1 and at most 1000000"),
-        ({"timeout_s": float("inf")}, "--timeout-s inf must be"),
-        ({"max_num_seqs": 10**30}, "--max-num-seqs 10{30} must be at least 1 and at most 16384"),
-        ({"cache_tokens": 2**64}, "--cache-tokens 18446744073709551616 must be at least 1"),
+        ({"tensor": 3}, r"tensor = 3 does not divide num_kv_heads = 2\. Use tensor = 1 or 2\."),
+        ({"tensor": 10**9}, "--tensor 1000000000 is out of range. Use 1 to 65,536"),
+        ({"timeout_s": float("nan")}, "--timeout-s nan is out of range. Use 1 to 1,000,000"),
+        ({"timeout_s": 0.0}, "--timeout-s 0.0 is out of range. Use 1 to"),
+        ({"timeout_s": 1e10}, "--timeout-s 10000000000.0 is out of range. Use 1 to 1,000,000"),
+        ({"timeout_s": float("inf")}, "--timeout-s inf is out of range"),
+        ({"max_num_seqs": 10**30}, "--max-num-seqs 10{30} is out of range. Use 1 to 16,384"),
+        ({"cache_tokens": 2**64}, "--cache-tokens 18446744073709551616 is out of range. Use 1 to"),
         ({"seed": 2**64 - 1}, r"seed = 18446744073709551615 .* 0 to 2\*\*63 - 1"),
         ({"seed": -1}, "seed = -1 "),
         ({"top_k": -1}, "top_k = -1 must be .* at least 0"),
@@ -491,7 +491,7 @@ def test_a_foreign_output_is_refused_and_kept(run: Path, tmp_path: Path) -> None
         ({"policy": Path("p.json"), "thresholds": (0.5,)}, "--policy p.json and --thresholds"),
     ],
 )
-def test_bad_input_is_named(run: Path, change: Record, message: str) -> None:
+def test_errors_name_invalid_input(run: Path, change: Record, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(GenerateOptions(**{"checkpoint": run, "prompt": "a prompt"} | change))
 
@@ -500,10 +500,10 @@ def test_bad_input_is_named(run: Path, change: Record, message: str) -> None:
     ("world_size", "expected"),
     [("2", "do not fit WORLD_SIZE = 2 in"), ("many", "WORLD_SIZE = 'many' in the environment is")],
 )
-def test_ranks_that_are_not_asked_for_are_refused(
+def test_more_ranks_than_the_layout_has_are_refused(
     run: Path, monkeypatch: pytest.MonkeyPatch, world_size: str, expected: str
 ) -> None:
-    """Two processes of one rank each would print everything twice."""
+    """Otherwise, two processes would both print everything."""
     names = {"WORLD_SIZE": world_size, "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
@@ -511,7 +511,7 @@ def test_ranks_that_are_not_asked_for_are_refused(
         generate(GenerateOptions(run, "a prompt"))
 
 
-def test_a_layout_that_can_not_be_is_refused_before_any_rank_starts(
+def test_an_impossible_layout_is_refused_before_ranks_start(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def launch(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Live text: printed as it comes, coloured by exit, without any part of a stop string."""
+"""Test live text: printed immediately, coloured by exit, without parts of stop strings."""
 
 import io
 
@@ -15,7 +15,7 @@ TOKENIZER = BytesTokenizer()
 
 
 class Generation:
-    """A generation that is shown in a console as its tokens come."""
+    """A generation that is shown in a console as its tokens arrive."""
 
     def __init__(self, file: io.StringIO, stops: tuple[str, ...] = (), color: bool = False) -> None:
         system = "standard" if color else None
@@ -29,7 +29,7 @@ class Generation:
             self.live.show(token.exit)
 
     def finish(self) -> str:
-        """Show the rest of the text, and return all of it."""
+        """Show the rest of the text and return the whole text."""
         self.text.finish()
         self.live.finish()
         return self.text.text
@@ -40,7 +40,7 @@ def _tokens(text: str, *exits: int) -> list[TokenOutput]:
     return [TokenOutput(token, exits[i % len(exits)], 0.5, -1.0) for i, token in enumerate(tokens)]
 
 
-def test_text_is_printed_as_it_comes_and_not_wrapped() -> None:
+def test_text_is_printed_immediately_and_not_wrapped() -> None:
     file = io.StringIO()
     generation = Generation(file)
     generation.live.prompt("[red]prompt\x1b[31m ")

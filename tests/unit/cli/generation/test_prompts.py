@@ -1,4 +1,4 @@
-"""Prompts from an option, a file, standard input and a batch file, and bad ones named."""
+"""Test reading prompts from an option, a file, standard input and a batch file."""
 
 import io
 import json
@@ -25,9 +25,7 @@ def _stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
-def test_a_prompt_is_taken_to_its_last_character(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_keeps_its_last_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "prompt.txt"
     file.write_bytes("é\r\n\n".encode())
     for source in ({"prompt": "é\r\n\n"}, {"prompt_file": file}, {}, {"prompt_file": Path("-")}):
@@ -48,7 +46,7 @@ def test_a_prompt_is_taken_to_its_last_character(
         ({"prompt_file": Path("/dev/null")}, "--prompt-file /dev/null is empty"),
     ],
 )
-def test_a_bad_prompt_is_named(
+def test_the_error_names_an_invalid_prompt(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, object], message: str
 ) -> None:
     _stdin(monkeypatch, b"a\xff")
@@ -56,14 +54,14 @@ def test_a_bad_prompt_is_named(
         read_prompts(GenerateOptions(RUN, **given))
 
 
-def test_no_prompt_at_a_terminal_does_not_wait_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_prompt_at_a_terminal_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     _stdin(monkeypatch, b"")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     with pytest.raises(ValueError, match="no prompt. Give --prompt"):
         read_prompts(GenerateOptions(RUN))
 
 
-def test_a_line_has_an_id_and_options_of_its_own(tmp_path: Path) -> None:
+def test_a_line_can_set_its_id_and_options(tmp_path: Path) -> None:
     own = {
         "thresholds": [0.5, "off"],
         "measure": "margin",
@@ -115,8 +113,8 @@ def test_a_line_has_an_id_and_options_of_its_own(tmp_path: Path) -> None:
     assert third.where.endswith("prompts.jsonl, line 4")
 
 
-def test_an_exit_policy_of_a_line_replaces_that_of_the_command(tmp_path: Path) -> None:
-    """Whether it is a file, or thresholds while the command has a file."""
+def test_the_exit_policy_of_a_line_replaces_that_of_the_command(tmp_path: Path) -> None:
+    """The line has a policy file, or it has thresholds and the command has a policy file."""
     plain, file, thresholds, measure = _batch(
         tmp_path,
         {"prompt": "a"},
@@ -135,8 +133,8 @@ def test_an_exit_policy_of_a_line_replaces_that_of_the_command(tmp_path: Path) -
     assert measure.options.measure == "margin"
 
 
-def test_every_option_that_decides_a_text_can_be_set_on_a_line() -> None:
-    """A line cannot set where files are, how the engine runs, or how results are shown."""
+def test_every_option_that_affects_the_text_can_be_set_on_a_line() -> None:
+    """A line cannot set paths, the execution of the engine, or the display of results."""
     of_all = {
         "checkpoint", "prompt", "prompt_file", "batch_file", "output", "dtype",
         "max_num_seqs", "cache_tokens", "deferral", "tensor", "pipeline", "timeout_s", "verify",
@@ -160,10 +158,10 @@ def test_every_option_that_decides_a_text_can_be_set_on_a_line() -> None:
         ({"prompt": "a", "id": "1"}, "id '1' is .* --batch-file .*prompts.jsonl, line 1"),
     ],
 )
-def test_a_line_that_is_no_object_or_has_no_id_of_its_own_ends_the_batch(
+def test_a_line_that_is_not_an_object_or_has_no_unique_id_ends_the_batch(
     tmp_path: Path, line: object, message: str
 ) -> None:
-    """There is no id that a record of its error could have."""
+    """Its error record would have no id."""
     with pytest.raises(ValueError, match=f"prompts.jsonl, line 2:? {message}"):
         _batch(tmp_path, {"prompt": "a"}, line, {"prompt": "b"})
 
@@ -220,7 +218,7 @@ def test_a_line_that_is_no_object_or_has_no_id_of_its_own_ends_the_batch(
         ({"prompt": "a", "policy": "p.json", "measure": "margin"}, ".* policy and measure"),
     ],
 )
-def test_an_invalid_line_is_named_and_the_others_are_read(
+def test_an_invalid_line_has_an_error_and_the_others_are_read(
     tmp_path: Path, line: dict[str, object], message: str
 ) -> None:
     first, invalid, last = _batch(tmp_path, {"prompt": "a"}, line, {"prompt": "b"})
@@ -232,7 +230,7 @@ def test_an_invalid_line_is_named_and_the_others_are_read(
     assert isinstance(last, Prompt)
 
 
-def test_an_error_shows_no_more_than_the_beginning_of_a_value(tmp_path: Path) -> None:
+def test_an_error_shows_only_the_beginning_of_a_value(tmp_path: Path) -> None:
     (invalid,) = _batch(tmp_path, {"prompt": "a", "seed": "9" * 10_000})
     assert isinstance(invalid, InvalidLine)
     assert "'seed' is '999" in invalid.error
@@ -257,7 +255,7 @@ MESSAGES = [
 
 @pytest.mark.parametrize("content", [MESSAGES, {"messages": MESSAGES}])
 @pytest.mark.parametrize("how", ["chat", "chat_file", "standard input"])
-def test_a_conversation_comes_from_a_file(
+def test_a_conversation_can_be_read_from_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object, how: str
 ) -> None:
     file = tmp_path / "conversation.json"
@@ -291,7 +289,9 @@ def test_a_message_is_a_conversation() -> None:
         ('[{"role": "user", "role": "x"}]', "has the key 'role' twice"),
     ],
 )
-def test_a_bad_conversation_is_named(tmp_path: Path, content: str, message: str) -> None:
+def test_the_error_names_an_invalid_conversation(
+    tmp_path: Path, content: str, message: str
+) -> None:
     file = tmp_path / "conversation.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=message):

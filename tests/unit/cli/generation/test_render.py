@@ -1,4 +1,4 @@
-"""How a generation is shown: pieces of text, colours, legend, table."""
+"""Test the display of a generation: text, colours, legend and table."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""`ee-llm verify`: what was generated passes, what was tampered with does not."""
+"""Test `ee-llm verify`: generated records pass, and tampered records fail."""
 
 import json
 import shutil
@@ -67,15 +67,17 @@ def _write(folder: Path, records: list[Record]) -> Path:
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+def stderr_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], str]:
     monkeypatch.setattr(distributed.console, "width", 200)
     return lambda: " ".join(capsys.readouterr().err.split())
 
 
-def test_what_was_generated_passes(
-    run: Path, made: list[Record], tmp_path: Path, said: Callable[[], str]
+def test_generated_records_pass(
+    run: Path, made: list[Record], tmp_path: Path, stderr_text: Callable[[], str]
 ) -> None:
-    """Every strategy, in every precision; in bfloat16 rounding explains what differs."""
+    """Every strategy passes in every precision; in bfloat16, rounding explains divergences."""
     assert {record["strategy"] for record in made} == {
         "exact",
         "full",
@@ -83,7 +85,7 @@ def test_what_was_generated_passes(
         "propagate",
     }
     verify(VerifyOptions(_write(tmp_path, made), run))
-    text = said()
+    text = stderr_text()
     num_tokens = sum(len(record["token_ids"]) for record in made)
     assert f"certificate: 5 generations, {num_tokens} tokens" in text
     assert "0 of them beyond rounding" in text
@@ -117,20 +119,20 @@ def _another_prompt(record: Record) -> None:
 @pytest.mark.parametrize(
     "tamper", [_another_token, _another_exit, _no_exit, _another_seed, _another_prompt]
 )
-def test_what_was_tampered_with_fails_and_shows_its_margin(
+def test_tampered_records_fail_and_show_the_margin(
     run: Path,
     made: list[Record],
     tmp_path: Path,
-    said: Callable[[], str],
+    stderr_text: Callable[[], str],
     tamper: Callable[[Record], None],
 ) -> None:
     records = json.loads(json.dumps(made))
     sampled = next(i for i, one in enumerate(records) if one["sampling_params"]["top_p"] == 0.9)
     tamper(records[sampled])
     path = _write(tmp_path, records)
-    with pytest.raises(ValueError, match="tokens or exits are not what the model"):
+    with pytest.raises(ValueError, match="tokens or exits differ from those"):
         verify(VerifyOptions(path, run))
-    assert f"{path}, line {sampled + 1}" in (text := said())
+    assert f"{path}, line {sampled + 1}" in (text := stderr_text())
     assert "beyond rounding" in text.split("certificate:")[0]
     report = Verifier(TensorReader(run)).verify(read_outputs(path, "file"))
     wrong = {finding.request_id for finding in report.findings if not finding.is_explained}
@@ -138,7 +140,7 @@ def test_what_was_tampered_with_fails_and_shows_its_margin(
     assert not report.passed
 
 
-def test_the_command_ends_with_status_2(
+def test_the_command_exits_with_status_2(
     run: Path, made: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(_write(tmp_path, made))
@@ -161,18 +163,18 @@ def test_the_command_ends_with_status_2(
         "margin": None,  # No rounding error explains an exit that does not exist.
         "is_explained": False,
     }
-    assert err.splitlines()[-1].startswith("ee-llm: 1 tokens or exits are not what")
+    assert err.splitlines()[-1].startswith("ee-llm: 1 tokens or exits differ from")
 
 
-def test_another_model_is_found_out(run: Path, made: list[Record], tmp_path: Path) -> None:
+def test_records_of_another_model_fail(run: Path, made: list[Record], tmp_path: Path) -> None:
     other = tmp_path / "other"
     save_model(other, CONFIG, random_tensors(CONFIG, seed=1, dtype=torch.float32))
-    with pytest.raises(ValueError, match="Check that this is the checkpoint"):
+    with pytest.raises(ValueError, match="Check that this checkpoint generated"):
         verify(VerifyOptions(_write(tmp_path, made), other))
 
 
 def test_every_prefix_of_a_file_passes(run: Path, made: list[Record], tmp_path: Path) -> None:
-    """A batch that is under way can be checked at any time."""
+    """The output of a running batch can be verified at any time."""
     for count in (1, 2):
         verify(VerifyOptions(_write(tmp_path, made[:count]), run))
 
@@ -188,25 +190,25 @@ def test_every_prefix_of_a_file_passes(run: Path, made: list[Record], tmp_path: 
         ({"strategy": "best"}, "line 2: 'strategy' is 'best'"),
     ],
 )
-def test_a_malformed_record_is_named(
+def test_the_error_names_a_malformed_record(
     run: Path, made: list[Record], tmp_path: Path, changes: Record, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         verify(VerifyOptions(_write(tmp_path, [made[0], made[1] | changes]), run))
 
 
-def test_an_empty_or_missing_file_is_no_pass(run: Path, tmp_path: Path) -> None:
+def test_an_empty_or_missing_file_fails(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="records.jsonl contains no generation"):
         verify(VerifyOptions(_write(tmp_path, []), run))
     with pytest.raises(ValueError, match="none can.*read"):
         verify(VerifyOptions(tmp_path / "none", run))
 
 
-def test_names_of_files_are_no_markup(run: Path, made: list[Record], tmp_path: Path) -> None:
+def test_file_names_are_not_parsed_as_markup(run: Path, made: list[Record], tmp_path: Path) -> None:
     records = json.loads(json.dumps(made[:1]))
     _no_exit(records[0])
     path = tmp_path / "[" / "].jsonl"  # Closes a tag that was not opened.
     path.parent.mkdir()
     shutil.copy(_write(tmp_path, records), path)
-    with pytest.raises(ValueError, match="are not what"):
+    with pytest.raises(ValueError, match="tokens or exits differ"):
         verify(VerifyOptions(path, run))

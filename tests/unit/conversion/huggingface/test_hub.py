@@ -137,4 +137,4 @@ def test_invalid_ids_are_not_looked_up(cache, capsys, name):
     if name:
         assert "does not exist: expected" in refusal(capsys, name, "--output", "ours")
     else:  # It would be the current directory.
-        assert "SOURCE is given an empty path" in refusal(capsys, name, "--output", "ours")
+        assert "SOURCE has an empty path" in refusal(capsys, name, "--output", "ours")

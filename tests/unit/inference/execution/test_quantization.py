@@ -76,7 +76,7 @@ def test_missing_torchao_is_an_error(run, capsys, monkeypatch):
     ("options", "expected"),
     [
         (("--dtype", "float64"), "--quantize int8 with --dtype float64"),
-        (("--dtype", "float32", "--verify"), "--verify holds generations against"),
+        (("--dtype", "float32", "--verify"), "--verify checks generations"),
     ],
 )
 def test_incompatible_options_are_refused(run, capsys, options, expected):

@@ -1,4 +1,4 @@
-"""Class-aware output weights against a loop over every token, through the reference model."""
+"""Compare class-aware output weights with a loop over all tokens of the reference model."""
 
 import itertools
 
@@ -16,7 +16,7 @@ from tests.unit.checkpoint.surgery.sources import HEADS, all_tensors, refusal, r
 pytestmark = pytest.mark.thorough
 
 EOD = 256
-LENGTH = 16  # of a window
+LENGTH = 16  # tokens in a window
 DOCUMENTS = [
     [*range(40, 75), EOD],
     [*(7, 7, 9, 7, 7, 9, 250), EOD],
@@ -39,7 +39,7 @@ def data(tmp_path) -> str:
 
 
 def naive(reader: TensorReader, boundary: int, tokens: list[int], mask_after_eos=False) -> Tensor:
-    """Return the weight [v, h] of an exit that is there, token by token and class by class."""
+    """Compute the weight [v, h] of an existing exit token by token and class by class."""
     model = load_reference(reader, torch.float64)
     seen: dict[int, list[Tensor]] = {}
     for start in range(0, len(tokens) - 1, LENGTH):
@@ -67,7 +67,7 @@ def add(source, output, *options: object) -> TensorReader:
 
 @pytest.mark.parametrize("family", ["llama", "gpt"])
 @pytest.mark.parametrize("head", [("norm",), ("mlp", "norm"), ("block", "norm"), ()])
-def test_the_rows_are_the_means(tmp_path, data, family, head):
+def test_the_rows_are_class_means(tmp_path, data, family, head):
     dense = save(tmp_path / "dense", tiny(family, boundaries=()), dtype=torch.float32)
     options = ("--data", data, "--exits", 1, 3, "--head", *head)
     found = add(dense.path, tmp_path / "more", *options)
@@ -86,7 +86,7 @@ def test_the_rows_are_the_means(tmp_path, data, family, head):
         assert torch.equal(again.tensor(name), tensor), "not the same twice"
 
 
-def test_other_exits_and_the_model_stay(tmp_path, data):
+def test_other_exits_and_the_model_do_not_change(tmp_path, data):
     source = save(tmp_path / "source", tiny(boundaries=(2,), **HEADS["own outputs"]))
     found = add(source.path, tmp_path / "more", "--data", data, "--exits", 3)
     for name, tensor in all_tensors(source).items():
@@ -94,15 +94,15 @@ def test_other_exits_and_the_model_stay(tmp_path, data):
     assert found.dtype("exits.3.output.weight") == torch.bfloat16
 
 
-def test_a_tied_model_falls_back_on_its_embedding(tmp_path, data):
+def test_a_tied_model_falls_back_to_its_embedding(tmp_path, data):
     dense = save(tmp_path / "dense", tiny(boundaries=(), tie_embeddings=True), dtype=torch.float32)
     found = add(dense.path, tmp_path / "more", "--data", data, "--exits", 2)
     weight, words = found.tensor("exits.2.output.weight"), dense.tensor("embedding.word.weight")
     assert torch.cosine_similarity(weight[259], words[259], dim=0) > 0.9999
 
 
-def test_so_many_tokens_of_several_data(tmp_path, data):
-    """Seven of the first, which is all there is to predict, and 33 of the second."""
+def test_num_tokens_counts_over_several_data_sets(tmp_path, data):
+    """The first data set has only seven predicted tokens; the second contributes 33."""
     first = write_data(tmp_path / "first", [DOCUMENTS[1]])
     dense = save(tmp_path / "dense", tiny(boundaries=()), dtype=torch.float32)
     some = add(
@@ -117,8 +117,8 @@ def test_so_many_tokens_of_several_data(tmp_path, data):
     assert torch.equal(weight[250], alone.tensor("exits.2.output.weight")[250])
 
 
-def test_what_has_no_loss_is_not_counted(tmp_path, data):
-    """data.mask_after_eos: the first token of an unrelated document is nobody's target."""
+def test_masked_tokens_are_not_counted(tmp_path, data):
+    """With data.mask_after_eos, the first token of the next document is not a target."""
     config = Config(**tiny(boundaries=()).model_dump() | {"data": {"mask_after_eos": True}})
     dense = save(tmp_path / "dense", config, dtype=torch.float32)
     found = add(dense.path, tmp_path / "more", "--data", data, "--exits", 2)
@@ -138,7 +138,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_mistakes_are_answered(tmp_path, capsys, data, case):
+def test_invalid_arguments_are_refused(tmp_path, capsys, data, case):
     options, expected = REFUSED[case]
     if case not in ("no data", "no such data"):
         options = ("--data", data, *options)
@@ -148,7 +148,7 @@ def test_mistakes_are_answered(tmp_path, capsys, data, case):
     assert not (tmp_path / "made").exists()
 
 
-def test_data_of_another_vocabulary(tmp_path, capsys):
+def test_data_with_a_larger_vocabulary_is_refused(tmp_path, capsys):
     other = write_data(tmp_path / "other", [[1, 2, 300, 4]])
     dense = save(tmp_path / "dense", tiny(boundaries=()))
     how = ("--exits", 2, "--initialization", "class-aware", "--output", tmp_path / "made")

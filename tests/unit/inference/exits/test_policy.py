@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from ee_llm.errors import RequestError
 from ee_llm.inference.exits.policy import MEASURES, ExitPolicy, make_exit_policy
 
 
@@ -43,6 +45,38 @@ def test_a_token_exits_at_its_threshold_and_never_where_off() -> None:
 def test_threshold_outside_its_range_is_refused(bad: float, boundaries: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"thresholds: .* is not in \(0, 1\].*'off'"):
         make_exit_policy(boundaries, [bad])
+
+
+def test_lists_and_numpy_arrays_are_as_good_as_tuples() -> None:
+    policy = ExitPolicy((1, 2), (0.5, None))
+    for boundaries in ([1, 2], range(1, 3), np.array([1, 2])):
+        for thresholds in ([0.5, None], (np.float32(0.5), None)):
+            found = ExitPolicy(boundaries, thresholds)
+            assert (found, hash(found), found.digest) == (policy, hash(policy), policy.digest)
+            assert {type(one) for one in found.boundaries} == {int}
+            assert type(found.thresholds[0]) is float
+            found.check_fits((1, 2))
+
+
+@pytest.mark.parametrize(
+    "boundaries",
+    [(2, 1), (1, 1), (True, 2), (1, 2.5), (1, None), ("1", "2"), 2, "12", None, {1: 2}.items()],
+)
+def test_boundaries_that_are_not_increasing_integers_are_refused(boundaries: object) -> None:
+    with pytest.raises(RequestError, match="boundaries = .* must be integers in increasing order"):
+        ExitPolicy(boundaries, (0.5, 0.5))
+
+
+@pytest.mark.parametrize("thresholds", [(True, 0.5), ("0.5", 0.5), ([0.5], 0.5), 0.5, "ab", None])
+def test_thresholds_that_are_no_numbers_are_refused(thresholds: object) -> None:
+    with pytest.raises(RequestError, match=r"^thresholds(:| =) "):
+        ExitPolicy((1, 2), thresholds)
+
+
+@pytest.mark.parametrize("measure", [["entropy"], None, {}, "top"])
+def test_a_measure_that_does_not_exist_is_refused(measure: object) -> None:
+    with pytest.raises(RequestError, match=r"measure .* is unknown"):
+        ExitPolicy((1, 2), (0.5, 0.5), measure)
 
 
 def test_one_threshold_applies_to_all_exits_and_other_counts_are_refused() -> None:

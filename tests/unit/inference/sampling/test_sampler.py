@@ -147,7 +147,7 @@ def test_the_penalty_applies_first_and_only_to_seen_tokens() -> None:
 
 
 def test_min_p_is_a_share_of_the_greatest_probability_at_the_temperature() -> None:
-    """0.5 0.3 0.2 are 1 0.6 0.4 of the greatest; at temperature 2, their square roots."""
+    """0.5 0.3 0.2 are 1 0.6 0.4 of the largest; at temperature 2, their square roots."""
     logits = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
 
     def support(**params: float) -> set[int]:

@@ -1,4 +1,4 @@
-"""Prompts begin as the model's tokenizer has it, or as --bos says."""
+"""Test that prompts begin with the bos token as the tokenizer or --bos specifies."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def prompt_tokens(capsys, checkpoint: Path, *options: str) -> list[int]:
 
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("settings", [None, "{}", '{"add_bos_token": null}'])
-def test_as_the_tokenizer_does(tmp_path, capsys, adds, settings):
+def test_auto_follows_the_tokenizer(tmp_path, capsys, adds, settings):
     single = "<|begin_of_text|> $A" if adds else "$A"
     checkpoint = save(tmp_path / "run", make_json(tmp_path / "tokenizer.json", single), settings)
     plain = prompt_tokens(capsys, checkpoint, "--bos", "off")
@@ -55,8 +55,8 @@ def test_as_the_tokenizer_does(tmp_path, capsys, adds, settings):
         (None, None),
     ],
 )
-def test_as_the_settings_say(tmp_path, capsys, settings, expected):
-    """Settings of a model from Hugging Face go before what a tokenizer.json does."""
+def test_auto_follows_the_settings_of_the_model(tmp_path, capsys, settings, expected):
+    """The settings of a Hugging Face model take precedence over tokenizer.json."""
     checkpoint = save(tmp_path / "run", make_json(tmp_path / "tokenizer.json", "$A"), settings)
     assert stated_bos(checkpoint) is expected
     assert (prompt_tokens(capsys, checkpoint)[0] == BOS) is bool(expected)
@@ -81,7 +81,7 @@ def test_sentencepiece(tmp_path, capsys):
     assert found[1:] == prompt_tokens(capsys, checkpoint, "--bos", "off")
 
 
-def test_a_line_of_a_batch_has_its_own(tmp_path):
+def test_a_line_of_a_batch_can_set_bos(tmp_path):
     file = make_json(tmp_path / "tokenizer.json", "<|begin_of_text|> $A")
     checkpoint = save(tmp_path / "run", file)
     lines = ['{"prompt": "ab", "id": "1"}', '{"prompt": "ab", "id": "2", "bos": "off"}']
@@ -94,7 +94,7 @@ def test_a_line_of_a_batch_has_its_own(tmp_path):
     assert found["1"] == [BOS, *found["2"]]
 
 
-def test_none_to_begin_with(tmp_path, capsys):
+def test_a_tokenizer_without_bos(tmp_path, capsys):
     def refused(checkpoint: Path, *options: str) -> str:
         how = ["--prompt", "ab", *options]
         assert main(["generate", "--checkpoint", str(checkpoint), *how]) == 2

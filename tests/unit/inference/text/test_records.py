@@ -1,4 +1,4 @@
-"""Generations as JSON objects and back; what is malformed is refused, and nothing of it runs."""
+"""Test generations as JSON objects: round trips, and the refusal of malformed records."""
 
 import json
 import math
@@ -52,8 +52,8 @@ def _record(**changes: Any) -> dict[str, Any]:
     return json.loads(as_json(record)) | changes
 
 
-def test_there_and_back_nothing_changes() -> None:
-    """Thresholds and confidences keep their last bit, seeds beyond a double's integers as well."""
+def test_records_round_trip() -> None:
+    """Thresholds and confidences are exact, and so are seeds beyond the integers of a double."""
     assert from_record(_record(), "here") == (MADE, "bfloat16")
 
 
@@ -61,7 +61,7 @@ def test_a_record_is_one_ascii_line_with_everything() -> None:
     line = as_json(_record())
     assert line.isascii()
     assert "\n" not in line
-    assert line.startswith('{"id": "x", ')  # by which a line cut off is known
+    assert line.startswith('{"id": "x", ')  # which identifies a truncated line
     record = json.loads(line)
     assert (record["prompt"], record["text"], record["pieces"]) == ("é\n", "new", ["n", "ew"])
     assert record["mean_depth"] == 5.0
@@ -77,7 +77,7 @@ def test_a_record_is_one_ascii_line_with_everything() -> None:
     ]
 
 
-def test_full_and_verify_have_no_exit_in_force() -> None:
+def test_records_of_full_and_self_speculative_have_no_exit_thresholds() -> None:
     request = Request("x", (1,), POLICY, SAMPLING, "self-speculative", SelfSpeculation(2))
     assert origin("a", request, "float32", "x", "0f")["policy"]["thresholds"] == {
         "2": None,
@@ -85,7 +85,7 @@ def test_full_and_verify_have_no_exit_in_force() -> None:
     }
 
 
-def test_a_difference_of_origin_is_named() -> None:
+def test_difference_names_the_changed_field() -> None:
     made_of = origin("é\n", REQUEST, "bfloat16", "step-00000007", "0f")
     assert difference(_record(), made_of) is None
     assert difference(_record(dtype="float32"), made_of) == "dtype"
@@ -95,7 +95,7 @@ def test_a_difference_of_origin_is_named() -> None:
     )
     assert difference(_record(), other) == "sampling_params.temperature"
     lacking = _record()
-    del lacking["sampling_params"]["logprobs"]  # of which None is the default
+    del lacking["sampling_params"]["logprobs"]  # whose default is None
     assert difference(lacking, made_of) == "sampling_params"
 
 
@@ -130,6 +130,7 @@ def test_a_record_without_a_part_is_refused(name: str) -> None:
 
 
 ALLOWED = [
+    ("top_k", -1),
     ("top_k", 10**400),
     ("max_tokens", 10**400),
     ("ignore_eos", True),
@@ -144,7 +145,7 @@ HOSTILE += [{"__reduce__": CODE}, {"py/object": "os.system"}, "!!python/object/a
 
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value)[:30])
 @pytest.mark.parametrize("name", [name for name in _record() if name not in NOT_NEEDED])
-def test_nothing_malformed_is_taken_and_nothing_runs(
+def test_malformed_records_are_refused_and_run_no_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -155,7 +156,7 @@ def test_nothing_malformed_is_taken_and_nothing_runs(
 
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value)[:30])
 @pytest.mark.parametrize("name", [*_record()["sampling_params"]])
-def test_no_malformed_sampling_is_taken(name: str, value: object) -> None:
+def test_malformed_sampling_params_are_refused(name: str, value: object) -> None:
     sampling = _record()["sampling_params"] | {name: value}
     if (name, value) in ALLOWED:
         assert from_record(_record(sampling_params=sampling), "here")
@@ -188,6 +189,6 @@ def test_no_malformed_sampling_is_taken(name: str, value: object) -> None:
         ({"sampling_params": _record()["sampling_params"] | {"beams": 4}}, "beams"),
     ],
 )
-def test_what_is_malformed_is_said(changes: dict[str, Any], message: str) -> None:
+def test_errors_name_the_malformed_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^here.*{message}"):
         from_record(_record(**changes), "here")

@@ -1,4 +1,4 @@
-"""The reference generator and the certificate that proves what it made."""
+"""Test the reference generator, and the certificate that checks its output."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def _generate(
 
 
 def _balanced_policy(model: ReferenceModel, measure: str) -> ExitPolicy:
-    """Return thresholds that about half of the rows reach at each exit."""
+    """Return a policy whose thresholds about half of the rows reach."""
     logits = model.forward(random_tokens(32, seed=8))
     medians = [float(MEASURES[measure](logits[boundary]).median()) for boundary in (1, 2)]
     return make_exit_policy((1, 2), medians, measure)
@@ -43,10 +43,10 @@ def _balanced_policy(model: ReferenceModel, measure: str) -> ExitPolicy:
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN, PENALISED])
 @pytest.mark.parametrize("head", [("norm",), ("block", "mlp", "norm")])
-def test_tokens_and_exits_are_those_of_the_definition(
+def test_tokens_and_exits_match_the_definition(
     measure: str, sampling: SamplingParams, head: tuple[str, ...]
 ) -> None:
-    """The definition is written out here once more, over one forward of the finished sequence."""
+    """The test implements the definition again, with one forward pass over the sequence."""
     model = tiny_model(tiny_config(head=head, temperatures=(1.0, 0.7)))
     policy = _balanced_policy(model, measure)
     lowest = dict(zip(policy.boundaries, policy.thresholds, strict=True))
@@ -68,7 +68,7 @@ def test_tokens_and_exits_are_those_of_the_definition(
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
-def test_thresholds_above_every_confidence_are_full(sampling: SamplingParams) -> None:
+def test_thresholds_above_every_confidence_equal_full(sampling: SamplingParams) -> None:
     model = tiny_model()
     full = _generate(model, make_exit_policy((1, 2), [0.01]), sampling, strategy="full")
     for thresholds in ([1.0], [None], [None, 1.0]):
@@ -80,7 +80,7 @@ def test_thresholds_above_every_confidence_are_full(sampling: SamplingParams) ->
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
-def test_verify_is_full_by_definition(sampling: SamplingParams) -> None:
+def test_self_speculative_is_full_by_definition(sampling: SamplingParams) -> None:
     model, policy = tiny_model(), make_exit_policy((1, 2), [0.1])
     full = _generate(model, policy, sampling, strategy="full")
     made = _generate(model, policy, sampling, strategy="self-speculative")
@@ -90,8 +90,8 @@ def test_verify_is_full_by_definition(sampling: SamplingParams) -> None:
     assert (found.index, found.expected, found.margin) == (0, 4, float("inf"))
 
 
-def test_repetition_penalty_changes_tokens_and_no_confidence() -> None:
-    """Greedy too; what the policy measures and the log probability are of the exit's own logits."""
+def test_repetition_penalty_changes_tokens_but_no_confidence() -> None:
+    """Confidence and log probability refer to the exit's own logits, before the penalty."""
     model, policy = tiny_model(), make_exit_policy((1, 2), [0.4])
     plain = _generate(model, policy)
     made = _generate(model, policy, SamplingParams(repetition_penalty=50.0))
@@ -102,14 +102,14 @@ def test_repetition_penalty_changes_tokens_and_no_confidence() -> None:
     assert made.logprobs[first] < plain.logprobs[first]
 
 
-def test_a_threshold_under_every_confidence_leaves_at_the_first_exit() -> None:
+def test_a_threshold_below_every_confidence_exits_at_the_first_exit() -> None:
     made = _generate(tiny_model(), make_exit_policy((1, 2), [1e-9]))
     assert made.exits == (1,) * 20
     assert made.mean_depth == 1.0
 
 
-def test_deeper_layers_do_not_run_for_a_token_that_left() -> None:
-    """What is above the exit cannot matter: a model broken there makes the same tokens."""
+def test_deeper_layers_do_not_affect_an_exited_token() -> None:
+    """A model that is broken above the exit generates the same tokens."""
     policy = make_exit_policy((1, 2), [1e-9])
     config = tiny_config()
     expected = _generate(tiny_model(config), policy)
@@ -120,8 +120,8 @@ def test_deeper_layers_do_not_run_for_a_token_that_left() -> None:
         _generate(broken, policy, strategy="full")
 
 
-def test_generation_is_a_pure_function_that_continues_itself() -> None:
-    """Cutting a generation and going on from there changes nothing, drawn tokens included."""
+def test_a_generation_can_be_continued_from_any_of_its_tokens() -> None:
+    """Continuing from a prefix of a generation changes nothing, even with sampling."""
     model, policy = tiny_model(), make_exit_policy((1, 2), [0.4])
     whole = _generate(model, policy, DRAWN)
     torch.manual_seed(0)
@@ -145,7 +145,7 @@ def test_finish_reasons() -> None:
     assert stopped.token_ids == made.token_ids[: made.token_ids.index(eos) + 1]
     context = _generate(model, policy, max_tokens=1000)
     assert context.finish_reason == "context"
-    assert len(PROMPT) + len(context.token_ids) == 32 + 1  # the last token needs no row
+    assert len(PROMPT) + len(context.token_ids) == 32 + 1  # the last token does not run
     stopped = _generate(model, policy, stop_token_ids=(99, eos))
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == made.token_ids[: made.token_ids.index(eos) + 1]
@@ -156,7 +156,7 @@ def test_finish_reasons() -> None:
     assert len(generate_reference(model, full_prompt, policy, GREEDY).token_ids) == 1
 
 
-def test_on_token_sees_each_decision_as_it_falls() -> None:
+def test_on_token_is_called_for_each_token() -> None:
     seen = []
     made = _generate(tiny_model(), make_exit_policy((1, 2), [0.4]), on_token=seen.append)
     assert tuple((d.token_id, d.exit, d.confidence, d.logprob) for d in seen) == tuple(
@@ -164,7 +164,7 @@ def test_on_token_sees_each_decision_as_it_falls() -> None:
     )
 
 
-def test_bad_input_is_named() -> None:
+def test_errors_name_invalid_input() -> None:
     model, policy = tiny_model(), make_exit_policy((1, 2), [0.4])
     for prompt, options, message in (
         ([], {}, "prompt is empty"),
@@ -180,7 +180,7 @@ def test_bad_input_is_named() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN, PENALISED])
-def test_certificate_passes_what_was_generated(sampling: SamplingParams, strategy: str) -> None:
+def test_certificate_passes_generations(sampling: SamplingParams, strategy: str) -> None:
     for family in ("llama", "gpt"):
         model = tiny_model(tiny_config(family, head=("block", "mlp", "norm")))
         made = _generate(model, make_exit_policy((1, 2), [0.4]), sampling, strategy=strategy)
@@ -200,7 +200,7 @@ def _assert_wrong_token_is_found(
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 def test_certificate_finds_every_single_change(sampling: SamplingParams) -> None:
-    """Every exit and token is replaced in turn; its own divergence must be the first reported."""
+    """Each exit and token is replaced in turn; its divergence must be the first reported."""
     model = tiny_model()
     made = _generate(model, make_exit_policy((1, 2), [0.5, 0.3]), sampling)
     for index, (exit, token) in enumerate(zip(made.exits, made.token_ids, strict=True)):
@@ -240,8 +240,8 @@ def test_margin_of_an_exit_is_the_distance_to_its_threshold() -> None:
     assert found.margin >= confidence - 1e-9
 
 
-def test_certificate_tells_rounding_from_a_mistake() -> None:
-    """A float32 generation diverges from float64 by rounding at most."""
+def test_certificate_distinguishes_rounding_from_errors() -> None:
+    """A float32 generation diverges from float64 only by rounding."""
     config = tiny_config()
     for seed in range(5):
         sampling = dataclasses.replace(DRAWN, seed=seed)
@@ -251,8 +251,8 @@ def test_certificate_tells_rounding_from_a_mistake() -> None:
         assert all(d.margin < 1e-4 for d in verify_trace(tiny_model(config), made))
 
 
-def test_an_exit_that_is_off_is_never_looked_at() -> None:
-    """It may be untrained or broken; nobody can have left there."""
+def test_an_exit_that_is_off_is_never_evaluated() -> None:
+    """It may be untrained or broken, and no token can exit there."""
     model, policy = tiny_model(), make_exit_policy((1, 2), [0.4, None])
     model._tensors["exits.2.norm.weight"].fill_(float("nan"))
     made = _generate(model, policy)
@@ -263,7 +263,7 @@ def test_an_exit_that_is_off_is_never_looked_at() -> None:
     assert (found.index, found.expected, found.margin) == (at_four, 4, float("inf"))
 
 
-def test_certificate_refuses_what_is_no_finished_sequence() -> None:
+def test_certificate_refuses_invalid_generations() -> None:
     model = tiny_model()
     made = _generate(model, make_exit_policy((1, 2), [0.4]))
     for change in ({"token_ids": ()}, {"exits": made.exits[1:]}, {"prompt_token_ids": ()}):
@@ -273,8 +273,19 @@ def test_certificate_refuses_what_is_no_finished_sequence() -> None:
         verify_trace(model, dataclasses.replace(made, token_ids=(*made.token_ids[:-1], 40)))
 
 
+def test_certificate_ignores_end_tokens_outside_the_vocabulary() -> None:
+    """They come from a file, and a record of a generation may claim any."""
+    model = tiny_model()
+    policy = make_exit_policy((1, 2), [0.4])
+    made = _generate(model, policy, min_tokens=4, max_tokens=4, eos_token_ids=[3, 40])
+    assert verify_trace(model, made) == []
+    assert verify_trace(model, dataclasses.replace(made, eos_token_ids=(3, 2**31 - 1))) == []
+    params = dataclasses.replace(made.sampling_params, stop_token_ids=(10**30,))
+    assert verify_trace(model, dataclasses.replace(made, sampling_params=params)) == []
+
+
 def test_certificate_of_propagate_finds_every_single_change() -> None:
-    """Later rows see keys and values of the changed one; its own divergence comes first."""
+    """Later rows read the keys and values of the changed one, so its divergence is first."""
     model = tiny_model(tiny_config(head=("block", "norm")))
     policy = _balanced_policy(model, "max_probability")
     made = _generate(model, policy, DRAWN, strategy="propagate")
@@ -284,14 +295,14 @@ def test_certificate_of_propagate_finds_every_single_change() -> None:
             exits = (*made.exits[:index], wrong, *made.exits[index + 1 :])
             found = verify_trace(model, dataclasses.replace(made, exits=exits))
             assert (found[0].index, found[0].kind, found[0].found) == (index, "exit", wrong)
-            too_early = wrong in (1, 2) and wrong < exit  # exits in between look the same
+            too_early = wrong in (1, 2) and wrong < exit  # exits in between have the same effect
             assert found[0].expected == (4 if too_early else exit)
             assert (found[0].margin == float("inf")) == (wrong in (0, 3, 9))
         _assert_wrong_token_is_found(model, made, index, token)
 
 
-def test_certificate_of_propagate_looks_at_nothing_beyond_an_exit() -> None:
-    """Where every token left at the first exit, what is above it cannot matter."""
+def test_certificate_of_propagate_uses_nothing_above_an_exit() -> None:
+    """If every token exits at the first exit, the layers above it have no effect."""
     model, policy = tiny_model(), make_exit_policy((1, 2), [1e-9])
     made = _generate(model, policy, DRAWN, strategy="propagate")
     model._tensors["layers.2.mlp.linear_fc2.weight"].fill_(float("nan"))
