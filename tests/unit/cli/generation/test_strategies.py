@@ -76,7 +76,7 @@ def test_records_have_the_settings_and_pass_the_certificate(run: Path, tmp_path:
     verify(VerifyOptions(output, run))
     good["1"]["sled"]["rate"] = 30.0
     output.write_text(json.dumps(good["1"]) + "\n")
-    with pytest.raises(UserError, match="are not what the model"):
+    with pytest.raises(UserError, match="differ from those that the model"):
         verify(VerifyOptions(output, run))
     good["1"]["sled"] = {"speed": 1}
     output.write_text(json.dumps(good["1"]) + "\n")
