@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ee_llm.errors import UserError as UserError
     from ee_llm.evaluation.result import EvaluationResult as EvaluationResult
     from ee_llm.evaluation.result import ExitMetrics as ExitMetrics
+    from ee_llm.inference.decoding.settings import SLED as SLED
+    from ee_llm.inference.decoding.settings import DoLa as DoLa
     from ee_llm.inference.exits.policy import ExitPolicy as ExitPolicy
     from ee_llm.inference.llm import LLM as LLM
     from ee_llm.inference.outputs import RequestOutput as RequestOutput
@@ -45,6 +47,8 @@ _EXPORTS = {
     "SamplingParams": "ee_llm.inference.sampling.params",
     "ExitPolicy": "ee_llm.inference.exits.policy",
     "SelfSpeculation": "ee_llm.inference.strategies",
+    "SLED": "ee_llm.inference.decoding.settings",
+    "DoLa": "ee_llm.inference.decoding.settings",
     "RequestOutput": "ee_llm.inference.outputs",
     "TokenOutput": "ee_llm.inference.outputs",
     "VerificationReport": "ee_llm.inference.verification.verify",

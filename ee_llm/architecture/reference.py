@@ -71,16 +71,37 @@ class ReferenceModel:
             UserError: There are no tokens or more than `model.max_seq_length`, a token is outside
                 the vocabulary, or `exited_at` has a wrong length or an impossible boundary.
         """
+        for boundary, x, attended in self.residuals(tokens, exited_at):
+            if boundary in self._temperature:
+                yield boundary, self._head(boundary, x, attended)
+
+    def residuals(
+        self, tokens: Tensor, exited_at: Sequence[int] | Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (boundary, residual stream [s, h], the same before the layer's MLP) from 0 on.
+
+        Boundary 0 is the embedding output. The arguments and errors are those of `walk`.
+        """
         self._check(tokens)
         frozen_at = self._frozen_at(exited_at, len(tokens))
         x = self._embed(tokens.to(self.device))
+        yield 0, x, x
         for layer in range(1, self.num_layers + 1):
             name = f"layers.{layer}"
             live = (frozen_at >= layer)[:, None]
             attended = x + self._attention(name, x)
             x = torch.where(live, attended + self._mlp(name, "pre_mlp_layernorm", attended), x)
-            if layer in self._temperature:
-                yield layer, self._head(layer, x, attended)
+            yield layer, x, attended
+
+    def head_input(self, boundary: int, x: Tensor, attended: Tensor) -> Tensor:
+        """Return the input [s, h] of the output weight of the exit at `boundary`.
+
+        Args:
+            boundary: Boundary of the exit.
+            x: Residual stream [s, h], as `residuals` yields it.
+            attended: The same before the layer's MLP; the final exit does not read it.
+        """
+        return self._head(boundary, x, attended)
 
     def logits(self, boundary: int, hidden: Tensor) -> Tensor:
         """Return the logits [..., v] of the exit at `boundary` for its hidden states [..., h]."""

@@ -20,6 +20,12 @@ COMMAND = CommandHelp(
             "thresholds strategy",
             "policy measure draft_exit draft_length draft_threshold verify",
         ),
+        Group(
+            "Early layers (--strategy sled and dola)",
+            "",
+            "sled_rate sled_scale sled_tau sled_layers sled_variant dola_layers dola_alpha"
+            " early_head",
+        ),
         Group("Length", "max_tokens stop", "min_tokens stop_token_ids ignore_eos"),
         Group(
             "Sampling",

@@ -17,7 +17,7 @@ from torch import Tensor
 from ee_llm.distributed import devices, environment
 from ee_llm.errors import RunError, UserError
 
-_MAX_IN_FLIGHT = 32  # tensors; a pass sends up to four
+_MAX_IN_FLIGHT = 32  # tensors; a pass sends up to eight
 _UNLIMITED = datetime.timedelta(days=10_000)  # gloo adds it to the time since the machine started
 
 

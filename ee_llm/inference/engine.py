@@ -11,6 +11,7 @@ from ee_llm import distributed
 from ee_llm.architecture.tensors import take_tensors
 from ee_llm.config import Config
 from ee_llm.inference.choices import DeferralMode
+from ee_llm.inference.decoding.contrast import contrast_rows
 from ee_llm.inference.engine_base import EngineBase
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.execution.runner import Runner
@@ -132,7 +133,11 @@ class Engine(EngineBase):
         ]
         if self.runner.has_workers and can_decide_from_summaries(queries):
             return decide_from_summaries(self.runner.run_summarized(output), queries)
-        return decide_exits(self.runner.run(output), queries)
+        logits = self.runner.run(output)
+        if output.early_queries:
+            early = self.runner.early_logits(output)
+            logits = contrast_rows(logits, early, [query.contrast for query in queries])
+        return decide_exits(logits, queries)
 
     def _update_deferral(
         self,

@@ -8,6 +8,7 @@ from typing import Self
 from ee_llm import distributed
 from ee_llm.config import Config
 from ee_llm.errors import RequestError, RunError
+from ee_llm.inference.decoding.settings import resolve_contrast
 from ee_llm.inference.outputs import RequestOutput, StepOutput, TokenOutput
 from ee_llm.inference.request import Request
 from ee_llm.inference.scheduling.base import SchedulerBase
@@ -165,11 +166,10 @@ class EngineBase(ABC):
                 raise RunError("The engine was closed or ended by an exception. Build a new one.")
             changed = {sequence.request.id: sequence for sequence in self._advance()}
             for id, sequence in changed.items():
-                if not self.is_running(sequence):
-                    continue
-                inbox = self._inboxes[id]
-                if output := self._step_output(sequence):
-                    inbox.append(output)
+                if self.is_running(sequence):
+                    inbox = self._inboxes[id]  # A finished request is forgotten.
+                    if output := self._step_output(sequence):
+                        inbox.append(output)
 
     def advance_while(self, is_needed: Callable[[], bool]) -> None:
         """Run engine steps while `is_needed` returns true; other threads may do so in between."""
@@ -220,6 +220,11 @@ class EngineBase(ABC):
             raise RequestError(
                 f"draft_exit = {speculation.draft_exit} is not an exit. The model has exits at"
                 f" {exits}."
+            )
+        contrast = request.contrast
+        if contrast is not None and resolve_contrast(contrast, self.config) != contrast:
+            raise RequestError(
+                f"{contrast} does not name its boundaries and head. Use resolve_contrast first."
             )
         if params.stop and self._detokenize is None:
             raise RequestError(
@@ -391,4 +396,5 @@ def _request_output(sequence: Sequence) -> RequestOutput:
         num_drafted=sequence.num_drafted,
         num_accepted=sequence.num_accepted,
         error=sequence.error,
+        contrast=request.contrast,
     )

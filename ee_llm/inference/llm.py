@@ -12,6 +12,7 @@ from ee_llm.data.tokenization.chat_template import Message
 from ee_llm.data.tokenization.token_settings import is_encodable
 from ee_llm.errors import RequestError
 from ee_llm.inference.choices import Bos
+from ee_llm.inference.decoding.settings import Contrast
 from ee_llm.inference.exits.policy import Exits
 from ee_llm.inference.loaded_model import LoadedModel
 from ee_llm.inference.outputs import RequestOutput
@@ -57,7 +58,7 @@ class LLM(LoadedModel):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         exits: Exits | None = None,
-        strategy: Strategy | SelfSpeculation = "exact",
+        strategy: Strategy | SelfSpeculation | Contrast = "exact",
         bos: Bos = "auto",
         parse_special: bool = False,
         progress: bool = False,
@@ -72,7 +73,8 @@ class LLM(LoadedModel):
             sampling_params: How tokens are drawn and when generations end, for all prompts or as a
                 list with an entry for each. With n > 1, the n outputs of a prompt are adjacent.
             exits: Exit policy, as in the constructor, whose policy is the default.
-            strategy: "exact", "full", "propagate", "self-speculative", or a `SelfSpeculation`.
+            strategy: "exact", "full", "propagate", "self-speculative" or a `SelfSpeculation`,
+                "sled" or an `SLED`, "dola" or a `DoLa`.
             bos: "on" and "off" add and omit the beginning-of-sequence token before a prompt; "auto"
                 follows the tokenizer's settings for texts, and adds none to token ids.
             parse_special: Convert special tokens in a text, such as <|im_end|>, to their ids.
@@ -91,7 +93,7 @@ class LLM(LoadedModel):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         exits: Exits | None = None,
-        strategy: Strategy | SelfSpeculation = "exact",
+        strategy: Strategy | SelfSpeculation | Contrast = "exact",
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Return the answers to conversations, in order.
@@ -122,7 +124,7 @@ class LLM(LoadedModel):
         sampling_params: SamplingParams | None = None,
         *,
         exits: Exits | None = None,
-        strategy: Strategy | SelfSpeculation = "exact",
+        strategy: Strategy | SelfSpeculation | Contrast = "exact",
         bos: Bos = "auto",
         parse_special: bool = False,
     ) -> TokenStream:
@@ -182,7 +184,7 @@ class LLM(LoadedModel):
         prompts: Sequence[EncodedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         exits: Exits | None,
-        strategy: Strategy | SelfSpeculation,
+        strategy: Strategy | SelfSpeculation | Contrast,
         progress: bool,
     ) -> list[RequestOutput]:
         params = _params_list(sampling_params, len(prompts))

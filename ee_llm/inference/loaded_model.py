@@ -25,6 +25,7 @@ from ee_llm.inference.choices import (
     check_bool,
     check_choice,
 )
+from ee_llm.inference.decoding.settings import Contrast
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.execution.quantization import check_quantize
 from ee_llm.inference.execution.stage import check_layout
@@ -35,7 +36,7 @@ from ee_llm.inference.ranks.workers import Workers, announce_ready
 from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.sampling.plain_numbers import plain_float
-from ee_llm.inference.strategies import SelfSpeculation, Strategy
+from ee_llm.inference.strategies import SelfSpeculation, Strategy, resolve_strategy
 from ee_llm.inference.stream import TokenStream
 from ee_llm.inference.text.detokenizer import GeneratedText
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt, PromptEncoder
@@ -199,25 +200,28 @@ class LoadedModel:
         sampling_params: SamplingParams,
         *,
         exits: Exits | None = None,
-        strategy: Strategy | SelfSpeculation = "exact",
+        strategy: Strategy | SelfSpeculation | Contrast = "exact",
         id: str | None = None,
     ) -> Request:
         """Return the request for an encoded prompt. Raises RequestError if it is not valid."""
-        speculation = None
-        if isinstance(strategy, SelfSpeculation) or strategy == "self-speculative":
-            given = strategy if isinstance(strategy, SelfSpeculation) else SelfSpeculation()
-            strategy, speculation = "self-speculative", self._speculation(given)
+        name, speculation, contrast = resolve_strategy(strategy, self.config)
         boundaries = self.config.exits.boundaries
         policy = self._policy if exits is None else resolve_policy(exits, boundaries)
+        if contrast is not None and exits is not None and policy != policy.without_exits():
+            raise RequestError(
+                f"strategy {name!r} runs every token through all layers, so exits cannot have"
+                " thresholds. Remove exits, or use exits='off'."
+            )
         return Request(
             id or str(next(self._request_numbers)),
             prompt.token_ids,
             policy,
             sampling_params,
-            strategy,
+            name,
             speculation,
             self.tokenizer.eos_token_ids,
             self._encoder.special_texts(sampling_params.stop),
+            contrast=contrast,
         )
 
     def stream_request(self, request: Request, prompt: str) -> TokenStream:
@@ -305,15 +309,6 @@ class LoadedModel:
             output.token_ids, skip_errors=output.error is not None
         )
         return replace(output, prompt=prompt, text=text.text, pieces=text.trimmed_pieces)
-
-    def _speculation(self, given: SelfSpeculation) -> SelfSpeculation:
-        boundaries = self.config.exits.boundaries
-        if not boundaries:
-            raise RequestError(
-                "strategy = 'self-speculative' drafts at an exit, but the model has none. Add exits"
-                " with 'ee-llm checkpoint add-exits', then tune them with 'ee-llm tune'."
-            )
-        return given if given.draft_exit is not None else replace(given, draft_exit=boundaries[0])
 
     def _connect(
         self, tensor: int, pipeline: int, timeout_s: float, arguments: dict[str, Any]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ee_llm.inference.decoding.settings import Contrast
 from ee_llm.inference.request import FinishReason
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.strategies import Strategy
@@ -24,7 +25,8 @@ class TokenOutput:
         exit: Boundary at which the token exited: the number of layers it used.
         confidence: Confidence of that exit by the policy's measure.
         logprob: Log probability of the token in that exit's distribution, before sampling
-            parameters apply.
+            parameters apply. With `sled` and `dola`, it is the distribution of the contrasted
+            logits.
         text: Text that the token adds. It is empty if the text is not known, or if a later token
             completes it.
         top_logprobs: Most probable tokens of that exit and their log probabilities, if requested.
@@ -52,7 +54,7 @@ class RequestOutput:
             parameters apply.
         finish_reason: Why the generation ended: `eos`, `stop`, `length`, `context`, `abort` or
             `error`.
-        policy: The exit policy used; with `full` and `self-speculative`, every exit is off.
+        policy: The exit policy used; with strategies of full depth, every exit is off.
         sampling_params: How the tokens were drawn.
         strategy: The decoding strategy.
         num_layers: Number of layers of the model, which is the boundary of the final exit.
@@ -65,6 +67,7 @@ class RequestOutput:
         text: Generated text, which ends before a stop string; None if there is no tokenizer.
         pieces: Text of each token; concatenated, they are `text`.
         index: Number of this sample among the `n` samples of its prompt.
+        contrast: Settings of the strategies `sled` and `dola`; None for the others.
     """
 
     request_id: str
@@ -87,6 +90,7 @@ class RequestOutput:
     text: str | None = None
     pieces: tuple[str, ...] = ()
     index: int = 0
+    contrast: Contrast | None = None
 
     @property
     def mean_depth(self) -> float:

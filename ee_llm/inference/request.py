@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ee_llm.errors import RequestError
+from ee_llm.inference.decoding.settings import CONTRASTS, Contrast, strategy_of
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.strategies import STRATEGIES, SelfSpeculation, Strategy
 
@@ -23,13 +24,16 @@ class Request:
     Attributes:
         id: Unique among the unfinished requests of an engine.
         prompt_token_ids: Token ids of the prompt, at least one.
-        policy: Exit policy. The strategies `full` and `self-speculative` turn all exits off.
+        policy: Exit policy. Strategies of full depth (all but `exact` and `propagate`) turn all
+            exits off.
         sampling_params: How tokens are drawn and when the generation ends; `n` must be 1.
         strategy: What happens once an exit is confident.
         speculation: How `self-speculative` drafts; None for the other strategies.
         eos_token_ids: End tokens of the model.
         special_texts: Ids and texts of the special tokens that stop strings may contain.
         tenant: Prompts share cached blocks only within one tenant.
+        contrast: Settings of `sled` or `dola`, for the model (see `resolve_contrast`); None for the
+            other strategies.
 
     Raises:
         RequestError: A field is not valid.
@@ -44,6 +48,7 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     special_texts: tuple[tuple[int, str], ...] = ()
     tenant: str = ""
+    contrast: Contrast | None = None
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -64,6 +69,12 @@ class Request:
             raise RequestError(
                 f"strategy {self.strategy!r} does not go with speculation = {self.speculation}."
                 " Give a SelfSpeculation with strategy 'self-speculative' and with no other."
+            )
+        settings = None if self.contrast is None else strategy_of(self.contrast)
+        if settings != (self.strategy if self.strategy in CONTRASTS else None):
+            raise RequestError(
+                f"strategy {self.strategy!r} does not go with contrast = {self.contrast}. Give an"
+                " SLED with strategy 'sled', a DoLa with strategy 'dola', and None with others."
             )
 
 

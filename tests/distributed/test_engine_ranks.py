@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ee_llm import distributed
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
+from ee_llm.inference.decoding.settings import SLED, DoLa, resolve_contrast, strategy_of
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.engine_base import EngineBase
 from ee_llm.inference.execution.stage import ModelStage
@@ -23,6 +24,7 @@ from ee_llm.inference.pipeline_engine import PipelineEngine
 from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.scheduling.config import SchedulerConfig
+from ee_llm.inference.strategies import STRATEGIES
 from tests.distributed.harness import run_ranks
 from tests.unit.inference.engines import make_request
 from tests.unit.inference.fuzz import Traffic, assert_expected, expected, random_traffic, serve
@@ -130,6 +132,66 @@ def test_failed_connection_leaves_no_process_group() -> None:
     assert run_ranks(1, _fail_to_connect) == [False]
 
 
+def _contrast_requests(config: Config) -> list[Request]:
+    """Return requests of `sled` and `dola` with early layers on every stage, and an exact one."""
+    contrasts = [
+        SLED(rate=3.0, layers=(0, 1, 3)),
+        SLED(variant="released", scale=5),
+        SLED(head="exits", rate=4.0, scale=40),
+        DoLa(layers=(0, 1, 2, 3), alpha=0.02),
+        DoLa(layers=(2,), head="exits"),
+        DoLa(layers="high", head="raw"),
+    ]
+    return [
+        make_request("exact", max_tokens=16),
+        *(
+            make_request(
+                f"{number}",
+                3 + 2 * number,
+                strategy_of(contrast),
+                contrast=resolve_contrast(contrast, config),
+                sampling=SamplingParams(temperature=0.8 * (number % 2), top_k=9, seed=number),
+            )
+            for number, contrast in enumerate(contrasts)
+        ),
+    ]
+
+
+def _serve_contrasts(tensor: int, pipeline: int, head: tuple[str, ...]) -> list[RequestOutput]:
+    """Return the outputs of all requests together, then of one at a time."""
+    torch.set_num_threads(1)
+    config = tiny_config(head=head, output="own")
+    ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=30)
+    scheduler_config = SchedulerConfig(max_num_seqs=4, num_blocks=40, block_size=4, max_pending=5)
+    engine = make_engine(config, random_tensors(config), scheduler_config, ranks)
+    if not ranks.is_leader:
+        engine.worker_loop()
+        return []
+    requests = _contrast_requests(config)
+    made = engine.generate(requests)
+    made += [engine.generate([request])[0] for request in requests]
+    engine.close()
+    return made
+
+
+@pytest.mark.parametrize("head", [("norm",), ("block", "mlp", "norm")], ids="-".join)
+@pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
+def test_early_logits_of_all_stages_are_contrasted(
+    tensor: int, pipeline: int, head: tuple[str, ...]
+) -> None:
+    """Early layers are on stages before the last one, and vocabularies are divided."""
+    made, *_ = run_ranks(tensor * pipeline, _serve_contrasts, tensor, pipeline, head)
+    config = tiny_config(head=head, output="own")
+    model = ReferenceModel(config, random_tensors(config), torch.float64)
+    requests = _contrast_requests(config)
+    for request, together, alone in zip(
+        requests, made[: len(requests)], made[len(requests) :], strict=True
+    ):
+        wanted = expected(model, request)
+        assert together.token_ids == alone.token_ids == wanted.token_ids
+        assert together.logprobs == pytest.approx(wanted.logprobs, abs=1e-9)
+
+
 def _fail_amid_a_pass(kind: type[BaseException], tensor: int, pipeline: int, noticed: Path) -> str:
     _, config, tensors = _setting(0)
     ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=100)
@@ -227,7 +289,6 @@ def test_next_stage_does_not_wait_for_an_exit(strategy: str, order: list[str]) -
     assert events[:2] == order
 
 
-_STRATEGIES = ("exact", "full", "self-speculative", "propagate")
 _POISON = 28
 
 
@@ -258,8 +319,8 @@ def _serve_poison(tensor: int, pipeline: int) -> dict[str, RequestOutput]:
 
 def _poisoned_requests() -> list[Request]:
     requests = []
-    for number in range(16):
-        strategy = _STRATEGIES[number % 4]
+    for number in range(24):
+        strategy = STRATEGIES[number // 2 % len(STRATEGIES)]
         prompt = [1 + number, 2, 3, *range(4, 4 + number % 5)]
         if number % 2:
             prompt[number % len(prompt)] = _POISON

@@ -15,8 +15,10 @@ from ee_llm.cli.generation.live import LiveText
 from ee_llm.cli.generation.options import GenerateOptions
 from ee_llm.cli.generation.prompts import InvalidLine, Prompt, read_prompts
 from ee_llm.cli.generation.render import legend, speed_line, token_table
+from ee_llm.cli.generation.strategies import check_no_exits, strategy_of_options
 from ee_llm.cli.generation.verify import print_report, read_outputs
 from ee_llm.errors import RunError, UserError
+from ee_llm.inference.decoding.settings import CONTRASTS, Contrast, resolve_contrast
 from ee_llm.inference.execution.quantization import check_quantize
 from ee_llm.inference.execution.stage import check_layout
 from ee_llm.inference.exits.policy import Exits, make_exit_policy
@@ -25,7 +27,6 @@ from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.speed import Speed, Stopwatch, against_full
-from ee_llm.inference.strategies import SelfSpeculation
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 from ee_llm.inference.text.records import Record, as_json, error_record, origin, to_record
 from ee_llm.inference.verification.verify import Verifier
@@ -89,7 +90,13 @@ def check(options: GenerateOptions) -> None:
                 "--verify checks generations with the checkpoint's weights, but --quantize"
                 f" {options.quantize} changes the weights. Remove one of them."
             )
-    check_layout(TensorReader(options.checkpoint).config(), options.tensor, options.pipeline)
+    config = TensorReader(options.checkpoint).config()
+    check_layout(config, options.tensor, options.pipeline)
+    if options.batch_file is None:
+        check_no_exits(options)
+        strategy = strategy_of_options(options)
+        if isinstance(strategy, Contrast):
+            resolve_contrast(strategy, config)
     if started is None:
         distributed.check_gpus(options.tensor, options.pipeline)
 
@@ -148,19 +155,19 @@ def _open(options: GenerateOptions) -> LLM:
 
 def _request(llm: LLM, prompt: Prompt, encoded: EncodedPrompt) -> Request:
     options = prompt.options
-    strategy = options.strategy
     return llm.make_request(
         encoded,
         SamplingParams(**{name: getattr(options, name) for name in _SAMPLING}),
         exits=_exits(llm, options),
-        strategy=SelfSpeculation(options.draft_exit, options.draft_length, options.draft_threshold)
-        if strategy == "self-speculative"
-        else strategy,
+        strategy=strategy_of_options(options),
         id=prompt.id,
     )
 
 
 def _exits(llm: LLM, options: GenerateOptions) -> Exits:
+    if options.strategy in CONTRASTS:
+        check_no_exits(options)
+        return make_exit_policy(llm.config.exits.boundaries, [None], options.measure)
     if options.policy is not None:
         return Path(options.policy)
     thresholds = [None if value == "off" else value for value in options.thresholds]

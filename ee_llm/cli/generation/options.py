@@ -12,6 +12,7 @@ from ee_llm.inference.choices import (
     Measure,
     Quantize,
 )
+from ee_llm.inference.decoding.settings import DoLaLayers, EarlyHead, SLEDLayers, SLEDVariant
 from ee_llm.inference.strategies import Strategy
 
 
@@ -68,7 +69,8 @@ class GenerateOptions:
     """Decode with this strategy. exact exits at the first confident exit. full runs every token
     through all layers. self-speculative drafts at an exit and checks with all layers; its output is
     that of full. propagate exits as exact does and uses the hidden state at the exit for all deeper
-    layers (approximate)."""
+    layers (approximate). sled and dola run all layers and change the final logits with those of
+    early layers."""
 
     draft_exit: int | None = None
     """Draft at this exit, with self-speculative. (default: the first exit)"""
@@ -79,6 +81,34 @@ class GenerateOptions:
     draft_threshold: float | None = None
     """Draft only while the exit has at least this confidence, with self-speculative. (default: no
     limit)"""
+
+    sled_rate: float = 1.0
+    """Move the final logits toward the early layers by this step size (evolution rate)."""
+
+    sled_scale: int = 10
+    """Evolve this many most probable tokens, and draw only from them (evolution scale)."""
+
+    sled_tau: float = 1.0
+    """Divide the logits by this in the update; not used by the released variant."""
+
+    sled_layers: tuple[int | SLEDLayers, ...] = ("all",)
+    """Read early logits at these boundaries (0 is the embedding output), at all of them, or at
+    alternate ones (every other one)."""
+
+    sled_variant: SLEDVariant = "paper"
+    """Follow the paper's algorithm (paper) or the authors' code (released)."""
+
+    dola_layers: tuple[int | DoLaLayers, ...] = ("low",)
+    """Contrast with the early logits at this boundary. Of several, each token uses the one that
+    differs most; low and high are every other boundary in one half of the model."""
+
+    dola_alpha: float = 0.1
+    """Draw only tokens with at least this share of the top token's probability, in (0, 1]."""
+
+    early_head: EarlyHead | Literal["auto"] = "auto"
+    """Compute early logits with the final exit's norm and output weight (final), with its output
+    weight alone (raw), or with the exits' own heads (exits). auto is final, and raw with
+    --sled-variant released."""
 
     bos: Bos = "auto"
     """Begin prompts with the beginning-of-sequence token (on), or not (off). auto follows the

@@ -14,6 +14,7 @@ from ee_llm.data.tokenization.chat_template import Message
 from ee_llm.data.tokenization.token_settings import is_encodable
 from ee_llm.errors import RequestError, UserError
 from ee_llm.inference.choices import Bos, Measure
+from ee_llm.inference.decoding.settings import DoLaLayers, EarlyHead, SLEDLayers, SLEDVariant
 from ee_llm.inference.strategies import Strategy
 from ee_llm.inference.text.chat import check_messages, read_conversation, user_message
 from ee_llm.inference.text.json_lines import MIB, decode, opened, read_objects, short
@@ -84,6 +85,14 @@ class _Line(BaseModel):
     draft_exit: int | None = None
     draft_length: int = 4
     draft_threshold: float | None = None
+    sled_rate: float = 1.0
+    sled_scale: int = 10
+    sled_tau: float = 1.0
+    sled_layers: int | SLEDLayers | list[int | SLEDLayers] = "all"
+    sled_variant: SLEDVariant = "paper"
+    dola_layers: int | DoLaLayers | list[int | DoLaLayers] = "low"
+    dola_alpha: float = 0.1
+    early_head: EarlyHead | Literal["auto"] = "auto"
     bos: Bos = "auto"
     parse_special: bool = False
     system: str | None = None
@@ -196,7 +205,7 @@ def _from_line(options: GenerateOptions, record: dict[str, Any], where: str, id:
         found = f"has {' and '.join(kinds)}" if kinds else "has no prompt"
         raise RequestError(f"{where}: the line {found}. Give one of {', '.join(_KINDS)}.")
     own = {name: getattr(line, name) for name in line.model_fields_set if name not in _KINDS}
-    for name in ("thresholds", "stop", "stop_token_ids"):
+    for name in ("thresholds", "stop", "stop_token_ids", "sled_layers", "dola_layers"):
         if name in own:
             own[name] = tuple(own[name]) if isinstance(own[name], list) else (own[name],)
     if line.system is not None and not is_encodable(line.system):

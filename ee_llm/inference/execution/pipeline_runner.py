@@ -3,13 +3,21 @@
 Legend of shapes: t rows, h hidden.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 
 import torch
 from torch import Tensor
 
 from ee_llm import distributed
-from ee_llm.inference.execution.attention import Run, live_runs
+from ee_llm.inference.decoding.contrast import EarlyLogits, contrast_rows
+from ee_llm.inference.execution.attention import Batch, Run, live_runs
+from ee_llm.inference.execution.early_rows import (
+    EarlyRows,
+    QueriedRow,
+    run_with_early,
+    split_queries,
+)
 from ee_llm.inference.execution.executor import ExecutionConfig, Executor
 from ee_llm.inference.execution.runner import runs_of
 from ee_llm.inference.execution.stage import ModelStage
@@ -22,7 +30,11 @@ from ee_llm.inference.exits.decision import (
     summarize,
 )
 from ee_llm.inference.scheduling.config import SchedulerConfig
-from ee_llm.inference.scheduling.pipeline_scheduler import PipelineSchedulerOutput, StageResult
+from ee_llm.inference.scheduling.output import EarlyQuery, make_early_query
+from ee_llm.inference.scheduling.pipeline_scheduler import (
+    PipelineSchedulerOutput,
+    StageResult,
+)
 
 
 class PipelineRunner:
@@ -45,6 +57,7 @@ class PipelineRunner:
             for layer_range in stage.layer_ranges
         ]
         self._last_segment = len(boundaries) - 1
+        self._early = EarlyRows(stage, scheduler_config.max_num_seqs)
         self._executor = Executor(stage, scheduler_config, max_length, execution)
 
     @torch.no_grad()
@@ -65,6 +78,16 @@ class PipelineRunner:
         self._executor.prepare(output.new_blocks, output.zeroed)
         stage_results: list[StageResult] = []
         runs = runs_of(output.ranges)
+        queried = [
+            QueriedRow(
+                make_early_query(frontier.contrast, frontier.slot, frontier.position), frontier.row
+            )
+            for frontier in output.frontiers
+            if frontier.contrast is not None
+        ]
+        early_queries = [one.query for one in queried]
+        if early_queries and self._ranks.stage > 0:
+            self._receive_early(early_queries)
         is_early = False
         for index, segment in enumerate(self._segments):
             frozen = [
@@ -77,11 +100,14 @@ class PipelineRunner:
             if index == 0 and self._ranks.stage == 0:
                 tokens = torch.tensor(output.tokens, device=self._stage.device)
                 x = self._stage.embed(tokens, batch.positions)
-            x, attended = self._executor.run(index, x, batch)
+            if queried:
+                x, attended = self._run_with_early(index, x, batch, queried, runs)
+            else:
+                x, attended = self._executor.run(index, x, batch)
             if index == len(self._segments) - 1:
                 is_early = self._may_send_on(output) and (is_late or segment is not None)
             if is_early:
-                self._send_on(passed.message(is_late=True), x)
+                self._send_on(passed.message(is_late=True), x, early_queries)
             if segment is not None:
                 if is_late:
                     exited[:], is_late = self._ranks.receive_previous_numbers(len(exited)), False
@@ -93,7 +119,7 @@ class PipelineRunner:
         if is_early:
             self._ranks.send_next_numbers(exited)
         else:
-            self._send_on(passed.message(), x)
+            self._send_on(passed.message(), x, early_queries)
         return stage_results
 
     def worker_loop(self) -> None:
@@ -132,11 +158,36 @@ class PipelineRunner:
             return self._ranks.broadcast(), self._no_rows()
         return self._ranks.receive_previous(self._stage.hidden_size, self._stage.dtype)
 
-    def _send_on(self, message: bytes, x: Tensor) -> None:
+    def _send_on(self, message: bytes, x: Tensor, early_queries: Items[EarlyQuery] = ()) -> None:
         if self._ranks.stage < self._ranks.num_stages - 1:
             if self._executor.reuses_buffers:  # The send may outlast the next replay.
                 x = x.clone()
             self._ranks.send_next(message, x)
+            if early_queries:
+                for rows in self._early.pack(early_queries, self._stage.layer_ranges[-1].last):
+                    self._ranks.send_next(b"", rows)
+
+    def _receive_early(self, early_queries: Items[EarlyQuery]) -> None:
+        """Receive the queried rows of the previous stages, which follow the pass."""
+        widths = (self._stage.hidden_size, self._stage.num_logits)
+        hidden, logits = (
+            self._ranks.receive_previous(width, self._stage.dtype)[1] for width in widths
+        )
+        self._early.unpack(early_queries, self._stage.layer_ranges[0].first - 1, hidden, logits)
+
+    def _run_with_early(
+        self, index: int, x: Tensor, batch: Batch, queried: Items[QueriedRow], runs: Items[Run]
+    ) -> tuple[Tensor, Tensor]:
+        """Run a layer range and keep the queried rows at its boundaries."""
+        return run_with_early(
+            self._stage,
+            index,
+            x,
+            batch,
+            queried,
+            lambda live: self._executor.batch(runs, live),
+            self._early.keep,
+        )
 
     def _may_send_on(self, output: PipelineSchedulerOutput) -> bool:
         """Return whether the next stage can start before it knows the exits taken here."""
@@ -177,6 +228,7 @@ class PipelineRunner:
                         frontier.sampling_params,
                         frontier.history,
                         frontier.banned,
+                        frontier.contrast,
                     )
                 )
         batch = None
@@ -187,7 +239,10 @@ class PipelineRunner:
             summaries = self._ranks.gather(summarize(logits, self._stage.first_id))
             results = decide_from_summaries(summaries, queries)
         else:
-            results = decide_exits(self._ranks.gather(logits), queries)
+            logits = self._ranks.gather(logits)
+            if any(query.contrast is not None for query in queries):
+                logits = self._contrast(logits, queries)
+            results = decide_exits(logits, queries)
         stage_results = []
         for number, result in zip(numbers, results, strict=True):
             is_draft = output.frontiers[number].is_draft and segment != self._last_segment
@@ -198,3 +253,21 @@ class PipelineRunner:
                 if not is_draft:
                     exited[number] = segment
         return stage_results
+
+    def _contrast(self, logits: Tensor, queries: Items[ExitQuery]) -> Tensor:
+        """Return the final logits [r, v] in which the rows of `sled` and `dola` are contrasted."""
+        rows = [row for row, query in enumerate(queries) if query.contrast is not None]
+        settings = [query.contrast for query in queries]
+        early_queries = [
+            make_early_query(query.contrast, query.slot, query.position)
+            for query in queries
+            if query.contrast is not None
+        ]
+
+        def early_logits() -> Iterator[EarlyLogits]:
+            for numbers in split_queries(early_queries, logits.shape[1]):
+                part = self._early.logits([early_queries[number] for number in numbers])
+                early = self._ranks.gather(part).unflatten(0, (len(numbers), -1))
+                yield [rows[number] for number in numbers], early
+
+        return contrast_rows(logits, early_logits(), settings)

@@ -4,6 +4,8 @@ Legend of shapes: t rows of a step, r rows with logits, h hidden, v vocabulary.
 """
 
 import time
+from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from itertools import accumulate
 
@@ -12,6 +14,12 @@ from torch import Tensor
 
 from ee_llm import distributed
 from ee_llm.inference.execution.attention import Batch, Run, live_runs
+from ee_llm.inference.execution.early_rows import (
+    EarlyRows,
+    QueriedRow,
+    run_with_early,
+    split_queries,
+)
 from ee_llm.inference.execution.executor import ExecutionConfig, Executor
 from ee_llm.inference.execution.stage import ModelStage
 from ee_llm.inference.execution.wire import decode_scheduler_output, encode_scheduler_output
@@ -49,6 +57,7 @@ class Runner:
             scheduler_config.max_pending,
         )
         self._executor = Executor(stage, scheduler_config, max_length, execution)
+        self._early = EarlyRows(stage, scheduler_config.max_num_seqs)
         rows = scheduler_config.max_num_seqs * scheduler_config.max_pending
         hidden = stage.hidden_size
         self._rings = [
@@ -64,6 +73,28 @@ class Runner:
         logits = self._ranks.gather(self._run(output))
         self.is_in_step = True
         return logits
+
+    @torch.no_grad()
+    def early_logits(self, output: SchedulerOutput) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield numbers of rows and their early logits [n, b, v], for the early queries of a pass.
+
+        Rows are numbered as in the logits that `run` returned for the pass just before. Exhaust the
+        iterator, since the worker ranks do. It is empty if the pass ends before the final exit.
+        """
+        if output.last_segment < len(self.stage.layer_ranges) - 1:
+            return
+        slots = [rows.slot for rows in output.logit_rows for _ in range(len(rows))]
+        for numbers in split_queries(
+            output.early_queries, self.stage.num_logits * self.stage.num_ranks
+        ):
+            queries = [output.early_queries[number] for number in numbers]
+            logits = self._early.logits(queries)
+            if self._ranks is not None:
+                logits = self._ranks.gather(logits)
+            yield (
+                [slots.index(query.slot) for query in queries],
+                logits.unflatten(0, (len(queries), -1)),
+            )
 
     def run_summarized(self, output: SchedulerOutput) -> Tensor:
         """Return summaries [r, 3 * ranks] of the logits of the pass (see `summarize`)."""
@@ -98,7 +129,9 @@ class Runner:
         while message := self._ranks.broadcast():
             kind, output = message[:1], message[1:]
             if kind == _LOGITS:
-                self._ranks.gather(self._run(decode_scheduler_output(output)))
+                decoded = decode_scheduler_output(output)
+                self._ranks.gather(self._run(decoded))
+                deque(self.early_logits(decoded), maxlen=0)
             elif kind == _SUMMARIES:
                 self._ranks.gather(self._summary(decode_scheduler_output(output)))
             elif kind == _CLEAR:
@@ -139,7 +172,10 @@ class Runner:
                 ring = self._rings[step.segment - 1]
                 x = ring[self._ring_rows(step.ranges)]
             ranges = step.ranges
-            x, attended = self._executor.run(step.segment, x, batch)
+            if output.early_queries:
+                x, attended = self._run_with_early(output, step, x, batch)
+            else:
+                x, attended = self._executor.run(step.segment, x, batch)
             if step is not output.steps[-1] and self.stage.has_block(step.segment):
                 self.stage.run_block(step.segment, x, self._batch(step.ranges, ()))
         last = output.last_segment
@@ -181,6 +217,26 @@ class Runner:
                 seconds.append(time.perf_counter() - start)
         bare, full = (min(seconds[1:]) for seconds in times)
         return bare, full
+
+    def _run_with_early(
+        self, output: SchedulerOutput, step: SegmentStep, x: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Run a step and keep the rows that the early queries of the pass need."""
+        newest = {run.slot: run.first + run.num_rows - 1 for run in runs_of(step.ranges)}
+        queried = [
+            QueriedRow(query, newest[query.slot])
+            for query in output.early_queries
+            if query.slot in newest
+        ]
+        return run_with_early(
+            self.stage,
+            step.segment,
+            x,
+            batch,
+            queried,
+            lambda live: self._batch(step.ranges, live),
+            self._early.keep,
+        )
 
     def _logits(self, output: SchedulerOutput, x: Tensor, attended: Tensor) -> Tensor:
         """Return the logits of the `logit_rows`; the block of an exit always sees all rows."""

@@ -7,7 +7,7 @@ positions in the cache, k key/value heads of this rank, d head dimension.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -140,6 +140,10 @@ class Head:
         """
         return self._projection(self.features(x, attended))
 
+    def early(self, x: Tensor, has_norm: bool) -> Tensor:
+        """Return this rank's logits [r, v / n] of rows [r, h] at any boundary."""
+        return self._projection(self._norm(x) if has_norm and self._norm is not None else x)
+
     def features(self, x: Tensor, attended: Tensor) -> Tensor:
         """Return the input [r, h] of the output projection; the arguments are those of a call."""
         x = self.trunk(x, attended)
@@ -268,7 +272,13 @@ class ModelStage:
             return x
         return x + self._position_embedding[positions]
 
-    def run(self, index: int, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def run(
+        self,
+        index: int,
+        x: Tensor,
+        batch: Batch,
+        on_layer: Callable[[int, Tensor], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return rows [t, h] after a layer range, and before the MLP of its last layer.
 
         Rows that are not live keep their state, but their keys and values are written too.
@@ -277,12 +287,17 @@ class ModelStage:
             index: Index of the layer range.
             x: Rows [t, h].
             batch: Metadata of the rows.
+            on_layer: Called after each layer with its number and the rows [t, h].
         """
         rotation = None if self._rotations is None else self._rotations[batch.positions]
         attended = x
+        number = self.layer_ranges[index].first - 1
         for layer, pages in zip(self._layers[index], self._pages[index], strict=False):
             after, attended = layer(x, pages, batch, rotation)
             x = after if batch.live is None else x.index_copy(0, batch.live, after)
+            if on_layer is not None:
+                number += 1
+                on_layer(number, x)
         if batch.live is not None:
             attended = x.index_copy(0, batch.live, attended)
         return x, attended
@@ -340,6 +355,17 @@ class ModelStage:
         if not numbers:
             return x.new_empty(0, self.num_logits)
         return head(x, attended)
+
+    def early_logits(self, x: Tensor, has_norm: bool) -> Tensor:
+        """Return this rank's logits [r, v / n] that the final exit's head gives early rows [r, h].
+
+        Args:
+            x: Rows at any boundaries.
+            has_norm: Apply the final norm before the output weight.
+        """
+        final = self._heads[-1]
+        assert final is not None, "this stage does not have the final exit"
+        return final.early(x, has_norm)
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -5,9 +5,10 @@ from collections.abc import Sequence as Items
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+from ee_llm.inference.decoding.settings import CONTRASTS, contrast_fields, strategy_of
 from ee_llm.inference.request import ExitResult
 from ee_llm.inference.sampling.params import SamplingParams
-from ee_llm.inference.scheduling.output import SchedulerOutput, SegmentStep, TokenRange
+from ee_llm.inference.scheduling.output import EarlyQuery, SchedulerOutput, SegmentStep, TokenRange
 from ee_llm.inference.scheduling.pipeline_scheduler import (
     Frontier,
     PipelineSchedulerOutput,
@@ -24,13 +25,14 @@ def encode_scheduler_output(output: SchedulerOutput) -> bytes:
         _pairs(output.logit_rows),
         output.new_blocks,
         output.zeroed,
+        [astuple(query) for query in output.early_queries],
     ]
     return json.dumps(fields).encode()
 
 
 def decode_scheduler_output(message: bytes) -> SchedulerOutput:
     """Return the scheduler output that `encode_scheduler_output` encoded."""
-    steps, tokens, logit_rows, new_blocks, zeroed = json.loads(message)
+    steps, tokens, logit_rows, new_blocks, zeroed, early_queries = json.loads(message)
     return SchedulerOutput(
         tuple(
             SegmentStep(segment, _ranges(ranges), tuple(frozen))
@@ -40,13 +42,22 @@ def decode_scheduler_output(message: bytes) -> SchedulerOutput:
         _ranges(logit_rows),
         tuple((slot, index, block) for slot, index, block in new_blocks),
         tuple(zeroed),
+        tuple(
+            EarlyQuery(slot, position, tuple(at), head)
+            for slot, position, at, head in early_queries
+        ),
     )
 
 
 def encode_pass(output: PipelineSchedulerOutput) -> bytes:
     """Return a pass through a pipeline as bytes for `decode_pass`."""
     frontiers = [
-        vars(frontier) | {"sampling_params": vars(frontier.sampling_params)}
+        vars(frontier)
+        | {
+            "sampling_params": vars(frontier.sampling_params),
+            "contrast": frontier.contrast
+            and [strategy_of(frontier.contrast), contrast_fields(frontier.contrast)],
+        }
         for frontier in output.frontiers
     ]
     fields = [
@@ -123,6 +134,7 @@ def _frontier(
     thresholds: list[float | None],
     history: list[int],
     banned: list[int],
+    contrast: list[Any] | None,
     **fields: Any,
 ) -> Frontier:
     return Frontier(
@@ -130,6 +142,7 @@ def _frontier(
         thresholds=tuple(thresholds),
         history=tuple(history),
         banned=tuple(banned),
+        contrast=None if contrast is None else CONTRASTS[contrast[0]](**contrast[1]),
         **fields,
     )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ee_llm.inference.choices import Measure
+from ee_llm.inference.decoding.settings import Contrast
 from ee_llm.inference.exits.policy import MEASURES
 from ee_llm.inference.request import ExitResult
 from ee_llm.inference.sampling.params import SamplingParams
@@ -29,6 +30,7 @@ class ExitQuery:
         sampling_params: How the token is drawn.
         history: Distinct tokens up to `position`, only for a repetition penalty.
         banned: Ids that may not be drawn.
+        contrast: Settings by which the logits are contrasted with early ones before the decision.
     """
 
     slot: int
@@ -38,6 +40,7 @@ class ExitQuery:
     sampling_params: SamplingParams
     history: tuple[int, ...] = ()
     banned: tuple[int, ...] = ()
+    contrast: Contrast | None = None
 
 
 def make_query(sequence: Sequence, position: int, segment: int) -> ExitQuery:
@@ -51,6 +54,7 @@ def make_query(sequence: Sequence, position: int, segment: int) -> ExitQuery:
         request.sampling_params,
         sequence.history(position),
         sequence.banned(position),
+        request.contrast,
     )
 
 
@@ -92,6 +96,7 @@ def can_decide_from_summaries(queries: Items[ExitQuery]) -> bool:
         and query.sampling_params.is_plain_greedy
         and not query.banned
         and not query.sampling_params.logprobs
+        and query.contrast is None
         for query in queries
     )
 

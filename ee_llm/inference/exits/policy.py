@@ -17,7 +17,7 @@ from ee_llm.atomic_file import AtomicFile
 from ee_llm.errors import RequestError
 from ee_llm.inference.choices import Measure
 from ee_llm.inference.sampling.plain_numbers import plain_float, plain_int
-from ee_llm.inference.strategies import Strategy
+from ee_llm.inference.strategies import FULL_DEPTH, Strategy
 
 
 def max_probability(logits: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ class ExitPolicy:
         return ExitPolicy(self.boundaries, (None,) * len(self.boundaries), self.measure)
 
     def under(self, strategy: Strategy) -> "ExitPolicy":
-        """Return the policy that a strategy uses: full and self-speculative turn all exits off."""
-        return self.without_exits() if strategy in ("full", "self-speculative") else self
+        """Return the policy that a strategy uses: those of full depth turn all exits off."""
+        return self.without_exits() if strategy in FULL_DEPTH else self
 
     def check_fits(self, boundaries: Sequence[int]) -> None:
         """Raise RequestError unless `boundaries` are the early exits that the policy is for."""

@@ -1,6 +1,10 @@
 """A pass as data: which rows run through which segments."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ee_llm.inference.decoding.settings import Contrast, EarlyHead
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,23 @@ class SegmentStep:
 
 
 @dataclass(frozen=True)
+class EarlyQuery:
+    """A row whose logits are contrasted with early ones, at these boundaries (see `Contrast`)."""
+
+    slot: int
+    position: int
+    boundaries: tuple[int, ...]
+    head: "EarlyHead"
+
+
+def make_early_query(contrast: "Contrast", slot: int, position: int) -> EarlyQuery:
+    """Return the early query that a row with these settings needs."""
+    assert isinstance(contrast.layers, tuple), "the engine checks that boundaries are resolved"
+    assert contrast.head is not None, "the engine checks that the head is resolved"
+    return EarlyQuery(slot, position, contrast.layers, contrast.head)
+
+
+@dataclass(frozen=True)
 class SchedulerOutput:
     """One pass.
 
@@ -39,6 +60,7 @@ class SchedulerOutput:
         logit_rows: Rows that the exit at the end of the last step decides about.
         new_blocks: Newly taken blocks as (slot, index within the sequence, block).
         zeroed: Blocks to zero before the pass.
+        early_queries: Rows of the pass that need early logits.
     """
 
     steps: tuple[SegmentStep, ...]
@@ -46,6 +68,7 @@ class SchedulerOutput:
     logit_rows: tuple[TokenRange, ...]
     new_blocks: tuple[tuple[int, int, int], ...]
     zeroed: tuple[int, ...] = ()
+    early_queries: tuple[EarlyQuery, ...] = ()
 
     @property
     def last_segment(self) -> int:

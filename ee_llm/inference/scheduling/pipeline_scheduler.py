@@ -12,6 +12,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ee_llm.inference.decoding.settings import Contrast
 from ee_llm.inference.request import ExitResult
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.scheduling.base import SchedulerBase
@@ -39,6 +40,7 @@ class Frontier:
         sampling_params: How the token is drawn.
         history: Distinct tokens up to `position`, only for a repetition penalty.
         banned: Ids that may not be drawn.
+        contrast: Settings by which the final logits are contrasted with early ones.
     """
 
     slot: int
@@ -51,6 +53,7 @@ class Frontier:
     sampling_params: SamplingParams
     history: tuple[int, ...]
     banned: tuple[int, ...] = ()
+    contrast: Contrast | None = None
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,7 @@ def _frontier(sequence: Sequence, row: int) -> Frontier:
         sampling_params=request.sampling_params,
         history=sequence.history(position),
         banned=sequence.banned(position),
+        contrast=request.contrast,
     )
 
 

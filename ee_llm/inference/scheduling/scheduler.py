@@ -13,7 +13,13 @@ from ee_llm.errors import RequestError
 from ee_llm.inference.request import ExitResult
 from ee_llm.inference.scheduling.base import SchedulerBase, by_slot
 from ee_llm.inference.scheduling.config import SchedulerConfig
-from ee_llm.inference.scheduling.output import SchedulerOutput, SegmentStep, TokenRange
+from ee_llm.inference.scheduling.output import (
+    EarlyQuery,
+    SchedulerOutput,
+    SegmentStep,
+    TokenRange,
+    make_early_query,
+)
 from ee_llm.inference.scheduling.prefix_cache import publish_prefix
 from ee_llm.inference.sequence import Sequence
 
@@ -228,7 +234,14 @@ class Scheduler(SchedulerBase):
             ranges = self._ranges(segment, ranges)
         new_blocks = [entry for rows in ranges for entry in sequences[rows.slot].table_blocks()]
         zeroed = self.blocks.drain_to_zero()
-        return SchedulerOutput(tuple(steps), tuple(tokens), logit_rows, tuple(new_blocks), zeroed)
+        return SchedulerOutput(
+            tuple(steps),
+            tuple(tokens),
+            logit_rows,
+            tuple(new_blocks),
+            zeroed,
+            tuple(_early_queries(ranges, sequences)),
+        )
 
     def _logit_rows(
         self, segment: int, ranges: Items[TokenRange], sequences: Mapping[int, Sequence]
@@ -242,6 +255,16 @@ class Scheduler(SchedulerBase):
                     yield TokenRange(rows.slot, start, rows.stop)
             elif rows.stop == len(sequence.tokens) and sequence.decides_at(segment):
                 yield TokenRange(rows.slot, rows.stop - 1, rows.stop)
+
+
+def _early_queries(
+    ranges: Items[TokenRange], sequences: Mapping[int, Sequence]
+) -> Iterator[EarlyQuery]:
+    """Yield the newest rows of the sequences that contrast final logits with early ones."""
+    for rows in ranges:
+        sequence = sequences[rows.slot]
+        if sequence.request.contrast is not None and rows.stop == len(sequence.tokens):
+            yield make_early_query(sequence.request.contrast, rows.slot, rows.stop - 1)
 
 
 def _frozen(

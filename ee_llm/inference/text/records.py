@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ee_llm import distributed
 from ee_llm.errors import RequestError
 from ee_llm.inference.choices import Measure
+from ee_llm.inference.decoding.settings import CONTRASTS, Contrast, contrast_fields
 from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.request import FinishReason, Request
@@ -67,6 +68,8 @@ class _GenerationRecord(_Strict):
     strategy: Strategy
     num_layers: _Index
     dtype: str
+    sled: dict[str, Any] | None = None
+    dola: dict[str, Any] | None = None
     eos_token_ids: list[_Index] = []
     num_drafted: _Index = 0
     num_accepted: _Index = 0
@@ -91,11 +94,12 @@ def origin(prompt: str, request: Request, dtype: str, checkpoint: str, model: st
         checkpoint: Name of the checkpoint's directory.
         model: Fingerprint of the checkpoint.
     """
-    policy = request.policy.under(request.strategy)
+    policy, contrast = request.policy.under(request.strategy), request.contrast
     return {
         "prompt": prompt,
         "prompt_token_ids": list(request.prompt_token_ids),
         "strategy": request.strategy,
+        **({} if contrast is None else {request.strategy: contrast_fields(contrast)}),
         "policy": {
             "measure": policy.measure,
             "thresholds": {str(b): policy.threshold(b) for b in policy.boundaries},
@@ -199,6 +203,7 @@ def from_record(record: Mapping[str, Any], where: str) -> tuple[RequestOutput, s
     try:
         params = SamplingParams(**found.sampling_params.model_dump())
         policy = _policy(found.policy)
+        contrast = _contrast(found)
     except ValueError as error:
         raise RequestError(f"{where}: {error}") from None
     output = RequestOutput(
@@ -218,6 +223,7 @@ def from_record(record: Mapping[str, Any], where: str) -> tuple[RequestOutput, s
         num_accepted=found.num_accepted,
         text=found.text,
         pieces=tuple(found.pieces),
+        contrast=contrast,
     )
     return output, found.dtype
 
@@ -264,6 +270,21 @@ def _policy(record: _PolicyRecord) -> ExitPolicy:
             f"'policy.digest' is {short(record.digest)}, but the thresholds give {policy.digest}"
         )
     return policy
+
+
+def _contrast(record: _GenerationRecord) -> Contrast | None:
+    """Return the settings of `sled` or `dola`; None for other strategies."""
+    if record.strategy not in CONTRASTS:
+        return None
+    fields = record.sled if record.strategy == "sled" else record.dola
+    if fields is None:
+        raise RequestError(f"{record.strategy!r} is missing, the settings of the strategy")
+    try:
+        return CONTRASTS[record.strategy](**fields)
+    except TypeError:
+        raise RequestError(
+            f"{record.strategy!r} is {short(fields)}, not settings of the strategy"
+        ) from None
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -9,14 +9,17 @@ from torch import Tensor
 
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.errors import RequestError
+from ee_llm.inference.decoding.settings import CONTRASTS, strategy_of
 from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.sampling.sampler import mask_banned, sample, token_margin
-from ee_llm.inference.verification.reference_decoding import (
+from ee_llm.inference.verification.contrasted import (
+    ContrastedRow,
+    contrast_margin,
+    contrasted_logits,
     finite_logits,
-    frozen_boundaries,
-    policy_in_force,
 )
+from ee_llm.inference.verification.reference_decoding import frozen_boundaries, policy_in_force
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Divergence:
             deeper exits is therefore unknown.
         margin: The smallest numerical error that explains the divergence: in confidence for "exit"
             (infinite if no error explains it), in logits divided by the temperature for "token"
-            (see `token_margin`).
+            (see `token_margin` and, for `sled` and `dola`, `contrast_margin`).
     """
 
     index: int
@@ -91,6 +94,8 @@ def verify_trace(model: ReferenceModel, output: RequestOutput) -> list[Divergenc
         )
     sequence = [*output.prompt_token_ids, *output.token_ids]
     rows = slice(num_prompt - 1, len(sequence) - 1)
+    if output.contrast is not None or output.strategy in CONTRASTS:
+        return _verify_contrasted(model, output, sequence, rows)
     permitted = [exit for exit in policy.boundaries if policy.threshold(exit) is not None]
     # Under propagate, a row says nothing beyond the exit it claims, if that exit exists.
     last_exits = [model.num_layers] * num_new
@@ -122,10 +127,38 @@ def verify_trace(model: ReferenceModel, output: RequestOutput) -> list[Divergenc
     return divergences
 
 
+def _verify_contrasted(
+    model: ReferenceModel, output: RequestOutput, sequence: list[int], rows: slice
+) -> list[Divergence]:
+    """Return the divergences of an output of `sled` or `dola`, whose tokens all exit last."""
+    contrast = output.contrast
+    if contrast is None or strategy_of(contrast) != output.strategy:
+        raise RequestError(
+            f"strategy {output.strategy!r} does not go with contrast = {contrast}, so the output"
+            " cannot be verified."
+        )
+    divergences = []
+    found = contrasted_logits(model, torch.tensor(sequence[:-1]), contrast, rows)
+    for index, row in enumerate(found):
+        if output.exits[index] != model.num_layers:
+            divergences.append(
+                Divergence(index, "exit", output.exits[index], model.num_layers, math.inf)
+            )
+        wrong = _wrong_token(output, index, row.logits, rows.start + index, sequence, row)
+        if wrong is not None:
+            divergences.append(wrong)
+    return divergences
+
+
 def _wrong_token(
-    output: RequestOutput, index: int, logits: Tensor, position: int, sequence: list[int]
+    output: RequestOutput,
+    index: int,
+    logits: Tensor,
+    position: int,
+    sequence: list[int],
+    contrasted: ContrastedRow | None = None,
 ) -> Divergence | None:
-    """Return the divergence of a token if logits [v] do not draw it."""
+    """Return the divergence of a token if logits [v], perhaps `contrasted`, do not draw it."""
     params, token = output.sampling_params, output.token_ids[index]
     banned = params.banned_token_ids(index, output.eos_token_ids, len(logits))
     masked, history = mask_banned(logits[None], [banned])[0], sequence[: position + 1]
@@ -133,7 +166,13 @@ def _wrong_token(
     if token == drawn:
         return None
     margin = math.inf
-    if token not in banned:
+    if token in banned:
+        pass  # No error explains it.
+    elif contrasted is not None and output.contrast is not None:
+        margin = contrast_margin(
+            contrasted, output.contrast, params, position, token, history, banned
+        )
+    else:
         margin = token_margin(masked, params, position, token, history)
     return Divergence(index, "token", token, drawn, margin)
 

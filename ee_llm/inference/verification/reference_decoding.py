@@ -5,19 +5,21 @@ earlier position is computed to the exit's depth and never approximated, except 
 whose approximation is its definition.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.errors import RequestError
+from ee_llm.inference.decoding.settings import Contrast, resolve_contrast
 from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.outputs import RequestOutput, TokenOutput
 from ee_llm.inference.request import FinishReason
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.sampling.sampler import mask_banned, sample
 from ee_llm.inference.strategies import STRATEGIES, Strategy
+from ee_llm.inference.verification.contrasted import contrasted_logits, finite_logits
 
 
 @torch.no_grad()
@@ -29,13 +31,15 @@ def generate_reference(
     strategy: Strategy = "exact",
     eos_token_ids: Collection[int] = (),
     on_token: Callable[[TokenOutput], None] | None = None,
+    contrast: Contrast | None = None,
 ) -> RequestOutput:
     """Return the continuation of a prompt, decided token by token.
 
     With `exact` a token exits at the first exit whose confidence reaches its threshold, else at the
     final exit. `propagate` decides likewise, but freezes the row there (see `ReferenceModel.walk`).
     `full` always exits at the final exit. So does `self-speculative`, since drafts change only the
-    cost. Stop strings are not supported.
+    cost. `sled` and `dola` exit there too, and draw from the contrasted logits. There is no support
+    for stop strings.
 
     Args:
         model: The reference model.
@@ -45,14 +49,17 @@ def generate_reference(
         strategy: Decoding strategy.
         eos_token_ids: End tokens of the model.
         on_token: Called with each token once it is decided.
+        contrast: Settings of `sled` and `dola`.
 
     Raises:
         RequestError: The prompt is empty, too long or has ids beyond the vocabulary, or the policy
-            is for other exits.
+            or the contrast does not fit the model.
     """
     policy = policy_in_force(model, policy, strategy)
     if len(prompt_token_ids) == 0:
         raise RequestError("The prompt is empty. Give at least one token.")
+    if contrast is not None:
+        contrast = resolve_contrast(contrast, model.config)
     params, vocab_size = sampling_params, model.config.model.vocab_size
     tokens: list[TokenOutput] = []
     sequence = list(prompt_token_ids)
@@ -61,7 +68,7 @@ def generate_reference(
         exits = [token.exit for token in tokens]
         frozen_at = frozen_boundaries(model, len(prompt_token_ids), exits, strategy)
         banned = params.banned_token_ids(len(tokens), eos_token_ids, vocab_size)
-        tokens.append(_decide(model, sequence, frozen_at, policy, params, banned))
+        tokens.append(_decide(model, sequence, frozen_at, policy, params, banned, contrast))
         sequence.append(tokens[-1].token_id)
         if on_token:
             on_token(tokens[-1])
@@ -88,6 +95,7 @@ def generate_reference(
         strategy=strategy,
         num_layers=model.num_layers,
         eos_token_ids=tuple(eos_token_ids),
+        contrast=contrast,
     )
 
 
@@ -112,17 +120,6 @@ def frozen_boundaries(
     return [model.num_layers] * (num_prompt - 1) + [*exits, model.num_layers]
 
 
-def finite_logits(model: ReferenceModel, boundary: int, hidden: Tensor) -> Tensor:
-    """Return the exit's logits [..., v]; raises RequestError if one is NaN or infinite."""
-    logits = model.logits(boundary, hidden)
-    if not torch.isfinite(logits).all():
-        raise RequestError(
-            f"The exit at boundary {boundary} computes logits that are not finite in {model.dtype}."
-            " The weights are damaged, or this dtype is too narrow for them."
-        )
-    return logits
-
-
 def _decide(
     model: ReferenceModel,
     sequence: Sequence[int],
@@ -130,13 +127,11 @@ def _decide(
     policy: ExitPolicy,
     params: SamplingParams,
     banned: Sequence[int],
+    contrast: Contrast | None,
 ) -> TokenOutput:
     """Return the token that the newest row decides, with earlier rows frozen at `frozen_at`."""
-    for boundary, hidden in model.walk(torch.tensor(sequence), frozen_at):
+    for boundary, logits in _exit_logits(model, sequence, frozen_at, policy, contrast):
         is_final = boundary == model.num_layers
-        if not is_final and policy.threshold(boundary) is None:
-            continue
-        logits = finite_logits(model, boundary, hidden[-1])
         confidence = float(policy.confidence(logits))
         if is_final or policy.exits(boundary, confidence):
             masked = mask_banned(logits[None], [banned])[0]
@@ -144,3 +139,21 @@ def _decide(
             logprob = float(logits.double().log_softmax(dim=-1)[token])
             return TokenOutput(token, boundary, confidence, logprob)
     raise AssertionError("the walk ends with the final exit")
+
+
+def _exit_logits(
+    model: ReferenceModel,
+    sequence: Sequence[int],
+    frozen_at: Sequence[int] | None,
+    policy: ExitPolicy,
+    contrast: Contrast | None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the exits that may decide about the newest row, and their logits [v]."""
+    tokens = torch.tensor(sequence)
+    if contrast is not None:
+        (row,) = contrasted_logits(model, tokens, contrast, slice(-1, None))
+        yield model.num_layers, row.logits
+        return
+    for boundary, hidden in model.walk(tokens, frozen_at):
+        if boundary == model.num_layers or policy.threshold(boundary) is not None:
+            yield boundary, finite_logits(model, boundary, hidden[-1])

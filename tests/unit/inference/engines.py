@@ -7,6 +7,7 @@ import torch
 
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
+from ee_llm.inference.decoding.settings import CONTRASTS, Contrast, resolve_contrast
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.exits.policy import make_exit_policy
@@ -15,7 +16,7 @@ from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.sequence import Sequence
-from ee_llm.inference.strategies import SelfSpeculation, Strategy
+from ee_llm.inference.strategies import STRATEGIES, SelfSpeculation, Strategy
 from ee_llm.inference.text.detokenizer import Detokenize
 from tests.unit.inference.fuzz import expected
 from tests.unit.inference.models import random_tensors, random_tokens, tiny_config
@@ -60,6 +61,7 @@ def make_request(
     draft: SelfSpeculation | None = None,
     prompt: Items[int] | None = None,
     sampling: SamplingParams = SamplingParams(),  # noqa: B008
+    contrast: Contrast | None = None,
     **options: object,
 ) -> Request:
     """Return a request whose prompt depends only on its id and length."""
@@ -67,10 +69,13 @@ def make_request(
         prompt = random_tokens(num_prompt, seed=sum(id.encode())).tolist()
     if strategy == "self-speculative" and draft is None:
         draft = SelfSpeculation(boundaries[0], 3)
+    if strategy in CONTRASTS:
+        config = tiny_config(boundaries=boundaries)
+        contrast = resolve_contrast(contrast or CONTRASTS[strategy](), config)
     policy = make_exit_policy(boundaries, thresholds)
     settings = {"max_tokens": 12} | {name: options.pop(name) for name in _SETTINGS & {*options}}
     params = replace(sampling, **settings)
-    return Request(id, tuple(prompt), policy, params, strategy, draft, **options)
+    return Request(id, tuple(prompt), policy, params, strategy, draft, contrast=contrast, **options)
 
 
 def with_settings(request: Request, id: str | None = None, **settings: object) -> Request:
@@ -80,11 +85,10 @@ def with_settings(request: Request, id: str | None = None, **settings: object) -
 
 
 def one_of_each(**options: object) -> list[Request]:
-    """Return one request for each of the four strategies."""
-    strategies: tuple[Strategy, ...] = ("exact", "full", "self-speculative", "propagate")
+    """Return one request for each strategy."""
     return [
-        make_request(strategy[0], 3 + 2 * index, strategy, **options)
-        for index, strategy in enumerate(strategies)
+        make_request(strategy, 3 + 2 * index, strategy, **options)
+        for index, strategy in enumerate(STRATEGIES)
     ]
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
+from ee_llm.inference.decoding.settings import SLED, Contrast, DoLa, resolve_contrast
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.exits.policy import ExitPolicy, make_exit_policy
@@ -77,6 +78,28 @@ def random_policy(rng: random.Random, config: Config) -> ExitPolicy:
     return make_exit_policy(exits, thresholds, rng.choice(["max_probability", "entropy", "margin"]))
 
 
+def random_contrast(rng: random.Random, strategy: str, config: Config) -> Contrast | None:
+    """Return settings of `sled` or `dola`; None for other strategies."""
+    if strategy not in ("sled", "dola"):
+        return None
+    exits, num_layers = config.exits.boundaries, config.model.num_layers
+    head = rng.choice([None, "final", "raw", "exits"])
+    candidates = exits if head == "exits" else range(num_layers)
+    layers = rng.choice([None, tuple(rng.sample(candidates, rng.randint(1, len(candidates))))])
+    if strategy == "dola":
+        found: Contrast = DoLa(layers=layers, head=head, alpha=rng.choice([0.1, 0.02, 1.0]))
+    else:
+        found = SLED(
+            rate=rng.uniform(0.5, 10.0),
+            scale=rng.choice([1, 5, 20, VOCABULARY]),
+            tau=rng.choice([1.0, 0.7]),
+            layers=layers,
+            head=head,
+            variant=rng.choice(["paper", "released"]),
+        )
+    return resolve_contrast(found, config)
+
+
 def random_request(
     rng: random.Random, id: str, config: Config, policies: list[ExitPolicy]
 ) -> Request:
@@ -111,7 +134,10 @@ def random_request(
         ignore_eos=more.random() < 0.1,
         logprobs=more.choice([None, None, 2]),
     )
-    return Request(id, tuple(prompt), policy, params, strategy, draft, eos_token_ids)
+    contrast = random_contrast(more, strategy, config)
+    return Request(
+        id, tuple(prompt), policy, params, strategy, draft, eos_token_ids, contrast=contrast
+    )
 
 
 def random_traffic(rng: random.Random, config: Config) -> Traffic:
@@ -136,6 +162,7 @@ def expected(model: ReferenceModel, request: Request) -> RequestOutput:
         request.sampling_params,
         request.strategy,
         request.eos_token_ids,
+        contrast=request.contrast,
     )
 
 

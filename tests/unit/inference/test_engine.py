@@ -12,7 +12,7 @@ from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.outputs import RequestOutput, StepOutput
 from ee_llm.inference.request import Request
 from ee_llm.inference.scheduling.output import SchedulerOutput
-from ee_llm.inference.strategies import SelfSpeculation
+from ee_llm.inference.strategies import STRATEGIES, SelfSpeculation
 from tests.unit.inference.engines import (
     DRAWN,
     assert_idle,
@@ -185,7 +185,7 @@ def _abort_after(engine: Engine, num_steps: int, victim: str) -> tuple[dict, Req
 
 
 @pytest.mark.parametrize("num_blocks", [65, 9])
-@pytest.mark.parametrize("victim", ["e", "f", "s", "p"])
+@pytest.mark.parametrize("victim", STRATEGIES)
 def test_an_abort_at_any_step_frees_all_resources(victim: str, num_blocks: int) -> None:
     """One engine runs all cases, with many and with few blocks. Others are not affected."""
     engine = make_engine(num_blocks=num_blocks)
@@ -195,7 +195,7 @@ def test_an_abort_at_any_step_frees_all_resources(victim: str, num_blocks: int) 
         made, partial = _abort_after(engine, num_steps, victim)
         for id, generation in made.items():
             assert_same(generation, expected[id])
-        assert len(made) == 4 - (victim not in made)
+        assert len(made) == len(STRATEGIES) - (victim not in made)
         if partial is not None:
             num_partial += 1
             count = len(partial.token_ids)
@@ -585,7 +585,7 @@ def test_an_interrupted_generate_leaves_no_state() -> None:
     with pytest.raises(KeyboardInterrupt):
         engine.generate(one_of_each(), interrupt)
     assert_idle(engine)
-    assert len(engine.generate(one_of_each())) == 4
+    assert len(engine.generate(one_of_each())) == len(STRATEGIES)
 
 
 def test_streams_do_not_take_outputs_of_other_streams() -> None:

@@ -12,6 +12,7 @@ from ee_llm.inference.engine import Engine
 from ee_llm.inference.execution.runner import Runner
 from ee_llm.inference.scheduling.scheduler import Scheduler
 from ee_llm.inference.sequence import Sequence
+from ee_llm.inference.strategies import STRATEGIES
 from ee_llm.inference.verification.reference_decoding import frozen_boundaries
 from tests.unit.inference.engines import with_settings
 from tests.unit.inference.fuzz import (
@@ -212,6 +213,6 @@ def test_the_fuzz_test_covers_preemption_and_all_strategies() -> None:
     strategies = [
         request.strategy for _ in range(8) for request in random_traffic(rng, config).requests
     ]
-    assert set(strategies) == {"exact", "full", "self-speculative", "propagate"}
+    assert set(strategies) == set(STRATEGIES)
     serve(engine, random_traffic(random.Random(3), config))
     assert engine.scheduler.num_preemptions > 0

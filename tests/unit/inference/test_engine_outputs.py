@@ -58,7 +58,7 @@ def test_chunked_prompts_give_the_same_tokens(
 ) -> None:
     requests = [
         replace(request, prompt_token_ids=(*request.prompt_token_ids, *range(length)))
-        for request, length in zip(one_of_each(max_tokens=6), (15, 2, 9, 13), strict=True)
+        for request, length in zip(one_of_each(max_tokens=6), (15, 2, 9, 13, 11, 6), strict=True)
     ]
     made, _ = serve(
         make_engine(max_pending=max_pending, max_num_batched_tokens=max_num_batched_tokens),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ee_llm.checkpoint.tensors import load_reference
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.cli.generation.live import LiveText
 from ee_llm.errors import RequestError, RunError, UserError
+from ee_llm.inference.decoding.settings import SLED, DoLa
 from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.sampling.params import SamplingParams
@@ -59,6 +61,40 @@ def llm(run: Path, tmp_path_factory: pytest.TempPathFactory):
     template.write_text(TEMPLATE)
     with LLM(run, dtype="float64", chat_template=template) as llm:
         yield llm
+
+
+@pytest.mark.parametrize(
+    "strategy", ["sled", "dola", SLED(rate=3.0, scale=40), DoLa(layers=(1, 3), alpha=0.01)]
+)
+def test_final_logits_are_contrasted_with_early_ones(llm: LLM, strategy: object) -> None:
+    params = SamplingParams(max_tokens=8, repetition_penalty=1.1, logprobs=2)
+    (output,) = llm.generate("Once", params, strategy=strategy)
+    assert set(output.exits) == {4}
+    assert llm.verify(output).passed
+    streamed = list(llm.stream("Once", params, strategy=strategy))
+    assert tuple(token.token_id for token in streamed) == output.token_ids
+    (full,) = llm.generate("Once", params, strategy="full")
+    assert full.logprobs != output.logprobs
+    assert [top[0][1] for top in output.top_logprobs] >= list(output.logprobs)
+    wrong = (*output.token_ids[:-1], output.token_ids[-1] ^ 1)
+    assert not llm.verify(replace(output, token_ids=wrong)).passed
+
+
+def test_a_contrast_ends_at_a_stop_string(llm: LLM) -> None:
+    (output,) = llm.generate("Once", SamplingParams(max_tokens=20), strategy=DoLa(layers="high"))
+    stop = output.text[3:5]
+    params = SamplingParams(max_tokens=20, stop=stop)
+    (stopped,) = llm.generate("Once", params, strategy=DoLa(layers="high"))
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == output.text[: output.text.index(stop)]
+
+
+@pytest.mark.parametrize("strategy", ["sled", DoLa()])
+def test_a_contrast_takes_no_thresholds(llm: LLM, strategy: object) -> None:
+    with pytest.raises(RequestError, match="runs every token through all layers, so exits"):
+        llm.generate("Once", exits=0.9, strategy=strategy)
+    (output,) = llm.generate("Once", SamplingParams(max_tokens=1), exits="off", strategy=strategy)
+    assert output.exits == (4,)
 
 
 def test_outputs_equal_the_reference(llm: LLM, run: Path, exits: dict) -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ee_llm.inference.decoding.settings import DoLa
 from ee_llm.inference.execution.wire import (
     PassEnvelope,
     decode_pass,
@@ -49,7 +50,12 @@ def test_outputs_of_a_real_scheduler_round_trip() -> None:
     for index, strategy in enumerate(("exact", "full", "self-speculative", "propagate")):
         draft = SelfSpeculation(1, 2) if strategy == "self-speculative" else None
         scheduler.add(make_sequence(f"r{index}", 4, strategy=strategy, draft=draft))
+    contrast = DoLa(layers=(0, 3), head="raw")
+    scheduler.add(make_sequence("r4", 4, strategy="dola", contrast=contrast))
     scheduler_outputs = finish(scheduler, exiting=[0, 3])
+    queries = {query for output in scheduler_outputs for query in output.early_queries}
+    assert {(query.boundaries, query.head) for query in queries} == {((0, 3), "raw")}
+    assert {query.position for query in queries} == set(range(3, 11))
     for scheduler_output in scheduler_outputs:
         assert (
             decode_scheduler_output(encode_scheduler_output(scheduler_output)) == scheduler_output

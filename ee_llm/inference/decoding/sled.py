@@ -1,0 +1,53 @@
+"""SLED: final logits that follow what the early layers know (arXiv 2411.02433, algorithm 1).
+
+Legend of shapes: r rows, b boundaries, v vocabulary, k evolution scale.
+"""
+
+from torch import Tensor
+
+from ee_llm.inference.decoding.settings import SLED
+
+
+def evolve(final: Tensor, early: Tensor, settings: SLED, ids: Tensor | None = None) -> Tensor:
+    """Return the evolved logits [r, v], in float64.
+
+    With p = softmax(final / tau) and, for each boundary n, q_n = softmax(early_n / tau), a token i
+    of the k most probable ones gets
+
+        m_n,i = max(cos(early_n - final, q_n - onehot_i), 0)
+        m_i = sum_n m_n,i / sum_n,j m_n,j
+        final_i - rate / tau (p_i - m_i)
+
+    where the vectors of the cosine are restricted to the k tokens. The released variant restricts
+    nothing, squares m_n,i and has tau = 1. If all m_n,i are 0, the k logits stay as they are. All
+    other tokens get `final_i + low_value`. Each row depends on its own logits only.
+
+    Args:
+        final: Final logits [r, v].
+        early: Early logits [r, b, v].
+        settings: The settings.
+        ids: The k tokens [r, k] that evolve, instead of the most probable ones.
+    """
+    is_released = settings.variant == "released"
+    tau = 1.0 if is_released else settings.tau
+    final, early = final.double(), early.double()
+    ids = final.topk(settings.scale, dim=-1).indices if ids is None else ids
+    early_ids = ids[:, None].expand(-1, early.shape[1], -1)
+    delta, q = early - final[:, None], (early / tau).softmax(dim=-1)  # [r, b, v]
+    own_delta, own_q = delta.gather(-1, early_ids), q.gather(-1, early_ids)  # [r, b, k]
+    if not is_released:
+        delta, q = own_delta, own_q
+    # cos(delta, q - onehot_i) for all i at once, without a tensor [r, b, k, v].
+    product = (delta * q).sum(dim=-1, keepdim=True) - own_delta
+    other = (q.square().sum(dim=-1, keepdim=True) - own_q.square()).clamp_min(0.0)
+    length = delta.square().sum(dim=-1, keepdim=True).sqrt()
+    length = length * ((1.0 - own_q).square() + other).sqrt()
+    similarity = (product / length).masked_fill(length == 0.0, 0.0).clamp_min(0.0)
+    if is_released:
+        similarity = similarity.square()
+    share = similarity.sum(dim=1)  # [r, k]
+    total = share.sum(dim=-1, keepdim=True)
+    p = (final / tau).softmax(dim=-1).gather(-1, ids)
+    target = (share / total).where(total > 0.0, p)
+    evolved = final.gather(-1, ids) - settings.rate / tau * (p - target)
+    return (final + settings.low_value).scatter(-1, ids, evolved)

@@ -1,0 +1,106 @@
+"""`ee-llm generate --strategy sled` and `dola`: options, records and errors."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ee_llm.cli.generation.command import check, generate
+from ee_llm.cli.generation.options import GenerateOptions, VerifyOptions
+from ee_llm.cli.generation.strategies import strategy_of_options
+from ee_llm.cli.generation.verify import verify
+from ee_llm.errors import UserError
+from ee_llm.inference.decoding.settings import SLED, DoLa
+from tests.unit.inference.models import random_tensors, save_model, tiny_config
+
+CONFIG = tiny_config("gpt", vocab_size=264, max_seq_length=48)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    save_model(output, CONFIG, random_tensors(CONFIG, dtype=torch.float32))
+    return output
+
+
+def test_options_become_settings() -> None:
+    options = GenerateOptions(Path("run"), strategy="sled")
+    assert strategy_of_options(options) == SLED()
+    assert strategy_of_options(replace(options, strategy="dola")) == DoLa()
+    given = replace(
+        options,
+        sled_rate=2.0,
+        sled_scale=5,
+        sled_tau=0.5,
+        sled_layers=(0, 3),
+        sled_variant="released",
+        dola_layers=("high",),
+        dola_alpha=0.3,
+        early_head="final",
+    )
+    assert strategy_of_options(given) == SLED(
+        rate=2.0, scale=5, tau=0.5, layers=(0, 3), head="final", variant="released"
+    )
+    found = strategy_of_options(replace(given, strategy="dola"))
+    assert found == DoLa(layers="high", alpha=0.3, head="final")
+
+
+def test_records_have_the_settings_and_pass_the_certificate(run: Path, tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"strategy": "sled", "sled_rate": 3.0, "sled_layers": "alternate"},
+        {"strategy": "dola", "dola_layers": [1, 3], "temperature": 0.9},
+        {"strategy": "dola", "early_head": "exits", "stop": ["e"]},
+        {"strategy": "exact", "thresholds": 0.3},
+        {"strategy": "sled", "thresholds": 0.3},
+        {"strategy": "sled", "sled_scale": 265},
+        {"strategy": "dola", "dola_layers": 4},
+    ]
+    batch, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    batch.write_text("".join(json.dumps({"prompt": "def ", **line}) + "\n" for line in lines))
+    options = GenerateOptions(run, batch_file=batch, output=output, dtype="float64", max_tokens=9)
+    with pytest.raises(Exception, match="3 of 7"):
+        generate(options)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    good = {record["id"]: record for record in records if "error" not in record}
+    assert (good["1"]["sled"]["rate"], good["1"]["sled"]["layers"]) == (3.0, [1, 3])
+    assert good["2"]["dola"] == {"layers": [1, 3], "alpha": 0.1, "head": "final"}
+    assert (good["3"]["dola"]["layers"], good["3"]["dola"]["head"]) == ([1, 2], "exits")
+    assert not {"sled", "dola"} & set(good["4"])
+    errors = {record["id"]: record["error"]["message"] for record in records if "error" in record}
+    assert "--thresholds 0.3 has no effect: --strategy sled" in errors["5"]
+    assert "scale = 265 is above model.vocab_size = 264" in errors["6"]
+    assert "4 is not a boundary" in errors["7"]
+    verify(VerifyOptions(output, run))
+    good["1"]["sled"]["rate"] = 30.0
+    output.write_text(json.dumps(good["1"]) + "\n")
+    with pytest.raises(UserError, match="differ from those that the model"):
+        verify(VerifyOptions(output, run))
+    good["1"]["sled"] = {"speed": 1}
+    output.write_text(json.dumps(good["1"]) + "\n")
+    with pytest.raises(UserError, match="line 1: 'sled' is .* not settings"):
+        verify(VerifyOptions(output, run))
+    del good["1"]["sled"]
+    output.write_text(json.dumps(good["1"]) + "\n")
+    with pytest.raises(UserError, match="line 1: 'sled' is missing"):
+        verify(VerifyOptions(output, run))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"thresholds": (0.5,)}, "--thresholds 0.5 has no effect: --strategy sled"),
+        ({"policy": Path("a.json")}, "--policy a.json has no effect"),
+        ({"sled_rate": 0.0}, "sled: rate = 0.0"),
+        ({"sled_layers": (7,)}, "7 is not a boundary"),
+        ({"sled_layers": ("all", 1)}, "'all' is not an integer"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_starts(
+    run: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check(GenerateOptions(run, "a", strategy="sled", **given))
+    check(GenerateOptions(run, "a", strategy="sled", thresholds=("off",)))
