@@ -12,7 +12,12 @@ from torch import Tensor
 
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.errors import RequestError
-from ee_llm.inference.decoding.settings import Contrast, resolve_contrast
+from ee_llm.inference.decoding.settings import (
+    CONTRASTS,
+    Contrast,
+    resolve_contrast,
+    strategy_of,
+)
 from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.outputs import RequestOutput, TokenOutput
 from ee_llm.inference.request import FinishReason
@@ -49,7 +54,7 @@ def generate_reference(
         strategy: Decoding strategy.
         eos_token_ids: End tokens of the model.
         on_token: Called with each token once it is decided.
-        contrast: Settings of `sled` and `dola`.
+        contrast: Settings of `sled` and `dola`; None for the defaults.
 
     Raises:
         RequestError: The prompt is empty, too long or has ids beyond the vocabulary, or the policy
@@ -58,8 +63,11 @@ def generate_reference(
     policy = policy_in_force(model, policy, strategy)
     if len(prompt_token_ids) == 0:
         raise RequestError("The prompt is empty. Give at least one token.")
+    if contrast is None and strategy in CONTRASTS:
+        contrast = CONTRASTS[strategy]()
     if contrast is not None:
         contrast = resolve_contrast(contrast, model.config)
+        assert strategy_of(contrast) == strategy, f"{contrast} is for another strategy"
     params, vocab_size = sampling_params, model.config.model.vocab_size
     tokens: list[TokenOutput] = []
     sequence = list(prompt_token_ids)
