@@ -6,7 +6,8 @@ from ee_llm.config import load_config
 from ee_llm.errors import ConfigError
 
 _SECTIONS = (
-    *("model", "exits", "data", "training", "optimizer", "parallel", "checkpoint", "logging"),
+    *("model", "exits", "layer_dropout", "data", "training", "optimizer", "parallel"),
+    *("checkpoint", "logging"),
     "deepspeed",
 )
 # Only 'ee-llm tune' uses this section.

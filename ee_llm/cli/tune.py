@@ -10,7 +10,7 @@ _SECTIONS = (
 )
 # Tuning refuses these options, or the checkpoint determines them.
 _HIDDEN = (
-    *("model", "parallel.virtual", "parallel.schedule", "parallel.fill_warmup"),
+    *("model", "layer_dropout", "parallel.virtual", "parallel.schedule", "parallel.fill_warmup"),
     *("parallel.fill_cooldown", "parallel.forward_over_backward", "checkpoint.initial"),
 )
 _REQUIRED = ("tuning.checkpoint", "data.prefixes")

@@ -40,9 +40,9 @@ def _poison_loss(config, steps, rank):
     exit_loss, set_microbatches = StageOnData.exit_loss, StageOnData.set_microbatches
     num_started = [0]
 
-    def count(self, microbatches, factors, scaling):
+    def count(self, microbatches, *arguments):
         num_started[0] += 1
-        set_microbatches(self, microbatches, factors, scaling)
+        set_microbatches(self, microbatches, *arguments)
 
     def poisoned(self, microbatch, index, tap):
         loss = exit_loss(self, microbatch, index, tap)

@@ -75,7 +75,9 @@ def test_full_help_of_training_describes_every_option(
         field = (section_types()[section] if section else Config).model_fields[leaf]
         if section == "tuning":  # shown by another command
             continue
-        assert re.search(rf"--{section}\.?(\[no-\])?{leaf.replace('_', '-')}\b", text)
+        assert re.search(
+            rf"--{section.replace('_', '-')}\.?(\[no-\])?{leaf.replace('_', '-')}\b", text
+        )
         assert field.description
         assert " ".join(field.description.split()) in " ".join(text.split())
     assert "(default: 0.0003)" in text

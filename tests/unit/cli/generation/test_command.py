@@ -477,7 +477,7 @@ def test_an_output_with_other_content_is_refused_and_unchanged(run: Path, tmp_pa
         ({"cache_tokens": 2**64}, "--cache-tokens 18446744073709551616 is out of range. Use 1 to"),
         ({"seed": 2**64 - 1}, r"seed = 18446744073709551615 .* 0 to 2\*\*63 - 1"),
         ({"seed": -1}, "seed = -1 "),
-        ({"top_k": -1}, "top_k = -1 must be .* at least 0"),
+        ({"top_k": -2}, "top_k = -2 must be"),
         ({"max_tokens": -(10**30)}, "max_tokens = -10{30} must be .* at least 1"),
         (
             {"strategy": "self-speculative", "draft_length": 10**30},

@@ -50,7 +50,10 @@ def test_same_rendering_as_transformers(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "here: .*roles must alternate.*--chat-t"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "here: .*roles must alternate.*chat_template",
+        ),
         ("{{ messages[0].content.__class__.__mro__ }}", "here: .*unsafe"),
         ("{{ messages.append(1) }}", "here: .*unsafe"),
         ("{{ messages[9].content }}", "here: .*no element 9"),

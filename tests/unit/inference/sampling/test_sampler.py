@@ -231,7 +231,7 @@ def test_params_out_of_range_are_refused() -> None:
         {"temperature": -1.0},
         {"temperature": math.nan},
         {"temperature": math.inf},
-        {"top_k": -1},
+        {"top_k": -2},
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"top_p": math.nan},

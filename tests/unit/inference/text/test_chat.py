@@ -124,7 +124,7 @@ def test_stop_tokens_and_special_stop_strings(
             break
     id, text = found[0]
     end = tokens.index(id) + 1
-    for options in (["--stop-token-ids", str(id), "9999"], ["--stop", "never", text]):
+    for options in (["--stop-token-ids", str(id), "639"], ["--stop", "never", text]):
         stopped = _generate(capsys, qwen, *how, "--seed", seed, *options)
         assert stopped["token_ids"] == tokens[:end]
         assert stopped["finish_reason"] == "stop"
