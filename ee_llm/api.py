@@ -17,7 +17,7 @@ from ee_llm.config import Config, HeadPart, load_config
 from ee_llm.conversion.convert import ConversionResult
 from ee_llm.conversion.convert import convert as _convert
 from ee_llm.conversion.options import ConvertOptions
-from ee_llm.errors import ConfigError, RunError, UserError, naming_arguments
+from ee_llm.errors import ConfigError, RunError, naming_arguments
 from ee_llm.evaluation.options import EvaluateOptions
 from ee_llm.evaluation.result import EvaluationResult
 from ee_llm.inference.choices import DtypeName
@@ -286,8 +286,7 @@ def _run(config: Config, command: str, nproc: int | None) -> TrainingResult:
         path.write_text(config.to_toml())
         outcome = run_ranks(nproc, [command, "--config", str(path)])
     if outcome is not None:
-        kind = UserError if outcome.status == 2 else RunError  # as errors.py defines the statuses
-        raise kind(outcome.message)
+        raise outcome.error()
     checkpoint = find_latest(config.output)
     if checkpoint is None:
         raise RunError(f"The run {config.output} has no checkpoint.")

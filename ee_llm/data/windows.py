@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ee_llm.config import Config
+from ee_llm.config.tuning import DEFAULT_SEQ_LENGTH
 from ee_llm.data.indexed import IndexedTokens
 from ee_llm.errors import DataError
 
@@ -54,4 +56,33 @@ def check_window(window: Tensor, vocab_size: int) -> None:
         raise DataError(
             f"the data has token ids {int(window.min())} to {int(window.max())}, outside"
             f" model.vocab_size = {vocab_size}. Prepare the data with the checkpoint's tokenizer."
+        )
+
+
+def default_length(config: Config) -> int:
+    """Return the length of a window if no option sets it: that of training, with a limit.
+
+    The limit is `DEFAULT_SEQ_LENGTH`, because the time of attention is quadratic in the length.
+    """
+    return min(config.data.seq_length, DEFAULT_SEQ_LENGTH)
+
+
+def counted_positions(window: Tensor, eos_token_id: int | None) -> Tensor:
+    """Return whether each token after the first one counts as a target, bool [t].
+
+    Args:
+        window: Token ids [t + 1].
+        eos_token_id: Id of the end token: its successors do not count. None counts all tokens.
+    """
+    if eos_token_id is None:
+        return torch.ones(len(window) - 1, dtype=torch.bool)
+    return window[:-1] != eos_token_id
+
+
+def check_counted(num_targets: int) -> None:
+    """Raise DataError if no token of the data counted as a target."""
+    if num_targets == 0:
+        raise DataError(
+            "the data has no token to predict: with data.mask_after_eos, tokens after an end token"
+            " do not count. Give data with longer documents."
         )

@@ -122,7 +122,7 @@ class InferenceGrid:
         """Return the parts of all stages on the leader, and nothing on the other ranks.
 
         Args:
-            parts: By key, objects of tensors that `torch.save` can write. Keys differ by stage.
+            parts: Tensors, numbers, strings and collections of them, by keys that differ by stage.
         """
         if self.tensor_rank > 0:
             return {}
@@ -134,7 +134,7 @@ class InferenceGrid:
             return {}
         found = dict(parts)
         for group in self._result_groups.values():
-            peer = next(rank for rank in dist.get_process_group_ranks(group) if rank != 0)
+            peer = _sender(group)
             size = self._receive(torch.empty(1, dtype=torch.int64), peer, group)
             data = self._receive(torch.empty(int(size), dtype=torch.uint8), peer, group)
             message = io.BytesIO(data.numpy().tobytes())
@@ -207,7 +207,7 @@ class InferenceGrid:
         return result
 
     def _listen_to(self, stage: int, group: dist.ProcessGroup) -> None:
-        peer = next(rank for rank in dist.get_process_group_ranks(group) if rank != 0)
+        peer = _sender(group)
         try:
             while True:
                 message = self._receive_message(peer, group)
@@ -352,6 +352,11 @@ def _make_grid(tensor: int, pipeline: int, timeout: datetime.timedelta) -> Infer
         _column_control=own_group(columns, "gloo"),
         _result_groups=result_groups,
     )
+
+
+def _sender(group: dist.ProcessGroup) -> int:
+    """Return the rank that sends results to the leader over a group."""
+    return next(rank for rank in dist.get_process_group_ranks(group) if rank != 0)
 
 
 def _bytes(message: bytes) -> Tensor:

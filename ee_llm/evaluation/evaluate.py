@@ -17,10 +17,10 @@ from ee_llm.config import Config
 from ee_llm.data.prepare import check_tokenizer
 from ee_llm.data.text_windows import TextWindows
 from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
-from ee_llm.data.windows import Windows
-from ee_llm.errors import RequestError, RunError, UserError
+from ee_llm.data.windows import Windows, default_length
+from ee_llm.errors import RequestError, UserError
 from ee_llm.evaluation.measure import measure
-from ee_llm.evaluation.options import MAX_SEQ_LENGTH, EvaluateOptions, check_options
+from ee_llm.evaluation.options import EvaluateOptions, check_options
 from ee_llm.evaluation.result import EvaluationResult
 from ee_llm.inference.execution.stage import check_layout
 from ee_llm.inference.execution.teacher_forced import TeacherForced
@@ -81,7 +81,7 @@ def evaluate(options: EvaluateOptions) -> EvaluationResult:
 def _seq_length(options: EvaluateOptions, config: Config) -> int:
     longest = config.model.max_seq_length
     if options.seq_length is None:
-        return min(config.data.seq_length, MAX_SEQ_LENGTH)
+        return default_length(config)
     if not 1 <= options.seq_length <= longest:
         raise RequestError(
             f"seq_length = {options.seq_length} is out of range. Use 1 to {longest}"
@@ -140,8 +140,7 @@ def _launch(options: EvaluateOptions, num_ranks: int) -> EvaluationResult:
             arguments.append("--no-progress")
         outcome = run_ranks(num_ranks, ["evaluate", f"{options.checkpoint}", *arguments])
         if outcome is not None:
-            kind = UserError if outcome.status == 2 else RunError
-            raise kind(outcome.message)
+            raise outcome.error()
         return EvaluationResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 

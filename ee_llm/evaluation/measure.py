@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ee_llm import distributed
 from ee_llm.config import Config
-from ee_llm.data.windows import check_window
-from ee_llm.errors import DataError, RunError
+from ee_llm.data.windows import check_counted, check_window, counted_positions
+from ee_llm.errors import RunError
 from ee_llm.evaluation.averages import Average
 from ee_llm.evaluation.result import ExitMetrics
 from ee_llm.evaluation.row_statistics import RowStatistics, divergence, row_statistics
@@ -65,21 +65,14 @@ def measure(
     for window in windows:
         check_window(window, config.model.vocab_size)
         tokens, targets = window[:-1], window[1:]
-        is_counted = torch.ones(len(targets), dtype=torch.bool)
-        if eos_token_id is not None:
-            is_counted = tokens != eos_token_id
         features = _features(model, tokens, config.model.hidden_size, ranks)
-        rows = is_counted.nonzero()[:, 0]
+        rows = counted_positions(window, eos_token_id).nonzero()[:, 0]
         if is_last and len(rows):
             _add(averages, projections, features, targets, rows.split(num_rows), model, ranks)
         num_tokens += len(rows)
         if on_tokens is not None:
             on_tokens(len(targets))
-    if num_tokens == 0:
-        raise DataError(
-            "the data has no token to predict: with data.mask_after_eos, tokens after an end token"
-            " do not count. Give data with longer documents."
-        )
+    check_counted(num_tokens)
     found = [_metrics(b, b == boundaries[-1], columns) for b, columns in averages.items()]
     return num_tokens, tuple(ExitMetrics(**one) for one in _share(found, model, config, ranks))
 
@@ -169,12 +162,10 @@ def _share(
     """Return on every rank what the last stage has found: to the leader, then down the stages."""
     if ranks is None or ranks.num_stages == 1:
         return found
-    if ranks.stage > 0 and ranks.tensor_rank == 0:
-        if found:
-            ranks.send_result(json.dumps(found).encode())
-        ranks.send_result(b"")  # the end
+    by_stage = ranks.gather_to_leader({ranks.stage: found})
     if ranks.stage == 0:
-        message = ranks.broadcast(_receive(ranks) if ranks.is_leader else b"")
+        last = by_stage[ranks.num_stages - 1] if ranks.is_leader else []
+        message = ranks.broadcast(json.dumps(last).encode())
     else:
         message, _ = ranks.receive_previous(config.model.hidden_size, model.dtype)
     if ranks.stage + 1 < ranks.num_stages:
@@ -183,15 +174,3 @@ def _share(
     ranks.flush()
     received: list[dict[str, Any]] = json.loads(message)
     return received
-
-
-def _receive(ranks: distributed.InferenceGrid) -> bytes:
-    """Return the result of the last stage on the leader, after all stages have ended."""
-    ranks.listen()
-    message = b""
-    for _ in range(ranks.num_stages):  # one result, and one end of each later stage
-        result = ranks.next_result(wait=True)
-        assert result is not None, "waiting returns a result"
-        message = message or result[1]
-    ranks.join_listeners()
-    return message

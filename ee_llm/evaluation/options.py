@@ -8,9 +8,6 @@ from ee_llm.config.limits import MAX_RANKS, MAX_TIMEOUT_S, MIN_TIMEOUT_S
 from ee_llm.errors import RequestError
 from ee_llm.inference.choices import DtypeName
 
-MAX_SEQ_LENGTH = 2048
-"""Tokens of a window, unless an option sets more: attention is quadratic."""
-
 
 @dataclass(frozen=True)
 class EvaluateOptions:

@@ -8,7 +8,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from ee_llm.launch.rank import Report, complain, launched_environment, parse_report
+from ee_llm.errors import RunError, UserError
+from ee_llm.launch.rank import (
+    Report,
+    complain,
+    launched_environment,
+    parse_report,
+    rank_environment,
+)
 from ee_llm.launch.signals import StopSignalHandler
 
 _POLL_S = 0.05
@@ -50,6 +57,10 @@ class Outcome(NamedTuple):
 
     message: str
     status: int
+
+    def error(self) -> UserError | RunError:
+        """Return the exception for the status, as the command line would have printed it."""
+        return UserError(self.message) if self.status == 2 else RunError(self.message)
 
 
 def run_ranks(num_processes: int, arguments: list[str]) -> Outcome | None:
@@ -105,12 +116,7 @@ class _Rank:
         self._reader, writer = os.pipe()
         os.set_blocking(self._reader, False)
         environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
+            **rank_environment(rank, num_ranks, port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the launcher hosts the store
             **launched_environment(writer),
         }

@@ -27,6 +27,18 @@ def launched_environment(descriptor: int) -> dict[str, str]:
     return {_LAUNCHED: f"{os.getpid()} {descriptor}"}
 
 
+def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """Return torchrun's variables for a rank on this machine, whose store is at `port`."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+
+
 def is_launched() -> bool:
     """Return whether this process is a rank that `launch` started."""
     return _LAUNCHED in os.environ

@@ -1,5 +1,6 @@
 """Return the errors of invalid configurations."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +20,11 @@ def message(overrides: dict[str, Any], path: Path | None = None) -> str:
     assert "validation error" not in text
     assert "pydantic" not in text
     return text
+
+
+def assert_message(overrides: dict[str, Any], expected: str) -> None:
+    """Assert that the error is one line that begins with `expected`, in which .* is any text."""
+    pattern = re.escape(expected).replace(r"\.\*", ".*").replace(r"\ ", " ")
+    error = message(overrides)
+    assert re.match(pattern, error), error
+    assert "\n" not in error

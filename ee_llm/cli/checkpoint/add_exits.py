@@ -1,8 +1,6 @@
 """`ee-llm checkpoint add-exits`: write a checkpoint with more exits."""
 
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from ee_llm.cli.arguments.help import CommandHelp, Group
 from ee_llm.cli.arguments.parsing import parse
@@ -11,13 +9,6 @@ from ee_llm.config import Config
 from ee_llm.config.limits import MAX_TIMEOUT_S, MIN_TIMEOUT_S
 from ee_llm.errors import UserError
 from ee_llm.launch.local import launch
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ee_llm.checkpoint.read import TensorReader
-    from ee_llm.data.windows import Windows
-    from ee_llm.distributed import InferenceGrid
 
 COMMAND = CommandHelp(
     "checkpoint add-exits",
@@ -37,7 +28,7 @@ COMMAND = CommandHelp(
     ),
 )
 
-_MAX_SEQ_LENGTH = 2048  # tokens, unless --seq-length is given, because attention is quadratic
+_FROM_DATA = ("class-aware", "least-squares")
 _DEFAULTS = {"data": (), "num_tokens": None, "seq_length": None, "tensor": 1, "pipeline": 1}
 """Options that only an initialization from data uses, with their defaults."""
 
@@ -142,7 +133,10 @@ def _add_from_data(options: AddExitsOptions, config: Config) -> None:
     from ee_llm.checkpoint.read import TensorReader
     from ee_llm.checkpoint.surgery.exits import added
     from ee_llm.cli.checkpoint.rewriting import progress, write
-    from ee_llm.data.windows import Windows
+    from ee_llm.data.tokenization.tokenizer import load_tokenizer
+    from ee_llm.data.windows import Windows, default_length
+    from ee_llm.inference.exits.class_means import class_means
+    from ee_llm.inference.exits.least_squares import least_squares
 
     reader = TensorReader(options.checkpoint)
     ranks = None
@@ -150,53 +144,26 @@ def _add_from_data(options: AddExitsOptions, config: Config) -> None:
         ranks = distributed.connect_serving(
             tensor=options.tensor, pipeline=options.pipeline, timeout_s=options.timeout_s
         )
-    seq_length = options.seq_length or min(config.data.seq_length, _MAX_SEQ_LENGTH)
+    seq_length = options.seq_length or default_length(config)
     windows = Windows(options.data, seq_length, options.num_tokens)
     with progress("reading data", windows.num_tokens, is_quiet=options.json) as advance:
-        compute = _FROM_DATA[options.initialization]
-        computed, note = compute(options, reader, config, windows, ranks, advance)
+        if options.initialization == "least-squares":
+            computed = least_squares(reader, config, options.exits, windows, ranks, advance)
+            note = f"{windows.num_tokens:,} tokens"
+        else:
+            eos_token_id = load_tokenizer(reader.tokenizer(), config.data.eos_token).eos_token_id
+            means = class_means(
+                reader, config, options.exits, windows, eos_token_id, ranks, advance
+            )
+            computed = {f"exits.{b}.output.weight": weight for b, weight in means.weights.items()}
+            vocab_size = config.model.vocab_size
+            note = (
+                f"{means.num_tokens:,} tokens; {vocab_size - means.num_seen:,} of the vocabulary's "
+                f"{vocab_size:,} do not occur and have the rows of the final exit"
+            )
     if distributed.is_rank_zero():
         rewrite = added(reader, config, options.initialization, computed)
         rewrite.notes.append(f"{options.initialization}: {note}")
         write(rewrite, options.output, as_json=options.json)
     if ranks is not None:
         ranks.shutdown()
-
-
-def _class_means(
-    options: AddExitsOptions,
-    reader: "TensorReader",
-    config: Config,
-    windows: "Windows",
-    ranks: "InferenceGrid | None",
-    advance: Callable[[int], None],
-) -> "tuple[dict[str, Tensor], str]":
-    from ee_llm.data.tokenization.tokenizer import load_tokenizer
-    from ee_llm.inference.exits.class_means import class_means
-
-    eos_token_id = load_tokenizer(reader.tokenizer(), config.data.eos_token).eos_token_id
-    means = class_means(reader, config, options.exits, windows, eos_token_id, ranks, advance)
-    vocab_size = config.model.vocab_size
-    note = (
-        f"{means.num_tokens:,} tokens; {vocab_size - means.num_seen:,} of the vocabulary's "
-        f"{vocab_size:,} do not occur and have the rows of the final exit"
-    )
-    return {f"exits.{b}.output.weight": weight for b, weight in means.weights.items()}, note
-
-
-def _least_squares(
-    options: AddExitsOptions,
-    reader: "TensorReader",
-    config: Config,
-    windows: "Windows",
-    ranks: "InferenceGrid | None",
-    advance: Callable[[int], None],
-) -> "tuple[dict[str, Tensor], str]":
-    from ee_llm.inference.exits.least_squares import least_squares
-
-    translators = least_squares(reader, config, options.exits, windows, ranks, advance)
-    return translators, f"{windows.num_tokens:,} tokens"
-
-
-_FROM_DATA = {"class-aware": _class_means, "least-squares": _least_squares}
-"""Functions that compute parameters of new exits from data, and a note for the user."""

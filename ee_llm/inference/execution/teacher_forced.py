@@ -35,7 +35,6 @@ class ExitInput:
     _batch: Batch
     _stage: ModelStage
     _index: int
-    _ranks: distributed.InferenceGrid | None
 
     def features(self) -> Tensor:
         """Return the input [t, h] of the exit's output projection."""
@@ -46,13 +45,6 @@ class ExitInput:
         return self._stage.features(
             self._index, self.hidden, self._attended, self._batch, of_trunk=True
         )
-
-    def logits(self) -> Tensor:
-        """Return the exit's logits [t, v]; all tensor-parallel ranks of the stage must call it."""
-        rows = [Run(0, 0, len(self.hidden), 0)]
-        batch = self._batch if self._stage.has_block(self._index) else None
-        part = self._stage.logits(self._index, self.hidden, self._attended, rows, batch)
-        return part if self._ranks is None else self._ranks.gather(part)
 
 
 class TeacherForced:
@@ -127,7 +119,7 @@ class TeacherForced:
             x, attended = stage.run(index, x, batch)
             if layer_range.has_exit:
                 boundary = layer_range.last
-                yield ExitInput(boundary, x, attended, batch, stage, index, self._ranks)
+                yield ExitInput(boundary, x, attended, batch, stage, index)
         if self._has_next:
             assert self._ranks is not None
             self._ranks.send_next(b"", x)

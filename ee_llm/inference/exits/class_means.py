@@ -14,8 +14,7 @@ from ee_llm import distributed
 from ee_llm.architecture.parameter_names import output_weight_name
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.config import Config
-from ee_llm.data.windows import Windows, check_window
-from ee_llm.errors import DataError
+from ee_llm.data.windows import Windows, check_counted, check_window, counted_positions
 from ee_llm.inference.execution.teacher_forced import TeacherForced
 from ee_llm.inference.exits.new_exits import tensors_with_new_exits, with_new_exits
 
@@ -74,6 +73,7 @@ def class_means(
         with_exits, tensors, config.model.max_seq_length, ranks, last=max(boundaries)
     )
     model = config.model
+    masked_after = eos_token_id if config.data.mask_after_eos else None
     summed = boundaries if ranks is None or ranks.is_leader else ()
     size = model.vocab_size, model.hidden_size
     sums = {boundary: torch.zeros(size, dtype=torch.float64) for boundary in summed}
@@ -81,9 +81,7 @@ def class_means(
     for window in windows:
         check_window(window, model.vocab_size)
         targets = window[1:]
-        is_counted = torch.ones(len(targets), dtype=torch.bool)
-        if config.data.mask_after_eos:
-            is_counted = window[:-1] != eos_token_id
+        is_counted = counted_positions(window, masked_after)
         counts.index_add_(0, targets[is_counted], torch.ones(int(is_counted.sum())).double())
         for exit in run(window[:-1]):
             features = exit.features()
@@ -93,11 +91,7 @@ def class_means(
         if on_tokens is not None:
             on_tokens(len(targets))
     is_seen = counts > 0
-    if not is_seen.any():
-        raise DataError(
-            "the data has no token to predict: with data.mask_after_eos, tokens after an end token"
-            " do not count. Give data with longer documents."
-        )
+    check_counted(int(is_seen.sum()))
     if sums:
         final = reader.tensor(output_weight_name(config, model.num_layers)).double()
     for means in sums.values():

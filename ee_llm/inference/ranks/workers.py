@@ -10,7 +10,7 @@ from typing import Any
 from torch.distributed import TCPStore
 
 from ee_llm.errors import RunError
-from ee_llm.launch.rank import launched_environment, parse_report
+from ee_llm.launch.rank import launched_environment, parse_report, rank_environment
 
 _START = """
 import sys
@@ -57,12 +57,7 @@ class Workers:
         reader, writer = os.pipe()
         os.set_blocking(reader, False)
         environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(self.store.port),
+            **rank_environment(rank, num_ranks, self.store.port),
             _READY: str(self.store.port),
             **launched_environment(writer),
         }

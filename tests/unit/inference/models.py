@@ -91,6 +91,13 @@ def random_tokens(length: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))
 
 
+class Residuals(ReferenceModel):
+    """A reference that returns the residual stream at each boundary instead of logits."""
+
+    def _head(self, boundary, x, attended):
+        return x
+
+
 def save_model(output: Path, config: Config, tensors: dict[str, Tensor]) -> Path:
     """Save a model to the run directory `output` and return its checkpoint."""
     partial = write_checkpoint(output, tensors=tensors, publish=False)

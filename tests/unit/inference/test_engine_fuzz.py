@@ -23,7 +23,7 @@ from tests.unit.inference.fuzz import (
     random_traffic,
     serve,
 )
-from tests.unit.inference.models import random_tensors, tiny_config
+from tests.unit.inference.models import Residuals, random_tensors, tiny_config
 
 pytestmark = pytest.mark.thorough
 
@@ -36,13 +36,6 @@ HEADS = (
     ("translator", "norm"),
     (),
 )
-
-
-class Residuals(ReferenceModel):
-    """A reference that returns the residual stream at each boundary instead of logits."""
-
-    def _head(self, boundary, x, attended):
-        return x
 
 
 def _config(rng: random.Random):

@@ -662,8 +662,8 @@ with made[0] as llm:
     assert len(llm.generate("a", SamplingParams(max_tokens=2))[0].token_ids) == 2
 """
 
-_KILLED = """
-import os, signal, subprocess, sys
+_RECORDED = """
+import subprocess
 started = []
 
 class Popen(subprocess.Popen):
@@ -672,11 +672,18 @@ class Popen(subprocess.Popen):
         started.append(self)
 
 subprocess.Popen = Popen
+"""
+
+_KILLED = (
+    _RECORDED
+    + """
+import os, signal, sys
 from ee_llm import LLM
 llm = LLM(sys.argv[1], dtype="float32", tensor=2)
 print(started[0].pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+)
 
 
 def _run_script(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -698,16 +705,10 @@ def test_workers_end_when_their_leader_is_killed(run: Path) -> None:
     assert is_gone(int(done.stdout))
 
 
-_LEFT_TO_THE_COLLECTOR = """
-import gc, os, signal, subprocess, sys
-started = []
-
-class Popen(subprocess.Popen):
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        started.append(self)
-
-subprocess.Popen = Popen
+_LEFT_TO_THE_COLLECTOR = (
+    _RECORDED
+    + """
+import gc, os, signal, sys
 import torch
 from ee_llm import LLM, SamplingParams, distributed
 from ee_llm.errors import RunError, UserError
@@ -749,6 +750,7 @@ except OSError as error:
 assert dict(os.environ) == environment
 assert not torch.distributed.is_initialized()
 """
+)
 
 
 @pytest.mark.slow

@@ -66,18 +66,18 @@ def test_weights_are_packed_where_supported() -> None:
     assert not is_packable(torch.empty(4, 4, dtype=torch.float32, device="meta"))
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "dtype"),
+    [
+        (torch.backends.mkldnn, "is_available", torch.float32),
+        # oneDNN raises an error when it packs a bfloat16 weight on a CPU without support.
+        (torch.ops.mkldnn, "_is_mkldnn_bf16_supported", torch.bfloat16),
+    ],
+    ids=["without onednn", "without bfloat16"],
+)
 @torch.no_grad()
-def test_without_onednn_the_product_is_plain(monkeypatch) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+def test_without_support_the_product_is_plain(monkeypatch, owner, name, dtype) -> None:
+    monkeypatch.setattr(owner, name, lambda: False)
     monkeypatch.setattr(linear, "_pack", lambda weight: pytest.fail("it cannot be packed"))
-    weight, x = (_numbers(n, 32, dtype=torch.float32) for n in (48, 3))
-    assert torch.equal(Linear(weight)(x), F.linear(x, weight))
-
-
-@torch.no_grad()
-def test_on_a_cpu_without_bfloat16_the_product_is_plain(monkeypatch) -> None:
-    """OneDNN raises an error when it packs a bfloat16 weight on such a CPU."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    monkeypatch.setattr(linear, "_pack", lambda weight: pytest.fail("it cannot be packed"))
-    weight, x = (_numbers(n, 32, dtype=torch.bfloat16) for n in (48, 3))
+    weight, x = (_numbers(n, 32, dtype=dtype) for n in (48, 3))
     assert torch.equal(Linear(weight)(x), F.linear(x, weight))

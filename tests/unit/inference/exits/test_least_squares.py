@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import load_reference
 from ee_llm.inference.exits.least_squares import RIDGE
 from tests.unit.checkpoint.surgery.sources import all_tensors, refusal, run, save, tiny
 from tests.unit.inference.exits.test_class_means import DOCUMENTS, LENGTH, TOKENS, write_data
+from tests.unit.inference.models import Residuals
 
 pytestmark = pytest.mark.thorough
 
@@ -31,13 +31,6 @@ def add(source: Path, output: Path, *options: object) -> TensorReader:
 def normalized(hidden: torch.Tensor, eps: float) -> np.ndarray:
     x = hidden.double().numpy()
     return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + eps)
-
-
-class Residuals(ReferenceModel):
-    """Gives the residual stream at each boundary in place of what the exit there projects."""
-
-    def _head(self, boundary, x, attended):
-        return x
 
 
 def expected_translator(reader: TensorReader, boundary: int) -> tuple[np.ndarray, np.ndarray]:
