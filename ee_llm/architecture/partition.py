@@ -13,6 +13,9 @@ def even_split(num_layers: int, num_stages: int) -> list[int]:
 def stage_layers(config: Config, stage: int) -> range:
     """Return the numbers (from 1) of the layers on a pipeline stage (from 0).
 
+    The split is that of the layers that training computes; the last stage also has those that only
+    a validation computes.
+
     Raises ConfigError if there is no such stage.
     """
     num_stages = config.parallel.num_stages
@@ -20,7 +23,10 @@ def stage_layers(config: Config, stage: int) -> range:
         raise ConfigError(f"stage {stage} is outside 0..{num_stages - 1}")
     split = config.parallel.layer_split or even_split(config.depth, num_stages)
     first = sum(split[:stage]) + 1
-    return range(first, first + split[stage])
+    end = first + split[stage]
+    if stage == num_stages - 1 and config.is_whole:
+        end = config.model.num_layers + 1
+    return range(first, end)
 
 
 def exit_stage(config: Config, boundary: int) -> int:
@@ -37,5 +43,5 @@ def exit_stage(config: Config, boundary: int) -> int:
             f"no exit at boundary {boundary}: exits.boundaries = {list(config.exits.boundaries)}"
         )
     layer = boundary if config.exits.placement == "post" else boundary + 1
-    layer = min(layer, config.depth)  # tuning builds no layer behind the last tuned exit
+    layer = min(layer, config.depth)  # training computes no layer behind the last tuned exit
     return next(stage for stage in range(num_stages) if layer in stage_layers(config, stage))

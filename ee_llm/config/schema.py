@@ -45,17 +45,45 @@ class ConfigFields(Section):
         return self.tuning.checkpoint is not None
 
     @property
-    def built_exits(self) -> tuple[int, ...]:
-        """Boundaries of the exits to build: all and the final one, or only the tuned ones."""
+    def distills(self) -> bool:
+        """Whether the exits learn the distribution of the final exit."""
+        return self.is_tuning and self.tuning.objective != "labels"
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run measures losses on validation data."""
+        return self.training.eval_interval > 0 and self.data.split[1] > 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers and the final exit are built.
+
+        Tuning needs them where it compares exits with the final exit: to distill and to validate.
+        """
+        return not self.is_tuning or self.distills or self.validates
+
+    @property
+    def trained_exits(self) -> tuple[int, ...]:
+        """Boundaries of the exits to train: all and the final one, or only the tuned ones."""
         if self.is_tuning:
             return self.tuning.exits
         return (*self.exits.boundaries, self.model.num_layers)
 
     @property
+    def built_exits(self) -> tuple[int, ...]:
+        """Boundaries of the exits to build: those to train, and the final one if `is_whole`."""
+        final = self.model.num_layers
+        trained = tuple(boundary for boundary in self.trained_exits if boundary != final)
+        return (*trained, final) if self.is_whole else trained
+
+    @property
     def depth(self) -> int:
-        """Number of layers to build: all, or when tuning, those up to the last tuned exit."""
+        """Number of layers that a training step computes.
+
+        These are all layers, or when tuning without distillation, those up to the last tuned exit.
+        """
         num_layers = self.model.num_layers
-        if not self.is_tuning:
+        if not self.is_tuning or self.distills:
             return num_layers
         # The checks of exits report an exit beyond the last layer.
         return min(max(self.tuning.exits, default=num_layers), num_layers)

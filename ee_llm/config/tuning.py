@@ -1,6 +1,9 @@
 """The EE-Tuning section of the configuration."""
 
+from typing import Literal
+
 from ee_llm.config.base import Integers, PathText, Section, option
+from ee_llm.config.limits import MAX_FACTOR
 
 DEFAULT_SEQ_LENGTH = 2048
 """Default maximum of the sequence length for tuning, in tokens.
@@ -22,6 +25,19 @@ class TuningConfig(Section):
     exits: Integers = option(
         (),
         "Boundaries of the exits to train. The other exits in exits.boundaries stay unchanged. "
-        "They are neither loaded nor computed, nor are the layers after the last trained exit.",
+        "They are neither loaded nor computed.",
         shown="exits.boundaries",
+    )
+    objective: Literal["labels", "distill", "both"] = option(
+        "labels",
+        "Loss of the exits. labels: cross entropy with the next token. distill: the divergence "
+        "(KL) of the exit's distribution from the final exit's, for which each step runs all "
+        "layers. both: their sum.",
+    )
+    temperature: float = option(
+        1.0,
+        "Divisor of the logits of both distributions in the divergence. Above 1, less probable "
+        "tokens count more.",
+        ge=1 / MAX_FACTOR,
+        le=MAX_FACTOR,
     )

@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
+from ee_llm.losses.distillation import Distillation, vocab_parallel_divergence
+
 WeightSchedule = Literal["constant", "linear", "cosine"]
 
 
@@ -103,7 +105,7 @@ class ExitLoss(NamedTuple):
 
     Attributes:
         objective: The loss to minimize.
-        reported: The unweighted loss, without gradient.
+        reported: The same loss without dynamic token weights and without gradient.
     """
 
     objective: torch.Tensor
@@ -117,11 +119,13 @@ def exit_loss(
     *,
     group: dist.ProcessGroup | None = None,
     dynamic_token_weights: bool = False,
+    distillation: Distillation | None = None,
 ) -> ExitLoss:
     """Return the loss of an exit, summed over the valid tokens of a microbatch.
 
-    The caller divides it by the global number of valid tokens, so that sums over microbatches and
-    ranks do not depend on how the batch is split.
+    It is the cross entropy with the labels unless `distillation` says otherwise. The caller divides
+    it by the global number of valid tokens, so that sums over microbatches and ranks do not depend
+    on how the batch is split.
 
     Args:
         logits: This rank's shard of the logits [s, b, v / t].
@@ -129,10 +133,19 @@ def exit_loss(
         loss_mask: 1 for valid tokens, else 0, [s, b].
         group: The tensor-parallel ranks.
         dynamic_token_weights: Multiply each token's loss by the exit's own detached largest
-            probability (EE-Tuning, 2402.00518).
+            probability (EE-Tuning, 2402.00518), when distilling that at the same temperature as
+            the divergence.
+        distillation: The divergence to add to the cross entropy or to replace it by.
     """
-    token = vocab_parallel_cross_entropy(logits, labels, group)
-    masked = token.loss * loss_mask
+    if distillation is None:
+        loss, top_probability = vocab_parallel_cross_entropy(logits, labels, group)
+    else:
+        loss, top_probability = vocab_parallel_divergence(
+            logits, distillation.teacher_logits, distillation.temperature, group
+        )
+        if distillation.adds_labels:
+            loss = loss + vocab_parallel_cross_entropy(logits, labels, group).loss
+    masked = loss * loss_mask
     reported = masked.detach().sum()
-    objective = (masked * token.top_probability).sum() if dynamic_token_weights else masked.sum()
+    objective = (masked * top_probability).sum() if dynamic_token_weights else masked.sum()
     return ExitLoss(objective, reported)

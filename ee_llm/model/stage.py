@@ -14,7 +14,6 @@ from ee_llm.architecture.parameter_names import output_weight_name
 from ee_llm.architecture.partition import exit_stage, stage_layers
 from ee_llm.config import Config
 from ee_llm.errors import UserError
-from ee_llm.losses.exit_losses import ExitLoss, exit_loss
 from ee_llm.model.deferred_gradients import WeightGradients
 from ee_llm.model.dropout import hidden_region
 from ee_llm.model.embedding import Embedding
@@ -55,10 +54,12 @@ def stages_of_exits(config: Config) -> dict[int, int]:
 
 def stages_with_weight(config: Config, weight_name: str) -> tuple[int, ...]:
     """Return the stages that have a copy of an embedding or output weight, the owner first."""
+    # Exits that distill also compute the logits of the final exit.
+    final = [config.model.num_layers] if config.distills else []
     stages = {
         stage
         for boundary, stage in stages_of_exits(config).items()
-        if output_weight_name(config, boundary) == weight_name
+        if weight_name in {output_weight_name(config, b) for b in (boundary, *final)}
     }
     if weight_name == "embedding.word.weight":
         stages.add(0)
@@ -102,6 +103,8 @@ class Stage(MegatronModule):
         )
         self.exits = ModuleTable({str(b): Exit(config, parts, b) for b in boundaries})
         self.output_weights = {b: output_weight_name(config, b) for b in boundaries}
+        self.final_output_weight = output_weight_name(config, config.model.num_layers)
+        self.final_boundary = config.model.num_layers
         self.weight_gradients = WeightGradients()
         if config.parallel.schedule != "1f1b":
             self._defer_weight_gradients(config.parallel.schedule, parts)
@@ -120,8 +123,10 @@ class Stage(MegatronModule):
                 part.requires_grad_(False)
 
     def _backbone(self) -> list[torch.nn.Module]:
-        """Return all modules except the exits."""
-        parts = (self.embedding, self.layers, self.output)
+        """Return all modules except the early exits."""
+        parts = [self.embedding, self.layers, self.output]
+        if (final := str(self.final_boundary)) in self.exits:
+            parts.append(self.exits[final])
         return [part for part in parts if part is not None]
 
     def train(self, mode: bool = True) -> "Stage":
@@ -181,6 +186,7 @@ class Stage(MegatronModule):
         positions: torch.Tensor,
         hidden: torch.Tensor | None = None,
         kept_rows: KeptRows | None = None,
+        last_layer: int | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Run the layers of the stage.
 
@@ -190,10 +196,11 @@ class Stage(MegatronModule):
             hidden: The output of the previous stage, [s, b, h] ([s / t, b, h] if sequence
                 parallel); None on the first stage.
             kept_rows: The samples that run each layer (layer dropout), by default all.
+            last_layer: The layer after which to stop, by default the last one.
 
         Returns:
-            The residual stream after the last layer, and the inputs of the exits in increasing
-            order of boundaries.
+            The residual stream after the last computed layer, and the inputs of the exits up to it,
+            in increasing order of boundaries.
         """
         if self.is_first:
             hidden = self.embedding(tokens, positions)
@@ -204,6 +211,8 @@ class Stage(MegatronModule):
             if str(boundary) not in self.layers:  # A pre-exit at the start of the stage.
                 taps[boundary] = hidden
         for number, layer in self.layers.items():
+            if last_layer is not None and int(number) > last_layer:
+                break
             head: Any = self.exits[number] if number in self.exits else None  # noqa: SIM401
             taps_attention = head is not None and head.taps_attention
             run = functools.partial(self._run_layer, layer, taps_attention)
@@ -216,7 +225,7 @@ class Stage(MegatronModule):
                 )
             if head is not None:
                 taps[head.boundary] = hidden if attended is None else attended
-        return hidden, tuple(taps[boundary] for boundary in self.boundaries)
+        return hidden, tuple(taps[boundary] for boundary in self.boundaries if boundary in taps)
 
     def _run_layer(
         self,
@@ -253,25 +262,15 @@ class Stage(MegatronModule):
         rotary = self._angles(positions) if head.block is not None else None
         return head(tap, rotary, weight)
 
-    def exit_loss(
-        self,
-        boundary: int,
-        tap: torch.Tensor,
-        positions: torch.Tensor,
-        labels: torch.Tensor,
-        loss_mask: torch.Tensor,
-        *,
-        dynamic_token_weights: bool = False,
-    ) -> ExitLoss:
-        """Return the loss of an exit, summed over valid tokens; labels and mask are [b, s]."""
-        dynamic = dynamic_token_weights and not self.exits[str(boundary)].is_final
-        return exit_loss(
-            self.exit_logits(boundary, tap, positions),
-            labels.t(),
-            loss_mask.t(),
-            group=parallel_state.get_tensor_model_parallel_group(),
-            dynamic_token_weights=dynamic,
-        )
+    def normalized_final(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the final norm of the last stage's output, for `final_logits` on any stage."""
+        return self.exits[str(self.final_boundary)].norm(hidden)
+
+    def final_logits(self, normalized: torch.Tensor) -> torch.Tensor:
+        """Return the final exit's logits [s, b, v / t] on a stage with an exit that distills."""
+        head: Any = next(iter(self.exits.values()))
+        logits, _ = head.output(normalized, self.get_parameter(self.final_output_weight))
+        return logits
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor | None:
         if self.rotary is None:

@@ -65,6 +65,7 @@ def lower(plan: Plan) -> LoweredPlan:
         plan.splits_backward,
         plan.splits_exits,
         plan.local_backwards,
+        plan.distills,
     )
 
 

@@ -93,6 +93,8 @@ class Plan:
         splits_exits: Whether W also computes the gradients of the exits' weights.
         local_backwards: Stages on which every microbatch has a B of the exits only, whose gradient
             does not reach the stage's own layers (EE-Tuning). The visits then have no backward.
+        distills: Whether a B is of the exits only and receives and sends, instead of a gradient,
+            the hidden state of the final exit, whose distribution the exits learn.
     """
 
     ranks: tuple[tuple[Action, ...], ...]
@@ -101,6 +103,12 @@ class Plan:
     splits_backward: bool = False
     splits_exits: bool = False
     local_backwards: tuple[int, ...] = ()
+    distills: bool = False
+
+    @property
+    def is_frozen(self) -> bool:
+        """Return whether only exits run backward."""
+        return bool(self.local_backwards) or self.distills
 
     @property
     def num_ranks(self) -> int:
@@ -176,6 +184,7 @@ class Plan:
             self.splits_backward,
             self.splits_exits,
             self.local_backwards,
+            self.distills,
         )
 
     def _neighbour(self, action: Action, offset: int) -> Action | None:

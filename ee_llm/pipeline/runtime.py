@@ -50,6 +50,9 @@ class PipelineStage(Protocol):
     def exit_loss(self, microbatch: int, index: int, tap: Tensor) -> Tensor:
         """Return the scalar loss of exit `index`, weighted and normalized for summation."""
 
+    def set_final_hidden(self, microbatch: int, hidden: Tensor) -> None:
+        """Set the output of the last stage, before the losses of exits that distill."""
+
     def defer_weight_gradients(self) -> AbstractContextManager[Callable[[], None]]:
         """Defer the weight gradients of the backward passes within the context.
 
@@ -70,6 +73,7 @@ class _Visit:
     output: GradientEdge | None  # the root of the received gradient; keeps no data of the output
     taps: tuple[Tensor, ...]  # of exits that are not computed yet
     losses: tuple[Tensor, ...]  # of exits that are computed
+    final_hidden: Tensor | None = None  # the output of the last stage, if exits distill
 
 
 class _Clock:
@@ -100,8 +104,8 @@ class Runtime:
         """Set the plan and the stages of a rank.
 
         A microbatch without a backward on a stage runs there without an autograd graph. Its exits
-        are computed in the forward action if it has no backward on any stage. If the plan's
-        backwards are local, only exits have a graph.
+        are computed in the forward action if it has no backward on any stage. If the plan is
+        frozen, only exits have a graph.
 
         Args:
             plan: The plan that `lower` returned.
@@ -111,7 +115,7 @@ class Runtime:
             hidden: The hidden states that stages pass on.
             deferred: Whether the exits of a microbatch are computed in its backward action, one
                 after the other, so that at most one exit's graph is alive per stage. Otherwise they
-                are computed in its forward action, for comparison.
+                are computed in its forward action, for comparison, unless they distill.
 
         Raises:
             PlanError: The plan is not lowered, hence not proved, or the stages are not those of the
@@ -184,7 +188,7 @@ class Runtime:
         self._mark_start()
         if hidden is not None and self._returns_gradient(action):
             hidden.requires_grad_()
-        with torch.set_grad_enabled(trains and not self._plan.local_backwards):
+        with torch.set_grad_enabled(trains and not self._plan.is_frozen):
             output, taps = stage.forward(action.microbatch, hidden)
         with torch.set_grad_enabled(trains):
             if self._plan.target(action) is not None:
@@ -193,6 +197,10 @@ class Runtime:
                 if not self._plan.has_any_backward(action.microbatch):  # an evaluation
                     for index, tap in enumerate(taps):
                         stage.exit_loss(action.microbatch, index, tap)
+                return
+            if self._plan.distills:
+                is_last = action.stage == self._plan.num_stages - 1
+                self._visits[key] = _Visit(None, None, taps, (), output if is_last else None)
                 return
             losses: tuple[Tensor, ...] = ()
             if not self._deferred:
@@ -206,6 +214,9 @@ class Runtime:
     def _backward(self, action: Action) -> None:
         key = (action.stage, action.microbatch)
         visit = self._visits.pop(key)
+        if self._plan.distills:
+            self._distill(action, visit)
+            return
         self._mark_start()
         with self._deferred_weights(action):
             # Exits do not need the received gradient, so they run before the wait for it.
@@ -225,6 +236,18 @@ class Runtime:
             gradient = visit.hidden.grad
             # The gradient is None if nothing here depends on the input; the neighbour expects one.
             self._gradients[key] = torch.zeros_like(visit.hidden) if gradient is None else gradient
+
+    def _distill(self, action: Action, visit: _Visit) -> None:
+        final_hidden = visit.final_hidden
+        if final_hidden is None:
+            final_hidden = self._result(action, self._gradients)
+        assert final_hidden is not None, f"{action} has no hidden state of the final exit"
+        self._mark_start()
+        self._stages[action.stage].set_final_hidden(action.microbatch, final_hidden)
+        for index, tap in enumerate(visit.taps):
+            self._exit_gradient(action, index, tap)
+        if self._plan.target(action) is not None:
+            self._gradients[action.stage, action.microbatch] = final_hidden
 
     @contextmanager
     def _deferred_weights(self, action: Action) -> Iterator[None]:
@@ -276,8 +299,10 @@ class Runtime:
 
     def _returns_gradient(self, action: Action) -> bool:
         # Whether the previous stage needs the gradient of this stage's input.
-        return self._plan.target(action._replace(op=Op.BACKWARD)) is not None and (
-            self._plan.has_backward(action)
+        return (
+            not self._plan.is_frozen
+            and self._plan.target(action._replace(op=Op.BACKWARD)) is not None
+            and self._plan.has_backward(action)
         )
 
     def _result(self, action: Action, local: dict[Key, Tensor]) -> Tensor | None:

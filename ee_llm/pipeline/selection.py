@@ -14,7 +14,7 @@ from ee_llm.pipeline.schedules.bubble_filling import (
     warmup_visits,
 )
 from ee_llm.pipeline.schedules.interleaved import interleaved
-from ee_llm.pipeline.schedules.tuning import tuning_plan
+from ee_llm.pipeline.schedules.tuning import distillation_plan, tuning_plan
 from ee_llm.pipeline.schedules.zero_bubble import zero_bubble_h1
 
 FILLS = ("parallel.fill_warmup", "parallel.fill_cooldown")
@@ -27,6 +27,8 @@ def select_plan(config: Config, num_microbatches: int) -> Plan:
         PlanError: The number of microbatches or of fills does not fit the schedule.
     """
     parallel = config.parallel
+    if config.distills:
+        return distillation_plan(parallel.pipeline, num_microbatches)
     if config.is_tuning:
         return tuning_plan(parallel.pipeline, num_microbatches, exit_stages(config))
     if parallel.schedule != "1f1b":

@@ -299,7 +299,9 @@ def _duration(plan: Plan, costs: Costs, action: Action, deferred: bool) -> Durat
         case Op.WEIGHT:
             return Duration(0.0, stage.weight + exits)
     layers = stage.backward - (stage.weight if plan.splits_backward else 0.0)
-    return Duration(exits, layers) if deferred else Duration(0.0, exits + layers)
+    # Exits that distill wait for the final exit's hidden state, as layers wait for their gradient.
+    runs_early = deferred and not plan.distills
+    return Duration(exits, layers) if runs_early else Duration(0.0, exits + layers)
 
 
 def _peaks(

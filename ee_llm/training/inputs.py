@@ -55,7 +55,7 @@ def open_data(
     # Microbatches that fill bubbles take further samples in the same order, so that no sample is
     # repeated or skipped.
     training = TrainingBatches(blend("train"), shape(config.training.global_batch_size + filling))
-    if config.training.eval_interval == 0 or config.data.split[1] == 0:
+    if not config.validates:
         return training, None
     validation = shape(config.training.global_batch_size)
     return training, EvaluationBatches(blend("validation"), validation, config.training.eval_steps)

@@ -3,8 +3,7 @@
 Shapes: s sequence, b microbatch, h hidden.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -15,8 +14,9 @@ from ee_llm.config import Config
 from ee_llm.data import Microbatch
 from ee_llm.data.batches import BatchShape
 from ee_llm.distributed.point_to_point import connect
-from ee_llm.losses.curricula import depth_weights, enabled_exits
-from ee_llm.losses.exit_losses import scheduled_weight
+from ee_llm.losses.distillation import Distillation, vocab_parallel_argmax
+from ee_llm.losses.exit_losses import exit_loss
+from ee_llm.losses.exit_sums import ExitSums, Validation, add_sums, validation_of
 from ee_llm.model.gradients import GradientReducer
 from ee_llm.model.layer_dropout import KeptRows, kept_rows
 from ee_llm.model.stage import Stage, stages_of_exits
@@ -27,44 +27,19 @@ from ee_llm.pipeline.schedules.scaling import unbiased_scaling
 from ee_llm.pipeline.selection import select_plan
 from ee_llm.pipeline.simulate import Span
 from ee_llm.training.optimizer import clear_gradients, wrap_stages
+from ee_llm.training.schedule import exit_weights
 
 distributed.enable_megatron()
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-
-
-def exit_weights(config: Config, step: int) -> dict[int, float]:
-    """Return the loss weights at `step` (from 0) of the exits that the step computes, by boundary.
-
-    With `exits.weighting = "weights"` these are all exits, and the final exit has weight 1.
-    """
-    exits, num_layers = config.exits, config.model.num_layers
-    if exits.weighting == "depth":
-        boundaries = (*exits.boundaries, num_layers)
-        enabled = enabled_exits(
-            exits.curriculum,
-            step,
-            len(boundaries),
-            config.training.steps,
-            exits.rotation_interval,
-        )
-        return depth_weights(boundaries, num_layers, exits.depth_scale, enabled)
-    weights = {
-        boundary: scheduled_weight(
-            exits.weight_schedule, initial, weight, exits.schedule_steps, step
-        )
-        for boundary, initial, weight in zip(
-            exits.boundaries, exits.initial_weights, exits.weights, strict=True
-        )
-    }
-    return weights | {num_layers: 1.0}
 
 
 class StageOnData:
     """A stage with the microbatches and loss weights of the current step, for the runtime.
 
-    `sums` accumulates, per exit, the unweighted loss summed over valid tokens, and the number of
-    these tokens. With `all_train` an exit of weight 0 has an autograd graph as well, which produces
-    gradients of 0.
+    `sums` accumulates, per exit, the unweighted loss summed over valid tokens, the number of these
+    tokens, and after `add_agreement` how many of them agree with the final exit. With `all_train`
+    an exit of weight 0 has an autograd graph as well, which produces gradients of 0.
     """
 
     def __init__(
@@ -74,12 +49,18 @@ class StageOnData:
         self.all_train = all_train
         self.stage: Stage = chunk if isinstance(chunk, Stage) else chunk.module
         self.dynamic_token_weights = config.exits.dynamic_token_weights
+        self.distills = config.distills
+        self.tuning = config.tuning
+        self.last_trained_layer = config.depth
+        self.validates = False
         self.microbatches: Sequence[Microbatch] = ()
         self.factors: dict[int, float] = {}
         self.boundaries: tuple[int, ...] = ()  # of the exits that the step computes
         self.scaling: Sequence[float] = ()
         self.kept_rows: Sequence[KeptRows] = ()
         self.sums: dict[int, torch.Tensor] = {}
+        self.predictions: dict[int, list[torch.Tensor]] = {}  # by exit, of each microbatch [s, b]
+        self._teacher_logits: torch.Tensor | None = None  # of the current microbatch
 
     def set_microbatches(
         self,
@@ -87,8 +68,10 @@ class StageOnData:
         factors: dict[int, float],
         scaling: Sequence[float] | None = None,
         kept_rows: Sequence[KeptRows] = (),
+        *,
+        validates: bool = False,
     ) -> None:
-        """Set the data of the next step and reset `sums`.
+        """Set the data of the next step and reset `sums` and `predictions`.
 
         An exit's loss is its loss sum times both factors.
 
@@ -97,13 +80,16 @@ class StageOnData:
             factors: Factor of each exit, by boundary. Exits without one are not computed.
             scaling: Factor of each microbatch, by default 1.
             kept_rows: The samples of each microbatch that run each layer, by default all.
+            validates: Whether the losses are cross entropies and `predictions` are kept, whatever
+                the objective.
         """
+        self.validates = validates
         self.microbatches = microbatches
         self.factors = factors
         self.boundaries = tuple(b for b in self.stage.boundaries if b in factors)
         self.kept_rows = kept_rows
         self.scaling = [1.0] * len(microbatches) if scaling is None else scaling
-        self.sums = {}
+        self.sums, self.predictions, self._teacher_logits = {}, {}, None
 
     def defer_weight_gradients(self) -> AbstractContextManager[Callable[[], None]]:
         """Defer the weight gradients of the backward passes within, as the schedule demands."""
@@ -112,36 +98,73 @@ class StageOnData:
     def forward(
         self, microbatch: int, hidden: torch.Tensor | None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the stage's output and the inputs of the exits that the step computes."""
+        """Return the stage's output and the inputs of the exits that the step computes.
+
+        If exits distill, the output of the last stage is the normalized one.
+        """
         batch = self.microbatches[microbatch]
         kept = self.kept_rows[microbatch] if self.kept_rows else None
-        output, taps = self.chunk(batch.tokens, batch.positions, hidden, kept)
-        by_boundary = dict(zip(self.stage.boundaries, taps, strict=True))
+        last_layer = None if self.validates else self.last_trained_layer
+        output, taps = self.chunk(batch.tokens, batch.positions, hidden, kept, last_layer)
+        by_boundary = dict(zip(self.stage.boundaries, taps, strict=False))
+        if self.distills and not self.validates and self.stage.is_last:
+            output = self.stage.normalized_final(output)
         return output, tuple(by_boundary[boundary] for boundary in self.boundaries)
+
+    def set_final_hidden(self, microbatch: int, hidden: torch.Tensor) -> None:
+        """Compute the logits that the exits learn, from the output of the last stage."""
+        if self.boundaries:
+            with torch.no_grad():
+                self._teacher_logits = self.stage.final_logits(hidden)
 
     def exit_loss(self, microbatch: int, index: int, tap: torch.Tensor) -> torch.Tensor:
         """Return an exit's weighted loss of one microbatch, over the step's valid tokens.
 
-        An exit of weight 0 is reported but has no graph, because it would add zeros to the
-        gradients; with `all_train` it has one.
+        To distill, call `set_final_hidden` first. An exit of weight 0 is reported but has no graph,
+        because it would add zeros to the gradients; with `all_train` it has one.
         """
         batch = self.microbatches[microbatch]
         boundary = self.boundaries[index]
         factor = self.factors[boundary] * self.scaling[microbatch]
         trains = factor != 0 or self.all_train
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            loss = self.stage.exit_loss(
-                boundary,
-                tap,
-                batch.positions,
-                batch.labels,
-                batch.loss_mask,
-                dynamic_token_weights=self.dynamic_token_weights,
+            logits = self.stage.exit_logits(boundary, tap, batch.positions)
+            is_final = boundary == self.stage.final_boundary
+            loss = exit_loss(
+                logits,
+                batch.labels.t(),
+                batch.loss_mask.t(),
+                group=parallel_state.get_tensor_model_parallel_group(),
+                dynamic_token_weights=self.dynamic_token_weights and not is_final,
+                distillation=self._distillation(),
             )
-        reported = torch.stack([loss.reported.double(), batch.loss_mask.sum(dtype=torch.float64)])
+        if self.validates:
+            group = parallel_state.get_tensor_model_parallel_group()
+            self.predictions.setdefault(boundary, []).append(vocab_parallel_argmax(logits, group))
+        if index == len(self.boundaries) - 1:
+            self._teacher_logits = None
+        tokens = batch.loss_mask.sum(dtype=torch.float64)
+        reported = torch.stack([loss.reported.double(), tokens, torch.zeros_like(tokens)])
         total = self.sums.get(boundary)
         self.sums[boundary] = reported if total is None else total + reported
         return loss.objective * factor
+
+    def _distillation(self) -> Distillation | None:
+        if self._teacher_logits is None:
+            return None
+        tuning = self.tuning
+        return Distillation(self._teacher_logits, tuning.temperature, tuning.objective == "both")
+
+    def add_agreement(self, final: torch.Tensor) -> None:
+        """Count in `sums` the valid tokens that agree with the final exit's.
+
+        Args:
+            final: The final exit's `predictions`, stacked: [microbatches, s, b].
+        """
+        mask = torch.stack([batch.loss_mask.t() for batch in self.microbatches])
+        for boundary, predictions in self.predictions.items():
+            agreeing = (torch.stack(predictions) == final) * mask
+            self.sums[boundary][2] += agreeing.sum(dtype=torch.float64)
 
 
 class ParallelModel:
@@ -229,23 +252,41 @@ class ParallelModel:
             if (factor := self._scaling.gradients[stage.index]) != 1:
                 chunk.scale_gradients(factor)
         self._sum_gradients(self.chunks)
-        sums = self._loss_sums()
-        return mean_losses({boundary: sums[boundary] for boundary in sums if boundary in weights})
+        sums = self._exit_sums()
+        return {boundary: sums[boundary].mean_loss() for boundary in sums if boundary in weights}
 
-    def evaluate(self, steps: Iterable[Sequence[Microbatch]]) -> dict[int, float]:
-        """Return every exit's mean loss in nats over the valid tokens of the given global batches.
+    def evaluate(self, steps: Iterable[Sequence[Microbatch]]) -> Validation:
+        """Return the losses and agreement of all exits over the given global batches.
 
-        The losses are equal on all ranks, and NaN without a valid token. Collective.
+        They are equal on all ranks, and NaN without a valid token. The model must have its final
+        exit (`Config.is_whole`). Collective.
         """
-        totals = dict.fromkeys(self.boundaries, (0.0, 0.0))
+        totals = dict.fromkeys(self.boundaries, ExitSums())
         for chunk in self.chunks:
             chunk.eval()
         for microbatches in steps:
-            self._set_microbatches(microbatches, dict.fromkeys(self.boundaries, 1.0))
+            self._set_microbatches(
+                microbatches, dict.fromkeys(self.boundaries, 1.0), validates=True
+            )
             self._evaluate.step()
-            for boundary, (loss, tokens) in self._loss_sums().items():
-                totals[boundary] = (totals[boundary][0] + loss, totals[boundary][1] + tokens)
-        return mean_losses(totals)
+            final = self._final_predictions()
+            for stage in self._on_data.values():
+                stage.add_agreement(final)
+            add_sums(totals, self._exit_sums())
+        return validation_of(totals)
+
+    def _final_predictions(self) -> torch.Tensor:
+        """Return the final exit's most probable tokens [microbatches, s, b]. Collective."""
+        grid, training = self.grid, self.config.training
+        last = self._on_data.get(self.config.parallel.num_stages - 1)
+        if last is not None:
+            tokens = torch.stack(last.predictions[self.config.model.num_layers])
+        else:
+            shape = (self.num_microbatches, self.config.data.seq_length, training.micro_batch_size)
+            tokens = torch.empty(shape, dtype=torch.int64, device=distributed.device())
+        if grid.pipeline_size > 1:
+            dist.broadcast(tokens, grid.pipeline_ranks[-1], group=grid.pipeline_group)
+        return tokens
 
     def _set_microbatches(
         self,
@@ -253,13 +294,19 @@ class ParallelModel:
         weights: dict[int, float],
         scaling: Sequence[Sequence[float]] | None = None,
         kept: Sequence[KeptRows] = (),
+        *,
+        validates: bool = False,
     ) -> None:
         """Set the data of the stages, with losses normalized by the valid tokens of all ranks."""
         batches, tokens = on_device(microbatches, self.grid)
         factors = {boundary: weight / tokens for boundary, weight in weights.items()}
         for index, stage in self._on_data.items():
             stage.set_microbatches(
-                batches, factors, None if scaling is None else scaling[index], kept
+                batches,
+                factors,
+                None if scaling is None else scaling[index],
+                kept,
+                validates=validates,
             )
 
     def _samples(self, microbatches: Sequence[Microbatch]) -> list[range]:
@@ -271,8 +318,8 @@ class ParallelModel:
     def _layers(self) -> list[int]:
         return [int(number) for stage in self.stages for number in stage.layers]
 
-    def _loss_sums(self) -> dict[int, list[float]]:
-        return summed_losses(self._on_data.values(), self.boundaries, self.grid)
+    def _exit_sums(self) -> dict[int, ExitSums]:
+        return exit_sums(self._on_data.values(), self.boundaries, self.grid)
 
 
 def on_device(
@@ -285,22 +332,14 @@ def on_device(
     return batches, max(count.item(), 1.0)
 
 
-def summed_losses(
+def exit_sums(
     stages: Iterable[StageOnData], boundaries: Sequence[int], grid: distributed.Grid
-) -> dict[int, list[float]]:
-    """Return each exit's loss sum and number of valid tokens, over microbatches and all ranks."""
-    sums = torch.zeros((len(boundaries), 2), dtype=torch.float64, device=distributed.device())
+) -> dict[int, ExitSums]:
+    """Return the sums of each exit over microbatches and all ranks."""
+    sums = torch.zeros((len(boundaries), 3), dtype=torch.float64, device=distributed.device())
     if grid.tensor_rank == 0:  # other tensor ranks have the same sums
         for stage in stages:
             for boundary, total in stage.sums.items():
                 sums[boundaries.index(boundary)] = total
     dist.all_reduce(sums)
-    return dict(zip(boundaries, sums.tolist(), strict=True))
-
-
-def mean_losses(sums: Mapping[int, Sequence[float]]) -> dict[int, float]:
-    """Return each exit's loss per valid token, NaN without valid tokens."""
-    return {
-        boundary: total / tokens if tokens else math.nan
-        for boundary, (total, tokens) in sums.items()
-    }
+    return {b: ExitSums(*values) for b, values in zip(boundaries, sums.tolist(), strict=True)}

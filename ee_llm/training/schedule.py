@@ -1,9 +1,15 @@
-"""The learning rate as a pure function of the step, so that checkpoints need no scheduler state."""
+"""The learning rate and the exits' loss weights as pure functions of the step.
+
+Checkpoints therefore need no scheduler state.
+"""
 
 import math
 from typing import Protocol
 
+from ee_llm.config import Config
 from ee_llm.errors import UserError
+from ee_llm.losses.curricula import depth_weights, enabled_exits
+from ee_llm.losses.exit_losses import scheduled_weight
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
@@ -81,3 +87,36 @@ def wasted_steps(options: ScheduleOptions, total_steps: int) -> str:
         "learning rate is optimizer.min_lr = 0. Set optimizer.min_lr, or omit "
         "optimizer.decay_steps."
     )
+
+
+def exit_weights(config: Config, step: int) -> dict[int, float]:
+    """Return the loss weights at `step` (from 0) of the exits that the step computes, by boundary.
+
+    With `exits.weighting = "weights"` these are all exits to train, and the final exit has weight
+    1.
+    """
+    weights = _weights_of_all(config, step)
+    return {boundary: weights[boundary] for boundary in weights if boundary in config.trained_exits}
+
+
+def _weights_of_all(config: Config, step: int) -> dict[int, float]:
+    exits, num_layers = config.exits, config.model.num_layers
+    if exits.weighting == "depth":
+        boundaries = (*exits.boundaries, num_layers)
+        enabled = enabled_exits(
+            exits.curriculum,
+            step,
+            len(boundaries),
+            config.training.steps,
+            exits.rotation_interval,
+        )
+        return depth_weights(boundaries, num_layers, exits.depth_scale, enabled)
+    weights = {
+        boundary: scheduled_weight(
+            exits.weight_schedule, initial, weight, exits.schedule_steps, step
+        )
+        for boundary, initial, weight in zip(
+            exits.boundaries, exits.initial_weights, exits.weights, strict=True
+        )
+    }
+    return weights | {num_layers: 1.0}

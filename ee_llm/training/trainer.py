@@ -284,13 +284,13 @@ class _Trainer:
         max_over_ranks(0)  # waits: a launcher may kill the other ranks as soon as one of them ends
 
     def validate(self) -> None:
-        """Report the loss of every exit on the validation data, if there is any."""
+        """Report every exit's loss and agreement on the validation data, if there is any."""
         if self.validation_data is None:
             return
         with during(f"the validation after step {self.state.step}"):
-            losses = self.model.evaluate(self.common_batches(self.validation_data))
+            validation = self.model.evaluate(self.common_batches(self.validation_data))
         self.log.report_validation(
-            self.state.step, validation_metrics(losses, self.config.model.num_layers)
+            self.state.step, validation_metrics(validation, self.config.model.num_layers)
         )
         self.log.restart_clock()
 

@@ -38,7 +38,7 @@ def share_norms(start: WarmStart, model: ParallelModel) -> None:
 
 
 def describe_tuning(config: Config) -> str:
-    """Return a line on what a tuning run trains, and how many layers it computes."""
+    """Return a line on what a tuning run trains, and how many layers a step computes."""
     exits = config.exits
     parts = [*exits.head, *["output weight"] * (exits.output == "own")]
     output_notes = {
@@ -47,8 +47,13 @@ def describe_tuning(config: Config) -> str:
         "shared": "; their output weight is the final exit's, which is frozen (exits.output = "
         "shared)",
     }
+    objectives = {
+        "labels": "",
+        "distill": " towards the final exit's distribution",
+        "both": " towards the labels and the final exit's distribution",
+    }
     return (
-        f"tuning exits at {list(config.tuning.exits)}: {', '.join(parts)}"
-        f"{output_notes[exits.output]}; "
-        f"{config.depth} of {config.model.num_layers} layers are computed"
+        f"tuning exits at {list(config.tuning.exits)}{objectives[config.tuning.objective]}: "
+        f"{', '.join(parts)}{output_notes[exits.output]}; a step computes "
+        f"{config.depth} of {config.model.num_layers} layers"
     )

@@ -146,7 +146,7 @@ def test_tuning(workplace):
     example = Path(__file__).resolve().parents[2] / "examples" / "tune.toml"
     _, said = workplace.run("tune", "--config", str(example), "--nproc", "2", *words)
     assert "tuning exits at [3]: norm; their output weight is the final exit's" in said
-    assert "3 of 4 layers are computed" in said
+    assert "a step computes 3 of 4 layers" in said
     assert "starting from run/checkpoints/step-000000" in said
     assert "WARNING" not in said
     assert "mapping is empty" not in said

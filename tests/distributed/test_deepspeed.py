@@ -227,20 +227,20 @@ def _bad_step(config, what):
         seen["step"] = step + 1
         return original(self, microbatches, step, spans)
 
-    forward, means = model.Losses.forward, model.mean_losses
+    forward, sums = model.Losses.forward, model.exit_sums
 
     def losses(self, microbatch):
         loss = forward(self, microbatch)
         bad = what == "gradient" and seen["step"] == BAD and dist.get_rank() == 1
         return loss * math.inf if bad and self.training else loss
 
-    def mean_losses(sums):
-        found = means(sums)
+    def exit_sums(*arguments):
+        found = sums(*arguments)
         bad = what == "loss" and seen["step"] == BAD
-        return {boundary: math.inf if bad else loss for boundary, loss in found.items()}
+        return {b: each._replace(loss=math.inf) if bad else each for b, each in found.items()}
 
     model.ZeroModel.forward_backward = forward_backward
-    model.Losses.forward, model.mean_losses = losses, mean_losses
+    model.Losses.forward, model.exit_sums = losses, exit_sums
     return train_here(config)
 
 

@@ -89,7 +89,7 @@ def _losses():
     filled = _model(grid, ORDINARY, fill_warmup=1, fill_cooldown=1)
     losses, _ = _gradients(filled, batches)
     plain = _model(grid, 1)
-    return losses, [plain.evaluate([[batch]]) for batch in batches]
+    return losses, [plain.evaluate([[batch]]).losses for batch in batches]
 
 
 def test_exits_report_the_mean_over_their_tokens():

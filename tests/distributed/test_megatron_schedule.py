@@ -15,9 +15,11 @@ import torch.distributed as dist
 from ee_llm import distributed
 from ee_llm.config import Config, load_config
 from ee_llm.data import Microbatch
+from ee_llm.losses.exit_losses import exit_loss
 from tests.distributed.harness import run_ranks
 
 distributed.enable_megatron()
+from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
@@ -86,9 +88,14 @@ class WithLosses(MegatronModule):
         return hidden
 
     def loss(self, boundary: int, tap: torch.Tensor, batch: Microbatch) -> torch.Tensor:
-        dynamic = self.settings.exits.dynamic_token_weights
-        args = (batch.positions, batch.labels, batch.loss_mask)
-        loss = self.stage.exit_loss(boundary, tap, *args, dynamic_token_weights=dynamic)
+        dynamic = self.settings.exits.dynamic_token_weights and boundary != 4
+        loss = exit_loss(
+            self.stage.exit_logits(boundary, tap, batch.positions),
+            batch.labels.t(),
+            batch.loss_mask.t(),
+            group=parallel_state.get_tensor_model_parallel_group(),
+            dynamic_token_weights=dynamic,
+        )
         return WEIGHTS[boundary] * loss.objective / self.num_tokens
 
 

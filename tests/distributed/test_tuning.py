@@ -121,10 +121,18 @@ def _built(config, world_size):
     return sorted(parameters), sum(p.numel() for p in parameters.values()), trained
 
 
-def test_only_stages_up_to_the_last_tuned_exit_are_built():
+FOUR_EXITS = {
+    **TUNED,
+    "model.num_layers": 6,
+    "exits.boundaries": (1, 2, 3, 5),
+    "exits.output": "own",
+    "tuning.exits": (1, 3),
+}
+
+
+def test_only_stages_up_to_the_last_tuned_exit_are_built_without_validation():
     """Layers and exits after it, and exits that are not tuned, take no memory."""
-    options = TWO_EXITS | TUNED | {"exits.output": "own", "exits.boundaries": (1, 2, 3, 5)}
-    options |= {"exits.weights": (1.0,) * 4, "tuning.exits": (1, 3)}
+    options = FOUR_EXITS | {"exits.weights": (1.0,) * 4, "training.eval_interval": 0}
     ranks = run_ranks(3, _built, options, 3)
     layers = [{name.split(".")[1] for name in r[0] if name.startswith("layers.")} for r in ranks]
     exits = [{name.split(".")[1] for name in r[0] if name.startswith("exits.")} for r in ranks]
@@ -136,6 +144,15 @@ def test_only_stages_up_to_the_last_tuned_exit_are_built():
     head = hidden + vocab * hidden
     assert [r[1] for r in ranks] == [vocab * hidden + layer + head, layer, layer + head]
     assert [r[2] for r in ranks] == [head, 0, head]
+
+
+def test_validation_needs_the_whole_model_but_not_the_other_exits():
+    options = FOUR_EXITS | {"exits.weights": (1.0,) * 4}
+    ranks = run_ranks(3, _built, options, 3)
+    layers = [{name.split(".")[1] for name in r[0] if name.startswith("layers.")} for r in ranks]
+    exits = [{name.split(".")[1] for name in r[0] if name.startswith("exits.")} for r in ranks]
+    assert layers == [{"1"}, {"2"}, {"3", "4", "5", "6"}]
+    assert exits == [{"1"}, set(), {"3", "6"}]
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from ee_llm.config.sections import HeadPart
 def _layers(config: ConfigFields) -> Iterator[str]:
     num_layers, num_stages = config.depth, config.parallel.num_stages
     split = config.parallel.layer_split
-    # Tuning does not build the layers after the last trained exit.
-    name = "max(tuning.exits)" if config.is_tuning else "model.num_layers"
+    # A step of tuning computes no layer after the last trained exit, unless it distills.
+    name = "model.num_layers" if num_layers == config.model.num_layers else "max(tuning.exits)"
     size = f"parallel.pipeline = {config.parallel.pipeline}"
     if config.parallel.virtual > 1:
         size += f" x parallel.virtual = {config.parallel.virtual}"

@@ -14,7 +14,17 @@ def tuning_problems(config: ConfigFields) -> Iterator[str]:
                 f"tuning.exits = {list(tuning.exits)} has no effect without tuning.checkpoint. "
                 "Set both for ee-llm tune, or neither."
             )
+        if tuning.objective != "labels":
+            yield (
+                f"tuning.objective = {tuning.objective} has no effect without tuning.checkpoint. "
+                "Set both for ee-llm tune, or neither."
+            )
         return
+    if tuning.temperature != 1 and tuning.objective == "labels":
+        yield (
+            f"tuning.temperature = {tuning.temperature} has no effect with tuning.objective = "
+            "labels. Set tuning.objective to distill or both, or omit tuning.temperature."
+        )
     yield from _exits(config)
     yield from _nothing_to_train(config)
     parallel = config.parallel

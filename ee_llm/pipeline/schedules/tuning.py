@@ -1,10 +1,10 @@
-"""The schedule of EE-Tuning: the model runs forward only, exits also run backward."""
+"""The schedules of EE-Tuning: the model runs forward only, exits also run backward."""
 
 from collections.abc import Collection
 from dataclasses import replace
 
 from ee_llm.errors import PlanError
-from ee_llm.pipeline.plan import Op, Plan, forward_only
+from ee_llm.pipeline.plan import Op, Plan, forward_only, one_f_one_b
 
 
 def tuning_plan(num_stages: int, num_microbatches: int, exit_stages: Collection[int]) -> Plan:
@@ -29,3 +29,13 @@ def tuning_plan(num_stages: int, num_microbatches: int, exit_stages: Collection[
         ops = (Op.FORWARD, Op.BACKWARD) if stage in exit_stages else (Op.FORWARD,)
         ranks.append(tuple(action._replace(op=op) for action in forwards for op in ops))
     return replace(base, ranks=tuple(ranks), local_backwards=tuple(sorted(set(exit_stages))))
+
+
+def distillation_plan(num_stages: int, num_microbatches: int) -> Plan:
+    """Return the plan in which the final exit's hidden state reaches the exits of all stages.
+
+    It is 1F1B, whose backward messages carry that hidden state to the previous stage instead of a
+    gradient: an exit cannot run before the last stage has run the same microbatch forward. A stage
+    keeps the inputs of its exits, without an autograd graph, for at most P-i microbatches.
+    """
+    return replace(one_f_one_b(num_stages, num_microbatches), distills=True)

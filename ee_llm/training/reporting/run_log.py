@@ -21,6 +21,7 @@ from ee_llm.atomic_file import replace_text
 from ee_llm.config import Config
 from ee_llm.errors import UserError
 from ee_llm.launch.streams import stream_trouble
+from ee_llm.losses.exit_sums import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +40,15 @@ def loss_name(boundary: int, num_layers: int) -> str:
     return "lm loss" if boundary == num_layers else f"exit {boundary} loss"
 
 
-def validation_metrics(losses: Mapping[int, float], num_layers: int) -> dict[str, float]:
-    """Return losses (by boundary, in nats) and perplexities under their names for validation."""
+def validation_metrics(validation: Validation, num_layers: int) -> dict[str, float]:
+    """Return losses in nats, perplexities and agreement under their names for validation."""
     metrics = {}
-    for boundary, loss in losses.items():
+    for boundary, loss in validation.losses.items():
         name = f"{loss_name(boundary, num_layers)}{_VALIDATION}"
         metrics[name] = loss
         metrics[f"{name} ppl"] = math.exp(min(loss, 700.0))  # beyond, a float overflows
+        if (agreement := validation.agreement.get(boundary)) is not None:
+            metrics[f"exit {boundary} agreement{_VALIDATION}"] = agreement
     return metrics
 
 

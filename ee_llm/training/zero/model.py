@@ -14,17 +14,13 @@ import torch
 from ee_llm import distributed
 from ee_llm.config import Config
 from ee_llm.data import Microbatch
+from ee_llm.losses.exit_sums import ExitSums, Validation, add_sums, validation_of
 from ee_llm.model.stage import Stage, stages_of_exits
 from ee_llm.pipeline.simulate import Span
 from ee_llm.training.adam import FusedAdam
 from ee_llm.training.optimizer import StepResult
-from ee_llm.training.parallel import (
-    StageOnData,
-    exit_weights,
-    mean_losses,
-    on_device,
-    summed_losses,
-)
+from ee_llm.training.parallel import StageOnData, exit_sums, on_device
+from ee_llm.training.schedule import exit_weights
 
 
 class Losses(torch.nn.Module):
@@ -40,7 +36,9 @@ class Losses(torch.nn.Module):
         """Return the weighted sum of all exits' losses for one microbatch of the current step."""
         trains_backbone = torch.is_grad_enabled() and not self.stage.is_frozen
         with torch.set_grad_enabled(trains_backbone):
-            _, taps = self.on_data.forward(microbatch, None)
+            output, taps = self.on_data.forward(microbatch, None)
+        if self.on_data.distills and not self.on_data.validates:
+            self.on_data.set_final_hidden(microbatch, output)
         losses = [self.on_data.exit_loss(microbatch, index, tap) for index, tap in enumerate(taps)]
         return torch.stack(losses).sum()
 
@@ -89,14 +87,16 @@ class ZeroModel:
         self.engine.train()
         # The scale compensates for DeepSpeed, which averages gradients over the ranks.
         # ZeRO needs a gradient of every parameter, so exits that a curriculum disables run as well.
-        weights = dict.fromkeys(self.boundaries, 0.0) | exit_weights(self.config, step)
+        trained = self.config.trained_exits
+        weights = dict.fromkeys(trained, 0.0) | exit_weights(self.config, step)
         self._set_microbatches(microbatches, weights, self.grid.data_size)
         means: dict[int, float] = {}
         for index in range(len(microbatches)):
             loss = self.engine(index)
             is_last = index == len(microbatches) - 1
             if is_last:
-                means = mean_losses(self._loss_sums())
+                sums = self._exit_sums()
+                means = {boundary: sums[boundary].mean_loss() for boundary in trained}
                 if not all(math.isfinite(mean) for mean in means.values()):
                     loss = loss * math.nan
             self.engine.set_gradient_accumulation_boundary(is_last)
@@ -104,18 +104,20 @@ class ZeroModel:
         self._has_gradients = True
         return means
 
-    def evaluate(self, steps: Iterable[Sequence[Microbatch]]) -> dict[int, float]:
-        """Return the losses that `ParallelModel.evaluate` returns."""
-        totals = dict.fromkeys(self.boundaries, (0.0, 0.0))
+    def evaluate(self, steps: Iterable[Sequence[Microbatch]]) -> Validation:
+        """Return the results that `ParallelModel.evaluate` returns."""
+        totals = dict.fromkeys(self.boundaries, ExitSums())
         self.engine.eval()
         for microbatches in steps:
-            self._set_microbatches(microbatches, dict.fromkeys(self.boundaries, 1.0))
+            weights = dict.fromkeys(self.boundaries, 1.0)
+            self._set_microbatches(microbatches, weights, validates=True)
             with torch.no_grad():
                 for index in range(len(microbatches)):
                     self.engine(index)
-            for boundary, (loss, tokens) in self._loss_sums().items():
-                totals[boundary] = (totals[boundary][0] + loss, totals[boundary][1] + tokens)
-        return mean_losses(totals)
+            on_data = self.losses.on_data
+            on_data.add_agreement(torch.stack(on_data.predictions[self.config.model.num_layers]))
+            add_sums(totals, self._exit_sums())
+        return validation_of(totals)
 
     def take_step(self) -> StepResult:
         """Update the parameters from the clipped gradients if these are finite. Collective."""
@@ -133,14 +135,19 @@ class ZeroModel:
             assert not result.updated, "discarded gradients that were finite"
 
     def _set_microbatches(
-        self, microbatches: Sequence[Microbatch], weights: dict[int, float], scale: int = 1
+        self,
+        microbatches: Sequence[Microbatch],
+        weights: dict[int, float],
+        scale: int = 1,
+        *,
+        validates: bool = False,
     ) -> None:
         batches, tokens = on_device(microbatches, self.grid)
         factors = {boundary: scale * weight / tokens for boundary, weight in weights.items()}
-        self.losses.on_data.set_microbatches(batches, factors)
+        self.losses.on_data.set_microbatches(batches, factors, validates=validates)
 
-    def _loss_sums(self) -> dict[int, list[float]]:
-        return summed_losses([self.losses.on_data], self.boundaries, self.grid)
+    def _exit_sums(self) -> dict[int, ExitSums]:
+        return exit_sums([self.losses.on_data], self.boundaries, self.grid)
 
 
 def engine_settings(config: Config, num_microbatches: int, num_trained: int) -> dict[str, Any]:

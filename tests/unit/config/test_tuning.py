@@ -62,6 +62,23 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         {"parallel.pipeline": 2, "parallel.fill_cooldown": "auto"},
         "parallel.fill_cooldown = auto requires the backward pass of an entire model",
     ),
+    "an objective without a checkpoint": (
+        {"tuning.checkpoint": None, "tuning.objective": "distill"},
+        "tuning.objective = distill has no effect without tuning.checkpoint",
+    ),
+    "a temperature without a divergence": (
+        {"tuning.temperature": 2.0},
+        "tuning.temperature = 2.0 has no effect with tuning.objective = labels. Set "
+        "tuning.objective to distill or both",
+    ),
+    "a temperature of 0": (
+        {"tuning.objective": "distill", "tuning.temperature": 0},
+        "tuning.temperature = 0",
+    ),
+    "more stages than layers of a distilled model": (
+        {"parallel.pipeline": 9, "tuning.objective": "distill"},
+        "model.num_layers = 8 is less than the number of pipeline stages, 9",
+    ),
     "two sources of initial parameters": (
         {"checkpoint.initial": "runs/b"},
         "checkpoint.initial = runs/b conflicts with tuning.checkpoint = runs/a",
@@ -78,17 +95,41 @@ def test_problems(case: str) -> None:
 def test_tuning_exits_defaults_to_all_boundaries() -> None:
     assert load_config(None, TUNED).tuning.exits == (2, 4, 6)
     some = load_config(None, TUNED | {"tuning.exits": (4,)})
-    assert (some.tuning.exits, some.built_exits, some.depth) == ((4,), (4,), 4)
+    assert (some.tuning.exits, some.trained_exits, some.depth) == ((4,), (4,), 4)
     plain = load_config(None, {"model.shape": "llama-tiny", "exits.boundaries": (2,)})
     assert (plain.tuning.exits, plain.built_exits, plain.depth) == ((), (2, 8), 8)
+    assert plain.trained_exits == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "depth", "is_whole"),
+    [
+        ({}, 6, True),  # the default validates
+        ({"training.eval_interval": 0}, 6, False),
+        ({"data.split": (1.0, 0.0, 0.0), "training.eval_interval": 0}, 6, False),
+        ({"training.eval_interval": 0, "tuning.objective": "distill"}, 8, True),
+        ({"training.eval_interval": 0, "tuning.objective": "both"}, 8, True),
+    ],
+)
+def test_whole_model_is_built_to_compare_with_the_final_exit(options, depth, is_whole) -> None:
+    config = load_config(None, TUNED | options)
+    assert (config.depth, config.is_whole) == (depth, is_whole)
+    assert config.built_exits == ((2, 4, 6, 8) if is_whole else (2, 4, 6))
+    assert list(stage_layers(config, 0)) == list(range(1, 9 if is_whole else 7))
 
 
 def test_layers_up_to_the_last_exit_are_split_evenly() -> None:
-    config = load_config(None, TUNED | {"parallel.pipeline": 4})
+    options = TUNED | {"parallel.pipeline": 4}
+    config = load_config(None, options | {"training.eval_interval": 0})
     assert [list(stage_layers(config, s)) for s in range(4)] == [[1, 2], [3, 4], [5], [6]]
     assert [exit_stage(config, b) for b in (2, 4, 6)] == [0, 1, 3]
-    split = load_config(None, TUNED | {"parallel.pipeline": 2, "parallel.layer_split": (5, 1)})
-    assert [len(stage_layers(split, s)) for s in range(2)] == [5, 1]
+    whole = load_config(None, options)
+    assert [list(stage_layers(whole, s)) for s in range(4)] == [[1, 2], [3, 4], [5], [6, 7, 8]]
+    distilled = load_config(None, options | {"tuning.objective": "distill"})
+    assert [list(stage_layers(distilled, s)) for s in (0, 3)] == [[1, 2], [7, 8]]
+    split = TUNED | {"parallel.pipeline": 2, "parallel.layer_split": (5, 1)}
+    config = load_config(None, split | {"training.eval_interval": 0})
+    assert [len(stage_layers(config, s)) for s in range(2)] == [5, 1]
 
 
 def test_pre_exit_after_the_last_layer_is_on_the_last_stage() -> None:

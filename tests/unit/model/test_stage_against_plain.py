@@ -11,6 +11,7 @@ import torch
 from ee_llm import distributed
 from ee_llm.architecture.rotary import inverse_frequencies
 from ee_llm.config import Config, load_config
+from ee_llm.losses.exit_losses import exit_loss
 from tests.distributed.harness import run_ranks
 
 distributed.enable_megatron()
@@ -261,13 +262,12 @@ def errors(variant: dict, recompute: str) -> tuple[dict[str, float], dict[str, f
     assert stage.boundaries == tuple(WEIGHTS)
     relative, total = {}, 0.0
     for boundary, tap in zip(stage.boundaries, taps, strict=True):
-        loss = stage.exit_loss(
-            boundary,
-            tap,
-            positions,
-            labels,
-            mask,
-            dynamic_token_weights=config.exits.dynamic_token_weights,
+        is_early = boundary != config.model.num_layers
+        loss = exit_loss(
+            stage.exit_logits(boundary, tap, positions),
+            labels.t(),
+            mask.t(),
+            dynamic_token_weights=config.exits.dynamic_token_weights and is_early,
         )
         total = total + WEIGHTS[boundary] * loss.objective
         for kind, actual, plain in zip(loss._fields, loss, expected[boundary], strict=True):

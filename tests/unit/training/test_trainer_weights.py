@@ -3,7 +3,7 @@
 import pytest
 
 from ee_llm.config import load_config
-from ee_llm.training.parallel import exit_weights
+from ee_llm.training.schedule import exit_weights
 
 MODEL = {
     "model.num_layers": 6,

@@ -43,9 +43,14 @@ def test_every_initialization_of_the_configuration_exists() -> None:
 def test_description_names_what_is_trained() -> None:
     own = make(**{"exits.head": ("mlp", "norm"), "tuning.exits": (2,)})
     assert describe_tuning(own) == (
-        "tuning exits at [2]: mlp, norm, output weight; 2 of 8 layers are computed"
+        "tuning exits at [2]: mlp, norm, output weight; a step computes 2 of 8 layers"
+    )
+    distilled = make(**{"tuning.exits": (2,), "tuning.objective": "distill"})
+    assert describe_tuning(distilled) == (
+        "tuning exits at [2] towards the final exit's distribution: norm, output weight; a step "
+        "computes 8 of 8 layers"
     )
     assert describe_tuning(make(**{"exits.output": "shared"})) == (
         "tuning exits at [2, 7]: norm; their output weight is the final exit's, which is frozen "
-        "(exits.output = shared); 7 of 8 layers are computed"
+        "(exits.output = shared); a step computes 7 of 8 layers"
     )

@@ -1,4 +1,4 @@
-"""The plan of EE-Tuning: sound, without backward messages, one microbatch at a time."""
+"""The plans of EE-Tuning: sound; without distillation, one microbatch at a time."""
 
 import itertools
 from pathlib import Path
@@ -9,7 +9,7 @@ from ee_llm.config import load_config
 from ee_llm.pipeline.lower import lower
 from ee_llm.pipeline.plan import Op
 from ee_llm.pipeline.schedules.scaling import unbiased_scaling
-from ee_llm.pipeline.schedules.tuning import tuning_plan
+from ee_llm.pipeline.schedules.tuning import distillation_plan, tuning_plan
 from ee_llm.pipeline.selection import select_plan
 from ee_llm.pipeline.simulate import Costs, PieceCost, StageCost, grid, simulate
 
@@ -77,6 +77,37 @@ def test_tuning_runs_use_this_plan():
     }
     config = load_config(None, options)
     assert select_plan(config, 5) == tuning_plan(3, 5, {0, 2})
+    distilled = load_config(None, options | {"tuning.objective": "both"})
+    assert select_plan(distilled, 5) == distillation_plan(3, 5)
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "num_microbatches"), [*itertools.product((1, 2, 4), (1, 5))]
+)
+def test_distillation_returns_the_last_output_to_all_stages(num_stages, num_microbatches):
+    plan = lower(distillation_plan(num_stages, num_microbatches))
+    assert (plan.distills, plan.is_frozen, plan.splits_backward) == (True, True, False)
+    for stage, actions in enumerate(plan.ranks):
+        sends = [a.microbatch for a in actions if a.op is Op.SEND_BACKWARD]
+        assert sends == [*range(num_microbatches)] * (stage > 0)
+        for microbatch in range(num_microbatches):
+            order = [a.op for a in actions if a.microbatch == microbatch and a.op.computes]
+            assert order == [Op.FORWARD, Op.BACKWARD]
+    assert plan.without_communication() == distillation_plan(num_stages, num_microbatches)
+    scaling = unbiased_scaling(plan)
+    assert {f for losses in scaling.losses for f in losses} == {1.0}
+    assert set(scaling.gradients) == {1.0}
+
+
+def test_distillation_keeps_inputs_of_exits_until_the_last_stage_is_done():
+    """Stages take 1 and the exit of the first one 3: the slowest stage sets the pace."""
+    stages = (StageCost(1, 0, (PieceCost(1, 2),)), StageCost(1, 0), StageCost(1, 0))
+    found = simulate(distillation_plan(3, 10), Costs(stages))
+    assert found.makespan == 10 * (1 + 3)
+    assert found.peak_activations == (3, 2, 1)
+    assert found.peak_exit_logits == (1, 0, 0)
+    one = simulate(distillation_plan(3, 1), Costs(stages))
+    assert one.makespan == 1 + 1 + 1 + 3, "the exit waits for the last stage"
 
 
 def test_documentation_shows_the_plan():

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ee_llm import distributed
 from ee_llm.config import load_config
+from ee_llm.losses.exit_sums import Validation
 from ee_llm.training.reporting import run_log
 from ee_llm.training.reporting.run_log import RunLog, loss_name, validation_metrics
 from tests.distributed.harness import run_ranks
@@ -44,14 +45,15 @@ def console(monkeypatch):
 def test_names_are_megatrons():
     assert loss_name(6, 8) == "exit 6 loss"
     assert loss_name(8, 8) == "lm loss"
-    metrics = validation_metrics({2: 1.0, 8: 2.0}, 8)
+    metrics = validation_metrics(Validation({2: 1.0, 8: 2.0}, {2: 0.25}), 8)
     assert metrics == {
         "exit 2 loss validation": 1.0,
         "exit 2 loss validation ppl": pytest.approx(math.e),
+        "exit 2 agreement validation": 0.25,
         "lm loss validation": 2.0,
         "lm loss validation ppl": pytest.approx(math.e**2),
     }
-    assert math.isfinite(validation_metrics({8: 1e9}, 8)["lm loss validation ppl"])
+    assert math.isfinite(validation_metrics(Validation({8: 1e9}, {}), 8)["lm loss validation ppl"])
 
 
 def test_report_is_a_line_with_the_speed(tmp_path, console, monkeypatch):
@@ -63,7 +65,7 @@ def test_report_is_a_line_with_the_speed(tmp_path, console, monkeypatch):
             log.advance(step, tokens=1000)
         log.report(2, {"lm loss": 5.5, "grad-norm": math.inf, "learning-rate": 1e-3})
         now[0] += 50.0
-        log.report_validation(2, validation_metrics({8: 1.0}, 8))
+        log.report_validation(2, validation_metrics(Validation({8: 1.0}, {}), 8))
         log.restart_clock()
         log.event(2, "saved", path="step-00000002", note="é")
         now[0] += 1.0
