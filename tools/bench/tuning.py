@@ -83,6 +83,7 @@ def make_config(options: Options, case: Case, is_tuning: bool) -> Config:
     }
     if is_tuning:
         overrides["tuning.checkpoint"] = "not read: the values of weights do not affect the time"
+        overrides["training.eval_interval"] = 0  # a validation would need all layers
     return load_config(None, overrides)
 
 

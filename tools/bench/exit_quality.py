@@ -1,0 +1,242 @@
+"""Agreement of exits with the final exit: copied, from least squares, and distilled after that.
+
+    python tools/bench/exit_quality.py --json exit_quality.json --checkpoint runs/smollm2 \
+        --train data/train --test data/test
+    python tools/bench/exit_quality.py --json exit_quality.json --quick
+
+The model and the test text are the same for all three. See docs/reference/benchmarks.md.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import ee_llm
+from ee_llm.checkpoint.read import TensorReader, resolve_checkpoint
+from ee_llm.evaluation.result import EvaluationResult
+from tools.bench import report
+
+QUICK = {
+    "num_tokens": 20_000,
+    "test_tokens": 4096,
+    "steps": 30,
+    "lr": 1e-3,
+    "seq_length": 128,
+}
+# The model of --quick, which the benchmark itself trains first.
+SMALL_MODEL = {
+    "model": {
+        "num_layers": 6,
+        "hidden_size": 128,
+        "num_heads": 4,
+        "ffn_hidden_size": 344,
+        "vocab_size": 258,
+        "max_seq_length": 128,
+    },
+    "training": {
+        "steps": 120,
+        "micro_batch_size": 16,
+        "global_batch_size": 16,
+        "dtype": "float32",
+        "eval_interval": 0,
+    },
+    "optimizer": {"lr": 2e-3, "warmup_steps": 10},
+    "checkpoint": {"interval": 0},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure how often exits agree with the final exit."""
+
+    json: Path | None = None
+    """Write the machine, rows and figures to this JSON file."""
+    quick: bool = False
+    """Train a small model on Python's sources instead of reading a checkpoint: two minutes on two
+    cores. Explicit options take precedence."""
+    checkpoint: Path | None = None
+    """Run directory or checkpoint of a model without exits; required without --quick."""
+    train: str | None = None
+    """Prefix of prepared data for least squares and tuning; required without --quick."""
+    test: str | None = None
+    """Prefix of prepared data to measure agreement on; required without --quick."""
+    num_tokens: int = 100_000
+    """Number of tokens for least squares."""
+    test_tokens: int = 10_240
+    """Number of tokens to measure on."""
+    steps: int = 50
+    """Number of tuning steps."""
+    batch_size: int = 8
+    """Number of sequences per tuning step."""
+    seq_length: int = 256
+    """Number of tokens per sequence."""
+    lr: float = 3e-4
+    """Learning rate of tuning."""
+    threads: int | None = None
+    """Number of CPU threads; None uses all cores."""
+
+
+def boundaries_of(num_layers: int) -> tuple[int, ...]:
+    """Return the boundaries at 2/5, 2/3 and 4/5 of the depth; the figures are of the second."""
+    return tuple(round(num_layers * share) for share in (2 / 5, 2 / 3, 4 / 5))
+
+
+def measure(
+    options: Options, model: Path, train: str, test: str, folder: Path
+) -> list[dict[str, Any]]:
+    """Return a row per exit and origin of its head, with the seconds and tokens that it took."""
+    config = TensorReader(resolve_checkpoint(model)).config()
+    boundaries = boundaries_of(config.model.num_layers)
+    common = ["--exits", *map(str, boundaries)]
+    rows: list[dict[str, Any]] = []
+
+    def add_rows(origin: str, checkpoint: Path, seconds: float, tokens: int) -> None:
+        result = ee_llm.evaluate(
+            checkpoint,
+            data=test,
+            num_tokens=options.test_tokens,
+            seq_length=options.seq_length,
+            dtype="float32",
+            progress=False,
+        )
+        rows.extend(_rows(origin, result, seconds, tokens))
+
+    copied = folder / "copied"
+    seconds = _run("checkpoint", "add-exits", str(model), "--output", str(copied), *common)
+    add_rows("copy", copied, seconds, 0)
+    mapped = folder / "mapped"
+    data = ["--initialization", "least-squares", "--data", train]
+    data += ["--num-tokens", str(options.num_tokens), "--seq-length", str(options.seq_length)]
+    seconds = _run("checkpoint", "add-exits", str(model), "--output", str(mapped), *common, *data)
+    add_rows("least squares", mapped, seconds, options.num_tokens)
+    distilled = folder / "distilled"
+    tuning = {
+        "tuning.checkpoint": mapped,
+        "tuning.objective": "distill",
+        "output": distilled,
+        "data.prefixes": train,
+        "data.split": "1,0,0",
+        "data.seq_length": options.seq_length,
+        "training.steps": options.steps,
+        "training.micro_batch_size": options.batch_size,
+        "training.global_batch_size": options.batch_size,
+        "training.dtype": "float32",
+        "training.eval_interval": 0,
+        "optimizer.lr": options.lr,
+        "optimizer.warmup_steps": max(1, options.steps // 10),
+        "checkpoint.interval": 0,
+    }
+    values = (text for name, value in tuning.items() for text in (f"--{name}", str(value)))
+    seconds += _run("tune", *values)
+    tokens = options.num_tokens + options.steps * options.batch_size * options.seq_length
+    add_rows("distilled", distilled, seconds, tokens)
+    return rows
+
+
+def _rows(
+    origin: str, result: EvaluationResult, seconds: float, tokens: int
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "origin": origin,
+            "boundary": exit.boundary,
+            "agreement": exit.agreement,
+            "agreement_margin": exit.agreement_margin,
+            "loss": exit.loss,
+            "final_loss": result.exits[-1].loss,
+            "seconds": seconds,
+            "tokens": tokens,
+        }
+        for exit in result.exits[:-1]
+    ]
+
+
+def figures_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the agreement at two thirds of the depth, the second exit of each origin."""
+    names = {"copy": "copy", "least squares": "least_squares", "distilled": "distilled"}
+    return {
+        f"agreement_{name}": [row["agreement"] for row in rows if row["origin"] == origin][1]
+        for origin, name in names.items()
+    }
+
+
+def _run(*arguments: str) -> float:
+    """Run an ee-llm command and return its seconds. Raises ValueError with its last output."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "ee_llm", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"ee-llm {' '.join(arguments)} failed: {done.stderr[-2000:]}")
+    return time.perf_counter() - start
+
+
+def _small_model(folder: Path) -> tuple[Path, str, str]:
+    """Train a small model on Python's own sources; return it and its training and test data."""
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    for name, files in (("train", sources[::2]), ("test", sources[1::8])):
+        (folder / name).mkdir()
+        for file in files:
+            shutil.copy(file, folder / name / f"{file.stem}.txt")
+        prefix = str(folder / f"{name}-data")
+        _run("data", "prepare", "--inputs", str(folder / name), "--output", prefix)
+    values = {
+        f"{section}.{name}": value
+        for section, options in SMALL_MODEL.items()
+        for name, value in options.items()
+    }
+    values |= {"data.prefixes": str(folder / "train-data"), "data.split": "1,0,0"}
+    values |= {"output": str(folder / "model")}
+    _run("train", *(text for name, value in values.items() for text in (f"--{name}", str(value))))
+    return folder / "model", str(folder / "train-data"), str(folder / "test-data")
+
+
+def _sources(options: Options, folder: Path) -> tuple[Path, str, str]:
+    given = (options.checkpoint, options.train, options.test)
+    if options.checkpoint is not None and options.train is not None and options.test is not None:
+        return options.checkpoint, options.train, options.test
+    if any(value is not None for value in given) or not options.quick:
+        raise ValueError("give --checkpoint, --train and --test, or --quick without them")
+    return _small_model(folder)
+
+
+def main(options: Options) -> None:
+    """Measure, print the table and write the figures."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the commands
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, train, test = _sources(options, folder)
+        rows = measure(options, model, train, test, folder)
+    title = f"agreement with the final exit on {options.test_tokens:,} tokens"
+    report.print_table(title, [_cells(row) for row in rows])
+    report.write_json(options.json, rows, figures_of(rows))
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "heads": row["origin"],
+        "boundary": str(row["boundary"]),
+        "agreement [95 %]": f"{row['agreement']:.3f} ± {row['agreement_margin'] or 0:.3f}",
+        "loss": f"{row['loss']:.3f}",
+        "final loss": f"{row['final_loss']:.3f}",
+        "tokens": f"{row['tokens']:,}",
+        "seconds": f"{row['seconds']:.0f}",
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main(report.read_options(Options, QUICK))
+    except ValueError as error:
+        sys.exit(f"exit_quality: {error}")
