@@ -33,7 +33,7 @@ class PlanReport:
         return describe.clock_of(self.prediction, in_seconds=self.prediction.pieces is not NOMINAL)
 
     def text(self, width: int = DEFAULT_WIDTH) -> str:
-        """Return the layout, the grid (lines of at most `width` characters), the summary and notes."""
+        """Return the layout, the grid (lines of at most `width` characters), summary and notes."""
         parts = [
             describe.layout_lines(self.prediction),
             describe.readable_grid(self.prediction, width),

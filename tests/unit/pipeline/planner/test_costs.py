@@ -115,4 +115,6 @@ def test_exits_of_a_curriculum_have_their_mean_cost(curriculum, boundaries):
     assert {b: computed_share(config, b) for b in every[:-1]} == pytest.approx(shares)
     stages = NOMINAL.costs(config).stages
     early = [cost.total for stage in stages for cost in stage.exits][:-1]
-    assert early == pytest.approx([share * NOMINAL.exit.total for share in shares.values() if share])
+    assert early == pytest.approx(
+        [share * NOMINAL.exit.total for share in shares.values() if share]
+    )
