@@ -27,7 +27,10 @@ class Pieces:
     communication: float = 0.0
 
     def costs(self, config: Config) -> Costs:
-        """Return the costs of every stage of the model of `config`."""
+        """Return the costs of every stage of the model of `config`.
+
+        An early exit that a curriculum disables in some steps has its mean cost.
+        """
         last = config.parallel.num_stages - 1
         stages = []
         for index in range(last + 1):
@@ -36,11 +39,35 @@ class Pieces:
             if index == 0:
                 forward += self.embedding.forward
                 backward += self.embedding.backward
-            exits = [self.exit for b in config.exits.boundaries if exit_stage(config, b) == index]
+            exits = [
+                PieceCost(*(share * seconds for seconds in self.exit))
+                for boundary in config.exits.boundaries
+                if exit_stage(config, boundary) == index
+                and (share := computed_share(config, boundary))
+            ]
             if index == last:
                 exits.append(self.final)
             stages.append(StageCost(forward, backward, tuple(exits), weight))
         return Costs(tuple(stages), communication=self.communication)
+
+
+def computed_share(config: Config, boundary: int) -> float:
+    """Return the share of the training steps that compute the early exit at `boundary`.
+
+    This is the mean of `ee_llm.losses.curricula` over the steps of training.
+    """
+    exits = config.exits
+    if exits.weighting != "depth":
+        return 1.0
+    if boundary == 1:  # Its weight is 0.
+        return 0.0
+    if exits.curriculum == "rotational":
+        return 1 / exits.rotation_interval
+    if exits.curriculum == "gradual":
+        # Of E exits, the n-th before the final one is enabled after n / (2 E) of training.
+        num_later = len(exits.boundaries) - exits.boundaries.index(boundary)
+        return 1 - num_later / (2 * (len(exits.boundaries) + 1))
+    return 1.0
 
 
 NOMINAL = Pieces(

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ee_llm.architecture.partition import exit_stage, stage_layers
+from ee_llm.config import Config
 from ee_llm.pipeline.planner.advise import Advice
-from ee_llm.pipeline.planner.costs import Pieces
+from ee_llm.pipeline.planner.costs import Pieces, computed_share
 from ee_llm.pipeline.planner.predict import Prediction, rank_memory
 from ee_llm.pipeline.selection import select_fills
 from ee_llm.pipeline.simulate import grid
@@ -160,6 +161,24 @@ def summary(prediction: Prediction, clock: Clock, logits: float) -> str:
     return "\n".join([*lines, "", table(rows), legend])
 
 
+def notes(config: Config) -> list[str]:
+    """Return lines about features of training whose times are means or are left out."""
+    found = []
+    exits, dropout = config.exits, config.layer_dropout
+    mean = sum(computed_share(config, boundary) for boundary in exits.boundaries)
+    if mean < len(exits.boundaries):
+        found.append(
+            f"early exits have their mean times: a step computes {mean:.3g} of "
+            f"{len(exits.boundaries)} on average (exits.curriculum = {exits.curriculum})"
+        )
+    if dropout.max_probability > 0:
+        found.append(
+            "times include all layers, without what layer_dropout.max_probability = "
+            f"{dropout.max_probability:g} saves"
+        )
+    return found
+
+
 def candidates_table(candidates: Sequence[Advice], fitting: Sequence[Advice], clock: Clock) -> str:
     """Return a table of the best candidates, and their number."""
     rows = [["", "a microbatch", "idle", "memory", "schedule", "exits", "layers", "fills"]]
@@ -227,6 +246,7 @@ def as_json(
         "peak_activations": list(simulation.peak_activations),
         "peak_exit_logits": list(simulation.peak_exit_logits),
         "memory": list(rank_memory(prediction, logits)),
+        "notes": notes(config),
     }
     if timeline:
         figures["timeline"] = [

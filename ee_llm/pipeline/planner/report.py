@@ -33,12 +33,14 @@ class PlanReport:
         return describe.clock_of(self.prediction, in_seconds=self.prediction.pieces is not NOMINAL)
 
     def text(self, width: int = DEFAULT_WIDTH) -> str:
-        """Return the layout, the grid (lines of at most `width` characters) and the summary."""
+        """Return the layout, the grid (lines of at most `width` characters), summary and notes."""
         parts = [
             describe.layout_lines(self.prediction),
             describe.readable_grid(self.prediction, width),
             describe.summary(self.prediction, self.clock, self.logits_size),
         ]
+        if notes := describe.notes(self.prediction.config):
+            parts.append("\n".join(f"note: {note}" for note in notes))
         return "\n\n".join(parts)
 
     def __repr__(self) -> str:

@@ -121,6 +121,23 @@ def test_options_take_precedence_over_the_configuration(plan):
     assert "exits at boundary 1 on" in plan("--config", config, "--exits", "1,2,3")
 
 
+def test_notes_say_what_a_plan_simplifies(plan):
+    """R = 4 over 7 early exits, of which the one after layer 1 is never trained: 6 / 4."""
+    options = ("--config", ROOT / "examples" / "layerskip.toml")
+    notes = [
+        "early exits have their mean times: a step computes 1.5 of 7 on average "
+        "(exits.curriculum = rotational)",
+        "times include all layers, without what layer_dropout.max_probability = 0.1 saves",
+    ]
+    assert plan(*options).endswith("\n\n" + "".join(f"note: {note}\n" for note in notes))
+    figures = json.loads(plan(*options, "--json", "-"))
+    assert figures["notes"] == notes
+    # On rank 1, layers take 4 x 3 x 4 microbatches, exits 3 x 3 / 4 x 4 and the final exit 3 x 4.
+    busy = [sum(end - start for _, start, end in spans) for spans in figures["timeline"]]
+    assert 4 * busy[1] == pytest.approx(48 + 9 + 12)
+    assert json.loads(plan(*SMALL, "--json", "-"))["notes"] == []
+
+
 def test_costs_may_begin_with_a_byte_order_mark(plan, costs):
     options = ("--stages", 4, "--microbatches", 8, "--costs", costs)
     found = plan(*options)

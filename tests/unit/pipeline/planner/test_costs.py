@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from ee_llm.config import load_config
+from ee_llm.losses.curricula import depth_weights, enabled_exits
 from ee_llm.pipeline import PieceCost
-from ee_llm.pipeline.planner.costs import Pieces, read_pieces, write_pieces
+from ee_llm.pipeline.planner.costs import (
+    NOMINAL,
+    Pieces,
+    computed_share,
+    read_pieces,
+    write_pieces,
+)
 
 GIVEN = {"layer": [1, 2, 0.5], "embedding": [0, 0.1], "exit": [3, 4, 2], "final": [5, 6, 3]}
 
@@ -79,3 +87,34 @@ def test_other_files_are_errors(tmp_path, text, message):
         read_pieces(path)
     with pytest.raises(ValueError, match="no such file"):
         read_pieces(tmp_path / "other.json")
+
+
+CURRICULA = {
+    "none": {},
+    "rotational": {"exits.rotation_interval": 3},
+    "gradual": {},
+}
+
+
+@pytest.mark.parametrize("curriculum", CURRICULA)
+@pytest.mark.parametrize("boundaries", ["all", (1, 3), (2, 4, 5)], ids=str)
+def test_exits_of_a_curriculum_have_their_mean_cost(curriculum, boundaries):
+    """Training takes whole rotations, and a multiple of 2 E steps for each E of the test."""
+    options = {"model.num_layers": 6, "model.hidden_size": 8, "model.num_heads": 1}
+    options |= {"model.vocab_size": 8, "parallel.pipeline": 2, "training.steps": 2400}
+    options |= {"exits.boundaries": boundaries, "exits.weighting": "depth"}
+    options |= {"exits.curriculum": curriculum} | CURRICULA[curriculum]
+    config = load_config(None, options)
+    every = (*config.exits.boundaries, 6)
+    arguments = (len(every), 2400, config.exits.rotation_interval)
+    trained = [
+        depth_weights(every, 6, 1.0, enabled_exits(curriculum, step, *arguments))
+        for step in range(2400)
+    ]
+    shares = {b: sum(b in weights for weights in trained) / 2400 for b in every[:-1]}
+    assert {b: computed_share(config, b) for b in every[:-1]} == pytest.approx(shares)
+    stages = NOMINAL.costs(config).stages
+    early = [cost.total for stage in stages for cost in stage.exits][:-1]
+    assert early == pytest.approx(
+        [share * NOMINAL.exit.total for share in shares.values() if share]
+    )
