@@ -190,6 +190,7 @@ def test_early_logits_of_all_stages_are_contrasted(
         wanted = expected(model, request)
         assert together.token_ids == alone.token_ids == wanted.token_ids
         assert together.logprobs == pytest.approx(wanted.logprobs, abs=1e-9)
+        assert together.logprobs == pytest.approx(alone.logprobs, abs=1e-12)
 
 
 def _fail_amid_a_pass(kind: type[BaseException], tensor: int, pipeline: int, noticed: Path) -> str:

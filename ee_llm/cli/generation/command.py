@@ -15,7 +15,11 @@ from ee_llm.cli.generation.live import LiveText
 from ee_llm.cli.generation.options import GenerateOptions
 from ee_llm.cli.generation.prompts import InvalidLine, Prompt, read_prompts
 from ee_llm.cli.generation.render import legend, speed_line, token_table
-from ee_llm.cli.generation.strategies import check_no_exits, strategy_of_options
+from ee_llm.cli.generation.strategies import (
+    check_early_options,
+    check_no_exits,
+    strategy_of_options,
+)
 from ee_llm.cli.generation.verify import print_report, read_outputs
 from ee_llm.errors import RunError, UserError
 from ee_llm.inference.decoding.settings import CONTRASTS, Contrast, resolve_contrast
@@ -94,6 +98,7 @@ def check(options: GenerateOptions) -> None:
     check_layout(config, options.tensor, options.pipeline)
     if options.batch_file is None:
         check_no_exits(options)
+        check_early_options(options)
         strategy = strategy_of_options(options)
         if isinstance(strategy, Contrast):
             resolve_contrast(strategy, config)

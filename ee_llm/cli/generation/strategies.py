@@ -1,5 +1,6 @@
 """The strategy that the options of `ee-llm generate` describe."""
 
+from dataclasses import fields
 from typing import Any
 
 from ee_llm.cli.generation.options import GenerateOptions
@@ -23,6 +24,21 @@ def check_no_exits(options: GenerateOptions) -> None:
             f"{given} has no effect: --strategy {options.strategy} runs every token through all"
             " layers. Remove one of them."
         )
+
+
+def check_early_options(options: GenerateOptions) -> None:
+    """Raise UserError if an option of `sled` or `dola` is given with another strategy."""
+    for field in fields(options):
+        owners = (field.name.split("_")[0],) if field.name != "early_head" else tuple(CONTRASTS)
+        if owners[0] not in CONTRASTS or options.strategy in owners:
+            continue
+        value = getattr(options, field.name)
+        if value != field.default:
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(
+                f"--{field.name.replace('_', '-')} {shown} has no effect with --strategy"
+                f" {options.strategy}. Use --strategy {' or '.join(owners)}, or remove it."
+            )
 
 
 def strategy_of_options(options: GenerateOptions) -> Strategy | SelfSpeculation | Contrast:

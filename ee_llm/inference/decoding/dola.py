@@ -28,12 +28,16 @@ def contrast(final: Tensor, early: Tensor, settings: DoLa) -> Tensor:
         early: Early logits [r, b, v] at the candidate boundaries.
         settings: The settings.
     """
-    log_p, log_q = final.double().log_softmax(dim=-1), early.double().log_softmax(dim=-1)
-    if log_q.shape[1] == 1:
-        base = log_q[:, 0]
-    else:
-        choice = jensen_shannon(log_p, log_q).argmax(dim=-1)
-        base = log_q[torch.arange(len(choice), device=choice.device), choice]
+    log_p = final.double().log_softmax(dim=-1)
+    base, *others = early.unbind(dim=1)
+    base = base.double().log_softmax(dim=-1)
+    if others:
+        greatest = jensen_shannon(log_p, base[:, None])
+    for logits in others:  # Only one boundary at a time needs [r, v] in float64.
+        log_q = logits.double().log_softmax(dim=-1)
+        divergence = jensen_shannon(log_p, log_q[:, None])
+        base = log_q.where(divergence > greatest, base)
+        greatest = greatest.maximum(divergence)
     least = log_p.amax(dim=-1, keepdim=True) + math.log(settings.alpha)
     return (log_p - base).where(log_p >= least, log_p + LOW_VALUE)
 

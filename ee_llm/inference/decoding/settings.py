@@ -107,7 +107,9 @@ class DoLa:
     def __post_init__(self) -> None:
         alpha = plain_float(self.alpha)
         if alpha is None or not 0.0 < alpha <= 1.0:  # NaN fails too
-            raise RequestError(f"dola: alpha = {self.alpha!r} is not in (0, 1]")
+            raise RequestError(
+                f"dola: alpha = {self.alpha!r} must be a number above 0 and at most 1"
+            )
         _check_head("dola", self.head)
         object.__setattr__(self, "alpha", alpha)
         object.__setattr__(self, "layers", _checked("dola", self.layers, ("low", "high")))
@@ -206,7 +208,11 @@ def _checked(name: str, layers: Any, names: tuple[str, ...]) -> Any:
     for layer in given:
         boundary = plain_int(layer)
         if boundary is None:
-            raise RequestError(f"{name}: layers = {given!r}: {layer!r} is not an integer")
+            problem = "must be the only value" if layer in names else "is not an integer"
+            raise RequestError(
+                f"{name}: layers = {given!r}: {layer!r} {problem}. Use"
+                f" {' or '.join(map(repr, names))}, or a list of boundaries."
+            )
         found.append(boundary)
     if len(set(found)) < len(found):
         raise RequestError(f"{name}: layers = {found} repeats a boundary. Give each once.")

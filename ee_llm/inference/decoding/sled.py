@@ -3,6 +3,7 @@
 Legend of shapes: r rows, b boundaries, v vocabulary, k evolution scale.
 """
 
+import torch
 from torch import Tensor
 
 from ee_llm.inference.decoding.settings import SLED
@@ -30,24 +31,44 @@ def evolve(final: Tensor, early: Tensor, settings: SLED, ids: Tensor | None = No
     """
     is_released = settings.variant == "released"
     tau = 1.0 if is_released else settings.tau
-    final, early = final.double(), early.double()
+    final = final.double()
     ids = final.topk(settings.scale, dim=-1).indices if ids is None else ids
-    early_ids = ids[:, None].expand(-1, early.shape[1], -1)
-    delta, q = early - final[:, None], (early / tau).softmax(dim=-1)  # [r, b, v]
-    own_delta, own_q = delta.gather(-1, early_ids), q.gather(-1, early_ids)  # [r, b, k]
-    if not is_released:
-        delta, q = own_delta, own_q
-    # cos(delta, q - onehot_i) for all i at once, without a tensor [r, b, k, v].
-    product = (delta * q).sum(dim=-1, keepdim=True) - own_delta
-    other = (q.square().sum(dim=-1, keepdim=True) - own_q.square()).clamp_min(0.0)
-    length = delta.square().sum(dim=-1, keepdim=True).sqrt()
-    length = length * ((1.0 - own_q).square() + other).sqrt()
-    similarity = (product / length).masked_fill(length == 0.0, 0.0).clamp_min(0.0)
-    if is_released:
-        similarity = similarity.square()
-    share = similarity.sum(dim=1)  # [r, k]
+    share = torch.zeros_like(ids, dtype=torch.float64)  # [r, k]
+    for logits in early.unbind(dim=1):  # Only one boundary at a time needs [r, v] in float64.
+        if is_released:
+            share += _similarities(final, logits.double(), ids, is_restricted=False, tau=1.0) ** 2
+        else:
+            share += _similarities(final, logits.double(), ids, is_restricted=True, tau=tau)
     total = share.sum(dim=-1, keepdim=True)
     p = (final / tau).softmax(dim=-1).gather(-1, ids)
     target = (share / total).where(total > 0.0, p)
     evolved = final.gather(-1, ids) - settings.rate / tau * (p - target)
     return (final + settings.low_value).scatter(-1, ids, evolved)
+
+
+def _similarities(
+    final: Tensor, early: Tensor, ids: Tensor, *, is_restricted: bool, tau: float
+) -> Tensor:
+    """Return max(cos(early - final, q - onehot_i), 0), [r, k], for the tokens `ids` [r, k].
+
+    Args:
+        final: Final logits [r, v].
+        early: Early logits [r, v] at one boundary.
+        ids: The tokens.
+        is_restricted: Whether the vectors of the cosine have the entries of `ids` only.
+        tau: Temperature of q.
+    """
+    own_delta = early.gather(-1, ids) - final.gather(-1, ids)
+    scaled = early if tau == 1.0 else early / tau
+    if is_restricted:
+        own_q = (scaled.gather(-1, ids) - scaled.logsumexp(dim=-1, keepdim=True)).exp()
+        delta, q = own_delta, own_q
+    else:
+        delta, q = early - final, scaled.softmax(dim=-1)
+        own_q = q.gather(-1, ids)
+    # cos(delta, q - onehot_i) for all i at once, without a tensor [r, k, v].
+    product = (delta * q).sum(dim=-1, keepdim=True) - own_delta
+    other = (q.square().sum(dim=-1, keepdim=True) - own_q.square()).clamp_min(0.0)
+    length = delta.square().sum(dim=-1, keepdim=True).sqrt()
+    length = length * ((1.0 - own_q).square() + other).sqrt()
+    return (product / length).masked_fill(length == 0.0, 0.0).clamp_min(0.0)

@@ -95,12 +95,41 @@ def test_records_have_the_settings_and_pass_the_certificate(run: Path, tmp_path:
         ({"policy": Path("a.json")}, "--policy a.json has no effect"),
         ({"sled_rate": 0.0}, "sled: rate = 0.0"),
         ({"sled_layers": (7,)}, "7 is not a boundary"),
-        ({"sled_layers": ("all", 1)}, "'all' is not an integer"),
+        ({"sled_layers": ("all", 1)}, "'all' must be the only value"),
+        ({"sled_layers": ()}, "sled: layers is empty"),
+        ({"sled_rate": -1.0}, "sled: rate = -1.0 must be a number above 0"),
+        ({"sled_scale": 265}, "sled: scale = 265 is above model.vocab_size = 264"),
+        ({"sled_scale": 0}, "sled: scale = 0 must be an integer of at least 1"),
+        ({"sled_layers": (3,), "early_head": "exits"}, r"3 is not an exit. .* some of \[1, 2\]"),
+        ({"dola_alpha": 0.5}, "--dola-alpha 0.5 has no effect with --strategy sled. Use --str"),
+        ({"strategy": "dola", "dola_alpha": 0.0}, "dola: alpha = 0.0 must be a number above 0"),
+        ({"strategy": "dola", "dola_alpha": 1.5}, "dola: alpha = 1.5 .* at most 1"),
+        ({"strategy": "dola", "dola_layers": ()}, "dola: layers is empty"),
+        ({"strategy": "dola", "dola_layers": (4,)}, "4 is not a boundary .* to 3"),
+        (
+            {"strategy": "dola", "sled_layers": (0, 1)},
+            "--sled-layers 0 1 has no effect with --strategy dola. Use --strategy sled, or",
+        ),
+        (
+            {"strategy": "full", "early_head": "raw"},
+            "--early-head raw has no effect with --strategy full. Use --strategy sled or dola",
+        ),
     ],
 )
 def test_wrong_options_are_refused_before_anything_starts(
     run: Path, given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        check(GenerateOptions(run, "a", strategy="sled", **given))
+        check(GenerateOptions(run, "a", **{"strategy": "sled"} | given))
     check(GenerateOptions(run, "a", strategy="sled", thresholds=("off",)))
+
+
+def test_exit_heads_of_a_model_without_exits_are_refused(tmp_path: Path) -> None:
+    config = tiny_config("gpt", vocab_size=264, max_seq_length=48, boundaries=())
+    save_model(tmp_path, config, random_tensors(config, dtype=torch.float32))
+    for strategy in ("sled", "dola"):
+        options = GenerateOptions(tmp_path, "a", strategy=strategy, early_head="exits")
+        with pytest.raises(
+            UserError, match=f"{strategy}: head = 'exits' needs exits, but the model"
+        ):
+            check(options)

@@ -86,11 +86,13 @@ def test_a_rate_that_is_not_positive_and_finite_is_refused(rate: Any) -> None:
         (SLED, {"layers": ()}, "sled: layers is empty"),
         (DoLa, {"layers": []}, "dola: layers is empty"),
         (DoLa, {"layers": (1, 1)}, "dola: layers = .* repeats"),
-        (DoLa, {"layers": (1, "high")}, "'high' is not an integer"),
+        (DoLa, {"layers": (1, "high")}, "'high' must be the only value. Use 'low' or 'high', or a"),
+        (DoLa, {"layers": (1, 2.5)}, "2.5 is not an integer. Use 'low' or 'high', or a list"),
         (DoLa, {"layers": 1.5}, "dola: layers = 1.5 is unknown"),
-        (DoLa, {"alpha": 0.0}, r"dola: alpha = 0.0 is not in \(0, 1\]"),
-        (DoLa, {"alpha": 1.1}, r"dola: alpha = 1.1 is not in \(0, 1\]"),
+        (DoLa, {"alpha": 0.0}, "dola: alpha = 0.0 must be a number above 0 and at most 1"),
+        (DoLa, {"alpha": 1.1}, "dola: alpha = 1.1 must be a number above 0 and at most 1"),
         (DoLa, {"alpha": math.nan}, "dola: alpha = nan"),
+        (DoLa, {"alpha": -0.1}, "dola: alpha = -0.1"),
     ],
 )
 def test_wrong_settings_are_refused(kind: Any, fields: dict[str, Any], message: str) -> None:
