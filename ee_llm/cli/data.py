@@ -1,5 +1,6 @@
-"""`ee-llm data`: train tokenizers, tokenize texts, and summarize prepared data."""
+"""`ee-llm data`: train tokenizers, tokenize or generate texts, and summarize prepared data."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,28 @@ TRAIN_TOKENIZER = CommandHelp(
         "ee-llm data train-tokenizer --inputs src/ --suffixes .py .md --output data/code.model",
     ),
 )
+GENERATE = CommandHelp(
+    "data generate",
+    """Sample texts from a model, and write their exact tokens as the files that training reads:
+    PREFIX.bin and PREFIX.idx. Use them to tune, calibrate or evaluate the model's own exits.
+
+    Every token is sampled from the full model, without early exits. Except for rounding, the
+    files depend on --seed but not on --max-num-seqs.""",
+    (
+        Group("Text", "num_tokens prompts max_tokens", "bos parse_special chat_template"),
+        Group("Sampling", "temperature top_p seed", "top_k min_p"),
+        Group(
+            "Execution",
+            "dtype max_num_seqs tensor pipeline",
+            "cache_tokens quantize attention cuda_graphs compile timeout_s",
+        ),
+        Group("Output", "jsonl json", "progress"),
+    ),
+    (
+        "ee-llm data generate --checkpoint runs/llama --output data/own --num-tokens 100000",
+        "ee-llm data generate --checkpoint runs/chat --output data/chats --prompts chats.jsonl",
+    ),
+)
 STATS = CommandHelp(
     "data stats",
     "Print the size of prepared data, and the entropy of its tokens.",
@@ -56,6 +79,23 @@ def run_train_tokenizer(arguments: list[str]) -> None:
     from ee_llm.data.tokenization.train_tokenizer import TrainTokenizerOptions, train_tokenizer
 
     print(train_tokenizer(parse(TrainTokenizerOptions, TRAIN_TOKENIZER, arguments)))
+
+
+def run_generate(arguments: list[str]) -> None:
+    """Run `ee-llm data generate`, on several ranks with --tensor or --pipeline."""
+    from ee_llm.cli.generation.options import DataGenerateOptions
+
+    options = parse(DataGenerateOptions, GENERATE, arguments)
+    from ee_llm.cli.generation.data import check, generate_data
+
+    num_ranks = options.tensor * options.pipeline
+    if num_ranks > 1 and "WORLD_SIZE" not in os.environ:
+        from ee_llm.launch.local import launch
+
+        check(options)
+        launch(num_ranks, ["data", "generate", *arguments])
+    else:
+        generate_data(options)
 
 
 def run_stats(arguments: list[str]) -> None:

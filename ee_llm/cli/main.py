@@ -46,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "data prepare": Command(
         "tokenize texts into the files that training reads", _lazy("data", "run_prepare")
     ),
+    "data generate": Command("sample training data from a model", _lazy("data", "run_generate")),
     "data stats": Command("summarize prepared data", _lazy("data", "run_stats")),
     "plan": Command("show a pipeline schedule, its time and its memory", _lazy("plan", "run_plan")),
     "train": Command("train the model that a TOML file describes", _lazy("train", "run_train")),

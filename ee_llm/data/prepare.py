@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ee_llm.atomic_file import open_output
+from ee_llm.atomic_file import AtomicFile, open_output
 from ee_llm.data.documents import (
     DEFAULT_EXCLUDE,
     Format,
@@ -153,10 +153,7 @@ def prepare(options: PrepareOptions) -> PrepareReport:
         if writer.num_documents == 0:
             names = ", ".join(str(path) for path in options.inputs)
             raise DataError(f"inputs {names} have no document with text. Give other --inputs.")
-        description = describe(tokenizer, writer.num_documents, writer.num_tokens)
-        with open_output(Path(f"{options.output}.meta.json")) as file:
-            file.write(json.dumps(description, indent=1).encode() + b"\n")
-            writer.commit(file)
+        commit(writer, options.output, tokenizer)
     return PrepareReport(
         str(options.output),
         writer.num_documents,
@@ -167,15 +164,29 @@ def prepare(options: PrepareOptions) -> PrepareReport:
     )
 
 
-def describe(tokenizer: Tokenizer, num_documents: int, num_tokens: int) -> dict[str, object]:
-    """Return the content of `PREFIX.meta.json`: the tokenizer and the number of tokens."""
-    return {
+def commit(
+    writer: IndexedWriter, prefix: Path, tokenizer: Tokenizer, *files: AtomicFile, **more: object
+) -> None:
+    """Create the files of a writer and `PREFIX.meta.json`, which describes them.
+
+    Args:
+        writer: The writer.
+        prefix: Its prefix.
+        tokenizer: The tokenizer of its tokens.
+        files: Other files to be created together with them.
+        more: Further keys of the description.
+    """
+    description = {
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "eos_token_id": tokenizer.eos_token_id,
-        "num_documents": num_documents,
-        "num_tokens": num_tokens,
+        "num_documents": writer.num_documents,
+        "num_tokens": writer.num_tokens,
+        **more,
     }
+    with open_output(Path(f"{prefix}.meta.json")) as file:
+        file.write(json.dumps(description, indent=1).encode() + b"\n")
+        writer.commit(file, *files)
 
 
 def check_tokenizer(prefix: Path | str, tokenizer: Tokenizer) -> None:

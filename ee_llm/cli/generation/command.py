@@ -11,6 +11,7 @@ from rich.progress import TextColumn
 from ee_llm import distributed
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.cli.generation.batch_file import append, open_output
+from ee_llm.cli.generation.execution import check_execution, load_model
 from ee_llm.cli.generation.live import LiveText
 from ee_llm.cli.generation.options import GenerateOptions
 from ee_llm.cli.generation.prompts import InvalidLine, Prompt, read_prompts
@@ -23,8 +24,6 @@ from ee_llm.cli.generation.strategies import (
 from ee_llm.cli.generation.verify import print_report, read_outputs
 from ee_llm.errors import RunError, UserError
 from ee_llm.inference.decoding.settings import CONTRASTS, Contrast, resolve_contrast
-from ee_llm.inference.execution.quantization import check_quantize
-from ee_llm.inference.execution.stage import check_layout
 from ee_llm.inference.exits.policy import Exits, make_exit_policy
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.outputs import RequestOutput
@@ -35,14 +34,6 @@ from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 from ee_llm.inference.text.records import Record, as_json, error_record, origin, to_record
 from ee_llm.inference.verification.verify import Verifier
 
-# Far more than is useful. Larger values overflow lists, tensors or timeouts.
-_MAXIMA: dict[str, int] = {
-    "tensor": 2**16,
-    "pipeline": 2**16,
-    "max_num_seqs": 2**14,
-    "cache_tokens": 2**40,
-    "timeout_s": 10**6,
-}
 _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens",
     "min_tokens", "stop", "stop_token_ids", "ignore_eos", "logprobs",
@@ -76,34 +67,18 @@ def check(options: GenerateOptions) -> None:
         raise UserError(
             f"--policy {options.policy} and --thresholds are both given. Use one of them."
         )
-    for name, maximum in _MAXIMA.items():
-        value = getattr(options, name)
-        if not 1 <= value <= maximum:  # refuses NaN, too
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} {value} is out of range. Use 1 to {maximum:,}.")
-    num_ranks, started = options.tensor * options.pipeline, distributed.launched_world_size()
-    if started is not None and started != num_ranks:
+    if options.quantize != "none" and options.verify:
         raise UserError(
-            f"--tensor {options.tensor} x --pipeline {options.pipeline} do not fit WORLD_SIZE ="
-            f" {started} in the environment. Start {num_ranks} ranks, or unset it."
+            "--verify checks generations with the checkpoint's weights, but --quantize"
+            f" {options.quantize} changes the weights. Remove one of them."
         )
-    if options.quantize != "none":
-        check_quantize(distributed.dtype_named(options.dtype))
-        if options.verify:
-            raise UserError(
-                "--verify checks generations with the checkpoint's weights, but --quantize"
-                f" {options.quantize} changes the weights. Remove one of them."
-            )
-    config = TensorReader(options.checkpoint).config()
-    check_layout(config, options.tensor, options.pipeline)
+    config = check_execution(options)
     if options.batch_file is None:
         check_no_exits(options)
         check_early_options(options)
         strategy = strategy_of_options(options)
         if isinstance(strategy, Contrast):
             resolve_contrast(strategy, config)
-    if started is None:
-        distributed.check_gpus(options.tensor, options.pipeline)
 
 
 def generate(options: GenerateOptions) -> None:
@@ -140,22 +115,9 @@ def generate(options: GenerateOptions) -> None:
 
 
 def _open(options: GenerateOptions) -> LLM:
-    is_batch = options.batch_file is not None
-    return LLM(
-        options.checkpoint,
-        dtype=options.dtype,
-        tensor=options.tensor,
-        pipeline=options.pipeline,
-        max_num_seqs=options.max_num_seqs if is_batch else 1,
-        cache_tokens=options.cache_tokens,
-        attention=options.attention,
-        cuda_graphs=options.cuda_graphs,
-        compile=options.compile,
-        quantize=options.quantize,
-        deferral=options.deferral if is_batch else "off",
-        chat_template=options.chat_template,
-        timeout_s=options.timeout_s,
-    )
+    if options.batch_file is not None:
+        return load_model(options, deferral=options.deferral)
+    return load_model(options, max_num_seqs=1, deferral="off")
 
 
 def _request(llm: LLM, prompt: Prompt, encoded: EncodedPrompt) -> Request:

@@ -1,6 +1,6 @@
-"""The options of `ee-llm generate` and `ee-llm verify`."""
+"""The options of `ee-llm generate`, `ee-llm data generate` and `ee-llm verify`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,12 +16,86 @@ from ee_llm.inference.decoding.settings import DoLaLayers, EarlyHead, SLEDLayers
 from ee_llm.inference.strategies import Strategy
 
 
-@dataclass(frozen=True)
-class GenerateOptions:
-    """The options of `ee-llm generate`."""
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """Options of the commands that sample text: how prompts are encoded and tokens are drawn."""
 
-    checkpoint: Path
+    max_tokens: int = 64
+    """Generate at most this many tokens."""
+
+    temperature: float = 0.0
+    """Divide the logits by this before sampling; 0 is greedy decoding."""
+
+    top_k: int = 0
+    """Sample only from this many most probable tokens; 0 is all."""
+
+    top_p: float = 1.0
+    """Sample only from the smallest set of tokens whose probabilities add up to at least this."""
+
+    min_p: float = 0.0
+    """Sample only from tokens with at least this share of the top token's probability; 0 is all."""
+
+    seed: int = 0
+    """Seed the sampling. The same seed gives the same text."""
+
+    bos: Bos = "auto"
+    """Begin prompts with the beginning-of-sequence token (on), or not (off). auto follows the
+    tokenizer's settings."""
+
+    parse_special: bool = False
+    """Encode special tokens in the text of a prompt, such as <|im_end|>, as tokens. The messages of
+    a chat are always encoded in this way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionOptions:
+    """Options of the commands that run an engine."""
+
+    checkpoint: Path = field(kw_only=False)
     """Model to run: a checkpoint, or a run directory, of which the newest checkpoint is used."""
+
+    chat_template: Path | None = None
+    """Use the chat template (Jinja) in this file instead of the model's own."""
+
+    dtype: DtypeName = "auto"
+    """Compute with this precision; auto is bfloat16 if the device supports it in hardware, else
+    float32."""
+
+    quantize: Quantize = "none"
+    """Store the weights of linear layers in 8 bits (int8, requires torchao). This saves memory, but
+    the output cannot be verified."""
+
+    max_num_seqs: int = 16
+    """Run at most this many sequences at a time."""
+
+    cache_tokens: int = 65536
+    """Allocate a K/V cache for this many tokens of all sequences together, or fewer if the
+    sequences cannot use more."""
+
+    attention: Attention = "auto"
+    """Compute attention with this kernel. auto selects the fastest one on this device. gather
+    copies keys and values and runs on CPUs. varlen is torch's kernel with FlashAttention 3, and
+    flash is flash-attn 2; both require a GPU and bfloat16. plain is a slow equivalent for tests."""
+
+    cuda_graphs: bool = False
+    """Replay passes of few rows as CUDA graphs. Requires varlen or flash, and --tensor 1."""
+
+    compile: bool = False
+    """Compile the layers with torch.compile. This starts more slowly, but is faster on a GPU."""
+
+    tensor: int = 1
+    """Use this many tensor-parallel ranks per pipeline stage."""
+
+    pipeline: int = 1
+    """Use this many pipeline stages."""
+
+    timeout_s: float = 600
+    """Abort if a rank receives nothing from another rank for this many seconds."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions(SamplingOptions, ExecutionOptions):
+    """The options of `ee-llm generate`."""
 
     prompt: str | None = None
     """Continue this text. (default: standard input, if it is not a terminal)"""
@@ -42,9 +116,6 @@ class GenerateOptions:
 
     system: str | None = None
     """Add this system message to conversations that do not begin with one."""
-
-    chat_template: Path | None = None
-    """Use the chat template (Jinja) in this file instead of the model's own."""
 
     batch_file: Path | None = None
     """Generate for each line of this file, a JSON object with "prompt", "messages" or
@@ -110,17 +181,6 @@ class GenerateOptions:
     weight alone (raw), or with the exits' own heads (exits). auto is final, and raw with
     --sled-variant released."""
 
-    bos: Bos = "auto"
-    """Begin prompts with the beginning-of-sequence token (on), or not (off). auto follows the
-    tokenizer's settings."""
-
-    parse_special: bool = False
-    """Encode special tokens in the text of a prompt, such as <|im_end|>, as tokens. The messages of
-    a chat are always encoded in this way."""
-
-    max_tokens: int = 64
-    """Generate at most this many tokens."""
-
     min_tokens: int = 0
     """Do not stop before this many tokens."""
 
@@ -133,66 +193,16 @@ class GenerateOptions:
     ignore_eos: bool = False
     """Do not stop at the model's end tokens."""
 
-    temperature: float = 0.0
-    """Divide the logits by this before sampling; 0 is greedy decoding."""
-
-    top_k: int = 0
-    """Sample only from this many most probable tokens; 0 is all."""
-
-    top_p: float = 1.0
-    """Sample only from the smallest set of tokens whose probabilities add up to at least this."""
-
-    min_p: float = 0.0
-    """Sample only from tokens with at least this share of the top token's probability; 0 is all."""
-
     repetition_penalty: float = 1.0
     """Divide positive logits of tokens already in the text by this, and multiply negative ones by
     it; 1 is off."""
 
-    seed: int = 0
-    """Seed the sampling. The same seed gives the same text."""
-
     logprobs: int | None = None
     """Report the log probabilities of this many most probable tokens in --json and --output."""
-
-    dtype: DtypeName = "auto"
-    """Compute with this precision; auto is bfloat16 if the device supports it in hardware, else
-    float32."""
-
-    quantize: Quantize = "none"
-    """Store the weights of linear layers in 8 bits (int8, requires torchao). This saves memory, but
-    --verify cannot check the output."""
-
-    max_num_seqs: int = 16
-    """Run at most this many sequences at a time."""
-
-    cache_tokens: int = 65536
-    """Allocate a K/V cache for this many tokens of all sequences together, or fewer if the
-    sequences cannot use more."""
 
     deferral: DeferralMode = "auto"
     """Defer rows that did not exit until more of them can run together, if measurements at the
     start predict a speed-up (auto), or never (off)."""
-
-    attention: Attention = "auto"
-    """Compute attention with this kernel. auto selects the fastest one on this device. gather
-    copies keys and values and runs on CPUs. varlen is torch's kernel with FlashAttention 3, and
-    flash is flash-attn 2; both require a GPU and bfloat16. plain is a slow equivalent for tests."""
-
-    cuda_graphs: bool = False
-    """Replay passes of few rows as CUDA graphs. Requires varlen or flash, and --tensor 1."""
-
-    compile: bool = False
-    """Compile the layers with torch.compile. This starts more slowly, but is faster on a GPU."""
-
-    tensor: int = 1
-    """Use this many tensor-parallel ranks per pipeline stage."""
-
-    pipeline: int = 1
-    """Use this many pipeline stages."""
-
-    timeout_s: float = 600
-    """Abort if a rank receives nothing from another rank for this many seconds."""
 
     verify: bool = False
     """Check the output against its definition in float64, as 'ee-llm verify' does."""
@@ -202,6 +212,44 @@ class GenerateOptions:
 
     json: bool = False
     """Print one JSON object and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataGenerateOptions(SamplingOptions, ExecutionOptions):
+    """The options of `ee-llm data generate`."""
+
+    output: Path
+    """Path of the files to write without .bin or .idx, for example data/own."""
+
+    num_tokens: int | None = None
+    """Generate whole documents until they have at least this many generated tokens. With --prompts,
+    the first prompt follows again after the last one. (default with --prompts: one document for
+    each prompt)"""
+
+    prompts: Path | None = None
+    """Continue the prompts in this file: one text per line or, in a .jsonl or .ndjson file, one
+    JSON object per line with "prompt", "messages" or "prompt_token_ids". '-' is standard input.
+    (default: documents begin as those of training data do)"""
+
+    jsonl: bool = False
+    """Also write the text of each document to PREFIX.jsonl."""
+
+    max_tokens: int = 1024
+    """Generate at most this many tokens in a document."""
+
+    temperature: float = 1.0
+    """Divide the logits by this before sampling; 1 is the model's own distribution, and 0 is greedy
+    decoding."""
+
+    bos: Bos = "auto"
+    """Begin documents with the beginning-of-sequence token (on), or not (off). auto follows the
+    tokenizer's settings."""
+
+    progress: bool = True
+    """Show a progress bar on standard error if it is a terminal."""
+
+    json: bool = False
+    """Print one JSON object with the figures and nothing else."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from ee_llm.inference.text.prompt_encoder import EncodedPrompt, PromptEncoder
 # Far more than the context of any model.
 _MAX_PROMPT = 16 * MIB
 # All prompts of a batch are in memory, as token ids, which take ten times as much space.
-_MAX_BATCH = 256 * MIB
-_KINDS = ("prompt", "messages", "prompt_token_ids")
+MAX_BATCH = 256 * MIB
+KINDS = ("prompt", "messages", "prompt_token_ids")
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _read_batch(options: GenerateOptions, path: Path) -> list[Prompt | InvalidLi
     source = f"--batch-file {path}"
     lines: dict[str, Prompt | InvalidLine] = {}
     with opened(path, source) as file:
-        for where, record in read_objects(file, source, _MAX_BATCH):
+        for where, record in read_objects(file, source, MAX_BATCH):
             id = _id(record, where, default=str(len(lines) + 1))
             if id in lines:
                 raise UserError(
@@ -200,11 +200,8 @@ def _from_line(options: GenerateOptions, record: dict[str, Any], where: str, id:
         line = _Line.model_validate(record)
     except ValidationError as error:
         raise RequestError(f"{where}: {_problem(error, record)}") from None
-    kinds = [name for name in _KINDS if name in record]
-    if len(kinds) != 1:
-        found = f"has {' and '.join(kinds)}" if kinds else "has no prompt"
-        raise RequestError(f"{where}: the line {found}. Give one of {', '.join(_KINDS)}.")
-    own = {name: getattr(line, name) for name in line.model_fields_set if name not in _KINDS}
+    content = prompt_content(record, where)
+    own = {name: getattr(line, name) for name in line.model_fields_set if name not in KINDS}
     for name in ("thresholds", "stop", "stop_token_ids", "sled_layers", "dola_layers"):
         if name in own:
             own[name] = tuple(own[name]) if isinstance(own[name], list) else (own[name],)
@@ -217,19 +214,34 @@ def _from_line(options: GenerateOptions, record: dict[str, Any], where: str, id:
         own["policy"] = None  # Thresholds of a line replace the command's policy file.
     elif line.policy is not None:
         own["policy"] = Path(line.policy)
-    prompt = Prompt(replace(options, **own), id=id, where=where)
-    if kinds == ["messages"]:
-        return replace(prompt, messages=check_messages(line.messages, where))
-    if kinds == ["prompt_token_ids"]:
-        if not line.prompt_token_ids:
+    return Prompt(replace(options, **own), id=id, where=where, **content)
+
+
+def prompt_content(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the prompt of a JSON object as an argument of `Prompt`.
+
+    Raises:
+        RequestError: The object has not exactly one of "prompt", "messages" and "prompt_token_ids",
+            or its value is not valid.
+    """
+    kinds = [name for name in KINDS if name in record]
+    if len(kinds) != 1:
+        found = f"has {' and '.join(kinds)}" if kinds else "has no prompt"
+        raise RequestError(f"{where}: the line {found}. Give one of {', '.join(KINDS)}.")
+    (kind,) = kinds
+    value = record[kind]
+    if kind == "messages":
+        return {"messages": check_messages(value, where)}
+    if kind == "prompt_token_ids":
+        is_valid = isinstance(value, list) and all(type(token) is int for token in value)
+        if not is_valid or not value:
             raise RequestError(
-                f'{where}: "prompt_token_ids" is {short(line.prompt_token_ids)}. Give a list of'
-                " token ids."
+                f'{where}: "prompt_token_ids" is {short(value)}. Give a list of token ids.'
             )
-        return replace(prompt, token_ids=tuple(line.prompt_token_ids))
-    if not line.prompt or not is_encodable(line.prompt):
-        raise RequestError(f'{where}: "prompt" is {short(line.prompt)}. Give a nonempty string.')
-    return replace(prompt, text=line.prompt)
+        return {"token_ids": tuple(value)}
+    if not isinstance(value, str) or not value or not is_encodable(value):
+        raise RequestError(f'{where}: "prompt" is {short(value)}. Give a nonempty string.')
+    return {"text": value}
 
 
 def _problem(error: ValidationError, record: dict[str, Any]) -> str:

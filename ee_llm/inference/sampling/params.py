@@ -135,11 +135,12 @@ class SamplingParams:
 
     def samples(self) -> tuple["SamplingParams", ...]:
         """Return parameters with `n` = 1 and a distinct seed for each of the `n` samples."""
+        return tuple(map(self.sample, range(self.n)))
+
+    def sample(self, index: int) -> "SamplingParams":
+        """Return parameters with `n` = 1 and the seed of a sample, which is `seed` for index 0."""
         # The odd multiplier of a 64-bit linear congruential generator (Steele and Vigna 2021).
-        return tuple(
-            replace(self, n=1, seed=(self.seed + index * 0xD1342543DE82EF95) % 2**63)
-            for index in range(self.n)
-        )
+        return replace(self, n=1, seed=(self.seed + index * 0xD1342543DE82EF95) % 2**63)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the parameters as JSON's own types."""

@@ -71,6 +71,15 @@ class PromptEncoder:
         ids = self._tokenizer.encode(text, parse_special=True)
         return self._with_bos(text, ids, _explicit(bos), is_parsed=True)
 
+    def encode_start(self, *, bos: Bos = "auto") -> EncodedPrompt:
+        """Return the prompt after which a model begins a document of its own.
+
+        It is the beginning-of-sequence token or, without it, the end-of-document token, which
+        precedes a document in training data. Raises DataError if the latter is unknown.
+        """
+        first = first_tokens(bos, self._tokenizer, self._adds_bos)
+        return EncodedPrompt("", tuple(first or [self._tokenizer.eos_token_id]))
+
     def special_texts(self, stops: Sequence[str]) -> tuple[tuple[int, str], ...]:
         """Return the ids and texts of the special tokens that occur in stop strings."""
         known = self._tokenizer.special_tokens.items()

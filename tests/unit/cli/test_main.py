@@ -90,7 +90,7 @@ def test_help_of_a_group_of_commands(
     assert main.main(arguments) == 0
     text = capsys.readouterr().out
     assert "data prepare" in text
-    assert "generate" not in text
+    assert "checkpoint info" not in text
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

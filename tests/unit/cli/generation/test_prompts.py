@@ -141,10 +141,10 @@ def test_every_option_that_affects_the_text_can_be_set_on_a_line() -> None:
         "show_confidence", "json", "attention", "cuda_graphs", "compile", "quantize",
         "prompt_token_ids", "chat", "chat_file", "chat_template",
     }  # fmt: skip
-    assert set(prompts._Line.model_fields) - set(prompts._KINDS) == (
+    assert set(prompts._Line.model_fields) - set(prompts.KINDS) == (
         set(GenerateOptions.__dataclass_fields__) - of_all
     )
-    assert "prompt_token_ids" in prompts._KINDS
+    assert "prompt_token_ids" in prompts.KINDS
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_an_empty_or_too_large_batch_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="prompts.jsonl is empty"):
         _batch(tmp_path, "")
-    monkeypatch.setattr(prompts, "_MAX_BATCH", 20)
+    monkeypatch.setattr(prompts, "MAX_BATCH", 20)
     with pytest.raises(ValueError, match="larger than .* MiB"):
         _batch(tmp_path, {"prompt": "a"}, {"prompt": "b"})
 
