@@ -264,7 +264,8 @@ class Stage(MegatronModule):
 
     def normalized_final(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the final norm of the last stage's output, for `final_logits` on any stage."""
-        return self.exits[str(self.final_boundary)].norm(hidden)
+        head: Any = self.exits[str(self.final_boundary)]
+        return head.norm(hidden)
 
     def final_logits(self, normalized: torch.Tensor) -> torch.Tensor:
         """Return the final exit's logits [s, b, v / t] on a stage with an exit that distills."""
