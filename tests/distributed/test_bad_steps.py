@@ -40,9 +40,9 @@ def _poison_loss(config, steps, rank):
     exit_loss, set_microbatches = StageOnData.exit_loss, StageOnData.set_microbatches
     num_started = [0]
 
-    def count(self, microbatches, *arguments):
+    def count(self, microbatches, *arguments, **options):
         num_started[0] += 1
-        set_microbatches(self, microbatches, *arguments)
+        set_microbatches(self, microbatches, *arguments, **options)
 
     def poisoned(self, microbatch, index, tap):
         loss = exit_loss(self, microbatch, index, tap)

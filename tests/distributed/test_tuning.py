@@ -196,7 +196,7 @@ def test_runs_do_not_depend_on_the_layout(tmp_path, corpus, dense, single_proces
         return of_steps | {k: v for k, v in validation.items() if k.endswith("validation")}
 
     assert losses(tmp_path) == pytest.approx(losses(single_process), rel=tolerance)
-    assert len(losses(tmp_path)) == 5 * 2 + 2
+    assert len(losses(tmp_path)) == 5 * 2 + 5, "steps; the losses and agreement of a validation"
     found, expected = (TensorReader(output) for output in (tmp_path, single_process))
     assert found.names() == expected.names()
     for key in found.names():

@@ -73,7 +73,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a temperature of 0": (
         {"tuning.objective": "distill", "tuning.temperature": 0},
-        "tuning.temperature = 0",
+        "tuning.temperature: must be at least 1e-06, got 0",
     ),
     "more stages than layers of a distilled model": (
         {"parallel.pipeline": 9, "tuning.objective": "distill"},
