@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from ee_llm import LLM, SLED, DoLa, SamplingParams, UserError
+from ee_llm import LLM, SLED, DoLa, SamplingParams, UserError, distributed
+from ee_llm.distributed.devices import keep_freed_memory
 from tools.bench import report
 
 QUICK = {"num_questions": 2, "max_tokens": 12}
@@ -186,12 +187,17 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def measure(
-    llm: LLM, questions: Sequence[Question], sides: Mapping[str, Any], options: Options
+    llm: LLM,
+    questions: Sequence[Question],
+    sides: Mapping[str, Any],
+    options: Options,
+    on_batch: Callable[[Mapping[str, Result]], None] = lambda results: None,
 ) -> dict[str, Result]:
     """Return the results of all strategies on the same questions.
 
     Prompts of a batch are computed before its first strategy is timed. All strategies then find
-    them in the prefix cache, and only decoding is timed.
+    them in the prefix cache, and only decoding is timed. `on_batch` is called with the results so
+    far after each batch.
     """
     names = list(sides)
     results = {name: Result() for name in names}
@@ -211,6 +217,7 @@ def measure(
             for question, output in zip(batch, outputs, strict=True):
                 answer = last_number(output.text)
                 result.is_right.append(answer is not None and question.is_answer(answer))
+        on_batch(results)
     return results
 
 
@@ -270,6 +277,8 @@ def main(options: Options) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} is less than 1.")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if not distributed.has_cuda():
+        keep_freed_memory()  # Otherwise, SLED spends much of its time in page faults.
     # Tasks stay apart: a batch has questions of one task, of about the same length.
     questions = [
         question
@@ -278,7 +287,7 @@ def main(options: Options) -> None:
     ]
     with LLM(options.checkpoint, dtype=options.dtype, max_num_seqs=options.batch) as llm:
         sides = strategies(llm.config.model.num_layers)
-        results = measure(llm, questions, sides, options)
+        results = measure(llm, questions, sides, options, _print_progress)
     rows = make_rows(questions, results)
     title = f"{options.checkpoint.name}, {options.dtype}, {len(questions)} questions"
     report.print_table(f"accuracy in %: {title}", [_cells(row) for row in rows])
@@ -291,6 +300,12 @@ def main(options: Options) -> None:
             figures[f"difference_{key}"] = row["difference"]
             figures[f"speed_{key}"] = row["speed_vs_greedy"]
     report.write_json(options.json, rows, figures)
+
+
+def _print_progress(results: Mapping[str, Result]) -> None:
+    shares = (f"{name} {sum(result.is_right)}" for name, result in results.items())
+    count = len(results[GREEDY].is_right)
+    print(f"right answers of {count}: {'; '.join(shares)}", file=sys.stderr, flush=True)
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:
