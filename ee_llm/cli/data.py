@@ -1,6 +1,5 @@
 """`ee-llm data`: train tokenizers, tokenize or generate texts, and summarize prepared data."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,13 +86,12 @@ def run_generate(arguments: list[str]) -> None:
 
     options = parse(DataGenerateOptions, GENERATE, arguments)
     from ee_llm.cli.generation.data import check, generate_data
+    from ee_llm.launch.local import launch, must_launch
 
     num_ranks = options.tensor * options.pipeline
-    if num_ranks > 1 and "WORLD_SIZE" not in os.environ:
-        from ee_llm.launch.local import launch
-
+    if must_launch(num_ranks):
         check(options)
-        launch(num_ranks, ["data", "generate", *arguments])
+        launch(num_ranks, [*GENERATE.command.split(), *arguments])
     else:
         generate_data(options)
 

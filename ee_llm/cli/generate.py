@@ -1,11 +1,9 @@
 """`ee-llm generate`: define its help, and start its ranks."""
 
-import os
-
 from ee_llm.cli.arguments.help import CommandHelp, Group
 from ee_llm.cli.arguments.parsing import parse
 from ee_llm.cli.generation.options import GenerateOptions
-from ee_llm.launch.local import launch
+from ee_llm.launch.local import launch, must_launch
 
 COMMAND = CommandHelp(
     "generate",
@@ -51,7 +49,7 @@ def run_generate(arguments: list[str]) -> None:
     from ee_llm.cli.generation.command import check, generate
 
     num_ranks = options.tensor * options.pipeline
-    if num_ranks > 1 and "WORLD_SIZE" not in os.environ:
+    if must_launch(num_ranks):
         check(options)
         launch(num_ranks, ["generate", *arguments])
     else:

@@ -63,18 +63,15 @@ class ConfigFields(Section):
         return not self.is_tuning or self.distills or self.validates
 
     @property
-    def trained_exits(self) -> tuple[int, ...]:
-        """Boundaries of the exits to train: all and the final one, or only the tuned ones."""
-        if self.is_tuning:
-            return self.tuning.exits
-        return (*self.exits.boundaries, self.model.num_layers)
-
-    @property
     def built_exits(self) -> tuple[int, ...]:
         """Boundaries of the exits to build: those to train, and the final one if `is_whole`."""
-        final = self.model.num_layers
-        trained = tuple(boundary for boundary in self.trained_exits if boundary != final)
-        return (*trained, final) if self.is_whole else trained
+        early = self.tuning.exits if self.is_tuning else self.exits.boundaries
+        return (*early, self.model.num_layers) if self.is_whole else early
+
+    @property
+    def trained_exits(self) -> tuple[int, ...]:
+        """Boundaries of the exits to train: all and the final one, or only the tuned ones."""
+        return self.tuning.exits if self.is_tuning else self.built_exits
 
     @property
     def depth(self) -> int:

@@ -37,6 +37,11 @@ sys.exit(main())
 """
 
 
+def must_launch(num_processes: int) -> bool:
+    """Return whether a command for several processes has to start them: no launcher has."""
+    return num_processes > 1 and "WORLD_SIZE" not in os.environ
+
+
 def launch(num_processes: int, arguments: list[str]) -> None:
     """Run `ee-llm ARGUMENTS` as `run_ranks` does, for the command line.
 

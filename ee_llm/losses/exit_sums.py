@@ -33,15 +33,11 @@ class ExitSums(NamedTuple):
         """Return the share of valid tokens that agree with the final exit, or NaN."""
         return self.agreeing / self.tokens if self.tokens else math.nan
 
-    def plus(self, other: "ExitSums") -> "ExitSums":
-        """Return the sums over both."""
-        return ExitSums(*(a + b for a, b in zip(self, other, strict=True)))
-
 
 def add_sums(totals: dict[int, ExitSums], sums: Mapping[int, ExitSums]) -> None:
     """Add the sums of each exit to `totals`."""
     for boundary, values in sums.items():
-        totals[boundary] = totals[boundary].plus(values)
+        totals[boundary] = ExitSums(*map(sum, zip(totals[boundary], values, strict=True)))
 
 
 def validation_of(totals: Mapping[int, ExitSums]) -> Validation:

@@ -49,9 +49,7 @@ class StageOnData:
         self.all_train = all_train
         self.stage: Stage = chunk if isinstance(chunk, Stage) else chunk.module
         self.dynamic_token_weights = config.exits.dynamic_token_weights
-        self.distills = config.distills
-        self.tuning = config.tuning
-        self.last_trained_layer = config.depth
+        self.config = config
         self.validates = False
         self.microbatches: Sequence[Microbatch] = ()
         self.factors: dict[int, float] = {}
@@ -91,6 +89,11 @@ class StageOnData:
         self.scaling = [1.0] * len(microbatches) if scaling is None else scaling
         self.sums, self.predictions, self._teacher_logits = {}, {}, None
 
+    @property
+    def distills(self) -> bool:
+        """Whether the losses of the current step need `set_final_hidden`."""
+        return self.config.distills and not self.validates
+
     def defer_weight_gradients(self) -> AbstractContextManager[Callable[[], None]]:
         """Defer the weight gradients of the backward passes within, as the schedule demands."""
         return self.stage.weight_gradients.defer()
@@ -104,10 +107,10 @@ class StageOnData:
         """
         batch = self.microbatches[microbatch]
         kept = self.kept_rows[microbatch] if self.kept_rows else None
-        last_layer = None if self.validates else self.last_trained_layer
+        last_layer = None if self.validates else self.config.depth
         output, taps = self.chunk(batch.tokens, batch.positions, hidden, kept, last_layer)
         by_boundary = dict(zip(self.stage.boundaries, taps, strict=False))
-        if self.distills and not self.validates and self.stage.is_last:
+        if self.distills and self.stage.is_last:
             output = self.stage.normalized_final(output)
         return output, tuple(by_boundary[boundary] for boundary in self.boundaries)
 
@@ -127,6 +130,7 @@ class StageOnData:
         boundary = self.boundaries[index]
         factor = self.factors[boundary] * self.scaling[microbatch]
         trains = factor != 0 or self.all_train
+        group = parallel_state.get_tensor_model_parallel_group()
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             logits = self.stage.exit_logits(boundary, tap, batch.positions)
             is_final = boundary == self.stage.final_boundary
@@ -134,12 +138,11 @@ class StageOnData:
                 logits,
                 batch.labels.t(),
                 batch.loss_mask.t(),
-                group=parallel_state.get_tensor_model_parallel_group(),
+                group=group,
                 dynamic_token_weights=self.dynamic_token_weights and not is_final,
                 distillation=self._distillation(),
             )
         if self.validates:
-            group = parallel_state.get_tensor_model_parallel_group()
             self.predictions.setdefault(boundary, []).append(vocab_parallel_argmax(logits, group))
         if index == len(self.boundaries) - 1:
             self._teacher_logits = None
@@ -152,7 +155,7 @@ class StageOnData:
     def _distillation(self) -> Distillation | None:
         if self._teacher_logits is None:
             return None
-        tuning = self.tuning
+        tuning = self.config.tuning
         return Distillation(self._teacher_logits, tuning.temperature, tuning.objective == "both")
 
     def add_agreement(self, final: torch.Tensor) -> None:

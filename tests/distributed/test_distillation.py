@@ -16,14 +16,12 @@ from tests.distributed.test_parallel_parity import (
     relative_error,
     unsharded_gradients,
 )
-from tests.distributed.tuning_runs import dense_config, tune, tuning_config
+from tests.distributed.tuning_runs import TUNED, TWO_EXITS, dense_config, tune, tuning_config
 
 distributed.enable_megatron()
 from ee_llm.model.stage import Stage
 from ee_llm.training.parallel import ParallelModel
 
-TUNED = {"tuning.checkpoint": "given elsewhere"}
-TWO_EXITS = {"model.num_layers": 6, "exits.boundaries": (2, 5), "exits.weights": (0.3, 0.7)}
 # (tensor, pipeline, data, sequence parallel); of six stages two have an exit, the last one none
 LAYOUTS = {
     "single": (1, 1, 1, False),

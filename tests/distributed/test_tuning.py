@@ -29,6 +29,8 @@ from tests.distributed.test_parallel_parity import (
 from tests.distributed.test_parallel_parity import make_config as make_parity_config
 from tests.distributed.tuning_runs import (
     SIX_LAYERS,
+    TUNED,
+    TWO_EXITS,
     dense_config,
     tune,
     tuning_config,
@@ -64,8 +66,6 @@ VARIANTS = {
         "data.reset_positions": True,
     },
 }
-TWO_EXITS = {"model.num_layers": 6, "exits.boundaries": (2, 5), "exits.weights": (0.3, 0.7)}
-TUNED = {"tuning.checkpoint": "given elsewhere"}
 
 
 def _gradients(variant, shape, micro_batch_size):

@@ -8,6 +8,8 @@ from tests.distributed.runs import make_config, train_ranks
 
 NO_EXITS = {"exits.boundaries": (), "exits.weights": (), "exits.output": "shared"}
 SIX_LAYERS = {"model.num_layers": 6}
+TWO_EXITS = {**SIX_LAYERS, "exits.boundaries": (2, 5), "exits.weights": (0.3, 0.7)}
+TUNED = {"tuning.checkpoint": "given elsewhere"}
 
 
 def dense_config(output: Path, corpus: str, **overrides: Any) -> Config:

@@ -163,11 +163,10 @@ def _rows(
 
 def figures_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Return the agreement at two thirds of the depth, the second exit of each origin."""
-    names = {"copy": "copy", "least squares": "least_squares", "distilled": "distilled"}
-    return {
-        f"agreement_{name}": [row["agreement"] for row in rows if row["origin"] == origin][1]
-        for origin, name in names.items()
-    }
+    by_origin: dict[str, list[float]] = {}
+    for row in rows:
+        by_origin.setdefault(row["origin"].replace(" ", "_"), []).append(row["agreement"])
+    return {f"agreement_{origin}": agreement[1] for origin, agreement in by_origin.items()}
 
 
 def _run(*arguments: str) -> float:

@@ -1,14 +1,12 @@
 """`ee-llm checkpoint add-exits`: write a checkpoint with more exits."""
 
-import os
-
 from ee_llm.cli.arguments.help import CommandHelp, Group
 from ee_llm.cli.arguments.parsing import parse
 from ee_llm.cli.checkpoint.options import AddExitsOptions
 from ee_llm.config import Config
 from ee_llm.config.limits import MAX_TIMEOUT_S, MIN_TIMEOUT_S
 from ee_llm.errors import UserError
-from ee_llm.launch.local import launch
+from ee_llm.launch.local import launch, must_launch
 
 COMMAND = CommandHelp(
     "checkpoint add-exits",
@@ -38,7 +36,7 @@ def run_add_exits(arguments: list[str]) -> None:
     options = parse(AddExitsOptions, COMMAND, arguments, ("checkpoint",))
     config = check_add_exits(options)
     num_ranks = options.tensor * options.pipeline
-    if num_ranks > 1 and "WORLD_SIZE" not in os.environ:
+    if must_launch(num_ranks):
         launch(num_ranks, [*COMMAND.command.split(), *arguments])
         return
     from ee_llm.checkpoint.read import TensorReader

@@ -37,7 +37,7 @@ class Losses(torch.nn.Module):
         trains_backbone = torch.is_grad_enabled() and not self.stage.is_frozen
         with torch.set_grad_enabled(trains_backbone):
             output, taps = self.on_data.forward(microbatch, None)
-        if self.on_data.distills and not self.on_data.validates:
+        if self.on_data.distills:
             self.on_data.set_final_hidden(microbatch, output)
         losses = [self.on_data.exit_loss(microbatch, index, tap) for index, tap in enumerate(taps)]
         return torch.stack(losses).sum()
