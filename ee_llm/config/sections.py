@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 
+from ee_llm.config import toml
 from ee_llm.config.base import (
     Floats,
     Integers,
@@ -121,6 +122,14 @@ class ExitsConfig(Section):
         "Compute exit losses in the backward pass of their microbatch, so that a stage stores the "
         "logits of one exit at a time. Set it to false only for comparisons.",
     )
+
+    @field_validator("boundaries", mode="before")
+    @classmethod
+    def _refuse_other_words(cls, given: Any) -> Any:
+        if isinstance(given, str):  # Config replaces all.
+            shown = toml.notation(given)
+            raise ValueError(f"exits.boundaries: must be all or a list such as [2, 4], got {shown}")
+        return given
 
     @model_validator(mode="before")
     @classmethod

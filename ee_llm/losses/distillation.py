@@ -60,11 +60,12 @@ class _VocabParallelDivergence(torch.autograd.Function):
         temperature: float,
         group: dist.ProcessGroup | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        sharded = group is not None and dist.get_world_size(group) > 1
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         student = logits.to(wide) / temperature
         teacher = teacher_logits.to(wide) / temperature
         tops = torch.stack([student.amax(dim=-1), teacher.amax(dim=-1)])
-        if group is not None:
+        if sharded:
             dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=group)
         student -= tops[0].unsqueeze(-1)
         teacher -= tops[1].unsqueeze(-1)
@@ -72,7 +73,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
         difference = teacher - student
         q, p = student.exp_(), teacher.exp_()
         sums = torch.stack([q.sum(dim=-1), p.sum(dim=-1), (p * difference).sum(dim=-1)])
-        if group is not None:
+        if sharded:
             dist.all_reduce(sums, group=group)
         total_q, total_p, cross = sums
         loss = cross / total_p - total_p.log() + total_q.log()

@@ -17,8 +17,8 @@ from ee_llm.cli.generation.options import GenerateOptions
 from ee_llm.cli.generation.prompts import InvalidLine, Prompt, read_prompts
 from ee_llm.cli.generation.render import legend, speed_line, token_table
 from ee_llm.cli.generation.strategies import (
-    check_early_options,
     check_no_exits,
+    check_strategy_options,
     strategy_of_options,
 )
 from ee_llm.cli.generation.verify import print_report, read_outputs
@@ -75,7 +75,7 @@ def check(options: GenerateOptions) -> None:
     config = check_execution(options)
     if options.batch_file is None:
         check_no_exits(options)
-        check_early_options(options)
+        check_strategy_options(options)
         strategy = strategy_of_options(options)
         if isinstance(strategy, Contrast):
             resolve_contrast(strategy, config)

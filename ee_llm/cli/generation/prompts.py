@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ee_llm.cli.generation.options import GenerateOptions
+from ee_llm.cli.generation.strategies import check_strategy_options
 from ee_llm.data.tokenization.chat_template import Message
 from ee_llm.data.tokenization.token_settings import is_encodable
 from ee_llm.errors import RequestError, UserError
@@ -214,7 +215,12 @@ def _from_line(options: GenerateOptions, record: dict[str, Any], where: str, id:
         own["policy"] = None  # Thresholds of a line replace the command's policy file.
     elif line.policy is not None:
         own["policy"] = Path(line.policy)
-    return Prompt(replace(options, **own), id=id, where=where, **content)
+    merged = replace(options, **own)
+    try:
+        check_strategy_options(merged, own)
+    except UserError as error:
+        raise RequestError(f"{where}: {error}") from None
+    return Prompt(merged, id=id, where=where, **content)
 
 
 def prompt_content(record: dict[str, Any], where: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The strategy that the options of `ee-llm generate` describe."""
 
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -26,19 +27,35 @@ def check_no_exits(options: GenerateOptions) -> None:
         )
 
 
-def check_early_options(options: GenerateOptions) -> None:
-    """Raise UserError if an option of `sled` or `dola` is given with another strategy."""
-    for field in fields(options):
-        owners = (field.name.split("_")[0],) if field.name != "early_head" else tuple(CONTRASTS)
-        if owners[0] not in CONTRASTS or options.strategy in owners:
-            continue
-        value = getattr(options, field.name)
-        if value != field.default:
+def check_strategy_options(options: GenerateOptions, names: Iterable[str] | None = None) -> None:
+    """Raise UserError if an option of a strategy is given with another strategy.
+
+    Args:
+        options: The options.
+        names: The options of a line of a batch file, which are given even with default values. By
+            default, the options of a command: those whose values differ from the defaults.
+    """
+    if names is None:
+        values = ((field, getattr(options, field.name)) for field in fields(options))
+        names = [field.name for field, value in values if value != field.default]
+    for name in names:
+        owners = _owners(name)
+        if owners and options.strategy not in owners:
+            value = getattr(options, name)
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise UserError(
-                f"--{field.name.replace('_', '-')} {shown} has no effect with --strategy"
+                f"--{name.replace('_', '-')} {shown} has no effect with --strategy"
                 f" {options.strategy}. Use --strategy {' or '.join(owners)}, or remove it."
             )
+
+
+def _owners(name: str) -> tuple[str, ...]:
+    """Return the strategies that use an option, () for an option of all strategies."""
+    if name == "early_head":
+        return tuple(CONTRASTS)
+    prefixes = {"draft": "self-speculative"} | {strategy: strategy for strategy in CONTRASTS}
+    owner = prefixes.get(name.partition("_")[0])
+    return () if owner is None else (owner,)
 
 
 def strategy_of_options(options: GenerateOptions) -> Strategy | SelfSpeculation | Contrast:

@@ -51,6 +51,11 @@ def test_unknown_option_without_similar_names_lists_all_names() -> None:
         ("exits.boundaries", 2, "exits.boundaries: must be a list such as [2, 4], got 2"),
         (
             "exits.boundaries",
+            "al",
+            'exits.boundaries: must be all or a list such as [2, 4], got "al"',
+        ),
+        (
+            "exits.boundaries",
             [1, "b"],
             'exits.boundaries: must be an integer such as 8, got "b" (item 2)',
         ),

@@ -69,14 +69,6 @@ def test_a_line_can_set_its_id_and_options(tmp_path: Path) -> None:
         "draft_exit": 2,
         "draft_length": 3,
         "draft_threshold": None,
-        "sled_rate": 2.5,
-        "sled_scale": 20,
-        "sled_tau": 0.5,
-        "sled_layers": [0, 2],
-        "sled_variant": "released",
-        "dola_layers": [1],
-        "dola_alpha": 0.2,
-        "early_head": "raw",
         "max_tokens": 7,
         "min_tokens": 2,
         "stop": ["x", "y"],
@@ -111,6 +103,23 @@ def test_a_line_can_set_its_id_and_options(tmp_path: Path) -> None:
     assert (second.options.seed, second.options.draft_threshold) == (5, 0.25)
     assert third.options.thresholds == (0.8,)
     assert third.where.endswith("prompts.jsonl, line 4")
+
+
+def test_a_line_can_set_the_options_of_sled_and_dola(tmp_path: Path) -> None:
+    sled = {
+        "strategy": "sled",
+        "sled_rate": 2.5,
+        "sled_scale": 20,
+        "sled_tau": 0.5,
+        "sled_layers": [0, 2],
+        "sled_variant": "released",
+        "early_head": "raw",
+    }
+    dola = {"strategy": "dola", "dola_layers": [1], "dola_alpha": 0.2, "early_head": "final"}
+    prompts = _batch(tmp_path, {"prompt": "a", **sled}, {"prompt": "b", **dola})
+    for prompt, own in zip(prompts, (sled, dola), strict=True):
+        for name, value in own.items():
+            assert getattr(prompt.options, name) == (tuple(value) if type(value) is list else value)
 
 
 def test_the_exit_policy_of_a_line_replaces_that_of_the_command(tmp_path: Path) -> None:

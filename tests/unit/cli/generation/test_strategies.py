@@ -57,11 +57,13 @@ def test_records_have_the_settings_and_pass_the_certificate(run: Path, tmp_path:
         {"strategy": "sled", "thresholds": 0.3},
         {"strategy": "sled", "sled_scale": 265},
         {"strategy": "dola", "dola_layers": 4},
+        {"strategy": "exact", "sled_scale": 10},
+        {"strategy": "dola", "draft_exit": 1},
     ]
     batch, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     batch.write_text("".join(json.dumps({"prompt": "def ", **line}) + "\n" for line in lines))
     options = GenerateOptions(run, batch_file=batch, output=output, dtype="float64", max_tokens=9)
-    with pytest.raises(Exception, match="3 of 7"):
+    with pytest.raises(Exception, match="5 of 9"):
         generate(options)
     records = [json.loads(line) for line in output.read_text().splitlines()]
     good = {record["id"]: record for record in records if "error" not in record}
@@ -73,6 +75,9 @@ def test_records_have_the_settings_and_pass_the_certificate(run: Path, tmp_path:
     assert "--thresholds 0.3 has no effect: --strategy sled" in errors["5"]
     assert "scale = 265 is above model.vocab_size = 264" in errors["6"]
     assert "4 is not a boundary" in errors["7"]
+    # A line that names an option means it, also with its default value.
+    assert "line 8: --sled-scale 10 has no effect with --strategy exact" in errors["8"]
+    assert "line 9: --draft-exit 1 has no effect with --strategy dola" in errors["9"]
     verify(VerifyOptions(output, run))
     good["1"]["sled"]["rate"] = 30.0
     output.write_text(json.dumps(good["1"]) + "\n")
@@ -113,6 +118,10 @@ def test_records_have_the_settings_and_pass_the_certificate(run: Path, tmp_path:
         (
             {"strategy": "full", "early_head": "raw"},
             "--early-head raw has no effect with --strategy full. Use --strategy sled or dola",
+        ),
+        (
+            {"strategy": "exact", "draft_length": 5},
+            "--draft-length 5 has no effect with --strategy exact. Use --strategy self-speculative",
         ),
     ],
 )
