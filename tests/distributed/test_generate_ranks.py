@@ -339,3 +339,19 @@ def test_ranks_of_another_launcher(place: Path) -> None:
     assert results[1].returncode != 0
     assert "49 tokens, more than" in results[1].stderr
     assert "SIGABRT" not in results[1].stderr
+
+
+def test_sampled_data_is_the_same_over_ranks(place: Path) -> None:
+    """Only the first rank writes; every rank must see the same requests."""
+    sampling = ("--num-tokens", "60", "--max-tokens", "12", "--seed", "3", "--dtype", "float64")
+    command = ["data", "generate", "--checkpoint", str(place / "run"), *sampling, "--json"]
+    assert main.main([*command, "--output", str(place / "one")]) == 0
+    layout = LAYOUTS["tensor 2 pipeline 2"]
+    with started(place, *command, *layout, "--output", "several") as process:
+        out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert json.loads(out)["num_tokens"] >= 60
+    for suffix in (".bin", ".idx", ".meta.json"):
+        assert Path(f"{place / 'several'}{suffix}").read_bytes() == (
+            Path(f"{place / 'one'}{suffix}").read_bytes()
+        )
