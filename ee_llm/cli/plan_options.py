@@ -55,8 +55,9 @@ class PlanOptions:
     layers: int | None = None
     """Number of transformer layers (model.num_layers). (default: that of --config, else 24)"""
 
-    exits: tuple[int, ...] | None = None
-    """Boundaries of the early exits (exits.boundaries). (default: those of --config, else none)"""
+    exits: tuple[int, ...] | Literal["all"] | None = None
+    """Boundaries of the early exits (exits.boundaries), or all. (default: those of --config, else
+    none)"""
 
     placement: Literal["post", "pre"] | None = None
     """Stage of the exit at boundary b: post is the stage of layer b, pre the stage of layer b+1.

@@ -12,6 +12,8 @@ _SECTIONS = (
 _HIDDEN = (
     *("model", "layer_dropout", "parallel.virtual", "parallel.schedule", "parallel.fill_warmup"),
     *("parallel.fill_cooldown", "parallel.forward_over_backward", "checkpoint.initial"),
+    *("exits.norm", "exits.weighting", "exits.depth_scale", "exits.curriculum"),
+    "exits.rotation_interval",
 )
 _REQUIRED = ("tuning.checkpoint", "data.prefixes")
 _DEFAULTS = {

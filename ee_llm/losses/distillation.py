@@ -29,12 +29,12 @@ def vocab_parallel_divergence(
     teacher_logits: torch.Tensor,
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return T^2 KL(p || q) of every token in nats, and the largest probability of q; both [s, b].
+) -> torch.Tensor:
+    """Return T^2 KL(p || q) of every token in nats [s, b].
 
     With temperature T, p = softmax(teacher_logits / T) and q = softmax(logits / T). The factor T^2
     keeps the size of the gradient T (q - p) comparable between temperatures (Hinton et al.,
-    arXiv 1503.02531, section 2.1). The second result has no gradient.
+    arXiv 1503.02531, section 2.1).
 
     The computation is in float32, or in float64 for float64 logits, with two all-reduces: of the
     maxima, and of the sums. There is only a first derivative, of the logits, and one backward pass.
@@ -45,10 +45,8 @@ def vocab_parallel_divergence(
         temperature: T, greater than 0.
         group: The tensor-parallel ranks; by default, the vocabulary is not sharded.
     """
-    loss, top_probability = _VocabParallelDivergence.apply(
-        logits, teacher_logits, temperature, group
-    )
-    return loss, top_probability
+    loss: torch.Tensor = _VocabParallelDivergence.apply(logits, teacher_logits, temperature, group)
+    return loss
 
 
 class _VocabParallelDivergence(torch.autograd.Function):
@@ -59,7 +57,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
         teacher_logits: torch.Tensor,
         temperature: float,
         group: dist.ProcessGroup | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         sharded = group is not None and dist.get_world_size(group) > 1
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         student = logits.to(wide) / temperature
@@ -81,17 +79,15 @@ class _VocabParallelDivergence(torch.autograd.Function):
         q -= p.div_(total_p.unsqueeze(-1))
         ctx.save_for_backward(q)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
-        top_probability = total_q.reciprocal()  # The largest shifted logit is 0.
-        ctx.mark_non_differentiable(top_probability)
-        return loss * temperature**2, top_probability
+        return loss * temperature**2
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         if torch.is_grad_enabled():  # create_graph=True runs backward with gradients enabled.
             raise RuntimeError("vocab_parallel_divergence has no second derivative")
         (difference,) = ctx.saved_tensors
         # Overwrite the saved tensor, which is no longer needed.
-        grad = difference.mul_(grads[0].unsqueeze(-1) * ctx.temperature)
+        grad = difference.mul_(grad_loss.unsqueeze(-1) * ctx.temperature)
         return grad.to(ctx.dtype), None, None, None
 
 

@@ -133,19 +133,20 @@ def exit_loss(
         loss_mask: 1 for valid tokens, else 0, [s, b].
         group: The tensor-parallel ranks.
         dynamic_token_weights: Multiply each token's loss by the exit's own detached largest
-            probability (EE-Tuning, 2402.00518), when distilling that at the same temperature as
-            the divergence.
+            probability (EE-Tuning, 2402.00518), at temperature 1 whatever the divergence's.
         distillation: The divergence to add to the cross entropy or to replace it by.
     """
-    if distillation is None:
+    loss: torch.Tensor | float = 0.0
+    top_probability: torch.Tensor | None = None
+    if distillation is None or distillation.adds_labels:
         loss, top_probability = vocab_parallel_cross_entropy(logits, labels, group)
-    else:
-        loss, top_probability = vocab_parallel_divergence(
-            logits, distillation.teacher_logits, distillation.temperature, group
-        )
-        if distillation.adds_labels:
-            loss = loss + vocab_parallel_cross_entropy(logits, labels, group).loss
+    elif dynamic_token_weights:
+        top_probability = vocab_parallel_cross_entropy(logits.detach(), labels, group)[1]
+    if distillation is not None:
+        teacher_logits, temperature, _ = distillation
+        loss = loss + vocab_parallel_divergence(logits, teacher_logits, temperature, group)
     masked = loss * loss_mask
     reported = masked.detach().sum()
-    objective = (masked * top_probability).sum() if dynamic_token_weights else masked.sum()
-    return ExitLoss(objective, reported)
+    if top_probability is not None and dynamic_token_weights:
+        masked = masked * top_probability
+    return ExitLoss(masked.sum(), reported)

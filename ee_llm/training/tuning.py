@@ -1,5 +1,6 @@
 """Initialize exits from a checkpoint, and describe a tuning run."""
 
+import logging
 from collections.abc import Callable
 
 from ee_llm.architecture.initial_values import copy_source
@@ -8,6 +9,8 @@ from ee_llm.checkpoint.sharded.shard_reader import read_under
 from ee_llm.checkpoint.warm_start import WarmStart
 from ee_llm.config import Config
 from ee_llm.training.parallel import ParallelModel
+
+logger = logging.getLogger(__name__)
 
 # Changes the initial values of the exits that the checkpoint lacks, which are random at first.
 # Called on all ranks.
@@ -30,6 +33,13 @@ INITIALIZATIONS: dict[str, Initialization] = {"copy": copy_from_model, "random":
 
 def share_norms(start: WarmStart, model: ParallelModel) -> None:
     """Set the norms of all exits to the final norm of the checkpoint (exits.norm = "shared")."""
+    before = start.reader.config().exits
+    if before.boundaries and before.norm == "own":
+        logger.warning(
+            "exits.norm = shared: the norms of the exits at %s in %s are replaced by its final norm",
+            list(before.boundaries),
+            start.reader.path,
+        )
     for shard in state_dict.model_state(model.stages).values():
         if shard.key.startswith("exits.") and ".norm." in shard.key:
             source = copy_source(shard.key, model.config)

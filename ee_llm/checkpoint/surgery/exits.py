@@ -72,7 +72,8 @@ def added(
     """Return the checkpoint with the exits that `config` (from `config_with`) adds.
 
     The optimizer's moments of new parameters are 0. The state of an optimizer that covers only a
-    part of the parameters is omitted.
+    part of the parameters is omitted. With exits.norm = shared, the new norms and their state are
+    copies of the final norm's, whatever `initialization` says, because all norms must stay equal.
 
     Args:
         reader: The checkpoint.
@@ -86,7 +87,10 @@ def added(
     shapes = tensor_shapes(config)
     new = {name: shape for name, shape in shapes.items() if name not in reader}
     is_random = initialization == "random"
-    sources = {name: None if is_random else copy_source(name, config) for name in new}
+    shared = {name for name in new if config.exits.norm == "shared" and ".norm." in name}
+    sources = {
+        name: copy_source(name, config) if name in shared or not is_random else None for name in new
+    }
     values = computed or {}
 
     def value(name: str) -> Tensor:
@@ -100,6 +104,8 @@ def added(
         parameter = parameter_of(name)
         if parameter not in new:
             return reader.tensor(name)
+        if parameter in shared:
+            return reader.tensor(name.replace(parameter, str(sources[parameter])))
         spec = specs[name]
         is_moment = name != parameter and not name.startswith(MASTER)
         if is_moment:
@@ -165,7 +171,33 @@ def removed(reader: TensorReader, boundaries: Sequence[int]) -> Rewrite:
         for name, spec in whole.specs.items()
         if not parameter_of(name).startswith(prefixes)
     }
-    return replace(whole, config=_with_exits(config, remaining, {}), specs=specs)
+    options = _supported(config, len(remaining), is_first=remaining == [1])
+    rewrite = replace(whole, config=_with_exits(config, remaining, options), specs=specs)
+    changed = ", ".join(f"exits.{name} = {value}" for name, value in options.items())
+    if changed:
+        rewrite.notes.append(f"for training with fewer exits: {changed}")
+    return rewrite
+
+
+def _supported(config: Config, count: int, *, is_first: bool) -> dict[str, Any]:
+    """Return the options that must change so that `count` early exits can be trained.
+
+    Args:
+        config: The configuration before exits are removed.
+        count: The number of remaining early exits.
+        is_first: Whether the only remaining one is after layer 1, which has no weight by depth.
+    """
+    exits = config.exits
+    options: dict[str, Any] = {}
+    if count == 0 and exits.norm == "shared":
+        options["norm"] = "own"
+    if exits.weighting == "depth" and (count == 0 or is_first):
+        options |= {"weighting": "weights", "depth_scale": 1.0}
+    if exits.curriculum != "none" and (
+        "weighting" in options or exits.rotation_interval > count + 1
+    ):
+        options |= {"curriculum": "none", "rotation_interval": 1}
+    return options
 
 
 def _check_new(reader: TensorReader, config: Config, boundaries: Sequence[int]) -> None:

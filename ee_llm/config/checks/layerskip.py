@@ -99,6 +99,13 @@ def _depth_weights(config: ConfigFields) -> Iterator[str]:
             "weight of the exit after the first layer is 0. Add another boundary, or set "
             "exits.weighting = weights."
         )
+    elif 1 in exits.boundaries and (exits.output == "own" or set(exits.head) - {"norm"}):
+        yield (
+            "exits.weighting = depth does not train the exit after the first layer, whose weight "
+            f"is 0, so exits.boundaries must not have 1 with exits.head = {list(exits.head)} and "
+            f"exits.output = {exits.output}: weight decay would shrink its own parameters. List "
+            "the boundaries from 2 on, or set exits.head = [norm] and exits.output = shared."
+        )
     if any(weight != 1 for weight in exits.weights):
         yield (
             f"exits.weights = {list(exits.weights)} has no effect with exits.weighting = depth. "

@@ -9,21 +9,23 @@ def tuning_problems(config: ConfigFields) -> Iterator[str]:
     """Yield a message for each option that conflicts with the tuning options."""
     tuning = config.tuning
     if not config.is_tuning:
-        if tuning.exits:
-            yield (
-                f"tuning.exits = {list(tuning.exits)} has no effect without tuning.checkpoint. "
-                "Set both for ee-llm tune, or neither."
-            )
-        if tuning.objective != "labels":
-            yield (
-                f"tuning.objective = {tuning.objective} has no effect without tuning.checkpoint. "
-                "Set both for ee-llm tune, or neither."
-            )
+        for name, default in (("exits", ()), ("objective", "labels"), ("temperature", 1.0)):
+            if (value := getattr(tuning, name)) != default:
+                shown = list(value) if isinstance(value, tuple) else value
+                yield (
+                    f"tuning.{name} = {shown} has no effect without tuning.checkpoint. Set both "
+                    "for ee-llm tune, or neither."
+                )
         return
     if tuning.temperature != 1 and tuning.objective == "labels":
         yield (
             f"tuning.temperature = {tuning.temperature} has no effect with tuning.objective = "
             "labels. Set tuning.objective to distill or both, or omit tuning.temperature."
+        )
+    if tuning.objective != "labels" and not config.exits.deferred:
+        yield (
+            f"exits.deferred = false has no effect with tuning.objective = {tuning.objective}, "
+            "which computes the exits in the backward pass. Omit it."
         )
     yield from _exits(config)
     yield from _nothing_to_train(config)
@@ -58,8 +60,8 @@ def _nothing_to_train(config: ConfigFields) -> Iterator[str]:
     if not exits.head and exits.output != "own":
         yield (
             f"exits.head = [] with exits.output = {exits.output} leaves no parameters to train: "
-            "that output weight belongs to the frozen model. Set exits.output = own, or add norm, "
-            "mlp or block to exits.head."
+            "that output weight belongs to the frozen model. Set exits.output = own, or add "
+            "norm, translator, mlp or block to exits.head."
         )
     weights = dict(zip(exits.boundaries, exits.weights, strict=False))
     tuned = [weights.get(boundary) for boundary in config.tuning.exits]

@@ -54,7 +54,8 @@ class Pieces:
 def computed_share(config: Config, boundary: int) -> float:
     """Return the share of the training steps that compute the early exit at `boundary`.
 
-    This is the mean of `ee_llm.losses.curricula` over the steps of training.
+    This is the mean of `ee_llm.losses.curricula` over many steps, whose number is not a multiple of
+    a rotation's in general.
     """
     exits = config.exits
     if exits.weighting != "depth":

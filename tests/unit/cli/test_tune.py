@@ -87,7 +87,12 @@ def test_help_shows_required_options_first(
             "tuning.checkpoint",
         ]
         assert text.index("--tuning.checkpoint") < text.index("--exits.boundaries")
-        for name in ("model.num-layers", "parallel.virtual", "checkpoint.initial"):
+        for name in (
+            "model.num-layers",
+            "parallel.virtual",
+            "checkpoint.initial",
+            "exits.curriculum",
+        ):
             assert f"--{name}" not in text
     assert "--exits.placement" not in texts[0]
     assert "--exits.placement" in texts[1]

@@ -116,6 +116,10 @@ CASES = {
         DEPTH | {"exits.curriculum": "gradual", "training.steps": 15},
         "exits.curriculum = gradual is longer than training.steps = 15.*training.steps = 16",
     ),
+    "own parameters that are never trained": (
+        DEPTH | {"exits.output": "own", "exits.boundaries": "all"},
+        "exits.weighting = depth does not train the exit after the first layer.*exits.output = own.*from 2 on",
+    ),
 }
 
 
@@ -129,7 +133,7 @@ def test_errors_name_options_values_and_remedy(case: str) -> None:
     [
         ROTATION | {"exits.rotation_interval": 8, "training.steps": 8},
         DEPTH | {"exits.curriculum": "gradual", "training.steps": 16},
-        DEPTH | {"exits.norm": "shared", "exits.head": ("mlp", "norm")},
+        DEPTH | {"exits.norm": "shared", "exits.head": ("mlp", "norm"), "exits.boundaries": (2, 3)},
         {"layer_dropout.max_probability": 0.999, "parallel.engine": "megatron"},
         {"exits.weighting": "depth", "exits.boundaries": (1, 2)},
     ],

@@ -71,6 +71,14 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
         "tuning.temperature = 2.0 has no effect with tuning.objective = labels. Set "
         "tuning.objective to distill or both",
     ),
+    "a temperature without tuning": (
+        {"tuning.checkpoint": None, "tuning.temperature": 2.0},
+        "tuning.temperature = 2.0 has no effect without tuning.checkpoint",
+    ),
+    "exits that are not deferred": (
+        {"tuning.objective": "distill", "exits.deferred": False},
+        "exits.deferred = false has no effect with tuning.objective = distill",
+    ),
     "a temperature of 0": (
         {"tuning.objective": "distill", "tuning.temperature": 0},
         "tuning.temperature: must be at least 1e-06, got 0",

@@ -7,6 +7,7 @@ from ee_llm.architecture.initial_values import initial_value
 from ee_llm.architecture.partition import exit_stage
 from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.checkpoint.read import TensorReader
+from ee_llm.checkpoint.surgery.rewrite import with_options
 from ee_llm.checkpoint.tensors import load_reference
 from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.config import Config
@@ -108,6 +109,63 @@ def test_random_exits_equal_those_of_a_new_model(tmp_path):
     for name in new:
         expected = initial_value(name, more.shape(name), source.config())
         assert torch.equal(more.tensor(name), expected)
+
+
+@pytest.mark.parametrize("initialization", ["copy", "random"])
+def test_an_added_shared_norm_equals_the_final_norm(tmp_path, initialization):
+    """Also in its optimizer state; otherwise the next steps would drive the norms apart."""
+    source = save(
+        tmp_path / "source", with_options(tiny(boundaries=(1,)), exits={"norm": "shared"})
+    )
+    options = ("--exits", 3, "--initialization", initialization)
+    run("add-exits", source.path, *options, "--output", tmp_path / "more")
+    found = all_tensors(TensorReader(tmp_path / "more"))
+    for prefix in ("", *(f"optimizer.state.{kind}." for kind in KINDS)):
+        added, final = (found[f"{prefix}exits.{b}.norm.weight"] for b in (3, 4))
+        assert torch.equal(added, final), prefix
+
+
+BY_DEPTH = {
+    "output": "shared",
+    "norm": "shared",
+    "weighting": "depth",
+    "depth_scale": 0.2,
+    "curriculum": "rotational",
+    "rotation_interval": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("gone", "changed"),
+    [
+        ((1,), {}),
+        ((1, 2), {"curriculum": "none", "rotation_interval": 1}),
+        (
+            (2, 3),
+            {
+                "weighting": "weights",
+                "depth_scale": 1,
+                "curriculum": "none",
+                "rotation_interval": 1,
+            },
+        ),
+        (
+            (1, 2, 3),
+            {"weighting": "weights", "depth_scale": 1, "curriculum": "none", "rotation_interval": 1}
+            | {"norm": "own"},
+        ),
+    ],
+)
+def test_options_that_fewer_exits_cannot_have_are_reset(tmp_path, capsys, gone, changed):
+    """A model of LayerSkip has an exit after every layer, of which one or two are used."""
+    source = save(tmp_path / "source", with_options(tiny(boundaries=(1, 2, 3)), exits=BY_DEPTH))
+    run("remove-exits", source.path, "--exits", *gone, "--output", tmp_path / "fewer")
+    exits = TensorReader(tmp_path / "fewer").config().exits
+    assert {name: getattr(exits, name) for name in BY_DEPTH} == BY_DEPTH | changed
+    notes = " ".join(capsys.readouterr().out.split())
+    for name, value in changed.items():
+        assert f"exits.{name} = {value}" in notes
+    assert ("for training with fewer exits" in notes) == bool(changed)
 
 
 def test_partial_optimizer_state_is_omitted(tmp_path, capsys):
