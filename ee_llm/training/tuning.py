@@ -36,7 +36,7 @@ def share_norms(start: WarmStart, model: ParallelModel) -> None:
     before = start.reader.config().exits
     if before.boundaries and before.norm == "own":
         logger.warning(
-            "exits.norm = shared: the norms of the exits at %s in %s are replaced by its final norm",
+            "exits.norm = shared: the final norm replaces those of the exits at %s in %s",
             list(before.boundaries),
             start.reader.path,
         )

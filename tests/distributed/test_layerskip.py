@@ -151,10 +151,14 @@ def _computed(options: dict, pipeline: int, steps: int):
 @pytest.mark.parametrize("deferred", [True, False], ids=["deferred", "naive"])
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_exits_that_the_rotation_disables_are_not_computed(pipeline, deferred):
-    """R = 2 over layers 0..3: layers 0, 2 and the final one, then 1 and 3; e(0) = 0."""
-    options = ROTATION | {"exits.output": "own", "exits.deferred": deferred}
+    """R = 2 over layers 1..3: layers 1 and 3, then layer 2 and the final one, 3."""
+    options = ROTATION | {
+        "exits.boundaries": (2, 3),
+        "exits.output": "own",
+        "exits.deferred": deferred,
+    }
     ranks = run_ranks(pipeline, _computed, options, pipeline, 3)
-    for step, expected in enumerate([{3, 4}, {2, 4}, {3, 4}]):
+    for step, expected in enumerate([{2, 4}, {3, 4}, {2, 4}]):
         assert set().union(*(rank[step][1] for rank in ranks)) == expected
         for rank in ranks:
             losses, _, gradients = rank[step]

@@ -118,7 +118,8 @@ CASES = {
     ),
     "own parameters that are never trained": (
         DEPTH | {"exits.output": "own", "exits.boundaries": "all"},
-        "exits.weighting = depth does not train the exit after the first layer.*exits.output = own.*from 2 on",
+        "exits.weighting = depth does not train the exit after the first layer.*"
+        "exits.output = own.*from 2 on",
     ),
 }
 
