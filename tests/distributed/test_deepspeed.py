@@ -50,7 +50,17 @@ def megatron(tmp_path_factory, corpus):
 
 
 @pytest.mark.parametrize(
-    ("engine", "world_size"), [*((name, 2) for name in BACKENDS), ("zero-2", 1), ("zero-3", 1)]
+    ("engine", "world_size"),
+    [
+        ("zero-1", 2),
+        ("zero-2-offload", 2),
+        ("zero-3", 2),
+        ("zero-3", 1),
+        pytest.param("zero-1-offload", 2, marks=slow),
+        pytest.param("zero-2", 2, marks=slow),
+        pytest.param("zero-3-offload", 2, marks=slow),
+        pytest.param("zero-2", 1, marks=slow),
+    ],
 )
 def test_run_equals_that_of_megatron(tmp_path, corpus, megatron, engine, world_size):
     """In losses, gradient norms, validation, parameters and moments; some steps are clipped."""
@@ -126,7 +136,10 @@ def _held(config):
     return held, groups
 
 
-@pytest.mark.parametrize("engine", BACKENDS)
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(name, marks=slow) if name.endswith("offload") else name for name in BACKENDS],
+)
 def test_each_process_has_its_shard(tmp_path, corpus, engine):
     """All ZeRO stages shard moments, and stage 3 also parameters except norms.
 
@@ -145,7 +158,7 @@ def test_each_process_has_its_shard(tmp_path, corpus, engine):
 BFLOAT16 = {"training.dtype": "bfloat16"}
 
 
-@pytest.mark.parametrize("engine", ["zero-2", "zero-3"])
+@pytest.mark.parametrize("engine", [pytest.param("zero-2", marks=slow), "zero-3"])
 def test_bfloat16_has_float32_masters(tmp_path, corpus, engine):
     """Rounding differs if a weight is used twice, but the loss curve does not."""
     run(tmp_path / "megatron", corpus, **BFLOAT16)
@@ -183,7 +196,7 @@ def test_resuming_equals_an_uninterrupted_run(tmp_path, corpus, name):
     assert training_log(tmp_path / "a") == training_log(tmp_path / "b")
 
 
-@pytest.mark.parametrize("engine", ["zero-2", "zero-3"])
+@pytest.mark.parametrize("engine", [pytest.param("zero-2", marks=slow), "zero-3"])
 @pytest.mark.parametrize("first", ["megatron", "deepspeed"])
 def test_run_resumes_with_the_other_engine(tmp_path, corpus, engine, first):
     """With its moments and step counts, also with another number of processes."""
@@ -297,7 +310,10 @@ def dense(tmp_path_factory, corpus):
     return output
 
 
-@pytest.mark.parametrize("engine", ["zero-2", "zero-2-offload", "zero-3"])
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param("zero-2", marks=slow), pytest.param("zero-2-offload", marks=slow), "zero-3"],
+)
 def test_tuning(tmp_path, corpus, dense, engine):
     """Only exits are trained and have optimizer state; the rest stays bit-identical."""
     options = {"training.eval_interval": 5, "training.eval_steps": 2}
