@@ -1,5 +1,6 @@
 """Least-squares translators against a ridge regression in NumPy, through the reference model."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import load_reference
+from ee_llm.cli.main import main
 from ee_llm.inference.exits.least_squares import RIDGE
 from tests.unit.checkpoint.surgery.sources import all_tensors, refusal, run, save, tiny
 from tests.unit.inference.exits.test_class_means import DOCUMENTS, LENGTH, TOKENS, write_data
@@ -106,6 +108,19 @@ def test_a_translator_follows_an_mlp(tmp_path: Path, data: str) -> None:
     behind = add(dense.path, tmp_path / "behind", *options, "mlp", "translator", "norm")
     name = "exits.2.translator.weight"
     torch.testing.assert_close(behind.tensor(name), plain.tensor(name), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["least-squares", "class-aware"])
+def test_hidden_states_that_are_not_finite_are_an_error(
+    tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    dense = save(tmp_path / "dense", tiny(boundaries=()), dtype=torch.float32, scale=math.nan)
+    options = ("--exits", 2, "--data", data, "--initialization", method)
+    arguments = ("checkpoint", "add-exits", dense.path, *options, "--output", tmp_path / "more")
+    assert main([*map(str, arguments)]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "hidden states after layer 2 are not finite in float32. Check the checkpoint" in said
+    assert not (tmp_path / "more").exists()
 
 
 @pytest.mark.parametrize(
