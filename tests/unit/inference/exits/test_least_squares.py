@@ -71,6 +71,25 @@ def test_the_translator_is_the_ridge_regression(tmp_path: Path, data: str, famil
         assert torch.equal(again.tensor(name), tensor), "not the same twice"
 
 
+def test_few_tokens_are_noted(
+    tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = save(tmp_path / "dense", tiny(boundaries=()), dtype=torch.float32)
+    add(dense.path, tmp_path / "few", "--data", data, "--exits", 2)
+    few = f"{len(TOKENS) - 1} tokens are few for hidden_size = 32. Use 330 or more."
+    assert few in " ".join(capsys.readouterr().out.split())
+    more = write_data(tmp_path / "more", [[*range(250), 1] * 2])
+    add(dense.path, tmp_path / "enough", "--data", more, "--exits", 2)
+    assert "are few" not in capsys.readouterr().out
+
+
+def test_tied_outputs_fit_a_model_with_tied_embeddings(tmp_path: Path, data: str) -> None:
+    config = tiny(boundaries=(), tie_embeddings=True)
+    dense = save(tmp_path / "dense", config, dtype=torch.float32)
+    options = ("--data", data, "--exits", 2, "--exit-output", "tied")
+    assert add(dense.path, tmp_path / "more", *options).config().exits.output == "tied"
+
+
 def test_the_exit_comes_closer_to_the_final_exit(tmp_path: Path, data: str) -> None:
     """The mean squared distance of the normalized states shrinks, at every boundary."""
     dense = save(tmp_path / "dense", tiny(boundaries=()), dtype=torch.float32)
@@ -127,6 +146,11 @@ def test_hidden_states_that_are_not_finite_are_an_error(
     ("options", "said"),
     [
         (("--head", "norm", "--data", "x"), "--head translator norm"),
+        (("--head", "translator", "--data", "x"), "which a norm must follow, but the head of"),
+        (
+            ("--exit-output", "tied", "--data", "x"),
+            "(exits.output = tied, model.tie_embeddings = false). Use --exit-output shared",
+        ),
         ((), "least-squares needs data"),
         (("--data", "x", "--pipeline", 9), "--pipeline 9 is out of range. Use 1 to 4"),
         (("--data", "x", "--tensor", 3), "--tensor 3 does not divide"),
