@@ -229,8 +229,9 @@ class DataGenerateOptions(SamplingOptions, ExecutionOptions):
 
     prompts: Path | None = None
     """Continue the prompts in this file: one text per line or, in a .jsonl or .ndjson file, one
-    JSON object per line with "prompt", "messages" or "prompt_token_ids". '-' is standard input.
-    (default: documents begin as those of training data do)"""
+    JSON object per line with "prompt", "messages" or "prompt_token_ids". '-' is standard input,
+    with JSON objects if the first line is one. (default: documents begin as those of training data
+    do)"""
 
     jsonl: bool = False
     """Also write the text of each document to PREFIX.jsonl."""
