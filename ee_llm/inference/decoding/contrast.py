@@ -36,8 +36,10 @@ def contrast_logits(final: Tensor, early: Tensor, settings: Items[Contrast]) -> 
     result = torch.empty_like(final, dtype=torch.float64)
     for shared, rows in rows_by_settings.items():
         parts = (final, early) if len(rows) == len(settings) else (final[rows], early[rows])
-        is_sled = isinstance(shared, SLED)
-        result[rows] = evolve(*parts, shared) if is_sled else contrast(*parts, shared)
+        if isinstance(shared, SLED):
+            result[rows] = evolve(*parts, shared)
+        else:
+            result[rows] = contrast(*parts, shared)
     # Summing is a quick first check: the sum is not finite if any logit is not.
     if not torch.isfinite(early.sum()):
         is_finite = early.isfinite().flatten(1).all(dim=-1)
