@@ -7,7 +7,7 @@ from pathlib import Path
 from ee_llm.cli.arguments.help import CommandHelp, Group
 from ee_llm.cli.arguments.output_files import check_writable
 from ee_llm.cli.arguments.parsing import parse
-from ee_llm.evaluation.options import EvaluateOptions, check_options
+from ee_llm.evaluation.options import EvaluateOptions
 from ee_llm.evaluation.plot import check_suffix
 
 COMMAND = CommandHelp(
@@ -48,12 +48,10 @@ def run_evaluate(arguments: list[str]) -> None:
         check_suffix(options.plot)
     for name in ("json", "plot"):
         check_writable(f"--{name}", getattr(options, name))
-    check_options(options)
     from ee_llm import distributed
-    from ee_llm.evaluation.evaluate import check_world, evaluate
+    from ee_llm.evaluation.evaluate import evaluate
     from ee_llm.launch.rank import is_launched
 
-    check_world(options)
     names = [field.name for field in fields(EvaluateOptions)]
     result = evaluate(EvaluateOptions(**{name: getattr(options, name) for name in names}))
     if not distributed.is_rank_zero():

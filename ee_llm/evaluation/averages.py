@@ -32,8 +32,9 @@ class Average:
     """The average of a quantity over positions, from float64 sums of blocks.
 
     Losses of neighbouring tokens are correlated, so the error comes from the differences between
-    blocks of `BLOCK` positions. The estimate is a ratio of two sums, because masked positions make
-    blocks differ in size (Cochran, Sampling Techniques, 1977, eq. 6.13).
+    blocks of `BLOCK` positions, which continue in the next window, since windows of one text are
+    neighbours too. The estimate is a ratio of two sums, because the last block is shorter (Cochran,
+    Sampling Techniques, 1977, eq. 6.13).
     """
 
     _sums: list[float] = field(default_factory=list)
@@ -41,9 +42,13 @@ class Average:
 
     def add(self, values: Tensor) -> None:
         """Add a window's values [t], float64, in order."""
-        for block in values.split(BLOCK):
-            self._sums.append(float(block.sum()))
-            self._counts.append(len(block))
+        while len(values):
+            if not self._counts or self._counts[-1] == BLOCK:
+                self._sums.append(0.0)
+                self._counts.append(0)
+            part, values = values.tensor_split([BLOCK - self._counts[-1]])
+            self._sums[-1] += float(part.sum())
+            self._counts[-1] += len(part)
 
     def estimate(self) -> Estimate:
         """Return the average of all values and its uncertainty."""

@@ -40,6 +40,7 @@ def evaluate(options: EvaluateOptions) -> EvaluationResult:
         RunError: The loss of an exit is not finite, or a rank failed or was lost.
     """
     check_options(options)
+    _check_world(options)
     reader = TensorReader(options.checkpoint)
     config = reader.config()
     seq_length = _seq_length(options, config)
@@ -144,7 +145,7 @@ def _launch(options: EvaluateOptions, num_ranks: int) -> EvaluationResult:
         return EvaluationResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def check_world(options: EvaluateOptions) -> None:
+def _check_world(options: EvaluateOptions) -> None:
     """Raise UserError if a launcher has started another number of ranks than the options name."""
     num_ranks, started = options.tensor * options.pipeline, distributed.launched_world_size()
     if started is not None and started != num_ranks:

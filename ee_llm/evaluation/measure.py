@@ -26,7 +26,8 @@ from ee_llm.inference.execution.stage import Projection
 from ee_llm.inference.execution.teacher_forced import TeacherForced
 
 MAX_LOGITS = 1 << 22
-"""Logits of an exit in a chunk of rows, 16 MiB of float32; four such tensors are alive at once."""
+"""Logits of an exit in a chunk of rows, 16 MiB of float32; five such tensors are alive at once:
+two of log probabilities, and three in `divergence`."""
 
 _COLUMNS = ("loss", "agreement", "kl_to_final", "confidence")
 _Averages = dict[int, dict[str, Average]]
@@ -127,7 +128,11 @@ def _add(
             values = {
                 "loss": one.loss,
                 "agreement": one.top == final.top,
-                "kl_to_final": divergence(final.logprobs, one.logprobs, gather),
+                "kl_to_final": (
+                    divergence(final.logprobs, one.logprobs, gather)
+                    if boundary in early
+                    else torch.zeros_like(one.loss)
+                ),
                 "confidence": one.confidence,
             }
             parts[boundary].append(torch.stack([values[name].double() for name in _COLUMNS]).cpu())
@@ -135,9 +140,11 @@ def _add(
         found = torch.cat(columns, dim=1)  # [4, t]
         if not found.isfinite().all():
             dtype = str(model.dtype).removeprefix("torch.")
+            advice = "The weights are damaged. Check the checkpoint."
+            if model.dtype.itemsize < torch.float32.itemsize:
+                advice = "Use dtype = float32, and check the checkpoint if it still is not."
             raise RunError(
-                f"the loss of the exit after layer {boundary} is not finite in {dtype}."
-                " Use dtype = float32, and check the checkpoint if it still is not."
+                f"the loss of the exit after layer {boundary} is not finite in {dtype}. {advice}"
             )
         for name, column in zip(_COLUMNS, found, strict=True):
             averages[boundary][name].add(column)

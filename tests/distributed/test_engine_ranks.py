@@ -17,6 +17,7 @@ from ee_llm.config import Config
 from ee_llm.inference.decoding.settings import SLED, DoLa, resolve_contrast, strategy_of
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.engine_base import EngineBase
+from ee_llm.inference.execution import early_rows
 from ee_llm.inference.execution.stage import ModelStage
 from ee_llm.inference.exits.policy import make_exit_policy
 from ee_llm.inference.outputs import RequestOutput
@@ -136,6 +137,7 @@ def _contrast_requests(config: Config) -> list[Request]:
     """Return requests of `sled` and `dola` with early layers on every stage, and an exact one."""
     contrasts = [
         SLED(rate=3.0, layers=(0, 1, 3)),
+        DoLa(layers=(0, 1, 3)),
         SLED(variant="released", scale=5),
         SLED(head="exits", rate=4.0, scale=40),
         DoLa(layers=(0, 1, 2, 3), alpha=0.02),
@@ -157,9 +159,12 @@ def _contrast_requests(config: Config) -> list[Request]:
     ]
 
 
-def _serve_contrasts(tensor: int, pipeline: int, head: tuple[str, ...]) -> list[RequestOutput]:
+def _serve_contrasts(
+    tensor: int, pipeline: int, head: tuple[str, ...], max_logits: int
+) -> list[RequestOutput]:
     """Return the outputs of all requests together, then of one at a time."""
     torch.set_num_threads(1)
+    early_rows.MAX_LOGITS = max_logits
     config = tiny_config(head=head, output="own")
     ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=30)
     scheduler_config = SchedulerConfig(max_num_seqs=4, num_blocks=40, block_size=4, max_pending=5)
@@ -174,13 +179,23 @@ def _serve_contrasts(tensor: int, pipeline: int, head: tuple[str, ...]) -> list[
     return made
 
 
-@pytest.mark.parametrize("head", [("norm",), ("block", "mlp", "norm")], ids="-".join)
-@pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "head", "max_logits"),
+    [
+        *(
+            (*layout, head, early_rows.MAX_LOGITS)
+            for layout in LAYOUTS
+            for head in (("norm",), ("block", "mlp", "norm"))
+        ),
+        (2, 1, ("norm",), 1),  # the early logits of each row by themselves
+        (1, 2, ("norm",), 1),
+    ],
+)
 def test_early_logits_of_all_stages_are_contrasted(
-    tensor: int, pipeline: int, head: tuple[str, ...]
+    tensor: int, pipeline: int, head: tuple[str, ...], max_logits: int
 ) -> None:
     """Early layers are on stages before the last one, and vocabularies are divided."""
-    made, *_ = run_ranks(tensor * pipeline, _serve_contrasts, tensor, pipeline, head)
+    made, *_ = run_ranks(tensor * pipeline, _serve_contrasts, tensor, pipeline, head, max_logits)
     config = tiny_config(head=head, output="own")
     model = ReferenceModel(config, random_tensors(config), torch.float64)
     requests = _contrast_requests(config)

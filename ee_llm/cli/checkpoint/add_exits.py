@@ -80,11 +80,18 @@ def check_add_exits(options: AddExitsOptions) -> Config:
                     "Leave it out, or use --initialization least-squares or class-aware."
                 )
         return config
-    if method == "least-squares" and "translator" not in config.exits.head:
+    if method == "least-squares" and not {"translator", "norm"} <= set(config.exits.head):
         raise UserError(
-            "--initialization least-squares computes translators, and these exits have none: their "
-            f"head is {' '.join(config.exits.head) or 'empty'}. Use --head translator norm, or "
-            "--initialization copy."
+            "--initialization least-squares computes translators, which a norm must follow, but "
+            f"the head of these exits is {' '.join(config.exits.head) or 'empty'}. Use --head "
+            "translator norm, or --initialization copy."
+        )
+    is_tied = config.exits.output == "tied" and not config.model.tie_embeddings
+    if method == "least-squares" and is_tied:
+        raise UserError(
+            "--initialization least-squares approximates the input of the final exit's output "
+            "weight, but these exits use the embedding instead (exits.output = tied, "
+            "model.tie_embeddings = false). Use --exit-output shared, or --initialization copy."
         )
     if method == "class-aware" and options.pipeline != 1:
         raise UserError(
@@ -144,10 +151,17 @@ def _add_from_data(options: AddExitsOptions, config: Config) -> None:
         )
     seq_length = options.seq_length or default_length(config)
     windows = Windows(options.data, seq_length, options.num_tokens)
+    notes: list[str] = []
     with progress("reading data", windows.num_tokens, is_quiet=options.json) as advance:
         if options.initialization == "least-squares":
             computed = least_squares(reader, config, options.exits, windows, ranks, advance)
-            note = f"{windows.num_tokens:,} tokens"
+            notes.append(f"least-squares: {windows.num_tokens:,} tokens")
+            hidden_size = config.model.hidden_size
+            if windows.num_tokens < (enough := 10 * (hidden_size + 1)):
+                notes.append(
+                    f"{windows.num_tokens:,} tokens are few for hidden_size = {hidden_size}. Use "
+                    f"{enough:,} or more."
+                )
         else:
             eos_token_id = load_tokenizer(reader.tokenizer(), config.data.eos_token).eos_token_id
             means = class_means(
@@ -155,13 +169,13 @@ def _add_from_data(options: AddExitsOptions, config: Config) -> None:
             )
             computed = {f"exits.{b}.output.weight": weight for b, weight in means.weights.items()}
             vocab_size = config.model.vocab_size
-            note = (
-                f"{means.num_tokens:,} tokens; {vocab_size - means.num_seen:,} of the vocabulary's "
-                f"{vocab_size:,} do not occur and have the rows of the final exit"
+            notes.append(
+                f"class-aware: {means.num_tokens:,} tokens; {vocab_size - means.num_seen:,} of the "
+                f"vocabulary's {vocab_size:,} do not occur and have the rows of the final exit"
             )
     if distributed.is_rank_zero():
         rewrite = added(reader, config, options.initialization, computed)
-        rewrite.notes.append(f"{options.initialization}: {note}")
+        rewrite.notes += notes
         write(rewrite, options.output, as_json=options.json)
     if ranks is not None:
         ranks.shutdown()

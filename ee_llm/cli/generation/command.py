@@ -16,11 +16,7 @@ from ee_llm.cli.generation.live import LiveText
 from ee_llm.cli.generation.options import GenerateOptions
 from ee_llm.cli.generation.prompts import InvalidLine, Prompt, read_prompts
 from ee_llm.cli.generation.render import legend, speed_line, token_table
-from ee_llm.cli.generation.strategies import (
-    check_no_exits,
-    check_strategy_options,
-    strategy_of_options,
-)
+from ee_llm.cli.generation.strategies import check_strategy_options, strategy_of_options
 from ee_llm.cli.generation.verify import print_report, read_outputs
 from ee_llm.errors import RunError, UserError
 from ee_llm.inference.decoding.settings import CONTRASTS, Contrast, resolve_contrast
@@ -74,7 +70,6 @@ def check(options: GenerateOptions) -> None:
         )
     config = check_execution(options)
     if options.batch_file is None:
-        check_no_exits(options)
         check_strategy_options(options)
         strategy = strategy_of_options(options)
         if isinstance(strategy, Contrast):
@@ -133,8 +128,7 @@ def _request(llm: LLM, prompt: Prompt, encoded: EncodedPrompt) -> Request:
 
 def _exits(llm: LLM, options: GenerateOptions) -> Exits:
     if options.strategy in CONTRASTS:
-        check_no_exits(options)
-        return make_exit_policy(llm.config.exits.boundaries, [None], options.measure)
+        return make_exit_policy(llm.config.exits.boundaries, [None])
     if options.policy is not None:
         return Path(options.policy)
     thresholds = [None if value == "off" else value for value in options.thresholds]

@@ -8,7 +8,7 @@ from ee_llm import distributed
 from ee_llm.cli.generation.execution import check_execution, load_model
 from ee_llm.cli.generation.options import DataGenerateOptions, GenerateOptions
 from ee_llm.cli.generation.prompts import KINDS, MAX_BATCH, Prompt, prompt_content
-from ee_llm.errors import UserError
+from ee_llm.errors import RequestError, UserError
 from ee_llm.inference.corpus.generate import check_absent, generate_corpus
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.sampling.params import SamplingParams
@@ -24,10 +24,11 @@ def check(options: DataGenerateOptions) -> None:
         raise UserError(f"--num-tokens {options.num_tokens} is out of range. Use 1 or more.")
     if options.prompts is None and options.num_tokens is None:
         raise UserError("--num-tokens is missing. Give it, or --prompts, or both.")
-    if options.temperature == 0.0 and options.num_tokens is not None:
+    if options.num_tokens is not None and (options.temperature == 0.0 or options.top_k == 1):
+        given = "--temperature 0" if options.temperature == 0.0 else "--top-k 1"
         raise UserError(
-            "--temperature 0 always gives the same text, so --num-tokens cannot be reached. Use a"
-            " higher temperature, or --prompts without --num-tokens."
+            f"{given} always gives the same text, so --num-tokens would repeat the same documents."
+            " Use a higher value, or --prompts without --num-tokens."
         )
     _sampling_params(options)
     check_absent(options.output, jsonl=options.jsonl)
@@ -76,16 +77,26 @@ def _read_prompts(options: DataGenerateOptions) -> Iterator[Prompt]:
         options.checkpoint, bos=options.bos, parse_special=options.parse_special
     )
     is_empty = True
+    is_json = path.suffix in (".jsonl", ".ndjson")
     with opened(path, source) as file:
         for number, line in enumerate(read_lines(file, source, MAX_BATCH), start=1):
             where = f"{source}, line {number}"
             if line.strip():
-                is_json = path.suffix in (".jsonl", ".ndjson")
+                if is_empty and str(path) == "-":  # The first line decides for all.
+                    is_json = _is_record(line)
                 content = _from_json(line, where) if is_json else _from_text(line, where)
                 yield Prompt(encoding, where=where, **content)
                 is_empty = False
     if is_empty:
         raise UserError(f"{source} is empty. Give one prompt per line.")
+
+
+def _is_record(line: bytes) -> bool:
+    """Return whether a line is a JSON object with a prompt."""
+    try:
+        return not parse_object(line, "").keys().isdisjoint(KINDS)
+    except RequestError:
+        return False
 
 
 def _from_json(line: bytes, where: str) -> dict[str, Any]:

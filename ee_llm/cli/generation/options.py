@@ -169,9 +169,10 @@ class GenerateOptions(SamplingOptions, ExecutionOptions):
     sled_variant: SLEDVariant = "paper"
     """Follow the paper's algorithm (paper) or the authors' code (released)."""
 
-    dola_layers: tuple[int | DoLaLayers, ...] = ("low",)
+    dola_layers: tuple[int | DoLaLayers | Literal["auto"], ...] = ("auto",)
     """Contrast with the early logits at this boundary. Of several, each token uses the one that
-    differs most; low and high are every other boundary in one half of the model."""
+    differs most; low and high are every other boundary in one half of the model, or all its exits
+    with --early-head exits. auto is low, and all exits with --early-head exits."""
 
     dola_alpha: float = 0.1
     """Draw only tokens with at least this share of the top token's probability, in (0, 1]."""
@@ -228,8 +229,9 @@ class DataGenerateOptions(SamplingOptions, ExecutionOptions):
 
     prompts: Path | None = None
     """Continue the prompts in this file: one text per line or, in a .jsonl or .ndjson file, one
-    JSON object per line with "prompt", "messages" or "prompt_token_ids". '-' is standard input.
-    (default: documents begin as those of training data do)"""
+    JSON object per line with "prompt", "messages" or "prompt_token_ids". '-' is standard input,
+    with JSON objects if the first line is one. (default: documents begin as those of training data
+    do)"""
 
     jsonl: bool = False
     """Also write the text of each document to PREFIX.jsonl."""

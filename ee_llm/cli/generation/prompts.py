@@ -91,7 +91,7 @@ class _Line(BaseModel):
     sled_tau: float = 1.0
     sled_layers: int | SLEDLayers | list[int | SLEDLayers] = "all"
     sled_variant: SLEDVariant = "paper"
-    dola_layers: int | DoLaLayers | list[int | DoLaLayers] = "low"
+    dola_layers: int | DoLaLayers | Literal["auto"] | list[int | DoLaLayers] = "auto"
     dola_alpha: float = 0.1
     early_head: EarlyHead | Literal["auto"] = "auto"
     bos: Bos = "auto"

@@ -10,25 +10,8 @@ from ee_llm.inference.decoding.settings import CONTRASTS, SLED, Contrast, DoLa
 from ee_llm.inference.strategies import SelfSpeculation, Strategy
 
 
-def check_no_exits(options: GenerateOptions) -> None:
-    """Raise UserError if a strategy without early exits is combined with thresholds for them."""
-    has_thresholds = options.thresholds != GenerateOptions.thresholds and any(
-        threshold != "off" for threshold in options.thresholds
-    )
-    if options.strategy in CONTRASTS and (options.policy is not None or has_thresholds):
-        given = (
-            f"--thresholds {' '.join(map(str, options.thresholds))}"
-            if options.policy is None
-            else f"--policy {options.policy}"
-        )
-        raise UserError(
-            f"{given} has no effect: --strategy {options.strategy} runs every token through all"
-            " layers. Remove one of them."
-        )
-
-
 def check_strategy_options(options: GenerateOptions, names: Iterable[str] | None = None) -> None:
-    """Raise UserError if an option of a strategy is given with another strategy.
+    """Raise UserError if an option is given with a strategy that does not use it.
 
     Args:
         options: The options.
@@ -39,13 +22,20 @@ def check_strategy_options(options: GenerateOptions, names: Iterable[str] | None
         values = ((field, getattr(options, field.name)) for field in fields(options))
         names = [field.name for field, value in values if value != field.default]
     for name in names:
+        value = getattr(options, name)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        given = f"--{name.replace('_', '-')} {shown}"
+        is_of_exits = name in ("thresholds", "policy", "measure")
+        if is_of_exits and options.strategy in CONTRASTS and value not in (None, ("off",)):
+            raise UserError(
+                f"{given} has no effect: --strategy {options.strategy} runs every token through all"
+                " layers. Remove one of them."
+            )
         owners = _owners(name)
         if owners and options.strategy not in owners:
-            value = getattr(options, name)
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise UserError(
-                f"--{name.replace('_', '-')} {shown} has no effect with --strategy"
-                f" {options.strategy}. Use --strategy {' or '.join(owners)}, or remove it."
+                f"{given} has no effect with --strategy {options.strategy}. Use --strategy"
+                f" {' or '.join(owners)}, or remove it."
             )
 
 
@@ -73,7 +63,7 @@ def strategy_of_options(options: GenerateOptions) -> Strategy | SelfSpeculation 
             variant=options.sled_variant,
         )
     if options.strategy == "dola":
-        layers = _layers(options.dola_layers, ("low",))
+        layers = _layers(options.dola_layers, ("auto",))
         return DoLa(layers=layers, alpha=options.dola_alpha, head=head)
     return options.strategy
 

@@ -60,6 +60,7 @@ class _Sampler:
         self._max_num_seqs = max_num_seqs
         self._num_started = 0
         self._running: dict[str, int] = {}  # tokens generated so far, by request id
+        self._max_tokens: dict[str, int] = {}  # tokens a document may have, by request id
         self._num_ended = 0
         self._num_ended_tokens = 0
         self._waiting: dict[str, RequestOutput] = {}  # ended, but an earlier one has not
@@ -97,16 +98,21 @@ class _Sampler:
             )
             self._engine.add(request)
             self._running[request.id] = 0
+            # The last token needs no position, since the model does not read it.
+            max_length = self._model.config.model.max_seq_length + 1
+            num_left = max_length - len(request.prompt_token_ids)
+            self._max_tokens[request.id] = min(self._sampling_params.max_tokens, num_left)
             self._num_started += 1
 
     def _expected(self) -> float:
         """Return the number of tokens that the documents so far will probably have.
 
-        A running document is expected to become as long as the mean of those that have ended.
+        A running document is expected to become as long as the mean of those that have ended, or
+        before any has ended, as long as it may become.
         """
-        mean = float(self._sampling_params.max_tokens)
-        if self._num_ended:
-            mean = self._num_ended_tokens / self._num_ended
+        if not self._num_ended:
+            return sum(self._max_tokens.values())
+        mean = self._num_ended_tokens / self._num_ended
         return self._num_ended_tokens + sum(max(n, mean) for n in self._running.values())
 
     def _step(self) -> None:

@@ -31,14 +31,17 @@ def contrast_logits(final: Tensor, early: Tensor, settings: Items[Contrast]) -> 
         settings: The settings of each row.
     """
     rows_by_settings: dict[Contrast, list[int]] = {}
-    for row, one in enumerate(settings):
-        rows_by_settings.setdefault(one, []).append(row)
+    for row, of_row in enumerate(settings):
+        rows_by_settings.setdefault(of_row, []).append(row)
     result = torch.empty_like(final, dtype=torch.float64)
-    for one, rows in rows_by_settings.items():
+    for shared, rows in rows_by_settings.items():
         parts = (final, early) if len(rows) == len(settings) else (final[rows], early[rows])
-        found = evolve(*parts, one) if isinstance(one, SLED) else contrast(*parts, one)
-        result[rows] = found
-    if not torch.isfinite(early.sum()):  # The sum is not finite if any logit is not; it is quick.
+        if isinstance(shared, SLED):
+            result[rows] = evolve(*parts, shared)
+        else:
+            result[rows] = contrast(*parts, shared)
+    # Summing is a quick first check: the sum is not finite if any logit is not.
+    if not torch.isfinite(early.sum()):
         is_finite = early.isfinite().flatten(1).all(dim=-1)
         result = result.masked_fill(~is_finite[:, None], math.nan)
     return result
@@ -57,6 +60,6 @@ def contrast_rows(
     result = logits if logits.dtype == torch.float64 else logits.float()
     result = result.clone() if result is logits else result
     for rows, early in early_logits:
-        own = [one for one in (settings[row] for row in rows) if one is not None]
-        result[list(rows)] = contrast_logits(logits[list(rows)], early, own).to(result.dtype)
+        of_rows = [s for s in (settings[row] for row in rows) if s is not None]
+        result[list(rows)] = contrast_logits(logits[list(rows)], early, of_rows).to(result.dtype)
     return result

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ee_llm.inference.decoding.settings import DoLa
 
-# Added to the log probabilities of tokens that may not be drawn. They keep their order, in case
-# that all others are banned.
+# Added to the log probabilities of tokens that may not be drawn. They keep their order, so that
+# it decides if all others are banned.
 LOW_VALUE = -1000.0
 
 

@@ -89,12 +89,13 @@ class DoLa:
         layers: Candidate boundaries of the premature layer (0 is the embedding output): a single
             one (static), several, of which each row uses the one whose distribution has the
             greatest Jensen-Shannon divergence from the final one (dynamic), or "low" or "high":
-            every other boundary in the lower or upper half of the model.
+            every other boundary in the lower or upper half of the model, or with the heads of exits
+            all exits in that half. By default "low", and all exits with the heads of exits.
         alpha: Only tokens with at least this share of the highest final probability may be drawn,
             in (0, 1].
         head: What computes the early logits: "final" (final norm and output weight), "raw" (output
-            weight without the norm, as in the authors' code) or "exits" (the own heads of exits;
-            by default all exits are candidates). None is "final".
+            weight without the norm, as in the authors' code) or "exits" (the own heads of exits).
+            None is "final".
 
     Raises:
         RequestError: A field is not valid.
@@ -140,9 +141,7 @@ def resolve_contrast(contrast: Contrast, config: "Config") -> Contrast:
             f"{name}: head = 'exits' needs exits, but the model has none. Use head = 'final'."
         )
     if not isinstance(layers, tuple):
-        layers = exits if head == "exits" else _default_layers(contrast, config)
-        if contrast.layers == "alternate" and head == "exits":
-            layers = layers[::2]
+        layers = (_default_exits if head == "exits" else _default_layers)(contrast, config)
     for layer in layers:
         if not 0 <= layer < num_layers:
             raise RequestError(
@@ -181,6 +180,24 @@ def _default_layers(contrast: Contrast, config: "Config") -> tuple[int, ...]:
     # With tied embeddings, the first boundaries mostly repeat the input token.
     start = min(2, middle) if config.model.tie_embeddings else 0
     return tuple(range(start, min(middle, _MAX_BUCKET), 2)) or (middle,)
+
+
+def _default_exits(contrast: Contrast, config: "Config") -> tuple[int, ...]:
+    """Return the exits that a name or None stands for; raises RequestError if there are none."""
+    exits, middle = config.exits.boundaries, config.model.num_layers // 2
+    if contrast.layers == "alternate":
+        return exits[::2]
+    if contrast.layers not in ("low", "high"):
+        return exits
+    found = tuple(b for b in exits if (b < middle) == (contrast.layers == "low"))
+    if not found:
+        half = f"below {middle}" if contrast.layers == "low" else f"from {middle} on"
+        raise RequestError(
+            f"dola: layers = {contrast.layers!r} with head = 'exits' needs an exit at a boundary"
+            f" {half}, but the exits are {list(exits)}. Use layers = {list(exits)}, or head ="
+            " 'final'."
+        )
+    return found
 
 
 def _check_head(name: str, head: EarlyHead | None) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ee_llm.inference.decoding.settings import SLED
+from ee_llm.inference.sampling.top_k import top_k_ids
 
 
 def evolve(final: Tensor, early: Tensor, settings: SLED, ids: Tensor | None = None) -> Tensor:
@@ -20,8 +21,9 @@ def evolve(final: Tensor, early: Tensor, settings: SLED, ids: Tensor | None = No
         final_i - rate / tau (p_i - m_i)
 
     where the vectors of the cosine are restricted to the k tokens. The released variant restricts
-    nothing, squares m_n,i and has tau = 1. If all m_n,i are 0, the k logits stay as they are. All
-    other tokens get `final_i + low_value`. Each row depends on its own logits only.
+    nothing, squares m_n,i and has tau = 1. If all m_n,i are 0, m_i is p_i, so the k logits stay as
+    they are; in the released variant, m_i is 0. All other tokens get `final_i + low_value`. Of
+    equal logits, those with the lowest ids evolve. Each row depends on its own logits only.
 
     Args:
         final: Final logits [r, v].
@@ -32,7 +34,7 @@ def evolve(final: Tensor, early: Tensor, settings: SLED, ids: Tensor | None = No
     is_released = settings.variant == "released"
     tau = 1.0 if is_released else settings.tau
     final = final.double()
-    ids = final.topk(settings.scale, dim=-1).indices if ids is None else ids
+    ids = top_k_ids(final, settings.scale) if ids is None else ids
     share = torch.zeros_like(ids, dtype=torch.float64)  # [r, k]
     for logits in early.unbind(dim=1):  # Only one boundary at a time needs [r, v] in float64.
         if is_released:
@@ -41,7 +43,7 @@ def evolve(final: Tensor, early: Tensor, settings: SLED, ids: Tensor | None = No
             share += _similarities(final, logits.double(), ids, is_restricted=True, tau=tau)
     total = share.sum(dim=-1, keepdim=True)
     p = (final / tau).softmax(dim=-1).gather(-1, ids)
-    target = (share / total).where(total > 0.0, p)
+    target = (share / total).where(total > 0.0, 0.0 if is_released else p)
     evolved = final.gather(-1, ids) - settings.rate / tau * (p - target)
     return (final + settings.low_value).scatter(-1, ids, evolved)
 

@@ -53,25 +53,21 @@ def run_with_early(
     layer_range = stage.layer_ranges[index]
 
     def on_layer(boundary: int, rows: Tensor) -> None:
-        found = [
-            one for one in queried if one.query.head != "exits" and boundary in one.query.boundaries
-        ]
-        if found:
-            numbers = torch.tensor([one.row for one in found], device=rows.device)
-            keep(boundary, [one.query for one in found], rows[numbers])
+        here = [q for q in queried if q.query.head != "exits" and boundary in q.query.boundaries]
+        if here:
+            numbers = torch.tensor([q.row for q in here], device=rows.device)
+            keep(boundary, [q.query for q in here], rows[numbers])
 
     if layer_range.first == 1:
         on_layer(0, x)
     x, attended = stage.run(index, x, batch, on_layer)
     boundary = layer_range.last
-    found = [
-        one for one in queried if one.query.head == "exits" and boundary in one.query.boundaries
-    ]
-    if found:
-        runs = [Run(query.slot, query.position, query.position + 1, row) for query, row in found]
+    here = [q for q in queried if q.query.head == "exits" and boundary in q.query.boundaries]
+    if here:
+        runs = [Run(query.slot, query.position, query.position + 1, row) for query, row in here]
         block_batch = make_batch(runs) if stage.has_block(index) else None
         logits = stage.logits(index, x, attended, runs, block_batch)
-        keep(boundary, [one.query for one in found], logits)
+        keep(boundary, [q.query for q in here], logits)
     return x, attended
 
 
@@ -119,10 +115,10 @@ class EarlyRows:
         """
         hidden = [torch.empty(0, self._stage.hidden_size)]
         logits = [torch.empty(0, self._stage.num_logits)]
-        for boundary, found in _by_boundary(queries, last):
-            is_own = found[0].head == "exits"
+        for boundary, here in _by_boundary(queries, last):
+            is_own = here[0].head == "exits"
             kept = (self._logits if is_own else self._hidden)[boundary]
-            (logits if is_own else hidden).append(kept[self._slots(found)])
+            (logits if is_own else hidden).append(kept[self._slots(here)])
         dtype, device = self._stage.dtype, self._stage.device
         return (
             torch.cat([part.to(device, dtype) for part in hidden]),
@@ -131,14 +127,14 @@ class EarlyRows:
 
     def unpack(self, queries: Items[EarlyQuery], last: int, hidden: Tensor, logits: Tensor) -> None:
         """Store what `pack` returned on the previous stage, which ends with layer `last`."""
-        for boundary, found in _by_boundary(queries, last):
-            is_own = found[0].head == "exits"
-            rows = (logits if is_own else hidden)[: len(found)]
-            self.keep(boundary, found, rows)
+        for boundary, here in _by_boundary(queries, last):
+            is_own = here[0].head == "exits"
+            rows = (logits if is_own else hidden)[: len(here)]
+            self.keep(boundary, here, rows)
             if is_own:
-                logits = logits[len(found) :]
+                logits = logits[len(here) :]
             else:
-                hidden = hidden[len(found) :]
+                hidden = hidden[len(here) :]
 
     def _slots(self, queries: list[EarlyQuery]) -> Tensor:
         return torch.tensor([query.slot for query in queries], device=self._stage.device)
@@ -148,10 +144,10 @@ def _by_boundary(queries: Items[EarlyQuery], last: int) -> Iterator[tuple[int, l
     """Yield boundaries up to `last`, each with its queries, those with the exit's head apart."""
     for boundary in sorted({at for query in queries for at in query.boundaries if at <= last}):
         for is_own in (False, True):
-            found = [
+            here = [
                 query
                 for query in queries
                 if boundary in query.boundaries and (query.head == "exits") == is_own
             ]
-            if found:
-                yield boundary, found
+            if here:
+                yield boundary, here

@@ -16,7 +16,11 @@ from ee_llm.checkpoint.read import TensorReader
 from ee_llm.config import Config
 from ee_llm.data.windows import Windows, check_counted, check_window, counted_positions
 from ee_llm.inference.execution.teacher_forced import TeacherForced
-from ee_llm.inference.exits.new_exits import tensors_with_new_exits, with_new_exits
+from ee_llm.inference.exits.new_exits import (
+    check_finite,
+    tensors_with_new_exits,
+    with_new_exits,
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def class_means(
 
     Raises:
         DataError: The data has a token id outside the vocabulary, on all ranks, or no target.
+        RunError: The hidden states of an exit are not finite.
     """
     with_exits = with_new_exits(config, boundaries)
     tensors = tensors_with_new_exits(reader, with_exits)
@@ -77,12 +82,12 @@ def class_means(
     summed = boundaries if ranks is None or ranks.is_leader else ()
     size = model.vocab_size, model.hidden_size
     sums = {boundary: torch.zeros(size, dtype=torch.float64) for boundary in summed}
-    counts = torch.zeros(model.vocab_size, dtype=torch.float64)
+    counts = torch.zeros(model.vocab_size, dtype=torch.int64)
     for window in windows:
         check_window(window, model.vocab_size)
         targets = window[1:]
         is_counted = counted_positions(window, masked_after)
-        counts.index_add_(0, targets[is_counted], torch.ones(int(is_counted.sum())).double())
+        counts += targets[is_counted].bincount(minlength=model.vocab_size)
         for exit in run(window[:-1]):
             features = exit.features()
             if exit.boundary in sums:
@@ -94,7 +99,8 @@ def class_means(
     check_counted(int(is_seen.sum()))
     if sums:
         final = reader.tensor(output_weight_name(config, model.num_layers)).double()
-    for means in sums.values():
+    for boundary, means in sums.items():
+        check_finite(boundary, run.dtype, means)
         means.div_(counts.clamp(min=1)[:, None])
         length = means[is_seen].norm(dim=-1).mean()
         means[~is_seen] = F.normalize(final[~is_seen], dim=-1) * length

@@ -14,7 +14,11 @@ from ee_llm.checkpoint.read import TensorReader
 from ee_llm.config import Config
 from ee_llm.data.windows import Windows, check_window
 from ee_llm.inference.execution.teacher_forced import TeacherForced
-from ee_llm.inference.exits.new_exits import tensors_with_new_exits, with_new_exits
+from ee_llm.inference.exits.new_exits import (
+    check_finite,
+    tensors_with_new_exits,
+    with_new_exits,
+)
 
 RIDGE = 1e-3
 """Regularization, as a share of the mean squared input."""
@@ -52,6 +56,7 @@ def least_squares(
 
     Raises:
         DataError: The data has a token id outside the vocabulary, on all ranks.
+        RunError: The hidden states of an exit or of the final exit are not finite.
     """
     model = config.model
     config = with_new_exits(config, boundaries)
@@ -77,7 +82,7 @@ def least_squares(
             total.add(inputs[boundary], final)
         if on_tokens is not None:
             on_tokens(len(window) - 1)
-    solved = {boundary: total.solve() for boundary, total in sums.items()}
+    solved = {boundary: total.solve(boundary, run.dtype) for boundary, total in sums.items()}
     if ranks is not None:
         solved = ranks.gather_to_leader(solved)
     return {
@@ -101,8 +106,9 @@ class _Sums:
         self._inputs += x.T @ x
         self._products += x.T @ y
 
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """Return the weight [h, h] and the bias [h]."""
+    def solve(self, boundary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the weight [h, h] and the bias [h]; raises RunError if a sum is not finite."""
+        check_finite(boundary, dtype, self._inputs, self._products)
         self._inputs.diagonal().add_(RIDGE * self._inputs.diagonal().mean())
         solution = torch.cholesky_solve(self._products, torch.linalg.cholesky(self._inputs)).cpu()
         return solution[:-1].T.contiguous(), solution[-1].contiguous()

@@ -11,6 +11,7 @@ from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.surgery.exits import added
 from ee_llm.checkpoint.surgery.rewrite import with_options
 from ee_llm.config import Config
+from ee_llm.errors import RunError
 
 
 def with_new_exits(config: Config, boundaries: Sequence[int]) -> Config:
@@ -34,11 +35,21 @@ def tensors_with_new_exits(reader: TensorReader, config: Config) -> Mapping[str,
     return Converted(_WithCopies(reader, config), dtype, distributed.device())
 
 
+def check_finite(boundary: int, dtype: torch.dtype, *sums: Tensor) -> None:
+    """Raise RunError if a sum over the hidden states at a boundary, in `dtype`, is not finite."""
+    if not all(total.isfinite().all() for total in sums):
+        name = str(dtype).removeprefix("torch.")
+        raise RunError(
+            f"the hidden states after layer {boundary} are not finite in {name}. Check the"
+            " checkpoint."
+        )
+
+
 class _WithCopies(Mapping[str, Tensor]):
     """A checkpoint's tensors, and those of exits that it lacks, copied from the model."""
 
     def __init__(self, reader: TensorReader, config: Config) -> None:
-        self._names = list(tensor_shapes(config))
+        self._names = dict.fromkeys(tensor_shapes(config))
         self._get = added(reader, config, "copy").get
 
     def __getitem__(self, name: str) -> Tensor:

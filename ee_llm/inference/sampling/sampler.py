@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ee_llm.inference.sampling.noise import gumbel_noise, integer_exp
 from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.sampling.top_k import greatest
 
 # Number of most probable tokens that are sorted at first; a top-p set rarely needs more.
 NUM_SORTED = 1024
@@ -235,13 +236,7 @@ def _most_probable(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         if width == size or bool(((num_kept < width) | (num_kept == max_kept)).all()):
             break
         width = size
-    lowest = ordered.gather(-1, num_kept - 1)
-    kept = scaled >= lowest
-    if bool((kept.sum(dim=-1, keepdim=True) > num_kept).any()):  # Ties exceed the set.
-        is_tied = scaled == lowest
-        num_tied = num_kept - (kept & ~is_tied).sum(dim=-1, keepdim=True)
-        kept &= ~is_tied | (is_tied.cumsum(dim=-1) <= num_tied)
-    return kept
+    return greatest(scaled, ordered.gather(-1, num_kept - 1), num_kept)
 
 
 def _log_share(share: float) -> float:

@@ -19,6 +19,7 @@ from ee_llm.inference.decoding.settings import SLED, Contrast, DoLa, resolve_con
 from ee_llm.inference.decoding.sled import evolve
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.sampling.sampler import mask_banned, token_margin
+from ee_llm.inference.sampling.top_k import top_k_ids
 
 # Errors of the logits that `contrast_margin` tries, besides 0.
 _ERRORS = tuple(2.0**exponent for exponent in range(-24, 7, 2))
@@ -116,8 +117,8 @@ def _evolved_otherwise(
     for error in (0.0, *_ERRORS):
         favoured = row.final.double().clone()
         favoured[token] += error
-        ids = favoured.topk(contrast.scale).indices
-        yield error, evolve(row.final[None], row.early[None], contrast, ids[None])[0]
+        ids = top_k_ids(favoured[None], contrast.scale)
+        yield error, evolve(row.final[None], row.early[None], contrast, ids)[0]
 
 
 def _contrasted_otherwise(

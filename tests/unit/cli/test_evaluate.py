@@ -86,7 +86,10 @@ def test_ranks_of_a_launcher_must_fit(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     run("run", "--data", "data", status=2)
-    assert "tensor = 1 x pipeline = 1 does not fit WORLD_SIZE = 2" in capsys.readouterr().err
+    said = "tensor = 1 x pipeline = 1 does not fit WORLD_SIZE = 2"
+    assert said in capsys.readouterr().err
+    with pytest.raises(ee_llm.errors.UserError, match=said):
+        ee_llm.evaluate("run", data="data")
 
 
 def test_help_does_not_import_torch() -> None:

@@ -31,15 +31,27 @@ def test_short_texts_have_no_error() -> None:
     assert average(values, values[:1]).estimate().error is not None
 
 
-def test_interval_holds_the_mean_as_often_as_it_says() -> None:
-    """Neighbours are correlated, so the formula for independent positions would be wrong."""
+@pytest.mark.parametrize("length", [1, 50, BLOCK, 300])
+def test_blocks_continue_in_the_next_window(length: int) -> None:
+    values = torch.randn(10 * BLOCK + 30, generator=torch.Generator().manual_seed(0))
+    found, whole = average(*values.split(length)).estimate(), average(values).estimate()
+    assert found.value == pytest.approx(whole.value, rel=1e-12)
+    assert found.error == pytest.approx(whole.error, rel=1e-12)
+
+
+@pytest.mark.parametrize("length", [16, 50, 12 * BLOCK])
+def test_interval_has_its_nominal_coverage(length: int) -> None:
+    """Neighbours are correlated, so the formula for independent positions would be wrong.
+
+    So are neighbouring windows of `length` tokens.
+    """
     generator = torch.Generator().manual_seed(1)
     runs, blocks = 400, 12
     hits = naive_hits = 0
     for _ in range(runs):
-        common = torch.randn(blocks * BLOCK // 16, generator=generator).repeat_interleave(16)
+        common = torch.randn(blocks * BLOCK // 32, generator=generator).repeat_interleave(32)
         values = (common + 0.5 * torch.randn(blocks * BLOCK, generator=generator)).double()
-        found = average(values).estimate()
+        found = average(*values.split(length)).estimate()
         assert found.margin is not None
         hits += abs(found.value) < found.margin
         naive_hits += abs(found.value) < 1.96 * float(values.std()) / math.sqrt(len(values))

@@ -228,10 +228,20 @@ def test_data_whose_tokens_are_all_masked(tmp_path: Path) -> None:
         evaluate(checkpoint, data=write_data(tmp_path / "data", [[EOS] * 5]))
 
 
-def test_a_loss_that_is_not_finite_names_the_exit(tmp_path: Path, data: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        ("bfloat16", "Use dtype = float32, and check the checkpoint if it still is not."),
+        ("float32", "The weights are damaged. Check the checkpoint."),
+        ("float64", "The weights are damaged. Check the checkpoint."),
+    ],
+)
+def test_a_loss_that_is_not_finite_names_the_exit(
+    tmp_path: Path, data: str, dtype: str, advice: str
+) -> None:
     """A mean over NaN would look like a result."""
     config = make_config(output="own")
     tensors = random_tensors(config)
     tensors["exits.2.output.weight"][5] = float("nan")
-    with pytest.raises(RunError, match="exit after layer 2 is not finite in float64"):
-        evaluate(save_model(tmp_path / "run", config, tensors), data=data)
+    with pytest.raises(RunError, match=f"exit after layer 2 is not finite in {dtype}. {advice}"):
+        evaluate(save_model(tmp_path / "run", config, tensors), data=data, dtype=dtype)

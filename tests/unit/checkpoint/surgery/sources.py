@@ -41,10 +41,15 @@ def save(
     dtype: torch.dtype = torch.bfloat16,
     optimizer: bool = True,
     state: TrainState = STATE,
+    scale: float = 1.0,
 ) -> TensorReader:
-    """Write a checkpoint of random tensors, optimizer state included, with the byte tokenizer."""
+    """Write a checkpoint of random tensors, optimizer state included, with the byte tokenizer.
+
+    `scale` multiplies the embedding.
+    """
     config = config or tiny()
     tensors = random_tensors(config, seed, dtype)
+    tensors["embedding.word.weight"] *= scale
     if optimizer:
         generator = torch.Generator().manual_seed(seed)
         for name in list(tensors):

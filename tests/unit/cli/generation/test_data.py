@@ -1,5 +1,6 @@
 """Test `ee-llm data generate` from a checkpoint to prepared data."""
 
+import io
 import json
 from collections.abc import Sequence
 from itertools import pairwise
@@ -132,6 +133,27 @@ def test_short_documents_are_not_preferred(run: Path) -> None:
     assert found[0] == found[1] == [str(number) for number in range(len(found[0]))]
 
 
+def test_documents_that_the_context_ends_are_expected_to_be_short(run: Path) -> None:
+    """Whatever `max_tokens` is, each has 11 tokens at most, so ten are started at once."""
+    prompts = [EncodedPrompt("", tuple(range(38)))]
+    params = ee_llm.SamplingParams(temperature=1.0, max_tokens=1024)
+    with LLM(run, dtype="float64") as llm:
+        started: list[str] = []
+        num_started: list[int] = []  # after each step
+        add = llm.engine.add
+        llm.engine.add = lambda request: started.append(request.id) or add(request)
+        for _ in sample_documents(
+            llm,
+            prompts,
+            params,
+            num_tokens=100,
+            max_num_seqs=50,
+            on_step=lambda *_: num_started.append(len(started)),
+        ):
+            pass
+    assert num_started[0] == 10
+
+
 def test_text_prompts_are_continued_once(run: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("ab\r\n\ncde")
     given = {"prompts": tmp_path / "prompts.txt", "num_tokens": None}
@@ -159,6 +181,28 @@ def test_json_prompts_are_repeated_until_there_are_enough_tokens(run: Path, tmp_
     assert found[0] != found[2]
 
 
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ('\n{"prompt": "ab"}\n{"prompt_token_ids": [99]}\n', [b"ab", b"c"]),
+        ('ab\n{"prompt": "c"}\n', [b"ab", b'{"prompt": "c"}']),
+        ('{"ab": 1}\n', [b'{"ab": 1}']),
+    ],
+)
+def test_first_line_of_standard_input_decides_what_lines_are(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    prompts: list[bytes],
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    generate_data(options(run, tmp_path / "own", prompts=Path("-"), num_tokens=None))
+    found = documents(tmp_path / "own")
+    for tokens, prompt in zip(found, prompts, strict=True):
+        assert bytes(tokens[: len(prompt)]) == prompt
+
+
 def test_training_reads_the_data(run: Path, tmp_path: Path) -> None:
     """It has exactly one end token per document."""
     generate_data(options(run, tmp_path / "own", num_tokens=60))
@@ -173,7 +217,8 @@ def test_training_reads_the_data(run: Path, tmp_path: Path) -> None:
     [
         ({"num_tokens": 0}, "--num-tokens 0 is out of range. Use 1 or more."),
         ({"num_tokens": None}, "--num-tokens is missing. Give it, or --prompts, or both."),
-        ({"temperature": 0.0}, "--temperature 0 always gives the same text"),
+        ({"temperature": 0.0}, "--temperature 0 .* --num-tokens would repeat the same documents"),
+        ({"top_k": 1}, "--top-k 1 always gives the same text, so --num-tokens would repeat"),
         ({"temperature": -1.0}, "temperature = -1.0 must be"),
         ({"max_tokens": 0}, "max_tokens = 0 must be"),
         ({"max_num_seqs": 0}, "--max-num-seqs 0 is out of range"),

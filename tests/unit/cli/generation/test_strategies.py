@@ -12,8 +12,9 @@ from ee_llm.cli.generation.command import check, generate
 from ee_llm.cli.generation.options import GenerateOptions, VerifyOptions
 from ee_llm.cli.generation.strategies import strategy_of_options
 from ee_llm.cli.generation.verify import verify
-from ee_llm.errors import UserError
+from ee_llm.errors import RunError, UserError
 from ee_llm.inference.decoding.settings import SLED, DoLa
+from ee_llm.inference.exits.policy import make_exit_policy
 from tests.unit.inference.models import random_tensors, save_model, tiny_config
 
 CONFIG = tiny_config("gpt", vocab_size=264, max_seq_length=48)
@@ -30,6 +31,8 @@ def test_options_become_settings() -> None:
     options = GenerateOptions(Path("run"), strategy="sled")
     assert strategy_of_options(options) == SLED()
     assert strategy_of_options(replace(options, strategy="dola")) == DoLa()
+    low = replace(options, strategy="dola", dola_layers=("low",))
+    assert strategy_of_options(low) == DoLa(layers="low")
     given = replace(
         options,
         sled_rate=2.0,
@@ -98,6 +101,8 @@ def test_records_have_the_settings_and_pass_the_certificate(run: Path, tmp_path:
     [
         ({"thresholds": (0.5,)}, "--thresholds 0.5 has no effect: --strategy sled"),
         ({"policy": Path("a.json")}, "--policy a.json has no effect"),
+        ({"measure": "margin"}, "--measure margin has no effect: --strategy sled"),
+        ({"strategy": "dola", "measure": "entropy"}, "--measure entropy has no effect"),
         ({"sled_rate": 0.0}, "sled: rate = 0.0"),
         ({"sled_layers": (7,)}, "7 is not a boundary"),
         ({"sled_layers": ("all", 1)}, "'all' must be the only value"),
@@ -131,6 +136,36 @@ def test_wrong_options_are_refused_before_anything_starts(
     with pytest.raises(UserError, match=message):
         check(GenerateOptions(run, "a", **{"strategy": "sled"} | given))
     check(GenerateOptions(run, "a", strategy="sled", thresholds=("off",)))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"thresholds": (0.5,), "measure": "margin"}, {"policy": "policy.json"}],
+    ids=["thresholds", "policy"],
+)
+def test_an_exit_policy_of_the_command_does_not_apply_to_sled_and_dola(
+    run: Path, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    """Lines of a batch may mix strategies; only an exit policy of their own is an error."""
+    make_exit_policy((1, 2), [0.5]).save(tmp_path / "policy.json")
+    if "policy" in given:
+        given = {"policy": tmp_path / given["policy"]}
+    lines: list[dict[str, Any]] = [
+        {"strategy": "exact"},
+        {"strategy": "sled"},
+        {"strategy": "dola", "thresholds": "off"},
+        {"strategy": "sled", "measure": "margin"},
+        {"strategy": "dola", "policy": "own.json"},
+    ]
+    batch, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    batch.write_text("".join(json.dumps({"prompt": "def ", **line}) + "\n" for line in lines))
+    options = GenerateOptions(run, batch_file=batch, output=output, max_tokens=3, **given)
+    with pytest.raises(RunError, match="2 of 5"):
+        generate(options)
+    records = {record["id"]: record for record in map(json.loads, output.read_text().splitlines())}
+    assert {id for id, record in records.items() if "error" not in record} == {"1", "2", "3"}
+    assert "--measure margin has no effect" in records["4"]["error"]["message"]
+    assert "--policy own.json has no effect" in records["5"]["error"]["message"]
 
 
 def test_exit_heads_of_a_model_without_exits_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from ee_llm.config import Config
 from ee_llm.errors import RequestError
 from ee_llm.inference.decoding.contrast import contrast_logits
 from ee_llm.inference.decoding.settings import SLED, Contrast, DoLa, resolve_contrast, strategy_of
+from ee_llm.inference.execution import early_rows
 from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.verification.certificate import tolerance, verify_trace
@@ -85,8 +86,15 @@ def test_raw_head_omits_the_norm_and_reads_the_embedding() -> None:
 
 @pytest.mark.parametrize("contrast", CONTRASTS, ids=IDS)
 @pytest.mark.parametrize("head", [("norm",), ("block", "mlp", "norm")], ids="-".join)
-def test_tokens_equal_the_reference(head: tuple[str, ...], contrast: Contrast) -> None:
-    """Greedy and drawn, beside exits that stop passes early, and with few blocks."""
+@pytest.mark.parametrize("max_logits", [early_rows.MAX_LOGITS, 1], ids=["whole", "split"])
+def test_tokens_equal_the_reference(
+    monkeypatch: pytest.MonkeyPatch, max_logits: int, head: tuple[str, ...], contrast: Contrast
+) -> None:
+    """Greedy and drawn, beside exits that stop passes early, and with few blocks.
+
+    With `max_logits` = 1, the early logits of each row are computed by themselves.
+    """
+    monkeypatch.setattr(early_rows, "MAX_LOGITS", max_logits)
     config = tiny_config(head=head)
     requests = [
         make_request("exact", 7),

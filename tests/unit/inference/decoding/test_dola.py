@@ -43,6 +43,15 @@ def test_contrast_by_hand() -> None:
     assert (found > -100).tolist() == [True, True, False, False]
 
 
+def test_shallowest_layer_is_contrasted_among_equally_divergent_ones() -> None:
+    """q = (1/4, 3/4) and (3/4, 1/4) have equal divergences from a uniform p."""
+    p, q = _log(1 / 2, 1 / 2), _log(1 / 4, 3 / 4)
+    expected = torch.tensor([math.log(2.0), math.log(2 / 3)], dtype=torch.float64)
+    for early in (q, q.flip(0)):
+        found = contrast(p[None], torch.stack([early, early.flip(0)])[None], DoLa())[0]
+        torch.testing.assert_close(found, expected if early is q else expected.flip(0))
+
+
 def _plain(final: list[float], early: list[list[float]], alpha: float) -> list[float]:
     """Return DoLa's logits of one row from the definition, without tensors."""
 

@@ -51,6 +51,19 @@ def test_exit_heads_are_read_at_all_exits() -> None:
     assert _layers(DoLa(head="exits", layers=3), boundaries=(1, 3, 6)) == (3,)
 
 
+def test_exit_heads_are_read_in_the_half_that_is_named() -> None:
+    assert _layers(DoLa(head="exits", layers="low"), boundaries=(1, 3, 4, 6)) == (1, 3)
+    assert _layers(DoLa(head="exits", layers="high"), boundaries=(1, 3, 4, 6)) == (4, 6)
+    with pytest.raises(
+        RequestError, match=r"layers = 'low' .* below 4, but the exits are \[4, 6\]"
+    ):
+        _layers(DoLa(head="exits", layers="low"), boundaries=(4, 6))
+    with pytest.raises(
+        RequestError, match=r"layers = 'high' .* from 4 on, .* are \[3\]. Use layers"
+    ):
+        _layers(DoLa(head="exits", layers="high"), boundaries=(3,))
+
+
 def test_default_heads() -> None:
     config = tiny_config()
     assert resolve_contrast(SLED(), config).head == "final"

@@ -106,6 +106,26 @@ def test_early_layers_without_evidence_change_nothing() -> None:
     _assert_close(_evolved([FINAL], SLED(scale=1)), [math.log(2.0), -1000.0, -1000.0])
 
 
+def test_released_variant_subtracts_p_without_evidence() -> None:
+    """The authors' code then has the target 0: each token loses rate p, with p = (2, 1, 1) / 4."""
+    found = _evolved([FINAL], SLED(scale=3, rate=2.0, variant="released"))
+    _assert_close(found, [math.log(2.0) - 1.0, -0.5, -0.5])
+
+
+@pytest.mark.parametrize("num_equal", [3, 50, 2000])
+def test_lowest_ids_evolve_among_equal_logits(num_equal: int) -> None:
+    """Beside a row without equal logits, which stays the same bit for bit, and one with NaN."""
+    tied = torch.zeros(num_equal)
+    tied[-1] = 1.0
+    plain = torch.arange(num_equal) / num_equal
+    final = torch.stack([tied, plain, torch.full_like(tied, math.nan)])
+    early = torch.randn(3, 2, num_equal, generator=torch.Generator().manual_seed(0))
+    found = evolve(final, early, SLED(scale=2))
+    assert (found[0] > -500.0).nonzero()[:, 0].tolist() == [0, num_equal - 1]
+    assert torch.equal(found[1], evolve(final[1:2], early[1:2], SLED(scale=2))[0])
+    assert found[2].isnan().all()
+
+
 def test_similarities_of_a_certain_early_layer_are_accurate() -> None:
     """1 - q_0 is 4e-9 there, and the length of q - e_0 is a difference of such numbers."""
     early = [20.0, 0.0, 0.0]

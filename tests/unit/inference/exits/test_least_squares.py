@@ -1,5 +1,6 @@
 """Least-squares translators against a ridge regression in NumPy, through the reference model."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import load_reference
+from ee_llm.cli.main import main
 from ee_llm.inference.exits.least_squares import RIDGE
 from tests.unit.checkpoint.surgery.sources import all_tensors, refusal, run, save, tiny
 from tests.unit.inference.exits.test_class_means import DOCUMENTS, LENGTH, TOKENS, write_data
@@ -69,6 +71,25 @@ def test_the_translator_is_the_ridge_regression(tmp_path: Path, data: str, famil
         assert torch.equal(again.tensor(name), tensor), "not the same twice"
 
 
+def test_few_tokens_are_noted(
+    tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = save(tmp_path / "dense", tiny(boundaries=()), dtype=torch.float32)
+    add(dense.path, tmp_path / "few", "--data", data, "--exits", 2)
+    few = f"{len(TOKENS) - 1} tokens are few for hidden_size = 32. Use 330 or more."
+    assert few in " ".join(capsys.readouterr().out.split())
+    more = write_data(tmp_path / "more", [[*range(250), 1] * 2])
+    add(dense.path, tmp_path / "enough", "--data", more, "--exits", 2)
+    assert "are few" not in capsys.readouterr().out
+
+
+def test_tied_outputs_fit_a_model_with_tied_embeddings(tmp_path: Path, data: str) -> None:
+    config = tiny(boundaries=(), tie_embeddings=True)
+    dense = save(tmp_path / "dense", config, dtype=torch.float32)
+    options = ("--data", data, "--exits", 2, "--exit-output", "tied")
+    assert add(dense.path, tmp_path / "more", *options).config().exits.output == "tied"
+
+
 def test_the_exit_comes_closer_to_the_final_exit(tmp_path: Path, data: str) -> None:
     """The mean squared distance of the normalized states shrinks, at every boundary."""
     dense = save(tmp_path / "dense", tiny(boundaries=()), dtype=torch.float32)
@@ -108,10 +129,28 @@ def test_a_translator_follows_an_mlp(tmp_path: Path, data: str) -> None:
     torch.testing.assert_close(behind.tensor(name), plain.tensor(name), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["least-squares", "class-aware"])
+def test_hidden_states_that_are_not_finite_are_an_error(
+    tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    dense = save(tmp_path / "dense", tiny(boundaries=()), dtype=torch.float32, scale=math.nan)
+    options = ("--exits", 2, "--data", data, "--initialization", method)
+    arguments = ("checkpoint", "add-exits", dense.path, *options, "--output", tmp_path / "more")
+    assert main([*map(str, arguments)]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "hidden states after layer 2 are not finite in float32. Check the checkpoint" in said
+    assert not (tmp_path / "more").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--head", "norm", "--data", "x"), "--head translator norm"),
+        (("--head", "translator", "--data", "x"), "which a norm must follow, but the head of"),
+        (
+            ("--exit-output", "tied", "--data", "x"),
+            "(exits.output = tied, model.tie_embeddings = false). Use --exit-output shared",
+        ),
         ((), "least-squares needs data"),
         (("--data", "x", "--pipeline", 9), "--pipeline 9 is out of range. Use 1 to 4"),
         (("--data", "x", "--tensor", 3), "--tensor 3 does not divide"),
