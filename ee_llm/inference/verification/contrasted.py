@@ -1,4 +1,4 @@
-"""The definition of `sled` and `dola` over one teacher-forced forward, and what explains a token.
+"""Compute `sled` and `dola` in one teacher-forced forward, and the errors that explain a token.
 
 Legend of shapes: s sequence, h hidden, b boundaries, v vocabulary.
 """
@@ -92,39 +92,59 @@ def contrast_margin(
 
     An error can put the token into the set that may be drawn, put its rivals out of DoLa's, and let
     DoLa choose another premature layer. It also moves the contrasted logits: by twice as much for
-    DoLa, by up to 1 + rate / tau times as much for SLED.
+    DoLa. For SLED, it moves them by up to 1 + rate / tau times as much through the final logits and
+    p. The move through the weights m has no simple bound, so it is measured for some errors.
     """
     if isinstance(contrast, SLED):
         factor = 1.0 + contrast.rate / (contrast.tau if contrast.variant == "paper" else 1.0)
-        alternatives = _evolved_otherwise(row, contrast, token)
+        alternatives = _evolved_under_errors(row, contrast, token, factor)
     else:
         factor = 2.0
-        alternatives = _contrasted_otherwise(row, contrast, token)
+        alternatives = _contrasted_under_errors(row, contrast, token)
     margin = math.inf
-    for error, logits in alternatives:
+    for error, logits, moved in alternatives:
         if error >= margin:
             break
         masked = mask_banned(logits[None], [banned])[0]
         found = token_margin(masked, params, position, token, history)
-        margin = min(margin, max(error, found / factor))
+        margin = min(margin, max(error, (found - moved) / factor))
     return margin
 
 
-def _evolved_otherwise(
-    row: ContrastedRow, contrast: SLED, token: int
-) -> Iterator[tuple[float, Tensor]]:
-    """Yield errors, and the evolved logits [v] if an error favours `token` in the top-k set."""
+def _evolved_under_errors(
+    row: ContrastedRow, contrast: SLED, token: int, factor: float
+) -> Iterator[tuple[float, Tensor, float]]:
+    """Yield errors, the evolved logits [v] if an error favours `token` in the top-k set, and moves.
+
+    The last value is how much farther than `factor` times the error two logits of the set move
+    relative to each other, under the worst of a few errors with other signs for each token id.
+    """
     for error in (0.0, *_ERRORS):
         favoured = row.final.double().clone()
         favoured[token] += error
         ids = top_k_ids(favoured[None], contrast.scale)
-        yield error, evolve(row.final[None], row.early[None], contrast, ids)[0]
+        evolved = evolve(row.final[None], row.early[None], contrast, ids)
+        moved = 0.0
+        for signs in _signs(len(favoured), row.final.device) if error else ():
+            final, early = row.final + signs * error / 2, row.early - signs * error / 2
+            moves = (evolve(final[None], early[None], contrast, ids) - evolved).gather(-1, ids)
+            moved = max(moved, float(moves.max() - moves.min()))
+        yield error, evolved[0], max(0.0, moved - factor * error)
 
 
-def _contrasted_otherwise(
+def _signs(size: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield vectors [size] of 1 and -1, which alternate at different rates, and their opposites."""
+    ids = torch.arange(size, device=device)
+    for bit in range(2):
+        signs = 1.0 - 2.0 * (ids >> bit & 1)
+        yield signs
+        yield -signs
+
+
+def _contrasted_under_errors(
     row: ContrastedRow, contrast: DoLa, token: int
-) -> Iterator[tuple[float, Tensor]]:
-    """Yield errors, and the contrasted logits [v] if an error favours `token`."""
+) -> Iterator[tuple[float, Tensor, float]]:
+    """Yield errors, the contrasted logits [v] if an error favours `token`, and 0."""
     log_p, log_q = row.final.double().log_softmax(dim=-1), row.early.double().log_softmax(dim=-1)
     divergences = jensen_shannon(log_p[None], log_q[None])[0]
     above = log_p - (log_p.max() + math.log(contrast.alpha))
@@ -133,4 +153,4 @@ def _contrasted_otherwise(
         kept[log_p.argmax()] = True
         kept[token] = above[token] >= -error
         for base in log_q[divergences >= divergences.max() - error]:
-            yield error, (log_p - base).where(kept, log_p + LOW_VALUE)
+            yield error, (log_p - base).where(kept, log_p + LOW_VALUE), 0.0

@@ -11,11 +11,16 @@ from ee_llm.config import Config
 from ee_llm.errors import RequestError
 from ee_llm.inference.decoding.contrast import contrast_logits
 from ee_llm.inference.decoding.settings import SLED, Contrast, DoLa, resolve_contrast, strategy_of
+from ee_llm.inference.decoding.sled import evolve
 from ee_llm.inference.execution import early_rows
 from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
-from ee_llm.inference.verification.certificate import tolerance, verify_trace
-from ee_llm.inference.verification.contrasted import contrast_margin, contrasted_logits
+from ee_llm.inference.verification.certificate import Divergence, tolerance, verify_trace
+from ee_llm.inference.verification.contrasted import (
+    ContrastedRow,
+    contrast_margin,
+    contrasted_logits,
+)
 from tests.unit.inference.engines import (
     DRAWN,
     assert_same,
@@ -219,6 +224,47 @@ def test_margin_covers_sets_and_layers_that_rounding_changes() -> None:
     for token in (first, second):
         bound = DoLa(layers=(1, 2), alpha=1e-9)
         assert contrast_margin(tied, bound, SamplingParams(), 4, token, (1,), ()) < 8.0
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_margin_covers_moves_of_the_weights_of_sled(variant: str) -> None:
+    """If early layers are close to the final one, small errors change their direction."""
+    generator = torch.Generator().manual_seed(0)
+    contrast, error = SLED(scale=5, variant=variant, layers=(1, 2)), 1e-4
+    num_other = 0
+    for _ in range(100):
+        final = torch.randn(16, generator=generator, dtype=torch.float64)
+        final[0] = final[1] = 4.0
+        early = final + 1e-4 * torch.randn(2, 16, generator=generator, dtype=torch.float64)
+        noise = error * (torch.rand(3, 16, generator=generator, dtype=torch.float64) - 0.5)
+        row = evolve(final[None], early[None], contrast)[0]
+        other = evolve((final + noise[0])[None], (early + noise[1:])[None], contrast)[0]
+        if (token := int(other.argmax())) != int(row.argmax()):
+            num_other += 1
+            arguments = (contrast, SamplingParams(), 4, token, (1,), ())
+            margin = contrast_margin(ContrastedRow(row, final, early), *arguments)
+            assert margin < 8 * error
+    assert num_other > 10
+
+
+@pytest.mark.parametrize(
+    "contrast",
+    [SLED(rate=0.5, scale=40), SLED(scale=40), DoLa(layers=1, alpha=1e-3)],
+    ids=["sled, low rate", "sled", "dola"],
+)
+def test_margin_does_not_explain_a_token_that_is_lower_by_a_logit(contrast: Contrast) -> None:
+    config = tiny_config()
+    model = ReferenceModel(config, random_tensors(config), torch.float64)
+    is_explained = tolerance(torch.bfloat16).explains
+    num_tokens = 0
+    for row in contrasted_logits(model, random_tokens(9), contrast, slice(8, 9)):
+        lower = row.logits.max() - row.logits
+        for token in ((lower > 1.5) & (lower < 500.0)).nonzero()[:, 0].tolist():
+            num_tokens += 1
+            arguments = (contrast, SamplingParams(), 4, token, (1,), ())
+            margin = contrast_margin(row, *arguments)
+            assert not is_explained(Divergence(0, "token", token, 0, margin)), lower[token]
+    assert num_tokens > 10
 
 
 def test_engine_wants_resolved_settings() -> None:
