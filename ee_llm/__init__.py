@@ -10,6 +10,9 @@ if TYPE_CHECKING:
         TrainingResult as TrainingResult,
     )
     from ee_llm.api import (
+        calibrate as calibrate,
+    )
+    from ee_llm.api import (
         convert as convert,
     )
     from ee_llm.api import (
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from ee_llm.config import load_config as load_config
     from ee_llm.errors import RunError as RunError
     from ee_llm.errors import UserError as UserError
+    from ee_llm.evaluation.calibration.result import CalibrationResult as CalibrationResult
     from ee_llm.evaluation.result import EvaluationResult as EvaluationResult
     from ee_llm.evaluation.result import ExitMetrics as ExitMetrics
     from ee_llm.inference.decoding.settings import SLED as SLED
@@ -53,11 +57,13 @@ _EXPORTS = {
     "TokenOutput": "ee_llm.inference.outputs",
     "VerificationReport": "ee_llm.inference.verification.verify",
     "EvaluationResult": "ee_llm.evaluation.result",
+    "CalibrationResult": "ee_llm.evaluation.calibration.result",
     "ExitMetrics": "ee_llm.evaluation.result",
     "convert": "ee_llm.api",
     "train": "ee_llm.api",
     "tune": "ee_llm.api",
     "evaluate": "ee_llm.api",
+    "calibrate": "ee_llm.api",
     "plan": "ee_llm.api",
     "TrainingResult": "ee_llm.api",
     "Config": "ee_llm.config",

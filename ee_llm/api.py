@@ -18,9 +18,11 @@ from ee_llm.conversion.convert import ConversionResult
 from ee_llm.conversion.convert import convert as _convert
 from ee_llm.conversion.options import ConvertOptions
 from ee_llm.errors import ConfigError, RunError, naming_arguments
+from ee_llm.evaluation.calibration.options import CalibrateOptions
+from ee_llm.evaluation.calibration.result import CalibrationResult
 from ee_llm.evaluation.options import EvaluateOptions
 from ee_llm.evaluation.result import EvaluationResult
-from ee_llm.inference.choices import DtypeName
+from ee_llm.inference.choices import DtypeName, Measure
 from ee_llm.pipeline.planner.report import PlanReport
 from ee_llm.pipeline.planner.report import plan as _plan
 from ee_llm.training.start import load_tuning_config, prepare
@@ -233,6 +235,74 @@ def evaluate(
         progress,
     )
     return _evaluate(options)
+
+
+def calibrate(
+    checkpoint: str | Path,
+    *,
+    data: Sequence[str | Path] | str | Path = (),
+    text: Sequence[str | Path] | str | Path = (),
+    risk: float = 0.05,
+    delta: float = 0.05,
+    measure: Measure = "max_probability",
+    num_tokens: int | None = None,
+    seq_length: int | None = None,
+    dtype: DtypeName = "auto",
+    seed: int = 0,
+    tensor: int = 1,
+    pipeline: int = 1,
+    timeout_s: float = 600.0,
+    progress: bool = True,
+) -> CalibrationResult:
+    """Choose thresholds for the exits that keep a stated risk, with a guarantee.
+
+    Half of the text is searched for thresholds that save much, and the other half tests them, from
+    the safest to the boldest (Learn then test, arXiv 2110.01052, with the test of arXiv
+    2010.09686). If none passes, all exits are off. Starts processes like `evaluate`.
+
+    Args:
+        checkpoint: Checkpoint directory, or run directory, whose newest checkpoint is used.
+        data: Prefixes of token files that `ee-llm data prepare` wrote. Use text that did not train
+            the exits.
+        text: Files or folders of plain text, JSON or Parquet, instead of `data`.
+        risk: Greatest share of tokens whose exit disagrees with the final exit about the most
+            probable token.
+        delta: Greatest probability that the risk is exceeded, over the choice of the text.
+        measure: Measure of confidence, as in `ExitPolicy`.
+        num_tokens: Number of tokens to use, from the start of the text. None means all.
+        seq_length: Length of a window in tokens. None means the checkpoint's data.seq_length, at
+            most 2048. Shorter windows are more samples, and allow smaller risks.
+        dtype: Dtype of the computation, as in `evaluate`.
+        seed: Seed of the random split of the text.
+        tensor: Number of tensor-parallel ranks of each pipeline stage.
+        pipeline: Number of pipeline stages.
+        timeout_s: Maximum number of seconds to wait for another rank.
+        progress: Show a progress bar in terminals.
+
+    Raises:
+        UserError: An argument, the text or the checkpoint is not valid, or the text is too short
+            for the risk.
+        RunError: The loss of an exit is not finite, or a rank failed.
+    """
+    from ee_llm.evaluation.calibration.calibrate import calibrate as _calibrate
+
+    options = CalibrateOptions(
+        Path(checkpoint),
+        data=tuple(map(str, _listed(data))),
+        text=tuple(map(Path, _listed(text))),
+        num_tokens=num_tokens,
+        seq_length=seq_length,
+        dtype=dtype,
+        tensor=tensor,
+        pipeline=pipeline,
+        timeout_s=timeout_s,
+        progress=progress,
+        risk=risk,
+        delta=delta,
+        measure=measure,
+        seed=seed,
+    )
+    return _calibrate(options)
 
 
 def plan(

@@ -78,7 +78,12 @@ COMMANDS: dict[str, Command] = {
         "generate text, and show where each token exited", _lazy("generate", "run_generate")
     ),
     "evaluate": Command(
-        "measure the loss of every exit on given text", _lazy("evaluate", "run_evaluate")
+        "measure the loss of every exit on given text",
+        _lazy("evaluation.evaluate", "run_evaluate"),
+    ),
+    "calibrate": Command(
+        "choose the exits' thresholds for a stated risk",
+        _lazy("evaluation.calibrate", "run_calibrate"),
     ),
     "verify": Command("verify generations against the model", _lazy("verify", "run_verify")),
 }

@@ -1,4 +1,4 @@
-"""Run a model over windows of text and average the metrics of its exits.
+"""Run a model over windows of text and collect what every exit predicts.
 
 On pipeline stages, the input of each exit's output projection travels to the last stage together
 with the hidden states, at the same size. The last stage projects all of them, since the divergence
@@ -10,7 +10,7 @@ ranks.
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,8 @@ from ee_llm import distributed
 from ee_llm.config import Config
 from ee_llm.data.windows import check_counted, check_window, counted_positions
 from ee_llm.errors import RunError
-from ee_llm.evaluation.averages import Average
-from ee_llm.evaluation.result import ExitMetrics
 from ee_llm.evaluation.row_statistics import RowStatistics, divergence, row_statistics
+from ee_llm.inference.choices import Measure
 from ee_llm.inference.execution.stage import Projection
 from ee_llm.inference.execution.teacher_forced import TeacherForced
 
@@ -29,53 +28,74 @@ MAX_LOGITS = 1 << 22
 """Logits of an exit in a chunk of rows, 16 MiB of float32; five such tensors are alive at once:
 two of log probabilities, and three in `divergence`."""
 
-_COLUMNS = ("loss", "agreement", "kl_to_final", "confidence")
-_Averages = dict[int, dict[str, Average]]
+COLUMNS = ("loss", "agreement", "kl_to_final", "confidence")
+"""What is measured of each exit at every position."""
+
+
+class Collector(Protocol):
+    """What becomes of the columns of all windows, on every rank of the last stage."""
+
+    def add(self, columns: dict[int, Tensor]) -> None:
+        """Take `COLUMNS` [4, t] of each exit, float64, for the counted tokens of a window."""
+
+    def check(self, num_windows: int) -> None:
+        """Raise DataError if so many windows are too few. Called on all ranks of all stages."""
+
+    def result(self) -> list[dict[str, Any]]:
+        """Return the result, of values that JSON can represent. Called once, at the end."""
 
 
 def measure(
     model: TeacherForced,
     config: Config,
     windows: Iterable[Tensor],
+    collector: Collector,
     eos_token_id: int | None = None,
     ranks: distributed.InferenceGrid | None = None,
     on_tokens: Callable[[int], None] | None = None,
+    confidence: Measure = "max_probability",
     max_logits: int = MAX_LOGITS,
-) -> tuple[int, tuple[ExitMetrics, ...]]:
-    """Return the number of predicted tokens and the metrics of each exit, on every rank.
+) -> tuple[int, list[dict[str, Any]]]:
+    """Return the number of predicted tokens and the collector's result, on every rank.
 
     Args:
         model: This rank's part of the model.
         config: The model's configuration.
         windows: Token ids, int64 [t + 1], the same on all ranks.
+        collector: Takes what is measured.
         eos_token_id: Id of the end token: its successors do not count. None counts all tokens.
         ranks: The ranks that run the model together; all of them call this function.
         on_tokens: Called with the number of tokens of each window.
+        confidence: The measure of confidence.
         max_logits: Number of logits of an exit that a rank computes at once.
 
     Raises:
-        DataError: The data has a token id outside the vocabulary, on all ranks, or no target.
+        DataError: The data has a token id outside the vocabulary, on all ranks, or too few targets.
         RunError: The loss of an exit is not finite.
     """
     boundaries = (*config.exits.boundaries, config.model.num_layers)
     is_last = ranks is None or ranks.stage + 1 == ranks.num_stages
     projections = {b: model.projection(b) for b in boundaries} if is_last else {}
-    averages: _Averages = {b: {name: Average() for name in _COLUMNS} for b in projections}
     num_rows = max(1, max_logits // model.num_logits)
-    num_tokens = 0
+    num_tokens = num_windows = 0
     for window in windows:
         check_window(window, config.model.vocab_size)
         tokens, targets = window[:-1], window[1:]
         features = _features(model, tokens, config.model.hidden_size, ranks)
         rows = counted_positions(window, eos_token_id).nonzero()[:, 0]
         if is_last and len(rows):
-            _add(averages, projections, features, targets, rows.split(num_rows), model, ranks)
+            chunks = rows.split(num_rows)
+            collector.add(
+                _columns(projections, features, targets, chunks, model, ranks, confidence)
+            )
         num_tokens += len(rows)
+        num_windows += len(rows) > 0
         if on_tokens is not None:
             on_tokens(len(targets))
     check_counted(num_tokens)
-    found = [_metrics(b, b == boundaries[-1], columns) for b, columns in averages.items()]
-    return num_tokens, tuple(ExitMetrics(**one) for one in _share(found, model, config, ranks))
+    collector.check(num_windows)
+    found = collector.result() if is_last else []
+    return num_tokens, _share(found, model, config, ranks)
 
 
 @torch.no_grad()
@@ -101,16 +121,16 @@ def _features(
 
 
 @torch.no_grad()
-def _add(
-    averages: _Averages,
+def _columns(
     projections: dict[int, Projection],
     features: dict[int, Tensor],
     targets: Tensor,
     chunks: Iterable[Tensor],
     model: TeacherForced,
     ranks: distributed.InferenceGrid | None,
-) -> None:
-    """Add the metrics of a window's rows, in chunks so that few logits are alive at once."""
+    confidence: Measure,
+) -> dict[int, Tensor]:
+    """Return `COLUMNS` [4, t] of each exit, in chunks so that few logits are alive at once."""
     gather = (lambda part: part) if ranks is None else ranks.gather
     *early, final_boundary = features
     parts: dict[int, list[Tensor]] = {boundary: [] for boundary in features}
@@ -118,7 +138,7 @@ def _add(
 
     def statistics(boundary: int, rows: Tensor) -> RowStatistics:
         logits = projections[boundary](features[boundary][rows])
-        return row_statistics(logits, targets[rows], model.first_id, gather)
+        return row_statistics(logits, targets[rows], model.first_id, gather, confidence)
 
     for chunk in chunks:
         rows = chunk.to(targets.device)
@@ -135,9 +155,9 @@ def _add(
                 ),
                 "confidence": one.confidence,
             }
-            parts[boundary].append(torch.stack([values[name].double() for name in _COLUMNS]).cpu())
-    for boundary, columns in parts.items():
-        found = torch.cat(columns, dim=1)  # [4, t]
+            parts[boundary].append(torch.stack([values[name].double() for name in COLUMNS]).cpu())
+    columns = {boundary: torch.cat(chunks, dim=1) for boundary, chunks in parts.items()}
+    for boundary, found in columns.items():
         if not found.isfinite().all():
             dtype = str(model.dtype).removeprefix("torch.")
             advice = "The weights are damaged. Check the checkpoint."
@@ -146,18 +166,7 @@ def _add(
             raise RunError(
                 f"the loss of the exit after layer {boundary} is not finite in {dtype}. {advice}"
             )
-        for name, column in zip(_COLUMNS, found, strict=True):
-            averages[boundary][name].add(column)
-
-
-def _metrics(boundary: int, is_final: bool, columns: dict[str, Average]) -> dict[str, Any]:
-    estimates = {name: average.estimate() for name, average in columns.items()}
-    found: dict[str, Any] = {"boundary": boundary, "is_final": is_final}
-    for name, estimate in estimates.items():
-        found[name] = estimate.value
-        if name in ("loss", "agreement"):
-            found |= {f"{name}_error": estimate.error, f"{name}_margin": estimate.margin}
-    return found
+    return columns
 
 
 def _share(

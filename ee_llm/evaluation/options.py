@@ -1,4 +1,4 @@
-"""The options of an evaluation, and their checks against the checkpoint."""
+"""The options of evaluations, and their checks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,8 @@ from ee_llm.inference.choices import DtypeName
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
-    """Measure the loss of every exit on given text."""
+class TextOptions:
+    """Options of the commands that run a model over given text."""
 
     checkpoint: Path
     """Checkpoint directory, or run directory, whose newest checkpoint is used."""
@@ -47,7 +47,12 @@ class EvaluateOptions:
     """Show a progress bar on standard error if it is a terminal."""
 
 
-def check_options(options: EvaluateOptions) -> None:
+@dataclass(frozen=True)
+class EvaluateOptions(TextOptions):
+    """Measure the loss of every exit on given text."""
+
+
+def check_options(options: TextOptions) -> None:
     """Raise RequestError for options that contradict each other or are out of range."""
     if not options.data and not options.text:
         raise RequestError(

@@ -3,12 +3,14 @@
 Legend of shapes: r rows, v vocabulary, n tensor-parallel ranks.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ee_llm.inference.choices import Measure
 from ee_llm.inference.exits.decision import summarize
 
 Gather = Callable[[Tensor], Tensor]
@@ -23,7 +25,7 @@ class RowStatistics:
         logprobs: Log probabilities [r, v / n] of this rank's part of the vocabulary.
         loss: Negative log probability [r] of the next token, in nats.
         top: Id [r] of the most probable token; of equal ones, the least.
-        confidence: Probability [r] of that token.
+        confidence: Confidence [r] of the exit, by default the probability of that token.
     """
 
     logprobs: Tensor
@@ -32,7 +34,13 @@ class RowStatistics:
     confidence: Tensor
 
 
-def row_statistics(logits: Tensor, targets: Tensor, first_id: int, gather: Gather) -> RowStatistics:
+def row_statistics(
+    logits: Tensor,
+    targets: Tensor,
+    first_id: int,
+    gather: Gather,
+    measure: Measure = "max_probability",
+) -> RowStatistics:
     """Return the statistics of rows; all tensor-parallel ranks must call this together.
 
     The ranks exchange four numbers per row and rank, and never logits.
@@ -42,6 +50,7 @@ def row_statistics(logits: Tensor, targets: Tensor, first_id: int, gather: Gathe
         targets: Ids [r] of the next tokens.
         first_id: Vocabulary id of the first column.
         gather: Exchange between the ranks.
+        measure: Measure of confidence; other than the probability, it takes another exchange.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     index = targets - first_id
@@ -53,11 +62,21 @@ def row_statistics(logits: Tensor, targets: Tensor, first_id: int, gather: Gathe
     greatest, shard = tops.max(dim=-1)
     total = (totals * (tops - greatest[:, None]).exp()).sum(dim=-1)
     normalizer = greatest + total.log()
+    logprobs = logits - normalizer[:, None]
+    if measure == "entropy":
+        information = gather(torch.special.entr(logprobs.exp()).sum(dim=-1, keepdim=True))
+        vocab_size = logits.shape[1] * information.shape[1]
+        confidence = (1 - information.sum(dim=-1) / math.log(vocab_size)).clamp(0.0, 1.0)
+    elif measure == "margin":
+        best = gather(logprobs.topk(2, dim=-1).values).topk(2, dim=-1).values.exp()
+        confidence = best[:, 0] - best[:, 1]
+    else:
+        confidence = 1 / total
     return RowStatistics(
-        logits - normalizer[:, None],
+        logprobs,
         normalizer - found.sum(dim=-1),
         ids.gather(-1, shard[:, None])[:, 0].long(),
-        1 / total,
+        confidence,
     )
 
 

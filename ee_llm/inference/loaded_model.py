@@ -121,7 +121,9 @@ class LoadedModel:
         template = None if chat_template is None else Path(chat_template)
         self._encoder = PromptEncoder(self.tokenizer, stated_bos(self._reader.path), template)
         self._policy = resolve_policy(
-            DEFAULT_THRESHOLD if exits is None else exits, self.config.exits.boundaries
+            DEFAULT_THRESHOLD if exits is None else exits,
+            self.config.exits.boundaries,
+            self._reader.fingerprint,
         )
         self._request_numbers = itertools.count(1)  # safe to use from several threads
         self._closing = ExitStack()
@@ -206,7 +208,9 @@ class LoadedModel:
         """Return the request for an encoded prompt. Raises RequestError if it is not valid."""
         name, speculation, contrast = resolve_strategy(strategy, self.config)
         boundaries = self.config.exits.boundaries
-        policy = self._policy if exits is None else resolve_policy(exits, boundaries)
+        policy = self._policy
+        if exits is not None:
+            policy = resolve_policy(exits, boundaries, self._reader.fingerprint)
         if contrast is not None and exits is not None and policy != policy.without_exits():
             raise RequestError(
                 f"strategy {name!r} runs every token through all layers, so exits cannot have"

@@ -164,18 +164,24 @@ class _PolicyFile(BaseModel):
 
     measure: Measure = "max_probability"
     thresholds: dict[int, float | Literal["off"] | None]
+    calibration: dict[str, Any] | None = None
 
 
-def resolve_policy(exits: Exits, boundaries: Sequence[int]) -> ExitPolicy:
+def resolve_policy(
+    exits: Exits, boundaries: Sequence[int], fingerprint: Callable[[], str] | None = None
+) -> ExitPolicy:
     """Return the exit policy that `exits` describes for a model with early exits at `boundaries`.
 
     Args:
         exits: A threshold for all exits, "off", thresholds by exit (the others are off), an
             `ExitPolicy`, or a JSON file {"measure": .., "thresholds": {"8": 0.9, "16": "off"}}.
         boundaries: Boundaries of the model's early exits.
+        fingerprint: Returns the model's fingerprint, which a calibrated policy must name. None
+            accepts the calibration of any model.
 
     Raises:
-        RequestError: A threshold is not valid, or the model has no such exit.
+        RequestError: A threshold is not valid, the model has no such exit, or the policy file was
+            calibrated for another model.
     """
     if isinstance(exits, ExitPolicy):
         exits.check_fits(boundaries)
@@ -184,6 +190,8 @@ def resolve_policy(exits: Exits, boundaries: Sequence[int]) -> ExitPolicy:
         return make_exit_policy(boundaries, [None])
     if isinstance(exits, str | Path):
         found = _read_policy(Path(exits))
+        if found.calibration is not None and fingerprint is not None:
+            _check_calibrated(exits, found.calibration, fingerprint())
         try:
             return _by_exit(found.thresholds, boundaries, found.measure)
         except RequestError as error:
@@ -227,6 +235,17 @@ def _by_exit(
     return ExitPolicy(
         tuple(boundaries), tuple(None if one == "off" else one for one in values), measure
     )
+
+
+def _check_calibrated(path: str | Path, calibration: Mapping[str, Any], expected: str) -> None:
+    found = calibration.get("fingerprint")
+    if found != expected:
+        raise RequestError(
+            f"Policy file {path} was calibrated for the model with fingerprint {found}"
+            f" ({calibration.get('checkpoint')}), but this model has {expected}. Run 'ee-llm"
+            ' calibrate\' on this model, or remove "calibration" from the file to use its'
+            " thresholds without a guarantee."
+        )
 
 
 def _read_policy(path: Path) -> _PolicyFile:

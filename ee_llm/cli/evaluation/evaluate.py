@@ -1,6 +1,5 @@
 """`ee-llm evaluate`: the loss of every exit on given text."""
 
-import json as json_module
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -49,23 +48,11 @@ def run_evaluate(arguments: list[str]) -> None:
     for name in ("json", "plot"):
         check_writable(f"--{name}", getattr(options, name))
     from ee_llm import distributed
+    from ee_llm.cli.evaluation.output import show
     from ee_llm.evaluation.evaluate import evaluate
-    from ee_llm.launch.rank import is_launched
 
     names = [field.name for field in fields(EvaluateOptions)]
     result = evaluate(EvaluateOptions(**{name: getattr(options, name) for name in names}))
-    if not distributed.is_rank_zero():
-        return
-    if options.plot is not None:
+    if options.plot is not None and distributed.is_rank_zero():
         result.save_plot(options.plot)
-    text = json_module.dumps(result.to_dict(), indent=2)
-    if options.json is not None and str(options.json) != "-":
-        options.json.write_text(f"{text}\n", encoding="utf-8")
-    if is_launched():  # The process that has started this rank prints the result.
-        return
-    if str(options.json) == "-":
-        print(text)
-        return
-    print(result)
-    if written := [str(path) for path in (options.json, options.plot) if path is not None]:
-        print(f"\nwrote {', '.join(written)}")
+    show(result, options.json, (options.plot,))

@@ -1,0 +1,55 @@
+"""`ee-llm calibrate`: thresholds of the exits for a stated risk."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ee_llm.cli.arguments.help import CommandHelp, Group
+from ee_llm.cli.arguments.output_files import check_writable
+from ee_llm.cli.arguments.parsing import parse
+from ee_llm.evaluation.calibration.options import CalibrateOptions
+
+COMMAND = CommandHelp(
+    "calibrate",
+    """Choose a threshold for each exit such that tokens rarely differ from the full model's, with a
+    guarantee, and write them to a policy file for 'ee-llm generate --policy'.
+
+    The text must not be the one that trained the exits, and must be like the text of later use. One
+    half of it is searched for thresholds, the other half tests them.""",
+    (
+        Group("Guarantee", "risk delta", "measure seed"),
+        Group("Text", "data text num_tokens", "seq_length"),
+        Group("Execution", "dtype", "tensor pipeline timeout_s"),
+        Group("Output", "output json", "progress"),
+    ),
+    (
+        "ee-llm calibrate runs/tuned --data data/held-out --risk 0.02 --output policy.json",
+        "ee-llm generate --checkpoint runs/tuned --policy policy.json --prompt Once",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class CalibrateCommandOptions(CalibrateOptions):
+    """The options of `ee-llm calibrate`."""
+
+    output: Path | None = None
+    """Policy file to write: the thresholds, their guarantee, and the model that they are for."""
+
+    json: Path | None = None
+    """File to write all figures to; - prints them and nothing else."""
+
+
+def run_calibrate(arguments: list[str]) -> None:
+    """Run `ee-llm calibrate`, on several ranks if the options say so."""
+    options = parse(CalibrateCommandOptions, COMMAND, arguments, ("checkpoint",))
+    for name in ("output", "json"):
+        check_writable(f"--{name}", getattr(options, name))
+    from ee_llm import distributed
+    from ee_llm.cli.evaluation.output import show
+    from ee_llm.evaluation.calibration.calibrate import calibrate
+
+    names = [field.name for field in fields(CalibrateOptions)]
+    result = calibrate(CalibrateOptions(**{name: getattr(options, name) for name in names}))
+    if options.output is not None and distributed.is_rank_zero():
+        result.save(options.output)
+    show(result, options.json, (options.output,))

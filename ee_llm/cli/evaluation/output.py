@@ -1,0 +1,31 @@
+"""Write and print the result of a command that runs a model over given text."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ee_llm import distributed
+from ee_llm.launch.rank import is_launched
+
+
+def show(result: Any, json_path: Path | None, written: tuple[Path | None, ...] = ()) -> None:
+    """Write a result as JSON and print it, on the first rank.
+
+    Args:
+        result: The result, with `to_dict`; its repr is what a person reads.
+        json_path: The file of --json; - prints the JSON and nothing else.
+        written: Other files that the command has written, to be named.
+    """
+    if not distributed.is_rank_zero():
+        return
+    text = json.dumps(result.to_dict(), indent=2)
+    if json_path is not None and str(json_path) != "-":
+        json_path.write_text(f"{text}\n", encoding="utf-8")
+    if is_launched():  # The process that has started this rank prints the result.
+        return
+    if str(json_path) == "-":
+        print(text)
+        return
+    print(result)
+    if names := [str(path) for path in (json_path, *written) if path is not None]:
+        print(f"\nwrote {', '.join(names)}")

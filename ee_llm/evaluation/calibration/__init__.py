@@ -1,0 +1,1 @@
+"""Calibration: thresholds with the largest saving whose risk has a finite-sample guarantee."""

@@ -1,0 +1,68 @@
+"""Collect the records of a text, and choose thresholds at its end."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ee_llm.architecture.tensors import tensor_shapes
+from ee_llm.config import Config
+from ee_llm.errors import RequestError
+from ee_llm.evaluation.calibration.choose import check_size, choose
+from ee_llm.evaluation.calibration.options import CalibrateOptions
+from ee_llm.evaluation.calibration.records import Records
+from ee_llm.evaluation.calibration.search import Costs
+from ee_llm.evaluation.measure import COLUMNS
+
+
+class Calibration:
+    """Collects the confidence and the disagreement of every early exit; see `measure.Collector`."""
+
+    def __init__(self, config: Config, options: CalibrateOptions) -> None:
+        """Raise RequestError for a model without early exits."""
+        self._boundaries = config.exits.boundaries
+        if not self._boundaries:
+            raise RequestError(
+                f"checkpoint = {options.checkpoint} has no early exits to calibrate. Add some with"
+                " 'ee-llm checkpoint add-exits', and tune them."
+            )
+        self._costs = Costs(self._boundaries, config.model.num_layers, head_cost(config))
+        self._options = options
+        self._confidence: list[Tensor] = []
+        self._losses: list[Tensor] = []
+
+    def add(self, columns: dict[int, Tensor]) -> None:
+        early = torch.stack([columns[boundary] for boundary in self._boundaries])  # [e, 4, t]
+        self._confidence.append(early[:, COLUMNS.index("confidence")].float())
+        self._losses.append(1 - early[:, COLUMNS.index("agreement")].float())
+
+    def check(self, num_windows: int) -> None:
+        check_size(num_windows, self._options.risk, self._options.delta)
+
+    def result(self) -> list[dict[str, Any]]:
+        lengths = torch.tensor([part.shape[1] for part in self._confidence])
+        records = Records(
+            self._boundaries,
+            torch.cat(self._confidence, dim=1),
+            torch.cat(self._losses, dim=1),
+            torch.arange(len(lengths)).repeat_interleave(lengths),
+        )
+        options = self._options
+        choice = choose(records, self._costs, options.risk, options.delta, options.seed)
+        return [asdict(choice) | {"full_cost": self._costs.full, "head_cost": self._costs.head}]
+
+
+def head_cost(config: Config) -> float:
+    """Return the weights of an exit's head over those of a layer: its cost when decoding.
+
+    Decoding one token reads every weight that it uses once, and little else takes time.
+    """
+    shapes = tensor_shapes(config)
+    boundary = config.exits.boundaries[0]
+    own = (name for name in shapes if name.startswith(f"exits.{boundary}."))
+    parts = sum(math.prod(shapes[name]) for name in own if not name.endswith("output.weight"))
+    output = config.model.vocab_size * config.model.hidden_size
+    layer = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("layers.1."))
+    return (parts + output) / layer

@@ -1,0 +1,141 @@
+"""The result of a calibration: an exit policy and what is known about it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ee_llm.atomic_file import AtomicFile
+from ee_llm.inference.choices import Measure
+from ee_llm.inference.exits.policy import ExitPolicy
+
+
+@dataclass(frozen=True, repr=False)
+class CalibrationResult:
+    """Thresholds of the exits and the risk that they keep; `repr` returns them as a table.
+
+    With a probability of at least 1 - delta over the choice of the text, the expected share of
+    tokens of a window whose exit disagrees with the final exit is at most `risk`. This holds for
+    text from the same source as the text of the calibration, if its windows are independent.
+
+    Attributes:
+        checkpoint: Directory of the checkpoint.
+        fingerprint: Fingerprint of its model, 16 hexadecimal digits.
+        inputs: Prefixes of prepared data, or text files.
+        num_layers: Number of layers of the model.
+        boundaries: Boundaries of the early exits.
+        thresholds: Threshold of each early exit; None is off.
+        measure: Measure of confidence.
+        risk: Greatest share of tokens that disagree.
+        delta: Greatest probability that the risk is exceeded.
+        loss: Share of tokens that disagree in the half of the text that tested the thresholds.
+        p_value: P-value of the hypothesis that the risk is exceeded; None with all exits off.
+        shares: Share of tokens that takes each exit, the final one last.
+        cost: Mean cost of a token in layers, with the heads that it computes.
+        full_cost: Cost of a token without early exits.
+        head_cost: Cost of an exit's head, in layers: the ratio of their weights.
+        least_final_share: Share of tokens that must take the final exit even with a perfect measure
+            of confidence.
+        num_windows: Number of windows that tested the thresholds.
+        num_tokens: Number of their tokens.
+        seq_length: Length of a window in tokens.
+        dtype: Name of the dtype of the computation.
+    """
+
+    checkpoint: str
+    fingerprint: str
+    inputs: tuple[str, ...]
+    num_layers: int
+    boundaries: tuple[int, ...]
+    thresholds: tuple[float | None, ...]
+    measure: Measure
+    risk: float
+    delta: float
+    loss: float
+    p_value: float | None
+    shares: tuple[float, ...]
+    cost: float
+    full_cost: float
+    head_cost: float
+    least_final_share: float
+    num_windows: int
+    num_tokens: int
+    seq_length: int
+    dtype: str
+
+    @property
+    def policy(self) -> ExitPolicy:
+        """The exit policy, for `LLM` and `LLM.generate`."""
+        return ExitPolicy(self.boundaries, self.thresholds, self.measure)
+
+    @property
+    def saving(self) -> float:
+        """Share of the layers and heads that the early exits save, at best."""
+        return 1 - self.cost / self.full_cost
+
+    @property
+    def mean_depth(self) -> float:
+        """Mean number of layers of a token."""
+        depths = (*self.boundaries, self.num_layers)
+        return sum(share * depth for share, depth in zip(self.shares, depths, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the attributes as values that JSON can represent."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CalibrationResult":
+        """Return the result that `to_dict` turned into these values."""
+        lists = ("inputs", "boundaries", "thresholds", "shares")
+        return cls(**{**values, **{name: tuple(values[name]) for name in lists}})
+
+    def save(self, path: str | Path) -> None:
+        """Write a policy file, which `exits` and `--policy` accept for this model.
+
+        Args:
+            path: The JSON file to write.
+        """
+        values = self.to_dict()
+        thresholds = dict(zip(map(str, self.boundaries), self.thresholds, strict=True))
+        content = {
+            "measure": values.pop("measure"),
+            "thresholds": thresholds,
+            "calibration": {
+                name: value
+                for name, value in values.items()
+                if name not in ("thresholds", "boundaries")
+            },
+        }
+        with AtomicFile(Path(path)) as file:
+            file.write(f"{json.dumps(content, indent=2)}\n".encode())
+            file.commit()
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{self.checkpoint}: thresholds of {self.measure}, calibrated on"
+            f" {' '.join(self.inputs)}",
+            f"risk {self.risk:g}: with probability {1 - self.delta:g}, at most {self.risk:.3%} of"
+            " tokens disagree with the final exit",
+            "",
+            "exit after  threshold  tokens",
+        ]
+        rows = zip(self.boundaries, self.thresholds, self.shares, strict=False)
+        for boundary, threshold, share in rows:
+            shown = "off" if threshold is None else f"{threshold:.4f}"
+            lines.append(f"layer {boundary:<4}  {shown:>9}  {share:6.1%}")
+        lines.append(f"layer {self.num_layers:<4}  {'final':>9}  {self.shares[-1]:6.1%}")
+        lines += [
+            "",
+            f"tested on {self.num_tokens:,} tokens in {self.num_windows:,} windows:"
+            f" {self.loss:.3%} disagree",
+            f"mean depth {self.mean_depth:.2f} of {self.num_layers} layers; with heads of"
+            f" {self.head_cost:.2f} layers, a token costs {self.cost:.2f} of {self.full_cost:.2f}"
+            f" layers: {self.saving:.1%} less",
+            f"even with a perfect measure of confidence, {self.least_final_share:.1%} of tokens"
+            " need the final exit",
+        ]
+        if self.p_value is None:
+            lines.append("no thresholds save anything at this risk, so all exits are off")
+        return "\n".join(lines)

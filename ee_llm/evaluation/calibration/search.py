@@ -1,0 +1,155 @@
+"""A path of thresholds, from no exits at all to ever more and riskier ones.
+
+A path is chosen on one part of the held-out text and tested on the other (Laufer-Goldenberg et al.,
+Efficiently controlling multiple risks with Pareto testing, arXiv 2210.07913), so that the test
+needs no correction for the choice.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from ee_llm.evaluation.calibration.records import Records
+
+NUM_LEVELS = 40
+"""Thresholds per exit that the search considers, at quantiles of the exit's confidence."""
+
+MAX_EXITS = 6
+"""Number of early exits up to which all subsets of them are searched."""
+
+Thresholds = tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The cost of a token by its exit, in layers.
+
+    Attributes:
+        boundaries: Boundaries of the early exits.
+        num_layers: Number of layers of the model.
+        head: Cost of computing the logits of one exit.
+    """
+
+    boundaries: tuple[int, ...]
+    num_layers: int
+    head: float = 0.0
+
+    def of(self, exits: Tensor, thresholds: Thresholds) -> Tensor:
+        """Return the cost [t] of tokens that take these exits (as in `Outcome`), float64.
+
+        A token computes the head of each exit that is not off up to its own, and the final exit's
+        if it takes that.
+        """
+        num_heads = 0
+        by_exit = []
+        for boundary, threshold in zip(self.boundaries, thresholds, strict=True):
+            num_heads += threshold is not None
+            by_exit.append(boundary + self.head * num_heads)
+        by_exit.append(self.num_layers + self.head * (num_heads + 1))
+        return torch.tensor(by_exit, dtype=torch.float64)[exits]
+
+    @property
+    def full(self) -> float:
+        """Cost of a token without early exits."""
+        return self.num_layers + self.head
+
+
+@dataclass(frozen=True)
+class Point:
+    """Thresholds with their outcome on the text of the search.
+
+    Attributes:
+        thresholds: One per early exit.
+        loss: Mean loss of a token.
+        cost: Mean cost of a token, in layers.
+    """
+
+    thresholds: Thresholds
+    loss: float
+    cost: float
+
+
+def find_path(records: Records, costs: Costs, limit: float) -> list[Point]:
+    """Return the path that reaches the least cost with a mean loss of at most `limit`.
+
+    The path starts without exits and ends beyond the limit, so that a test may go further if it
+    can. Each step lowers the threshold that saves most per additional loss.
+
+    Args:
+        records: The text of the search.
+        costs: The cost of each exit.
+        limit: Greatest mean loss of a token.
+    """
+    off: Thresholds = (None,) * len(records.boundaries)
+    best, best_cost = [_point(records, costs, off)], costs.full
+    for used in _subsets(len(records.boundaries)):
+        path = _greedy(records, costs, used, 2 * limit)
+        reached = min(point.cost for point in path if point.loss <= limit)
+        if reached < best_cost:
+            best, best_cost = path, reached
+    return best
+
+
+def find_uniform(records: Records, costs: Costs, limit: float) -> list[Point]:
+    """Return the path of thresholds that are equal at all exits, for comparison."""
+    points = [_point(records, costs, (None,) * len(records.boundaries))]
+    for level in _levels(records.confidence.flatten(), 4 * NUM_LEVELS):
+        points.append(_point(records, costs, (level,) * len(records.boundaries)))
+        if points[-1].loss > 2 * limit:
+            break
+    return points
+
+
+def _subsets(count: int) -> Iterator[tuple[int, ...]]:
+    """Yield the sets of exits that a path may use, each with at least one exit."""
+    if count > MAX_EXITS:
+        yield tuple(range(count))
+        yield from ((index,) for index in range(count))
+        return
+    for size in range(1, count + 1):
+        yield from combinations(range(count), size)
+
+
+def _greedy(records: Records, costs: Costs, used: tuple[int, ...], limit: float) -> list[Point]:
+    levels = {index: _levels(records.confidence[index], NUM_LEVELS) for index in used}
+    off: Thresholds = (None,) * len(records.boundaries)
+    path = [_point(records, costs, off)]
+    # All exits are evaluated from the first step on, so that a step only adds tokens that exit.
+    current = tuple(levels[i].pop(0) if i in used else None for i in range(len(off)))
+    path.append(_point(records, costs, current))
+    while path[-1].loss <= limit and any(levels.values()):
+        steps = []
+        for index in used:
+            if levels[index]:
+                lowered = list(path[-1].thresholds)
+                lowered[index] = levels[index][0]
+                steps.append((index, _point(records, costs, tuple(lowered))))
+        last = path[-1]
+        index, point = max(steps, key=lambda step: _worth(last, step[1]))
+        levels[index].pop(0)
+        path.append(point)
+    return path
+
+
+def _worth(before: Point, after: Point) -> float:
+    """Return what a step saves per additional loss; steps that lose nothing come first."""
+    saved, lost = before.cost - after.cost, after.loss - before.loss
+    return saved / max(lost, 1e-9)
+
+
+def _levels(confidence: Tensor, count: int) -> list[float]:
+    """Return thresholds in decreasing order, from one that hardly any token reaches."""
+    shares = torch.linspace(0, 1, count + 1, dtype=torch.float64)[1:]
+    ordered = confidence.double().sort(descending=True).values
+    places = (shares * (len(ordered) - 1)).long()
+    found = dict.fromkeys(ordered[places].tolist())
+    return [level for level in found if level > 0.0] or [1.0]
+
+
+def _point(records: Records, costs: Costs, thresholds: Thresholds) -> Point:
+    outcome = records.outcome(thresholds)
+    loss = float(outcome.losses.mean())
+    return Point(thresholds, loss, float(costs.of(outcome.exits, thresholds).mean()))
