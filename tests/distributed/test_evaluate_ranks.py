@@ -54,6 +54,33 @@ def _on_rank(place: Path, model: str, tensor: int, pipeline: int) -> EvaluationR
     return evaluate(place, model, tensor=tensor, pipeline=pipeline, timeout_s=30)
 
 
+def _calibrate(place: Path, tensor: int, pipeline: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return ee_llm.calibrate(
+        place / "own",
+        data=place / "data",
+        seq_length=2,
+        dtype="float64",
+        risk=0.4,
+        delta=0.5,
+        measure="margin",
+        tensor=tensor,
+        pipeline=pipeline,
+        timeout_s=30,
+    ).to_dict()
+
+
+def test_calibration_over_ranks_equals_that_of_one_process(place: Path) -> None:
+    """The last stage chooses, and every rank gets its choice."""
+    expected = _calibrate(place, 1, 1)
+    assert any(threshold is not None for threshold in expected["thresholds"])
+    for found in run_ranks(4, _calibrate, place, 2, 2):
+        assert found == {
+            name: pytest.approx(value, rel=1e-6) if isinstance(value, float | list) else value
+            for name, value in expected.items()
+        }
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
 def test_ranks_equal_one_process(place: Path, model: str, tensor: int, pipeline: int) -> None:

@@ -1,12 +1,15 @@
 """Statistics from parts of the vocabulary, as tensor-parallel ranks compute them."""
 
 from collections.abc import Callable
+from itertools import count
 
 import pytest
 import torch
 from torch import Tensor
 
 from ee_llm.evaluation.row_statistics import RowStatistics, divergence, row_statistics
+from ee_llm.inference.choices import Measure
+from ee_llm.inference.exits.policy import MEASURES
 
 NUM_ROWS, VOCABULARY = 6, 12
 
@@ -20,17 +23,23 @@ def make(seed: int, scale: float = 3.0) -> tuple[Tensor, Tensor]:
 def on_ranks(
     num_ranks: int, function: Callable[[int, Callable[[Tensor], Tensor]], object]
 ) -> list[object]:
-    """Call `function(rank, gather)` for each rank, twice: first to learn what each one gathers."""
-    parts: dict[int, Tensor] = {}
+    """Call `function(rank, gather)` for each rank, first to learn what each one gathers.
+
+    A function may gather twice, and the second part may depend on the first result.
+    """
+    parts: dict[tuple[int, int], Tensor] = {}
 
     def gather_of(rank: int) -> Callable[[Tensor], Tensor]:
+        calls = count()
+
         def gather(part: Tensor) -> Tensor:
-            parts[rank] = part
-            return torch.cat([parts.get(other, part) for other in range(num_ranks)], dim=-1)
+            call = next(calls)
+            parts[rank, call] = part
+            return torch.cat([parts.get((other, call), part) for other in range(num_ranks)], dim=-1)
 
         return gather
 
-    for rank in range(num_ranks):
+    for rank in (*range(num_ranks), *range(num_ranks)):
         function(rank, gather_of(rank))
     return [function(rank, gather_of(rank)) for rank in range(num_ranks)]
 
@@ -86,3 +95,19 @@ def test_bfloat16_logits_are_summed_in_float32() -> None:
     assert one.loss.dtype == torch.float32
     (exact,) = statistics(logits.bfloat16().double(), targets, 1)
     torch.testing.assert_close(one.loss.double(), exact.loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("measure", ["max_probability", "entropy", "margin"])
+def test_confidence_is_that_of_the_exit_policy(num_ranks: int, measure: Measure) -> None:
+    """A calibrated threshold must mean the same in generation."""
+    logits, targets = make(3)
+    size = VOCABULARY // num_ranks
+
+    def one(rank: int, gather: Callable[[Tensor], Tensor]) -> Tensor:
+        part = logits[:, rank * size : (rank + 1) * size]
+        return row_statistics(part, targets, rank * size, gather, measure).confidence
+
+    expected = MEASURES[measure](logits)
+    for found in on_ranks(num_ranks, one):
+        torch.testing.assert_close(found, expected)

@@ -1,0 +1,135 @@
+"""Calibration of a checkpoint: its records, its policy file, the command and its errors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ee_llm
+from ee_llm.cli.main import main
+from ee_llm.errors import DataError, RequestError, UserError
+from ee_llm.evaluation.calibration.result import CalibrationResult
+from tests.unit.evaluation.models import make_config, save, write_data, write_texts
+
+pytestmark = pytest.mark.thorough
+
+TEXTS = [f"{number} The quick brown fox jumps over the lazy dog. " * 4 for number in range(60)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two models of the same shape, one without exits, and data."""
+    path = tmp_path_factory.mktemp("place")
+    for name, options in {
+        "run": {"boundaries": (1, 2, 3), "output": "own"},
+        "other": {"boundaries": (1, 2, 3), "output": "own", "rope_theta": 5000.0},
+        "dense": {"boundaries": ()},
+    }.items():
+        save(path / name, make_config(**options))
+    write_data(path / "data", [[*text.encode(), 256] for text in TEXTS])
+    write_texts(path / "texts", TEXTS)
+    return path
+
+
+def calibrate(place: Path, model: str = "run", **given: Any) -> CalibrationResult:
+    options: dict[str, Any] = {"data": place / "data", "seq_length": 32, "dtype": "float64"}
+    options |= {"risk": 0.3, "progress": False}
+    return ee_llm.calibrate(place / model, **{**options, **given})
+
+
+@pytest.fixture(scope="module")
+def result(place: Path) -> CalibrationResult:
+    found = calibrate(place)
+    assert any(threshold is not None for threshold in found.thresholds), "the test needs exits"
+    return found
+
+
+def test_shares_and_costs_belong_together(result: CalibrationResult) -> None:
+    assert sum(result.shares) == pytest.approx(1)
+    assert result.loss <= result.risk
+    assert result.p_value is not None
+    assert result.p_value <= result.delta
+    cost, num_heads = 0.0, 0
+    for share, boundary, threshold in zip(
+        result.shares, (1, 2, 3, 4), (*result.thresholds, 1.0), strict=True
+    ):
+        num_heads += threshold is not None
+        cost += share * (boundary + result.head_cost * num_heads)
+    assert result.cost == pytest.approx(cost)
+    assert 0 < result.saving < 1
+    assert CalibrationResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_generation_disagrees_as_often_as_predicted(
+    place: Path, result: CalibrationResult, tmp_path: Path
+) -> None:
+    """Tokens of prompts from the same text take the exits that the calibration predicts."""
+    result.save(tmp_path / "policy.json")
+    prompts = [list(text.encode())[: 8 + number % 16] for number, text in enumerate(TEXTS)] * 4
+    params = ee_llm.SamplingParams(max_tokens=1, ignore_eos=True)
+    with ee_llm.LLM(place / "run", dtype="float64") as llm:
+        early = llm.generate(prompts, params, exits=tmp_path / "policy.json")
+        full = llm.generate(prompts, params, exits="off")
+    pairs = [(a.tokens[0], b.tokens[0]) for a, b in zip(early, full, strict=True)]
+    disagreement = sum(a.token_id != b.token_id for a, b in pairs) / len(pairs)
+    depth = sum(a.exit for a, _ in pairs) / len(pairs)
+    assert disagreement <= result.risk
+    assert depth == pytest.approx(result.mean_depth, abs=0.5)
+
+
+def test_a_policy_file_is_for_one_model(
+    place: Path, result: CalibrationResult, tmp_path: Path
+) -> None:
+    path = tmp_path / "policy.json"
+    result.save(path)
+    content = json.loads(path.read_text())
+    assert content["calibration"]["fingerprint"] == result.fingerprint
+    with ee_llm.LLM(place / "run", exits=path, dtype="float64"):
+        pass
+    with pytest.raises(RequestError, match=f"calibrated .* fingerprint {result.fingerprint}"):
+        ee_llm.LLM(place / "other", exits=path, dtype="float64")
+    del content["calibration"]
+    path.write_text(json.dumps(content))
+    with ee_llm.LLM(place / "other", exits=path, dtype="float64"):
+        pass
+
+
+@pytest.mark.parametrize("measure", ["entropy", "margin"])
+def test_other_measures_of_confidence(place: Path, measure: str) -> None:
+    found = calibrate(place, measure=measure)
+    assert found.policy.measure == measure
+    assert found.loss <= found.risk
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no exits": ({"model": "dense"}, "dense has no early exits to calibrate"),
+    "risk": ({"risk": 1.5}, "risk = 1.5 is not between 0 and 1"),
+    "delta": ({"delta": 0.0}, "delta = 0.0 is not between 0 and 1"),
+    "measure": ({"measure": "doubt"}, "measure = 'doubt' is unknown. Use one of max_prob"),
+    "too short": ({"risk": 0.001}, "windows, too few for risk = 0.001 with delta = 0.05"),
+    "no text": ({"data": ()}, "there is no text"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_mistakes(place: Path, case: str) -> None:
+    given, message = REFUSED[case]
+    with pytest.raises((RequestError, DataError, UserError), match=message):
+        calibrate(place, **given)
+
+
+def test_command_writes_a_policy_file(
+    place: Path, result: CalibrationResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy, record = tmp_path / "policy.json", tmp_path / "result.json"
+    data = ["--data", str(place / "data"), "--seq-length", "32", "--dtype", "float64"]
+    outputs = ["--output", str(policy), "--json", str(record)]
+    assert main(["calibrate", str(place / "run"), *data, "--risk", "0.3", *outputs]) == 0
+    assert capsys.readouterr().out == f"{result}\n\nwrote {record}, {policy}\n"
+    assert json.loads(record.read_text()) == result.to_dict()
+    command = ["generate", "--checkpoint", str(place / "run"), "--prompt", "The", "--json"]
+    assert main([*command, "--policy", str(policy), "--max-tokens", "3"]) == 0
+    capsys.readouterr()
+    assert main(["calibrate", str(place / "run"), *data, "--risk", "0.3", "--output", "no/a"]) == 2
+    assert "--output no/a: the folder no does not exist" in capsys.readouterr().err
