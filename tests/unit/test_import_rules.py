@@ -111,6 +111,7 @@ RULES = (
             "checkpoint",
             "inference",
             "launch",
+            "atomic_file",
             "errors",
         ),
     ),
