@@ -81,10 +81,16 @@ def check_add_exits(options: AddExitsOptions) -> Config:
                 )
         return config
     if method == "least-squares" and not {"translator", "norm"} <= set(config.exits.head):
+        remedy = "Use --head translator norm, or --initialization copy."
+        if existing := reader.config().exits.boundaries:
+            remedy = (
+                "All exits must be alike, so first remove the others with 'ee-llm checkpoint"
+                f" remove-exits --exits {' '.join(map(str, existing))}', or use --initialization"
+                " copy."
+            )
         raise UserError(
             "--initialization least-squares computes translators, which a norm must follow, but "
-            f"the head of these exits is {' '.join(config.exits.head) or 'empty'}. Use --head "
-            "translator norm, or --initialization copy."
+            f"the head of these exits is {' '.join(config.exits.head) or 'empty'}. {remedy}"
         )
     is_tied = config.exits.output == "tied" and not config.model.tie_embeddings
     if method == "least-squares" and is_tied:

@@ -285,10 +285,11 @@ def _learning_rate(config: ConfigFields) -> Iterator[str]:
             f"optimizer.min_lr = {optimizer.min_lr} is greater than optimizer.lr = {optimizer.lr}. "
             "Lower the former or raise the latter."
         )
+    limit = "optimizer.decay_steps" if optimizer.decay_steps else "training.steps"
     if optimizer.schedule != "constant" and optimizer.warmup_steps >= decay_steps:
         yield (
             f"optimizer.warmup_steps = {optimizer.warmup_steps} must be less than "
-            f"optimizer.decay_steps = {decay_steps}. Lower the former or raise the latter."
+            f"{limit} = {decay_steps}. Lower the former or raise the latter."
         )
     for name in ("min_lr", "decay_steps"):
         value = getattr(optimizer, name)

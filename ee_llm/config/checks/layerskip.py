@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from ee_llm.config.schema import ConfigFields
+from ee_llm.config.sections import ExitsConfig
 
 
 def layerskip_problems(config: ConfigFields) -> Iterator[str]:
@@ -99,12 +100,14 @@ def _depth_weights(config: ConfigFields) -> Iterator[str]:
             "weight of the exit after the first layer is 0. Add another boundary, or set "
             "exits.weighting = weights."
         )
-    elif 1 in exits.boundaries and (exits.output == "own" or set(exits.head) - {"norm"}):
+    elif 1 in exits.boundaries and (own := _own_parameters(exits)):
+        remedy = ["exits.output = shared"] if exits.output == "own" else []
+        remedy += ['exits.head = ["norm"]'] if set(exits.head) - {"norm"} else []
         yield (
             "exits.weighting = depth does not train the exit after the first layer, whose weight "
-            f"is 0, so exits.boundaries must not have 1 with exits.head = {list(exits.head)} and "
-            f"exits.output = {exits.output}: weight decay would shrink its own parameters. List "
-            "the boundaries from 2 on, or set exits.head = [norm] and exits.output = shared."
+            f"is 0, so exits.boundaries must not have 1 with {' and '.join(own)}: weight decay "
+            "would shrink its own parameters. List the boundaries from 2 on, or set "
+            f"{' and '.join(remedy)}."
         )
     if any(weight != 1 for weight in exits.weights):
         yield (
@@ -122,6 +125,12 @@ def _depth_weights(config: ConfigFields) -> Iterator[str]:
             f"{config.tuning.checkpoint}, because tuning does not train the final exit, against "
             "which these weights are defined. Set exits.weighting = weights."
         )
+
+
+def _own_parameters(exits: ExitsConfig) -> list[str]:
+    """Return the options that give an exit parameters beside its norm."""
+    own = ["exits.output = own"] if exits.output == "own" else []
+    return own + ([f"exits.head = {list(exits.head)}"] if set(exits.head) - {"norm"} else [])
 
 
 def _curriculum(config: ConfigFields) -> Iterator[str]:

@@ -64,7 +64,7 @@ def _nothing_to_train(config: ConfigFields) -> Iterator[str]:
             "norm, translator, mlp or block to exits.head."
         )
     weights = dict(zip(exits.boundaries, exits.weights, strict=False))
-    tuned = [weights.get(boundary) for boundary in config.tuning.exits]
+    tuned = [weights[boundary] for boundary in config.tuning.exits if boundary in weights]
     if tuned and not any(tuned) and exits.weight_schedule == "constant":
         yield (
             f"exits.weights = {list(exits.weights)} are 0 for all of tuning.exits = "
