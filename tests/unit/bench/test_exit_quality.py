@@ -38,11 +38,11 @@ def test_all_origins_are_measured_on_the_same_text(tmp_path):
     rows = written["rows"]
     assert [(row["origin"], row["boundary"]) for row in rows] == [
         (origin, boundary)
-        for origin in ("copy", "least squares", "distilled")
+        for origin in ("copy", "least squares", "labels", "distilled")
         for boundary in (2, 4, 5)
     ]
     assert len({row["final_loss"] for row in rows}) == 1, "the model itself does not change"
-    assert [row["tokens"] for row in rows[::3]] == [0, 600, 600 + 3 * 2 * 16]
+    assert [row["tokens"] for row in rows[::3]] == [0, 600, *[600 + 3 * 2 * 16] * 2]
     assert written["figures"] == figures_of(rows)
     assert rows[4]["agreement"] > rows[1]["agreement"]
 

@@ -191,7 +191,11 @@ CROSS_FIELD = {
     ),
     "warm-up longer than the run": (
         {"optimizer.warmup_steps": 1000},
-        "optimizer.warmup_steps = 1000 .*optimizer.decay_steps = 1000",
+        "optimizer.warmup_steps = 1000 must be less than training.steps = 1000",
+    ),
+    "warm-up longer than the decay": (
+        {"optimizer.warmup_steps": 90, "optimizer.decay_steps": 80},
+        "optimizer.warmup_steps = 90 must be less than optimizer.decay_steps = 80",
     ),
     "minimum learning rate of a constant schedule": (
         {"optimizer.schedule": "constant", "optimizer.min_lr": 1e-5},
