@@ -35,6 +35,11 @@ def initial_value(name: str, shape: Sequence[int], config: Config) -> torch.Tens
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
+def is_exit_norm(name: str) -> bool:
+    """Return whether a parameter is of an exit's norm, the final one included."""
+    return name.startswith("exits.") and ".norm." in name
+
+
 def copy_source(name: str, config: Config) -> str | None:
     """Return the name of the parameter that an exit's parameter `name` is copied from.
 

@@ -3,11 +3,11 @@
 import json
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ee_llm.cli.arguments.help import CommandHelp, Group
-from ee_llm.cli.arguments.parsing import parse
+from ee_llm.cli.arguments.parsing import narrowed, parse
 from ee_llm.conversion.options import ConvertOptions
 
 if TYPE_CHECKING:
@@ -46,11 +46,9 @@ def run_convert(arguments: list[str]) -> None:
     options = parse(ConvertCommandOptions, COMMAND, arguments, ("source",))
     from ee_llm.conversion.convert import convert
 
-    names = [field.name for field in fields(ConvertOptions)]
-    conversion = ConvertOptions(**{name: getattr(options, name) for name in names})
     # Libraries log to standard output, as DeepSpeed does when transformers imports it.
     with redirect_stdout(sys.stderr):
-        result = convert(conversion, progress=not options.json)
+        result = convert(narrowed(options, ConvertOptions), progress=not options.json)
     if options.json:
         print(json.dumps(_as_json(result)))
     else:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 
-from ee_llm.architecture.initial_values import copy_source
+from ee_llm.architecture.initial_values import copy_source, is_exit_norm
 from ee_llm.checkpoint.sharded import state_dict
 from ee_llm.checkpoint.sharded.shard_reader import read_under
 from ee_llm.checkpoint.warm_start import WarmStart
@@ -41,7 +41,7 @@ def share_norms(start: WarmStart, model: ParallelModel) -> None:
             start.reader.path,
         )
     for shard in state_dict.model_state(model.stages).values():
-        if shard.key.startswith("exits.") and ".norm." in shard.key:
+        if is_exit_norm(shard.key):
             source = copy_source(shard.key, model.config)
             assert source is not None, f"{shard.key} is copied from the final norm"
             read_under(start.reader, shard, source)

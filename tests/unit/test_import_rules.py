@@ -111,7 +111,6 @@ RULES = (
             "checkpoint",
             "inference",
             "launch",
-            "atomic_file",
             "errors",
         ),
     ),

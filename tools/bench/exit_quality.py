@@ -62,7 +62,7 @@ class Options:
     json: Path | None = None
     """Write the machine, rows and figures to this JSON file."""
     quick: bool = False
-    """Train a small model on Python's sources instead of reading a checkpoint: one minute on two
+    """Train a small model on Python's sources instead of reading a checkpoint: two minutes on two
     cores. Explicit options take precedence."""
     checkpoint: Path | None = None
     """Run directory or checkpoint of a model without exits; required without --quick."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ee_llm.architecture.initial_values import copy_source, initial_value
+from ee_llm.architecture.initial_values import copy_source, initial_value, is_exit_norm
 from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.checkpoint.read import MASTER, TensorReader
 from ee_llm.checkpoint.surgery.rewrite import (
@@ -87,7 +87,7 @@ def added(
     shapes = tensor_shapes(config)
     new = {name: shape for name, shape in shapes.items() if name not in reader}
     is_random = initialization == "random"
-    shared = {name for name in new if config.exits.norm == "shared" and ".norm." in name}
+    shared = {name for name in new if config.exits.norm == "shared" and is_exit_norm(name)}
     sources = {
         name: copy_source(name, config) if name in shared or not is_random else None for name in new
     }

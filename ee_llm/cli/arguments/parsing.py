@@ -13,8 +13,9 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Required, TypedDict, TypeVar
+from typing import Annotated, Any, Required, TypedDict, TypeVar, cast
 
 from ee_llm.cli.arguments.help import HELP_NAMES, CommandHelp, help_text
 from ee_llm.cli.arguments.options import Option, members, options_of, spelled
@@ -37,6 +38,16 @@ def parse(
         UserError: A path is empty.
     """
     return kind(**parse_values(options_of(kind, positional), command, arguments))
+
+
+def narrowed(options: Any, kind: type[_Kind]) -> _Kind:
+    """Return the part of a command's options that a function of the Python API takes.
+
+    Args:
+        options: Options of a command, whose class extends `kind`.
+        kind: The dataclass to return.
+    """
+    return kind(**{field.name: getattr(options, field.name) for field in fields(cast(Any, kind))})
 
 
 def parse_values(

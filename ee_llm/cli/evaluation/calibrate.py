@@ -1,11 +1,11 @@
 """`ee-llm calibrate`: thresholds of the exits for a stated risk."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from ee_llm.cli.arguments.help import CommandHelp, Group
 from ee_llm.cli.arguments.output_files import check_writable
-from ee_llm.cli.arguments.parsing import parse
+from ee_llm.cli.arguments.parsing import narrowed, parse
 from ee_llm.evaluation.calibration.options import CalibrateOptions
 
 COMMAND = CommandHelp(
@@ -48,8 +48,7 @@ def run_calibrate(arguments: list[str]) -> None:
     from ee_llm.cli.evaluation.output import show
     from ee_llm.evaluation.calibration.calibrate import calibrate
 
-    names = [field.name for field in fields(CalibrateOptions)]
-    result = calibrate(CalibrateOptions(**{name: getattr(options, name) for name in names}))
+    result = calibrate(narrowed(options, CalibrateOptions))
     if options.output is not None and distributed.is_rank_zero():
         result.save(options.output)
     show(result, options.json, (options.output,))

@@ -1,11 +1,11 @@
 """`ee-llm evaluate`: the loss of every exit on given text."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from ee_llm.cli.arguments.help import CommandHelp, Group
 from ee_llm.cli.arguments.output_files import check_writable
-from ee_llm.cli.arguments.parsing import parse
+from ee_llm.cli.arguments.parsing import narrowed, parse
 from ee_llm.evaluation.options import EvaluateOptions
 from ee_llm.evaluation.plot import check_suffix
 
@@ -51,8 +51,7 @@ def run_evaluate(arguments: list[str]) -> None:
     from ee_llm.cli.evaluation.output import show
     from ee_llm.evaluation.evaluate import evaluate
 
-    names = [field.name for field in fields(EvaluateOptions)]
-    result = evaluate(EvaluateOptions(**{name: getattr(options, name) for name in names}))
+    result = evaluate(narrowed(options, EvaluateOptions))
     if options.plot is not None and distributed.is_rank_zero():
         result.save_plot(options.plot)
     show(result, options.json, (options.plot,))

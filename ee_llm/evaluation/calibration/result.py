@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ee_llm.atomic_file import AtomicFile
 from ee_llm.inference.choices import Measure
 from ee_llm.inference.exits.policy import ExitPolicy
 
@@ -97,20 +96,9 @@ class CalibrationResult:
         Args:
             path: The JSON file to write.
         """
-        values = self.to_dict()
-        thresholds = dict(zip(map(str, self.boundaries), self.thresholds, strict=True))
-        content = {
-            "measure": values.pop("measure"),
-            "thresholds": thresholds,
-            "calibration": {
-                name: value
-                for name, value in values.items()
-                if name not in ("thresholds", "boundaries")
-            },
-        }
-        with AtomicFile(Path(path)) as file:
-            file.write(f"{json.dumps(content, indent=2)}\n".encode())
-            file.commit()
+        of_policy = ("measure", "thresholds", "boundaries")
+        known = {name: value for name, value in self.to_dict().items() if name not in of_policy}
+        self.policy.save(path, known)
 
     def __repr__(self) -> str:
         lines = [

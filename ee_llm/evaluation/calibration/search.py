@@ -93,16 +93,6 @@ def find_path(records: Records, costs: Costs, limit: float) -> list[Point]:
     return best
 
 
-def find_uniform(records: Records, costs: Costs, limit: float) -> list[Point]:
-    """Return the path of thresholds that are equal at all exits, for comparison."""
-    points = [_point(records, costs, (None,) * len(records.boundaries))]
-    for level in _levels(records.confidence.flatten(), 4 * NUM_LEVELS):
-        points.append(_point(records, costs, (level,) * len(records.boundaries)))
-        if points[-1].loss > 2 * limit:
-            break
-    return points
-
-
 def _subsets(count: int) -> Iterator[tuple[int, ...]]:
     """Yield the sets of exits that a path may use, each with at least one exit."""
     if count > MAX_EXITS:

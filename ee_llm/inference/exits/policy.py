@@ -117,10 +117,19 @@ class ExitPolicy:
                 f" exits at {list(boundaries)}."
             )
 
-    def save(self, path: str | Path) -> None:
-        """Write the policy to a JSON file, which `exits` and `--policy` accept."""
+    def save(self, path: str | Path, calibration: Mapping[str, Any] | None = None) -> None:
+        """Write the policy to a JSON file, which `exits` and `--policy` accept.
+
+        Args:
+            path: The file.
+            calibration: What is known about the policy, with the "fingerprint" of the only model
+                that accepts the file.
+        """
         thresholds = dict(zip(map(str, self.boundaries), self.thresholds, strict=True))
-        text = json.dumps({"measure": self.measure, "thresholds": thresholds}, indent=2)
+        content: dict[str, Any] = {"measure": self.measure, "thresholds": thresholds}
+        if calibration is not None:
+            content["calibration"] = dict(calibration)
+        text = json.dumps(content, indent=2)
         with AtomicFile(Path(path)) as file:
             file.write(f"{text}\n".encode())
             file.commit()
