@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ee_llm.architecture.gates import Gate
 from ee_llm.architecture.parameter_names import output_weight_name
 from ee_llm.architecture.rotary import inverse_frequencies
 from ee_llm.architecture.tensor_parallel import group_qkv
@@ -107,6 +108,13 @@ class ReferenceModel:
         """Return the logits [..., v] of the exit at `boundary` for its hidden states [..., h]."""
         weight = self._tensors[output_weight_name(self.config, boundary)]
         return F.linear(hidden, weight) / self._temperature[boundary]
+
+    def gate(self, boundary: int, x: Tensor) -> Tensor:
+        """Return the confidence [r] of the gate of an exit, which the tensors must include.
+
+        x: rows [r, h] of the residual stream at the boundary.
+        """
+        return Gate(self._tensors, boundary, self.config.model.norm_eps)(x)
 
     def forward(self, tokens: Tensor) -> dict[int, Tensor]:
         """Return {boundary: logits [s, v]} of every exit for int64 tokens [s]."""

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
+from ee_llm.architecture.gates import PREFIX, check_gates
 from ee_llm.config import Config, ModelConfig
 from ee_llm.errors import UserError
 
@@ -56,7 +57,10 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 class Converted(LazyTensors):
-    """Tensors in another dtype or on another device, each converted on access."""
+    """Tensors in another dtype or on another device, each converted on access.
+
+    Gates are not rounded below float32.
+    """
 
     def __init__(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str
@@ -64,7 +68,10 @@ class Converted(LazyTensors):
         self._tensors, self._dtype, self._device = tensors, dtype, device
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].to(device=self._device, dtype=self._dtype)
+        dtype = self._dtype
+        if name.startswith(PREFIX):
+            dtype = torch.promote_types(dtype, torch.float32)
+        return self._tensors[name].to(device=self._device, dtype=dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -85,11 +92,14 @@ def take_tensors(
 ) -> Mapping[str, Tensor]:
     """Return the model's tensors by name, each converted to `dtype` and `device` on access.
 
+    The tensors of gates may be among them.
+
     Raises UserError naming the tensors that are missing or unknown, or the one with a wrong shape.
     """
     shapes = tensor_shapes(config)
     missing = [name for name in shapes if name not in tensors]
-    unknown = [name for name in tensors if name not in shapes]
+    gates = [name for name in tensors if name.startswith(PREFIX)]
+    unknown = [name for name in tensors if name not in shapes and name not in gates]
     if missing or unknown:
         raise UserError(
             "the weights do not fit the configuration: "
@@ -104,6 +114,7 @@ def take_tensors(
                 f"tensor {name} has shape {found}, but the configuration requires {shape}. Use the"
                 " configuration with which the weights were saved."
             )
+    check_gates(config, {name: _shape(tensors, name) for name in gates})
     return Converted(tensors, dtype, device)
 
 

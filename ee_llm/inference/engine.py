@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ee_llm import distributed
+from ee_llm.architecture.gates import gated_boundaries
 from ee_llm.architecture.tensors import take_tensors
 from ee_llm.config import Config
 from ee_llm.inference.choices import DeferralMode
@@ -20,7 +21,9 @@ from ee_llm.inference.exits.decision import (
     can_decide_from_summaries,
     decide_exits,
     decide_from_summaries,
+    join_results,
     make_query,
+    split_by_confidence,
 )
 from ee_llm.inference.request import ExitResult
 from ee_llm.inference.scheduling.config import SchedulerConfig
@@ -56,7 +59,7 @@ class Engine(EngineBase):
 
         Args:
             config: The model's configuration.
-            tensors: The weights.
+            tensors: The weights, and those of gates if there are any.
             dtype: Precision to compute in.
             scheduler_config: Limits and the size of the K/V cache.
             detokenize: Function from token ids to text, for stop strings.
@@ -73,7 +76,7 @@ class Engine(EngineBase):
         """
         self.scheduler_config = scheduler_config or SchedulerConfig()
         self.scheduler = Scheduler(len(config.exits.boundaries) + 1, self.scheduler_config)
-        super().__init__(config, self.scheduler, detokenize, ranks)
+        super().__init__(config, self.scheduler, detokenize, ranks, gated_boundaries(tensors))
         (layer_ranges,) = partition_layers(config)
         stage = ModelStage(
             config,
@@ -131,13 +134,18 @@ class Engine(EngineBase):
             for rows in output.logit_rows
             for position in range(rows.start, rows.stop)
         ]
-        if self.runner.has_workers and can_decide_from_summaries(queries):
-            return decide_from_summaries(self.runner.run_summarized(output), queries)
-        logits = self.runner.run(output)
+        is_summarized = self.runner.has_workers and can_decide_from_summaries(
+            queries, output.hidden_queries
+        )
+        run = self.runner.run_summarized if is_summarized else self.runner.run
+        logits, confidences = run(output)
+        declined, others = split_by_confidence(queries, confidences)
+        if is_summarized:
+            return join_results(declined, decide_from_summaries(logits, others))
         if output.early_queries:
             early = self.runner.early_logits(output)
             logits = contrast_rows(logits, early, [query.contrast for query in queries])
-        return decide_exits(logits, queries)
+        return join_results(declined, decide_exits(logits, others))
 
     def _update_deferral(
         self,

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from typing import Self
 
 from ee_llm import distributed
 from ee_llm.config import Config
 from ee_llm.errors import RequestError, RunError
 from ee_llm.inference.decoding.settings import resolve_contrast
+from ee_llm.inference.exits.policy import check_exits
 from ee_llm.inference.outputs import RequestOutput, StepOutput, TokenOutput
 from ee_llm.inference.request import Request
 from ee_llm.inference.scheduling.base import SchedulerBase
@@ -88,8 +89,11 @@ class EngineBase(ABC):
         scheduler: SchedulerBase,
         detokenize: Detokenize | None,
         ranks: distributed.InferenceGrid | None,
+        gated: Collection[int] = (),
     ) -> None:
+        """Start without requests. gated: boundaries of the exits that have a gate."""
         self.config = config
+        self._gated = frozenset(gated)
         self.boundaries = (*config.exits.boundaries, config.model.num_layers)
         self._scheduler = scheduler
         self._detokenize = detokenize
@@ -213,14 +217,7 @@ class EngineBase(ABC):
                     f"Token id {token} in stop_token_ids is outside model.vocab_size ="
                     f" {model.vocab_size}. Remove it, since the model cannot generate it."
                 )
-        exits = list(self.boundaries[:-1])
-        request.policy.check_fits(exits)
-        speculation = request.speculation
-        if speculation is not None and speculation.draft_exit not in exits:
-            raise RequestError(
-                f"draft_exit = {speculation.draft_exit} is not an exit. The model has exits at"
-                f" {exits}."
-            )
+        check_exits(request, self.boundaries[:-1], self._gated)
         contrast = request.contrast
         if contrast is not None and resolve_contrast(contrast, self.config) != contrast:
             raise RequestError(

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ee_llm import distributed
+from ee_llm.architecture.gates import gated_boundaries
 from ee_llm.architecture.tensors import take_tensors
 from ee_llm.config import Config
 from ee_llm.inference.engine_base import EngineBase
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.execution.pipeline_runner import PipelineRunner
 from ee_llm.inference.execution.stage import ModelStage, make_shard, partition_layers
-from ee_llm.inference.execution.wire import decode_results
+from ee_llm.inference.scheduling.wire import decode_results
 from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.pipeline_scheduler import (
     PipelineScheduler,
@@ -47,7 +48,7 @@ class PipelineEngine(EngineBase):
         """
         scheduler_config = scheduler_config or SchedulerConfig()
         self.scheduler = PipelineScheduler(scheduler_config, ranks.num_stages)
-        super().__init__(config, self.scheduler, detokenize, ranks)
+        super().__init__(config, self.scheduler, detokenize, ranks, gated_boundaries(tensors))
         self._grid = ranks
         stage = ModelStage(
             config,

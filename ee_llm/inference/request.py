@@ -92,6 +92,8 @@ class ExitResult:
         is_finite: Whether all logits of the row are finite. If not, the sequence ends with an
             error.
         top_logprobs: Most probable tokens of this exit and their log probabilities, if requested.
+        predicted: If the row does not exit, the token ids of this exit that the measure of deeper
+            exits needs.
     """
 
     slot: int
@@ -102,3 +104,4 @@ class ExitResult:
     logprob: float
     is_finite: bool = True
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    predicted: tuple[int, ...] = ()

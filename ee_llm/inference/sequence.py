@@ -7,6 +7,7 @@ newest row is the *frontier*. Segment s ends at exit s, the last segment at the 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ee_llm.inference.choices import Measure, logit_measure
 from ee_llm.inference.request import ExitResult, FinishReason, Request
 from ee_llm.inference.text.detokenizer import GeneratedText
 
@@ -31,6 +32,7 @@ class Sequence:
         watermarks: watermarks[s] leading positions have been processed by segment s; they do not
             increase with s.
         declined: Deepest exit that the frontier did not take; -1 before the first.
+        predicted: Token ids that this exit predicted, if the measure of deeper exits needs them.
         slot: Slot in the scheduler; -1 while the sequence waits.
         blocks: Blocks of the K/V cache, in order of positions.
         keys: Keys of the leading full blocks, by which other sequences find them.
@@ -58,6 +60,7 @@ class Sequence:
     num_confirmed: int = 0
     watermarks: list[int] = field(default_factory=list)
     declined: int = -1
+    predicted: tuple[int, ...] = ()
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
@@ -145,6 +148,11 @@ class Sequence:
         assert threshold is not None, f"the exit after segment {segment} is off"
         return threshold
 
+    def measure(self, segment: int) -> Measure:
+        """Return the measure of confidence of the exit at the end of `segment`."""
+        measure = self.request.policy.measure
+        return measure if self.threshold(segment) > 0.0 else logit_measure(measure)
+
     def history(self, position: int) -> tuple[int, ...]:
         """Return the distinct tokens up to `position`, in any order, for a repetition penalty.
 
@@ -192,9 +200,9 @@ class Sequence:
             self.finish_reason, self.error, self.is_tainted = "error", NON_FINITE, True
             return False
         if not result.exited:
-            self.declined = segment
+            self.declined, self.predicted = segment, result.predicted
             return True
-        self.declined = -1
+        self.declined, self.predicted = -1, ()
         is_final = segment == self.last_segment
         if self.request.speculation is not None and not is_final:
             assert result.position + 1 == len(self.tokens), "a draft follows the newest row"
@@ -223,7 +231,7 @@ class Sequence:
         if len(self.tokens) > self.num_confirmed:  # Drafts are made again.
             self._count(min(self._num_counted, self.num_confirmed))
             del self.tokens[self.num_confirmed :]
-            self.declined = -1
+            self.declined, self.predicted = -1, ()
         self.watermarks = [0] * len(self.boundaries)
         self.slot, self.blocks = -1, []
         self.num_tabled = self.num_published = self.num_cached = 0

@@ -1,11 +1,10 @@
 """The options of a calibration."""
 
 from dataclasses import dataclass
-from typing import get_args
 
 from ee_llm.errors import RequestError
 from ee_llm.evaluation.options import TextOptions
-from ee_llm.inference.choices import Measure
+from ee_llm.inference.choices import MEASURES, Measure
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ def check_calibration(options: CalibrateOptions) -> None:
         value = getattr(options, name)
         if not isinstance(value, int | float) or not 0.0 < value < 1.0:  # NaN fails too
             raise RequestError(f"{name} = {value!r} is not between 0 and 1. Use 0.05, say.")
-    if options.measure not in get_args(Measure):
+    if options.measure not in MEASURES:
         raise RequestError(
-            f"measure = {options.measure!r} is unknown. Use one of {', '.join(get_args(Measure))}."
+            f"measure = {options.measure!r} is unknown. Use one of {', '.join(MEASURES)}."
         )

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ee_llm import distributed
 from ee_llm.inference.execution.attention import Batch
+from ee_llm.inference.execution.head import HiddenRows
 
 # With more rows, the kernels take longer than their launches.
 MAX_ROWS = 128
 
-RunSegment = Callable[[int, Tensor, Batch], tuple[Tensor, Tensor]]
+RunSegment = Callable[[int, Tensor, Batch], HiddenRows]
 
 
 class CudaGraph:
@@ -52,18 +53,15 @@ class CudaGraph:
         rows = batch.positions.new_zeros(num_rows)
         self._batch = replace(batch, positions=rows, writes=rows.clone(), paged=paged)
         self._paged = paged
-        self._outputs: tuple[Tensor, ...] = ()
+        self._outputs = HiddenRows(self._x, self._x, self._x)
 
         def work() -> None:
             self._outputs = run(segment, self._x, self._batch)
 
         self._replay = distributed.record(work)
 
-    def __call__(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the rows [t, h] after the segment, and before the MLP of its last layer.
-
-        The next call overwrites both.
-        """
+    def __call__(self, x: Tensor, batch: Batch) -> HiddenRows:
+        """Return the rows [t, h] at the end of the segment; the next call overwrites them."""
         assert batch.paged is not None, "only paged kernels have fixed shapes"
         count = len(x)
         inputs = (
@@ -77,8 +75,7 @@ class CudaGraph:
             target[:count] = source
             target[count:] = padding
         self._replay()
-        after, attended = self._outputs
-        return after[:count], attended[:count]
+        return HiddenRows(*(part[:count] for part in self._outputs))
 
 
 class CudaGraphs:
@@ -92,7 +89,7 @@ class CudaGraphs:
         """Return whether a graph runs this many rows; their batch must then be made by row."""
         return all_attend and 0 < num_rows <= MAX_ROWS
 
-    def __call__(self, segment: int, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, segment: int, x: Tensor, batch: Batch) -> HiddenRows:
         """Return the result of `ModelStage.run`."""
         if not self.fits(len(x), batch.live is None):
             return self._run(segment, x, batch)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ee_llm.inference.execution.attention import Batch, Run
+from ee_llm.inference.execution.head import HiddenRows
 from ee_llm.inference.execution.stage import ModelStage
 from ee_llm.inference.scheduling.output import EarlyQuery
 
@@ -37,7 +38,7 @@ def run_with_early(
     queried: Items[QueriedRow],
     make_batch: MakeBatch,
     keep: Callable[[int, list[EarlyQuery], Tensor], None],
-) -> tuple[Tensor, Tensor]:
+) -> HiddenRows:
     """Return what `ModelStage.run` returns, and hand over the queried rows at each boundary.
 
     Args:
@@ -60,15 +61,15 @@ def run_with_early(
 
     if layer_range.first == 1:
         on_layer(0, x)
-    x, attended = stage.run(index, x, batch, on_layer)
+    hidden = stage.run(index, x, batch, on_layer)
     boundary = layer_range.last
     here = [q for q in queried if q.query.head == "exits" and boundary in q.query.boundaries]
     if here:
         runs = [Run(query.slot, query.position, query.position + 1, row) for query, row in here]
         block_batch = make_batch(runs) if stage.has_block(index) else None
-        logits = stage.logits(index, x, attended, runs, block_batch)
+        logits = stage.logits(index, hidden, runs, block_batch)
         keep(boundary, [q.query for q in here], logits)
-    return x, attended
+    return hidden
 
 
 def split_queries(queries: Items[EarlyQuery], num_logits: int) -> Iterator[list[int]]:

@@ -31,6 +31,14 @@ class Linear:
         self._is_packed = packs and is_packable(weight)
         self._weight = _pack(weight) if self._is_packed else weight
 
+        self._plain: Tensor | None = None
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """Return the rows [.., i] of the weight for some outputs [..]."""
+        if self._plain is None:  # A packed weight has no rows, so a copy is kept from here on.
+            self._plain = self._weight.to_dense() if self._is_packed else self._weight
+        return self._plain[outputs]
+
     def __call__(self, x: Tensor) -> Tensor:
         if self._is_packed:
             return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")

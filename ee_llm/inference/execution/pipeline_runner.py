@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ee_llm import distributed
+from ee_llm.inference.choices import logit_measure
 from ee_llm.inference.decoding.contrast import EarlyLogits, contrast_rows
 from ee_llm.inference.execution.attention import Batch, Run, live_runs
 from ee_llm.inference.execution.early_rows import (
@@ -19,18 +20,31 @@ from ee_llm.inference.execution.early_rows import (
     split_queries,
 )
 from ee_llm.inference.execution.executor import ExecutionConfig, Executor
+from ee_llm.inference.execution.head import HiddenRows
 from ee_llm.inference.execution.runner import runs_of
 from ee_llm.inference.execution.stage import ModelStage
-from ee_llm.inference.execution.wire import PassEnvelope, decode_pass, encode_pass, encode_results
+from ee_llm.inference.scheduling.wire import (
+    PassEnvelope,
+    decode_pass,
+    encode_results,
+    num_predicted,
+)
 from ee_llm.inference.exits.decision import (
     ExitQuery,
     can_decide_from_summaries,
     decide_exits,
     decide_from_summaries,
+    join_results,
+    split_by_confidence,
     summarize,
 )
 from ee_llm.inference.scheduling.config import SchedulerConfig
-from ee_llm.inference.scheduling.output import EarlyQuery, make_early_query
+from ee_llm.inference.scheduling.output import (
+    EarlyQuery,
+    HiddenQuery,
+    is_hidden,
+    make_early_query,
+)
 from ee_llm.inference.scheduling.pipeline_scheduler import (
     PipelineSchedulerOutput,
     StageResult,
@@ -71,7 +85,7 @@ class PipelineRunner:
 
         Args:
             output: The pass.
-            passed: The pass as received, with the exits taken so far.
+            passed: The pass as received, with the exits taken so far, which are updated.
             x: Hidden states [t, h] from the previous stage.
         """
         exited, is_late = passed.exited, passed.is_late
@@ -101,23 +115,23 @@ class PipelineRunner:
                 tokens = torch.tensor(output.tokens, device=self._stage.device)
                 x = self._stage.embed(tokens, batch.positions)
             if queried:
-                x, attended = self._run_with_early(index, x, batch, queried, runs)
+                hidden = self._run_with_early(index, x, batch, queried, runs)
             else:
-                x, attended = self._executor.run(index, x, batch)
+                hidden = self._executor.run(index, x, batch)
+            x = hidden.x
             if index == len(self._segments) - 1:
                 is_early = self._may_send_on(output) and (is_late or segment is not None)
             if is_early:
                 self._send_on(passed.message(is_late=True), x, early_queries)
             if segment is not None:
                 if is_late:
-                    exited[:], is_late = self._ranks.receive_previous_numbers(len(exited)), False
-                stage_results += self._evaluate_exit(
-                    index, segment, output, exited, runs, x, attended
-                )
+                    self._receive_states(output, passed)
+                    is_late = False
+                stage_results += self._evaluate_exit(index, segment, output, passed, runs, hidden)
         if is_late:
-            exited[:] = self._ranks.receive_previous_numbers(len(exited))
+            self._receive_states(output, passed)
         if is_early:
-            self._ranks.send_next_numbers(exited)
+            self._ranks.send_next_numbers(passed.numbers(num_predicted(output)))
         else:
             self._send_on(passed.message(), x, early_queries)
         return stage_results
@@ -141,7 +155,7 @@ class PipelineRunner:
 
     def run_first_stage(self, output: PipelineSchedulerOutput) -> list[StageResult]:
         """Start a pass through all stages and return the results of the first stage's exits."""
-        passed = PassEnvelope([-1] * len(output.frontiers), encode_pass(output))
+        passed = PassEnvelope.of_new(output)
         if self._ranks.tensor_size > 1:
             self._ranks.broadcast(passed.message())
         return self.run(output, passed, self._no_rows())
@@ -177,7 +191,7 @@ class PipelineRunner:
 
     def _run_with_early(
         self, index: int, x: Tensor, batch: Batch, queried: Items[QueriedRow], runs: Items[Run]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> HiddenRows:
         """Run a layer range and keep the queried rows at its boundaries."""
         return run_with_early(
             self._stage,
@@ -195,6 +209,12 @@ class PipelineRunner:
         freezes = any(frontier.freezes for frontier in output.frontiers)
         return not is_last and bool(output.frontiers) and not freezes
 
+    def _receive_states(self, output: PipelineSchedulerOutput, passed: PassEnvelope) -> None:
+        """Receive what the previous stage's last exit decided after it sent the hidden states."""
+        width = num_predicted(output)
+        count = len(passed.exited) * (1 + width)
+        passed.update(self._ranks.receive_previous_numbers(count), width)
+
     def _no_rows(self) -> Tensor:
         shape = (0, self._stage.hidden_size)
         return torch.empty(shape, dtype=self._stage.dtype, device=self._stage.device)
@@ -204,19 +224,26 @@ class PipelineRunner:
         index: int,
         segment: int,
         output: PipelineSchedulerOutput,
-        exited: list[int],
+        passed: PassEnvelope,
         runs: Items[Run],
-        x: Tensor,
-        attended: Tensor,
+        hidden: HiddenRows,
     ) -> list[StageResult]:
         """Return the results of the exit that ends `segment` for the rows that may exit.
 
-        The segments of rows that exit are entered in `exited`.
+        The segments of rows that exit, and what the others need to know at deeper exits, are
+        entered in `passed`.
         """
-        numbers, queries, rows = [], [], []
-        for number, (frontier, exit) in enumerate(zip(output.frontiers, exited, strict=True)):
+        numbers: list[int] = []
+        queries: list[ExitQuery] = []
+        rows: list[Run] = []
+        hidden_queries: list[HiddenQuery] = []
+        for number, frontier in enumerate(output.frontiers):
             threshold, position = frontier.thresholds[segment], frontier.position
-            if exit < 0 and threshold is not None:
+            if passed.exited[number] < 0 and threshold is not None:
+                measure = frontier.measure if threshold > 0.0 else logit_measure(frontier.measure)
+                predicted = passed.predicted[number]
+                if is_hidden(measure, predicted):
+                    hidden_queries.append(HiddenQuery(len(rows), measure, threshold, predicted))
                 numbers.append(number)
                 rows.append(Run(frontier.slot, position, position + 1, frontier.row))
                 queries.append(
@@ -224,34 +251,42 @@ class PipelineRunner:
                         frontier.slot,
                         position,
                         threshold,
-                        frontier.measure,
+                        measure,
                         frontier.sampling_params,
                         frontier.history,
                         frontier.banned,
                         frontier.contrast,
+                        predicted,
                     )
                 )
-        batch = None
-        if self._stage.has_block(index):
-            batch = self._executor.batch(runs, rows)
-        logits = self._stage.logits(index, x, attended, rows, batch)
-        if self._ranks.tensor_size > 1 and can_decide_from_summaries(queries):
+        logits, confidences = self._stage.evaluate_exit(
+            index,
+            hidden,
+            rows,
+            hidden_queries,
+            lambda live: self._executor.batch(runs, live),
+            self._ranks.gather,
+        )
+        declined, others = split_by_confidence(queries, confidences)
+        if self._ranks.tensor_size > 1 and can_decide_from_summaries(queries, hidden_queries):
             summaries = self._ranks.gather(summarize(logits, self._stage.first_id))
-            results = decide_from_summaries(summaries, queries)
+            results = decide_from_summaries(summaries, others)
         else:
             logits = self._ranks.gather(logits)
-            if any(query.contrast is not None for query in queries):
-                logits = self._contrast(logits, queries)
-            results = decide_exits(logits, queries)
+            if any(query.contrast is not None for query in others):
+                logits = self._contrast(logits, others)
+            results = decide_exits(logits, others)
         stage_results = []
-        for number, result in zip(numbers, results, strict=True):
+        for number, result in zip(numbers, join_results(declined, results), strict=True):
             is_draft = output.frontiers[number].is_draft and segment != self._last_segment
             if is_draft and not result.is_finite:
                 continue  # The final exit decides whether this row counts.
             if result.exited:
                 stage_results.append(StageResult(number, segment, result))
                 if not is_draft:
-                    exited[number] = segment
+                    passed.exited[number] = segment
+            else:
+                passed.predicted[number] = result.predicted
         return stage_results
 
     def _contrast(self, logits: Tensor, queries: Items[ExitQuery]) -> Tensor:

@@ -31,6 +31,14 @@ class Int8Linear:
         self._product = module
         self._bias = bias
 
+        self._plain: Tensor | None = None
+
+    def rows(self, outputs: Tensor) -> Tensor:
+        """Return the rows [.., i] of the rounded weight for some outputs [..]."""
+        if self._plain is None:
+            self._plain = self._product.weight.dequantize()
+        return self._plain[outputs]
+
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = self._product(x)
         return y if self._bias is None else y + self._bias

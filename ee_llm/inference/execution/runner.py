@@ -21,8 +21,9 @@ from ee_llm.inference.execution.early_rows import (
     split_queries,
 )
 from ee_llm.inference.execution.executor import ExecutionConfig, Executor
+from ee_llm.inference.execution.head import HiddenRows
 from ee_llm.inference.execution.stage import ModelStage
-from ee_llm.inference.execution.wire import decode_scheduler_output, encode_scheduler_output
+from ee_llm.inference.scheduling.wire import decode_scheduler_output, encode_scheduler_output
 from ee_llm.inference.exits.decision import summarize
 from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.deferral import LatencyProfile
@@ -65,14 +66,20 @@ class Runner:
             for _ in stage.layer_ranges[:-1]
         ]
 
-    def run(self, output: SchedulerOutput) -> Tensor:
-        """Return the logits [r, v] of the pass's `logit_rows`, in order."""
+    def run(self, output: SchedulerOutput) -> tuple[Tensor, dict[int, float]]:
+        """Run a pass and evaluate the exit at its end for its `logit_rows`.
+
+        Returns:
+            The logits [r, v] of the rows that need them, in order, and the confidences of those
+            with a hidden query, by number of the row. A row below its threshold needs no logits.
+        """
         if self._ranks is None:
             return self._run(output)
         self._start(_LOGITS, output)
-        logits = self._ranks.gather(self._run(output))
+        logits, confidences = self._run(output)
+        logits = self._ranks.gather(logits)
         self.is_in_step = True
-        return logits
+        return logits, confidences
 
     @torch.no_grad()
     def early_logits(self, output: SchedulerOutput) -> Iterator[tuple[list[int], Tensor]]:
@@ -96,13 +103,14 @@ class Runner:
                 logits.unflatten(0, (len(queries), -1)),
             )
 
-    def run_summarized(self, output: SchedulerOutput) -> Tensor:
-        """Return summaries [r, 3 * ranks] of the logits of the pass (see `summarize`)."""
+    def run_summarized(self, output: SchedulerOutput) -> tuple[Tensor, dict[int, float]]:
+        """Do as `run`, with summaries [r, 3 * ranks] instead of logits (see `summarize`)."""
         assert self._ranks is not None, "a single rank has all logits"
         self._start(_SUMMARIES, output)
-        summaries = self._ranks.gather(self._summary(output))
+        logits, confidences = self._run(output)
+        summaries = self._ranks.gather(summarize(logits, self.stage.first_id))
         self.is_in_step = True
-        return summaries
+        return summaries, confidences
 
     def clear(self) -> None:
         """Zero all keys, values and pending rows, on the worker ranks too.
@@ -130,10 +138,11 @@ class Runner:
             kind, output = message[:1], message[1:]
             if kind == _LOGITS:
                 decoded = decode_scheduler_output(output)
-                self._ranks.gather(self._run(decoded))
+                self._ranks.gather(self._run(decoded)[0])
                 deque(self.early_logits(decoded), maxlen=0)
             elif kind == _SUMMARIES:
-                self._ranks.gather(self._summary(decode_scheduler_output(output)))
+                logits, _ = self._run(decode_scheduler_output(output))
+                self._ranks.gather(summarize(logits, self.stage.first_id))
             elif kind == _CLEAR:
                 self._clear()
 
@@ -151,13 +160,11 @@ class Runner:
         if self._ranks:
             self._ranks.broadcast(message)
 
-    def _summary(self, output: SchedulerOutput) -> Tensor:
-        return summarize(self._run(output), self.stage.first_id)
-
     @torch.no_grad()
-    def _run(self, output: SchedulerOutput) -> Tensor:
+    def _run(self, output: SchedulerOutput) -> tuple[Tensor, dict[int, float]]:
         self._executor.prepare(output.new_blocks, output.zeroed)
-        x = attended = torch.empty(0)
+        x = torch.empty(0)
+        hidden = HiddenRows(x, x, x)
         ranges: tuple[TokenRange, ...] = ()
         batch: Batch | None = None
         for step in output.steps:
@@ -173,15 +180,16 @@ class Runner:
                 x = ring[self._ring_rows(step.ranges)]
             ranges = step.ranges
             if output.early_queries:
-                x, attended = self._run_with_early(output, step, x, batch)
+                hidden = self._run_with_early(output, step, x, batch)
             else:
-                x, attended = self._executor.run(step.segment, x, batch)
+                hidden = self._executor.run(step.segment, x, batch)
+            x = hidden.x
             if step is not output.steps[-1] and self.stage.has_block(step.segment):
                 self.stage.run_block(step.segment, x, self._batch(step.ranges, ()))
         last = output.last_segment
         if last < len(self._rings):
             self._store(last, x, ranges)
-        return self._logits(output, x, attended)
+        return self._evaluate_exit(output, hidden)
 
     def profile(
         self, rows: Items[int] = PROFILED_NUM_ROWS
@@ -220,7 +228,7 @@ class Runner:
 
     def _run_with_early(
         self, output: SchedulerOutput, step: SegmentStep, x: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
+    ) -> HiddenRows:
         """Run a step and keep the rows that the early queries of the pass need."""
         newest = {run.slot: run.first + run.num_rows - 1 for run in runs_of(step.ranges)}
         queried = [
@@ -238,13 +246,24 @@ class Runner:
             self._early.keep,
         )
 
-    def _logits(self, output: SchedulerOutput, x: Tensor, attended: Tensor) -> Tensor:
-        """Return the logits of the `logit_rows`; the block of an exit always sees all rows."""
+    def _evaluate_exit(
+        self, output: SchedulerOutput, hidden: HiddenRows
+    ) -> tuple[Tensor, dict[int, float]]:
+        """Return what `run` returns, with this rank's logits."""
         last, ranges = output.last_segment, output.steps[-1].ranges
         first = {run.slot: run.first - run.start for run in runs_of(ranges)}
-        live = [Run(s.slot, s.start, s.stop, first[s.slot] + s.start) for s in output.logit_rows]
-        batch = self._batch(ranges, live) if self.stage.has_block(last) else None
-        return self.stage.logits(last, x, attended, live, batch)
+        rows = [Run(s.slot, s.start, s.stop, first[s.slot] + s.start) for s in output.logit_rows]
+        return self.stage.evaluate_exit(
+            last,
+            hidden,
+            rows,
+            output.hidden_queries,
+            lambda live: self._batch(ranges, live),
+            self._gather,
+        )
+
+    def _gather(self, part: Tensor) -> Tensor:
+        return part if self._ranks is None else self._ranks.gather(part)
 
     def _batch(self, ranges: Items[TokenRange], live: Items[Run] | None) -> Batch:
         return self._executor.batch(runs_of(ranges), live)

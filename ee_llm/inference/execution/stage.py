@@ -20,18 +20,13 @@ from ee_llm.architecture.partition import even_split
 from ee_llm.architecture.tensor_parallel import DIVIDED_SIZES
 from ee_llm.config import Config
 from ee_llm.errors import RequestError
+from ee_llm.inference.choices import HiddenMeasure
 from ee_llm.inference.execution.attention import Batch, Run
-from ee_llm.inference.execution.layers import (
-    Layer,
-    MakeLinear,
-    Mlp,
-    Norm,
-    Shard,
-    Translator,
-    rotations,
-)
+from ee_llm.inference.execution.head import Head, HiddenRows, Projection
+from ee_llm.inference.execution.layers import Layer, MakeLinear, Shard, rotations
 from ee_llm.inference.execution.linear import Linear
 from ee_llm.inference.execution.quantization import Int8Linear
+from ee_llm.inference.scheduling.output import HiddenQuery
 
 
 class LayerRange(NamedTuple):
@@ -87,76 +82,6 @@ def make_shard(
         return Shard(linear=linear)
     check_layout(config, ranks.tensor_size, ranks.num_stages)
     return Shard(ranks.tensor_rank, ranks.tensor_size, ranks.reduce, linear)
-
-
-class Projection:
-    """The output projection of an exit, divided by the exit's temperature."""
-
-    def __init__(self, output: Linear | Int8Linear, temperature: float) -> None:
-        self._output = output
-        self._temperature = temperature
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Return this rank's logits [r, v / n] for the input [r, h] of the output projection."""
-        logits = self._output(features)
-        return logits if self._temperature == 1.0 else logits / self._temperature
-
-
-class Head:
-    """An exit: [block] -> [mlp] -> [translator] -> [norm] -> output projection.
-
-    The final exit has only a norm.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        tensors: Mapping[str, Tensor],
-        boundary: int,
-        projection: Projection,
-        shard: Shard,
-    ) -> None:
-        model, exits = config.model, config.exits
-        is_final = boundary == model.num_layers
-        parts = ("norm",) if is_final else exits.head
-        name = f"exits.{boundary}"
-        self.block = Layer(model, tensors, f"{name}.block", shard) if "block" in parts else None
-        self._mlp = None
-        if "mlp" in parts:
-            self._mlp = Mlp(model, tensors, f"{name}.mlp", f"{name}.mlp_norm", shard)
-        self._translator = None
-        if "translator" in parts:
-            self._translator = Translator(model, tensors, f"{name}.translator", shard)
-        self._norm = Norm(model, tensors, f"{name}.norm") if "norm" in parts else None
-        self._projection = projection
-
-    def __call__(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Return this rank's logits [r, v / n].
-
-        Args:
-            x: Rows [r, h] after the layer, or after the exit's block if it has one.
-            attended: The same rows [r, h] before the MLP of that layer or block. Without a block,
-                the exit's `mlp` takes the place of the layer's own (EE-Tuning, arXiv 2402.00518).
-        """
-        return self._projection(self.features(x, attended))
-
-    def early(self, x: Tensor, has_norm: bool) -> Tensor:
-        """Return this rank's logits [r, v / n] of rows [r, h] at any boundary."""
-        return self._projection(self._norm(x) if has_norm and self._norm is not None else x)
-
-    def features(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Return the input [r, h] of the output projection; the arguments are those of a call."""
-        x = self.trunk(x, attended)
-        if self._translator is not None:
-            x = self._translator(x)
-        return x if self._norm is None else self._norm(x)
-
-    def trunk(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Return the input [r, h] of the translator; the arguments are those of a call."""
-        if self._mlp is None:
-            return x
-        start = attended if self.block is None else x
-        return start + self._mlp(start)
 
 
 class ModelStage:
@@ -278,8 +203,8 @@ class ModelStage:
         x: Tensor,
         batch: Batch,
         on_layer: Callable[[int, Tensor], None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return rows [t, h] after a layer range, and before the MLP of its last layer.
+    ) -> HiddenRows:
+        """Return rows [t, h] at the end of a layer range.
 
         Rows that are not live keep their state, but their keys and values are written too.
 
@@ -290,9 +215,10 @@ class ModelStage:
             on_layer: Called after each layer with its number and the rows [t, h].
         """
         rotation = None if self._rotations is None else self._rotations[batch.positions]
-        attended = x
+        before = attended = x
         number = self.layer_ranges[index].first - 1
         for layer, pages in zip(self._layers[index], self._pages[index], strict=False):
+            before = x
             after, attended = layer(x, pages, batch, rotation)
             x = after if batch.live is None else x.index_copy(0, batch.live, after)
             if on_layer is not None:
@@ -300,7 +226,7 @@ class ModelStage:
                 on_layer(number, x)
         if batch.live is not None:
             attended = x.index_copy(0, batch.live, attended)
-        return x, attended
+        return HiddenRows(x, attended, before)
 
     def run_block(self, index: int, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the live rows after the block of an exit, and before its MLP.
@@ -314,47 +240,115 @@ class ModelStage:
         return head.block(x, self._pages[index][-1], batch, rotation)
 
     def features(
-        self, index: int, x: Tensor, attended: Tensor, batch: Batch, *, of_trunk: bool = False
+        self, index: int, hidden: HiddenRows, batch: Batch, *, of_trunk: bool = False
     ) -> Tensor:
         """Return the input [t, h] of the output projection of an exit, for all rows.
 
         Args:
             index: Index of the layer range.
-            x: Rows [t, h] as `run` returned them.
-            attended: Rows [t, h] as `run` returned them.
+            hidden: Rows as `run` returned them.
             batch: Metadata of the rows, all of which are live.
             of_trunk: Return the input [t, h] of the exit's translator instead.
         """
         head = self._heads[index]
         assert head is not None, f"layer range {index} has no exit"
+        x, attended, _ = hidden
         if head.block is not None:
             x, attended = self.run_block(index, x, batch)
         return head.trunk(x, attended) if of_trunk else head.features(x, attended)
 
+    def evaluate_exit(
+        self,
+        index: int,
+        hidden: HiddenRows,
+        rows: Sequence[Run],
+        queries: Sequence[HiddenQuery],
+        make_batch: Callable[[Sequence[Run]], Batch],
+        gather: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, dict[int, float]]:
+        """Return logits of the rows that need them, and the confidences that are known before.
+
+        All tensor-parallel ranks call this together. They use the confidences of the first one, so
+        that they compute logits of the same rows whatever rounding does.
+
+        Args:
+            index: Index of the layer range.
+            hidden: Rows as `run` returned them.
+            rows: The rows that the exit decides about. With queries, each has one row.
+            queries: Those of the rows that need logits only if they are confident.
+            make_batch: Makes the batch of the pass of which only the given rows are live, for an
+                exit with a block, which writes the keys and values of all rows.
+            gather: Concatenates the parts [q, 1] of all ranks to [q, n].
+
+        Returns:
+            This rank's logits [r, v / n] in the order of the rows, and the confidences of the
+            queries by number of the row. A row below the threshold of its query has no logits.
+        """
+        confidences: dict[int, float] = {}
+        if queries:
+            queried = [rows[query.row] for query in queries]
+            values = gather(self._confidences(index, hidden, queried, queries, make_batch))
+            numbers = (query.row for query in queries)
+            confidences = dict(zip(numbers, values[:, 0].tolist(), strict=True))
+        # NaN declines, and the final exit reports it.
+        declined = {q.row for q in queries if not confidences[q.row] >= q.threshold}
+        live = [run for number, run in enumerate(rows) if number not in declined]
+        batch = make_batch(live) if self.has_block(index) else None
+        return self.logits(index, hidden, live, batch), confidences
+
+    def _confidences(
+        self,
+        index: int,
+        hidden: HiddenRows,
+        rows: Sequence[Run],
+        queries: Sequence[HiddenQuery],
+        make_batch: Callable[[Sequence[Run]], Batch],
+    ) -> Tensor:
+        """Return the confidence [q, 1] of the row of each query, float64."""
+        head = self._heads[index]
+        assert head is not None, f"layer range {index} has no exit"
+        selected = hidden.select(self._numbers(rows))
+        head_input = selected.x, selected.attended
+        if head.block is not None and any(query.measure == "shortlist" for query in queries):
+            head_input = self.run_block(index, hidden.x, make_batch(rows))
+        return head.confidences(selected, head_input, queries, self.first_id)[:, None]
+
+    def hidden_confidences(
+        self, index: int, hidden: HiddenRows, measure: HiddenMeasure
+    ) -> Tensor:
+        """Return the confidence [t] of an exit for all rows, float64."""
+        head = self._heads[index]
+        assert head is not None, f"layer range {index} has no exit"
+        return head.hidden_confidences(hidden, measure).double()
+
     def logits(
-        self, index: int, x: Tensor, attended: Tensor, rows: Sequence[Run], batch: Batch | None
+        self, index: int, hidden: HiddenRows, rows: Sequence[Run], batch: Batch | None
     ) -> Tensor:
         """Return this rank's logits [r, v / n] of the given rows at the exit of a layer range.
 
         Args:
             index: Index of the layer range.
-            x: Rows [t, h] as `run` returned them.
-            attended: Rows [t, h] as `run` returned them.
+            hidden: Rows as `run` returned them.
             rows: The rows to return the logits of.
             batch: Metadata of all rows, of which `rows` are live, for an exit with a block; the
                 block writes the keys and values of all of them. None for other exits.
         """
         head = self._heads[index]
         assert head is not None, f"layer range {index} has no exit"
-        numbers = [row for run in rows for row in range(run.first, run.first + run.num_rows)]
+        x, attended, _ = hidden
+        numbers = self._numbers(rows)
         if batch is not None:
             x, attended = self.run_block(index, x, batch)
-        elif numbers != list(range(len(x))):
-            selection = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-            x, attended = x[selection], attended[selection]
-        if not numbers:
+        elif numbers.tolist() != list(range(len(x))):
+            x, attended = x[numbers], attended[numbers]
+        if not len(numbers):
             return x.new_empty(0, self.num_logits)
         return head(x, attended)
+
+    def _numbers(self, rows: Sequence[Run]) -> Tensor:
+        """Return the numbers [r] of rows within a pass."""
+        numbers = [row for run in rows for row in range(run.first, run.first + run.num_rows)]
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
     def early_logits(self, x: Tensor, has_norm: bool) -> Tensor:
         """Return this rank's logits [r, v / n] that the final exit's head gives early rows [r, h].

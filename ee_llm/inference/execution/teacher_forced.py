@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ee_llm import distributed
 from ee_llm.config import Config
+from ee_llm.inference.choices import HiddenMeasure
 from ee_llm.inference.execution.attention import Batch, BlockTable, Run
+from ee_llm.inference.execution.head import HiddenRows
 from ee_llm.inference.execution.stage import (
     ModelStage,
     Projection,
@@ -26,25 +28,31 @@ class ExitInput:
 
     Attributes:
         boundary: The boundary.
-        hidden: Residual stream [t, h].
+        rows: The rows.
     """
 
     boundary: int
-    hidden: Tensor
-    _attended: Tensor
+    rows: HiddenRows
     _batch: Batch
     _stage: ModelStage
     _index: int
 
+    @property
+    def hidden(self) -> Tensor:
+        """Residual stream [t, h] at the boundary."""
+        return self.rows.x
+
     def features(self) -> Tensor:
         """Return the input [t, h] of the exit's output projection."""
-        return self._stage.features(self._index, self.hidden, self._attended, self._batch)
+        return self._stage.features(self._index, self.rows, self._batch)
 
     def translator_input(self) -> Tensor:
         """Return the input [t, h] of the exit's translator: its hidden state behind other parts."""
-        return self._stage.features(
-            self._index, self.hidden, self._attended, self._batch, of_trunk=True
-        )
+        return self._stage.features(self._index, self.rows, self._batch, of_trunk=True)
+
+    def confidences(self, measure: HiddenMeasure) -> Tensor:
+        """Return the confidence [t] of the exit by a measure of hidden states, float64."""
+        return self._stage.hidden_confidences(self._index, self.rows, measure)
 
 
 class TeacherForced:
@@ -116,10 +124,10 @@ class TeacherForced:
         else:
             x = stage.embed(tokens.to(stage.device), batch.positions)
         for index, layer_range in enumerate(stage.layer_ranges):
-            x, attended = stage.run(index, x, batch)
+            rows = stage.run(index, x, batch)
+            x = rows.x
             if layer_range.has_exit:
-                boundary = layer_range.last
-                yield ExitInput(boundary, x, attended, batch, stage, index)
+                yield ExitInput(layer_range.last, rows, batch, stage, index)
         if self._has_next:
             assert self._ranks is not None
             self._ranks.send_next(b"", x)

@@ -3,16 +3,18 @@
 Legend of shapes: r rows, v vocabulary.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ee_llm.inference.choices import Measure
 from ee_llm.inference.decoding.settings import Contrast
-from ee_llm.inference.exits.policy import MEASURES
+from ee_llm.inference.exits.confidence import OF_LOGITS, agreement, candidates, shortlist
 from ee_llm.inference.request import ExitResult
+from ee_llm.inference.scheduling.output import HiddenQuery
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.sampling.sampler import draw, mask_banned
 from ee_llm.inference.sequence import Sequence
@@ -31,6 +33,8 @@ class ExitQuery:
         history: Distinct tokens up to `position`, only for a repetition penalty.
         banned: Ids that may not be drawn.
         contrast: Settings by which the logits are contrasted with early ones before the decision.
+        predicted: Token ids that a shallower exit predicted, for the measures that compare exits.
+        confidence: The confidence, if it is known before the logits.
     """
 
     slot: int
@@ -41,6 +45,8 @@ class ExitQuery:
     history: tuple[int, ...] = ()
     banned: tuple[int, ...] = ()
     contrast: Contrast | None = None
+    predicted: tuple[int, ...] = ()
+    confidence: float | None = None
 
 
 def make_query(sequence: Sequence, position: int, segment: int) -> ExitQuery:
@@ -50,12 +56,46 @@ def make_query(sequence: Sequence, position: int, segment: int) -> ExitQuery:
         sequence.slot,
         position,
         sequence.threshold(segment),
-        request.policy.measure,
+        sequence.measure(segment),
         request.sampling_params,
         sequence.history(position),
         sequence.banned(position),
         request.contrast,
+        sequence.predicted,
     )
+
+
+def split_by_confidence(
+    queries: Items[ExitQuery], confidences: Mapping[int, float]
+) -> tuple[dict[int, ExitResult], list[ExitQuery]]:
+    """Return the results of the rows that do not need logits, and the queries of the others.
+
+    Args:
+        queries: One query per row.
+        confidences: Confidences that are known before the logits, by number of the row.
+
+    Returns:
+        The results of rows whose confidence is below the threshold, by number of the row, and the
+        other queries in order.
+    """
+    declined: dict[int, ExitResult] = {}
+    others = []
+    for row, query in enumerate(queries):
+        confidence = confidences.get(row)
+        if confidence is None or confidence >= query.threshold:
+            others.append(replace(query, confidence=confidence))
+        else:
+            declined[row] = _declined(query, confidence, query.predicted)
+    return declined, others
+
+
+def join_results(
+    declined: Mapping[int, ExitResult], others: Items[ExitResult]
+) -> list[ExitResult]:
+    """Return the results of all rows in order, from what `split_by_confidence` separated."""
+    remaining = iter(others)
+    count = len(declined) + len(others)
+    return [declined[row] if row in declined else next(remaining) for row in range(count)]
 
 
 @torch.no_grad()
@@ -75,29 +115,40 @@ def decide_exits(logits: Tensor, queries: Items[ExitQuery]) -> list[ExitResult]:
     if not torch.isfinite(logits.sum()):  # The sum is not finite if any logit is not; it is quick.
         rows = logits.isfinite().all(dim=-1)
         finite, logits = rows.tolist(), logits.masked_fill(~rows[:, None], 0.0)
-    confidences = _confidences(logits, [query.measure for query in queries])
+    confidences, predicted = _confidences(logits, queries)
     exited = [c >= query.threshold for c, query in zip(confidences, queries, strict=True)]
     drawn = _draw(logits, queries, [row for row, exits in enumerate(exited) if exits])
-    return [
-        ExitResult(query.slot, query.position, row in drawn, token, confidence, logprob, True, top)
-        if is_finite
-        else _non_finite(query)
-        for row, (query, confidence, is_finite) in enumerate(
-            zip(queries, confidences, finite, strict=True)
-        )
-        for token, logprob, top in [drawn.get(row, (-1, 0.0, ()))]
-    ]
+    results = []
+    for row, query in enumerate(queries):
+        if not finite[row]:
+            results.append(_non_finite(query))
+        elif row not in drawn:
+            results.append(_declined(query, confidences[row], predicted.get(row, ())))
+        else:
+            token, logprob, top = drawn[row]
+            results.append(
+                ExitResult(
+                    query.slot, query.position, True, token, confidences[row], logprob, True, top
+                )
+            )
+    return results
 
 
-def can_decide_from_summaries(queries: Items[ExitQuery]) -> bool:
-    """Return whether `summarize` gives all that the queries need."""
+def can_decide_from_summaries(
+    queries: Items[ExitQuery], hidden_queries: Items[HiddenQuery] = ()
+) -> bool:
+    """Return whether `summarize` gives all that the queries need.
+
+    hidden_queries: those of the queries whose confidence is known before the logits.
+    """
+    is_known = {hidden.row for hidden in hidden_queries}
     return all(
-        query.measure == "max_probability"
+        (query.measure == "max_probability" or row in is_known)
         and query.sampling_params.is_plain_greedy
         and not query.banned
         and not query.sampling_params.logprobs
         and query.contrast is None
-        for query in queries
+        for row, query in enumerate(queries)
     )
 
 
@@ -139,9 +190,14 @@ def decide_from_summaries(summaries: Tensor, queries: Items[ExitQuery]) -> list[
         if not is_finite:
             results.append(_non_finite(query))
             continue
-        exited = confidence >= query.threshold
-        drawn = (token, confidence, logprob) if exited else (-1, confidence, 0.0)
-        results.append(ExitResult(query.slot, query.position, exited, *drawn))
+        if query.confidence is not None:
+            confidence = query.confidence
+        if confidence >= query.threshold:
+            results.append(
+                ExitResult(query.slot, query.position, True, token, confidence, logprob)
+            )
+        else:
+            results.append(_declined(query, confidence))
     return results
 
 
@@ -149,12 +205,41 @@ def _non_finite(query: ExitQuery) -> ExitResult:
     return ExitResult(query.slot, query.position, True, -1, 0.0, 0.0, is_finite=False)
 
 
-def _confidences(logits: Tensor, measures: list[Measure]) -> list[float]:
-    """Return the confidence of each row by its own measure."""
-    by_measure = {
-        measure: MEASURES[measure](logits).tolist() for measure in dict.fromkeys(measures)
-    }
-    return [by_measure[measure][row] for row, measure in enumerate(measures)]
+def _declined(
+    query: ExitQuery, confidence: float, predicted: tuple[int, ...] = ()
+) -> ExitResult:
+    return ExitResult(
+        query.slot, query.position, False, -1, confidence, 0.0, predicted=predicted
+    )
+
+
+def _confidences(
+    logits: Tensor, queries: Items[ExitQuery]
+) -> tuple[list[float], dict[int, tuple[int, ...]]]:
+    """Return the confidence of each row by its own measure, and what deeper exits need of rows."""
+    confidences = [0.0 if query.confidence is None else query.confidence for query in queries]
+    predicted: dict[int, tuple[int, ...]] = {}
+    by_measure: dict[Measure, list[int]] = {}
+    for row, query in enumerate(queries):
+        if query.confidence is None:
+            by_measure.setdefault(query.measure, []).append(row)
+    for measure, rows in by_measure.items():
+        part = logits if len(rows) == len(queries) else logits[rows]
+        if measure == "agreement":
+            before = [queries[row].predicted[0] if queries[row].predicted else -1 for row in rows]
+            values = agreement(part, torch.tensor(before, device=part.device))
+            top = part.argmax(dim=-1).tolist()
+            predicted |= {row: (token,) for row, token in zip(rows, top, strict=True)}
+        elif measure == "shortlist":
+            ids = candidates(part)
+            values = shortlist(part.gather(-1, ids))
+            predicted |= {row: tuple(of) for row, of in zip(rows, ids.tolist(), strict=True)}
+        else:
+            assert measure != "gate" and measure != "saturation", "computed before the logits"
+            values = OF_LOGITS[measure](part)
+        for row, value in zip(rows, values.tolist(), strict=True):
+            confidences[row] = value
+    return confidences, predicted
 
 
 def _draw(

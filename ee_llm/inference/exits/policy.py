@@ -2,46 +2,24 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from ee_llm.atomic_file import AtomicFile
 from ee_llm.errors import RequestError
-from ee_llm.inference.choices import Measure
+from ee_llm.inference.choices import MEASURES, Measure, logit_measure
+from ee_llm.inference.exits.confidence import OF_LOGITS
 from ee_llm.inference.sampling.plain_numbers import plain_float, plain_int
 from ee_llm.inference.strategies import FULL_DEPTH, Strategy
 
-
-def max_probability(logits: Tensor) -> Tensor:
-    """Return the probability [...] of the most probable token (CALM, arXiv 2207.07061)."""
-    return _log_probabilities(logits).amax(dim=-1).exp()
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Return 1 - H(p) / log v [...]: 1 for a certain distribution, 0 for the uniform one."""
-    information = torch.special.entr(_log_probabilities(logits).exp()).sum(dim=-1)
-    return (1.0 - information / math.log(logits.shape[-1])).clamp(0.0, 1.0)
-
-
-def margin(logits: Tensor) -> Tensor:
-    """Return the greatest probability minus the second greatest [...] (CALM)."""
-    best = _log_probabilities(logits).topk(2, dim=-1).values.exp()
-    return best[..., 0] - best[..., 1]
-
-
-MEASURES: dict[Measure, Callable[[Tensor], Tensor]] = {
-    "max_probability": max_probability,
-    "entropy": entropy,
-    "margin": margin,
-}
+if TYPE_CHECKING:
+    from ee_llm.inference.request import Request
 
 
 @dataclass(frozen=True)
@@ -53,9 +31,14 @@ class ExitPolicy:
             tuple or a list.
         thresholds: For each of these exits, a confidence in (0, 1], or None if the exit is off. A
             token exits at the first exit whose confidence reaches its threshold.
-        measure: Measure of confidence, computed from the exit's own distribution before sampling
-            parameters apply: "max_probability" is the highest probability, "entropy" is
+        measure: Measure of confidence, computed before sampling parameters apply. From the exit's
+            own distribution: "max_probability" is the highest probability, "entropy" is
             1 - normalized entropy, "margin" is the highest probability minus the second highest.
+            From several exits: "agreement" is the probability of the previous exit's most probable
+            token, and "shortlist" the highest probability among the 16 best tokens of the first
+            exit. From hidden states, before the output projection: "saturation" is the cosine
+            similarity before and after the last layer, and "gate" is learned (see 'ee-llm calibrate
+            --train-gate').
 
     Raises:
         RequestError: A field is not valid.
@@ -93,8 +76,12 @@ class ExitPolicy:
         return dict(zip(self.boundaries, self.thresholds, strict=True)).get(boundary)
 
     def confidence(self, logits: Tensor) -> Tensor:
-        """Return the confidence [...] in [0, 1] of logits [..., v], in float32 or float64."""
-        return MEASURES[self.measure](logits)
+        """Return the confidence [...] in [0, 1] of logits [..., v], in float32 or float64.
+
+        For a measure that needs more than logits, this is the highest probability, as at the final
+        exit.
+        """
+        return OF_LOGITS[logit_measure(self.measure)](logits)
 
     def exits(self, boundary: int, confidence: float) -> bool:
         """Return whether a token with this confidence exits at the early exit at `boundary`."""
@@ -231,6 +218,50 @@ def make_exit_policy(
     return ExitPolicy(tuple(boundaries), tuple(thresholds), measure)
 
 
+def check_gates(policy: ExitPolicy, gated: Collection[int]) -> None:
+    """Raise RequestError if the policy uses a gate that the model does not have.
+
+    gated: boundaries of the exits that have a gate.
+    """
+    used = zip(policy.boundaries, policy.thresholds, strict=True)
+    missing = [boundary for boundary, one in used if one is not None and boundary not in gated]
+    if policy.measure == "gate" and missing:
+        raise RequestError(
+            f"measure = 'gate' needs a gate for the exit after layer {missing[0]}, which the"
+            " checkpoint does not have. Train gates with 'ee-llm calibrate --train-gate', or use"
+            " another measure."
+        )
+
+
+def check_exits(
+    request: "Request", boundaries: Sequence[int], gated: Collection[int]
+) -> None:
+    """Raise RequestError if the exits of a request do not fit the model.
+
+    Args:
+        request: The request.
+        boundaries: Boundaries of the model's early exits.
+        gated: Boundaries of the exits that have a gate.
+    """
+    policy, speculation = request.policy, request.speculation
+    policy.check_fits(boundaries)
+    if speculation is not None and speculation.draft_exit not in boundaries:
+        raise RequestError(
+            f"draft_exit = {speculation.draft_exit} is not an exit. The model has exits at"
+            f" {list(boundaries)}."
+        )
+    if speculation is None or speculation.draft_exit is None:
+        check_gates(policy.under(request.strategy), gated)
+    elif speculation.draft_threshold is not None:
+        check_gates(ExitPolicy((speculation.draft_exit,), (1.0,), policy.measure), gated)
+        if policy.measure == "agreement":
+            raise RequestError(
+                "measure = 'agreement' compares two exits, but self-speculation drafts at one, so no"
+                " draft would reach draft_threshold. Use another measure, or leave draft_threshold"
+                " out."
+            )
+
+
 def _by_exit(
     thresholds: Mapping[int, Threshold], boundaries: Sequence[int], measure: Measure
 ) -> ExitPolicy:
@@ -268,8 +299,3 @@ def _read_policy(path: Path) -> _PolicyFile:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "the file"
         raise RequestError(f"Policy file {path}: {where}: {problem['msg']}.") from None
-
-
-def _log_probabilities(logits: Tensor) -> Tensor:
-    precise = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.log_softmax(dim=-1, dtype=precise)

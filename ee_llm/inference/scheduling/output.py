@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ee_llm.inference.choices import HIDDEN_MEASURES, Measure
+
 if TYPE_CHECKING:
     from ee_llm.inference.decoding.settings import Contrast, EarlyHead
 
@@ -51,6 +53,31 @@ def make_early_query(contrast: "Contrast", slot: int, position: int) -> EarlyQue
 
 
 @dataclass(frozen=True)
+class HiddenQuery:
+    """A row whose confidence at an exit is known before the exit's output projection.
+
+    Attributes:
+        row: Number of the row among those that the exit decides about.
+        measure: Measure of confidence.
+        threshold: Least confidence that exits.
+        predicted: Tokens of the shortlist, for the measure "shortlist".
+    """
+
+    row: int
+    measure: Measure
+    threshold: float
+    predicted: tuple[int, ...] = ()
+
+
+def is_hidden(measure: Measure, predicted: tuple[int, ...]) -> bool:
+    """Return whether an exit measures confidence before its output projection.
+
+    predicted: what a shallower exit predicted for the row.
+    """
+    return measure in HIDDEN_MEASURES or (measure == "shortlist" and bool(predicted))
+
+
+@dataclass(frozen=True)
 class SchedulerOutput:
     """One pass.
 
@@ -61,6 +88,7 @@ class SchedulerOutput:
         new_blocks: Newly taken blocks as (slot, index within the sequence, block).
         zeroed: Blocks to zero before the pass.
         early_queries: Rows of the pass that need early logits.
+        hidden_queries: Those of `logit_rows` that need logits only if they are confident.
     """
 
     steps: tuple[SegmentStep, ...]
@@ -69,6 +97,7 @@ class SchedulerOutput:
     new_blocks: tuple[tuple[int, int, int], ...]
     zeroed: tuple[int, ...] = ()
     early_queries: tuple[EarlyQuery, ...] = ()
+    hidden_queries: tuple[HiddenQuery, ...] = ()
 
     @property
     def last_segment(self) -> int:

@@ -15,9 +15,11 @@ from ee_llm.inference.scheduling.base import SchedulerBase, by_slot
 from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.output import (
     EarlyQuery,
+    HiddenQuery,
     SchedulerOutput,
     SegmentStep,
     TokenRange,
+    is_hidden,
     make_early_query,
 )
 from ee_llm.inference.scheduling.prefix_cache import publish_prefix
@@ -241,6 +243,7 @@ class Scheduler(SchedulerBase):
             tuple(new_blocks),
             zeroed,
             tuple(_early_queries(ranges, sequences)),
+            tuple(_hidden_queries(segment, logit_rows, sequences)),
         )
 
     def _logit_rows(
@@ -265,6 +268,20 @@ def _early_queries(
         sequence = sequences[rows.slot]
         if sequence.request.contrast is not None and rows.stop == len(sequence.tokens):
             yield make_early_query(sequence.request.contrast, rows.slot, rows.stop - 1)
+
+
+def _hidden_queries(
+    segment: int, logit_rows: Items[TokenRange], sequences: Mapping[int, Sequence]
+) -> Iterator[HiddenQuery]:
+    """Yield the rows whose confidence at the exit is known before its output projection."""
+    first = 0
+    for rows in logit_rows:
+        sequence = sequences[rows.slot]
+        measure = sequence.measure(segment)
+        if is_hidden(measure, sequence.predicted):
+            threshold, predicted = sequence.threshold(segment), sequence.predicted
+            yield HiddenQuery(first, measure, threshold, predicted)
+        first += len(rows)
 
 
 def _frozen(

@@ -13,6 +13,11 @@ from ee_llm.inference.decoding.settings import CONTRASTS, strategy_of
 from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.sampling.sampler import mask_banned, sample, token_margin
+from ee_llm.inference.verification.confidences import (
+    Confidence,
+    ReferenceConfidences,
+    walk_exits,
+)
 from ee_llm.inference.verification.contrasted import (
     ContrastedRow,
     contrast_margin,
@@ -103,19 +108,22 @@ def verify_trace(model: ReferenceModel, output: RequestOutput) -> list[Divergenc
         last_exits = [e if e in permitted else model.num_layers for e in output.exits]
     frozen_at = frozen_boundaries(model, num_prompt, last_exits[:-1], output.strategy)
     logits: dict[int, dict[int, Tensor]] = {}  # {boundary: {index: [v]}}
-    confidences: dict[int, dict[int, float]] = {}
-    for boundary, hidden in model.walk(torch.tensor(sequence[:-1]), frozen_at):
-        if boundary in permitted or boundary == model.num_layers:
-            indices = [index for index, last in enumerate(last_exits) if last >= boundary]
-            values = finite_logits(model, boundary, hidden[rows][indices])
-            logits[boundary] = dict(zip(indices, values, strict=True))
-            if boundary in permitted:
-                measured = policy.confidence(values).tolist()
-                confidences[boundary] = dict(zip(indices, measured, strict=True))
+    confidences: dict[int, dict[int, Confidence]] = {}
+    measured = ReferenceConfidences(model, policy, num_new)
+    tokens = torch.tensor(sequence[:-1])
+    for exit in walk_exits(model, tokens, frozen_at, (*permitted, model.num_layers)):
+        boundary = exit.boundary
+        indices = [index for index, last in enumerate(last_exits) if last >= boundary]
+        numbers = torch.tensor(indices, dtype=torch.int64) + rows.start
+        values = finite_logits(model, boundary, exit.hidden[numbers])
+        logits[boundary] = dict(zip(indices, values, strict=True))
+        if boundary in permitted:
+            found_here = measured.at(exit, numbers, numbers - rows.start, values)
+            confidences[boundary] = dict(zip(indices, found_here, strict=True))
     divergences = []
     for index, found in enumerate(output.exits):
         at_exits = {exit: of[index] for exit, of in confidences.items() if index in of}
-        confident = [exit for exit, value in at_exits.items() if policy.exits(exit, value)]
+        confident = [exit for exit, one in at_exits.items() if policy.exits(exit, one.value)]
         expected = confident[0] if confident else model.num_layers
         if found != expected:
             margin = _exit_margin(policy, at_exits, found) if found in logits else math.inf
@@ -177,11 +185,16 @@ def _wrong_token(
     return Divergence(index, "token", token, drawn, margin)
 
 
-def _exit_margin(policy: ExitPolicy, at_exits: dict[int, float], found: int) -> float:
+def _exit_margin(policy: ExitPolicy, at_exits: dict[int, Confidence], found: int) -> float:
     """Return the least error of the confidences that explains exiting at `found`.
 
     Every shallower exit must fall below its threshold, and `found` must rise to its own.
     """
-    over = {exit: value - (policy.threshold(exit) or 0.0) for exit, value in at_exits.items()}
-    errors = [value for exit, value in over.items() if exit < found] + [-over.get(found, 0.0)]
-    return max(0.0, *errors)
+    errors = [0.0]
+    for exit, one in at_exits.items():
+        if exit <= found:
+            sign = 1.0 if exit < found else -1.0
+            threshold = policy.threshold(exit) or 0.0
+            exchanged = max(one.error, sign * (one.other - threshold))
+            errors.append(min(sign * (one.value - threshold), exchanged))
+    return max(errors)

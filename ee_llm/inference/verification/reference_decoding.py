@@ -24,6 +24,7 @@ from ee_llm.inference.request import FinishReason
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.sampling.sampler import mask_banned, sample
 from ee_llm.inference.strategies import STRATEGIES, Strategy
+from ee_llm.inference.verification.confidences import ReferenceConfidences, walk_exits
 from ee_llm.inference.verification.contrasted import contrasted_logits, finite_logits
 
 
@@ -138,10 +139,8 @@ def _decide(
     contrast: Contrast | None,
 ) -> TokenOutput:
     """Return the token that the newest row decides, with earlier rows frozen at `frozen_at`."""
-    for boundary, logits in _exit_logits(model, sequence, frozen_at, policy, contrast):
-        is_final = boundary == model.num_layers
-        confidence = float(policy.confidence(logits))
-        if is_final or policy.exits(boundary, confidence):
+    for boundary, confidence, logits in _evaluated(model, sequence, frozen_at, policy, contrast):
+        if boundary == model.num_layers or policy.exits(boundary, confidence):
             masked = mask_banned(logits[None], [banned])[0]
             token = sample(masked, params, len(sequence) - 1, sequence)
             logprob = float(logits.double().log_softmax(dim=-1)[token])
@@ -149,19 +148,26 @@ def _decide(
     raise AssertionError("the walk ends with the final exit")
 
 
-def _exit_logits(
+def _evaluated(
     model: ReferenceModel,
     sequence: Sequence[int],
     frozen_at: Sequence[int] | None,
     policy: ExitPolicy,
     contrast: Contrast | None,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield the exits that may decide about the newest row, and their logits [v]."""
-    tokens = torch.tensor(sequence)
+) -> Iterator[tuple[int, float, Tensor]]:
+    """Yield the exits that may decide about the newest row, its confidence and its logits [v]."""
+    tokens, last = torch.tensor(sequence), model.num_layers
     if contrast is not None:
         (row,) = contrasted_logits(model, tokens, contrast, slice(-1, None))
-        yield model.num_layers, row.logits
+        yield last, float(policy.confidence(row.logits)), row.logits
         return
-    for boundary, hidden in model.walk(tokens, frozen_at):
-        if boundary == model.num_layers or policy.threshold(boundary) is not None:
-            yield boundary, finite_logits(model, boundary, hidden[-1])
+    permitted = [b for b in policy.boundaries if policy.threshold(b) is not None]
+    measured = ReferenceConfidences(model, policy, 1)
+    newest, first = torch.tensor([len(sequence) - 1]), torch.tensor([0])
+    for exit in walk_exits(model, tokens, frozen_at, (*permitted, last)):
+        logits = finite_logits(model, exit.boundary, exit.hidden[newest])
+        if exit.boundary == last:
+            yield last, float(policy.confidence(logits[0])), logits[0]
+        else:
+            [confidence] = measured.at(exit, newest, first, logits)
+            yield exit.boundary, confidence.value, logits[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ee_llm.evaluation.row_statistics import RowStatistics, divergence, row_statistics
 from ee_llm.inference.choices import Measure
-from ee_llm.inference.exits.policy import MEASURES
+from ee_llm.inference.exits.confidence import OF_LOGITS
 
 NUM_ROWS, VOCABULARY = 6, 12
 
@@ -108,6 +108,6 @@ def test_confidence_is_that_of_the_exit_policy(num_ranks: int, measure: Measure)
         part = logits[:, rank * size : (rank + 1) * size]
         return row_statistics(part, targets, rank * size, gather, measure).confidence
 
-    expected = MEASURES[measure](logits)
+    expected = OF_LOGITS[measure](logits)
     for found in on_ranks(num_ranks, one):
         torch.testing.assert_close(found, expected)

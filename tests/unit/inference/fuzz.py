@@ -1,13 +1,14 @@
 """Create random traffic for the engine, and a scheduler that makes any valid choice."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
+from ee_llm.inference.choices import MEASURES
 from ee_llm.inference.decoding.settings import SLED, Contrast, DoLa, resolve_contrast
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.execution.executor import ExecutionConfig
@@ -20,7 +21,10 @@ from ee_llm.inference.scheduling.output import TokenRange
 from ee_llm.inference.scheduling.scheduler import Scheduler
 from ee_llm.inference.strategies import STRATEGIES, SelfSpeculation
 from ee_llm.inference.verification.reference_decoding import generate_reference
-from tests.unit.inference.models import VOCABULARY, random_tensors
+from tests.unit.inference.models import VOCABULARY, random_gates, random_tensors
+
+RANGES = {"agreement": (0.01, 0.5), "saturation": (0.8, 0.99)}
+"""Thresholds that about half of the rows of a random model reach; for other measures, 0.05 to 0.9."""
 
 
 class RandomScheduler(Scheduler):
@@ -73,9 +77,12 @@ class Traffic:
 
 
 def random_policy(rng: random.Random, config: Config) -> ExitPolicy:
+    """Return a policy of any measure; its thresholds are in the range of the measure's values."""
     exits = config.exits.boundaries
-    thresholds = [rng.choice([None, rng.uniform(0.05, 0.9)]) for _ in exits]
-    return make_exit_policy(exits, thresholds, rng.choice(["max_probability", "entropy", "margin"]))
+    measure = rng.choice(MEASURES)
+    lowest, highest = RANGES.get(measure, (0.05, 0.9))
+    thresholds = [rng.choice([None, rng.uniform(lowest, highest)]) for _ in exits]
+    return make_exit_policy(exits, thresholds, measure)
 
 
 def random_contrast(rng: random.Random, strategy: str, config: Config) -> Contrast | None:
@@ -135,6 +142,8 @@ def random_request(
         logprobs=more.choice([None, None, 2]),
     )
     contrast = random_contrast(more, strategy, config)
+    if draft is not None and policy.measure == "agreement":
+        draft = replace(draft, draft_threshold=None)
     return Request(
         id, tuple(prompt), policy, params, strategy, draft, eos_token_ids, contrast=contrast
     )
@@ -220,7 +229,7 @@ def random_engine(
         max_deferred_steps=rng.choice([1, 5]),
         max_piggyback_rows=rng.choice([0, 20]),
     )
-    tensors = random_tensors(config, seed)
+    tensors = random_tensors(config, seed) | random_gates(config, seed)
     engine = Engine(
         config, tensors, torch.float64, scheduler_config, deferral="off", execution=execution
     )

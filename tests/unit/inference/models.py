@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ee_llm.architecture.gates import gate_shapes
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.atomic_file import replace_text
@@ -68,6 +69,18 @@ def random_tensors(
         scale = 0.2 if is_norm or name.endswith("bias") else 0.35
         tensors[name] = (noise * scale + is_norm).to(dtype)
     return tensors
+
+
+def random_gates(
+    config: Config, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Return gates of all early exits whose confidences are spread over (0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) * 0.5
+        for boundary in config.exits.boundaries
+        for name, shape in gate_shapes(boundary, config.model.hidden_size, 6).items()
+    }
 
 
 def tiny_model(

@@ -46,11 +46,12 @@ def stage_logits(
         x = stages[0].embed(TOKENS[start:stop], batch.positions)
         for stage in stages:
             for index, layer_range in enumerate(stage.layer_ranges):
-                x, attended = stage.run(index, x, batch)
+                hidden = stage.run(index, x, batch)
+                x = hidden.x
                 if layer_range.has_exit:
                     live = table.batch(rows, rows, stage.cache_dtype)
                     block = live if stage.has_block(index) else None
-                    parts[layer_range.last].append(stage.logits(index, x, attended, rows, block))
+                    parts[layer_range.last].append(stage.logits(index, hidden, rows, block))
     return {boundary: torch.cat(logits) for boundary, logits in parts.items()}
 
 

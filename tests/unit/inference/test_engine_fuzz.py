@@ -23,7 +23,7 @@ from tests.unit.inference.fuzz import (
     random_traffic,
     serve,
 )
-from tests.unit.inference.models import Residuals, random_tensors, tiny_config
+from tests.unit.inference.models import Residuals, random_gates, random_tensors, tiny_config
 
 pytestmark = pytest.mark.thorough
 
@@ -71,7 +71,7 @@ def _run(seed: int, checks_rings: bool = False) -> set[str]:
     """Serve random traffic, check its outputs, and return the strategies that ran."""
     rng = random.Random(seed)
     config = _config(rng)
-    tensors = random_tensors(config, seed)
+    tensors = random_tensors(config, seed) | random_gates(config, seed)
     model = ReferenceModel(config, tensors, torch.float64)
     residuals = Residuals(config, tensors, torch.float64)
     traffic = random_traffic(rng, config)

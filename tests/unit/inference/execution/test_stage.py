@@ -134,11 +134,11 @@ def test_logits_of_any_subset_of_rows(head: tuple[str, ...]) -> None:
     stage, table = ModelStage(config, random_tensors(config), 48, layer_ranges), block_table()
     rows = [Run(0, 0, 12, 0)]
     batch = table.batch(rows, None, torch.float64)
-    x, attended = stage.run(0, stage.embed(TOKENS[:12], batch.positions), batch)
+    hidden = stage.run(0, stage.embed(TOKENS[:12], batch.positions), batch)
 
     def logits(*runs: Run) -> Tensor:
         live = table.batch(rows, runs, torch.float64) if stage.has_block(0) else None
-        return stage.logits(0, x, attended, runs, live)
+        return stage.logits(0, hidden, runs, live)
 
     subset = logits(Run(0, 3, 5, 3), Run(0, 11, 12, 11))
     torch.testing.assert_close(subset, logits(*rows)[[3, 4, 11]], rtol=0, atol=1e-12)
@@ -160,11 +160,12 @@ def test_frozen_rows_keep_their_state_but_write_keys_and_values(family: str) -> 
         last = layer_range.last
         live = [Run(0, row, row + 1, row) for row, exit in enumerate(exits) if exit >= last]
         before = x.clone()
-        x, attended = stage.run(index, x, table.batch(rows, live, torch.float64))
+        hidden = stage.run(index, x, table.batch(rows, live, torch.float64))
+        x = hidden.x
         frozen = [row for row, exit in enumerate(exits) if exit < last]
         assert torch.equal(x[frozen], before[frozen])
         numbers = [run.first for run in live]
-        found = stage.logits(index, x, attended, live, None)
+        found = stage.logits(index, hidden, live, None)
         torch.testing.assert_close(found, expected[last][numbers], rtol=1e-10, atol=1e-10)
 
 

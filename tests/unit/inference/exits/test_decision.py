@@ -14,7 +14,7 @@ from ee_llm.inference.exits.decision import (
     make_query,
     summarize,
 )
-from ee_llm.inference.exits.policy import MEASURES
+from ee_llm.inference.exits.confidence import OF_LOGITS
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.sampling.sampler import sample
 from ee_llm.inference.strategies import SelfSpeculation
@@ -38,11 +38,11 @@ def test_no_queries_give_no_results() -> None:
     assert decide_exits(torch.empty(0, 40), []) == []
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", OF_LOGITS)
 def test_a_row_exits_when_its_confidence_reaches_the_threshold(measure: str) -> None:
     """Equality suffices, as in `ExitPolicy.exits`."""
     logits = _logits(3)
-    values = MEASURES[measure](logits).tolist()
+    values = OF_LOGITS[measure](logits).tolist()
     thresholds = [values[0], math.nextafter(values[1], 2.0), values[2] - 0.01]
     queries = [_query(row, t, measure=measure) for row, t in enumerate(thresholds)]
     results = decide_exits(logits, queries)
@@ -175,7 +175,7 @@ def test_summaries_of_shards_give_the_results_of_the_logits(
     logits = _logits(dtype=dtype)
     logits[4] = -200.0  # only ties have any probability
     logits[4, 13::10] = 200.0
-    values = MEASURES["max_probability"](logits).tolist()
+    values = OF_LOGITS["max_probability"](logits).tolist()
     thresholds = [value + 0.01 * (-1) ** row for row, value in enumerate(values)]
     queries = [_query(row, threshold) for row, threshold in enumerate(thresholds)]
     summaries = _summaries(logits, num_shards)

@@ -7,17 +7,18 @@ import pytest
 import torch
 
 from ee_llm.errors import RequestError
-from ee_llm.inference.exits.policy import MEASURES, ExitPolicy, make_exit_policy
+from ee_llm.inference.exits.confidence import OF_LOGITS
+from ee_llm.inference.exits.policy import ExitPolicy, make_exit_policy
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", OF_LOGITS)
 def test_confidence_is_between_a_uniform_and_a_certain_distribution(measure: str) -> None:
     uniform, certain = torch.zeros(8), torch.tensor([100.0] + [0.0] * 7)
     lowest = 1 / 8 if measure == "max_probability" else 0.0
-    assert float(MEASURES[measure](uniform)) == pytest.approx(lowest, abs=1e-6)
-    assert float(MEASURES[measure](certain)) == pytest.approx(1.0)
+    assert float(OF_LOGITS[measure](uniform)) == pytest.approx(lowest, abs=1e-6)
+    assert float(OF_LOGITS[measure](certain)) == pytest.approx(1.0)
     rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    values = torch.stack([MEASURES[measure](rows * scale) for scale in (0.1, 1.0, 4.0, 30.0)])
+    values = torch.stack([OF_LOGITS[measure](rows * scale) for scale in (0.1, 1.0, 4.0, 30.0)])
     assert ((values >= 0) & (values <= 1)).all()
     assert (values.diff(dim=0) > -1e-6).all()  # a sharper distribution is never less confident
 
@@ -26,9 +27,9 @@ def test_measures_of_a_known_distribution() -> None:
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64).log() + 3.0
     expected = {"max_probability": 0.5, "margin": 0.25, "entropy": 1 - 1.75 / 2}
     for measure, value in expected.items():
-        assert float(MEASURES[measure](logits)) == pytest.approx(value, abs=1e-12)
-        assert MEASURES[measure](logits).dtype == torch.float64
-        assert MEASURES[measure](logits.bfloat16()).dtype == torch.float32
+        assert float(OF_LOGITS[measure](logits)) == pytest.approx(value, abs=1e-12)
+        assert OF_LOGITS[measure](logits).dtype == torch.float64
+        assert OF_LOGITS[measure](logits.bfloat16()).dtype == torch.float32
 
 
 def test_a_token_exits_at_its_threshold_and_never_where_off() -> None:

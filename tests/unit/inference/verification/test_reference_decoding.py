@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ee_llm.architecture.reference import ReferenceModel
-from ee_llm.inference.exits.policy import MEASURES, ExitPolicy, make_exit_policy
+from ee_llm.inference.exits.confidence import OF_LOGITS
+from ee_llm.inference.exits.policy import ExitPolicy, make_exit_policy
 from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.sampling.sampler import sample
@@ -36,11 +37,11 @@ def _generate(
 def _balanced_policy(model: ReferenceModel, measure: str) -> ExitPolicy:
     """Return a policy whose thresholds about half of the rows reach."""
     logits = model.forward(random_tokens(32, seed=8))
-    medians = [float(MEASURES[measure](logits[boundary]).median()) for boundary in (1, 2)]
+    medians = [float(OF_LOGITS[measure](logits[boundary]).median()) for boundary in (1, 2)]
     return make_exit_policy((1, 2), medians, measure)
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", OF_LOGITS)
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN, PENALISED])
 @pytest.mark.parametrize("head", [("norm",), ("block", "mlp", "norm")])
 def test_tokens_and_exits_match_the_definition(

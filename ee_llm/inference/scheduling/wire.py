@@ -2,13 +2,20 @@
 
 import json
 from collections.abc import Sequence as Items
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import Any
 
+from ee_llm.inference.choices import NUM_PREDICTED
 from ee_llm.inference.decoding.settings import CONTRASTS, contrast_fields, strategy_of
 from ee_llm.inference.request import ExitResult
 from ee_llm.inference.sampling.params import SamplingParams
-from ee_llm.inference.scheduling.output import EarlyQuery, SchedulerOutput, SegmentStep, TokenRange
+from ee_llm.inference.scheduling.output import (
+    EarlyQuery,
+    HiddenQuery,
+    SchedulerOutput,
+    SegmentStep,
+    TokenRange,
+)
 from ee_llm.inference.scheduling.pipeline_scheduler import (
     Frontier,
     PipelineSchedulerOutput,
@@ -26,13 +33,16 @@ def encode_scheduler_output(output: SchedulerOutput) -> bytes:
         output.new_blocks,
         output.zeroed,
         [astuple(query) for query in output.early_queries],
+        [astuple(query) for query in output.hidden_queries],
     ]
     return json.dumps(fields).encode()
 
 
 def decode_scheduler_output(message: bytes) -> SchedulerOutput:
     """Return the scheduler output that `encode_scheduler_output` encoded."""
-    steps, tokens, logit_rows, new_blocks, zeroed, early_queries = json.loads(message)
+    steps, tokens, logit_rows, new_blocks, zeroed, early_queries, hidden_queries = json.loads(
+        message
+    )
     return SchedulerOutput(
         tuple(
             SegmentStep(segment, _ranges(ranges), tuple(frozen))
@@ -45,6 +55,10 @@ def decode_scheduler_output(message: bytes) -> SchedulerOutput:
         tuple(
             EarlyQuery(slot, position, tuple(at), head)
             for slot, position, at, head in early_queries
+        ),
+        tuple(
+            HiddenQuery(row, measure, threshold, tuple(predicted))
+            for row, measure, threshold, predicted in hidden_queries
         ),
     )
 
@@ -86,28 +100,62 @@ def decode_pass(message: bytes) -> PipelineSchedulerOutput:
 
 @dataclass
 class PassEnvelope:
-    """A pass, encoded once for all stages, and the exits that its frontiers have taken.
+    """A pass, encoded once for all stages, and what its frontiers have met so far.
 
     Attributes:
-        exited: For each frontier, the segment at whose end its token exited; -1 before that.
         encoded: The encoded pass.
-        is_late: Whether `exited` is sent again once the previous stage has evaluated its last exit.
+        exited: For each frontier, the segment at whose end its token exited; -1 before that.
+        predicted: For each frontier, the token ids that deeper exits need (see `ExitResult`).
+        is_late: Whether `numbers` are sent again once the previous stage has evaluated its last
+            exit.
     """
 
-    exited: list[int]
     encoded: bytes
+    exited: list[int]
+    predicted: list[tuple[int, ...]]
     is_late: bool = False
 
-    def message(self, *, is_late: bool = False) -> bytes:
-        """Return the envelope as bytes for `of`."""
-        return json.dumps([self.exited, is_late]).encode() + b"\n" + self.encoded
+    @classmethod
+    def of_new(cls, output: PipelineSchedulerOutput) -> "PassEnvelope":
+        """Return the envelope of a pass that enters the first stage."""
+        count = len(output.frontiers)
+        return cls(encode_pass(output), [-1] * count, [()] * count)
 
     @classmethod
     def of(cls, message: bytes) -> "PassEnvelope":
         """Return the envelope that `message` encoded."""
         header, encoded = message.split(b"\n", 1)
-        exited, is_late = json.loads(header)
-        return cls(exited, encoded, is_late)
+        exited, predicted, is_late = json.loads(header)
+        return cls(encoded, exited, [tuple(ids) for ids in predicted], is_late)
+
+    def message(self, *, is_late: bool = False) -> bytes:
+        """Return the envelope as bytes for `of`."""
+        header = json.dumps([self.exited, self.predicted, is_late])
+        return header.encode() + b"\n" + self.encoded
+
+    def numbers(self, num_predicted: int) -> list[int]:
+        """Return `exited` and `predicted` as numbers, as many as `update` expects.
+
+        num_predicted: greatest number of token ids of a frontier.
+        """
+        found = list(self.exited)
+        for ids in self.predicted:
+            found += [*ids, *[-1] * (num_predicted - len(ids))]
+        return found
+
+    def update(self, numbers: Items[int], num_predicted: int) -> None:
+        """Take over the `numbers` of the previous stage."""
+        count = len(self.exited)
+        self.exited[:] = numbers[:count]
+        for index in range(count):
+            start = count + index * num_predicted
+            ids = numbers[start : start + num_predicted]
+            self.predicted[index] = tuple(token for token in ids if token >= 0)
+
+
+def num_predicted(output: PipelineSchedulerOutput) -> int:
+    """Return how many token ids the measures of a pass's frontiers compare at most."""
+    return max((NUM_PREDICTED.get(one.measure, 0) for one in output.frontiers), default=0)
 
 
 def encode_results(pass_id: int, results: Items[StageResult]) -> bytes:
@@ -119,14 +167,14 @@ def decode_results(message: bytes) -> tuple[int, list[StageResult]]:
     """Return the id of the pass and the results that `encode_results` encoded."""
     pass_id, results = json.loads(message)
     return pass_id, [
-        StageResult(frontier, segment, _exit_result(*fields, top))
-        for frontier, segment, (*fields, top) in results
+        StageResult(frontier, segment, _exit_result(*fields))
+        for frontier, segment, fields in results
     ]
 
 
 def _exit_result(*fields: Any) -> ExitResult:
-    *simple, top_logprobs = fields
-    return replace(ExitResult(*simple), top_logprobs=tuple(map(tuple, top_logprobs)))
+    *simple, top_logprobs, predicted = fields
+    return ExitResult(*simple, tuple(map(tuple, top_logprobs)), tuple(predicted))
 
 
 def _frontier(

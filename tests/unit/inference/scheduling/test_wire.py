@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ee_llm.inference.decoding.settings import DoLa
-from ee_llm.inference.execution.wire import (
+from ee_llm.inference.scheduling.wire import (
     PassEnvelope,
     decode_pass,
     decode_results,
@@ -76,7 +76,7 @@ def test_pipeline_pass_and_its_results_round_trip() -> None:
     )
     for is_late in (False, True):
         passed = PassEnvelope.of(
-            PassEnvelope([-1], encode_pass(scheduler_output)).message(is_late=is_late)
+            PassEnvelope(encode_pass(scheduler_output), [-1], [(3, 5)]).message(is_late=is_late)
         )
         assert (passed.exited, passed.is_late) == ([-1], is_late)
         assert decode_pass(passed.encoded) == scheduler_output
