@@ -18,7 +18,7 @@ from ee_llm.conversion.convert import ConversionResult
 from ee_llm.conversion.convert import convert as _convert
 from ee_llm.conversion.options import ConvertOptions
 from ee_llm.errors import ConfigError, RunError, naming_arguments
-from ee_llm.evaluation.calibration.options import CalibrateOptions
+from ee_llm.evaluation.calibration.options import CalibrateOptions, Metric
 from ee_llm.evaluation.calibration.result import CalibrationResult
 from ee_llm.evaluation.options import EvaluateOptions
 from ee_llm.evaluation.result import EvaluationResult
@@ -242,9 +242,13 @@ def calibrate(
     *,
     data: Sequence[str | Path] | str | Path = (),
     text: Sequence[str | Path] | str | Path = (),
+    task: Sequence[str | Path] | str | Path = (),
     risk: float = 0.05,
     delta: float = 0.05,
+    metric: Metric = "agreement",
     measure: Measure = "max_probability",
+    train_gate: bool = False,
+    gate_tokens: int = 50_000,
     num_tokens: int | None = None,
     seq_length: int | None = None,
     dtype: DtypeName = "auto",
@@ -265,10 +269,18 @@ def calibrate(
         data: Prefixes of token files that `ee-llm data prepare` wrote. Use text that did not train
             the exits.
         text: Files or folders of plain text, JSON or Parquet, instead of `data`.
-        risk: Greatest share of tokens whose exit disagrees with the final exit about the most
-            probable token.
+        task: Files with questions, instead of text, for the metric "task": JSON Lines with "prompt"
+            and "answer".
+        risk: Greatest risk, in terms of `metric`.
         delta: Greatest probability that the risk is exceeded, over the choice of the text.
+        metric: What the risk is about: "agreement" is the share of tokens whose exit disagrees with
+            the final exit about the most probable token, "perplexity" the relative increase of the
+            perplexity, "task" the share of questions that the final exit answers right and the
+            early exits do not.
         measure: Measure of confidence, as in `ExitPolicy`.
+        train_gate: Train a gate for each exit on the first `gate_tokens` tokens, save the gates in
+            the checkpoint, and calibrate them on the rest of the text.
+        gate_tokens: Number of tokens that train the gates.
         num_tokens: Number of tokens to use, from the start of the text. None means all.
         seq_length: Length of a window in tokens. None means the checkpoint's data.seq_length, at
             most 2048. Shorter windows are more samples, and allow smaller risks.
@@ -297,9 +309,13 @@ def calibrate(
         pipeline=pipeline,
         timeout_s=timeout_s,
         progress=progress,
+        task=tuple(map(Path, _listed(task))),
         risk=risk,
         delta=delta,
+        metric=metric,
         measure=measure,
+        train_gate=train_gate,
+        gate_tokens=gate_tokens,
         seed=seed,
     )
     return _calibrate(options)

@@ -78,9 +78,7 @@ def gate_shapes(boundary: int, hidden_size: int, width: int) -> dict[str, tuple[
 
 def gated_boundaries(names: Iterable[str]) -> frozenset[int]:
     """Return the boundaries of the gates among the names of a model's tensors."""
-    return frozenset(
-        int(name.split(".")[1]) for name in names if name.startswith(PREFIX)
-    )
+    return frozenset(int(name.split(".")[1]) for name in names if name.startswith(PREFIX))
 
 
 def check_gates(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:

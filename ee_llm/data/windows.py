@@ -1,6 +1,7 @@
 """Windows of prepared data, for passes that see each token once."""
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +49,62 @@ class Windows:
                     return
                 remaining -= num
                 yield torch.from_numpy(data.tokens[start : start + num + 1].astype("int64"))
+
+
+class TargetWindow(NamedTuple):
+    """A window of which only some tokens count.
+
+    Attributes:
+        tokens: Token ids [t + 1].
+        is_target: Whether each token after the first one counts as a target, bool [t].
+    """
+
+    tokens: Tensor
+    is_target: Tensor
+
+
+class CountedWindows(Protocol):
+    """Windows of which the number of tokens is known, perhaps as an estimate."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens to predict."""
+
+    def __iter__(self) -> Iterator[Tensor] | Iterator[TargetWindow]:
+        """Yield token ids, int64 [t + 1], or windows with their targets."""
+
+
+class LaterWindows:
+    """Windows without the first ones."""
+
+    def __init__(self, windows: CountedWindows, num_skipped: int) -> None:
+        """Take windows, and the number of tokens to leave out, rounded up to whole windows."""
+        self._windows, self._limit = windows, num_skipped
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens to predict."""
+        return max(1, self._windows.num_tokens - self._limit)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield token ids, int64 [t + 1].
+
+        Raises:
+            DataError: Nothing is left.
+        """
+        num_skipped, is_empty = 0, True
+        for window in self._windows:
+            assert isinstance(window, Tensor), "windows of text"
+            if num_skipped < self._limit:
+                num_skipped += len(window) - 1
+            else:
+                is_empty = False
+                yield window
+        if is_empty:
+            raise DataError(
+                f"the text has only {num_skipped:,} tokens, and the first {self._limit:,} are used"
+                " for something else. Give more text."
+            )
 
 
 def check_window(window: Tensor, vocab_size: int) -> None:

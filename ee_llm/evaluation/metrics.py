@@ -7,6 +7,8 @@ from torch import Tensor
 from ee_llm.evaluation.averages import Average
 from ee_llm.evaluation.measure import COLUMNS
 
+_AVERAGED = ("loss", "agreement", "kl_to_final", "confidence")
+
 
 class Metrics:
     """Collects the metrics of `ee-llm evaluate`; see `measure.Collector`."""
@@ -16,9 +18,9 @@ class Metrics:
 
     def add(self, columns: dict[int, Tensor]) -> None:
         for boundary, found in columns.items():
-            averages = self._averages.setdefault(boundary, {name: Average() for name in COLUMNS})
-            for name, column in zip(COLUMNS, found, strict=True):
-                averages[name].add(column)
+            averages = self._averages.setdefault(boundary, {name: Average() for name in _AVERAGED})
+            for name in _AVERAGED:
+                averages[name].add(found[COLUMNS.index(name)])
 
     def check(self, num_windows: int) -> None:
         pass  # One window is enough.

@@ -52,9 +52,12 @@ class EvaluateOptions(TextOptions):
     """Measure the loss of every exit on given text."""
 
 
-def check_options(options: TextOptions) -> None:
-    """Raise RequestError for options that contradict each other or are out of range."""
-    if not options.data and not options.text:
+def check_options(options: TextOptions, *, needs_text: bool = True) -> None:
+    """Raise RequestError for options that contradict each other or are out of range.
+
+    needs_text: whether `data` or `text` must be given.
+    """
+    if needs_text and not options.data and not options.text:
         raise RequestError(
             "there is no text to evaluate. Give data (--data) with the prefixes of prepared data,"
             " or text (--text) with text files."

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ee_llm.inference.choices import Measure
+from ee_llm.inference.choices import NUM_CANDIDATES, Measure
+from ee_llm.inference.exits.confidence import shortlist
 from ee_llm.inference.exits.decision import summarize
 
 Gather = Callable[[Tensor], Tensor]
@@ -26,12 +27,15 @@ class RowStatistics:
         loss: Negative log probability [r] of the next token, in nats.
         top: Id [r] of the most probable token; of equal ones, the least.
         confidence: Confidence [r] of the exit, by default the probability of that token.
+        predicted: Token ids [r, k] that deeper exits of the same rows need, for the measures that
+            compare exits.
     """
 
     logprobs: Tensor
     loss: Tensor
     top: Tensor
     confidence: Tensor
+    predicted: Tensor | None = None
 
 
 def row_statistics(
@@ -40,6 +44,7 @@ def row_statistics(
     first_id: int,
     gather: Gather,
     measure: Measure = "max_probability",
+    predicted: Tensor | None = None,
 ) -> RowStatistics:
     """Return the statistics of rows; all tensor-parallel ranks must call this together.
 
@@ -51,6 +56,8 @@ def row_statistics(
         first_id: Vocabulary id of the first column.
         gather: Exchange between the ranks.
         measure: Measure of confidence; other than the probability, it takes another exchange.
+            Measures of hidden states count as the probability.
+        predicted: `predicted` of the exit before, None for the first exit.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     index = targets - first_id
@@ -63,6 +70,8 @@ def row_statistics(
     total = (totals * (tops - greatest[:, None]).exp()).sum(dim=-1)
     normalizer = greatest + total.log()
     logprobs = logits - normalizer[:, None]
+    top = ids.gather(-1, shard[:, None])[:, 0].long()
+    passed_on: Tensor | None = None
     if measure == "entropy":
         information = gather(torch.special.entr(logprobs.exp()).sum(dim=-1, keepdim=True))
         vocab_size = logits.shape[1] * information.shape[1]
@@ -70,14 +79,39 @@ def row_statistics(
     elif measure == "margin":
         best = gather(logprobs.topk(2, dim=-1).values).topk(2, dim=-1).values.exp()
         confidence = best[:, 0] - best[:, 1]
+    elif measure == "agreement":
+        passed_on = top[:, None]
+        confidence = torch.zeros_like(total)
+        if predicted is not None:
+            confidence = _picked(logprobs, predicted, first_id, gather)[:, 0].exp()
+    elif measure == "shortlist":
+        passed_on = predicted if predicted is not None else _best(logits, first_id, gather)
+        confidence = shortlist(_picked(logprobs, passed_on, first_id, gather))
     else:
         confidence = 1 / total
     return RowStatistics(
         logprobs,
         normalizer - found.sum(dim=-1),
-        ids.gather(-1, shard[:, None])[:, 0].long(),
+        top,
         confidence,
+        passed_on,
     )
+
+
+def _picked(values: Tensor, ids: Tensor, first_id: int, gather: Gather) -> Tensor:
+    """Return the values [r, k] of token ids [r, k], from each rank's values [r, v / n]."""
+    index = ids - first_id
+    is_here = (index >= 0) & (index < values.shape[1])
+    found = values.gather(-1, index.clamp(0, values.shape[1] - 1)).masked_fill(~is_here, 0.0)
+    return gather(found).unflatten(-1, (-1, ids.shape[1])).sum(dim=1)
+
+
+def _best(logits: Tensor, first_id: int, gather: Gather) -> Tensor:
+    """Return the ids [r, k] of the shortlist, from each rank's logits [r, v / n]."""
+    here = logits.topk(min(NUM_CANDIDATES, logits.shape[1]), dim=-1)
+    values, ids = gather(here.values), gather(here.indices + first_id)
+    best = values.topk(min(NUM_CANDIDATES, values.shape[1]), dim=-1).indices
+    return ids.gather(-1, best)
 
 
 def divergence(final: Tensor, early: Tensor, gather: Gather) -> Tensor:

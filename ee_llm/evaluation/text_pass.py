@@ -1,8 +1,9 @@
 """Run a checkpoint over given text, in this process or on ranks that this process starts."""
 
+import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,22 +11,31 @@ from typing import Any
 
 import torch.distributed
 from rich.progress import TextColumn
+from torch import Tensor
 
 from ee_llm import distributed
+from ee_llm.architecture.gates import gated_boundaries
 from ee_llm.architecture.tensors import take_tensors
+from ee_llm.checkpoint.gates import TensorsWithGates
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.checkpoint.tensors import CheckpointTensors
 from ee_llm.config import Config
 from ee_llm.data.prepare import check_tokenizer
 from ee_llm.data.text_windows import TextWindows
 from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
-from ee_llm.data.windows import Windows, default_length
+from ee_llm.data.windows import (
+    CountedWindows,
+    LaterWindows,
+    TargetWindow,
+    Windows,
+    default_length,
+)
 from ee_llm.errors import RequestError, UserError
 from ee_llm.evaluation.measure import Collector, measure
 from ee_llm.evaluation.options import TextOptions, check_options
 from ee_llm.inference.choices import Measure
 from ee_llm.inference.execution.stage import check_layout
 from ee_llm.inference.execution.teacher_forced import TeacherForced
+from ee_llm.inference.exits.policy import check_gates, make_exit_policy
 from ee_llm.launch.local import run_ranks
 
 
@@ -39,6 +49,7 @@ class TextPass:
         num_tokens: Number of predicted tokens.
         seq_length: Length of a window in tokens.
         dtype: Name of the dtype of the computation.
+        digest: Digest of the token ids, 16 hexadecimal digits.
         found: The result of the collector.
     """
 
@@ -47,6 +58,7 @@ class TextPass:
     num_tokens: int
     seq_length: int
     dtype: str
+    digest: str
     found: list[dict[str, Any]]
 
 
@@ -55,6 +67,9 @@ def run_pass(
     title: str,
     make_collector: Callable[[Config], Collector],
     confidence: Measure = "max_probability",
+    skipped: int = 0,
+    gates: Mapping[str, Tensor] | None = None,
+    make_windows: Callable[[TensorReader, Tokenizer, int], CountedWindows] | None = None,
 ) -> TextPass | None:
     """Run the model over the text, on every rank that a launcher has started.
 
@@ -67,27 +82,38 @@ def run_pass(
         make_collector: Returns what takes the measurements; raises UserError for a model that it
             cannot use.
         confidence: The measure of confidence.
+        skipped: Number of tokens at the start of the text that are not used.
+        gates: Gates to use instead of the checkpoint's, by name.
+        make_windows: Returns the windows, from the checkpoint, its tokenizer and their greatest
+            length, instead of those of the options' text.
 
     Raises:
         UserError: The options, the text or the checkpoint is not valid.
         RunError: The loss of an exit is not finite, or a rank was lost.
     """
-    check_options(options)
+    check_options(options, needs_text=make_windows is None)
     _check_world(options)
     reader = TensorReader(options.checkpoint)
     config = reader.config()
     seq_length = _seq_length(options, config)
     check_layout(config, options.tensor, options.pipeline)
     tokenizer = load_tokenizer(reader.tokenizer(), config.data.eos_token)
-    windows = _windows(options, tokenizer, seq_length)
+    if make_windows is None:
+        windows: CountedWindows = _windows(options, tokenizer, seq_length, skipped)
+    else:
+        windows = make_windows(reader, tokenizer, seq_length)
     collector = make_collector(config)
     num_ranks = options.tensor * options.pipeline
     if num_ranks > 1 and distributed.launched_world_size() is None:
         distributed.check_gpus(options.tensor, options.pipeline)
         return None
-    dtype = distributed.dtype_named(options.dtype)
+    dtype, digest = distributed.dtype_named(options.dtype), hashlib.sha256()
     with _connected(options, num_ranks) as ranks:
-        tensors = take_tensors(config, CheckpointTensors(reader), dtype, distributed.device())
+        stored = TensorsWithGates(reader, gates)
+        if confidence == "gate":
+            exits = config.exits.boundaries
+            check_gates(make_exit_policy(exits, [1.0], "gate"), gated_boundaries(stored))
+        tensors = take_tensors(config, stored, dtype, distributed.device())
         model = TeacherForced(config, tensors, seq_length, ranks)
         share = TextColumn("{task.percentage:.0f} %")
         is_quiet = not options.progress or not distributed.is_rank_zero()
@@ -96,7 +122,7 @@ def run_pass(
             num_tokens, found = measure(
                 model,
                 config,
-                windows,
+                _digested(windows, digest),
                 collector,
                 tokenizer.eos_token_id if config.data.mask_after_eos else None,
                 ranks,
@@ -105,7 +131,7 @@ def run_pass(
             )
     inputs = options.data or tuple(map(str, options.text))
     name = str(dtype).removeprefix("torch.")
-    return TextPass(reader, inputs, num_tokens, seq_length, name, found)
+    return TextPass(reader, inputs, num_tokens, seq_length, name, digest.hexdigest()[:16], found)
 
 
 def run_command(command: str, options: TextOptions) -> Any:
@@ -115,8 +141,8 @@ def run_command(command: str, options: TextOptions) -> Any:
         arguments = [f"{options.checkpoint}", f"--json={path}"]
         for field in fields(options):
             value, name = getattr(options, field.name), field.name.replace("_", "-")
-            if field.name == "progress":
-                arguments += [] if value else ["--no-progress"]
+            if isinstance(value, bool):
+                arguments.append(f"--{name}" if value else f"--no-{name}")
             elif field.name != "checkpoint" and value is not None:
                 values = value if isinstance(value, tuple) else (value,)
                 arguments += [f"--{name}={one}" for one in values]
@@ -138,12 +164,23 @@ def _seq_length(options: TextOptions, config: Config) -> int:
     return options.seq_length
 
 
-def _windows(options: TextOptions, tokenizer: Tokenizer, seq_length: int) -> Windows | TextWindows:
+def _windows(
+    options: TextOptions, tokenizer: Tokenizer, seq_length: int, skipped: int
+) -> LaterWindows:
     if options.text:
-        return TextWindows(options.text, tokenizer, seq_length, options.num_tokens)
+        texts = TextWindows(options.text, tokenizer, seq_length, options.num_tokens)
+        return LaterWindows(texts, skipped)
     for prefix in options.data:
         check_tokenizer(prefix, tokenizer)
-    return Windows(options.data, seq_length, options.num_tokens)
+    return LaterWindows(Windows(options.data, seq_length, options.num_tokens), skipped)
+
+
+def _digested(windows: CountedWindows, digest: Any) -> Iterator[Tensor | TargetWindow]:
+    """Yield windows and update a digest with their token ids."""
+    for one in windows:
+        tokens = one.tokens if isinstance(one, TargetWindow) else one
+        digest.update(tokens.numpy().tobytes())
+        yield one
 
 
 @contextmanager

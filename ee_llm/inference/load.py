@@ -1,14 +1,15 @@
 """Build an engine from a checkpoint of any parallel layout, on this rank's device."""
 
 import logging
+from collections.abc import Mapping
 
 import torch
 
 from ee_llm import distributed
+from ee_llm.checkpoint.gates import TensorsWithGates, fingerprint_with_gates
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.checkpoint.tensors import CheckpointTensors
 from ee_llm.data.tokenization.tokenizer import Tokenizer
-from ee_llm.inference.choices import Attention, DeferralMode
+from ee_llm.inference.choices import Attention, DeferralMode, Measure
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.engine_base import EngineBase
 from ee_llm.inference.execution.executor import ExecutionConfig
@@ -38,7 +39,7 @@ def load_engine(
         UserError: The checkpoint is damaged, the ranks cannot split the model, or the device does
             not support `execution`.
     """
-    config, tensors, device = reader.config(), CheckpointTensors(reader), distributed.device()
+    config, tensors, device = reader.config(), TensorsWithGates(reader), distributed.device()
     dtype = dtype or distributed.fast_dtype()
     if ranks is not None and ranks.num_stages > 1:
         return PipelineEngine(
@@ -47,6 +48,21 @@ def load_engine(
     return Engine(
         config, tensors, dtype, scheduler_config, detokenize, device, deferral, ranks, execution
     )
+
+
+def policy_fingerprint(
+    reader: TensorReader, measure: Measure, gates: Mapping[str, torch.Tensor] | None = None
+) -> str:
+    """Return the fingerprint that a policy file for a checkpoint names.
+
+    It covers the gates if the measure of confidence uses them.
+
+    Args:
+        reader: The checkpoint.
+        measure: The measure of confidence.
+        gates: Gates to use instead of the checkpoint's, by name.
+    """
+    return fingerprint_with_gates(reader, gates) if measure == "gate" else reader.fingerprint()
 
 
 def make_scheduler_config(

@@ -6,13 +6,14 @@ import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self, get_args
 
 import torch
 
 from ee_llm import distributed
+from ee_llm.checkpoint.gates import gated_exits
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tokenizer import stated_bos
 from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -29,8 +30,13 @@ from ee_llm.inference.decoding.settings import Contrast
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.execution.quantization import check_quantize
 from ee_llm.inference.execution.stage import check_layout
-from ee_llm.inference.exits.policy import Exits, resolve_policy
-from ee_llm.inference.load import load_engine, make_scheduler_config, warn_of_large_tokenizer
+from ee_llm.inference.exits.policy import Exits, check_gates, resolve_policy
+from ee_llm.inference.load import (
+    load_engine,
+    make_scheduler_config,
+    policy_fingerprint,
+    warn_of_large_tokenizer,
+)
 from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.ranks.workers import Workers, announce_ready
 from ee_llm.inference.request import Request
@@ -123,8 +129,9 @@ class LoadedModel:
         self._policy = resolve_policy(
             DEFAULT_THRESHOLD if exits is None else exits,
             self.config.exits.boundaries,
-            self._reader.fingerprint,
+            partial(policy_fingerprint, self._reader),
         )
+        check_gates(self._policy, gated_exits(self._reader))
         self._request_numbers = itertools.count(1)  # safe to use from several threads
         self._closing = ExitStack()
         self._ranks: distributed.InferenceGrid | None = None
@@ -210,7 +217,7 @@ class LoadedModel:
         boundaries = self.config.exits.boundaries
         policy = self._policy
         if exits is not None:
-            policy = resolve_policy(exits, boundaries, self._reader.fingerprint)
+            policy = resolve_policy(exits, boundaries, partial(policy_fingerprint, self._reader))
         if contrast is not None and exits is not None and policy != policy.without_exits():
             raise RequestError(
                 f"strategy {name!r} runs every token through all layers, so exits cannot have"

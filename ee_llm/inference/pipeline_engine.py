@@ -13,12 +13,12 @@ from ee_llm.inference.engine_base import EngineBase
 from ee_llm.inference.execution.executor import ExecutionConfig
 from ee_llm.inference.execution.pipeline_runner import PipelineRunner
 from ee_llm.inference.execution.stage import ModelStage, make_shard, partition_layers
-from ee_llm.inference.scheduling.wire import decode_results
 from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.pipeline_scheduler import (
     PipelineScheduler,
     PipelineSchedulerOutput,
 )
+from ee_llm.inference.scheduling.wire import decode_results
 from ee_llm.inference.sequence import Sequence
 from ee_llm.inference.text.detokenizer import Detokenize
 

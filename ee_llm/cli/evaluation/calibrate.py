@@ -10,19 +10,22 @@ from ee_llm.evaluation.calibration.options import CalibrateOptions
 
 COMMAND = CommandHelp(
     "calibrate",
-    """Choose a threshold for each exit such that tokens rarely differ from the full model's, with a
-    guarantee, and write them to a policy file for 'ee-llm generate --policy'.
+    """Choose a threshold for each exit such that the quality hardly falls, with a guarantee, and
+    write them to a policy file for 'ee-llm generate --policy'. Optionally train gates first.
 
     The text must not be the one that trained the exits, and must be like the text of later use. One
     half of it is searched for thresholds, the other half tests them.""",
     (
-        Group("Guarantee", "risk delta", "measure seed"),
-        Group("Text", "data text num_tokens", "seq_length"),
+        Group("Guarantee", "risk delta metric", "seed"),
+        Group("Confidence", "measure train_gate", "gate_tokens"),
+        Group("Text", "data text task num_tokens", "seq_length"),
         Group("Execution", "dtype", "tensor pipeline timeout_s"),
         Group("Output", "output json", "progress"),
     ),
     (
         "ee-llm calibrate runs/tuned --data data/held-out --risk 0.02 --output policy.json",
+        "ee-llm calibrate runs/tuned --data data/held-out --train-gate --output policy.json",
+        "ee-llm calibrate runs/tuned --metric task --task questions.jsonl --output policy.json",
         "ee-llm generate --checkpoint runs/tuned --policy policy.json --prompt Once",
     ),
 )

@@ -133,8 +133,11 @@ class GenerateOptions(SamplingOptions, ExecutionOptions):
     """Read the exit policy from this JSON file, instead of --thresholds and --measure."""
 
     measure: Measure = "max_probability"
-    """Measure confidence as the highest probability, as 1 - normalized entropy, or as the highest
-    minus the second highest probability."""
+    """Measure confidence as the highest probability, as 1 - normalized entropy, as the highest
+    minus the second highest probability, as agreement with the exit before, as the highest
+    probability among the 16 best tokens of the first exit (shortlist), by how little the last layer
+    turns the hidden state (saturation), or with gates, which 'ee-llm calibrate --train-gate'
+    trains. saturation and gate decide before an exit computes logits."""
 
     strategy: Strategy = "exact"
     """Decode with this strategy. exact exits at the first confident exit. full runs every token

@@ -21,6 +21,7 @@ class Choice:
         cost: Mean cost of a token on these windows, in layers, heads included.
         shares: Share of these tokens that takes each exit, the final one last.
         p_value: P-value of the hypothesis that the risk exceeds the limit, None with all exits off.
+        heads: Mean number of heads that a token computes.
         least_final_share: Share of the tokens that must take the final exit even with a perfect
             measure of confidence, because no early exit agrees and the risk is used up.
         num_windows: Number of windows of the test.
@@ -31,6 +32,7 @@ class Choice:
     loss: float
     cost: float
     shares: tuple[float, ...]
+    heads: float
     p_value: float | None
     least_final_share: float
     num_windows: int
@@ -106,6 +108,7 @@ def _describe(
         float(records.window_losses(outcome.losses).mean()),
         float(costs.of(outcome.exits, thresholds).mean()),
         tuple((counts.double() / records.num_tokens).tolist()),
+        float(costs.heads(thresholds)[outcome.exits].mean()),
         probability,
         max(0.0, never_right - limit),
         records.num_windows,

@@ -11,14 +11,21 @@ from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.config import Config
 from ee_llm.errors import RequestError
 from ee_llm.evaluation.calibration.choose import check_size, choose
-from ee_llm.evaluation.calibration.options import CalibrateOptions
-from ee_llm.evaluation.calibration.records import Records
+from ee_llm.evaluation.calibration.options import CalibrateOptions, Metric
+from ee_llm.evaluation.calibration.records import Aggregate, Records
 from ee_llm.evaluation.calibration.search import Costs
 from ee_llm.evaluation.measure import COLUMNS
 
+AGGREGATES: dict[Metric, Aggregate] = {
+    "agreement": "mean",
+    "perplexity": "increase",
+    "task": "any",
+}
+"""The loss of a window by metric."""
+
 
 class Calibration:
-    """Collects the confidence and the disagreement of every early exit; see `measure.Collector`."""
+    """Collects the confidence and the loss of every early exit; see `measure.Collector`."""
 
     def __init__(self, config: Config, options: CalibrateOptions) -> None:
         """Raise RequestError for a model without early exits."""
@@ -28,18 +35,40 @@ class Calibration:
                 f"checkpoint = {options.checkpoint} has no early exits to calibrate. Add some with"
                 " 'ee-llm checkpoint add-exits', and tune them."
             )
-        self._costs = Costs(self._boundaries, config.model.num_layers, head_cost(config))
         self._options = options
+        self._measure = options.measure_used
+        self._costs = Costs(
+            self._boundaries, config.model.num_layers, head_cost(config), self._measure
+        )
         self._confidence: list[Tensor] = []
         self._losses: list[Tensor] = []
 
     def add(self, columns: dict[int, Tensor]) -> None:
-        early = torch.stack([columns[boundary] for boundary in self._boundaries])  # [e, 4, t]
+        early = torch.stack([columns[boundary] for boundary in self._boundaries])  # [e, c, t]
+        final = columns[max(columns)]
         self._confidence.append(early[:, COLUMNS.index("confidence")].float())
-        self._losses.append(1 - early[:, COLUMNS.index("agreement")].float())
+        self._losses.append(self._loss(early, final).float())
+
+    def _loss(self, early: Tensor, final: Tensor) -> Tensor:
+        """Return the loss [e, t] of each exit, from `COLUMNS` of these [e, c, t] and of the final.
+
+        It is what `CalibrateOptions.metric` says about a token.
+        """
+        if self._options.metric == "agreement":
+            return 1 - early[:, COLUMNS.index("agreement")]
+        if self._options.metric == "perplexity":
+            return early[:, COLUMNS.index("loss")] - final[COLUMNS.index("loss")]
+        column = COLUMNS.index("accuracy")
+        return (1 - early[:, column]) * final[column].min()  # 0 if the final answer is wrong
 
     def check(self, num_windows: int) -> None:
-        check_size(num_windows, self._options.risk, self._options.delta)
+        check_size(num_windows, self._limit, self._options.delta)
+
+    @property
+    def _limit(self) -> float:
+        """Limit of the mean loss of a window."""
+        risk = self._options.risk
+        return math.log1p(risk) if self._options.metric == "perplexity" else risk
 
     def result(self) -> list[dict[str, Any]]:
         lengths = torch.tensor([part.shape[1] for part in self._confidence])
@@ -48,9 +77,11 @@ class Calibration:
             torch.cat(self._confidence, dim=1),
             torch.cat(self._losses, dim=1),
             torch.arange(len(lengths)).repeat_interleave(lengths),
+            AGGREGATES[self._options.metric],
+            compares_exits=self._measure in ("agreement", "shortlist"),
         )
         options = self._options
-        choice = choose(records, self._costs, options.risk, options.delta, options.seed)
+        choice = choose(records, self._costs, self._limit, options.delta, options.seed)
         return [asdict(choice) | {"full_cost": self._costs.full, "head_cost": self._costs.head}]
 
 

@@ -1,36 +1,57 @@
 """The result of a calibration: an exit policy and what is known about it."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ee_llm.evaluation.calibration.options import Metric
 from ee_llm.inference.choices import Measure
 from ee_llm.inference.exits.policy import ExitPolicy
+
+_PROMISES: dict[Metric, str] = {
+    "agreement": "at most {:.3%} of tokens disagree with the final exit",
+    "perplexity": "the perplexity rises by at most {:.3%}",
+    "task": "at most {:.3%} of questions are answered wrong that the final exit answers right",
+}
+_FOUND: dict[Metric, str] = {
+    "agreement": "{:.3%} disagree",
+    "perplexity": "the perplexity rises by {:.3%}",
+    "task": "{:.3%} of questions are lost",
+}
 
 
 @dataclass(frozen=True, repr=False)
 class CalibrationResult:
     """Thresholds of the exits and the risk that they keep; `repr` returns them as a table.
 
-    With a probability of at least 1 - delta over the choice of the text, the expected share of
-    tokens of a window whose exit disagrees with the final exit is at most `risk`. This holds for
-    text from the same source as the text of the calibration, if its windows are independent.
+    With a probability of at least 1 - delta over the choice of the text, the risk is at most
+    `risk`. For the metric "agreement", it is the expected share of tokens of a window whose exit
+    disagrees with the final exit. For "perplexity", it is the relative increase of the perplexity
+    that the expected increase of a window's loss amounts to, of which at most 1 nat per window
+    counts, and nothing if the loss falls. For "task", it is the share of questions that the final
+    exit answers right and the early exits do not. The guarantee holds for text from the same source
+    as the text of the calibration, if its windows are independent.
 
     Attributes:
         checkpoint: Directory of the checkpoint.
         fingerprint: Fingerprint of its model, 16 hexadecimal digits.
         inputs: Prefixes of prepared data, or text files.
+        text_digest: Digest of the token ids of the text, 16 hexadecimal digits.
         num_layers: Number of layers of the model.
         boundaries: Boundaries of the early exits.
         thresholds: Threshold of each early exit; None is off.
         measure: Measure of confidence.
-        risk: Greatest share of tokens that disagree.
+        metric: What the risk is about.
+        risk: Greatest risk.
         delta: Greatest probability that the risk is exceeded.
-        loss: Share of tokens that disagree in the half of the text that tested the thresholds.
+        loss: Mean loss of the windows that tested the thresholds, an estimate of the risk: a share,
+            or nats per token for "perplexity".
         p_value: P-value of the hypothesis that the risk is exceeded; None with all exits off.
         shares: Share of tokens that takes each exit, the final one last.
+        heads: Mean number of exit heads that a token computes.
         cost: Mean cost of a token in layers, with the heads that it computes.
         full_cost: Cost of a token without early exits.
         head_cost: Cost of an exit's head, in layers: the ratio of their weights.
@@ -40,20 +61,26 @@ class CalibrationResult:
         num_tokens: Number of their tokens.
         seq_length: Length of a window in tokens.
         dtype: Name of the dtype of the computation.
+        gates: Of each gate that was trained: the boundary of its exit, the share of tokens for
+            which the exit agrees with the final exit, and the area under the ROC curve with which
+            the gate predicts that, on tokens that did not train it.
     """
 
     checkpoint: str
     fingerprint: str
     inputs: tuple[str, ...]
+    text_digest: str
     num_layers: int
     boundaries: tuple[int, ...]
     thresholds: tuple[float | None, ...]
     measure: Measure
+    metric: Metric
     risk: float
     delta: float
     loss: float
     p_value: float | None
     shares: tuple[float, ...]
+    heads: float
     cost: float
     full_cost: float
     head_cost: float
@@ -62,6 +89,7 @@ class CalibrationResult:
     num_tokens: int
     seq_length: int
     dtype: str
+    gates: tuple[dict[str, float | None], ...] = ()
 
     @property
     def policy(self) -> ExitPolicy:
@@ -79,6 +107,10 @@ class CalibrationResult:
         depths = (*self.boundaries, self.num_layers)
         return sum(share * depth for share, depth in zip(self.shares, depths, strict=True))
 
+    @property
+    def _shown_loss(self) -> float:
+        return math.expm1(self.loss) if self.metric == "perplexity" else self.loss
+
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes as values that JSON can represent."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
@@ -87,7 +119,7 @@ class CalibrationResult:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CalibrationResult":
         """Return the result that `to_dict` turned into these values."""
-        lists = ("inputs", "boundaries", "thresholds", "shares")
+        lists = ("inputs", "boundaries", "thresholds", "shares", "gates")
         return cls(**{**values, **{name: tuple(values[name]) for name in lists}})
 
     def save(self, path: str | Path) -> None:
@@ -104,8 +136,8 @@ class CalibrationResult:
         lines = [
             f"{self.checkpoint}: thresholds of {self.measure}, calibrated on"
             f" {' '.join(self.inputs)}",
-            f"risk {self.risk:g}: with probability {1 - self.delta:g}, at most {self.risk:.3%} of"
-            " tokens disagree with the final exit",
+            f"risk {self.risk:g}: with probability {1 - self.delta:g},"
+            f" {_PROMISES[self.metric].format(self.risk)}",
             "",
             "exit after  threshold  tokens",
         ]
@@ -116,14 +148,21 @@ class CalibrationResult:
         lines.append(f"layer {self.num_layers:<4}  {'final':>9}  {self.shares[-1]:6.1%}")
         lines += [
             "",
-            f"tested on {self.num_tokens:,} tokens in {self.num_windows:,} windows:"
-            f" {self.loss:.3%} disagree",
-            f"mean depth {self.mean_depth:.2f} of {self.num_layers} layers; with heads of"
-            f" {self.head_cost:.2f} layers, a token costs {self.cost:.2f} of {self.full_cost:.2f}"
-            f" layers: {self.saving:.1%} less",
+            f"tested on {self.num_tokens:,} tokens in {self.num_windows:,}"
+            f" {'questions' if self.metric == 'task' else 'windows'}:"
+            f" {_FOUND[self.metric].format(self._shown_loss)}",
+            f"mean depth {self.mean_depth:.2f} of {self.num_layers} layers; with {self.heads:.2f}"
+            f" heads of {self.head_cost:.2f} layers, a token costs {self.cost:.2f} of"
+            f" {self.full_cost:.2f} layers: {self.saving:.1%} less",
             f"even with a perfect measure of confidence, {self.least_final_share:.1%} of tokens"
             " need the final exit",
         ]
+        for gate in self.gates:
+            auc = "no" if gate["auc"] is None else f"{gate['auc']:.3f}"
+            lines.append(
+                f"gate after layer {gate['boundary']}: the exit agrees for {gate['agreement']:.1%}"
+                f" of tokens, which the gate predicts with {auc} area under the ROC curve"
+            )
         if self.p_value is None:
             lines.append("no thresholds save anything at this risk, so all exits are off")
         return "\n".join(lines)

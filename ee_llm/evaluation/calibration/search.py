@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ee_llm.evaluation.calibration.records import Records
+from ee_llm.inference.choices import HIDDEN_MEASURES, Measure
 
 NUM_LEVELS = 40
 """Thresholds per exit that the search considers, at quantiles of the exit's confidence."""
@@ -31,25 +32,31 @@ class Costs:
         boundaries: Boundaries of the early exits.
         num_layers: Number of layers of the model.
         head: Cost of computing the logits of one exit.
+        measure: Measure of confidence, which decides which exits compute logits: those of hidden
+            states only the exit that the token takes, the shortlist the first exit as well, others
+            every exit that the token reaches.
     """
 
     boundaries: tuple[int, ...]
     num_layers: int
     head: float = 0.0
+    measure: Measure = "max_probability"
 
     def of(self, exits: Tensor, thresholds: Thresholds) -> Tensor:
         """Return the cost [t] of tokens that take these exits (as in `Outcome`), float64.
 
-        A token computes the head of each exit that is not off up to its own, and the final exit's
-        if it takes that.
+        thresholds: those of the early exits; exits that are off compute nothing.
         """
-        num_heads = 0
-        by_exit = []
-        for boundary, threshold in zip(self.boundaries, thresholds, strict=True):
-            num_heads += threshold is not None
-            by_exit.append(boundary + self.head * num_heads)
-        by_exit.append(self.num_layers + self.head * (num_heads + 1))
-        return torch.tensor(by_exit, dtype=torch.float64)[exits]
+        depths = torch.tensor([*self.boundaries, self.num_layers], dtype=torch.float64)
+        return (depths + self.head * self.heads(thresholds))[exits]
+
+    def heads(self, thresholds: Thresholds) -> Tensor:
+        """Return how many heads a token computes by its exit [e + 1], the final one last."""
+        is_on = torch.tensor([threshold is not None for threshold in (*thresholds, 1.0)])
+        num_on = is_on.double().cumsum(0)
+        if self.measure in HIDDEN_MEASURES:
+            return torch.ones_like(num_on)
+        return num_on.clamp(max=2.0) if self.measure == "shortlist" else num_on
 
     @property
     def full(self) -> float:
@@ -63,7 +70,7 @@ class Point:
 
     Attributes:
         thresholds: One per early exit.
-        loss: Mean loss of a token.
+        loss: Mean loss of a window.
         cost: Mean cost of a token, in layers.
     """
 
@@ -81,11 +88,12 @@ def find_path(records: Records, costs: Costs, limit: float) -> list[Point]:
     Args:
         records: The text of the search.
         costs: The cost of each exit.
-        limit: Greatest mean loss of a token.
+        limit: Greatest mean loss of a window.
     """
     off: Thresholds = (None,) * len(records.boundaries)
     best, best_cost = [_point(records, costs, off)], costs.full
-    for used in _subsets(len(records.boundaries)):
+    count = len(records.boundaries)
+    for used in [tuple(range(count))] if records.compares_exits else _subsets(count):
         path = _greedy(records, costs, used, 2 * limit)
         reached = min(point.cost for point in path if point.loss <= limit)
         if reached < best_cost:
@@ -141,5 +149,5 @@ def _levels(confidence: Tensor, count: int) -> list[float]:
 
 def _point(records: Records, costs: Costs, thresholds: Thresholds) -> Point:
     outcome = records.outcome(thresholds)
-    loss = float(outcome.losses.mean())
+    loss = float(records.window_losses(outcome.losses).mean())
     return Point(thresholds, loss, float(costs.of(outcome.exits, thresholds).mean()))

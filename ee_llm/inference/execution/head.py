@@ -49,7 +49,9 @@ class Projection:
         """Return this rank's logits [r, v / n] for the input [r, h] of the output projection."""
         return self._tempered(self._output(features))
 
-    def candidate_logits(self, features: Tensor, ids: Tensor, shard: Shard, first_id: int) -> Tensor:
+    def candidate_logits(
+        self, features: Tensor, ids: Tensor, shard: Shard, first_id: int
+    ) -> Tensor:
         """Return the logits [r, k] of a few token ids [r, k] per row, on every rank.
 
         Args:

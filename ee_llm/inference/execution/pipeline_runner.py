@@ -23,12 +23,6 @@ from ee_llm.inference.execution.executor import ExecutionConfig, Executor
 from ee_llm.inference.execution.head import HiddenRows
 from ee_llm.inference.execution.runner import runs_of
 from ee_llm.inference.execution.stage import ModelStage
-from ee_llm.inference.scheduling.wire import (
-    PassEnvelope,
-    decode_pass,
-    encode_results,
-    num_predicted,
-)
 from ee_llm.inference.exits.decision import (
     ExitQuery,
     can_decide_from_summaries,
@@ -48,6 +42,12 @@ from ee_llm.inference.scheduling.output import (
 from ee_llm.inference.scheduling.pipeline_scheduler import (
     PipelineSchedulerOutput,
     StageResult,
+)
+from ee_llm.inference.scheduling.wire import (
+    PassEnvelope,
+    decode_pass,
+    encode_results,
+    num_predicted,
 )
 
 

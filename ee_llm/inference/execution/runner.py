@@ -23,11 +23,11 @@ from ee_llm.inference.execution.early_rows import (
 from ee_llm.inference.execution.executor import ExecutionConfig, Executor
 from ee_llm.inference.execution.head import HiddenRows
 from ee_llm.inference.execution.stage import ModelStage
-from ee_llm.inference.scheduling.wire import decode_scheduler_output, encode_scheduler_output
 from ee_llm.inference.exits.decision import summarize
 from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.deferral import LatencyProfile
 from ee_llm.inference.scheduling.output import SchedulerOutput, SegmentStep, TokenRange
+from ee_llm.inference.scheduling.wire import decode_scheduler_output, encode_scheduler_output
 
 # Messages of the leading rank: a pass that returns logits, one that returns summaries, and a reset.
 _LOGITS, _SUMMARIES, _CLEAR = b"w", b"s", b"c"

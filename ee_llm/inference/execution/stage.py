@@ -113,7 +113,7 @@ class ModelStage:
         self.layer_ranges = tuple(layer_ranges)
         weight = tensors[f"layers.{layer_ranges[0].first}.input_layernorm.weight"]
         self.dtype, self.device = weight.dtype, weight.device
-        self.hidden_size = model.hidden_size
+        self.hidden_size, self._num_layers = model.hidden_size, model.num_layers
         self.num_ranks = shard.size  # ranks that share each layer
         self.num_logits = model.vocab_size // shard.size  # of this rank, for ids from first_id on
         self.first_id = shard.rank * self.num_logits
@@ -184,6 +184,10 @@ class ModelStage:
         blocks = [head.block for head in self._heads if head is not None and head.block is not None]
         for layer in (*blocks, *(layer for layers in self._layers for layer in layers)):
             layer.compile()
+
+    def is_final(self, index: int) -> bool:
+        """Return whether a layer range ends at the final exit."""
+        return self.layer_ranges[index].last == self._num_layers
 
     def has_block(self, index: int) -> bool:
         """Return whether the exit of a layer range has a block, with keys and values of its own."""
@@ -313,9 +317,7 @@ class ModelStage:
             head_input = self.run_block(index, hidden.x, make_batch(rows))
         return head.confidences(selected, head_input, queries, self.first_id)[:, None]
 
-    def hidden_confidences(
-        self, index: int, hidden: HiddenRows, measure: HiddenMeasure
-    ) -> Tensor:
+    def hidden_confidences(self, index: int, hidden: HiddenRows, measure: HiddenMeasure) -> Tensor:
         """Return the confidence [t] of an exit for all rows, float64."""
         head = self._heads[index]
         assert head is not None, f"layer range {index} has no exit"

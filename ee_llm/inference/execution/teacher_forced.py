@@ -42,6 +42,11 @@ class ExitInput:
         """Residual stream [t, h] at the boundary."""
         return self.rows.x
 
+    @property
+    def is_final(self) -> bool:
+        """Whether this is the final exit."""
+        return self._stage.is_final(self._index)
+
     def features(self) -> Tensor:
         """Return the input [t, h] of the exit's output projection."""
         return self._stage.features(self._index, self.rows, self._batch)

@@ -14,9 +14,9 @@ from ee_llm.inference.choices import Measure
 from ee_llm.inference.decoding.settings import Contrast
 from ee_llm.inference.exits.confidence import OF_LOGITS, agreement, candidates, shortlist
 from ee_llm.inference.request import ExitResult
-from ee_llm.inference.scheduling.output import HiddenQuery
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.sampling.sampler import draw, mask_banned
+from ee_llm.inference.scheduling.output import HiddenQuery
 from ee_llm.inference.sequence import Sequence
 
 
@@ -89,9 +89,7 @@ def split_by_confidence(
     return declined, others
 
 
-def join_results(
-    declined: Mapping[int, ExitResult], others: Items[ExitResult]
-) -> list[ExitResult]:
+def join_results(declined: Mapping[int, ExitResult], others: Items[ExitResult]) -> list[ExitResult]:
     """Return the results of all rows in order, from what `split_by_confidence` separated."""
     remaining = iter(others)
     count = len(declined) + len(others)
@@ -193,9 +191,7 @@ def decide_from_summaries(summaries: Tensor, queries: Items[ExitQuery]) -> list[
         if query.confidence is not None:
             confidence = query.confidence
         if confidence >= query.threshold:
-            results.append(
-                ExitResult(query.slot, query.position, True, token, confidence, logprob)
-            )
+            results.append(ExitResult(query.slot, query.position, True, token, confidence, logprob))
         else:
             results.append(_declined(query, confidence))
     return results
@@ -205,12 +201,8 @@ def _non_finite(query: ExitQuery) -> ExitResult:
     return ExitResult(query.slot, query.position, True, -1, 0.0, 0.0, is_finite=False)
 
 
-def _declined(
-    query: ExitQuery, confidence: float, predicted: tuple[int, ...] = ()
-) -> ExitResult:
-    return ExitResult(
-        query.slot, query.position, False, -1, confidence, 0.0, predicted=predicted
-    )
+def _declined(query: ExitQuery, confidence: float, predicted: tuple[int, ...] = ()) -> ExitResult:
+    return ExitResult(query.slot, query.position, False, -1, confidence, 0.0, predicted=predicted)
 
 
 def _confidences(

@@ -164,7 +164,7 @@ class _PolicyFile(BaseModel):
 
 
 def resolve_policy(
-    exits: Exits, boundaries: Sequence[int], fingerprint: Callable[[], str] | None = None
+    exits: Exits, boundaries: Sequence[int], fingerprint: Callable[[Measure], str] | None = None
 ) -> ExitPolicy:
     """Return the exit policy that `exits` describes for a model with early exits at `boundaries`.
 
@@ -172,8 +172,8 @@ def resolve_policy(
         exits: A threshold for all exits, "off", thresholds by exit (the others are off), an
             `ExitPolicy`, or a JSON file {"measure": .., "thresholds": {"8": 0.9, "16": "off"}}.
         boundaries: Boundaries of the model's early exits.
-        fingerprint: Returns the model's fingerprint, which a calibrated policy must name. None
-            accepts the calibration of any model.
+        fingerprint: Returns the model's fingerprint for a measure, which a calibrated policy must
+            name. None accepts the calibration of any model.
 
     Raises:
         RequestError: A threshold is not valid, the model has no such exit, or the policy file was
@@ -187,7 +187,7 @@ def resolve_policy(
     if isinstance(exits, str | Path):
         found = _read_policy(Path(exits))
         if found.calibration is not None and fingerprint is not None:
-            _check_calibrated(exits, found.calibration, fingerprint())
+            _check_calibrated(exits, found.calibration, fingerprint(found.measure))
         try:
             return _by_exit(found.thresholds, boundaries, found.measure)
         except RequestError as error:
@@ -233,9 +233,7 @@ def check_gates(policy: ExitPolicy, gated: Collection[int]) -> None:
         )
 
 
-def check_exits(
-    request: "Request", boundaries: Sequence[int], gated: Collection[int]
-) -> None:
+def check_exits(request: "Request", boundaries: Sequence[int], gated: Collection[int]) -> None:
     """Raise RequestError if the exits of a request do not fit the model.
 
     Args:

@@ -20,7 +20,6 @@ from ee_llm.inference.exits.confidence import (
     shortlist,
 )
 from ee_llm.inference.exits.policy import ExitPolicy
-from ee_llm.inference.verification.contrasted import finite_logits
 
 
 class ExitRows(NamedTuple):

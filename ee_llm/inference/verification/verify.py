@@ -10,8 +10,8 @@ import torch
 from ee_llm import distributed
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.architecture.tensors import Converted
+from ee_llm.checkpoint.gates import TensorsWithGates
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.checkpoint.tensors import CheckpointTensors
 from ee_llm.errors import RequestError
 from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.verification.certificate import Divergence, tolerance, verify_trace
@@ -99,7 +99,7 @@ class Verifier:
         num_generations = num_tokens = 0
         for output, dtype in outputs:
             if dtype not in self._models:
-                tensors = Converted(CheckpointTensors(self._reader), dtype, "cpu")
+                tensors = Converted(TensorsWithGates(self._reader), dtype, "cpu")
                 self._models[dtype] = ReferenceModel(
                     self._reader.config(), tensors, torch.float64, distributed.device()
                 )

@@ -8,7 +8,6 @@ import torch
 
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
-from ee_llm.inference.choices import MEASURES
 from ee_llm.inference.decoding.settings import SLED, Contrast, DoLa, resolve_contrast
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.execution.executor import ExecutionConfig
@@ -79,9 +78,13 @@ class Traffic:
 def random_policy(rng: random.Random, config: Config) -> ExitPolicy:
     """Return a policy of any measure; its thresholds are in the range of the measure's values."""
     exits = config.exits.boundaries
-    measure = rng.choice(MEASURES)
-    lowest, highest = RANGES.get(measure, (0.05, 0.9))
-    thresholds = [rng.choice([None, rng.uniform(lowest, highest)]) for _ in exits]
+    thresholds = [rng.choice([None, rng.uniform(0.05, 0.9)]) for _ in exits]
+    measure = rng.choice(["max_probability", "entropy", "margin"])
+    more = random.Random(f"{thresholds}")
+    if more.random() < 0.5:
+        measure = more.choice(["agreement", "shortlist", "saturation", "gate"])
+        lowest, highest = RANGES.get(measure, (0.05, 0.9))
+        thresholds = [one and more.uniform(lowest, highest) for one in thresholds]
     return make_exit_policy(exits, thresholds, measure)
 
 

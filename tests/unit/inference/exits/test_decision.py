@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ee_llm.inference.exits.confidence import OF_LOGITS
 from ee_llm.inference.exits.decision import (
     ExitQuery,
     can_decide_from_summaries,
@@ -14,7 +15,6 @@ from ee_llm.inference.exits.decision import (
     make_query,
     summarize,
 )
-from ee_llm.inference.exits.confidence import OF_LOGITS
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.sampling.sampler import sample
 from ee_llm.inference.strategies import SelfSpeculation

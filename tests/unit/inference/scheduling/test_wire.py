@@ -5,6 +5,14 @@ import json
 import pytest
 
 from ee_llm.inference.decoding.settings import DoLa
+from ee_llm.inference.request import ExitResult
+from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.scheduling.output import SchedulerOutput, SegmentStep, TokenRange
+from ee_llm.inference.scheduling.pipeline_scheduler import (
+    Frontier,
+    PipelineSchedulerOutput,
+    StageResult,
+)
 from ee_llm.inference.scheduling.wire import (
     PassEnvelope,
     decode_pass,
@@ -13,14 +21,6 @@ from ee_llm.inference.scheduling.wire import (
     encode_pass,
     encode_results,
     encode_scheduler_output,
-)
-from ee_llm.inference.request import ExitResult
-from ee_llm.inference.sampling.params import SamplingParams
-from ee_llm.inference.scheduling.output import SchedulerOutput, SegmentStep, TokenRange
-from ee_llm.inference.scheduling.pipeline_scheduler import (
-    Frontier,
-    PipelineSchedulerOutput,
-    StageResult,
 )
 from ee_llm.inference.strategies import SelfSpeculation
 from tests.unit.inference.sequences import finish, make_scheduler, make_sequence
