@@ -1,11 +1,12 @@
 """Run a model over windows of text and collect what every exit predicts.
 
 On pipeline stages, the input of each exit's output projection travels to the last stage together
-with the hidden states, at the same size, and the confidences by measures of hidden states with it. The last stage projects all of them, since the divergence
-needs two distributions in one place. Logits never travel. Afterwards, the result goes to all ranks.
+with the hidden states, at the same size, and confidences by measures of hidden states with it. The
+last stage projects all of them, since the divergence needs two distributions in one place. Logits
+never travel. Afterwards, the result goes to all ranks.
 
-Legend of shapes: t tokens of a window, r rows of a chunk, c columns, h hidden, v vocabulary, n tensor-parallel
-ranks.
+Legend of shapes: t tokens of a window, r rows of a chunk, c columns, h hidden, v vocabulary, n
+tensor-parallel ranks.
 """
 
 import json

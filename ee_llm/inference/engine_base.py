@@ -217,7 +217,8 @@ class EngineBase(ABC):
                     f"Token id {token} in stop_token_ids is outside model.vocab_size ="
                     f" {model.vocab_size}. Remove it, since the model cannot generate it."
                 )
-        check_exits(request, self.boundaries[:-1], self._gated)
+        exits = self.boundaries[:-1]
+        check_exits(request.policy, request.strategy, request.speculation, exits, self._gated)
         contrast = request.contrast
         if contrast is not None and resolve_contrast(contrast, self.config) != contrast:
             raise RequestError(

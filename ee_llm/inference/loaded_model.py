@@ -126,11 +126,10 @@ class LoadedModel:
         )
         template = None if chat_template is None else Path(chat_template)
         self._encoder = PromptEncoder(self.tokenizer, stated_bos(self._reader.path), template)
-        self._policy = resolve_policy(
-            DEFAULT_THRESHOLD if exits is None else exits,
-            self.config.exits.boundaries,
-            partial(policy_fingerprint, self._reader),
-        )
+        self._fingerprint_for = partial(policy_fingerprint, self._reader)
+        given = DEFAULT_THRESHOLD if exits is None else exits
+        boundaries = self.config.exits.boundaries
+        self._policy = resolve_policy(given, boundaries, self._fingerprint_for)
         check_gates(self._policy, gated_exits(self._reader))
         self._request_numbers = itertools.count(1)  # safe to use from several threads
         self._closing = ExitStack()
@@ -217,7 +216,7 @@ class LoadedModel:
         boundaries = self.config.exits.boundaries
         policy = self._policy
         if exits is not None:
-            policy = resolve_policy(exits, boundaries, partial(policy_fingerprint, self._reader))
+            policy = resolve_policy(exits, boundaries, self._fingerprint_for)
         if contrast is not None and exits is not None and policy != policy.without_exits():
             raise RequestError(
                 f"strategy {name!r} runs every token through all layers, so exits cannot have"

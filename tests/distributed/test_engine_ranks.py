@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ee_llm import distributed
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.config import Config
+from ee_llm.inference.choices import MEASURES
 from ee_llm.inference.decoding.settings import SLED, DoLa, resolve_contrast, strategy_of
 from ee_llm.inference.engine import Engine
 from ee_llm.inference.engine_base import EngineBase
@@ -25,11 +26,19 @@ from ee_llm.inference.pipeline_engine import PipelineEngine
 from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.scheduling.config import SchedulerConfig
-from ee_llm.inference.strategies import STRATEGIES
+from ee_llm.inference.strategies import STRATEGIES, SelfSpeculation
+from ee_llm.inference.verification.certificate import verify_trace
 from tests.distributed.harness import run_ranks
 from tests.unit.inference.engines import make_request
-from tests.unit.inference.fuzz import Traffic, assert_expected, expected, random_traffic, serve
-from tests.unit.inference.models import random_tensors, tiny_config
+from tests.unit.inference.fuzz import (
+    RANGES,
+    Traffic,
+    assert_expected,
+    expected,
+    random_traffic,
+    serve,
+)
+from tests.unit.inference.models import VOCABULARY, random_gates, random_tensors, tiny_config
 from tests.unit.inference.poison import poisoned_traffic
 
 LAYOUTS = [(2, 1), (1, 2), (2, 2), (1, 4)]
@@ -41,7 +50,7 @@ def _setting(seed: int):
     family, output = rng.choice(["llama", "gpt"]), rng.choice(["own", "shared", "tied"])
     boundaries = rng.choice([(1, 2), (1,), (2, 3), (1, 2, 3), (2,)])
     config = tiny_config(family, boundaries, head, output, num_kv_heads=rng.choice([2, 4]))
-    return rng, config, random_tensors(config, seed)
+    return rng, config, random_tensors(config, seed) | random_gates(config, seed)
 
 
 def _limits(rng: random.Random) -> SchedulerConfig:
@@ -92,6 +101,59 @@ def test_tokens_and_exits_equal_the_reference(tensor: int, pipeline: int, seed: 
     assert nothing == [None] * (tensor * pipeline - 1)
     traffic, model = _traffic(seed)
     assert_expected(model, traffic, made)
+
+
+MEASURED = [(head, measure) for head in ("norm", "block-norm") for measure in MEASURES]
+
+
+def _measured(head: str, measure: str) -> tuple[Config, dict[str, torch.Tensor], list[Request]]:
+    """Return a model, and requests of strategies that use exits, with one measure of confidence."""
+    config = tiny_config(boundaries=(1, 2, 3), head=tuple(head.split("-")))
+    lowest, highest = RANGES.get(measure, (0.05, 0.9))
+    rng = random.Random(f"{head} {measure}")
+    requests = []
+    for index in range(12):
+        policy = make_exit_policy(
+            (1, 2, 3), [rng.uniform(lowest, highest) for _ in range(3)], measure
+        )
+        prompt = tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 9)))
+        params = SamplingParams(max_tokens=12, temperature=index % 2, seed=index)
+        strategy = ("exact", "propagate", "self-speculative")[index % 3]
+        draft = None
+        if strategy == "self-speculative":
+            draft = SelfSpeculation(2, 3, None if measure == "agreement" else policy.thresholds[1])
+        requests.append(Request(f"r{index}", prompt, policy, params, strategy, draft))
+    tensors = random_tensors(config, 5) | random_gates(config, 5)
+    return config, tensors, requests
+
+
+def _serve_measured(tensor: int, pipeline: int) -> list[list[RequestOutput]]:
+    torch.set_num_threads(1)
+    ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=30)
+    made = []
+    for head, measure in MEASURED:
+        config, tensors, requests = _measured(head, measure)
+        engine = make_engine(config, tensors, SchedulerConfig(max_num_seqs=5, block_size=4), ranks)
+        if ranks.is_leader:
+            made.append(engine.generate(requests))
+            engine.close()
+        else:
+            engine.worker_loop()
+    return made
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
+def test_every_measure_of_confidence_gives_the_same_over_ranks(tensor: int, pipeline: int) -> None:
+    """Some decide before the logits, some compare exits, which may be on different stages."""
+    made, *_ = run_ranks(tensor * pipeline, _serve_measured, tensor, pipeline)
+    for (head, measure), outputs in zip(MEASURED, made, strict=True):
+        config, tensors, requests = _measured(head, measure)
+        model = ReferenceModel(config, tensors, torch.float64)
+        assert_expected(model, Traffic(requests, [], {}), {one.request_id: one for one in outputs})
+        for output in outputs:
+            assert verify_trace(model, output) == []
+        taken = {exit for one in outputs if one.strategy == "exact" for exit in one.exits}
+        assert len(taken) >= 2, f"{measure}: the test needs tokens of several exits"
 
 
 def _serve_poisoned(seed: int, tensor: int, pipeline: int) -> list[RequestOutput]:

@@ -125,9 +125,8 @@ def train_gate(boundary: int, inputs: Tensor, labels: Tensor, seed: int = 0) -> 
         parameters[3] += math.log((positive + 0.5) / (negative + 0.5))
         scores = gate_logits(x, *parameters)
     tensors = {name: one.detach() for name, one in zip(names, parameters, strict=True)}
-    return TrainedGate(
-        boundary, float(labels.double().mean()), area_under_curve(scores, y), tensors
-    )
+    agreement, auc = float(labels.double().mean()), area_under_curve(scores, y)
+    return TrainedGate(boundary, agreement, auc, tensors)
 
 
 def _initial(boundary: int, hidden_size: int, seed: int) -> list[Tensor]:
@@ -164,7 +163,7 @@ def _fit(
     for _ in range(_MAX_EPOCHS):
         for batch in torch.randperm(len(train_y), generator=generator).split(_BATCH):
             optimizer.zero_grad()
-            loss(train_x[batch], train_y[batch]).backward()  # type: ignore[no-untyped-call]
+            loss(train_x[batch], train_y[batch]).backward()
             optimizer.step()
         with torch.no_grad():
             found = float(loss(x, y))

@@ -82,14 +82,21 @@ def _questions(path: Path) -> Iterator[tuple[int, str, str]]:
             content = json.loads(line)
         except ValueError as error:
             raise DataError(f"{path}, line {number}: expected {expected}, but {error}") from None
-        texts = (
-            [content.get(name) for name in ("prompt", "answer")]
-            if isinstance(content, dict)
-            else [None]
-        )
-        if not all(isinstance(text, str) and text for text in texts):
+        prompt, answer = _texts(content)
+        if not prompt or not answer:
             raise DataError(f"{path}, line {number}: expected {expected}, not {line[:80]!r}")
         found += 1
-        yield number, texts[0], texts[1]
+        yield number, prompt, answer
     if not found:
         raise DataError(f"task file {path} is empty: expected {expected} in each line")
+
+
+def _texts(content: object) -> tuple[str, str]:
+    """Return the prompt and the answer of a JSON value, empty if they are not texts."""
+    if not isinstance(content, dict):
+        return "", ""
+    prompt, answer = content.get("prompt"), content.get("answer")
+    return (
+        prompt if isinstance(prompt, str) else "",
+        answer if isinstance(answer, str) else "",
+    )

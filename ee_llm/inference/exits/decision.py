@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ee_llm.inference.choices import Measure
+from ee_llm.inference.choices import HIDDEN_MEASURES, Measure, logit_measure
 from ee_llm.inference.decoding.settings import Contrast
 from ee_llm.inference.exits.confidence import OF_LOGITS, agreement, candidates, shortlist
 from ee_llm.inference.request import ExitResult
@@ -227,8 +227,8 @@ def _confidences(
             values = shortlist(part.gather(-1, ids))
             predicted |= {row: tuple(of) for row, of in zip(rows, ids.tolist(), strict=True)}
         else:
-            assert measure != "gate" and measure != "saturation", "computed before the logits"
-            values = OF_LOGITS[measure](part)
+            assert measure not in HIDDEN_MEASURES, "it is computed before the logits"
+            values = OF_LOGITS[logit_measure(measure)](part)
         for row, value in zip(rows, values.tolist(), strict=True):
             confidences[row] = value
     return confidences, predicted

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -16,10 +16,7 @@ from ee_llm.errors import RequestError
 from ee_llm.inference.choices import MEASURES, Measure, logit_measure
 from ee_llm.inference.exits.confidence import OF_LOGITS
 from ee_llm.inference.sampling.plain_numbers import plain_float, plain_int
-from ee_llm.inference.strategies import FULL_DEPTH, Strategy
-
-if TYPE_CHECKING:
-    from ee_llm.inference.request import Request
+from ee_llm.inference.strategies import FULL_DEPTH, SelfSpeculation, Strategy
 
 
 @dataclass(frozen=True)
@@ -233,30 +230,38 @@ def check_gates(policy: ExitPolicy, gated: Collection[int]) -> None:
         )
 
 
-def check_exits(request: "Request", boundaries: Sequence[int], gated: Collection[int]) -> None:
+def check_exits(
+    policy: ExitPolicy,
+    strategy: Strategy,
+    speculation: SelfSpeculation | None,
+    boundaries: Sequence[int],
+    gated: Collection[int],
+) -> None:
     """Raise RequestError if the exits of a request do not fit the model.
 
     Args:
-        request: The request.
+        policy: Exit policy of the request.
+        strategy: Its strategy.
+        speculation: How it drafts, for `self-speculative`.
         boundaries: Boundaries of the model's early exits.
         gated: Boundaries of the exits that have a gate.
     """
-    policy, speculation = request.policy, request.speculation
     policy.check_fits(boundaries)
-    if speculation is not None and speculation.draft_exit not in boundaries:
+    if speculation is None or speculation.draft_exit is None:
+        check_gates(policy.under(strategy), gated)
+        return
+    if speculation.draft_exit not in boundaries:
         raise RequestError(
             f"draft_exit = {speculation.draft_exit} is not an exit. The model has exits at"
             f" {list(boundaries)}."
         )
-    if speculation is None or speculation.draft_exit is None:
-        check_gates(policy.under(request.strategy), gated)
-    elif speculation.draft_threshold is not None:
+    if speculation.draft_threshold is not None:
         check_gates(ExitPolicy((speculation.draft_exit,), (1.0,), policy.measure), gated)
         if policy.measure == "agreement":
             raise RequestError(
-                "measure = 'agreement' compares two exits, but self-speculation drafts at one, so no"
-                " draft would reach draft_threshold. Use another measure, or leave draft_threshold"
-                " out."
+                "measure = 'agreement' compares two exits, but self-speculation drafts at one, so"
+                " no draft would reach draft_threshold. Use another measure, or leave"
+                " draft_threshold out."
             )
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence as Items
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from ee_llm.inference.choices import NUM_PREDICTED
@@ -174,7 +174,8 @@ def decode_results(message: bytes) -> tuple[int, list[StageResult]]:
 
 def _exit_result(*fields: Any) -> ExitResult:
     *simple, top_logprobs, predicted = fields
-    return ExitResult(*simple, tuple(map(tuple, top_logprobs)), tuple(predicted))
+    top = tuple((token, logprob) for token, logprob in top_logprobs)
+    return replace(ExitResult(*simple), top_logprobs=top, predicted=tuple(predicted))
 
 
 def _frontier(

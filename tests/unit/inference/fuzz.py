@@ -23,7 +23,7 @@ from ee_llm.inference.verification.reference_decoding import generate_reference
 from tests.unit.inference.models import VOCABULARY, random_gates, random_tensors
 
 RANGES = {"agreement": (0.01, 0.5), "saturation": (0.8, 0.99)}
-"""Thresholds that about half of the rows of a random model reach; for other measures, 0.05 to 0.9."""
+"""Thresholds that many rows of a random model reach; for other measures, 0.05 to 0.9."""
 
 
 class RandomScheduler(Scheduler):
