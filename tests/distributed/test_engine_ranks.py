@@ -103,56 +103,56 @@ def test_tokens_and_exits_equal_the_reference(tensor: int, pipeline: int, seed: 
     assert_expected(model, traffic, made)
 
 
-MEASURED = [(head, measure) for head in ("norm", "block-norm") for measure in MEASURES]
-
-
-def _measured(head: str, measure: str) -> tuple[Config, dict[str, torch.Tensor], list[Request]]:
-    """Return a model, and requests of strategies that use exits, with one measure of confidence."""
+def _measured(head: str) -> tuple[Config, dict[str, torch.Tensor], list[Request]]:
+    """Return a model, and requests of every measure and strategy that use exits."""
     config = tiny_config(boundaries=(1, 2, 3), head=tuple(head.split("-")))
-    lowest, highest = RANGES.get(measure, (0.05, 0.9))
-    rng = random.Random(f"{head} {measure}")
+    rng = random.Random(head)
     requests = []
-    for index in range(12):
-        policy = make_exit_policy(
-            (1, 2, 3), [rng.uniform(lowest, highest) for _ in range(3)], measure
-        )
-        prompt = tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 9)))
-        params = SamplingParams(max_tokens=12, temperature=index % 2, seed=index)
-        strategy = ("exact", "propagate", "self-speculative")[index % 3]
+    for measure, strategy in itertools.product(
+        MEASURES, ("exact", "propagate", "self-speculative")
+    ):
+        lowest, highest = RANGES.get(measure, (0.05, 0.9))
+        thresholds = [rng.uniform(lowest, highest) for _ in range(3)]
+        policy = make_exit_policy((1, 2, 3), thresholds, measure)
         draft = None
         if strategy == "self-speculative":
-            draft = SelfSpeculation(2, 3, None if measure == "agreement" else policy.thresholds[1])
-        requests.append(Request(f"r{index}", prompt, policy, params, strategy, draft))
-    tensors = random_tensors(config, 5) | random_gates(config, 5)
-    return config, tensors, requests
+            draft = SelfSpeculation(2, 3, None if measure == "agreement" else thresholds[1])
+        for index in range(2):
+            prompt = tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 9)))
+            params = SamplingParams(max_tokens=12, temperature=index, seed=index)
+            id = f"{measure} {strategy} {index}"
+            requests.append(Request(id, prompt, policy, params, strategy, draft))
+    return config, random_tensors(config, 5) | random_gates(config, 5), requests
 
 
-def _serve_measured(tensor: int, pipeline: int) -> list[list[RequestOutput]]:
+def _serve_measured(head: str, tensor: int, pipeline: int) -> list[RequestOutput]:
     torch.set_num_threads(1)
     ranks = distributed.connect_serving(tensor=tensor, pipeline=pipeline, timeout_s=30)
-    made = []
-    for head, measure in MEASURED:
-        config, tensors, requests = _measured(head, measure)
-        engine = make_engine(config, tensors, SchedulerConfig(max_num_seqs=5, block_size=4), ranks)
-        if ranks.is_leader:
-            made.append(engine.generate(requests))
-            engine.close()
-        else:
-            engine.worker_loop()
+    config, tensors, requests = _measured(head)
+    engine = make_engine(config, tensors, SchedulerConfig(max_num_seqs=5, block_size=4), ranks)
+    if not ranks.is_leader:
+        engine.worker_loop()
+        return []
+    made = engine.generate(requests)
+    engine.close()
     return made
 
 
+@pytest.mark.parametrize("head", ["norm", "block-norm"])
 @pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
-def test_every_measure_of_confidence_gives_the_same_over_ranks(tensor: int, pipeline: int) -> None:
+def test_every_measure_of_confidence_gives_the_same_over_ranks(
+    tensor: int, pipeline: int, head: str
+) -> None:
     """Some decide before the logits, some compare exits, which may be on different stages."""
-    made, *_ = run_ranks(tensor * pipeline, _serve_measured, tensor, pipeline)
-    for (head, measure), outputs in zip(MEASURED, made, strict=True):
-        config, tensors, requests = _measured(head, measure)
-        model = ReferenceModel(config, tensors, torch.float64)
-        assert_expected(model, Traffic(requests, [], {}), {one.request_id: one for one in outputs})
-        for output in outputs:
-            assert verify_trace(model, output) == []
-        taken = {exit for one in outputs if one.strategy == "exact" for exit in one.exits}
+    outputs, *_ = run_ranks(tensor * pipeline, _serve_measured, head, tensor, pipeline)
+    config, tensors, requests = _measured(head)
+    model = ReferenceModel(config, tensors, torch.float64)
+    assert_expected(model, Traffic(requests, [], {}), {one.request_id: one for one in outputs})
+    for output in outputs:
+        assert verify_trace(model, output) == []
+    for measure in ("agreement", "shortlist", "saturation", "gate"):
+        of_measure = [one for one in outputs if one.policy.measure == measure]
+        taken = {exit for one in of_measure if one.strategy == "exact" for exit in one.exits}
         assert len(taken) >= 2, f"{measure}: the test needs tokens of several exits"
 
 
