@@ -122,7 +122,7 @@ def _measured(head: str) -> tuple[Config, dict[str, torch.Tensor], list[Request]
             params = SamplingParams(max_tokens=12, temperature=index, seed=index)
             id = f"{measure} {strategy} {index}"
             requests.append(Request(id, prompt, policy, params, strategy, draft))
-    return config, random_tensors(config, 5) | random_gates(config, 5), requests
+    return config, random_tensors(config) | random_gates(config), requests
 
 
 def _serve_measured(head: str, tensor: int, pipeline: int) -> list[RequestOutput]:
