@@ -22,7 +22,7 @@ from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from ee_llm.data.windows import Windows, default_length
 from ee_llm.errors import RequestError, UserError
 from ee_llm.evaluation.measure import Collector, measure
-from ee_llm.evaluation.options import TextOptions, check_options
+from ee_llm.evaluation.options import InputOptions, TextOptions, check_options
 from ee_llm.inference.choices import Measure
 from ee_llm.inference.execution.stage import check_layout
 from ee_llm.inference.execution.teacher_forced import TeacherForced
@@ -76,10 +76,10 @@ def run_pass(
     _check_world(options)
     reader = TensorReader(options.checkpoint)
     config = reader.config()
-    seq_length = _seq_length(options, config)
+    seq_length = window_length(options, config)
     check_layout(config, options.tensor, options.pipeline)
     tokenizer = load_tokenizer(reader.tokenizer(), config.data.eos_token)
-    windows = _windows(options, tokenizer, seq_length)
+    windows = open_windows(options, tokenizer, seq_length, options.num_tokens)
     collector = make_collector(config)
     num_ranks = options.tensor * options.pipeline
     if num_ranks > 1 and distributed.launched_world_size() is None:
@@ -126,7 +126,8 @@ def run_command(command: str, options: TextOptions) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _seq_length(options: TextOptions, config: Config) -> int:
+def window_length(options: InputOptions, config: Config) -> int:
+    """Return the length of a window in tokens; raises RequestError if it is out of range."""
     longest = config.model.max_seq_length
     if options.seq_length is None:
         return default_length(config)
@@ -138,12 +139,25 @@ def _seq_length(options: TextOptions, config: Config) -> int:
     return options.seq_length
 
 
-def _windows(options: TextOptions, tokenizer: Tokenizer, seq_length: int) -> Windows | TextWindows:
+def open_windows(
+    options: InputOptions, tokenizer: Tokenizer, seq_length: int, num_tokens: int | None
+) -> Windows | TextWindows:
+    """Return the windows of the text.
+
+    Args:
+        options: The options that name the text.
+        tokenizer: The checkpoint's tokenizer.
+        seq_length: Greatest number of predicted tokens in a window.
+        num_tokens: Greatest number of tokens to predict; None for all.
+
+    Raises:
+        DataError: The text cannot be read, or another tokenizer has prepared it.
+    """
     if options.text:
-        return TextWindows(options.text, tokenizer, seq_length, options.num_tokens)
+        return TextWindows(options.text, tokenizer, seq_length, num_tokens)
     for prefix in options.data:
         check_tokenizer(prefix, tokenizer)
-    return Windows(options.data, seq_length, options.num_tokens)
+    return Windows(options.data, seq_length, num_tokens)
 
 
 @contextmanager
