@@ -38,7 +38,7 @@ def save_probe_plot(
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(10, 4), sharey=True, layout="constrained"
+        1, 2, figsize=(11, 4), sharey=True, layout="constrained"
     )
     values, margins = ([100 * x for x in column] for column in zip(*fitted, strict=True))
     left.errorbar(
@@ -66,6 +66,9 @@ def save_probe_plot(
         left.plot([], [], color="0.35", linestyle=":", linewidth=1.2, label="recommended exit")
     left.legend(fontsize="small", frameon=False)
     if classes:
-        right.legend(title="next token", fontsize="small", title_fontsize="small", frameon=False)
+        right.legend(
+            title="next token", fontsize="small", title_fontsize="small", frameon=False,
+            loc="center left", bbox_to_anchor=(1, 0.5),
+        )  # fmt: skip
     figure.suptitle(title, fontsize="medium")
     write_figure(figure, path)

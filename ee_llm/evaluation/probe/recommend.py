@@ -2,11 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
+from math import comb
 
 import torch
 
 from ee_llm.evaluation.calibration.records import Records
 from ee_llm.evaluation.calibration.search import Costs, Point, best_point
+
+MAX_SETS = 100
+"""Number of sets of one size up to which all of them are searched."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,12 @@ def recommend(
     limit: float,
     num_exits: int,
     on_size: Callable[[], object] = lambda: None,
+    max_sets: int = MAX_SETS,
 ) -> tuple[Recommendation, ...]:
     """Return the exits to choose for 1, 2, ... `num_exits` of them.
 
-    The exit that saves most is added to the ones before it. Then, as long as it saves more, one
-    exit is exchanged for another one.
+    All sets of exits are searched if there are few. Otherwise, the exit that saves most is added to
+    the ones before it, and as long as this saves more, one exit is exchanged for another one.
 
     Args:
         records: The text of the search, with an exit at each boundary that is possible.
@@ -53,18 +59,17 @@ def recommend(
         limit: Greatest share of tokens that disagree.
         num_exits: Greatest number of exits.
         on_size: Called after each number of exits.
+        max_sets: Greatest number of sets of one size that are all searched.
     """
     search = _Search(records, costs, limit)
     best: tuple[int, ...] = ()
     found = []
     for size in range(1, num_exits + 1):
-        larger = search.best(_with_one_more(best, search.indices))
-        while larger is not None:
-            better = search.best(_with_another(larger, search.indices))
-            if better is None or search.cost(better) >= search.cost(larger):
-                break
-            larger = better
-        if larger is not None and search.cost(larger) < search.cost(best):
+        if comb(len(search.indices), size) <= max_sets:
+            larger = search.best(list(combinations(search.indices, size)))
+        else:
+            larger = search.exchanged(search.best(_with_one_more(best, search.indices)))
+        if search.cost(larger) < search.cost(best):
             best = larger
         found.append(_describe(size, records, costs, search.point(best)))
         on_size()
@@ -97,8 +102,16 @@ class _Search:
     def cost(self, used: tuple[int, ...]) -> float:
         return self.point(used).cost
 
-    def best(self, sets: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-        return min(sets, key=self.cost, default=None)
+    def best(self, sets: list[tuple[int, ...]]) -> tuple[int, ...]:
+        return min(sets, key=self.cost)
+
+    def exchanged(self, used: tuple[int, ...]) -> tuple[int, ...]:
+        """Return `used` after exchanges of one exit at a time, as long as they save more."""
+        while True:
+            better = self.best([used, *_with_another(used, self.indices)])
+            if better == used:
+                return used
+            used = better
 
 
 def _describe(size: int, records: Records, costs: Costs, point: Point) -> Recommendation:
@@ -110,7 +123,7 @@ def _describe(size: int, records: Records, costs: Costs, point: Point) -> Recomm
         size,
         tuple(used),
         tuple(used.values()),
-        1 - point.cost / costs.full,
+        1 - point.cost / costs.full if used else 0.0,
         float(depths[outcome.exits].mean()),
         float((outcome.exits == len(records.boundaries)).double().mean()),
         point.loss,

@@ -15,6 +15,9 @@ from ee_llm.evaluation.probe.report import report
 LITTLE = 0.05
 """Saving below which a model has little to skip."""
 
+MIN_DRAWN = 50
+"""Number of tokens from which a class is drawn in the picture."""
+
 
 @dataclass(frozen=True)
 class BoundaryMetrics:
@@ -129,14 +132,17 @@ class ProbeResult:
         found = []
         if (needed := self.num_needed_layers) < self.num_layers:
             found.append(
-                f"layers {needed + 1} to {self.num_layers} change no prediction: on all"
-                f" {self.num_tokens:,} tokens, the residual stream after layer {needed} already"
-                " has the most probable token of the final exit"
+                f"Layers {needed + 1} to {self.num_layers} change no prediction: for all"
+                f" {self.num_tokens:,} tokens, the final exit's head gives the same most probable"
+                f" token after layer {needed}."
             )
         if self.best.saving < LITTLE:
+            most = f"exits save at most {self.best.saving:.1%} of the cost of a token"
+            if not self.best.exits:
+                most = "no exit saves anything"
             found.append(
-                f"This model has little to skip: exits save at most {self.best.saving:.1%} of the"
-                f" cost of a token if at most {self.risk:.1%} of the tokens may differ."
+                f"This model has little to skip: {most} if at most {self.risk:.1%} of the tokens"
+                f" may differ and a head costs {self.head_cost:.1f} layers."
             )
         if self.num_fit_tokens < (enough := enough_tokens(self.hidden_size)):
             found.append(
@@ -207,7 +213,11 @@ class ProbeResult:
             [one.boundary for one in metrics],
             [(one.agreement, one.agreement_margin or 0.0) for one in metrics],
             [one.bare_agreement for one in metrics],
-            {f"{one.name} ({one.num_tokens:,})": one.agreement for one in self.classes},
+            {
+                f"{one.name} ({one.num_tokens:,})": one.agreement
+                for one in self.classes
+                if one.num_tokens >= MIN_DRAWN
+            },
             self.best.exits,
         )
 
