@@ -74,12 +74,22 @@ def test_exits_of_the_checkpoint_are_ignored(place: Path, result: ProbeResult) -
     assert add.startswith("ee-llm checkpoint add-exits runs/backbone --exits ")
 
 
-def test_layers_that_change_nothing_are_found(place: Path, result: ProbeResult) -> None:
+def test_layers_that_change_nothing_are_found_and_can_be_cut(
+    place: Path, result: ProbeResult, tmp_path: Path
+) -> None:
     found = probe(place, "identities")
     assert found.num_needed_layers == 2
     assert [one.bare_agreement for one in found.boundaries][1:] == [1.0, 1.0]
     assert found.boundaries[0].bare_agreement < 1
     assert "Layers 3 to 4 change no prediction: for all 2,299 tokens" in repr(found)
+    exits = ("--exits", "2", "--head", "norm", "--output", str(tmp_path / "exits"))
+    assert main(["checkpoint", "add-exits", str(place / "identities"), *exits]) == 0
+    cut = ("--truncate-at", "2", "--output", str(tmp_path / "shorter"))
+    assert main(["convert", str(tmp_path / "exits"), *cut]) == 0
+    text = {"data": place / "test", "seq_length": LENGTH, "dtype": "float64", "progress": False}
+    shorter = ee_llm.evaluate(tmp_path / "shorter", **text, num_tokens=found.num_tokens)
+    assert shorter.final.boundary == 2
+    assert shorter.final.loss == pytest.approx(found.final_loss)
     assert result.num_needed_layers == 4
     assert "change no prediction" not in repr(result)
 

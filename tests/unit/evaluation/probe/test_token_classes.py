@@ -1,10 +1,13 @@
 """Classes of tokens by their text, with several kinds of tokenizers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from ee_llm.data.tokenization.tokenizer import BytesTokenizer
+from ee_llm.data.tokenization.tokenizer import BytesTokenizer, load_tokenizer
 from ee_llm.evaluation.probe.token_classes import CLASSES, token_class, token_classes
+from tests.unit.data.tokenization.families import write_family
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,12 @@ def test_bytes_and_ids_without_text() -> None:
         *("whitespace", "word start", "word continuation", "whitespace", "number", "punctuation"),
         *("other", "other", "other", "other"),
     ]
+
+
+@pytest.mark.parametrize("family", ["llama-2", "qwen-2.5", "gpt-2", "unigram"])
+def test_tokenizers_that_drop_the_first_space(tmp_path: Path, family: str) -> None:
+    tokenizer = load_tokenizer(write_family(family, tmp_path / family) / "tokenizer.json")
+    tokens = torch.tensor(tokenizer.encode("What is the capital of Italy?"))
+    found = token_classes(tokenizer, tokens[:-1], tokens[1:]).tolist()
+    assert found.count(CLASSES.index("word start")) == 5
+    assert CLASSES[found[-1]] == "punctuation"
