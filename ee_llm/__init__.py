@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from ee_llm.errors import RunError as RunError
     from ee_llm.errors import UserError as UserError
     from ee_llm.evaluation.calibration.result import CalibrationResult as CalibrationResult
+    from ee_llm.evaluation.probe.api import (
+        probe as probe,
+    )
+    from ee_llm.evaluation.probe.result import ProbeResult as ProbeResult
     from ee_llm.evaluation.result import EvaluationResult as EvaluationResult
     from ee_llm.evaluation.result import ExitMetrics as ExitMetrics
     from ee_llm.inference.decoding.settings import SLED as SLED
@@ -59,11 +63,13 @@ _EXPORTS = {
     "EvaluationResult": "ee_llm.evaluation.result",
     "CalibrationResult": "ee_llm.evaluation.calibration.result",
     "ExitMetrics": "ee_llm.evaluation.result",
+    "ProbeResult": "ee_llm.evaluation.probe.result",
     "convert": "ee_llm.api",
     "train": "ee_llm.api",
     "tune": "ee_llm.api",
     "evaluate": "ee_llm.api",
     "calibrate": "ee_llm.api",
+    "probe": "ee_llm.evaluation.probe.api",
     "plan": "ee_llm.api",
     "TrainingResult": "ee_llm.api",
     "Config": "ee_llm.config",

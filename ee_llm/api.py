@@ -1,6 +1,7 @@
 """The functions of the Python API; the command line is a thin layer over the same parts.
 
-`import ee_llm` offers them, and imports what they need when they are first used.
+`import ee_llm` offers them, and imports what they need when they are first used. `probe` is in
+`ee_llm.evaluation.probe.api`.
 """
 
 import json

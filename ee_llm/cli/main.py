@@ -85,6 +85,9 @@ COMMANDS: dict[str, Command] = {
         "choose the exits' thresholds for a stated risk",
         _lazy("evaluation.calibrate", "run_calibrate"),
     ),
+    "probe": Command(
+        "find the layers after which exits belong", _lazy("evaluation.probe", "run_probe")
+    ),
     "verify": Command("verify generations against the model", _lazy("verify", "run_verify")),
 }
 

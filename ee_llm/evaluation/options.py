@@ -10,8 +10,8 @@ from ee_llm.inference.choices import DtypeName
 
 
 @dataclass(frozen=True)
-class TextOptions:
-    """Options of the commands that run a model over given text."""
+class InputOptions:
+    """Options of a model and a text that it runs over."""
 
     checkpoint: Path
     """Checkpoint directory, or run directory, whose newest checkpoint is used."""
@@ -29,6 +29,11 @@ class TextOptions:
     seq_length: int | None = None
     """Length of a window in tokens. The model sees no token before the window. (default: the
     checkpoint's data.seq_length, at most 2048)"""
+
+
+@dataclass(frozen=True)
+class TextOptions(InputOptions):
+    """Options of the commands that run a model over given text, on one or more ranks."""
 
     dtype: DtypeName = "auto"
     """Precision to compute in; auto is bfloat16 if the device supports it in hardware, else
@@ -57,7 +62,25 @@ def check_options(options: TextOptions, *, needs_text: bool = True) -> None:
 
     needs_text: whether `data` or `text` must be given.
     """
-    if needs_text and not options.data and not options.text:
+    if needs_text:
+        check_inputs(options)
+    if options.dtype not in get_args(DtypeName):
+        choices = ", ".join(get_args(DtypeName))
+        raise RequestError(f"dtype = {options.dtype!r} is unknown. Use one of {choices}.")
+    for name in ("tensor", "pipeline"):
+        value = getattr(options, name)
+        if type(value) is not int or not 1 <= value <= MAX_RANKS:
+            raise RequestError(f"{name} = {value!r} is out of range. Use 1 to {MAX_RANKS}.")
+    if not MIN_TIMEOUT_S <= options.timeout_s <= MAX_TIMEOUT_S:  # NaN fails too
+        raise RequestError(
+            f"timeout_s = {options.timeout_s} is out of range. Use {MIN_TIMEOUT_S} to"
+            f" {MAX_TIMEOUT_S:,.0f} seconds."
+        )
+
+
+def check_inputs(options: InputOptions) -> None:
+    """Raise RequestError if there is not exactly one text, or its length is out of range."""
+    if not options.data and not options.text:
         raise RequestError(
             "there is no text to evaluate. Give data (--data) with the prefixes of prepared data,"
             " or text (--text) with text files."
@@ -67,17 +90,5 @@ def check_options(options: TextOptions, *, needs_text: bool = True) -> None:
             f"data = {options.data[0]} and text = {options.text[0]} are both given. Use one of"
             " them, and evaluate twice to compare."
         )
-    if options.dtype not in get_args(DtypeName):
-        choices = ", ".join(get_args(DtypeName))
-        raise RequestError(f"dtype = {options.dtype!r} is unknown. Use one of {choices}.")
-    for name in ("tensor", "pipeline"):
-        value = getattr(options, name)
-        if type(value) is not int or not 1 <= value <= MAX_RANKS:
-            raise RequestError(f"{name} = {value!r} is out of range. Use 1 to {MAX_RANKS}.")
     if options.num_tokens is not None and options.num_tokens < 1:
         raise RequestError(f"num_tokens = {options.num_tokens} is out of range. Use 1 or more.")
-    if not MIN_TIMEOUT_S <= options.timeout_s <= MAX_TIMEOUT_S:  # NaN fails too
-        raise RequestError(
-            f"timeout_s = {options.timeout_s} is out of range. Use {MIN_TIMEOUT_S} to"
-            f" {MAX_TIMEOUT_S:,.0f} seconds."
-        )

@@ -50,6 +50,14 @@ def save_plot(
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize="medium")
+    write_figure(figure, path)
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG or SVG by the suffix of `path`, and close it."""
+    import matplotlib
+    from matplotlib import pyplot
+
     # Text stays text, and equal results give equal files.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ee_llm"}):
         metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {}

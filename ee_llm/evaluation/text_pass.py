@@ -31,7 +31,7 @@ from ee_llm.data.windows import (
 )
 from ee_llm.errors import RequestError, UserError
 from ee_llm.evaluation.measure import Collector, measure
-from ee_llm.evaluation.options import TextOptions, check_options
+from ee_llm.evaluation.options import InputOptions, TextOptions, check_options
 from ee_llm.inference.choices import Measure
 from ee_llm.inference.execution.stage import check_layout
 from ee_llm.inference.execution.teacher_forced import TeacherForced
@@ -95,11 +95,12 @@ def run_pass(
     _check_world(options)
     reader = TensorReader(options.checkpoint)
     config = reader.config()
-    seq_length = _seq_length(options, config)
+    seq_length = window_length(options, config)
     check_layout(config, options.tensor, options.pipeline)
     tokenizer = load_tokenizer(reader.tokenizer(), config.data.eos_token)
     if make_windows is None:
-        windows: CountedWindows = _windows(options, tokenizer, seq_length, skipped)
+        text = open_windows(options, tokenizer, seq_length, options.num_tokens)
+        windows: CountedWindows = LaterWindows(text, skipped)
     else:
         windows = make_windows(reader, tokenizer, seq_length)
     collector = make_collector(config)
@@ -152,7 +153,8 @@ def run_command(command: str, options: TextOptions) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _seq_length(options: TextOptions, config: Config) -> int:
+def window_length(options: InputOptions, config: Config) -> int:
+    """Return the length of a window in tokens; raises RequestError if it is out of range."""
     longest = config.model.max_seq_length
     if options.seq_length is None:
         return default_length(config)
@@ -164,15 +166,25 @@ def _seq_length(options: TextOptions, config: Config) -> int:
     return options.seq_length
 
 
-def _windows(
-    options: TextOptions, tokenizer: Tokenizer, seq_length: int, skipped: int
-) -> LaterWindows:
+def open_windows(
+    options: InputOptions, tokenizer: Tokenizer, seq_length: int, num_tokens: int | None
+) -> Windows | TextWindows:
+    """Return the windows of the text.
+
+    Args:
+        options: The options that name the text.
+        tokenizer: The checkpoint's tokenizer.
+        seq_length: Greatest number of predicted tokens in a window.
+        num_tokens: Greatest number of tokens to predict; None for all.
+
+    Raises:
+        DataError: The text cannot be read, or another tokenizer has prepared it.
+    """
     if options.text:
-        texts = TextWindows(options.text, tokenizer, seq_length, options.num_tokens)
-        return LaterWindows(texts, skipped)
+        return TextWindows(options.text, tokenizer, seq_length, num_tokens)
     for prefix in options.data:
         check_tokenizer(prefix, tokenizer)
-    return LaterWindows(Windows(options.data, seq_length, options.num_tokens), skipped)
+    return Windows(options.data, seq_length, num_tokens)
 
 
 def _digested(windows: CountedWindows, digest: Any) -> Iterator[Tensor | TargetWindow]:

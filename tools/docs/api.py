@@ -62,6 +62,9 @@ RESULTS = (
     "ee_llm.inference.verification.certificate.Divergence",
     "ee_llm.conversion.convert.ConversionResult",
     "ee_llm.pipeline.planner.report.PlanReport",
+    "ee_llm.evaluation.probe.result.BoundaryMetrics",
+    "ee_llm.evaluation.probe.result.ClassMetrics",
+    "ee_llm.evaluation.probe.recommend.Recommendation",
 )
 
 # The sections of a docstring in Google style. ENTRY_SECTIONS have entries of `name: text`.

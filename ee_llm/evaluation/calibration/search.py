@@ -101,6 +101,20 @@ def find_path(records: Records, costs: Costs, limit: float) -> list[Point]:
     return best
 
 
+def best_point(records: Records, costs: Costs, used: tuple[int, ...], limit: float) -> Point:
+    """Return the thresholds of the exits `used` with the least cost that the search finds.
+
+    Args:
+        records: The text of the search.
+        costs: The cost of each exit.
+        used: Indices of the exits that have a threshold; the others are off. If nothing is saved,
+            all are off.
+        limit: Greatest mean loss of a token.
+    """
+    path = _greedy(records, costs, used, limit)
+    return min((point for point in path if point.loss <= limit), key=lambda point: point.cost)
+
+
 def _subsets(count: int) -> Iterator[tuple[int, ...]]:
     """Yield the sets of exits that a path may use, each with at least one exit."""
     if count > MAX_EXITS:

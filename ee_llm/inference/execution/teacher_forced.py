@@ -3,7 +3,7 @@
 Legend of shapes: t tokens of a window, r rows with logits, h hidden, v vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -112,14 +112,25 @@ class TeacherForced:
         """Return the output projection of an exit of the model, which may be on another stage."""
         return self._stage.projection(self._config, self._tensors, boundary)
 
+    def early_logits(self, hidden: Tensor) -> Tensor:
+        """Return this rank's logits [r, v / n] of the final exit for the residual stream [r, h].
+
+        Args:
+            hidden: Rows at any boundary. The last stage alone has the final exit.
+        """
+        return self._stage.early_logits(hidden, has_norm=True)
+
     @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> Iterator[ExitInput]:
+    def __call__(
+        self, tokens: Tensor, on_layer: Callable[[int, Tensor], None] | None = None
+    ) -> Iterator[ExitInput]:
         """Yield the rows at each exit of this rank's stage, in order of depth.
 
         Exhaust the iterator: the next stage gets its rows at the end.
 
         Args:
             tokens: Token ids [t].
+            on_layer: Called after each layer with its number and the residual stream [t, h].
         """
         stage = self._stage
         batch = self._table.batch([Run(0, 0, len(tokens), 0)], None, stage.cache_dtype)
@@ -129,7 +140,7 @@ class TeacherForced:
         else:
             x = stage.embed(tokens.to(stage.device), batch.positions)
         for index, layer_range in enumerate(stage.layer_ranges):
-            rows = stage.run(index, x, batch)
+            rows = stage.run(index, x, batch, on_layer)
             x = rows.x
             if layer_range.has_exit:
                 yield ExitInput(layer_range.last, rows, batch, stage, index)

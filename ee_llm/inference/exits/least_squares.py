@@ -64,16 +64,16 @@ def least_squares(
     run = TeacherForced(config, tensors, model.max_seq_length, ranks)
     is_summing = ranks is None or ranks.tensor_rank == 0  # Tensor ranks have equal hidden states.
     here = [boundary for boundary in run.boundaries if boundary in boundaries]
-    sums = {boundary: _Sums(model.hidden_size) for boundary in here if is_summing}
+    sums = {boundary: Regression(model.hidden_size) for boundary in here if is_summing}
     for window in windows:
         check_window(window, model.vocab_size)
         inputs: dict[int, Tensor] = {}
         final = torch.empty(0)
         for exit in run(window[:-1]):
             if exit.boundary == model.num_layers:
-                final = _normalized(exit.hidden, model.norm_eps)
+                final = normalized(exit.hidden, model.norm_eps)
             else:
-                inputs[exit.boundary] = _normalized(exit.translator_input(), model.norm_eps)
+                inputs[exit.boundary] = normalized(exit.translator_input(), model.norm_eps)
         if ranks is not None:
             final = ranks.broadcast_from_last(
                 final, (len(window) - 1, model.hidden_size), run.dtype
@@ -92,8 +92,8 @@ def least_squares(
     }
 
 
-class _Sums:
-    """The sums of one regression."""
+class Regression:
+    """The ridge regression of one boundary, from sums over its rows (see `least_squares`)."""
 
     def __init__(self, hidden_size: int) -> None:
         size, device = hidden_size + 1, distributed.device()
@@ -114,5 +114,6 @@ class _Sums:
         return solution[:-1].T.contiguous(), solution[-1].contiguous()
 
 
-def _normalized(hidden: Tensor, eps: float) -> Tensor:
+def normalized(hidden: Tensor, eps: float) -> Tensor:
+    """Return rows [t, h] divided by their root mean square."""
     return F.rms_norm(hidden, hidden.shape[-1:], eps=eps)
