@@ -1,6 +1,8 @@
 """Calibration of a checkpoint: its records, its policy file, the command and its errors."""
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +135,96 @@ def test_command_writes_a_policy_file(
     capsys.readouterr()
     assert main(["calibrate", str(place / "run"), *data, "--risk", "0.3", "--output", "no/a"]) == 2
     assert "--output no/a: the folder no does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("measure", ["agreement", "shortlist", "saturation"])
+def test_measures_of_several_exits_or_hidden_states(
+    place: Path, measure: str, tmp_path: Path
+) -> None:
+    """Measures that compare exits need all of them, and generation does what was predicted."""
+    found = calibrate(place, measure=measure)
+    assert found.loss <= found.risk
+    is_on = [threshold is not None for threshold in found.thresholds]
+    if measure != "saturation":
+        assert all(is_on) or not any(is_on)
+    assert 1 <= found.heads <= (2 if measure == "shortlist" else 4)
+    found.save(tmp_path / "policy.json")
+    params = ee_llm.SamplingParams(max_tokens=1, ignore_eos=True)
+    prompts = [list(text.encode())[: 8 + number % 16] for number, text in enumerate(TEXTS)]
+    with ee_llm.LLM(place / "run", dtype="float64") as llm:
+        outputs = llm.generate(prompts, params, exits=tmp_path / "policy.json")
+        depth = sum(one.tokens[0].exit for one in outputs) / len(outputs)
+        assert depth == pytest.approx(found.mean_depth, abs=0.5)
+        assert llm.verify(outputs).passed
+
+
+def test_perplexity_rises_by_no_more_than_stated(place: Path) -> None:
+    found = calibrate(place, metric="perplexity", risk=0.5)
+    assert any(threshold is not None for threshold in found.thresholds)
+    assert 0 <= found.loss <= math.log(1.5)
+    assert "the perplexity rises by at most 50.000%" in repr(found)
+    strict = calibrate(place, metric="perplexity", risk=0.05)
+    assert strict.cost >= found.cost
+
+
+def test_a_task_is_lost_where_greedy_decoding_answers_wrong(place: Path, tmp_path: Path) -> None:
+    """Teacher-forced losses equal those of real generations."""
+    with ee_llm.LLM(place / "run", dtype="float64") as llm:
+        prompts = [text[:20] for text in TEXTS]
+        params = ee_llm.SamplingParams(max_tokens=3, ignore_eos=True)
+        outputs = llm.generate(prompts, params, exits="off")
+        answers = [llm.decode(one.token_ids) for one in outputs]
+        questions = [
+            json.dumps({"prompt": prompt, "answer": answer if number % 2 else "no"})
+            for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+            if answer.isascii() and answer.isprintable()
+        ]
+        path = tmp_path / "questions.jsonl"
+        path.write_text("\n".join(questions) + "\n", encoding="utf-8")
+        found = calibrate(place, data=(), task=path, metric="task", risk=0.3)
+        parsed = [json.loads(line) for line in questions]
+        policy = found.policy
+        early = llm.generate([one["prompt"] for one in parsed], params, exits=policy)
+        lost = [
+            number % 2 == 1 and llm.decode(output.token_ids) != one["answer"]
+            for number, (one, output) in enumerate(zip(parsed, early, strict=True))
+        ]
+    assert "questions" in repr(found)
+    assert found.num_windows == len(parsed) - len(parsed) // 2
+    assert found.loss == pytest.approx(sum(lost) / len(lost), abs=0.25)
+
+
+BAD_TASKS = {
+    "not JSON": ('{"prompt": "a"', "task.jsonl, line 2: expected a JSON object"),
+    "no answer": ('{"prompt": "a"}', 'line 2: expected a JSON object {"prompt": "..", "answer"'),
+    "a list": ("[1, 2]", "line 2: expected a JSON object"),
+    "empty answer": ('{"prompt": "a", "answer": ""}', "texts that are not empty"),
+    "too long": (json.dumps({"prompt": "a" * 90, "answer": "b"}), "have 91 tokens, more than the"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TASKS)
+def test_a_task_file_that_is_not_one(place: Path, tmp_path: Path, case: str) -> None:
+    line, message = BAD_TASKS[case]
+    path = tmp_path / "task.jsonl"
+    path.write_text(f'{{"prompt": "a", "answer": "b"}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=re.escape(message)):
+        calibrate(place, data=(), task=path, metric="task")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"metric": "beauty"}, "metric = 'beauty' is unknown. Use one of agreement"),
+        ({"metric": "task"}, "metric = 'task' needs files of questions"),
+        ({"task": "a.jsonl"}, "metric = 'task' needs files of questions"),
+        ({"task": "a.jsonl", "metric": "task"}, "Leave out data and text"),
+        ({"task": "a.jsonl", "metric": "task", "data": ()}, "task file a.jsonl cannot be read"),
+        ({"train_gate": True, "measure": "margin"}, "train_gate with measure = 'margin'"),
+        ({"train_gate": True, "gate_tokens": 10}, "gate_tokens = 10 is too small"),
+        ({"train_gate": True}, "the first 50,000 are used for something else"),
+    ],
+)
+def test_options_that_contradict_each_other(place: Path, given: Any, message: str) -> None:
+    with pytest.raises((RequestError, DataError), match=message):
+        calibrate(place, **given)
