@@ -4,7 +4,6 @@ import logging
 from collections import Counter
 from contextlib import closing
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +17,7 @@ from ee_llm import distributed
 from ee_llm.architecture.tensors import take_tensors
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import CheckpointTensors
-from ee_llm.checkpoint.tokenizer import stated_bos
-from ee_llm.data.tokenization.chat_template import ChatTemplate, load_chat_template
-from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
-from ee_llm.errors import DataError, RequestError, RunError
+from ee_llm.errors import RequestError, RunError
 from ee_llm.evaluation.harness.requests import (
     make_window,
     merge_windows,
@@ -30,10 +26,11 @@ from ee_llm.evaluation.harness.requests import (
 )
 from ee_llm.evaluation.harness.scorer import Scorer
 from ee_llm.evaluation.harness.settings import num_sequences, parse_arguments, resolve_decoding
+from ee_llm.evaluation.harness.text import HarnessText
 from ee_llm.inference.execution.stage import check_layout
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.strategies import resolve_strategy
-from ee_llm.inference.text.prompt_encoder import EncodedPrompt, first_tokens
+from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +72,12 @@ class EarlyExitLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types.
         self.decoding = resolve_decoding(self.options, own, self._config, self._reader.fingerprint)
         resolve_strategy(self.decoding.strategy, self._config)
         self._max_length = self._check_max_length()
-        self._tokenizer: Tokenizer = load_tokenizer(
-            self._reader.tokenizer(), self._config.data.eos_token
+        self._text = HarnessText(
+            self._reader,
+            self._config.data.eos_token,
+            self.options.add_bos_token,
+            self.options.chat_template,
         )
-        adds_bos = stated_bos(self._reader.path)
-        if self.options.add_bos_token is not None:
-            adds_bos = self.options.add_bos_token
-        self._first = first_tokens("auto", self._tokenizer, adds_bos)
         self._engine: LLM | None = None
         self._scorer: Scorer | None = None
         self._exits: dict[str, Counter[int]] = {}
@@ -90,13 +86,12 @@ class EarlyExitLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types.
     @property
     def eot_token_id(self) -> int:
         """Id of the end-of-document token."""
-        return self._tokenizer.eos_token_id
+        return self._text.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
         """Id of the token before a text without context."""
-        bos = self._tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        return self._text.prefix_token_id
 
     @property
     def max_length(self) -> int:
@@ -111,24 +106,13 @@ class EarlyExitLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types.
     @property
     def tokenizer_name(self) -> str:
         """Name of the tokenizer, for the file names of lm_eval's request cache."""
-        return self._tokenizer.fingerprint.replace(":", "-")
+        return self._text.tokenizer.fingerprint.replace(":", "-")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Return the token ids of a text.
-
-        Args:
-            string: The text. Special tokens in it are read as these tokens.
-            add_special_tokens: Begin with the beginning-of-sequence token. None follows the
-                settings, unless the text spells the token out.
-            kwargs: Ignored.
-        """
-        ids = self._tokenizer.encode(string, parse_special=True)
-        first = self._first
-        if add_special_tokens is None and string.startswith(self._text_of(self.prefix_token_id)):
-            first = []
-        return [*first, *ids] if add_special_tokens is not False else ids
+        """Return the token ids of a text; see `HarnessText.encode`."""
+        return self._text.encode(string, add_special_tokens)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the chat template, for lm_eval's records."""
@@ -137,7 +121,7 @@ class EarlyExitLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types.
                 f"--apply_chat_template {chat_template}: templates cannot be selected by name. Use"
                 " --apply_chat_template, and --model_args chat_template=FILE for another one."
             )
-        return self._template.source if chat_template else None
+        return self._text.template.source if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -148,15 +132,7 @@ class EarlyExitLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types.
             chat_history: Messages with a "role" and a "content".
             add_generation_prompt: The model answers. Otherwise, it continues the last message.
         """
-        continues_last = not add_generation_prompt
-        try:
-            return self._template.render(chat_history, continues_last=continues_last)
-        except DataError:
-            others = [message for message in chat_history if message["role"] != "system"]
-            if len(others) == len(chat_history):
-                raise
-            logger.warning("The chat template rejects the system message, so it is left out.")
-            return self._template.render(others, continues_last=continues_last)
+        return self._text.render(chat_history, continues_last=not add_generation_prompt)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -177,7 +153,7 @@ class EarlyExitLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types.
         scores = iter(self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm))
         totals = []
         for request, count in zip(requests, counts, strict=True):
-            totals.append(sum(next(scores)[0] for _ in range(count)))
+            totals.append(sum((next(scores)[0] for _ in range(count)), 0.0))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
         return totals
 
@@ -215,7 +191,7 @@ class EarlyExitLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types.
         """Return the text that the model generates for each request, up to its stop strings."""
         if not requests:
             return []
-        eos_text = self._text_of(self.eot_token_id) or None
+        eos_text = self._text.text_of(self.eot_token_id)
         params = [
             sampling_params(generation, self.max_gen_toks, eos_text)
             for _, generation in (request.args for request in requests)
@@ -283,18 +259,8 @@ class EarlyExitLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types.
             self._engine = None
 
     @cached_property
-    def _template(self) -> ChatTemplate:
-        path = self.options.chat_template
-        return load_chat_template(self._tokenizer, None if path is None else Path(path))
-
-    @cached_property
     def _dtype(self) -> torch.dtype:
         return distributed.dtype_named(self.options.dtype)
-
-    def _text_of(self, token: int) -> str:
-        """Return the text of a special token, an empty one if it has none."""
-        texts = {i: text for text, i in self._tokenizer.special_tokens.items()}
-        return texts.get(token, "")
 
     def _prompt(self, context: str, max_tokens: int) -> tuple[int, ...]:
         """Return the token ids of a context, truncated so that `max_tokens` more fit."""

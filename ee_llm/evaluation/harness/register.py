@@ -14,7 +14,6 @@ TARGET = "ee_llm.evaluation.harness.model:EarlyExitLM"
 
 def register() -> None:
     """Make the model known to lm_eval. It is imported when somebody uses it."""
-    import lm_eval.models  # registers lm_eval's own models, which an empty registry would do later
     from lm_eval.api.registry import model_registry
 
     if NAME not in model_registry:

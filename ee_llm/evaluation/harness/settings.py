@@ -45,8 +45,8 @@ class HarnessOptions:
         chat_template: File with a chat template (Jinja) to use instead of the model's own.
         batch_size: lm_eval's batch size.
         max_batch_size: Ignored: the engine admits as many sequences as fit.
-        device: Ignored, since lm_eval gives "cuda:0" by default: ee_llm uses the first visible GPU if
-            there is one.
+        device: Ignored, since lm_eval gives "cuda:0" by default: ee_llm uses the first visible GPU
+            if there is one.
         trust_remote_code: Ignored: checkpoints contain no code.
     """
 
@@ -109,7 +109,7 @@ def parse_arguments(given: Mapping[str, Any]) -> tuple[HarnessOptions, dict[str,
         check_choice("strategy", options.strategy, STRATEGIES)
     if options.measure is not None:
         check_choice("measure", options.measure, get_args(Measure))
-    for name in ("max_gen_toks", "max_length"):
+    for name in ("max_gen_toks", "max_length", "tensor", "pipeline"):
         value = getattr(options, name)
         if value is not None and (type(value) is not int or value < 1):
             raise RequestError(f"{name} = {value!r} must be an integer of at least 1.")
