@@ -5,6 +5,7 @@ The tasks are YAML files with local data, and nothing is downloaded.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -24,12 +25,22 @@ from lm_eval.tasks import TaskManager
 import ee_llm
 from ee_llm.errors import CheckpointError, RequestError
 from ee_llm.evaluation.harness.model import EarlyExitLM
-from tests.unit.data.tokenization.families import FAMILIES
-from tests.unit.inference.chats import save_family
+from tests.unit.conversion.huggingface.folders import make_model
+from tests.unit.data.tokenization.families import FAMILIES, write_family
 
 pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).resolve().parents[3]
+SIZES = {
+    "vocab_size": 640,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
 QUESTIONS = [
     {"question": "What is the capital of France?", "choices": ["Paris", "Rome"], "answer": 0},
     {"question": "What is the capital of Italy?", "choices": ["Paris", "Rome"], "answer": 1},
@@ -90,11 +101,15 @@ class Models:
     """A checkpoint with early exits, and the dense model and its first layers for transformers."""
 
     def __init__(self, folder: Path, family: str) -> None:
-        self.checkpoint = save_family(folder / "run", family)
+        original = write_family(family, folder / "original")
+        eos = json.loads((original / "generation_config.json").read_text())["eos_token_id"]
+        model = make_model("llama", SIZES | {"eos_token_id": eos})
+        model.save_pretrained(original)
+        self.checkpoint, quiet = folder / "run", {"progress": False}
+        ee_llm.convert(original, self.checkpoint, exits=(1, 2), **quiet)
         self.dense, self.truncated = folder / "dense", folder / "truncated"
-        convert = {"to": "hf", "progress": False}
-        ee_llm.convert(self.checkpoint, self.dense, dense=True, **convert)
-        ee_llm.convert(self.checkpoint, self.truncated, truncate_at=2, **convert)
+        ee_llm.convert(self.checkpoint, self.dense, to="hf", dense=True, **quiet)
+        ee_llm.convert(self.checkpoint, self.truncated, to="hf", truncate_at=2, **quiet)
 
     def ours(self, **arguments: Any) -> EarlyExitLM:
         return EarlyExitLM(checkpoint=str(self.checkpoint), dtype="float32", **arguments)
@@ -171,6 +186,8 @@ def test_texts_are_encoded_as_by_the_hugging_face_adapter(tmp_path: Path, family
     models = Models(tmp_path, family)
     special = FAMILIES[family].special
     texts = ["", "Hello there", " Hello  ", "area\n", special, f"x {special}", "日本語 naïve"]
+    if family == "llama-2":  # transformers ignores the tokenizer.json of this class in part
+        texts.remove(" Hello  ")
     for more in ({}, {"add_bos_token": True}, {"add_bos_token": False}):
         if more == {"add_bos_token": True} and family != "llama-2":
             continue  # the tokenizer of transformers adds none, whatever it is told
@@ -205,15 +222,10 @@ def test_long_and_empty_contexts_equal_those_of_the_hugging_face_adapter(models:
 
 
 def test_results_do_not_depend_on_the_batch_size(models: Models) -> None:
-    requests = instances(
-        "generate_until",
-        *(
-            (q["question"], {"max_gen_toks": 9, "do_sample": True, "temperature": 1.0})
-            for q in QUESTIONS
-        ),
-        (QUESTIONS[0]["question"], {"max_gen_toks": 9, "do_sample": True, "temperature": 1.0}),
-    )
-    options = {"threshold": 0.3, "measure": "margin"}
+    generation = {"max_gen_toks": 9, "do_sample": True, "temperature": 1.0}
+    texts = [question["question"] for question in QUESTIONS]
+    requests = instances("generate_until", *((t, generation) for t in [*texts, texts[0]]))
+    options = {"threshold": 0.03, "measure": "margin"}
     first = models.ours(max_num_seqs=1, **options).generate_until(requests, disable_tqdm=True)
     lm = models.ours(batch_size=7, **options)
     assert lm.generate_until(requests, disable_tqdm=True) == first
@@ -291,14 +303,12 @@ def test_generation_settings_are_refused(models: Models, case: str) -> None:
 
 
 def test_likelihoods_are_refused_on_several_ranks(models: Models) -> None:
-    with pytest.raises(
-        RequestError, match="tensor = 2 x pipeline = 1: likelihood tasks run on one"
-    ):
+    with pytest.raises(RequestError, match="likelihood tasks run on one device only"):
         models.ours(tensor=2).loglikelihood(instances("loglikelihood", ("a", "b")))
 
 
-def command(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a module with the entry points of pyproject.toml, as an installation has them."""
+def python(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run Python with the entry points of pyproject.toml, as an installation has them."""
     installed = folder / "installed" / "ee_llm-0.0.0.dist-info"
     installed.mkdir(parents=True, exist_ok=True)
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
@@ -307,7 +317,7 @@ def command(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: ee-llm\nVersion: 0.0.0\n")
     paths = os.pathsep.join([str(installed.parent), str(ROOT)])
     return subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": paths, "HF_HOME": str(folder / "cache")},
         capture_output=True,
@@ -316,10 +326,31 @@ def command(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess
     )
 
 
+def test_lm_eval_finds_the_model_by_its_name(tmp_path: Path) -> None:
+    code = (
+        "import lm_eval, torch\n"
+        "from lm_eval.api.registry import get_model, model_registry\n"
+        "print(get_model('ee_llm').__name__, 'hf' in model_registry)"
+    )
+    done = python(tmp_path, "-c", code)
+    assert done.stdout == "EarlyExitLM True\n", done.stderr
+
+
+def test_programs_without_lm_eval_do_not_import_it(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "print([name for name in sys.modules if name.startswith(('lm_eval', 'ee_llm'))])"
+    )
+    done = python(tmp_path, "-c", code)
+    names = ["ee_llm", "ee_llm.version", "ee_llm.evaluation", "ee_llm.evaluation.harness"]
+    assert done.stdout == f"{[*names, 'ee_llm.evaluation.harness.register']}\n", done.stderr
+
+
+@pytest.mark.slow
 def test_the_command_lm_eval_knows_the_model(models: Models, tasks: Path, tmp_path: Path) -> None:
     arguments = ["--model", "ee_llm", "--tasks", tasks / "choices.yaml", "--output_path", "out"]
     given = f"checkpoint={models.checkpoint},dtype=float32,exit=1"
-    done = command(tmp_path, "lm_eval", *arguments, "--model_args", given)
+    done = python(tmp_path, "-m", "lm_eval", *arguments, "--model_args", given)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("out/**/results_*.json")
     results = json.loads(path.read_text())
@@ -329,12 +360,34 @@ def test_the_command_lm_eval_knows_the_model(models: Models, tasks: Path, tmp_pa
     assert results["config"]["strategy"] == "exact"
 
 
+@pytest.mark.slow
 def test_our_command_reports_mistakes_in_one_line(
     models: Models, tasks: Path, tmp_path: Path
 ) -> None:
     module = "ee_llm.evaluation.harness"
     arguments = ["--model", "ee_llm", "--tasks", tasks / "choices.yaml"]
-    done = command(tmp_path, module, *arguments, "--model_args", "checkpoint=gone")
+    done = python(tmp_path, "-m", module, *arguments, "--model_args", "checkpoint=gone")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("ee-llm: ")
+
+
+@pytest.mark.slow
+def test_the_task_of_the_documentation_runs(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Questions of reasoning-gym, which is not among the packages for development."""
+    pytest.importorskip("reasoning_gym")
+    page = (ROOT / "docs" / "how-to" / "lm-eval.md").read_text()
+    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks").mkdir()
+    exec(blocks["python"], {})
+    (tmp_path / "tasks" / "sums.yaml").write_text(blocks["yaml"])
+    results = []
+    for lm in (models.ours(), models.theirs()):
+        loaded = TaskManager(include_path="tasks", include_defaults=False).load(["sums"])
+        results.append(evaluate(lm, loaded, bootstrap_iters=0, limit=8, log_samples=True))
+    ours, theirs = ([s["resps"] for s in one["samples"]["sums"]] for one in results)
+    assert ours == theirs
+    assert len(ours) == 8

@@ -129,7 +129,7 @@ def test_windows_are_truncated_on_the_left() -> None:
 def test_a_log_probability_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     config = make_config()
     tensors = make_tensors(config)
-    tensors["layers.2.mlp.fc2.weight"][0] = torch.nan
+    tensors["layers.4.input_layernorm.weight"][0] = torch.nan
     name, _, _ = resolve_strategy("full", config)
     scorer = Scorer(config, tensors, 32, resolve_policy("off", (1, 2)), name)
     with pytest.raises(RunError, match="the exit after layer 4 is not finite"):
