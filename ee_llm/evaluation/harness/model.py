@@ -38,7 +38,7 @@ Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 """The texts of a context and a continuation, None for a rolling window, and their token ids."""
 
 
-class EarlyExitLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types.
+class EarlyExitLM(TemplateLM):
     """An early-exit model in lm_eval.
 
     Texts are encoded, truncated and divided into windows as by lm_eval's Hugging Face adapter.

@@ -181,15 +181,13 @@ def test_an_answer_can_be_continued(models: Models) -> None:
     assert text.rstrip().endswith("The capital is")
 
 
-@pytest.mark.parametrize("family", ["llama-2", "qwen-2.5", "gpt-2", "smollm-2"])
+@pytest.mark.parametrize("family", ["llama-3.1", "qwen-2.5", "gpt-2", "smollm-2"])
 def test_texts_are_encoded_as_by_the_hugging_face_adapter(tmp_path: Path, family: str) -> None:
     models = Models(tmp_path, family)
     special = FAMILIES[family].special
     texts = ["", "Hello there", " Hello  ", "area\n", special, f"x {special}", "日本語 naïve"]
-    if family == "llama-2":  # transformers ignores the tokenizer.json of this class in part
-        texts.remove(" Hello  ")
     for more in ({}, {"add_bos_token": True}, {"add_bos_token": False}):
-        if more == {"add_bos_token": True} and family != "llama-2":
+        if more == {"add_bos_token": True} and family != "llama-3.1":
             continue  # the tokenizer of transformers adds none, whatever it is told
         ours, theirs = models.ours(**more), models.theirs(**more)
         assert ours.prefix_token_id == theirs.prefix_token_id
@@ -339,11 +337,11 @@ def test_lm_eval_finds_the_model_by_its_name(tmp_path: Path) -> None:
 def test_programs_without_lm_eval_do_not_import_it(tmp_path: Path) -> None:
     code = (
         "import sys, torch\n"
-        "print([name for name in sys.modules if name.startswith(('lm_eval', 'ee_llm'))])"
+        "print(sorted(m for m in sys.modules if m.startswith(('lm_eval', 'ee_llm'))))"
     )
     done = python(tmp_path, "-c", code)
-    names = ["ee_llm", "ee_llm.version", "ee_llm.evaluation", "ee_llm.evaluation.harness"]
-    assert done.stdout == f"{[*names, 'ee_llm.evaluation.harness.register']}\n", done.stderr
+    names = ["", ".evaluation", ".evaluation.harness", ".evaluation.harness.register", ".version"]
+    assert done.stdout == f"{[f'ee_llm{name}' for name in names]}\n", done.stderr
 
 
 @pytest.mark.slow
