@@ -14,6 +14,8 @@ TARGET = "ee_llm.evaluation.harness.model:EarlyExitLM"
 
 def register() -> None:
     """Make the model known to lm_eval. It is imported when somebody uses it."""
+    # lm_eval imports its own models only as long as its registry is empty, so import them first.
+    import lm_eval.models  # noqa: F401
     from lm_eval.api.registry import model_registry
 
     if NAME not in model_registry:
