@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 _MAX_TEMPLATE = 2**20  # bytes: more than twenty times the longest known template
+_MARK = "<|end of the last message|> "  # finds the place at which the model continues it
 _MAX_TEXT = 16 * 2**20  # characters: far more than fit into any model's context
 
 
@@ -30,6 +31,9 @@ class ChatTemplate:
         where: The origin of the template, for error messages.
         variables: Variables of the template besides the messages, such as `bos_token`.
 
+    Attributes:
+        source: The template.
+
     Raises:
         DataError: The template cannot be compiled.
     """
@@ -37,6 +41,7 @@ class ChatTemplate:
     def __init__(self, source: str, where: str, variables: Mapping[str, str] | None = None) -> None:
         import jinja2
 
+        self.source = source
         self._where = where
         self._variables = dict(variables or {})
         if len(source) > _MAX_TEMPLATE:
@@ -52,22 +57,38 @@ class ChatTemplate:
                 "chat_template."
             ) from None
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], *, continues_last: bool = False) -> str:
         """Return the prompt for a conversation, up to the beginning of the model's answer.
 
         Args:
             messages: The messages, each with a "role" and a "content".
+            continues_last: The last message is the beginning of the answer. The prompt ends with
+                its content.
 
         Raises:
             DataError: The template rejects the messages or fails.
         """
+        if continues_last:
+            last = {**messages[-1], "content": messages[-1]["content"] + _MARK}
+            text = self._render([*messages[:-1], last], add_generation_prompt=False)
+            start, mark, _ = text.rpartition(_MARK.strip())
+            if not mark:
+                raise DataError(
+                    f"{self._where}: the chat template omits the last message, so the model cannot "
+                    "continue it. Give another chat_template."
+                )
+            # A template that strips messages removes the space at the end of the mark.
+            return start if text.startswith(_MARK, len(start)) else start.rstrip()
+        return self._render(messages, add_generation_prompt=True)
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         parts, length = [], 0
         try:
             for part in self._template.generate(
                 messages=[_without_nulls(message) for message in messages],
                 tools=None,
                 documents=None,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 **self._variables,
             ):
                 parts.append(part)

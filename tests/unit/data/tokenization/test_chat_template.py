@@ -7,6 +7,7 @@ import pytest
 
 from ee_llm.data.tokenization import chat_template
 from ee_llm.data.tokenization.chat_template import ChatTemplate
+from ee_llm.errors import DataError
 from tests.unit.data.tokenization.families import write_family
 
 MESSAGES: list[dict[str, Any]] = [
@@ -86,3 +87,20 @@ def test_sizes_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match="here: the chat template renders this conversation to more than"
     ):
         ChatTemplate(endless, "here").render(MESSAGES)
+
+
+@pytest.mark.parametrize(("content", "end"), [("Rome ", "Rome "), ("Rome", "Rome")])
+def test_the_last_message_can_be_continued(content: str, end: str) -> None:
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    messages = [{"role": "user", "content": "Rome?"}, {"role": "assistant", "content": content}]
+    found = ChatTemplate(source, "here").render(messages, continues_last=True)
+    assert found == f"<user>Rome?</><assistant>{end}"
+    stripping = ChatTemplate(source.replace("m.content", "m.content | trim"), "here")
+    assert stripping.render(messages, continues_last=True) == found.rstrip()
+
+
+def test_a_template_without_the_last_message_cannot_continue_it() -> None:
+    template = ChatTemplate("{{ messages[0].content }}", "here")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match="here: the chat template omits the last message"):
+        template.render(messages, continues_last=True)

@@ -1,0 +1,36 @@
+"""Make the model known to lm_eval by its name, `ee_llm`.
+
+lm_eval 0.4.13 knows the models of its own package only: it has no entry points for others, and
+`--include_path` reads tasks, not models. This module is therefore an entry point of torch, which
+calls `register_in_lm_eval` at the end of its own import. lm_eval imports torch before it looks up a
+model. The module imports nothing else, so that it costs other programs nothing.
+"""
+
+import sys
+
+NAME = "ee_llm"
+TARGET = "ee_llm.evaluation.harness.model:EarlyExitLM"
+
+
+def register() -> None:
+    """Make the model known to lm_eval. It is imported when somebody uses it."""
+    # lm_eval imports its own models only as long as its registry is empty, so import them first.
+    import lm_eval.models  # noqa: F401
+    from lm_eval.api.registry import model_registry
+
+    if NAME not in model_registry:
+        model_registry.register(NAME, target=TARGET)
+
+
+def register_in_lm_eval() -> None:
+    """Call `register` if this process has imported lm_eval, and do nothing otherwise.
+
+    torch fails to import if this function raises, so a future lm_eval with another registry must
+    not stop it. In this case, `lm_eval --model ee_llm` reports that there is no such model.
+    """
+    if "lm_eval" not in sys.modules:
+        return
+    try:
+        register()
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return

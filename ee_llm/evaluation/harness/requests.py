@@ -1,0 +1,89 @@
+"""Requests of lm_eval as windows to score and as sampling parameters."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+from ee_llm.errors import RequestError
+from ee_llm.evaluation.harness.scoring_pass import Window
+from ee_llm.inference.sampling.params import SamplingParams
+
+_PASSED_ON = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+_HANDLED = {*_PASSED_ON, "until", "max_gen_toks", "do_sample"}
+
+
+def make_window(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Window:
+    """Return the window that scores a continuation after as much of its context as fits.
+
+    Raises RequestError if the continuation is empty or does not fit itself.
+    """
+    if not 0 < len(continuation) <= max_length:
+        raise RequestError(
+            f"a continuation has {len(continuation)} tokens. It must have 1 to max_length ="
+            f" {max_length}."
+        )
+    tokens = (*context, *continuation)[-(max_length + 1) :][:-1]
+    return Window(tokens, (tuple(continuation),))
+
+
+def merge_windows(windows: Sequence[Window]) -> list[tuple[Window, list[int]]]:
+    """Return windows without repeated passes, and the numbers of the given windows in each.
+
+    Windows whose input tokens and numbers of scored rows are equal differ in the last token of
+    their continuations only, as the choices of many tasks do. The longest windows come first.
+    """
+    groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for number, window in enumerate(windows):
+        groups.setdefault((window.tokens, window.num_scored), []).append(number)
+    merged = [
+        (Window(tokens, tuple(windows[n].continuations[0] for n in numbers)), numbers)
+        for (tokens, _), numbers in groups.items()
+    ]
+    return sorted(merged, key=lambda pair: len(pair[0].tokens), reverse=True)
+
+
+def sampling_params(
+    generation: Mapping[str, Any], max_gen_toks: int, eos_text: str | None
+) -> SamplingParams:
+    """Return the parameters that a task's `generation_kwargs` describe.
+
+    Args:
+        generation: The task's settings, with the names of lm_eval.
+        max_gen_toks: Number of tokens to generate if the task does not say.
+        eos_text: Text of the end token, at which a generation also ends; None if it has no text.
+
+    Raises:
+        RequestError: A setting is unknown or out of range.
+    """
+    given = dict(normalize_gen_kwargs(dict(generation), max_gen_toks))
+    if given.get("num_beams") == 1:
+        del given["num_beams"]
+    unknown = sorted(given.keys() - _HANDLED)
+    if unknown:
+        raise RequestError(
+            f"generation_kwargs: {unknown[0]} = {given[unknown[0]]!r} is not supported. Use some of"
+            f" {', '.join(sorted(_HANDLED))}."
+        )
+    until = handle_stop_sequences(given["until"], eos=eos_text)
+    is_greedy = not given["do_sample"]
+    options = {n: given[n] for n in _PASSED_ON if given.get(n) is not None}
+    if is_greedy:
+        options["temperature"] = 0.0
+    elif "temperature" not in options:
+        options["temperature"] = 1.0
+    stop = tuple(text for text in until if text)
+    return SamplingParams(max_tokens=given["max_gen_toks"], stop=stop, **options)
+
+
+def with_own_seeds(
+    prompts: Iterable[tuple[int, ...]], params: Iterable[SamplingParams]
+) -> list[SamplingParams]:
+    """Return parameters in which the repetitions of a request draw other samples."""
+    seen: Counter[tuple[tuple[int, ...], SamplingParams]] = Counter()
+    result = []
+    for prompt, one in zip(prompts, params, strict=True):
+        result.append(one.sample(seen[prompt, one]))
+        seen[prompt, one] += 1
+    return result
