@@ -85,6 +85,10 @@ COMMANDS: dict[str, Command] = {
         "choose the exits' thresholds for a stated risk",
         _lazy("evaluation.calibrate", "run_calibrate"),
     ),
+    "sweep": Command(
+        "measure the speed and the quality of exit policies and drafts",
+        _lazy("evaluation.sweep", "run_sweep"),
+    ),
     "verify": Command("verify generations against the model", _lazy("verify", "run_verify")),
 }
 
