@@ -11,8 +11,9 @@ from typing import Any
 
 from ee_llm.evaluation.sweep.candidates import Kind
 from ee_llm.evaluation.sweep.plot import Mark, save_front
+from ee_llm.inference.choices import Measure
 
-_TUPLES = ("arguments", "shares")
+_TUPLES = ("arguments", "thresholds", "shares")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class SweepPoint:
         family: "full", "thresholds", "policy" or "self-speculative".
         name: Name in tables and plots, such as "exits 8+16 at 0.9".
         arguments: The options of `ee-llm generate` that select it.
+        thresholds: Threshold of each early exit; None is off.
+        measure: Measure of confidence of the thresholds.
         num_tokens: Number of generated tokens that were compared with the full model.
         agreement: Share of them that are the full model's most probable token, given the prompt and
             the generated tokens before it.
@@ -44,6 +47,8 @@ class SweepPoint:
     family: Kind
     name: str
     arguments: tuple[str, ...]
+    thresholds: tuple[float | None, ...]
+    measure: Measure
     num_tokens: int
     agreement: float
     agreement_low: float
@@ -167,7 +172,7 @@ class SweepResult:
         """
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
-        names = [name for name in _values(self.full) if name != "shares"]
+        names = [name for name in _values(self.full) if name not in ("shares", "thresholds")]
         ends = (*self.boundaries, self.num_layers)
         writer.writerow([*names, *(f"share_{end}" for end in ends), "on_front", "is_recommended"])
         front = self.front
@@ -263,7 +268,8 @@ class SweepResult:
         else:
             lines = [
                 f"Recommended: {best.name}, {best.speedup:.2f} times as fast as exits off,"
-                f" with {best.agreement:.2%} of tokens equal to the full model's (at least {wanted} wanted)."
+                f" with {best.agreement:.2%} of tokens equal to the full model's (at least {wanted}"
+                " wanted)."
             ]
             if best.agreement_low < self.min_agreement:
                 lines.append(

@@ -139,6 +139,8 @@ def _score(
                     family=candidate.family,
                     name=candidate.name,
                     arguments=candidate.arguments,
+                    thresholds=candidate.policy.thresholds,
+                    measure=candidate.policy.measure,
                     num_tokens=sum(len(output.token_ids) for output in outputs),
                     agreement=agreement.value,
                     agreement_low=agreement.low,
