@@ -12,13 +12,14 @@ from ee_llm.evaluation.sweep.plot import Mark, draw_front
 
 _TEXT_COLOR = "#010203"  # Nothing else is drawn in it, so that it can be replaced.
 _COLOR = "#0072B2"  # of the palette of Okabe and Ito, which is safe for color-blind readers
+_FRONT_SIZE = (5.4, 4.6)  # inches; texts stay readable on a phone
 _MAX_COLUMNS = 3
 _MAX_AREA = 220.0  # of a marker, in square points
 
 
 def front_svg(marks: Sequence[Mark], min_agreement: float, label: str) -> str:
     """Return the picture of a sweep; `label` describes it to those who cannot see it."""
-    return inline_svg(draw_front(marks, min_agreement, _TEXT_COLOR), label)
+    return inline_svg(draw_front(marks, min_agreement, _TEXT_COLOR, _FRONT_SIZE), label)
 
 
 def reliability_svg(bins: Mapping[int, Sequence[ReliabilityBin]], label: str) -> str:

@@ -40,15 +40,21 @@ def save_front(path: Path, marks: Sequence[Mark], min_agreement: float) -> None:
     save_figure(draw_front(marks, min_agreement), path)
 
 
-def draw_front(marks: Sequence[Mark], min_agreement: float, text_color: str = "#000000") -> Any:
+def draw_front(
+    marks: Sequence[Mark],
+    min_agreement: float,
+    text_color: str = "#000000",
+    size: tuple[float, float] = (7.2, 4.6),
+) -> Any:
     """Return the picture as a figure.
 
     Args:
         marks: The points.
         min_agreement: Least agreement of the recommended point, drawn as a line.
         text_color: Color of texts and axes.
+        size: Size in inches.
     """
-    figure = new_figure((7.2, 4.6))
+    figure = new_figure(size)
     axes = figure.subplots()
     for family, (color, marker, label) in _STYLES.items():
         members = [mark for mark in marks if mark.family == family]
@@ -115,7 +121,7 @@ def draw_front(marks: Sequence[Mark], min_agreement: float, text_color: str = "#
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["bottom", "left"]].set_color(text_color)
     figure.legend(
-        loc="outside upper center", ncols=6, frameon=False, fontsize="small", labelcolor=text_color
+        loc="outside upper center", ncols=3, frameon=False, fontsize="small", labelcolor=text_color
     )
     return figure
 
