@@ -105,6 +105,7 @@ def test_advice_names_the_command() -> None:
     ("points", "expected"),
     [
         ((SLOW,), "exits off (nothing measured is faster than the full model)"),
+        ((point("slow", 0.9, 1.0),), "exits off (nothing measured is faster than the full model)"),
         ((FASTER, SLOW), "exits off (no faster point agrees with the full model on 99% of tokens;"),
     ],
 )
