@@ -116,12 +116,13 @@ class SweepResult:
     def recommended(self) -> SweepPoint:
         """The fastest point with an agreement of at least `min_agreement`, or the full model.
 
-        The full model is returned if no other point is both faster and good enough.
+        The full model is returned if no other point is both good enough and faster in three
+        quarters of the rounds. Without the latter, the luckiest of many equal points would win.
         """
         good = (
             point
             for point in self.points[1:]
-            if point.agreement >= self.min_agreement and point.speedup > 1.0
+            if point.agreement >= self.min_agreement and point.speedup_low > 1.0
         )
         return max(good, key=lambda point: point.speedup, default=self.full)
 
@@ -255,16 +256,7 @@ class SweepResult:
         best = self.recommended
         wanted = f"{100 * self.min_agreement:.6g}%"
         if best is self.full:
-            faster = [point for point in self.points[1:] if point.speedup > 1.0]
-            if faster:
-                closest = max(faster, key=lambda point: point.agreement)
-                reason = (
-                    f"no faster point agrees with the full model on {wanted} of tokens;"
-                    f" the closest is {closest.name} with {closest.agreement:.2%}"
-                )
-            else:
-                reason = "nothing measured is faster than the full model"
-            lines = [f"Recommended: exits off ({reason})."]
+            lines = [f"Recommended: exits off ({self._no_gain(wanted)})."]
         else:
             lines = [
                 f"Recommended: {best.name}, {best.speedup:.2f} times as fast as exits off,"
@@ -276,9 +268,26 @@ class SweepResult:
                     f"With {best.num_tokens:,} tokens, the agreement may be as low as"
                     f" {best.agreement_low:.1%}. Use more prompts to be surer."
                 )
-            if best.speedup_low <= 1.0:
-                lines.append("Some rounds were not faster. Use more rounds, on an idle machine.")
         return [*lines, f"  {self.command(best)}"]
+
+    def _no_gain(self, wanted: str) -> str:
+        """Return why no point but the full model can be recommended."""
+        faster = [point for point in self.points if point.speedup > 1.0]
+        good = [point for point in faster if point.agreement >= self.min_agreement]
+        if good:
+            best = max(good, key=lambda point: point.speedup)
+            return (
+                f"no good point is faster in three quarters of the rounds; {best.name} has a median"
+                f" speed-up of {best.speedup:.2f} and a first quartile of {best.speedup_low:.2f}."
+                " Use more rounds, on an idle machine, to tell them apart"
+            )
+        if faster:
+            closest = max(faster, key=lambda point: point.agreement)
+            return (
+                f"no faster point agrees with the full model on {wanted} of tokens; the closest is"
+                f" {closest.name} with {closest.agreement:.2%}"
+            )
+        return "nothing measured is faster than the full model"
 
 
 def _values(point: SweepPoint) -> dict[str, Any]:
