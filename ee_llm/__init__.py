@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ee_llm.config import load_config as load_config
     from ee_llm.errors import RunError as RunError
     from ee_llm.errors import UserError as UserError
+    from ee_llm.evaluation.api import report as report
+    from ee_llm.evaluation.api import sweep as sweep
     from ee_llm.evaluation.calibration.result import CalibrationResult as CalibrationResult
     from ee_llm.evaluation.probe.api import (
         probe as probe,
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from ee_llm.evaluation.probe.result import ProbeResult as ProbeResult
     from ee_llm.evaluation.result import EvaluationResult as EvaluationResult
     from ee_llm.evaluation.result import ExitMetrics as ExitMetrics
+    from ee_llm.evaluation.sweep.result import SweepPoint as SweepPoint
+    from ee_llm.evaluation.sweep.result import SweepResult as SweepResult
     from ee_llm.inference.decoding.settings import SLED as SLED
     from ee_llm.inference.decoding.settings import DoLa as DoLa
     from ee_llm.inference.exits.policy import ExitPolicy as ExitPolicy
@@ -64,12 +68,16 @@ _EXPORTS = {
     "CalibrationResult": "ee_llm.evaluation.calibration.result",
     "ExitMetrics": "ee_llm.evaluation.result",
     "ProbeResult": "ee_llm.evaluation.probe.result",
+    "SweepResult": "ee_llm.evaluation.sweep.result",
+    "SweepPoint": "ee_llm.evaluation.sweep.result",
     "convert": "ee_llm.api",
     "train": "ee_llm.api",
     "tune": "ee_llm.api",
     "evaluate": "ee_llm.api",
     "calibrate": "ee_llm.api",
     "probe": "ee_llm.evaluation.probe.api",
+    "sweep": "ee_llm.evaluation.api",
+    "report": "ee_llm.evaluation.api",
     "plan": "ee_llm.api",
     "TrainingResult": "ee_llm.api",
     "Config": "ee_llm.config",

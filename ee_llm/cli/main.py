@@ -88,6 +88,13 @@ COMMANDS: dict[str, Command] = {
     "probe": Command(
         "find the layers after which exits belong", _lazy("evaluation.probe", "run_probe")
     ),
+    "sweep": Command(
+        "measure the speed and the quality of exit policies and drafts",
+        _lazy("evaluation.sweep", "run_sweep"),
+    ),
+    "report": Command(
+        "write an HTML page about a model's exits", _lazy("evaluation.report", "run_report")
+    ),
     "verify": Command("verify generations against the model", _lazy("verify", "run_verify")),
 }
 

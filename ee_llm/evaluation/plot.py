@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ee_llm.errors import RequestError
 
@@ -33,14 +33,8 @@ def save_plot(
         panels: The value of each exit and its margin, by the label of the metric.
     """
     check_suffix(path)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4 * len(panels), 3.6), layout="constrained"
-    )
+    figure = new_figure((4 * len(panels), 3.6))
+    axes = figure.subplots(1, len(panels))
     for panel, (label, points) in zip(axes, panels.items(), strict=True):
         values, margins = zip(*points, strict=True)
         panel.errorbar(
@@ -50,16 +44,28 @@ def save_plot(
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize="medium")
-    write_figure(figure, path)
+    save_figure(figure, path)
 
 
-def write_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as PNG or SVG by the suffix of `path`, and close it."""
+def new_figure(size: tuple[float, float]) -> Any:
+    """Return an empty figure of a size in inches that needs no display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def save_figure(figure: Any, file: Path | IO[bytes], suffix: str = ".svg") -> None:
+    """Write a figure. Equal figures give equal files.
+
+    Args:
+        figure: The figure.
+        file: The file to write. The suffix of a path selects the format.
+        suffix: The format if `file` is an open file: .png or .svg.
+    """
     import matplotlib
-    from matplotlib import pyplot
 
-    # Text stays text, and equal results give equal files.
+    suffix = file.suffix.lower() if isinstance(file, Path) else suffix
+    metadata: dict[str, Any] = {"Date": None} if suffix == ".svg" else {}
+    # Text stays text in SVG.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ee_llm"}):
-        metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {}
-        figure.savefig(path, dpi=150, metadata=metadata)
-    pyplot.close(figure)
+        figure.savefig(file, dpi=150, metadata=metadata, format=suffix[1:])

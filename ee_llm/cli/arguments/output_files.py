@@ -1,12 +1,13 @@
 """Check the files that a command is asked to write."""
 
+import os
 from pathlib import Path
 
 from ee_llm.errors import UserError
 
 
 def check_writable(name: str, path: Path | None) -> None:
-    """Raise UserError for a file in a folder that does not exist, before any work is done.
+    """Raise UserError for a file that cannot be written, before any work is done.
 
     Args:
         name: The option.
@@ -21,3 +22,5 @@ def check_writable(name: str, path: Path | None) -> None:
             f"{name} {path}: the folder {path.parent} does not exist. Create it, or name another "
             "file."
         )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{name} {path} cannot be written: permission denied. Name another file.")

@@ -7,12 +7,13 @@ from typing import Any
 from ee_llm import distributed
 from ee_llm.cli.generation.execution import check_execution, load_model
 from ee_llm.cli.generation.options import DataGenerateOptions, GenerateOptions
-from ee_llm.cli.generation.prompts import KINDS, MAX_BATCH, Prompt, prompt_content
+from ee_llm.cli.generation.prompts import MAX_BATCH, Prompt
 from ee_llm.errors import RequestError, UserError
 from ee_llm.inference.corpus.generate import check_absent, generate_corpus
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.text.json_lines import decode, opened, parse_object, read_lines, short
+from ee_llm.inference.text.prompt_content import KINDS, prompt_content
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens")

@@ -17,15 +17,15 @@ from ee_llm.errors import RequestError, UserError
 from ee_llm.inference.choices import Bos, Measure
 from ee_llm.inference.decoding.settings import DoLaLayers, EarlyHead, SLEDLayers, SLEDVariant
 from ee_llm.inference.strategies import Strategy
-from ee_llm.inference.text.chat import check_messages, read_conversation, user_message
+from ee_llm.inference.text.chat import read_conversation, user_message
 from ee_llm.inference.text.json_lines import MIB, decode, opened, read_objects, short
+from ee_llm.inference.text.prompt_content import KINDS, prompt_content
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt, PromptEncoder
 
 # Far more than the context of any model.
 _MAX_PROMPT = 16 * MIB
 # All prompts of a batch are in memory, as token ids, which take ten times as much space.
 MAX_BATCH = 256 * MIB
-KINDS = ("prompt", "messages", "prompt_token_ids")
 
 
 @dataclass(frozen=True)
@@ -221,33 +221,6 @@ def _from_line(options: GenerateOptions, record: dict[str, Any], where: str, id:
     except UserError as error:
         raise RequestError(f"{where}: {error}") from None
     return Prompt(merged, id=id, where=where, **content)
-
-
-def prompt_content(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the prompt of a JSON object as an argument of `Prompt`.
-
-    Raises:
-        RequestError: The object has not exactly one of "prompt", "messages" and "prompt_token_ids",
-            or its value is not valid.
-    """
-    kinds = [name for name in KINDS if name in record]
-    if len(kinds) != 1:
-        found = f"has {' and '.join(kinds)}" if kinds else "has no prompt"
-        raise RequestError(f"{where}: the line {found}. Give one of {', '.join(KINDS)}.")
-    (kind,) = kinds
-    value = record[kind]
-    if kind == "messages":
-        return {"messages": check_messages(value, where)}
-    if kind == "prompt_token_ids":
-        is_valid = isinstance(value, list) and all(type(token) is int for token in value)
-        if not is_valid or not value:
-            raise RequestError(
-                f'{where}: "prompt_token_ids" is {short(value)}. Give a list of token ids.'
-            )
-        return {"token_ids": tuple(value)}
-    if not isinstance(value, str) or not value or not is_encodable(value):
-        raise RequestError(f'{where}: "prompt" is {short(value)}. Give a nonempty string.')
-    return {"text": value}
 
 
 def _problem(error: ValidationError, record: dict[str, Any]) -> str:

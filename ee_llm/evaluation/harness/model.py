@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from contextlib import closing
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from ee_llm import distributed
 from ee_llm.architecture.tensors import take_tensors
+from ee_llm.checkpoint.gates import TensorsWithGates, gated_exits
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.checkpoint.tensors import CheckpointTensors
 from ee_llm.errors import RequestError, RunError
 from ee_llm.evaluation.harness.requests import (
     make_window,
@@ -28,7 +28,9 @@ from ee_llm.evaluation.harness.scorer import Scorer
 from ee_llm.evaluation.harness.settings import num_sequences, parse_arguments, resolve_decoding
 from ee_llm.evaluation.harness.text import HarnessText
 from ee_llm.inference.execution.stage import check_layout
+from ee_llm.inference.exits.policy import check_gates
 from ee_llm.inference.llm import LLM
+from ee_llm.inference.load import policy_fingerprint
 from ee_llm.inference.strategies import resolve_strategy
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 
@@ -69,7 +71,9 @@ class EarlyExitLM(TemplateLM):
         self._reader = TensorReader(self.options.checkpoint)
         self._config = self._reader.config()
         check_layout(self._config, self.options.tensor, self.options.pipeline)
-        self.decoding = resolve_decoding(self.options, own, self._config, self._reader.fingerprint)
+        fingerprint = partial(policy_fingerprint, self._reader)
+        self.decoding = resolve_decoding(self.options, own, self._config, fingerprint)
+        check_gates(self.decoding.policy, gated_exits(self._reader))
         resolve_strategy(self.decoding.strategy, self._config)
         self._max_length = self._check_max_length()
         self._text = HarnessText(
@@ -300,7 +304,7 @@ class EarlyExitLM(TemplateLM):
             self._scorer = None
             name, _, contrast = resolve_strategy(self.decoding.strategy, self._config)
             tensors = take_tensors(
-                self._config, CheckpointTensors(self._reader), self._dtype, distributed.device()
+                self._config, TensorsWithGates(self._reader), self._dtype, distributed.device()
             )
             policy = self.decoding.policy
             self._scorer = Scorer(self._config, tensors, longest, policy, name, contrast)

@@ -17,9 +17,11 @@ from ee_llm.evaluation.harness.scoring_pass import Score, ScoringPass, Window, a
 from ee_llm.inference.decoding.contrast import contrast_logits
 from ee_llm.inference.decoding.settings import Contrast
 from ee_llm.inference.execution.attention import Batch
+from ee_llm.inference.execution.head import HiddenRows
 from ee_llm.inference.execution.stage import ModelStage, Projection, partition_layers
 from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.strategies import Strategy
+from ee_llm.inference.verification.confidences import RowConfidences
 
 MAX_ROWS = 2048  # of a pass, unless one window has more
 MAX_LOGITS = 1 << 22  # logits that are computed at once, unless one row has more
@@ -95,16 +97,18 @@ class Scorer:
         batch = self._batch(one, frozen)
         x = self._stage.embed(one.tokens, batch.positions)
         early = _EarlyRows(self._contrast, one.rows)
+        confidences = RowConfidences(self._policy.measure, len(one.rows), self._stage.gate)
         early.add(0, x)
         for index, layer_range in enumerate(self._stage.layer_ranges):
             boundary = layer_range.last
-            x, attended = self._stage.run(index, x, batch, early.add)
+            hidden = self._stage.run(index, x, batch, early.add)
+            x = hidden.x
             if early.wants_exit(boundary):
-                early.features[boundary] = self._features(index, x, attended, batch, one, undecided)
+                early.features[boundary] = self._features(index, hidden, batch, one, undecided)
             if boundary not in self._permitted:
                 continue
-            features = self._features(index, x, attended, batch, one, undecided)
-            exited = self._decide(boundary, features, one, undecided, early)
+            features = self._features(index, hidden, batch, one, undecided)
+            exited = self._decide(boundary, hidden, features, one, undecided, early, confidences)
             undecided = [row for row in undecided if row not in exited]
             if not undecided:
                 break
@@ -116,19 +120,23 @@ class Scorer:
     def _decide(
         self,
         boundary: int,
+        hidden: HiddenRows,
         features: Tensor,
         one: ScoringPass,
         undecided: Sequence[int],
         early: "_EarlyRows",
+        confidences: RowConfidences,
     ) -> set[int]:
         """Record the predictions of the rows that take an exit, and return their indices.
 
         Args:
             boundary: The exit.
+            hidden: All rows at its boundary.
             features: Input [r, h] of its output projection, for the undecided rows.
             one: The pass.
             undecided: Indices [r] of these rows among the scored ones.
             early: The early rows for `sled` and `dola`.
+            confidences: Measures confidence.
         """
         num_logits = self._stage.num_logits * (1 + early.num_boundaries)
         exited: set[int] = set()
@@ -143,7 +151,10 @@ class Scorer:
             if threshold is None:
                 takes = [True] * len(chunk)
             else:  # Compare as the engine does, in the precision of the threshold.
-                takes = (self._policy.confidence(logits).double() >= threshold).tolist()
+                indices = torch.tensor(undecided)[chunk]
+                at = hidden.select(one.rows[indices.to(one.rows.device)])
+                measured = confidences.at(boundary, at.x, at.before, indices, logits)
+                takes = [confidence.value >= threshold for confidence in measured]
             rows = [undecided[i] for i, took in zip(chunk.tolist(), takes, strict=True) if took]
             if rows:
                 one.record(rows, logits[torch.tensor(takes, device=logits.device)], boundary)
@@ -153,8 +164,7 @@ class Scorer:
     def _features(
         self,
         index: int,
-        x: Tensor,
-        attended: Tensor,
+        hidden: HiddenRows,
         batch: Batch,
         one: ScoringPass,
         rows: Sequence[int],
@@ -162,9 +172,9 @@ class Scorer:
         """Return the input [r, h] of an exit's output projection for the given scored rows."""
         numbers = one.rows[torch.tensor(rows, device=one.rows.device)]
         if not self._stage.has_block(index):
-            return self._stage.features(index, x[numbers], attended[numbers], batch)
+            return self._stage.features(index, hidden.select(numbers), batch)
         others = set(range(len(one.tokens))) - set(numbers.tolist())
-        return self._stage.features(index, x, attended, self._batch(one, others))
+        return self._stage.features(index, hidden, self._batch(one, others))
 
     def _batch(self, one: ScoringPass, frozen: set[int]) -> Batch:
         live = live_ranges(one.runs, frozen) if frozen else None

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
-from ee_llm.evaluation.plot import check_suffix, write_figure
+from ee_llm.evaluation.plot import check_suffix, new_figure, save_figure
 
 # The palette of Okabe and Ito, which is safe for color-blind readers. Markers differ too.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -32,14 +32,8 @@ def save_probe_plot(
         recommended: Boundaries to mark.
     """
     check_suffix(path)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(11, 4), sharey=True, layout="constrained"
-    )
+    figure = new_figure((11, 4))
+    left, right = figure.subplots(1, 2, sharey=True)
     values, margins = ([100 * x for x in column] for column in zip(*fitted, strict=True))
     left.errorbar(
         boundaries, values, margins, color=_COLORS[0], marker=_MARKERS[0], markersize=4, capsize=2,
@@ -71,4 +65,4 @@ def save_probe_plot(
             loc="center left", bbox_to_anchor=(1, 0.5),
         )  # fmt: skip
     figure.suptitle(title, fontsize="medium")
-    write_figure(figure, path)
+    save_figure(figure, path)

@@ -317,6 +317,11 @@ class ModelStage:
             head_input = self.run_block(index, hidden.x, make_batch(rows))
         return head.confidences(selected, head_input, queries, self.first_id)[:, None]
 
+    def gate(self, boundary: int, x: Tensor) -> Tensor:
+        """Return the confidence [r] of the gate of an exit for rows x [r, h] at its boundary."""
+        index = [layer_range.last for layer_range in self.layer_ranges].index(boundary)
+        return self.hidden_confidences(index, HiddenRows(x, x, x), "gate")
+
     def hidden_confidences(self, index: int, hidden: HiddenRows, measure: HiddenMeasure) -> Tensor:
         """Return the confidence [t] of an exit for all rows, float64."""
         head = self._heads[index]

@@ -15,7 +15,7 @@ from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.sampling.sampler import mask_banned, sample, token_margin
 from ee_llm.inference.verification.confidences import (
     Confidence,
-    ReferenceConfidences,
+    RowConfidences,
     walk_exits,
 )
 from ee_llm.inference.verification.contrasted import (
@@ -109,7 +109,7 @@ def verify_trace(model: ReferenceModel, output: RequestOutput) -> list[Divergenc
     frozen_at = frozen_boundaries(model, num_prompt, last_exits[:-1], output.strategy)
     logits: dict[int, dict[int, Tensor]] = {}  # {boundary: {index: [v]}}
     confidences: dict[int, dict[int, Confidence]] = {}
-    measured = ReferenceConfidences(model, policy, num_new)
+    measured = RowConfidences(policy.measure, num_new, model.gate)
     tokens = torch.tensor(sequence[:-1])
     for exit in walk_exits(model, tokens, frozen_at, (*permitted, model.num_layers)):
         boundary = exit.boundary
@@ -118,7 +118,8 @@ def verify_trace(model: ReferenceModel, output: RequestOutput) -> list[Divergenc
         values = finite_logits(model, boundary, exit.hidden[numbers])
         logits[boundary] = dict(zip(indices, values, strict=True))
         if boundary in permitted:
-            found_here = measured.at(exit, numbers, numbers - rows.start, values)
+            x, before = exit.x[numbers], exit.before[numbers]
+            found_here = measured.at(boundary, x, before, numbers - rows.start, values)
             confidences[boundary] = dict(zip(indices, found_here, strict=True))
     divergences = []
     for index, found in enumerate(output.exits):

@@ -1,17 +1,17 @@
-"""Confidences of a sequence's rows at one exit after another, from the reference model.
+"""Confidences of rows at one exit after another, for passes that compute all of them.
 
 Legend of shapes: n rows that draw a token, r rows of these, s sequence, h hidden, v vocabulary, k
 candidates.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ee_llm.architecture.reference import ReferenceModel
-from ee_llm.inference.choices import logit_measure
+from ee_llm.inference.choices import NUM_CANDIDATES, Measure, logit_measure
 from ee_llm.inference.exits.confidence import (
     OF_LOGITS,
     agreement,
@@ -19,7 +19,6 @@ from ee_llm.inference.exits.confidence import (
     saturation,
     shortlist,
 )
-from ee_llm.inference.exits.policy import ExitPolicy
 
 
 class ExitRows(NamedTuple):
@@ -75,59 +74,69 @@ class Confidence(NamedTuple):
     error: float
 
 
-class ReferenceConfidences:
+class RowConfidences:
     """Measures the confidence of rows at the exits that may take them.
 
-    Call `at` for these exits in order, since some measures compare an exit with earlier ones.
+    Call `at` for the exits in order, since some measures compare an exit with the one before.
     """
 
-    def __init__(self, model: ReferenceModel, policy: ExitPolicy, num_rows: int) -> None:
+    def __init__(
+        self, measure: Measure, num_rows: int, gate: Callable[[int, Tensor], Tensor]
+    ) -> None:
         """Start before the first exit.
 
         Args:
-            model: The reference model.
-            policy: The policy.
-            num_rows: Number of rows that draw a token.
+            measure: The measure.
+            num_rows: Number n of rows that draw a token.
+            gate: Returns the confidence [r] of the gate at a boundary for its rows [r, h].
         """
-        self._model, self._policy = model, policy
-        self._previous: Tensor | None = None  # [n, v] logits of the exit before, for "agreement"
-        self._shortlist: Tensor | None = None  # [n, k]
-        self._num_rows = num_rows
+        self._measure, self._gate = measure, gate
+        self._best = torch.full((num_rows, 2), -1)  # tokens of the exit before, for "agreement"
+        self._gaps = torch.zeros(num_rows, dtype=torch.float64)  # between their logits
+        self._candidates = torch.empty(num_rows, 0, dtype=torch.int64)
+        self._has_candidates = torch.zeros(num_rows, dtype=torch.bool)
 
-    def at(self, exit: ExitRows, rows: Tensor, indices: Tensor, logits: Tensor) -> list[Confidence]:
-        """Return the confidence of rows at an exit.
+    def at(
+        self, boundary: int, x: Tensor, before: Tensor, indices: Tensor, logits: Tensor
+    ) -> list[Confidence]:
+        """Return the confidences of rows at an exit.
 
         Args:
-            exit: All rows of the sequence at the exit.
-            rows: Their numbers [r] in the sequence.
-            indices: Their numbers [r] among the rows that draw a token.
+            boundary: Boundary of the exit.
+            x: Residual stream [r, h] of the rows at the boundary.
+            before: Residual stream [r, h] of the rows at the boundary before it.
+            indices: Numbers [r] of the rows.
             logits: Their logits [r, v].
         """
-        measure = self._policy.measure
-        if measure == "agreement":
+        if self._measure == "agreement":
             return self._agreement(indices, logits)
-        if measure == "shortlist":
-            if self._shortlist is None:
-                chosen = candidates(logits)
-                self._shortlist = chosen.new_zeros(self._num_rows, chosen.shape[1])
-                self._shortlist[indices] = chosen
-            values = shortlist(logits.gather(-1, self._shortlist[indices]))
-        elif measure == "saturation":
-            values = saturation(exit.x[rows], exit.before[rows])
-        elif measure == "gate":
-            values = self._model.gate(exit.boundary, exit.x[rows])
+        if self._measure == "shortlist":
+            values = shortlist(logits.gather(-1, self._shortlists(indices, logits)))
+        elif self._measure == "saturation":
+            values = saturation(x, before)
+        elif self._measure == "gate":
+            values = self._gate(boundary, x)
         else:
-            values = OF_LOGITS[logit_measure(measure)](logits)
+            values = OF_LOGITS[logit_measure(self._measure)](logits)
         return [Confidence(value, value, 0.0) for value in values.tolist()]
 
     def _agreement(self, indices: Tensor, logits: Tensor) -> list[Confidence]:
-        if self._previous is None:
-            self._previous = logits.new_zeros(self._num_rows, logits.shape[1])
-            values = others = errors = logits.new_zeros(len(logits))
-        else:
-            best = self._previous[indices].topk(2, dim=-1)
-            values, others = (agreement(logits, best.indices[:, rank]) for rank in (0, 1))
-            # d p / d logit = p (1 - p) is at most 1/4.
-            errors = (best.values[:, 0] - best.values[:, 1]) / 4
-        self._previous[indices] = logits
+        tokens = self._best[indices].to(logits.device)
+        values, others = (agreement(logits, tokens[:, rank]) for rank in (0, 1))
+        errors = self._gaps[indices] / 4  # since d p / d logit = p (1 - p) is at most 1/4
+        best = logits.topk(2, dim=-1)
+        self._best[indices] = best.indices.cpu()
+        self._gaps[indices] = (best.values[:, 0] - best.values[:, 1]).double().cpu()
         return list(map(Confidence, values.tolist(), others.tolist(), errors.tolist()))
+
+    def _shortlists(self, indices: Tensor, logits: Tensor) -> Tensor:
+        """Return the candidates [r, k] of rows, which their first exit chooses."""
+        if not self._candidates.shape[1]:
+            count = min(NUM_CANDIDATES, logits.shape[1])
+            self._candidates = self._candidates.new_zeros(len(self._candidates), count)
+        is_new = ~self._has_candidates[indices]
+        if bool(is_new.any()):
+            new = indices[is_new]
+            self._candidates[new] = candidates(logits[is_new.to(logits.device)]).cpu()
+            self._has_candidates[new] = True
+        return self._candidates[indices].to(logits.device)

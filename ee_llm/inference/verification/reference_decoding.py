@@ -24,7 +24,7 @@ from ee_llm.inference.request import FinishReason
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.sampling.sampler import mask_banned, sample
 from ee_llm.inference.strategies import STRATEGIES, Strategy
-from ee_llm.inference.verification.confidences import ReferenceConfidences, walk_exits
+from ee_llm.inference.verification.confidences import RowConfidences, walk_exits
 from ee_llm.inference.verification.contrasted import contrasted_logits, finite_logits
 
 
@@ -162,12 +162,13 @@ def _evaluated(
         yield last, float(policy.confidence(row.logits)), row.logits
         return
     permitted = [b for b in policy.boundaries if policy.threshold(b) is not None]
-    measured = ReferenceConfidences(model, policy, 1)
+    measured = RowConfidences(policy.measure, 1, model.gate)
     newest, first = torch.tensor([len(sequence) - 1]), torch.tensor([0])
     for exit in walk_exits(model, tokens, frozen_at, (*permitted, last)):
         logits = finite_logits(model, exit.boundary, exit.hidden[newest])
         if exit.boundary == last:
             yield last, float(policy.confidence(logits[0])), logits[0]
         else:
-            [confidence] = measured.at(exit, newest, first, logits)
+            x, before = exit.x[newest], exit.before[newest]
+            [confidence] = measured.at(exit.boundary, x, before, first, logits)
             yield exit.boundary, confidence.value, logits[0]

@@ -12,8 +12,7 @@ from ee_llm.data.windows import TargetWindow
 from ee_llm.evaluation.measure import COLUMNS, measure
 from ee_llm.inference.choices import MEASURES
 from ee_llm.inference.execution.teacher_forced import TeacherForced
-from ee_llm.inference.exits.policy import make_exit_policy
-from ee_llm.inference.verification.confidences import ReferenceConfidences, walk_exits
+from ee_llm.inference.verification.confidences import RowConfidences, walk_exits
 from tests.unit.inference.models import random_gates, random_tensors, random_tokens, tiny_config
 
 EXITS = (1, 2, 3)
@@ -51,11 +50,13 @@ def test_confidences_equal_the_reference(name: Any, head: tuple[str, ...]) -> No
     tokens, kept = random_tokens(17, 1), Kept()
     measure(model, config, [tokens], kept, confidence=name, max_logits=200)
     reference = ReferenceModel(config, tensors, torch.float64)
-    measured = ReferenceConfidences(reference, make_exit_policy(EXITS, [0.5], name), 16)
+    measured = RowConfidences(name, 16, reference.gate)
     rows = torch.arange(16)
     for exit in walk_exits(reference, tokens[:-1], None, EXITS):
         logits = reference.logits(exit.boundary, exit.hidden)
-        values = [one.value for one in measured.at(exit, rows, rows, logits)]
+        values = [
+            one.value for one in measured.at(exit.boundary, exit.x, exit.before, rows, logits)
+        ]
         expected = torch.tensor(values, dtype=torch.float64)
         found = torch.cat(kept.columns[exit.boundary], dim=1)[COLUMNS.index("confidence")]
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

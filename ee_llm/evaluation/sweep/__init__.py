@@ -1,0 +1,1 @@
+"""Measure the speed and the quality of exit policies and drafts by generating text."""
