@@ -8,12 +8,8 @@ The model and the test text are the same for all. See docs/reference/benchmarks.
 """
 
 import os
-import shutil
-import subprocess
 import sys
-import sysconfig
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ import ee_llm
 from ee_llm.checkpoint.read import TensorReader, resolve_checkpoint
 from ee_llm.evaluation.result import EvaluationResult
 from tools.bench import report
+from tools.bench.small_model import run_command, small_model
 
 QUICK = {
     "num_tokens": 20_000,
@@ -32,26 +29,6 @@ QUICK = {
     "steps": 20,
     "lr": 1e-3,
     "seq_length": 128,
-}
-# The model of --quick, which the benchmark itself trains first.
-SMALL_MODEL = {
-    "model": {
-        "num_layers": 6,
-        "hidden_size": 128,
-        "num_heads": 4,
-        "ffn_hidden_size": 344,
-        "vocab_size": 258,
-        "max_seq_length": 128,
-    },
-    "training": {
-        "steps": 80,
-        "micro_batch_size": 16,
-        "global_batch_size": 16,
-        "dtype": "float32",
-        "eval_interval": 0,
-    },
-    "optimizer": {"lr": 2e-3, "warmup_steps": 10},
-    "checkpoint": {"interval": 0},
 }
 
 
@@ -112,12 +89,14 @@ def measure(
         rows.extend(_rows(origin, result, seconds, tokens))
 
     copied = folder / "copied"
-    seconds = _run("checkpoint", "add-exits", str(model), "--output", str(copied), *common)
+    seconds = run_command("checkpoint", "add-exits", str(model), "--output", str(copied), *common)
     add_rows("copy", copied, seconds, 0)
     mapped = folder / "mapped"
     data = ["--initialization", "least-squares", "--data", train]
     data += ["--num-tokens", str(options.num_tokens), "--seq-length", str(options.seq_length)]
-    seconds = _run("checkpoint", "add-exits", str(model), "--output", str(mapped), *common, *data)
+    seconds = run_command(
+        "checkpoint", "add-exits", str(model), "--output", str(mapped), *common, *data
+    )
     add_rows("least squares", mapped, seconds, options.num_tokens)
     tuned_tokens = options.steps * options.batch_size * options.seq_length
     for origin, objective in (("labels", "labels"), ("distilled", "distill")):
@@ -138,7 +117,7 @@ def measure(
             "checkpoint.interval": 0,
         }
         values = (text for name, value in tuning.items() for text in (f"--{name}", str(value)))
-        taken = seconds + _run("tune", *values)
+        taken = seconds + run_command("tune", *values)
         add_rows(origin, folder / origin, taken, options.num_tokens + tuned_tokens)
     return rows
 
@@ -169,43 +148,13 @@ def figures_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {f"agreement_{origin}": agreement[1] for origin, agreement in by_origin.items()}
 
 
-def _run(*arguments: str) -> float:
-    """Run an ee-llm command and return its seconds. Raises ValueError with its last output."""
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "ee_llm", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"ee-llm {' '.join(arguments)} failed: {done.stderr[-2000:]}")
-    return time.perf_counter() - start
-
-
-def _small_model(folder: Path) -> tuple[Path, str, str]:
-    """Train a small model on Python's own sources; return it and its training and test data."""
-    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    for name, files in (("train", sources[::2]), ("test", sources[1::8])):
-        (folder / name).mkdir()
-        for file in files:
-            shutil.copy(file, folder / name / f"{file.stem}.txt")
-        prefix = str(folder / f"{name}-data")
-        _run("data", "prepare", "--inputs", str(folder / name), "--output", prefix)
-    values = {
-        f"{section}.{name}": value
-        for section, options in SMALL_MODEL.items()
-        for name, value in options.items()
-    }
-    values |= {"data.prefixes": str(folder / "train-data"), "data.split": "1,0,0"}
-    values |= {"output": str(folder / "model")}
-    _run("train", *(text for name, value in values.items() for text in (f"--{name}", str(value))))
-    return folder / "model", str(folder / "train-data"), str(folder / "test-data")
-
-
 def _sources(options: Options, folder: Path) -> tuple[Path, str, str]:
     given = (options.checkpoint, options.train, options.test)
     if options.checkpoint is not None and options.train is not None and options.test is not None:
         return options.checkpoint, options.train, options.test
     if any(value is not None for value in given) or not options.quick:
         raise ValueError("give --checkpoint, --train and --test, or --quick without them")
-    return _small_model(folder)
+    return small_model(folder)
 
 
 def main(options: Options) -> None:

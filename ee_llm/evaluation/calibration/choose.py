@@ -1,5 +1,6 @@
 """Choose thresholds whose risk is at most a limit, with a stated probability."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,14 @@ def split(records: Records, seed: int) -> tuple[Records, Records]:
     return records.part(order[:half].sort().values), records.part(order[half:].sort().values)
 
 
-def choose(records: Records, costs: Costs, limit: float, delta: float, seed: int = 0) -> Choice:
+def choose(
+    records: Records,
+    costs: Costs,
+    limit: float,
+    delta: float,
+    seed: int = 0,
+    find: Callable[[Records, Costs, float], list[Point]] = find_path,
+) -> Choice:
     """Return the thresholds with the largest saving that pass the test.
 
     A path of thresholds is found on half of the windows. On the other half, its points are tested
@@ -61,24 +69,29 @@ def choose(records: Records, costs: Costs, limit: float, delta: float, seed: int
         limit: Greatest risk.
         delta: Greatest probability that the risk exceeds the limit.
         seed: Seed of the split.
+        find: Returns the path of thresholds, from safe to risky, for the windows of the search.
 
     Raises:
         DataError: The text has too few windows to show anything about this risk.
     """
     check_size(records.num_windows, limit, delta)
     searched, tested = split(records, seed)
-    chosen, probability = _test(find_path(searched, costs, limit), tested, limit, delta)
+    chosen, probability = _test(find(searched, costs, limit), tested, limit, delta)
     return _describe(tested, costs, limit, chosen, probability)
 
 
-def check_size(num_windows: int, limit: float, delta: float) -> None:
-    """Raise DataError if no thresholds could pass the test with half of so many windows."""
+def check_size(num_windows: int, limit: float, delta: float, num_tokens: int = 0) -> None:
+    """Raise DataError if no thresholds could pass the test with half of so many windows.
+
+    num_tokens: number of their tokens, for the message.
+    """
     needed = 2 * samples_needed(limit, delta)
     if num_windows < needed:
+        about = f", about {num_tokens * needed // num_windows:,} tokens" if num_tokens else ""
         raise DataError(
             f"the text has {num_windows:,} windows, too few for risk = {limit:g} with delta ="
-            f" {delta:g}: even without any error, {needed:,} are needed. Give more text, a shorter"
-            " seq_length, or a larger risk."
+            f" {delta:g}: even without any error, {needed:,} are needed{about}. Give more text, a"
+            " shorter seq_length, or a larger risk."
         )
 
 

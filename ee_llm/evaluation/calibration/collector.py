@@ -37,7 +37,7 @@ class Calibration:
             )
         self._options = options
         self._measure = options.measure_used
-        self._costs = Costs(
+        self.costs = Costs(
             self._boundaries, config.model.num_layers, head_cost(config), self._measure
         )
         self._confidence: list[Tensor] = []
@@ -62,7 +62,8 @@ class Calibration:
         return (1 - early[:, column]) * final[column].min()  # 0 if the final answer is wrong
 
     def check(self, num_windows: int) -> None:
-        check_size(num_windows, self._limit, self._options.delta)
+        num_tokens = sum(part.shape[1] for part in self._confidence)
+        check_size(num_windows, self._limit, self._options.delta, num_tokens)
 
     @property
     def _limit(self) -> float:
@@ -70,9 +71,10 @@ class Calibration:
         risk = self._options.risk
         return math.log1p(risk) if self._options.metric == "perplexity" else risk
 
-    def result(self) -> list[dict[str, Any]]:
+    def records(self) -> Records:
+        """Return what every exit would have done on the text."""
         lengths = torch.tensor([part.shape[1] for part in self._confidence])
-        records = Records(
+        return Records(
             self._boundaries,
             torch.cat(self._confidence, dim=1),
             torch.cat(self._losses, dim=1),
@@ -80,9 +82,11 @@ class Calibration:
             AGGREGATES[self._options.metric],
             compares_exits=self._measure in ("agreement", "shortlist"),
         )
+
+    def result(self) -> list[dict[str, Any]]:
         options = self._options
-        choice = choose(records, self._costs, self._limit, options.delta, options.seed)
-        return [asdict(choice) | {"full_cost": self._costs.full, "head_cost": self._costs.head}]
+        choice = choose(self.records(), self.costs, self._limit, options.delta, options.seed)
+        return [asdict(choice) | {"full_cost": self.costs.full, "head_cost": self.costs.head}]
 
 
 def head_cost(config: Config) -> float:

@@ -79,7 +79,7 @@ class Records:
         """Return the loss [w] of each window, in [0, 1], from the losses [t] of its tokens."""
         found = torch.zeros(self.num_windows, dtype=torch.float64)
         if self.aggregate == "any":
-            return found.index_reduce_(0, self.windows, losses.double(), "amax")
+            return found.scatter_reduce_(0, self.windows, losses.double(), "amax")
         found.index_add_(0, self.windows, losses.double())
         means = found / torch.bincount(self.windows, minlength=self.num_windows)
         return means.clamp(0.0, 1.0) if self.aggregate == "increase" else means

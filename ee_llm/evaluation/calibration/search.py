@@ -101,6 +101,17 @@ def find_path(records: Records, costs: Costs, limit: float) -> list[Point]:
     return best
 
 
+def uniform_path(records: Records, costs: Costs, limit: float) -> list[Point]:
+    """Return the path of a single threshold for all exits; see `find_path`."""
+    count = len(records.boundaries)
+    path = [_point(records, costs, (None,) * count)]
+    for level in _levels(records.confidence.flatten(), NUM_LEVELS):
+        path.append(_point(records, costs, (level,) * count))
+        if path[-1].loss > 2 * limit:
+            break
+    return path
+
+
 def best_point(records: Records, costs: Costs, used: tuple[int, ...], limit: float) -> Point:
     """Return the thresholds of the exits `used` with the least cost that the search finds.
 

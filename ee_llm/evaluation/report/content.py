@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ee_llm.evaluation.sweep.result import SweepResult
 from ee_llm.evaluation.text_pass import run_pass
 from ee_llm.inference.exits.policy import ExitPolicy, resolve_policy
 from ee_llm.inference.llm import LLM
+from ee_llm.inference.load import policy_fingerprint
 from ee_llm.inference.loaded_model import DEFAULT_THRESHOLD
 from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.sampling.params import SamplingParams
@@ -110,7 +112,7 @@ def gather(options: ReportOptions) -> ReportContent:
     sweep = None if options.sweep is None else _read_sweep(options.sweep, fingerprint)
     calibration = None
     if options.calibration is not None:
-        calibration = _read_calibration(options.calibration, boundaries, fingerprint)
+        calibration = _read_calibration(options.calibration, reader)
     policy, source = _policy_of_samples(boundaries, sweep, calibration)
     collector = _MetricsAndReliability()
     evaluate = EvaluateOptions(
@@ -165,8 +167,9 @@ def _read_sweep(path: Path, fingerprint: str) -> SweepResult:
     return result
 
 
-def _read_calibration(path: Path, boundaries: tuple[int, ...], fingerprint: str) -> Calibrated:
-    policy = resolve_policy(path, boundaries, lambda: fingerprint)
+def _read_calibration(path: Path, reader: TensorReader) -> Calibrated:
+    boundaries = reader.config().exits.boundaries
+    policy = resolve_policy(path, boundaries, partial(policy_fingerprint, reader))
     known = _read_json(path, "calibration").get("calibration") or {}
     return Calibrated(path, policy, known)
 

@@ -42,9 +42,9 @@ def work_of(
 ) -> Work:
     """Return the work of generations that were made by the same policy and strategy.
 
-    Which exits compute their head depends on the measure of confidence (see `Costs`). A self-speculative cycle
-    drafts with the layers up to an exit and its head, and then runs all other layers and the final
-    head once; the last draft passes the exit's layers in addition.
+    Which exits compute their head depends on the measure of confidence (see `Costs`). A
+    self-speculative cycle drafts with the layers up to an exit and its head, and then runs all
+    other layers and the final head once; the last draft passes the exit's layers in addition.
     """
     exits = [exit for output in outputs for exit in output.exits]
     num_layers = outputs[0].num_layers

@@ -170,14 +170,16 @@ def test_perplexity_rises_by_no_more_than_stated(place: Path) -> None:
 def test_a_task_is_lost_where_greedy_decoding_answers_wrong(place: Path, tmp_path: Path) -> None:
     """Teacher-forced losses equal those of real generations."""
     with ee_llm.LLM(place / "run", dtype="float64") as llm:
-        prompts = [text[:20] for text in TEXTS]
-        params = ee_llm.SamplingParams(max_tokens=3, ignore_eos=True)
+        prompts = [text[: 8 + length] for text in TEXTS for length in range(4)]
+        params = ee_llm.SamplingParams(max_tokens=2, ignore_eos=True)
         outputs = llm.generate(prompts, params, exits="off")
         answers = [llm.decode(one.token_ids) for one in outputs]
         questions = [
-            json.dumps({"prompt": prompt, "answer": answer if number % 2 else "no"})
-            for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
-            if answer.isascii() and answer.isprintable()
+            json.dumps({"prompt": prompt, "answer": answer if number % 3 else "no"})
+            for number, (prompt, answer, one) in enumerate(
+                zip(prompts, answers, outputs, strict=True)
+            )
+            if llm.tokenizer.encode(answer) == list(one.token_ids)
         ]
         path = tmp_path / "questions.jsonl"
         path.write_text("\n".join(questions) + "\n", encoding="utf-8")
@@ -186,8 +188,8 @@ def test_a_task_is_lost_where_greedy_decoding_answers_wrong(place: Path, tmp_pat
         policy = found.policy
         early = llm.generate([one["prompt"] for one in parsed], params, exits=policy)
         lost = [
-            number % 2 == 1 and llm.decode(output.token_ids) != one["answer"]
-            for number, (one, output) in enumerate(zip(parsed, early, strict=True))
+            one["answer"] != "no" and llm.decode(output.token_ids) != one["answer"]
+            for one, output in zip(parsed, early, strict=True)
         ]
     assert "questions" in repr(found)
     assert found.num_windows == len(parsed) - len(parsed) // 2
