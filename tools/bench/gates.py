@@ -100,14 +100,8 @@ def find_policies(options: Options, checkpoint: Path, data: str) -> list[dict[st
         write_gates(reader, {name: one for gate in gates for name, one in gate.tensors.items()})
     rows = []
     for measure in MEASURES:
-        collectors: list[Calibration] = []
-
-        def make(config: Any, measure: Measure = measure) -> Calibration:
-            collectors.append(Calibration(config, replace(given, measure=measure)))
-            return collectors[-1]
-
-        run_pass(given, f"measuring {measure}", make, measure, options.gate_tokens)
-        records, costs = collectors[0].records(), collectors[0].costs
+        collector = _collect(replace(given, measure=measure), options.gate_tokens)
+        records, costs = collector.records(), collector.costs
         head = costs.head if options.head_cost is None else options.head_cost
         costs = Costs(costs.boundaries, costs.num_layers, head, measure)
         is_used = torch.tensor([not options.exits or b in options.exits for b in costs.boundaries])
@@ -129,6 +123,18 @@ def find_policies(options: Options, checkpoint: Path, data: str) -> list[dict[st
             }
         )
     return rows
+
+
+def _collect(given: CalibrateOptions, skipped: int) -> Calibration:
+    """Return what every exit does on the text after the first `skipped` tokens."""
+    found: list[Calibration] = []
+
+    def make(config: Any) -> Calibration:
+        found.append(Calibration(config, given))
+        return found[0]
+
+    run_pass(given, f"measuring {given.measure}", make, given.measure, skipped)
+    return found[0]
 
 
 def generate(options: Options, checkpoint: Path, data: str, rows: list[dict[str, Any]]) -> None:
