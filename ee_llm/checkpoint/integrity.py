@@ -8,6 +8,7 @@ from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.format import safe
 from ee_llm.checkpoint.format.checksums import Checksums
 from ee_llm.checkpoint.format.manifest import parse_manifest, size_problem
+from ee_llm.checkpoint.gates import GATES, read_gates
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.errors import CheckpointError
 
@@ -61,8 +62,13 @@ def verify(path: str | Path, on_bytes: Callable[[int], None] = lambda _: None) -
         for file in checkpoint.rglob("*")
         if not file.is_dir()
         and (name := file.relative_to(checkpoint).as_posix()) not in files
-        and name != directory.MANIFEST
+        and name not in (directory.MANIFEST, GATES)
     )
+    if not report.problems:
+        try:
+            read_gates(TensorReader(checkpoint))
+        except CheckpointError as error:
+            report.problems.append(str(error))
     return report
 
 

@@ -136,6 +136,9 @@ def test_gates_of_another_model_or_a_damaged_file_are_refused(place: Path) -> No
     path.write_bytes((TensorReader(place / "other").path / GATES).read_bytes())
     with pytest.raises(CheckpointError, match="the gates were trained for the model with"):
         ee_llm.LLM(place / "run")
+    assert main(["checkpoint", "info", str(place / "run"), "--verify"]) == 2
+    write_gates(TensorReader(place / "run"), read_gates(TensorReader(place / "other")))
+    assert main(["checkpoint", "info", str(place / "run"), "--verify"]) == 0
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"gates\.safetensors cannot be read"):
         ee_llm.LLM(place / "run")

@@ -8,17 +8,20 @@ import torch
 
 import ee_llm
 from ee_llm import SLED, DoLa, RunError, SamplingParams
+from ee_llm.checkpoint.gates import TensorsWithGates, write_gates
 from ee_llm.checkpoint.read import TensorReader
-from ee_llm.checkpoint.tensors import CheckpointTensors
 from ee_llm.config import Config
 from ee_llm.evaluation.harness import scorer as scorer_module
 from ee_llm.evaluation.harness.requests import make_window, merge_windows
 from ee_llm.evaluation.harness.scorer import Scorer
 from ee_llm.evaluation.harness.scoring_pass import Score, Window, live_ranges
+from ee_llm.inference.choices import Measure
 from ee_llm.inference.execution.attention import Run
-from ee_llm.inference.exits.policy import resolve_policy
-from ee_llm.inference.strategies import SelfSpeculation, resolve_strategy
+from ee_llm.inference.exits.policy import make_exit_policy, resolve_policy
+from ee_llm.inference.strategies import SelfSpeculation, Strategy, resolve_strategy
 from tests.unit.evaluation.models import make_config, make_tensors, reference, save
+from tests.unit.inference.fuzz import RANGES
+from tests.unit.inference.models import random_gates
 
 pytestmark = pytest.mark.thorough
 
@@ -49,7 +52,7 @@ def make_scorer(
     config: Config = reader.config()
     name, _, contrast = resolve_strategy(strategy, config)
     policy = resolve_policy(exits, config.exits.boundaries)
-    tensors = {n: t.to(dtype) for n, t in CheckpointTensors(reader).items()}
+    tensors = {n: t.to(dtype) for n, t in TensorsWithGates(reader).items()}
     return Scorer(config, tensors, 32, policy, name, contrast)
 
 
@@ -80,6 +83,27 @@ def scored(path: Path, windows: list[Window], strategy: str = "exact") -> list[S
 
 
 @pytest.mark.parametrize("strategy", ["exact", "propagate", "sled"])
+@pytest.mark.parametrize("strategy", ["exact", "propagate"])
+@pytest.mark.parametrize("measure", ["agreement", "shortlist", "saturation", "gate"])
+def test_scores_take_the_exits_of_generation_for_every_measure(
+    tmp_path: Path, measure: Measure, strategy: Strategy
+) -> None:
+    config = make_config(**MODELS["block"])
+    path = save(tmp_path / "run", config)
+    write_gates(TensorReader(path), random_gates(config))
+    lowest, highest = RANGES.get(measure, (0.05, 0.9))
+    exits = make_exit_policy((1, 2), [(lowest + highest) / 2], measure)
+    with ee_llm.LLM(path, dtype="float64", exits=exits) as llm:
+        outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=9), strategy=strategy)
+    windows = [make_window(o.prompt_token_ids, o.token_ids, 32) for o in outputs]
+    for output, score in zip(
+        outputs, make_scorer(path, exits, strategy).score(windows), strict=True
+    ):
+        assert score.exits == output.exits
+        assert score.logprobs[0] == pytest.approx(sum(output.logprobs), rel=1e-9)
+    assert len({exit for output in outputs for exit in output.exits}) > 1
+
+
 def test_scores_do_not_depend_on_the_size_of_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
