@@ -82,7 +82,6 @@ def scored(path: Path, windows: list[Window], strategy: str = "exact") -> list[S
     return list(make_scorer(path, exits, strategy).score(windows))
 
 
-@pytest.mark.parametrize("strategy", ["exact", "propagate", "sled"])
 @pytest.mark.parametrize("strategy", ["exact", "propagate"])
 @pytest.mark.parametrize("measure", ["agreement", "shortlist", "saturation", "gate"])
 def test_scores_take_the_exits_of_generation_for_every_measure(
@@ -104,6 +103,7 @@ def test_scores_take_the_exits_of_generation_for_every_measure(
     assert len({exit for output in outputs for exit in output.exits}) > 1
 
 
+@pytest.mark.parametrize("strategy", ["exact", "propagate", "sled"])
 def test_scores_do_not_depend_on_the_size_of_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
