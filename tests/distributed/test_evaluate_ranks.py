@@ -11,15 +11,19 @@ import pytest
 import torch
 
 import ee_llm
+from ee_llm.checkpoint.gates import fingerprint_with_gates, read_gates, write_gates
+from ee_llm.checkpoint.read import TensorReader
 from ee_llm.errors import RunError, UserError
 from ee_llm.evaluation import averages
 from ee_llm.evaluation.result import EvaluationResult
+from ee_llm.inference.choices import Measure
 from tests.distributed.harness import run_ranks
 from tests.unit.evaluation.models import make_config, make_tensors, save, write_data
-from tests.unit.inference.models import save_model
+from tests.unit.inference.models import random_gates, save_model
 
 BLOCK = 7  # short, so that the data have enough blocks for errors
 LAYOUTS = [(2, 1), (1, 2), (1, 4), (2, 2)]
+CALIBRATED: tuple[Measure, ...] = ("gate", "agreement", "shortlist")
 MODELS: dict[str, dict[str, Any]] = {
     "shared": {"boundaries": (1, 2, 3), "temperatures": (1.5, 1.0, 0.5)},
     "own": {"boundaries": (1, 3), "output": "own", "head": ("block", "mlp", "norm")},
@@ -59,31 +63,75 @@ def _on_rank(place: Path, model: str, tensor: int, pipeline: int) -> EvaluationR
     return evaluate(place, model, tensor=tensor, pipeline=pipeline, timeout_s=30)
 
 
-def _calibrate(place: Path, tensor: int, pipeline: int) -> dict[str, Any]:
+def _calibrate(place: Path, tensor: int, pipeline: int) -> list[dict[str, Any]]:
+    """Return a calibration for every kind of measure of confidence."""
     torch.set_num_threads(1)
-    return ee_llm.calibrate(
-        place / "calibrated",
-        data=place / "data",
-        seq_length=2,
-        dtype="float64",
-        risk=0.3,
-        delta=0.5,
-        measure="margin",
-        tensor=tensor,
-        pipeline=pipeline,
-        timeout_s=30,
-    ).to_dict()
+    return [
+        ee_llm.calibrate(
+            place / "calibrated",
+            data=place / "data",
+            seq_length=2,
+            dtype="float64",
+            risk=0.3,
+            delta=0.5,
+            measure=measure,
+            tensor=tensor,
+            pipeline=pipeline,
+            timeout_s=30,
+        ).to_dict()
+        for measure in CALIBRATED
+    ]
 
 
 def test_calibration_over_ranks_equals_that_of_one_process(place: Path) -> None:
-    """The last stage chooses, and every rank gets its choice."""
-    save(place / "calibrated", make_config(boundaries=(1, 2, 3), output="own"))
+    """The last stage chooses, and every rank gets its choice.
+
+    Some confidences are measured on the stage of the exit, others compare exits of several stages.
+    """
+    config = make_config(boundaries=(1, 2, 3), output="own")
+    save(place / "calibrated", config)
+    write_gates(TensorReader(place / "calibrated"), random_gates(config))
     expected = _calibrate(place, 1, 1)
-    assert any(threshold is not None for threshold in expected["thresholds"])
-    for found in run_ranks(4, _calibrate, place, 2, 2):
-        for name, value in expected.items():
-            is_number = isinstance(value, float) or name == "shares"
-            assert found[name] == (pytest.approx(value, rel=1e-6) if is_number else value), name
+    assert sum(any(t is not None for t in one["thresholds"]) for one in expected) > 1
+    for results in run_ranks(4, _calibrate, place, 2, 2):
+        for found, wanted in zip(results, expected, strict=True):
+            for name, value in wanted.items():
+                is_number = isinstance(value, float) or name == "shares"
+                same = pytest.approx(value, rel=1e-6) if is_number else value
+                assert found[name] == same, (wanted["measure"], name)
+
+
+def _train_gates(place: Path, tensor: int, pipeline: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return ee_llm.calibrate(
+        place / "gated",
+        data=place / "long",
+        seq_length=16,
+        dtype="float64",
+        risk=0.5,
+        delta=0.5,
+        train_gate=True,
+        gate_tokens=1100,
+        tensor=tensor,
+        pipeline=pipeline,
+        timeout_s=60,
+    ).to_dict()
+
+
+def test_ranks_train_gates(place: Path) -> None:
+    """Hidden states of all stages reach the last one, and the first rank writes the gates."""
+    run = save(place / "gated", make_config(boundaries=(1, 2, 3), output="own"))
+    write_data(
+        place / "long", [[*(f"{n} the quick brown fox. " * 3).encode(), 256] for n in range(30)]
+    )
+    results = run_ranks(4, _train_gates, place, 2, 2)
+    assert all(found == results[0] for found in results), "all ranks get the result"
+    over_ranks = read_gates(TensorReader(run))
+    assert results[0]["fingerprint"] == fingerprint_with_gates(TensorReader(run))
+    alone = _train_gates(place, 1, 1)
+    assert alone["gates"] == [pytest.approx(one, rel=0.05) for one in results[0]["gates"]]
+    for name, tensor in read_gates(TensorReader(run)).items():
+        torch.testing.assert_close(over_ranks[name], tensor, rtol=0.05, atol=0.01)
 
 
 @pytest.mark.parametrize("model", MODELS)
