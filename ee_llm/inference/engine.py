@@ -163,7 +163,8 @@ class Engine(EngineBase):
             exited = [r.exited for r in results] if step is output.steps[-1] else []
             self.deferral.observe(step.segment, exited, len(frontiers) - len(exited))
         rows = [(step.segment, step.num_rows) for step in output.steps]
-        self.deferral.record_latency(rows, len(results), seconds)
+        num_declined = sum(not results[query.row].exited for query in output.hidden_queries)
+        self.deferral.record_latency(rows, len(results) - num_declined, seconds)
         if self.scheduler.step % _STEPS_BETWEEN_TARGETS == 0:
             num_running = len(self.scheduler.running)
             self.scheduler.deferral_targets = self.deferral.targets(num_running)

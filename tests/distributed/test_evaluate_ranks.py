@@ -93,7 +93,7 @@ def test_calibration_over_ranks_equals_that_of_one_process(place: Path) -> None:
     write_gates(TensorReader(place / "calibrated"), random_gates(config))
     expected = _calibrate(place, 1, 1)
     assert sum(any(t is not None for t in one["thresholds"]) for one in expected) > 1
-    for results in run_ranks(4, _calibrate, place, 2, 2):
+    for results in run_ranks(4, _calibrate, place, 2, 2, timeout_s=240):
         for found, wanted in zip(results, expected, strict=True):
             for name, value in wanted.items():
                 is_number = isinstance(value, float) or name == "shares"
@@ -124,7 +124,7 @@ def test_ranks_train_gates(place: Path) -> None:
     write_data(
         place / "long", [[*(f"{n} the quick brown fox. " * 3).encode(), 256] for n in range(30)]
     )
-    results = run_ranks(4, _train_gates, place, 2, 2)
+    results = run_ranks(4, _train_gates, place, 2, 2, timeout_s=240)
     assert all(found == results[0] for found in results), "all ranks get the result"
     over_ranks = read_gates(TensorReader(run))
     assert results[0]["fingerprint"] == fingerprint_with_gates(TensorReader(run))
