@@ -72,7 +72,7 @@ def _calibrate(place: Path, tensor: int, pipeline: int) -> list[dict[str, Any]]:
             data=place / "data",
             seq_length=2,
             dtype="float64",
-            risk=0.3,
+            risk=0.5,
             delta=0.5,
             measure=measure,
             tensor=tensor,
