@@ -14,7 +14,7 @@ from ee_llm.inference.request import Request
 from ee_llm.inference.scheduling.output import SchedulerOutput
 from tests.unit.inference.engines import assert_idle, make_engine
 from tests.unit.inference.fuzz import expected, random_policy, random_request
-from tests.unit.inference.models import random_tensors, tiny_config
+from tests.unit.inference.models import random_gates, random_tensors, tiny_config
 
 pytestmark = pytest.mark.thorough
 
@@ -29,7 +29,7 @@ class User:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.config = tiny_config()
-        self.tensors = random_tensors(self.config, seed)
+        self.tensors = random_tensors(self.config, seed) | random_gates(self.config, seed)
         self.engine = make_engine(self.config, tensors=self.tensors, num_blocks=14)
         self.policies = [random_policy(self.rng, self.config) for _ in range(2)]
         self.requests: dict[str, Request] = {}
