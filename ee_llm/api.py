@@ -276,8 +276,7 @@ def calibrate(
         delta: Greatest probability that the risk is exceeded, over the choice of the text.
         metric: What the risk is about: "agreement" is the share of tokens whose exit disagrees with
             the final exit about the most probable token, "perplexity" the relative increase of the
-            perplexity, "task" the share of questions that the final exit answers right and the
-            early exits do not.
+            perplexity, "task" the share of right answers that are lost.
         measure: Measure of confidence, as in `ExitPolicy`.
         train_gate: Train a gate for each exit on the first `gate_tokens` tokens, save the gates in
             the checkpoint, and calibrate them on the rest of the text.

@@ -5,6 +5,7 @@ not copy it, because gates predict what one model does.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ee_llm.architecture.gates import gated_boundaries
+from ee_llm.architecture.gates import PREFIX, gated_boundaries
 from ee_llm.architecture.tensors import LazyTensors
 from ee_llm.atomic_file import AtomicFile
 from ee_llm.checkpoint.read import TensorReader
@@ -42,12 +43,26 @@ def read_gates(reader: TensorReader) -> dict[str, Tensor]:
             f"{path} cannot be read: {error}. Remove it, or train the gates again with 'ee-llm"
             " calibrate --train-gate'."
         ) from None
+    for name, tensor in tensors.items():
+        if not _is_gate(name, tensor):
+            raise CheckpointError(
+                f"{path}: {name!r}, {tensor.dtype} with shape {list(tensor.shape)}, is not a tensor"
+                " of a gate. Remove the file, or train gates with 'ee-llm calibrate --train-gate'."
+            )
     if model != (expected := reader.fingerprint()):
         raise CheckpointError(
             f"{path}: the gates were trained for the model with fingerprint {model}, but this one"
             f" has {expected}. Remove it, or train gates with 'ee-llm calibrate --train-gate'."
         )
     return tensors
+
+
+def _is_gate(name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor may be part of a gate; its sizes are checked with the model."""
+    found = re.fullmatch(r"gates\.[1-9][0-9]{0,5}\.linear_[12]\.(weight|bias)", name)
+    num_dimensions = 2 if name.endswith("weight") else 1
+    is_float = tensor.dtype in (torch.float32, torch.float64)
+    return found is not None and is_float and tensor.dim() == num_dimensions
 
 
 def write_gates(reader: TensorReader, tensors: Mapping[str, Tensor]) -> None:
@@ -102,7 +117,7 @@ class TensorsWithGates(LazyTensors):
         self._gates = read_gates(reader) if gates is None else gates
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._gates[name] if name in self._gates else self._model[name]
+        return self._gates[name] if name.startswith(PREFIX) else self._model[name]
 
     def __iter__(self) -> Iterator[str]:
         yield from self._model
@@ -113,6 +128,6 @@ class TensorsWithGates(LazyTensors):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        if name in self._gates:
+        if name.startswith(PREFIX):
             return tuple(self._gates[name].shape)
         return self._model.shape(name)

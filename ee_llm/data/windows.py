@@ -102,8 +102,8 @@ class LaterWindows:
                 yield window
         if is_empty:
             raise DataError(
-                f"the text has only {num_skipped:,} tokens, and the first {self._limit:,} are used"
-                " for something else. Give more text."
+                f"the text has {num_skipped:,} tokens, all of which gate_tokens = {self._limit:,}"
+                " uses to train gates. Give more text, or lower gate_tokens."
             )
 
 

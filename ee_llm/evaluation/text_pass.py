@@ -110,7 +110,7 @@ def run_pass(
         return None
     dtype, digest = distributed.dtype_named(options.dtype), hashlib.sha256()
     with _connected(options, num_ranks) as ranks:
-        stored = TensorsWithGates(reader, gates)
+        stored = TensorsWithGates(reader, {} if gates is None and confidence != "gate" else gates)
         if confidence == "gate":
             exits = config.exits.boundaries
             check_gates(make_exit_policy(exits, [1.0], "gate"), gated_boundaries(stored))

@@ -13,7 +13,8 @@ from typing import Any, Self, get_args
 import torch
 
 from ee_llm import distributed
-from ee_llm.checkpoint.gates import gated_exits
+from ee_llm.architecture.gates import gated_boundaries
+from ee_llm.checkpoint.gates import read_gates
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tokenizer import stated_bos
 from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -119,18 +120,17 @@ class LoadedModel:
         if chat_template is not None and not isinstance(chat_template, str | Path):
             raise RequestError(f"chat_template = {chat_template!r} must be the path of a file")
         self._check(tensor, pipeline, max_num_seqs, cache_tokens, timeout_s, quantize)
-        timeout_s = float(timeout_s)
         self._quantize = quantize
         self.tokenizer: Tokenizer = load_tokenizer(
             self._reader.tokenizer(), self.config.data.eos_token
         )
         template = None if chat_template is None else Path(chat_template)
         self._encoder = PromptEncoder(self.tokenizer, stated_bos(self._reader.path), template)
-        self._fingerprint_for = partial(policy_fingerprint, self._reader)
+        gates = read_gates(self._reader)
+        self._fingerprint_for = partial(policy_fingerprint, self._reader, gates=gates)
         given = DEFAULT_THRESHOLD if exits is None else exits
-        boundaries = self.config.exits.boundaries
-        self._policy = resolve_policy(given, boundaries, self._fingerprint_for)
-        check_gates(self._policy, gated_exits(self._reader))
+        self._policy = resolve_policy(given, self.config.exits.boundaries, self._fingerprint_for)
+        check_gates(self._policy, gated_boundaries(gates))
         self._request_numbers = itertools.count(1)  # safe to use from several threads
         self._closing = ExitStack()
         self._ranks: distributed.InferenceGrid | None = None

@@ -80,16 +80,30 @@ def choose(
     return _describe(tested, costs, limit, chosen, probability)
 
 
-def check_size(num_windows: int, limit: float, delta: float, num_tokens: int = 0) -> None:
+def check_size(
+    num_windows: int,
+    limit: float,
+    delta: float,
+    num_tokens: int = 0,
+    risk: float | None = None,
+    what: str = "windows",
+) -> None:
     """Raise DataError if no thresholds could pass the test with half of so many windows.
 
-    num_tokens: number of their tokens, for the message.
+    Args:
+        num_windows: Number of windows, or of questions that the final exit answers right.
+        limit: Greatest mean loss of a window.
+        delta: Greatest probability that it is exceeded.
+        num_tokens: Number of tokens of the windows, for the message.
+        risk: The risk as the user stated it, for the message; None for `limit`.
+        what: What the windows are, for the message.
     """
     needed = 2 * samples_needed(limit, delta)
     if num_windows < needed:
         about = f", about {num_tokens * needed // num_windows:,} tokens" if num_tokens else ""
+        stated = limit if risk is None else risk
         raise DataError(
-            f"the text has {num_windows:,} windows, too few for risk = {limit:g} with delta ="
+            f"the text has {num_windows:,} {what}, too few for risk = {stated:g} with delta ="
             f" {delta:g}: even without any error, {needed:,} are needed{about}. Give more text, a"
             " shorter seq_length, or a larger risk."
         )

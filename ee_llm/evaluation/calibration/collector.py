@@ -40,12 +40,16 @@ class Calibration:
         self.costs = Costs(
             self._boundaries, config.model.num_layers, head_cost(config), self._measure
         )
+        self._num_wrong = 0
         self._confidence: list[Tensor] = []
         self._losses: list[Tensor] = []
 
     def add(self, columns: dict[int, Tensor]) -> None:
         early = torch.stack([columns[boundary] for boundary in self._boundaries])  # [e, c, t]
         final = columns[max(columns)]
+        if self._options.metric == "task" and not final[COLUMNS.index("accuracy")].min():
+            self._num_wrong += 1  # Early exits cannot lose this answer.
+            return
         self._confidence.append(early[:, COLUMNS.index("confidence")].float())
         self._losses.append(self._loss(early, final).float())
 
@@ -58,12 +62,16 @@ class Calibration:
             return 1 - early[:, COLUMNS.index("agreement")]
         if self._options.metric == "perplexity":
             return early[:, COLUMNS.index("loss")] - final[COLUMNS.index("loss")]
-        column = COLUMNS.index("accuracy")
-        return (1 - early[:, column]) * final[column].min()  # 0 if the final answer is wrong
+        return 1 - early[:, COLUMNS.index("accuracy")]
 
     def check(self, num_windows: int) -> None:
+        # Only the last stage knows how many questions were answered right.
+        found = len(self._confidence) if self._confidence or self._num_wrong else num_windows
+        is_task = self._options.metric == "task"
+        what = "questions that the final exit answers right" if is_task else "windows"
         num_tokens = sum(part.shape[1] for part in self._confidence)
-        check_size(num_windows, self._limit, self._options.delta, num_tokens)
+        options = self._options
+        check_size(found, self._limit, options.delta, num_tokens, options.risk, what)
 
     @property
     def _limit(self) -> float:
@@ -86,7 +94,13 @@ class Calibration:
     def result(self) -> list[dict[str, Any]]:
         options = self._options
         choice = choose(self.records(), self.costs, self._limit, options.delta, options.seed)
-        return [asdict(choice) | {"full_cost": self.costs.full, "head_cost": self.costs.head}]
+        found = asdict(choice) | {"full_cost": self.costs.full, "head_cost": self.costs.head}
+        if options.metric != "agreement":
+            found["least_final_share"] = None  # It is about tokens that disagree.
+        num_right = len(self._confidence)
+        is_task = options.metric == "task"
+        found["final_accuracy"] = num_right / (num_right + self._num_wrong) if is_task else None
+        return [found]
 
 
 def head_cost(config: Config) -> float:

@@ -113,7 +113,9 @@ def train_gate(boundary: int, inputs: Tensor, labels: Tensor, seed: int = 0) -> 
     parameters = _initial(boundary, inputs.shape[1], seed)
     if positive and negative:
         # Inputs in units of their spread; the first layer takes over the scale afterwards.
-        mean, spread = train_x.mean(dim=0), train_x.std(dim=0).clamp(min=1e-6)
+        # Units that hardly vary must not be blown up.
+        mean, spread = train_x.mean(dim=0), train_x.std(dim=0)
+        spread = spread.clamp(min=max(1e-6, 1e-3 * float(spread.median())))
         weights = (0.5 * num_trained / negative, 0.5 * num_trained / positive)
         _fit(parameters, (train_x - mean) / spread, train_y, (x - mean) / spread, y, weights, seed)
         with torch.no_grad():

@@ -24,8 +24,8 @@ class CalibrateOptions(TextOptions):
     metric: Metric = "agreement"
     """What the risk is about. agreement: the share of tokens whose exit disagrees with the final
     exit about the most probable token. perplexity: the relative increase of the perplexity, for
-    example 0.01 for 1 %. task: the share of questions of --task that the final exit answers right
-    and the early exits do not, with greedy decoding."""
+    example 0.01 for 1 %. task: the share of right answers to the questions of --task that are lost
+    with greedy decoding."""
 
     task: tuple[Path, ...] = ()
     """Files with questions for metric = task, instead of data or text: JSON Lines with "prompt" and
@@ -83,6 +83,14 @@ def check_calibration(options: CalibrateOptions) -> None:
         raise RequestError(
             f"train_gate with measure = {options.measure!r}: gates are used by measure = 'gate'"
             " only. Leave one of them out."
+        )
+    if (
+        options.train_gate
+        and (options.num_tokens or options.gate_tokens + 1) <= options.gate_tokens
+    ):
+        raise RequestError(
+            f"num_tokens = {options.num_tokens} leaves nothing to calibrate after gate_tokens ="
+            f" {options.gate_tokens}. Raise num_tokens, or lower gate_tokens."
         )
     if options.train_gate and options.gate_tokens < MIN_TOKENS:
         raise RequestError(

@@ -14,12 +14,12 @@ from ee_llm.inference.exits.policy import ExitPolicy
 _PROMISES: dict[Metric, str] = {
     "agreement": "at most {:.3%} of tokens disagree with the final exit",
     "perplexity": "the perplexity rises by at most {:.3%}",
-    "task": "at most {:.3%} of questions are answered wrong that the final exit answers right",
+    "task": "at most {:.3%} of the answers that the final exit gives right are lost",
 }
 _FOUND: dict[Metric, str] = {
     "agreement": "{:.3%} disagree",
     "perplexity": "the perplexity rises by {:.3%}",
-    "task": "{:.3%} of questions are lost",
+    "task": "{:.3%} of right answers are lost",
 }
 
 
@@ -30,10 +30,10 @@ class CalibrationResult:
     With a probability of at least 1 - delta over the choice of the text, the risk is at most
     `risk`. For the metric "agreement", it is the expected share of tokens of a window whose exit
     disagrees with the final exit. For "perplexity", it is the relative increase of the perplexity
-    that the expected increase of a window's loss amounts to, of which at most 1 nat per window
-    counts, and nothing if the loss falls. For "task", it is the share of questions that the final
-    exit answers right and the early exits do not. The guarantee holds for text from the same source
-    as the text of the calibration, if its windows are independent.
+    to which the expected increase of a window's loss amounts. A window counts its mean increase in
+    nats per token, limited to between 0 and 1, and all windows count equally. For "task", it is the
+    share of lost answers among the questions that the final exit answers right. The guarantee holds
+    for text from the same source as the text of the calibration, if its windows are independent.
 
     Attributes:
         checkpoint: Directory of the checkpoint.
@@ -56,11 +56,13 @@ class CalibrationResult:
         full_cost: Cost of a token without early exits.
         head_cost: Cost of an exit's head, in layers: the ratio of their weights.
         least_final_share: Share of tokens that must take the final exit even with a perfect measure
-            of confidence.
+            of confidence; None for other metrics than "agreement".
         num_windows: Number of windows that tested the thresholds.
         num_tokens: Number of their tokens.
         seq_length: Length of a window in tokens.
         dtype: Name of the dtype of the computation.
+        final_accuracy: Share of the questions of a task that the final exit answers right. The
+            others do not count.
         gates: Of each gate that was trained: the boundary of its exit, the share of tokens for
             which the exit agrees with the final exit, and the area under the ROC curve with which
             the gate predicts that, on tokens that did not train it.
@@ -84,11 +86,12 @@ class CalibrationResult:
     cost: float
     full_cost: float
     head_cost: float
-    least_final_share: float
+    least_final_share: float | None
     num_windows: int
     num_tokens: int
     seq_length: int
     dtype: str
+    final_accuracy: float | None = None
     gates: tuple[dict[str, float | None], ...] = ()
 
     @property
@@ -154,14 +157,22 @@ class CalibrationResult:
             f"mean depth {self.mean_depth:.2f} of {self.num_layers} layers; with {self.heads:.2f}"
             f" heads of {self.head_cost:.2f} layers, a token costs {self.cost:.2f} of"
             f" {self.full_cost:.2f} layers: {self.saving:.1%} less",
-            f"even with a perfect measure of confidence, {self.least_final_share:.1%} of tokens"
-            " need the final exit",
         ]
+        if self.least_final_share is not None:
+            lines.append(
+                f"even with a perfect measure of confidence, {self.least_final_share:.1%} of tokens"
+                " need the final exit"
+            )
+        if self.final_accuracy is not None:
+            lines.append(
+                f"the final exit answers {self.final_accuracy:.1%} of the questions right; only"
+                " these count"
+            )
         for gate in self.gates:
-            auc = "no" if gate["auc"] is None else f"{gate['auc']:.3f}"
+            auc = "not defined" if gate["auc"] is None else f"{gate['auc']:.3f}"
             lines.append(
                 f"gate after layer {gate['boundary']}: the exit agrees for {gate['agreement']:.1%}"
-                f" of tokens, which the gate predicts with {auc} area under the ROC curve"
+                f" of tokens; area under the ROC curve of the gate: {auc}"
             )
         if self.p_value is None:
             lines.append("no thresholds save anything at this risk, so all exits are off")

@@ -36,7 +36,7 @@ class TaskWindows:
 
         Args:
             paths: Files with a JSON object {"prompt": .., "answer": ..} in each line.
-            tokenizer: The model's tokenizer.
+            tokenizer: The model's tokenizer, which encodes a prompt and its answer together.
             adds_bos: As for `PromptEncoder`, which encodes the prompts.
             max_length: Greatest number of tokens of a question with its answer.
             num_tokens: Number of tokens to use, from the start; None for all.
@@ -51,7 +51,10 @@ class TaskWindows:
         for path in paths:
             for number, prompt, answer in _questions(path):
                 question = encoder.encode_text(prompt).token_ids
-                tokens = torch.tensor([*question, *tokenizer.encode(answer)])
+                whole = encoder.encode_text(prompt + answer).token_ids
+                if whole[: len(question)] != question:  # Tokens join the two, which never happens
+                    whole = (*question, *tokenizer.encode(answer))  # in a generation.
+                tokens = torch.tensor(whole)
                 if len(tokens) > max_length + 1:
                     raise DataError(
                         f"{path}, line {number}: the question and its answer have {len(tokens)}"

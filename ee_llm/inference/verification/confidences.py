@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ee_llm.architecture.reference import ReferenceModel
-from ee_llm.inference.choices import NUM_CANDIDATES, Measure, logit_measure
+from ee_llm.inference.choices import Measure, logit_measure
 from ee_llm.inference.exits.confidence import (
     OF_LOGITS,
     agreement,
@@ -65,7 +65,8 @@ class Confidence(NamedTuple):
     Attributes:
         value: The confidence.
         other: The confidence if an error exchanges the two most probable tokens of the exit before,
-            for the measure "agreement"; else `value`.
+            for the measure "agreement", or the last token on the shortlist and the next one, for
+            "shortlist"; else `value`.
         error: The least such error, as an error of the confidence.
     """
 
@@ -92,8 +93,9 @@ class RowConfidences:
         """
         self._measure, self._gate = measure, gate
         self._best = torch.full((num_rows, 2), -1)  # tokens of the exit before, for "agreement"
-        self._gaps = torch.zeros(num_rows, dtype=torch.float64)  # between their logits
+        self._gaps = torch.zeros(num_rows, dtype=torch.float64)  # of logits that an error exchanges
         self._candidates = torch.empty(num_rows, 0, dtype=torch.int64)
+        self._edge = torch.zeros(num_rows, 2, dtype=torch.int64)  # last candidate and the next one
         self._has_candidates = torch.zeros(num_rows, dtype=torch.bool)
 
     def at(
@@ -111,7 +113,7 @@ class RowConfidences:
         if self._measure == "agreement":
             return self._agreement(indices, logits)
         if self._measure == "shortlist":
-            values = shortlist(logits.gather(-1, self._shortlists(indices, logits)))
+            return self._shortlist(indices, logits)
         elif self._measure == "saturation":
             values = saturation(x, before)
         elif self._measure == "gate":
@@ -129,14 +131,25 @@ class RowConfidences:
         self._gaps[indices] = (best.values[:, 0] - best.values[:, 1]).double().cpu()
         return list(map(Confidence, values.tolist(), others.tolist(), errors.tolist()))
 
-    def _shortlists(self, indices: Tensor, logits: Tensor) -> Tensor:
-        """Return the candidates [r, k] of rows, which their first exit chooses."""
-        if not self._candidates.shape[1]:
-            count = min(NUM_CANDIDATES, logits.shape[1])
-            self._candidates = self._candidates.new_zeros(len(self._candidates), count)
+    def _shortlist(self, indices: Tensor, logits: Tensor) -> list[Confidence]:
         is_new = ~self._has_candidates[indices]
-        if bool(is_new.any()):
-            new = indices[is_new]
-            self._candidates[new] = candidates(logits[is_new.to(logits.device)]).cpu()
-            self._has_candidates[new] = True
-        return self._candidates[indices].to(logits.device)
+        if bool(is_new.any()):  # The first exit of a row draws up its shortlist.
+            self._draw_up(indices[is_new], logits[is_new.to(logits.device)])
+        ids = self._candidates[indices].to(logits.device)
+        last, following = (self._edge[indices, n].to(logits.device)[:, None] for n in (0, 1))
+        values = shortlist(logits.gather(-1, ids))
+        others = shortlist(logits.gather(-1, torch.where(ids == last, following, ids)))
+        errors = self._gaps[indices] / 4
+        return list(map(Confidence, values.tolist(), others.tolist(), errors.tolist()))
+
+    def _draw_up(self, indices: Tensor, logits: Tensor) -> None:
+        """Keep the shortlist of rows, its last token and the next one, and their gap."""
+        ids = candidates(logits)
+        if not self._candidates.shape[1]:
+            self._candidates = self._candidates.new_zeros(len(self._candidates), ids.shape[1])
+        best = logits.topk(min(ids.shape[1] + 1, logits.shape[1]), dim=-1)
+        last, following = best.indices[:, ids.shape[1] - 1], best.indices[:, -1]
+        self._candidates[indices] = ids.cpu()
+        self._edge[indices] = torch.stack([last, following], dim=1).cpu()
+        self._gaps[indices] = (best.values[:, ids.shape[1] - 1] - best.values[:, -1]).double().cpu()
+        self._has_candidates[indices] = True

@@ -192,8 +192,21 @@ def test_a_task_is_lost_where_greedy_decoding_answers_wrong(place: Path, tmp_pat
             for one, output in zip(parsed, early, strict=True)
         ]
     assert "questions" in repr(found)
-    assert found.num_windows == len(parsed) - len(parsed) // 2
-    assert found.loss == pytest.approx(sum(lost) / len(lost), abs=0.25)
+    right = [one for one in parsed if one["answer"] != "no"]
+    assert found.final_accuracy == pytest.approx(len(right) / len(parsed))
+    assert found.num_windows == len(right) - len(right) // 2
+    assert found.loss == pytest.approx(sum(lost) / len(right), abs=0.3)
+
+
+def test_a_task_that_the_model_cannot_do_is_refused(place: Path, tmp_path: Path) -> None:
+    """Otherwise no answer could be lost, and every threshold would pass."""
+    path = tmp_path / "task.jsonl"
+    line = json.dumps({"prompt": "The quick", "answer": "zzz"})
+    path.write_text(f"{line}\n" * 400, encoding="utf-8")
+    with pytest.raises(
+        DataError, match="the text has 0 questions that the final exit answers right"
+    ):
+        calibrate(place, data=(), task=path, metric="task")
 
 
 BAD_TASKS = {
@@ -224,7 +237,8 @@ def test_a_task_file_that_is_not_one(place: Path, tmp_path: Path, case: str) -> 
         ({"task": "a.jsonl", "metric": "task", "data": ()}, "task file a.jsonl cannot be read"),
         ({"train_gate": True, "measure": "margin"}, "train_gate with measure = 'margin'"),
         ({"train_gate": True, "gate_tokens": 10}, "gate_tokens = 10 is too small"),
-        ({"train_gate": True}, "the first 50,000 are used for something else"),
+        ({"train_gate": True}, "all of which gate_tokens = 50,000 uses to train gates"),
+        ({"train_gate": True, "num_tokens": 40_000}, "num_tokens = 40000 leaves nothing"),
     ],
 )
 def test_options_that_contradict_each_other(place: Path, given: Any, message: str) -> None:

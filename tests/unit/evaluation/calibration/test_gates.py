@@ -139,6 +139,28 @@ def test_gates_of_another_model_or_a_damaged_file_are_refused(place: Path) -> No
     assert main(["checkpoint", "info", str(place / "run"), "--verify"]) == 2
     write_gates(TensorReader(place / "run"), read_gates(TensorReader(place / "other")))
     assert main(["checkpoint", "info", str(place / "run"), "--verify"]) == 0
-    path.write_bytes(path.read_bytes()[:100])
+    content = path.read_bytes()
+    path.write_bytes(content[:100])
     with pytest.raises(CheckpointError, match=r"gates\.safetensors cannot be read"):
         ee_llm.LLM(place / "run")
+    for name, tensor in {
+        "layers.1.mlp.linear_fc1.weight": torch.zeros(3, 3),
+        "gates.x.linear_1.weight": torch.zeros(3, 3),
+        "gates.1.linear_1.weight": torch.zeros(3),
+        "gates.1.linear_2.bias": torch.zeros(1, dtype=torch.bfloat16),
+    }.items():
+        write_gates(TensorReader(place / "run"), {name: tensor})
+        with pytest.raises(CheckpointError, match=f"'{name}', .* is not a tensor of a gate"):
+            ee_llm.LLM(place / "run")
+    # Training replaces a file that cannot be used.
+    ee_llm.calibrate(
+        place / "run",
+        data=place / "data",
+        seq_length=32,
+        dtype="float64",
+        risk=0.3,
+        train_gate=True,
+        gate_tokens=2000,
+        progress=False,
+    )
+    assert len(read_gates(TensorReader(place / "run"))) == 12

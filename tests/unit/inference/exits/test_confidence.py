@@ -20,6 +20,7 @@ from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.strategies import STRATEGIES, SelfSpeculation, resolve_strategy
 from ee_llm.inference.verification.certificate import verify_trace
+from ee_llm.inference.verification.confidences import RowConfidences
 from ee_llm.inference.verification.reference_decoding import generate_reference
 from tests.unit.inference.fuzz import RANGES
 from tests.unit.inference.models import random_gates, random_tensors, tiny_config
@@ -137,6 +138,21 @@ def test_an_exchange_of_almost_equal_tokens_explains_another_agreement() -> None
         exchanged = max(gap, sign * (float(second[runner_up]) - 0.3))
         assert margin == pytest.approx(max(0.0, min(direct, exchanged)), abs=1e-12)
         assert first.argmax() == best
+
+
+def test_an_exchange_at_the_end_of_the_shortlist_explains_another_confidence() -> None:
+    """The 16th and the 17th token may be almost equal at the first exit and differ deeper."""
+    first = torch.arange(40, dtype=torch.float64).flip(0)[None] * 0.1
+    first[0, 16] = first[0, 15] - 1e-9
+    later = torch.zeros(1, 40, dtype=torch.float64)
+    later[0, 16] = 9.0
+    rows = RowConfidences("shortlist", 1, MODEL.gate)
+    row, x = torch.tensor([0]), torch.zeros(1, 32, dtype=torch.float64)
+    rows.at(1, x, x, row, first)
+    [found] = rows.at(2, x, x, row, later)
+    assert found.value == pytest.approx(1 / 16)
+    assert found.other > 0.99
+    assert found.error == pytest.approx(1e-9 / 4, rel=1e-3)
 
 
 def test_a_gate_decides_before_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
