@@ -141,7 +141,7 @@ class LoadedModel:
             self._connect(
                 tensor,
                 pipeline,
-                timeout_s,
+                float(timeout_s),
                 {
                     "model": str(model),
                     "dtype": str(self.dtype).removeprefix("torch."),

@@ -224,7 +224,8 @@ def _pass_timers(
         def seconds() -> float:
             distributed.synchronize()
             start = time.perf_counter()
-            decide_exits(engine.runner.run(scheduler_output), queries)
+            logits, _ = engine.runner.run(scheduler_output)
+            decide_exits(logits, queries)
             distributed.synchronize()
             return time.perf_counter() - start
 
