@@ -10,6 +10,14 @@ from ee_llm.errors import RequestError
 from ee_llm.evaluation.plot import save_plot
 
 
+def perplexity_of(loss: float) -> float:
+    """Return the exponential of a loss in nats; infinite if it is too large for a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True)
 class ExitMetrics:
     """How well one exit predicts the text.
@@ -44,10 +52,7 @@ class ExitMetrics:
     @property
     def perplexity(self) -> float:
         """The exponential of the loss; infinite for a loss that is too large for a float."""
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
+        return perplexity_of(self.loss)
 
 
 @dataclass(frozen=True, repr=False)

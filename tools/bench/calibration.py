@@ -24,13 +24,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ee_llm
 from ee_llm.evaluation.calibration.choose import Choice, choose
-from ee_llm.evaluation.calibration.collector import Calibration
 from ee_llm.evaluation.calibration.options import CalibrateOptions
 from ee_llm.evaluation.calibration.records import Records
 from ee_llm.evaluation.calibration.search import Costs, Point, find_path, uniform_path
-from ee_llm.evaluation.text_pass import run_pass
 from ee_llm.inference.choices import Measure
 from tools.bench import report
+from tools.bench.exit_records import collect_exits
 from tools.bench.small_model import small_model
 
 QUICK = {"resamplings": 40, "num_windows": 120}
@@ -80,7 +79,6 @@ class Options:
 
 def collect(options: Options, checkpoint: Path, data: str) -> tuple[Records, Costs]:
     """Return what every exit would do on the text, and what that costs."""
-    collectors: list[Calibration] = []
     given = CalibrateOptions(
         checkpoint,
         (data,),
@@ -92,12 +90,7 @@ def collect(options: Options, checkpoint: Path, data: str) -> tuple[Records, Cos
         measure=options.measure,
     )
 
-    def make(config: Any) -> Calibration:
-        collectors.append(Calibration(config, given))
-        return collectors[0]
-
-    run_pass(given, "running the model", make, options.measure)
-    [collector] = collectors
+    collector = collect_exits(given)
     costs = collector.costs
     if options.head_cost is not None:
         costs = Costs(costs.boundaries, costs.num_layers, options.head_cost, costs.measure)

@@ -22,13 +22,13 @@ import ee_llm
 from ee_llm.checkpoint.gates import gated_exits, write_gates
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.data.windows import Windows
-from ee_llm.evaluation.calibration.collector import Calibration
 from ee_llm.evaluation.calibration.gate_training import GateTraining, gates_of
 from ee_llm.evaluation.calibration.options import CalibrateOptions
 from ee_llm.evaluation.calibration.search import Costs, find_path
 from ee_llm.evaluation.text_pass import run_pass
 from ee_llm.inference.choices import Measure
 from tools.bench import report
+from tools.bench.exit_records import collect_exits
 from tools.bench.small_model import small_model
 
 QUICK = {"gate_tokens": 20_000, "num_tokens": 30_000, "seq_length": 64, "prompt_length": 24}
@@ -100,7 +100,7 @@ def find_policies(options: Options, checkpoint: Path, data: str) -> list[dict[st
         write_gates(reader, {name: one for gate in gates for name, one in gate.tensors.items()})
     rows = []
     for measure in MEASURES:
-        collector = _collect(replace(given, measure=measure), options.gate_tokens)
+        collector = collect_exits(replace(given, measure=measure), options.gate_tokens)
         records, costs = collector.records(), collector.costs
         head = costs.head if options.head_cost is None else options.head_cost
         costs = Costs(costs.boundaries, costs.num_layers, head, measure)
@@ -123,18 +123,6 @@ def find_policies(options: Options, checkpoint: Path, data: str) -> list[dict[st
             }
         )
     return rows
-
-
-def _collect(given: CalibrateOptions, skipped: int) -> Calibration:
-    """Return what every exit does on the text after the first `skipped` tokens."""
-    found: list[Calibration] = []
-
-    def make(config: Any) -> Calibration:
-        found.append(Calibration(config, given))
-        return found[0]
-
-    run_pass(given, f"measuring {given.measure}", make, given.measure, skipped)
-    return found[0]
 
 
 def generate(options: Options, checkpoint: Path, data: str, rows: list[dict[str, Any]]) -> None:

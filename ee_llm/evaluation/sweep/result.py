@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ee_llm.evaluation.result import perplexity_of
 from ee_llm.evaluation.sweep.candidates import Kind
 from ee_llm.evaluation.sweep.plot import Mark, save_front
 from ee_llm.inference.choices import Measure
@@ -67,10 +68,7 @@ class SweepPoint:
     @property
     def perplexity(self) -> float:
         """The exponential of the loss; infinite for a loss that is too large for a float."""
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
+        return perplexity_of(self.loss)
 
 
 @dataclass(frozen=True, repr=False)
