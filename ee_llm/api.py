@@ -21,7 +21,7 @@ from ee_llm.conversion.options import ConvertOptions
 from ee_llm.errors import ConfigError, RunError, naming_arguments
 from ee_llm.evaluation.calibration.options import CalibrateOptions, Metric
 from ee_llm.evaluation.calibration.result import CalibrationResult
-from ee_llm.evaluation.options import EvaluateOptions
+from ee_llm.evaluation.options import EvaluateOptions, listed
 from ee_llm.evaluation.result import EvaluationResult
 from ee_llm.inference.choices import DtypeName, Measure
 from ee_llm.pipeline.planner.report import PlanReport
@@ -172,7 +172,7 @@ def tune(
         UserError: The configuration, the data or the checkpoint is not valid.
         RunError: The run failed or was stopped by a signal.
     """
-    prefixes = _listed(data)
+    prefixes = listed(data)
     overrides: dict[str, Any] = dict(options)
     if checkpoint is not None:
         overrides["tuning.checkpoint"] = str(checkpoint)
@@ -225,8 +225,8 @@ def evaluate(
 
     options = EvaluateOptions(
         Path(checkpoint),
-        tuple(map(str, _listed(data))),
-        tuple(map(Path, _listed(text))),
+        tuple(map(str, listed(data))),
+        tuple(map(Path, listed(text))),
         num_tokens,
         seq_length,
         dtype,
@@ -300,8 +300,8 @@ def calibrate(
 
     options = CalibrateOptions(
         Path(checkpoint),
-        data=tuple(map(str, _listed(data))),
-        text=tuple(map(Path, _listed(text))),
+        data=tuple(map(str, listed(data))),
+        text=tuple(map(Path, listed(text))),
         num_tokens=num_tokens,
         seq_length=seq_length,
         dtype=dtype,
@@ -309,7 +309,7 @@ def calibrate(
         pipeline=pipeline,
         timeout_s=timeout_s,
         progress=progress,
-        task=tuple(map(Path, _listed(task))),
+        task=tuple(map(Path, listed(task))),
         risk=risk,
         delta=delta,
         metric=metric,
@@ -336,10 +336,6 @@ def plan(
     found = _config(config)
     size = found.parallel.tensor * found.parallel.pipeline if nproc is None else nproc
     return _plan(found, num_microbatches=found.num_microbatches(size))
-
-
-def _listed(values: Sequence[str | Path] | str | Path) -> list[str | Path]:
-    return [values] if isinstance(values, str | Path) else list(values)
 
 
 def _config(config: Config | str | Path | Mapping[str, Any]) -> Config:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ee_llm.evaluation.options import listed
 from ee_llm.evaluation.report.options import ReportOptions
 from ee_llm.evaluation.report.report import report as _report
 from ee_llm.evaluation.sweep.options import ExitStrategy, Family, SweepOptions
@@ -85,8 +86,8 @@ def sweep(
     options = SweepOptions(
         checkpoint=Path(checkpoint),
         prompts=Path(prompts) if isinstance(prompts, str | Path) else None,
-        data=tuple(map(str, _listed(data))),
-        text=tuple(map(Path, _listed(text))),
+        data=tuple(map(str, listed(data))),
+        text=tuple(map(Path, listed(text))),
         num_prompts=num_prompts,
         prompt_length=prompt_length,
         max_tokens=max_tokens,
@@ -96,7 +97,7 @@ def sweep(
         thresholds=tuple(thresholds),
         strategy=strategy,
         measure=measure,
-        policy=tuple(map(Path, _listed(policy))),
+        policy=tuple(map(Path, listed(policy))),
         draft_exits=tuple(draft_exits),
         draft_lengths=tuple(draft_lengths),
         min_agreement=min_agreement,
@@ -156,8 +157,8 @@ def report(
     """
     options = ReportOptions(
         checkpoint=Path(checkpoint),
-        data=tuple(map(str, _listed(data))),
-        text=tuple(map(Path, _listed(text))),
+        data=tuple(map(str, listed(data))),
+        text=tuple(map(Path, listed(text))),
         sweep=None if sweep is None else Path(sweep),
         calibration=None if calibration is None else Path(calibration),
         num_tokens=num_tokens,
@@ -168,7 +169,3 @@ def report(
         progress=progress,
     )
     _report(options, Path(output))
-
-
-def _listed(values: Sequence[str | Path] | str | Path) -> list[str | Path]:
-    return [values] if isinstance(values, str | Path) else list(values)

@@ -1,5 +1,6 @@
 """The options of evaluations, and their checks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -92,3 +93,8 @@ def check_inputs(options: InputOptions) -> None:
         )
     if options.num_tokens is not None and options.num_tokens < 1:
         raise RequestError(f"num_tokens = {options.num_tokens} is out of range. Use 1 or more.")
+
+
+def listed(values: Sequence[str | Path] | str | Path) -> list[str | Path]:
+    """Return the paths that a Python caller gave as one or several."""
+    return [values] if isinstance(values, str | Path) else list(values)

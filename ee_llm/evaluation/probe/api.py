@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ee_llm.evaluation.options import listed
 from ee_llm.evaluation.probe.options import CostSource, ProbeOptions
 from ee_llm.evaluation.probe.result import ProbeResult
 
@@ -55,11 +56,11 @@ def probe(
 
     options = ProbeOptions(
         Path(checkpoint),
-        data=_strings(data),
-        text=tuple(map(Path, _strings(text))),
+        data=tuple(map(str, listed(data))),
+        text=tuple(map(Path, listed(text))),
         num_tokens=num_tokens,
         seq_length=seq_length,
-        fit_data=_strings(fit_data),
+        fit_data=tuple(map(str, listed(fit_data))),
         num_fit_tokens=num_fit_tokens,
         boundaries=tuple(boundaries),
         num_exits=num_exits,
@@ -68,7 +69,3 @@ def probe(
         progress=progress,
     )
     return _probe(options)
-
-
-def _strings(values: Sequence[str | Path] | str | Path) -> tuple[str, ...]:
-    return (str(values),) if isinstance(values, str | Path) else tuple(map(str, values))
