@@ -6,6 +6,11 @@ all windows. `risk_violation_rate` is the share of calibrations whose true risk 
 one; it must be at most --delta. `saving_over_uniform` is the mean saving of calibrated thresholds
 over that of the best single threshold, which is calibrated on the same windows in the same way.
 
+Then thresholds from all windows are predicted and used. The full model continues half of the
+prompts, and a teacher-forced pass over these texts predicts the depth and the disagreement of the
+thresholds. After the other half, they generate. `generation_within_interval` is 1 if both
+predictions hold within their 95 % intervals.
+
     python tools/bench/calibration.py --json out.json --checkpoint runs/tuned --data data/held-out
     python tools/bench/calibration.py --json out.json --quick
 """
@@ -23,12 +28,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ee_llm
+from ee_llm.data.windows import Windows
 from ee_llm.evaluation.calibration.choose import Choice, choose
 from ee_llm.evaluation.calibration.options import CalibrateOptions
 from ee_llm.evaluation.calibration.records import Records
 from ee_llm.evaluation.calibration.search import Costs, Point, find_path, uniform_path
 from ee_llm.inference.choices import Measure
 from tools.bench import report
+from tools.bench.calibrated_generation import (
+    Behaviour,
+    Prompts,
+    generate,
+    is_within,
+    predict,
+)
 from tools.bench.exit_records import collect_exits
 from tools.bench.small_model import small_model
 
@@ -70,6 +83,12 @@ class Options:
     num_windows: int = 300
     """Number of windows of a calibration."""
 
+    num_prompts: int = 128
+    """Number of prompts from the end of the data; 0 leaves out the generation."""
+
+    prompt_length: int = 32
+    """Length of a prompt in tokens; the rest of --seq-length is generated."""
+
     json: Path | None = None
     """File to write the figures to."""
 
@@ -77,9 +96,9 @@ class Options:
     """Run on a small model that is trained first, within a minute or two."""
 
 
-def collect(options: Options, checkpoint: Path, data: str) -> tuple[Records, Costs]:
-    """Return what every exit would do on the text, and what that costs."""
-    given = CalibrateOptions(
+def calibrate_options(options: Options, checkpoint: Path, data: str) -> CalibrateOptions:
+    """Return the options of a pass over the text."""
+    return CalibrateOptions(
         checkpoint,
         (data,),
         num_tokens=options.num_tokens,
@@ -90,7 +109,10 @@ def collect(options: Options, checkpoint: Path, data: str) -> tuple[Records, Cos
         measure=options.measure,
     )
 
-    collector = collect_exits(given)
+
+def collect(options: Options, checkpoint: Path, data: str) -> tuple[Records, Costs]:
+    """Return what every exit would do on the text, and what that costs."""
+    collector = collect_exits(calibrate_options(options, checkpoint, data))
     costs = collector.costs
     if options.head_cost is not None:
         costs = Costs(costs.boundaries, costs.num_layers, options.head_cost, costs.measure)
@@ -127,6 +149,23 @@ def measure(options: Options, population: Records, costs: Costs) -> list[dict[st
     return rows
 
 
+def behaviours(
+    options: Options, population: Records, costs: Costs, checkpoint: Path, data: str
+) -> tuple[Behaviour, Behaviour]:
+    """Return the predicted and the generated behaviour of thresholds from all windows."""
+    choice = choose(population, costs, options.risk, options.delta)
+    policy = ee_llm.ExitPolicy(costs.boundaries, choice.thresholds, costs.measure)
+    windows = [
+        w for w in Windows([data], options.seq_length, None) if len(w) > options.prompt_length
+    ]
+    starts = [w[: options.prompt_length].tolist() for w in windows[-options.num_prompts :]]
+    max_tokens = options.seq_length - options.prompt_length
+    predicted = predict(
+        calibrate_options(options, checkpoint, data), policy, Prompts(starts[::2], max_tokens)
+    )
+    return predicted, generate(checkpoint, policy, Prompts(starts[1::2], max_tokens))
+
+
 def figures_of(rows: list[dict[str, Any]], risk: float) -> dict[str, float]:
     """Return the figures."""
     savings = {
@@ -145,6 +184,11 @@ def figures_of(rows: list[dict[str, Any]], risk: float) -> dict[str, float]:
 
 def main(options: Options) -> None:
     """Measure, print the table and write the figures."""
+    if options.num_prompts and not 0 < options.prompt_length < options.seq_length:
+        raise ValueError(
+            f"--prompt-length {options.prompt_length} leaves nothing of --seq-length"
+            f" {options.seq_length} to generate. Lower it, or use --num-prompts 0."
+        )
     if (options.checkpoint is None) != (options.data is None):
         raise ValueError("give --checkpoint and --data, or --quick without them")
     with tempfile.TemporaryDirectory() as name:
@@ -154,6 +198,8 @@ def main(options: Options) -> None:
                 raise ValueError("give --checkpoint and --data, or --quick without them")
             checkpoint, _, data = small_model(Path(name), (2, 4))
         population, costs = collect(options, checkpoint, data)
+        if options.num_prompts:
+            pair = behaviours(options, population, costs, checkpoint, data)
     rows = measure(options, population, costs)
     figures = figures_of(rows, options.risk)
     title = (
@@ -163,6 +209,12 @@ def main(options: Options) -> None:
     report.print_table(
         title, [_cells(name, rows, options.risk) for name in ("per_exit", "uniform")]
     )
+    if options.num_prompts:
+        predicted, generated = pair
+        figures["generation_within_interval"] = float(is_within(generated, predicted))
+        found = (("predicted, teacher-forced", predicted), ("generated", generated))
+        report.print_table("thresholds from all windows", [one.cells(name) for name, one in found])
+        rows += [one.row(name) for name, one in found]
     report.write_json(options.json, rows, figures)
 
 

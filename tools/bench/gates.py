@@ -29,7 +29,7 @@ from ee_llm.evaluation.text_pass import run_pass
 from ee_llm.inference.choices import Measure
 from tools.bench import report
 from tools.bench.exit_records import collect_exits
-from tools.bench.small_model import small_model
+from tools.bench.small_model import own_text, small_model
 
 QUICK = {"gate_tokens": 20_000, "num_tokens": 30_000, "seq_length": 64, "prompt_length": 24}
 """Defaults with --quick, which trains a small model of its own."""
@@ -175,7 +175,9 @@ def main(options: Options) -> None:
         if checkpoint is None or data is None:
             if not options.quick or checkpoint is not None or data is not None:
                 raise ValueError("give --checkpoint and --data, or --quick without them")
-            checkpoint, _, data = small_model(Path(name), (2, 4))
+            # Heads that cost as much as some layers, as in real models.
+            checkpoint, _, test_data = small_model(Path(name), (2, 4), vocab_size=4096)
+            data = own_text(Path(name), checkpoint, test_data)
         rows = find_policies(options, checkpoint, data)
         generate(options, checkpoint, data, rows)
     title = f"at most {options.risk:.1%} of tokens disagree with the final exit"

@@ -1,11 +1,14 @@
 """A small model for benchmarks without a checkpoint, trained on Python's own sources."""
 
+import json
 import shutil
 import subprocess
 import sys
 import sysconfig
 import time
 from pathlib import Path
+
+from ee_llm.data.windows import Windows
 
 SMALL_MODEL = {
     "model": {
@@ -38,12 +41,15 @@ def run_command(*arguments: str) -> float:
     return time.perf_counter() - start
 
 
-def small_model(folder: Path, exits: tuple[int, ...] = ()) -> tuple[Path, str, str]:
+def small_model(
+    folder: Path, exits: tuple[int, ...] = (), vocab_size: int = 258
+) -> tuple[Path, str, str]:
     """Train a small model on Python's own sources; return it and its training and test data.
 
     Args:
         folder: The folder to write to.
         exits: Boundaries of early exits to train with it.
+        vocab_size: Size of the vocabulary, of which 258 occur; more make heads costly.
     """
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     for name, files in (("train", sources[::2]), ("test", sources[1::8])):
@@ -57,6 +63,7 @@ def small_model(folder: Path, exits: tuple[int, ...] = ()) -> tuple[Path, str, s
         for section, options in SMALL_MODEL.items()
         for name, value in options.items()
     }
+    values["model.vocab_size"] = vocab_size
     values |= {"data.prefixes": str(folder / "train-data"), "data.split": "1,0,0"}
     values |= {"output": str(folder / "model")}
     if exits:
@@ -68,3 +75,26 @@ def small_model(folder: Path, exits: tuple[int, ...] = ()) -> tuple[Path, str, s
         "train", *(text for name, value in values.items() for text in (f"--{name}", str(value)))
     )
     return folder / "model", str(folder / "train-data"), str(folder / "test-data")
+
+
+def own_text(folder: Path, checkpoint: Path, data: str, num_prompts: int = 320) -> str:
+    """Return the prefix of prepared data: greedy continuations of the start of windows of `data`.
+
+    Args:
+        folder: The folder to write to.
+        checkpoint: The model.
+        data: Prefix of prepared data.
+        num_prompts: Number of continuations, of 96 tokens each.
+    """
+    prompts = folder / "prompts.jsonl"
+    starts = [window[:32].tolist() for window in Windows([data], 128, None)][:num_prompts]
+    prompts.write_text("".join(json.dumps({"prompt_token_ids": one}) + "\n" for one in starts))
+    prefix = str(folder / "own")
+    options = {"checkpoint": checkpoint, "output": prefix, "prompts": prompts, "dtype": "float32"}
+    options |= {"max-tokens": 96, "temperature": 0, "max-num-seqs": 32}
+    run_command(
+        "data",
+        "generate",
+        *(t for name, value in options.items() for t in (f"--{name}", f"{value}")),
+    )
+    return prefix
