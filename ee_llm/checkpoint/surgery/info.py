@@ -8,9 +8,11 @@ from ee_llm.architecture.parameter_names import output_weight_name
 from ee_llm.architecture.partition import exit_stage
 from ee_llm.checkpoint import directory
 from ee_llm.checkpoint.format.quantized import is_scale
+from ee_llm.checkpoint.gates import gated_exits
 from ee_llm.checkpoint.integrity import Report
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.surgery.rewrite import parameter_of, specs_of
+from ee_llm.errors import CheckpointError
 
 Facts = dict[str, Any]
 
@@ -96,6 +98,7 @@ def _exits(reader: TensorReader) -> list[Facts]:
         last: 1.0,
         **dict(zip(exits.boundaries, exits.temperatures, strict=True)),
     }
+    gates = _gates(reader)
     return [
         {
             "boundary": boundary,
@@ -103,6 +106,7 @@ def _exits(reader: TensorReader) -> list[Facts]:
             "head": ["norm"] if boundary == last else list(exits.head),
             "output_weight": output_weight_name(config, boundary),
             "temperature": temperatures[boundary],
+            "gate": gates.get(boundary),
             "parameters": sum(
                 reader.shape(name).numel()
                 for name in reader.names()
@@ -111,3 +115,14 @@ def _exits(reader: TensorReader) -> list[Facts]:
         }
         for boundary in (*exits.boundaries, last)
     ]
+
+
+def _gates(reader: TensorReader) -> dict[int, str]:
+    """Return the state of each exit's gate, if it has one: "trained" or "not usable".
+
+    A gate is not usable if it was trained for another model, or if its file is damaged.
+    """
+    try:
+        return dict.fromkeys(gated_exits(reader), "trained")
+    except CheckpointError:
+        return dict.fromkeys(reader.config().exits.boundaries, "not usable")

@@ -43,8 +43,9 @@ def show(facts: Facts, console: Console) -> None:
 
 def _exit_table(facts: Facts) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("exit after", "stage", "head", "output weight", "temperature", "parameters"):
-        is_text = column in ("head", "output weight")
+    columns = ("exit after", "stage", "head", "output weight", "temperature", "gate", "parameters")
+    for column in columns:
+        is_text = column in ("head", "output weight", "gate")
         table.add_column(column, justify="left" if is_text else "right")
     last = facts["model"]["num_layers"]
     for row in facts["exits"]:
@@ -55,6 +56,7 @@ def _exit_table(facts: Facts) -> Table:
             ", ".join(row["head"]) or "none",
             row["output_weight"],
             f"{row['temperature']:g}",
+            row["gate"] or "-",
             f"{row['parameters']:,}",
         )
     return table

@@ -14,6 +14,7 @@ from ee_llm.cli.main import main
 from ee_llm.errors import CheckpointError, DataError, RequestError
 from ee_llm.evaluation.calibration.gate_training import area_under_curve, train_gate
 from tests.unit.evaluation.models import make_config, save, write_data
+from tests.unit.inference.models import random_gates
 
 
 def _samples(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -164,3 +165,21 @@ def test_gates_of_another_model_or_a_damaged_file_are_refused(place: Path) -> No
         progress=False,
     )
     assert len(read_gates(TensorReader(place / "run"))) == 12
+
+
+def test_checkpoint_info_lists_gates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "run", config := make_config(boundaries=(1, 3)))
+    reader = TensorReader(tmp_path / "run")
+
+    def shown() -> list[str | None]:
+        main(["checkpoint", "info", str(tmp_path / "run"), "--json"])
+        return [one["gate"] for one in json.loads(capsys.readouterr().out)["exits"]]
+
+    assert shown() == [None] * 3
+    gates = random_gates(config)
+    write_gates(reader, {name: one for name, one in gates.items() if name.startswith("gates.3")})
+    assert shown() == [None, "trained", None]
+    main(["checkpoint", "info", str(tmp_path / "run")])
+    assert "trained" in capsys.readouterr().out
+    (reader.path / GATES).write_bytes(b"damaged")
+    assert shown() == ["not usable", "not usable", None]
