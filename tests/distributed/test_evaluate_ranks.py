@@ -207,7 +207,7 @@ def test_ranks_fit_the_temperatures_of_one_process(
             place / "many", [[*f"{n} the quick brown fox. ".encode(), 256] for n in range(60)]
         )
     given = ["checkpoint", "fit-temperatures", str(run), "--data", str(place / "many"), "--json"]
-    given += ["--seq-length", "16", "--dtype", "float64", "--output"]
+    given += ["--seq-length", "32", "--dtype", "float64", "--output"]
     assert main([*given, str(place / f"alone{options[0]}")]) == 0
     expected = json.loads(capsys.readouterr().out)
     done = subprocess.run(
