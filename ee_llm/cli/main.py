@@ -60,6 +60,10 @@ COMMANDS: dict[str, Command] = {
     "checkpoint add-exits": Command(
         "add exits to a checkpoint", _lazy("checkpoint.add_exits", "run_add_exits")
     ),
+    "checkpoint fit-temperatures": Command(
+        "fit the temperatures of exits to a text",
+        _lazy("checkpoint.fit_temperatures", "run_fit_temperatures"),
+    ),
     "checkpoint move-exits": Command(
         "move exits to another side of stage boundaries",
         _lazy("checkpoint.commands", "run_move_exits"),

@@ -26,7 +26,7 @@ from ee_llm.data.windows import (
     counted_positions,
 )
 from ee_llm.errors import RunError
-from ee_llm.evaluation.row_statistics import RowStatistics, divergence, row_statistics
+from ee_llm.evaluation.row_statistics import Gather, RowStatistics, divergence, row_statistics
 from ee_llm.inference.choices import Measure, logit_measure
 from ee_llm.inference.execution.stage import Projection
 from ee_llm.inference.execution.teacher_forced import TeacherForced
@@ -58,6 +58,26 @@ class HiddenCollector(Collector, Protocol):
 
     def add_hidden(self, hidden: dict[int, Tensor]) -> None:
         """Take the hidden states [t, h] at the boundary of each early exit, before `add`."""
+
+
+@runtime_checkable
+class LogitCollector(Collector, Protocol):
+    """A collector that also takes the logits of early exits."""
+
+    def add_logits(
+        self, boundary: int, logits: Tensor, final_top: Tensor, first_id: int, gather: Gather
+    ) -> None:
+        """Take the logits of an early exit at some counted tokens, in order, before `add`.
+
+        All tensor-parallel ranks of the last stage call this together.
+
+        Args:
+            boundary: Boundary of the exit.
+            logits: Logits [r, v / n] of this rank's part of the vocabulary.
+            final_top: Id [r] of the final exit's most probable token.
+            first_id: Vocabulary id of the first column.
+            gather: Exchange between the ranks.
+        """
 
 
 def measure(
@@ -92,6 +112,7 @@ def measure(
     is_last = ranks is None or ranks.stage + 1 == ranks.num_stages
     projections = {b: model.projection(b) for b in boundaries} if is_last else {}
     keeps_hidden = collector if isinstance(collector, HiddenCollector) else None
+    keeps_logits = collector if isinstance(collector, LogitCollector) else None
     num_rows = max(1, max_logits // model.num_logits)
     num_tokens = num_windows = 0
     for one in windows:
@@ -109,7 +130,10 @@ def measure(
             if keeps_hidden is not None:
                 hidden = {b: one.hidden for b, one in found.items() if one.hidden is not None}
                 keeps_hidden.add_hidden({b: one[rows.to(one.device)] for b, one in hidden.items()})
-            collector.add(_columns(projections, found, targets, chunks, model, ranks, confidence))
+            columns = _columns(
+                projections, found, targets, chunks, model, ranks, confidence, keeps_logits
+            )
+            collector.add(columns)
         num_tokens += len(rows)
         num_windows += len(rows) > 0
         if on_tokens is not None:
@@ -182,27 +206,33 @@ def _columns(
     model: TeacherForced,
     ranks: distributed.InferenceGrid | None,
     confidence: Measure,
+    keeps_logits: LogitCollector | None,
 ) -> dict[int, Tensor]:
     """Return `COLUMNS` [c, t] of each exit, in chunks so that few logits are alive at once."""
-    gather = (lambda part: part) if ranks is None else ranks.gather
+    gather: Gather = (lambda part: part) if ranks is None else ranks.gather
     *early, final_boundary = found
     parts: dict[int, list[Tensor]] = {boundary: [] for boundary in found}
     targets = targets.to(found[final_boundary].features.device)
 
+    def logits_of(boundary: int, rows: Tensor) -> Tensor:
+        return projections[boundary](found[boundary].features[rows])
+
     def statistics(
-        boundary: int, rows: Tensor, measure: Measure, predicted: Tensor | None = None
+        logits: Tensor, rows: Tensor, measure: Measure, predicted: Tensor | None = None
     ) -> RowStatistics:
-        logits = projections[boundary](found[boundary].features[rows])
         return row_statistics(logits, targets[rows], model.first_id, gather, measure, predicted)
 
     for chunk in chunks:
         rows = chunk.to(targets.device)
-        final = statistics(final_boundary, rows, logit_measure(confidence))
+        final = statistics(logits_of(final_boundary, rows), rows, logit_measure(confidence))
         predicted: Tensor | None = None
         for boundary, exit in found.items():
             one = final
             if boundary in early:
-                one = statistics(boundary, rows, confidence, predicted)
+                logits = logits_of(boundary, rows)
+                if keeps_logits is not None:
+                    keeps_logits.add_logits(boundary, logits, final.top, model.first_id, gather)
+                one = statistics(logits, rows, confidence, predicted)
                 predicted = one.predicted
             values = {
                 "loss": one.loss,

@@ -7,7 +7,7 @@ from typing import IO, Any
 from ee_llm.errors import RequestError
 
 SUFFIXES = (".png", ".svg")
-_COLOR = "#0072B2"  # of the palette of Okabe and Ito, which is safe for color-blind readers
+COLOR = "#0072B2"  # of the palette of Okabe and Ito, which is safe for color-blind readers
 
 
 def check_suffix(path: Path) -> None:
@@ -38,7 +38,7 @@ def save_plot(
     for panel, (label, points) in zip(axes, panels.items(), strict=True):
         values, margins = zip(*points, strict=True)
         panel.errorbar(
-            boundaries, values, margins, color=_COLOR, marker="o", markersize=4, capsize=3
+            boundaries, values, margins, color=COLOR, marker="o", markersize=4, capsize=3
         )
         panel.set(xlabel="layers before the exit", ylabel=label, xticks=boundaries)
         panel.grid(alpha=0.25)

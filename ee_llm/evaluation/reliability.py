@@ -57,11 +57,20 @@ class Reliability:
         for boundary in sorted(columns)[:-1]:
             found = columns[boundary]
             confidence = found[COLUMNS.index("confidence")]
-            agreement = found[COLUMNS.index("agreement")]
-            places = (confidence * self._num_bins).long().clamp(0, self._num_bins - 1)
-            values = torch.stack([torch.ones_like(confidence), confidence, agreement])
-            sums = self._sums.setdefault(boundary, values.new_zeros(3, self._num_bins))
-            sums.index_add_(1, places, values)
+            self.add_tokens(boundary, confidence, found[COLUMNS.index("agreement")])
+
+    def add_tokens(self, boundary: int, confidence: Tensor, agreement: Tensor) -> None:
+        """Take the tokens of an early exit.
+
+        Args:
+            boundary: Boundary of the exit.
+            confidence: Its confidence [t], float64.
+            agreement: 1 [t] if it agrees with the final exit, else 0, float64.
+        """
+        places = (confidence * self._num_bins).long().clamp(0, self._num_bins - 1)
+        values = torch.stack([torch.ones_like(confidence), confidence, agreement])
+        sums = self._sums.setdefault(boundary, values.new_zeros(3, self._num_bins))
+        sums.index_add_(1, places, values)
 
     def check(self, num_windows: int) -> None:
         pass  # One window is enough.

@@ -83,10 +83,10 @@ def row_statistics(
         passed_on = top[:, None]
         confidence = torch.zeros_like(total)
         if predicted is not None:
-            confidence = _picked(logprobs, predicted, first_id, gather)[:, 0].exp()
+            confidence = picked(logprobs, predicted, first_id, gather)[:, 0].exp()
     elif measure == "shortlist":
         passed_on = predicted if predicted is not None else _best(logits, first_id, gather)
-        confidence = shortlist(_picked(logprobs, passed_on, first_id, gather))
+        confidence = shortlist(picked(logprobs, passed_on, first_id, gather))
     else:
         confidence = 1 / total
     return RowStatistics(
@@ -98,7 +98,7 @@ def row_statistics(
     )
 
 
-def _picked(values: Tensor, ids: Tensor, first_id: int, gather: Gather) -> Tensor:
+def picked(values: Tensor, ids: Tensor, first_id: int, gather: Gather) -> Tensor:
     """Return the values [r, k] of token ids [r, k], from each rank's values [r, v / n]."""
     index = ids - first_id
     is_here = (index >= 0) & (index < values.shape[1])

@@ -13,6 +13,7 @@ import torch
 import ee_llm
 from ee_llm.checkpoint.gates import fingerprint_with_gates, read_gates, write_gates
 from ee_llm.checkpoint.read import TensorReader
+from ee_llm.cli.main import main
 from ee_llm.errors import RunError, UserError
 from ee_llm.evaluation import averages
 from ee_llm.evaluation.result import EvaluationResult
@@ -95,8 +96,12 @@ def test_calibration_over_ranks_equals_that_of_one_process(place: Path) -> None:
     assert sum(any(t is not None for t in one["thresholds"]) for one in expected) > 1
     for results in run_ranks(4, _calibrate, place, 2, 2, timeout_s=240):
         for found, wanted in zip(results, expected, strict=True):
+            for bins, others in zip(found["reliability"], wanted["reliability"], strict=True):
+                assert bins == [pytest.approx(one, rel=1e-6) for one in others]
             for name, value in wanted.items():
-                is_number = isinstance(value, float) or name == "shares"
+                if name == "reliability":
+                    continue
+                is_number = isinstance(value, float) or name in ("shares", "calibration_errors")
                 same = pytest.approx(value, rel=1e-6) if is_number else value
                 assert found[name] == same, (wanted["measure"], name)
 
@@ -188,6 +193,35 @@ def test_command_starts_ranks_and_prints_once(place: Path, options: tuple[str, s
     found = EvaluationResult.from_dict(json.loads((place / "result.json").read_text()))
     assert_close(found, evaluate(place, "shared"))
     assert (place / "exits.svg").is_file()
+
+
+@pytest.mark.parametrize("options", [("--tensor", "2"), ("--pipeline", "2")])
+def test_ranks_fit_the_temperatures_of_one_process(
+    place: Path, options: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exits are on both stages, and the first rank writes the checkpoint."""
+    run = place / "scaled"
+    if not run.exists():
+        save(run, make_config(boundaries=(1, 3), output="own", temperatures=(0.4, 1.5)))
+        write_data(
+            place / "many", [[*f"{n} the quick brown fox. ".encode(), 256] for n in range(60)]
+        )
+    given = ["checkpoint", "fit-temperatures", str(run), "--data", str(place / "many"), "--json"]
+    given += ["--seq-length", "32", "--dtype", "float64", "--output"]
+    assert main([*given, str(place / f"alone{options[0]}")]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    done = subprocess.run(
+        [sys.executable, "-m", "ee_llm", *given, str(place / f"ranks{options[0]}"), *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["exits"] == [pytest.approx(one, rel=1e-4) for one in expected["exits"]]
+    written = TensorReader(found["output"]).config().exits.temperatures
+    assert written == tuple(one["new"] for one in found["exits"])
 
 
 def test_api_starts_ranks(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,10 @@
 """Write a changed checkpoint and print the result, as several commands do."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,8 +14,13 @@ from ee_llm import distributed
 from ee_llm.checkpoint.surgery.rewrite import Rewrite, write_rewrite
 
 
-def write(rewrite: Rewrite, output: Path, *, as_json: bool) -> None:
-    """Write a checkpoint into the run directory `output` and print its path and size."""
+def write(
+    rewrite: Rewrite, output: Path, *, as_json: bool, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Write a checkpoint into the run directory `output` and print its path and size.
+
+    facts: further entries of the JSON object.
+    """
     with progress("writing", rewrite.num_bytes, is_quiet=as_json) as advance:
         result = write_rewrite(rewrite, output, lambda _, size: advance(size))
     if as_json:
@@ -23,6 +29,7 @@ def write(rewrite: Rewrite, output: Path, *, as_json: bool) -> None:
             "notes": list(result.notes),
             "tensors": result.num_tensors,
             "bytes": result.num_bytes,
+            **(facts or {}),
         }
         print(json.dumps(record))
         return

@@ -15,6 +15,7 @@ from ee_llm.evaluation.calibration.options import CalibrateOptions, Metric
 from ee_llm.evaluation.calibration.records import Aggregate, Records
 from ee_llm.evaluation.calibration.search import Costs
 from ee_llm.evaluation.measure import COLUMNS
+from ee_llm.evaluation.reliability import Reliability, calibration_error
 
 AGGREGATES: dict[Metric, Aggregate] = {
     "agreement": "mean",
@@ -43,6 +44,7 @@ class Calibration:
         self._num_wrong = 0
         self._confidence: list[Tensor] = []
         self._losses: list[Tensor] = []
+        self._reliability = Reliability()
 
     def add(self, columns: dict[int, Tensor]) -> None:
         early = torch.stack([columns[boundary] for boundary in self._boundaries])  # [e, c, t]
@@ -52,6 +54,7 @@ class Calibration:
             return
         self._confidence.append(early[:, COLUMNS.index("confidence")].float())
         self._losses.append(self._loss(early, final).float())
+        self._reliability.add(columns)
 
     def _loss(self, early: Tensor, final: Tensor) -> Tensor:
         """Return the loss [e, t] of each exit, from `COLUMNS` of these [e, c, t] and of the final.
@@ -100,6 +103,9 @@ class Calibration:
         num_right = len(self._confidence)
         is_task = options.metric == "task"
         found["final_accuracy"] = num_right / (num_right + self._num_wrong) if is_task else None
+        bins = self._reliability.bins()
+        found["calibration_errors"] = [calibration_error(bins[b]) for b in self._boundaries]
+        found["reliability"] = [[asdict(one) for one in bins[b]] for b in self._boundaries]
         return [found]
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ee_llm.evaluation.calibration.options import Metric
+from ee_llm.evaluation.plot import check_suffix, save_figure
+from ee_llm.evaluation.reliability import ReliabilityBin
+from ee_llm.evaluation.reliability_plot import draw_reliability
 from ee_llm.inference.choices import Measure
 from ee_llm.inference.exits.policy import ExitPolicy
 
@@ -61,6 +64,10 @@ class CalibrationResult:
         num_tokens: Number of their tokens.
         seq_length: Length of a window in tokens.
         dtype: Name of the dtype of the computation.
+        calibration_errors: Expected calibration error of each early exit, between 0 and 1: the mean
+            gap between its confidence and its agreement with the final exit, over all tokens that
+            calibrated, in bins of the confidence (arXiv 1706.04599).
+        reliability: These bins of each early exit, least confident first.
         final_accuracy: Share of the questions of a task that the final exit answers right. The
             others do not count.
         gates: Of each gate that was trained: the boundary of its exit, the share of tokens for
@@ -91,6 +98,8 @@ class CalibrationResult:
     num_tokens: int
     seq_length: int
     dtype: str
+    calibration_errors: tuple[float, ...]
+    reliability: tuple[tuple[ReliabilityBin, ...], ...]
     final_accuracy: float | None = None
     gates: tuple[dict[str, float | None], ...] = ()
 
@@ -111,6 +120,11 @@ class CalibrationResult:
         return sum(share * depth for share, depth in zip(self.shares, depths, strict=True))
 
     @property
+    def _num_calibrated(self) -> int:
+        """Number of tokens of both halves of the text, or of the answers that count."""
+        return sum(one.num_tokens for one in self.reliability[0])
+
+    @property
     def _shown_loss(self) -> float:
         return math.expm1(self.loss) if self.metric == "perplexity" else self.loss
 
@@ -122,18 +136,38 @@ class CalibrationResult:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CalibrationResult":
         """Return the result that `to_dict` turned into these values."""
-        lists = ("inputs", "boundaries", "thresholds", "shares", "gates")
-        return cls(**{**values, **{name: tuple(values[name]) for name in lists}})
+        lists = ("inputs", "boundaries", "thresholds", "shares", "calibration_errors", "gates")
+        converted: dict[str, Any] = {name: tuple(values[name]) for name in lists}
+        converted["reliability"] = tuple(
+            tuple(ReliabilityBin(**one) for one in bins) for bins in values["reliability"]
+        )
+        return cls(**{**values, **converted})
 
     def save(self, path: str | Path) -> None:
         """Write a policy file, which `exits` and `--policy` accept for this model.
 
+        It has all attributes but `reliability`, which is many numbers.
+
         Args:
             path: The JSON file to write.
         """
-        of_policy = ("measure", "thresholds", "boundaries")
-        known = {name: value for name, value in self.to_dict().items() if name not in of_policy}
+        omitted = ("measure", "thresholds", "boundaries", "reliability")
+        known = {name: value for name, value in self.to_dict().items() if name not in omitted}
         self.policy.save(path, known)
+
+    def save_plot(self, path: str | Path) -> None:
+        """Draw the reliability diagram of every exit.
+
+        Args:
+            path: File to write, .png or .svg.
+
+        Raises:
+            RequestError: The file has another suffix.
+        """
+        check_suffix(Path(path))
+        bins = dict(zip(self.boundaries, self.reliability, strict=True))
+        title = f"{self._num_calibrated:,} tokens, {self.measure}"
+        save_figure(draw_reliability(bins, title=title), Path(path))
 
     def __repr__(self) -> str:
         lines = [
@@ -142,12 +176,13 @@ class CalibrationResult:
             f"risk {self.risk:g}: with probability {1 - self.delta:g},"
             f" {_PROMISES[self.metric].format(self.risk)}",
             "",
-            "exit after  threshold  tokens",
+            "exit after  threshold  tokens  calibration error",
         ]
-        rows = zip(self.boundaries, self.thresholds, self.shares, strict=False)
-        for boundary, threshold, share in rows:
+        errors = self.calibration_errors
+        rows = zip(self.boundaries, self.thresholds, self.shares, errors, strict=False)
+        for boundary, threshold, share, error in rows:
             shown = "off" if threshold is None else f"{threshold:.4f}"
-            lines.append(f"layer {boundary:<4}  {shown:>9}  {share:6.1%}")
+            lines.append(f"layer {boundary:<4}  {shown:>9}  {share:6.1%}  {error:17.3f}")
         lines.append(f"layer {self.num_layers:<4}  {'final':>9}  {self.shares[-1]:6.1%}")
         lines += [
             "",
@@ -158,6 +193,10 @@ class CalibrationResult:
             f" heads of {self.head_cost:.2f} layers, a token costs {self.cost:.2f} of"
             f" {self.full_cost:.2f} layers: {self.saving:.1%} less",
         ]
+        lines.append(
+            "calibration error: the mean gap between confidence and agreement with the final exit,"
+            f" over all {self._num_calibrated:,} tokens"
+        )
         if self.least_final_share is not None:
             lines.append(
                 f"even with a perfect measure of confidence, {self.least_final_share:.1%} of tokens"

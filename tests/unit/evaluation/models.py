@@ -1,6 +1,7 @@
 """Checkpoints and data for evaluations, and the metrics computed token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,27 @@ def by_hand(
                 found["kl"] += sum(float(a * (a / b).log()) for a, b in zip(final, p, strict=True))
                 found["confidence"] += float(p.max())
     return {b: {name: total / count for name, total in one.items()} for b, one in totals.items()}
+
+
+def on_ranks(
+    num_ranks: int, function: Callable[[int, Callable[[Tensor], Tensor]], object]
+) -> list[object]:
+    """Call `function(rank, gather)` for each rank, first to learn what each one gathers.
+
+    A function may gather twice, and the second part may depend on the first result.
+    """
+    parts: dict[tuple[int, int], Tensor] = {}
+
+    def gather_of(rank: int) -> Callable[[Tensor], Tensor]:
+        calls = count()
+
+        def gather(part: Tensor) -> Tensor:
+            call = next(calls)
+            parts[rank, call] = part
+            return torch.cat([parts.get((other, call), part) for other in range(num_ranks)], dim=-1)
+
+        return gather
+
+    for rank in (*range(num_ranks), *range(num_ranks)):
+        function(rank, gather_of(rank))
+    return [function(rank, gather_of(rank)) for rank in range(num_ranks)]

@@ -1,7 +1,6 @@
 """Statistics from parts of the vocabulary, as tensor-parallel ranks compute them."""
 
 from collections.abc import Callable
-from itertools import count
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from ee_llm.evaluation.row_statistics import RowStatistics, divergence, row_statistics
 from ee_llm.inference.choices import Measure
 from ee_llm.inference.exits.confidence import OF_LOGITS
+from tests.unit.evaluation.models import on_ranks
 
 NUM_ROWS, VOCABULARY = 6, 12
 
@@ -18,30 +18,6 @@ def make(seed: int, scale: float = 3.0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(NUM_ROWS, VOCABULARY, generator=generator, dtype=torch.float64) * scale
     return logits, torch.randint(VOCABULARY, (NUM_ROWS,), generator=generator)
-
-
-def on_ranks(
-    num_ranks: int, function: Callable[[int, Callable[[Tensor], Tensor]], object]
-) -> list[object]:
-    """Call `function(rank, gather)` for each rank, first to learn what each one gathers.
-
-    A function may gather twice, and the second part may depend on the first result.
-    """
-    parts: dict[tuple[int, int], Tensor] = {}
-
-    def gather_of(rank: int) -> Callable[[Tensor], Tensor]:
-        calls = count()
-
-        def gather(part: Tensor) -> Tensor:
-            call = next(calls)
-            parts[rank, call] = part
-            return torch.cat([parts.get((other, call), part) for other in range(num_ranks)], dim=-1)
-
-        return gather
-
-    for rank in (*range(num_ranks), *range(num_ranks)):
-        function(rank, gather_of(rank))
-    return [function(rank, gather_of(rank)) for rank in range(num_ranks)]
 
 
 def statistics(logits: Tensor, targets: Tensor, num_ranks: int) -> list[RowStatistics]:

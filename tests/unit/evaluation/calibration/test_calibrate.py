@@ -12,6 +12,7 @@ import ee_llm
 from ee_llm.cli.main import main
 from ee_llm.errors import DataError, RequestError, UserError
 from ee_llm.evaluation.calibration.result import CalibrationResult
+from ee_llm.evaluation.reliability import calibration_error
 from tests.unit.evaluation.models import make_config, save, write_data, write_texts
 
 pytestmark = pytest.mark.thorough
@@ -97,6 +98,37 @@ def test_a_policy_file_is_for_one_model(
         pass
 
 
+def test_reliability_is_that_of_all_tokens(
+    place: Path, result: CalibrationResult, tmp_path: Path
+) -> None:
+    """The bins add up to the agreement and the confidence of an evaluation of the whole text."""
+    evaluated = ee_llm.evaluate(place / "run", data=place / "data", seq_length=32, dtype="float64")
+    assert len(result.reliability) == len(result.calibration_errors) == 3
+    lines = repr(result).splitlines()
+    for one, bins, error in zip(
+        evaluated.exits, result.reliability, result.calibration_errors, strict=False
+    ):
+        assert sum(one.num_tokens for one in bins) == evaluated.num_tokens
+        for name in ("agreement", "confidence"):
+            total = sum(found.num_tokens * getattr(found, name) for found in bins)
+            assert total / evaluated.num_tokens == pytest.approx(getattr(one, name))
+        assert error == calibration_error(bins) != 0
+        [line] = [line for line in lines if line.startswith(f"layer {one.boundary} ")]
+        assert line.endswith(f"{error:.3f}")
+    assert f"over all {evaluated.num_tokens:,} tokens" in repr(result)
+    result.save(tmp_path / "policy.json")
+    known = json.loads((tmp_path / "policy.json").read_text())["calibration"]
+    assert known["calibration_errors"] == list(result.calibration_errors)
+    assert "reliability" not in known, "bins would be most of the file"
+
+
+def test_other_measures_have_a_reliability_without_any_exit_on(place: Path) -> None:
+    found = calibrate(place, measure="entropy", risk=0.02, delta=0.1)
+    assert found.thresholds == (None, None, None)
+    assert found.calibration_errors != calibrate(place).calibration_errors
+    assert all(error > 0 for error in found.calibration_errors)
+
+
 @pytest.mark.parametrize("measure", ["entropy", "margin"])
 def test_other_measures_of_confidence(place: Path, measure: str) -> None:
     found = calibrate(place, measure=measure)
@@ -130,6 +162,15 @@ def test_command_writes_a_policy_file(
     assert main(["calibrate", str(place / "run"), *data, "--risk", "0.3", *outputs]) == 0
     assert capsys.readouterr().out == f"{result}\n\nwrote {record}, {policy}\n"
     assert json.loads(record.read_text()) == result.to_dict()
+    plot = ["--plot", str(tmp_path / "plot.svg")]
+    assert main(["calibrate", str(place / "run"), *data, "--risk", "0.3", *plot]) == 0
+    assert capsys.readouterr().out.endswith(f"\n\nwrote {tmp_path / 'plot.svg'}\n")
+    picture = (tmp_path / "plot.svg").read_text()
+    for boundary, error in zip(result.boundaries, result.calibration_errors, strict=True):
+        assert f">exit {boundary}<" in picture
+        assert f">error {error:.3f}<" in picture
+    assert main(["calibrate", str(place / "run"), *data, "--plot", str(tmp_path / "a.txt")]) == 2
+    assert "a.txt is not a picture. Use a name that ends in .png or" in capsys.readouterr().err
     command = ["generate", "--checkpoint", str(place / "run"), "--prompt", "The", "--json"]
     assert main([*command, "--policy", str(policy), "--max-tokens", "3"]) == 0
     capsys.readouterr()
