@@ -112,16 +112,20 @@ def check_size(
 def _test(
     path: list[Point], tested: Records, limit: float, delta: float
 ) -> tuple[Thresholds, float | None]:
-    """Return the last thresholds of the path before the first that fails, and their p-value."""
-    chosen: Thresholds = path[0].thresholds
-    probability = None
+    """Return the cheapest thresholds of the path before the first that fails, and their p-value.
+
+    The first points of a path can cost more than no exits: few tokens exit, and all others have
+    computed the heads that they passed.
+    """
+    passed: list[tuple[Point, float | None]] = [(path[0], None)]
     for point in path[1:]:
         losses = tested.window_losses(tested.outcome(point.thresholds).losses)
         value = p_value(losses, limit)
         if value > delta:
             break
-        chosen, probability = point.thresholds, value
-    return chosen, probability
+        passed.append((point, value))
+    point, probability = min(passed, key=lambda one: one[0].cost)
+    return point.thresholds, probability
 
 
 def _describe(

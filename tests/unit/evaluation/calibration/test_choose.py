@@ -6,7 +6,7 @@ import torch
 from ee_llm.errors import DataError
 from ee_llm.evaluation.calibration.choose import choose
 from ee_llm.evaluation.calibration.records import Records
-from ee_llm.evaluation.calibration.search import Costs, find_path
+from ee_llm.evaluation.calibration.search import Costs, Point, find_path
 from tests.unit.evaluation.calibration.synthetic import COSTS, make_records
 
 SMALL = Records(
@@ -86,6 +86,23 @@ def test_without_confident_exits_all_are_off() -> None:
     assert (choice.loss, choice.p_value, choice.cost) == (0.0, None, COSTS.full)
     assert choice.shares == (0.0, 0.0, 1.0)
     assert choice.least_final_share == pytest.approx(0.95)
+
+
+def test_the_cheapest_thresholds_that_pass_are_chosen() -> None:
+    """Not the last ones that pass: the first exits of a path can cost more than they save."""
+    records = make_records(400, 0)
+    off, safe, safer = (None, None), (None, 0.995), (None, 0.999)
+    risky = (1e-9, 1e-9)
+
+    def chosen(*path: tuple[tuple[float | None, ...], float]) -> tuple[float | None, ...]:
+        points = [Point(thresholds, 0.0, cost) for thresholds, cost in path]
+        found = choose(records, COSTS, 0.1, 0.1, find=lambda *_: points)
+        assert (found.p_value is None) == (found.thresholds == off)
+        return found.thresholds
+
+    assert chosen((off, 25.0), (safer, 26.0), (risky, 9.0)) == off
+    assert chosen((off, 25.0), (safer, 23.0), (safe, 24.0), (risky, 9.0)) == safer
+    assert chosen((off, 25.0), (safer, 24.0), (safe, 23.0)) == safe
 
 
 def test_a_text_that_is_too_short_is_refused_with_the_number_of_windows() -> None:
