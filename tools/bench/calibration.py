@@ -45,7 +45,7 @@ from tools.bench.calibrated_generation import (
 from tools.bench.exit_records import collect_exits
 from tools.bench.small_model import small_model
 
-QUICK = {"resamplings": 40, "num_windows": 120}
+QUICK = {"resamplings": 40, "num_windows": 120, "num_tokens": 12_000, "num_prompts": 64}
 """Defaults with --quick, which trains a small model of its own."""
 
 

@@ -1,14 +1,11 @@
 """A small model for benchmarks without a checkpoint, trained on Python's own sources."""
 
-import json
 import shutil
 import subprocess
 import sys
 import sysconfig
 import time
 from pathlib import Path
-
-from ee_llm.data.windows import Windows
 
 SMALL_MODEL = {
     "model": {
@@ -75,26 +72,3 @@ def small_model(
         "train", *(text for name, value in values.items() for text in (f"--{name}", str(value)))
     )
     return folder / "model", str(folder / "train-data"), str(folder / "test-data")
-
-
-def own_text(folder: Path, checkpoint: Path, data: str, num_prompts: int = 320) -> str:
-    """Return the prefix of prepared data: greedy continuations of the start of windows of `data`.
-
-    Args:
-        folder: The folder to write to.
-        checkpoint: The model.
-        data: Prefix of prepared data.
-        num_prompts: Number of continuations, of 96 tokens each.
-    """
-    prompts = folder / "prompts.jsonl"
-    starts = [window[:32].tolist() for window in Windows([data], 128, None)][:num_prompts]
-    prompts.write_text("".join(json.dumps({"prompt_token_ids": one}) + "\n" for one in starts))
-    prefix = str(folder / "own")
-    options = {"checkpoint": checkpoint, "output": prefix, "prompts": prompts, "dtype": "float32"}
-    options |= {"max-tokens": 96, "temperature": 0, "max-num-seqs": 32}
-    run_command(
-        "data",
-        "generate",
-        *(t for name, value in options.items() for t in (f"--{name}", f"{value}")),
-    )
-    return prefix
