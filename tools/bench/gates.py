@@ -34,7 +34,6 @@ from tools.bench.small_model import small_model
 QUICK = {
     "gate_tokens": 8_000,
     "num_tokens": 14_000,
-    "num_prompts": 8,
     "seq_length": 64,
     "prompt_length": 24,
     "risk": 0.01,
