@@ -125,7 +125,8 @@ def parse_arguments(given: Mapping[str, Any]) -> tuple[HarnessOptions, dict[str,
             )
     for name, most in _LIMITS.items():
         value = getattr(options, name)
-        if value is not None and (type(value) is not int or not 1 <= value <= most):
+        is_default = value is None and getattr(HarnessOptions, name) is None
+        if not is_default and (type(value) is not int or not 1 <= value <= most):
             raise RequestError(f"{name} = {value!r} must be an integer from 1 to {most}.")
     if options.exit is not None and type(options.exit) not in (int, str):
         raise RequestError(f"exit = {options.exit!r} must be a number of layers, or {FINAL}.")

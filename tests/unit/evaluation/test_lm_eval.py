@@ -267,6 +267,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "max_num_seqs": ({"max_num_seqs": 0}, "max_num_seqs = 0 must be an integer from 1 to 16384"),
     "cache_tokens": ({"cache_tokens": "x"}, "cache_tokens = 'x' must be an integer from 1 to"),
     "max_gen_toks": ({"max_gen_toks": 0}, "max_gen_toks = 0 must be an integer from 1 to"),
+    "no tensor": ({"tensor": None}, "tensor = None must be an integer from 1 to"),
     "exit": ({"exit": True}, "exit = True must be a number of layers, or final"),
     "number as policy": ({"policy": 12}, "policy = 12 is not a path. Write ./12 for a file"),
     "two names": ({"checkpoint": "runs/b"}, "and checkpoint = runs/b mean the same, but both"),
