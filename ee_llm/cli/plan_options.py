@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from ee_llm.cli.arguments.help import CommandHelp, Group
-from ee_llm.cli.arguments.output_files import check_writable
 from ee_llm.config.limits import MAX_BATCH_SIZE, MAX_FACTOR, MAX_LAYERS, MAX_RANKS
 from ee_llm.config.sections import Fills, Schedule
 from ee_llm.errors import UserError
+from ee_llm.output_files import check_writable
 from ee_llm.pipeline.planner.picture import check_suffix
 
 DEFAULT_LAYERS = 24

@@ -55,6 +55,16 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if has_cuda() else torch.device("cpu")
 
 
+def is_device_in_use(name: str | None) -> bool:
+    """Return whether `name` means `device()`.
+
+    None and the names of the first GPU do on every machine, because programs that offer a choice of
+    devices give them by default.
+    """
+    in_use = device()
+    return name in (None, "cuda", "cuda:0", in_use.type, str(in_use))
+
+
 def backend() -> str:
     """Return the torch.distributed backend for `device()`: "nccl" or "gloo"."""
     return "nccl" if has_cuda() else "gloo"

@@ -22,14 +22,14 @@ def sweep(
     prompt_length: int = 64,
     max_tokens: int = 64,
     ignore_eos: bool = False,
-    families: Sequence[Family] = ("thresholds", "self-speculative"),
-    exits: Sequence[str | int] = (),
-    thresholds: Sequence[float] = (0.5, 0.7, 0.8, 0.9, 0.95),
+    families: Sequence[Family] | Family = ("thresholds", "self-speculative"),
+    exits: Sequence[str | int] | str | int = (),
+    thresholds: Sequence[float] | float = (0.5, 0.7, 0.8, 0.9, 0.95),
     strategy: ExitStrategy = "exact",
     measure: Measure = "max_probability",
     policy: Sequence[str | Path] | str | Path = (),
-    draft_exits: Sequence[int] = (),
-    draft_lengths: Sequence[int] = (2, 4, 8),
+    draft_exits: Sequence[int] | int = (),
+    draft_lengths: Sequence[int] | int = (2, 4, 8),
     min_agreement: float = 0.99,
     batch_size: int = 1,
     rounds: int = 4,
@@ -59,12 +59,13 @@ def sweep(
         max_tokens: Greatest number of tokens generated after each prompt.
         ignore_eos: Do not stop at the model's end tokens.
         families: What to measure: thresholds, drafts for self-speculative decoding, or both.
-        exits: Sets of exits, such as "8", "8+16" or "all". None means each exit alone, and all.
+        exits: Sets of exits, such as "8", "8+16" or "all". Empty means each
+            exit alone, and all.
         thresholds: Thresholds to measure for each set of exits, in (0, 1].
         strategy: Strategy for thresholds.
         measure: Measure of confidence for thresholds.
         policy: Policy files to measure as well.
-        draft_exits: Exits that draft. None means each.
+        draft_exits: Exits that draft. Empty means each.
         draft_lengths: Numbers of tokens to draft before all layers check them.
         min_agreement: Least agreement with the full model of the recommended point.
         batch_size: Number of prompts that are decoded together.
@@ -92,14 +93,14 @@ def sweep(
         prompt_length=prompt_length,
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
-        families=tuple(families),
-        exits=tuple(map(str, exits)),
-        thresholds=tuple(thresholds),
+        families=tuple(listed(families)),
+        exits=tuple(map(str, listed(exits))),
+        thresholds=tuple(listed(thresholds)),
         strategy=strategy,
         measure=measure,
         policy=tuple(map(Path, listed(policy))),
-        draft_exits=tuple(draft_exits),
-        draft_lengths=tuple(draft_lengths),
+        draft_exits=tuple(listed(draft_exits)),
+        draft_lengths=tuple(listed(draft_lengths)),
         min_agreement=min_agreement,
         batch_size=batch_size,
         rounds=rounds,
@@ -151,8 +152,8 @@ def report(
         progress: Show progress bars in terminals.
 
     Raises:
-        UserError: An argument, the text or the checkpoint is not valid, or a file is not for this
-            model.
+        UserError: An argument, the text or the checkpoint is not valid, a file is not for this
+            model, or the output cannot be written.
         RunError: The loss of an exit is not finite.
     """
     options = ReportOptions(

@@ -1,9 +1,9 @@
 """The options of evaluations, and their checks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from ee_llm.config.limits import MAX_RANKS, MAX_TIMEOUT_S, MIN_TIMEOUT_S
 from ee_llm.errors import RequestError
@@ -95,6 +95,10 @@ def check_inputs(options: InputOptions) -> None:
         raise RequestError(f"num_tokens = {options.num_tokens} is out of range. Use 1 or more.")
 
 
-def listed(values: Sequence[str | Path] | str | Path) -> list[str | Path]:
-    """Return the paths that a Python caller gave as one or several."""
-    return [values] if isinstance(values, str | Path) else list(values)
+def listed(values: object) -> list[Any]:
+    """Return the values that a Python caller gave as one or several; None is none of them."""
+    if values is None:
+        return []
+    if isinstance(values, str | bytes | Path) or not isinstance(values, Iterable):
+        return [values]
+    return list(values)

@@ -36,7 +36,8 @@ def draw_reliability(
         areas = [12.0 + _MAX_AREA * one.num_tokens / total for one in found]
         panel.plot([0, 1], [0, 1], color=text_color, linewidth=0.8, linestyle=":")
         panel.plot(confidence, agreement, color=COLOR, linewidth=1.2)
-        panel.scatter(confidence, agreement, s=areas, color=COLOR, alpha=0.8)
+        # Markers are not clipped at the edge, since confidences near 1 are the most frequent.
+        panel.scatter(confidence, agreement, s=areas, color=COLOR, alpha=0.8, clip_on=False)
         if (error := calibration_error(found)) is not None:
             panel.text(0.04, 0.92, f"error {error:.3f}", color=text_color, fontsize="small")
         panel.set_title(f"exit {boundary}", color=text_color, fontsize="medium")

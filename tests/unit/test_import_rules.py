@@ -28,6 +28,7 @@ class Rule(NamedTuple):
 RULES = (
     Rule("errors", ours=(), standard_only=True),
     Rule("atomic_file", ours=("errors",), standard_only=True),
+    Rule("output_files", ours=("errors",), standard_only=True),
     Rule("config", ours=("errors",), never=("torch", "megatron"), through=True),
     Rule("distributed", ours=("errors",)),
     Rule("architecture", ours=("config", "errors")),
@@ -111,6 +112,7 @@ RULES = (
             "checkpoint",
             "inference",
             "launch",
+            "output_files",
             "errors",
         ),
     ),

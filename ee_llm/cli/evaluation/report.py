@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ee_llm.cli.arguments.help import CommandHelp, Group
-from ee_llm.cli.arguments.output_files import check_writable
 from ee_llm.cli.arguments.parsing import narrowed, parse
 from ee_llm.evaluation.report.options import ReportOptions
+from ee_llm.output_files import check_writable
 
 COMMAND = CommandHelp(
     "report",

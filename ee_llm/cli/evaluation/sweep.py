@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ee_llm.cli.arguments.help import CommandHelp, Group
-from ee_llm.cli.arguments.output_files import check_writable
 from ee_llm.cli.arguments.parsing import narrowed, parse
 from ee_llm.evaluation.plot import check_suffix
 from ee_llm.evaluation.sweep.options import SweepOptions
+from ee_llm.output_files import check_writable
 
 COMMAND = CommandHelp(
     "sweep",

@@ -33,6 +33,7 @@ class ChatTemplate:
 
     Attributes:
         source: The template.
+        variables: Its variables besides the messages.
 
     Raises:
         DataError: The template cannot be compiled.
@@ -43,7 +44,7 @@ class ChatTemplate:
 
         self.source = source
         self._where = where
-        self._variables = dict(variables or {})
+        self.variables = dict(variables or {})
         if len(source) > _MAX_TEMPLATE:
             raise DataError(
                 f"{where}: the chat template is larger than {_MAX_TEMPLATE // 2**20} MiB. Give a "
@@ -89,7 +90,7 @@ class ChatTemplate:
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self._variables,
+                **self.variables,
             ):
                 parts.append(part)
                 length += len(part)

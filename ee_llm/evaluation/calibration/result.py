@@ -7,18 +7,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ee_llm.errors import RequestError
 from ee_llm.evaluation.calibration.options import Metric
 from ee_llm.evaluation.plot import check_suffix, save_figure
+from ee_llm.evaluation.record import check_record
 from ee_llm.evaluation.reliability import ReliabilityBin
 from ee_llm.evaluation.reliability_plot import draw_reliability
 from ee_llm.inference.choices import Measure
 from ee_llm.inference.exits.policy import ExitPolicy
 
-_PROMISES: dict[Metric, str] = {
+PROMISES: dict[Metric, str] = {
     "agreement": "at most {:.3%} of tokens disagree with the final exit",
     "perplexity": "the perplexity rises by at most {:.3%}",
     "task": "at most {:.3%} of the answers that the final exit gives right are lost",
 }
+"""What a calibration guarantees, by its metric; to be formatted with the risk."""
+
 _FOUND: dict[Metric, str] = {
     "agreement": "{:.3%} disagree",
     "perplexity": "the perplexity rises by {:.3%}",
@@ -135,7 +139,18 @@ class CalibrationResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CalibrationResult":
-        """Return the result that `to_dict` turned into these values."""
+        """Return the result that `to_dict` turned into these values.
+
+        Raises:
+            RequestError: A value is missing, or is not what a calibration writes. The error names
+                it.
+        """
+        check_record(cls, values)
+        if not len(values["boundaries"]) == len(values["thresholds"]) == len(values["shares"]) - 1:
+            raise RequestError(
+                f"shares = {list(values['shares'])} and thresholds = {list(values['thresholds'])}"
+                f" do not fit exits at {list(values['boundaries'])}"
+            )
         lists = ("inputs", "boundaries", "thresholds", "shares", "calibration_errors", "gates")
         converted: dict[str, Any] = {name: tuple(values[name]) for name in lists}
         converted["reliability"] = tuple(
@@ -174,7 +189,7 @@ class CalibrationResult:
             f"{self.checkpoint}: thresholds of {self.measure}, calibrated on"
             f" {' '.join(self.inputs)}",
             f"risk {self.risk:g}: with probability {1 - self.delta:g},"
-            f" {_PROMISES[self.metric].format(self.risk)}",
+            f" {PROMISES[self.metric].format(self.risk)}",
             "",
             "exit after  threshold  tokens  calibration error",
         ]

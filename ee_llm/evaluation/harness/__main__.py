@@ -1,6 +1,6 @@
 """Run lm_eval's command line with the model `ee_llm`.
 
-    python -m ee_llm.evaluation.harness --model ee_llm --model_args checkpoint=runs/tuned --tasks ..
+    python -m ee_llm.evaluation.harness --model ee_llm --model_args pretrained=runs/tuned --tasks ..
 
 This is the command `lm_eval`, with mistakes in `--model_args` reported in one line. It does not
 need the entry point that `register` describes.

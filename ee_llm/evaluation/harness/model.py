@@ -1,7 +1,6 @@
 """The model `ee_llm` of lm_eval: likelihoods of given texts, and generated texts."""
 
 import logging
-from collections import Counter
 from contextlib import closing
 from functools import cached_property, partial
 from typing import Any
@@ -24,11 +23,12 @@ from ee_llm.evaluation.harness.requests import (
     sampling_params,
     with_own_seeds,
 )
+from ee_llm.evaluation.harness.run_statistics import RunStatistics
 from ee_llm.evaluation.harness.scorer import Scorer
 from ee_llm.evaluation.harness.settings import num_sequences, parse_arguments, resolve_decoding
 from ee_llm.evaluation.harness.text import HarnessText
 from ee_llm.inference.execution.stage import check_layout
-from ee_llm.inference.exits.policy import check_gates
+from ee_llm.inference.exits.policy import check_exits
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.load import policy_fingerprint
 from ee_llm.inference.strategies import resolve_strategy
@@ -49,7 +49,7 @@ class EarlyExitLM(TemplateLM):
     exit that the strategy takes there. Generation runs in the inference engine. The weights are
     loaded when the first request needs them, and only for one of the two kinds at a time.
 
-        lm = EarlyExitLM(checkpoint="runs/tuned", policy="policy.json")
+        lm = EarlyExitLM(pretrained="runs/tuned", policy="policy.json")
         results = lm_eval.simple_evaluate(lm, tasks=["arc_easy"])
     """
 
@@ -68,13 +68,14 @@ class EarlyExitLM(TemplateLM):
         super().__init__()
         self.options, own = parse_arguments(arguments)
         _check_processes()
-        self._reader = TensorReader(self.options.checkpoint)
+        self._reader = TensorReader(self.options.pretrained)
         self._config = self._reader.config()
         check_layout(self._config, self.options.tensor, self.options.pipeline)
         fingerprint = partial(policy_fingerprint, self._reader)
         self.decoding = resolve_decoding(self.options, own, self._config, fingerprint)
-        check_gates(self.decoding.policy, gated_exits(self._reader))
-        resolve_strategy(self.decoding.strategy, self._config)
+        name, speculation, _ = resolve_strategy(self.decoding.strategy, self._config)
+        gated, boundaries = gated_exits(self._reader), self._config.exits.boundaries
+        check_exits(self.decoding.policy, name, speculation, boundaries, gated)
         self._max_length = self._check_max_length()
         self._text = HarnessText(
             self._reader,
@@ -84,7 +85,7 @@ class EarlyExitLM(TemplateLM):
         )
         self._engine: LLM | None = None
         self._scorer: Scorer | None = None
-        self._exits: dict[str, Counter[int]] = {}
+        self._statistics = RunStatistics()
         self._has_warned = False
 
     @property
@@ -109,8 +110,8 @@ class EarlyExitLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Name of the tokenizer, for the file names of lm_eval's request cache."""
-        return self._text.tokenizer.fingerprint.replace(":", "-")
+        """Name of the tokenizer and the chat template, for lm_eval's cache of requests."""
+        return self._text.fingerprint
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -167,23 +168,25 @@ class EarlyExitLM(TemplateLM):
         """Return the log likelihood of each continuation, and whether greedy decoding writes it."""
         self._warn_of_speculation()
         windows = [
-            make_window(context, continuation, self.max_length)
-            for _, context, continuation in requests
+            make_window(context, continuation, self.max_length, texts)
+            for texts, context, continuation in requests
         ]
+        longest = self.max_length + 1  # The last token is only predicted.
+        num_cut = sum(len(one) + len(other) > longest for _, one, other in requests)
+        self._statistics.add_truncated("loglikelihood", num_cut, len(requests), self.max_length)
         merged = merge_windows(windows)
         found: list[tuple[float, bool]] = [(0.0, False)] * len(windows)
         if not merged:
             return found
-        exits = self._exits.setdefault("loglikelihood", Counter())
         scorer = self._scorer_for(len(merged[0][0].tokens))
         with tqdm(
             total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests"
         ) as bar:
             scores = scorer.score([window for window, _ in merged])
             for (_, numbers), score in zip(merged, scores, strict=True):
-                exits.update(score.exits)
                 answers = zip(score.logprobs, score.is_greedy, strict=True)
                 for number, answer in zip(numbers, answers, strict=True):
+                    self._statistics.add_exits("loglikelihood", score.exits)
                     found[number] = answer
                     texts = requests[number][0]
                     if texts is not None:
@@ -200,10 +203,12 @@ class EarlyExitLM(TemplateLM):
             sampling_params(generation, self.max_gen_toks, eos_text)
             for _, generation in (request.args for request in requests)
         ]
-        prompts = [
-            self._prompt(request.args[0], one.max_tokens)
-            for request, one in zip(requests, params, strict=True)
-        ]
+        prompts, num_cut = [], 0
+        for request, one in zip(requests, params, strict=True):
+            prompt, is_cut = self._prompt(request.args[0], one.max_tokens)
+            prompts.append(prompt)
+            num_cut += is_cut
+        self._statistics.add_truncated("generate_until", num_cut, len(requests), self.max_length)
         llm = self._llm()
         by_id = {}
         for number, (prompt, one) in enumerate(
@@ -213,7 +218,6 @@ class EarlyExitLM(TemplateLM):
                 EncodedPrompt("", prompt), one, strategy=self.decoding.strategy
             )
             by_id[request.id] = (number, request)
-        exits = self._exits.setdefault("generate_until", Counter())
         found = [""] * len(requests)
         with (
             tqdm(
@@ -227,7 +231,7 @@ class EarlyExitLM(TemplateLM):
                 if output.error is not None:
                     raise RunError(f"a generation failed: {output.error}")
                 number = by_id[output.request_id][0]
-                exits.update(output.exits)
+                self._statistics.add_exits("generate_until", output.exits)
                 # As in the Hugging Face adapter, the tokens are decoded without the prompt.
                 text = llm.decode(output.token_ids)
                 found[number] = postprocess_generated_text(text, list(params[number].stop), None)
@@ -252,7 +256,7 @@ class EarlyExitLM(TemplateLM):
                 zip(map(str, policy.boundaries), policy.under(name).thresholds, strict=True)
             ),
             "exit_policy_digest": policy.under(name).digest,
-            "exits": {kind: _depth(counts) for kind, counts in self._exits.items() if counts},
+            **self._statistics.to_dict(),
         }
 
     def close(self) -> None:
@@ -266,22 +270,23 @@ class EarlyExitLM(TemplateLM):
     def _dtype(self) -> torch.dtype:
         return distributed.dtype_named(self.options.dtype)
 
-    def _prompt(self, context: str, max_tokens: int) -> tuple[int, ...]:
-        """Return the token ids of a context, truncated so that `max_tokens` more fit."""
+    def _prompt(self, context: str, max_tokens: int) -> tuple[tuple[int, ...], bool]:
+        """Return the token ids of a context, cut so that `max_tokens` more fit, and if they are."""
         room = self.max_length - max_tokens
         if room < 1:
             raise RequestError(
                 f"max_gen_toks = {max_tokens} leaves no room for a prompt in max_length ="
                 f" {self.max_length}. Use --gen_kwargs max_gen_toks={self.max_length // 2}."
             )
-        return tuple(self.tok_encode(context)[-room:] or [self.prefix_token_id])
+        ids = self.tok_encode(context)
+        return tuple(ids[-room:] or [self.prefix_token_id]), len(ids) > room
 
     def _llm(self) -> LLM:
         self._scorer = None
         if self._engine is None:
             options = self.options
             self._engine = LLM(
-                options.checkpoint,
+                options.pretrained,
                 dtype=options.dtype,
                 tensor=options.tensor,
                 pipeline=options.pipeline,
@@ -337,13 +342,3 @@ def _check_processes() -> None:
             "a launcher has started several processes, but lm_eval runs ee_llm in one. Start it"
             " without a launcher, with --model_args tensor=.. and pipeline=.. for several ranks."
         )
-
-
-def _depth(counts: Counter[int]) -> dict[str, Any]:
-    """Return the number of tokens, their mean depth and the share of each exit."""
-    total = counts.total()
-    return {
-        "num_tokens": total,
-        "mean_depth": sum(exit * count for exit, count in counts.items()) / total,
-        "share_by_exit": {str(exit): count / total for exit, count in sorted(counts.items())},
-    }

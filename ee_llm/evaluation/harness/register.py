@@ -6,6 +6,7 @@ calls `register_in_lm_eval` at the end of its own import. lm_eval imports torch 
 model. The module imports nothing else, so that it costs other programs nothing.
 """
 
+import logging
 import sys
 
 NAME = "ee_llm"
@@ -25,12 +26,19 @@ def register() -> None:
 def register_in_lm_eval() -> None:
     """Call `register` if this process has imported lm_eval, and do nothing otherwise.
 
-    torch fails to import if this function raises, so a future lm_eval with another registry must
-    not stop it. In this case, `lm_eval --model ee_llm` reports that there is no such model.
+    torch fails to import if this function raises, so neither a damaged installation nor a future
+    lm_eval with another registry may stop it. In this case, a warning gives the reason, and
+    `lm_eval --model ee_llm` reports that there is no such model.
     """
     if "lm_eval" not in sys.modules:
         return
     try:
         register()
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return
+    except Exception as error:
+        logging.getLogger(__name__).warning(
+            "The model %r cannot be added to lm_eval (%s: %s). Install a version of lm_eval for"
+            " which it is made: pip install 'ee-llm[eval]'.",
+            NAME,
+            type(error).__name__,
+            error,
+        )

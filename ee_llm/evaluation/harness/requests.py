@@ -9,20 +9,40 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from ee_llm.errors import RequestError
 from ee_llm.evaluation.harness.scoring_pass import Window
 from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.text.json_lines import short
 
 _PASSED_ON = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 _HANDLED = {*_PASSED_ON, "until", "max_gen_toks", "do_sample"}
 
 
-def make_window(context: Sequence[int], continuation: Sequence[int], max_length: int) -> Window:
+def make_window(
+    context: Sequence[int],
+    continuation: Sequence[int],
+    max_length: int,
+    texts: tuple[str, str] | None = None,
+) -> Window:
     """Return the window that scores a continuation after as much of its context as fits.
 
-    Raises RequestError if the continuation is empty or does not fit itself.
+    Args:
+        context: Token ids of the context.
+        continuation: Token ids of the continuation.
+        max_length: Maximum number of tokens that the model sees.
+        texts: The texts of both, for error messages.
+
+    Raises:
+        RequestError: The context or the continuation is empty, or the continuation does not fit.
     """
+    where = "a request" if texts is None else f"the request {short(texts)}"
     if not 0 < len(continuation) <= max_length:
         raise RequestError(
-            f"a continuation has {len(continuation)} tokens. It must have 1 to max_length ="
-            f" {max_length}."
+            f"{where}: the continuation has {len(continuation)} tokens. It must have 1 to"
+            f" max_length = {max_length}. Change the task's doc_to_choice or doc_to_target."
+        )
+    if not context:
+        raise RequestError(
+            f"{where}: the context has no tokens, so nothing predicts the first token of the"
+            " continuation. Use a context that is not blank, or --model_args add_bos_token=True if"
+            " the tokenizer has a beginning-of-sequence token."
         )
     tokens = (*context, *continuation)[-(max_length + 1) :][:-1]
     return Window(tokens, (tuple(continuation),))
@@ -57,7 +77,14 @@ def sampling_params(
     Raises:
         RequestError: A setting is unknown or out of range.
     """
-    given = dict(normalize_gen_kwargs(dict(generation), max_gen_toks))
+    try:
+        given = dict(normalize_gen_kwargs(dict(generation), max_gen_toks))
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"generation_kwargs = {dict(generation)}: {error}.") from None
+    if given["max_gen_toks"] < 1:
+        raise RequestError(
+            f"generation_kwargs: max_gen_toks = {given['max_gen_toks']} must be at least 1."
+        )
     if given.get("num_beams") == 1:
         del given["num_beams"]
     unknown = sorted(given.keys() - _HANDLED)

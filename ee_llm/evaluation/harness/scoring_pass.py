@@ -28,6 +28,9 @@ class Window:
     tokens: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
 
+    def __post_init__(self) -> None:
+        assert len(self.tokens) >= self.num_scored, "the rows of another window would be scored"
+
     @property
     def num_scored(self) -> int:
         """Number of rows whose next token is scored."""

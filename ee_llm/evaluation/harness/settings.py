@@ -6,7 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from ee_llm import distributed
 from ee_llm.config import Config
+from ee_llm.config.limits import MAX_RANKS
 from ee_llm.errors import RequestError
 from ee_llm.inference.choices import DtypeName, Measure, check_choice
 from ee_llm.inference.decoding.settings import CONTRASTS, Contrast
@@ -15,6 +17,14 @@ from ee_llm.inference.strategies import FULL_DEPTH, STRATEGIES, SelfSpeculation,
 
 FINAL = "final"
 _ALWAYS = sys.float_info.min  # a threshold that every confidence reaches
+_LIMITS = {
+    "max_gen_toks": 2**30,
+    "max_length": 2**30,
+    "tensor": MAX_RANKS,
+    "pipeline": MAX_RANKS,
+    "max_num_seqs": 2**14,
+    "cache_tokens": 2**40,
+}
 _DRAFT = ("draft_exit", "draft_length", "draft_threshold")
 
 
@@ -23,7 +33,8 @@ class HarnessOptions:
     """Arguments of the model `ee_llm`.
 
     Attributes:
-        checkpoint: Checkpoint directory, or run directory, whose newest checkpoint is used.
+        pretrained: Checkpoint directory, or run directory, whose newest checkpoint is used. lm_eval
+            names the folder of the results after it. `checkpoint` is another name for it.
         dtype: Dtype of the computation; "auto" is bfloat16 where the device supports it in
             hardware, else float32.
         strategy: Decoding strategy. The default is "exact" if exits are selected with `policy`,
@@ -45,12 +56,12 @@ class HarnessOptions:
         chat_template: File with a chat template (Jinja) to use instead of the model's own.
         batch_size: lm_eval's batch size.
         max_batch_size: Ignored: the engine admits as many sequences as fit.
-        device: Ignored, since lm_eval gives "cuda:0" by default: ee_llm uses the first visible GPU
-            if there is one.
+        device: The device in use: the first visible GPU if there is one. lm_eval's default means
+            whatever device is used.
         trust_remote_code: Ignored: checkpoints contain no code.
     """
 
-    checkpoint: str | Path
+    pretrained: str | Path
     dtype: DtypeName = "auto"
     strategy: Strategy | None = None
     policy: str | Path | None = None
@@ -89,6 +100,7 @@ def parse_arguments(given: Mapping[str, Any]) -> tuple[HarnessOptions, dict[str,
 
     Raises RequestError for an argument that is unknown, missing or out of range.
     """
+    given = _with_name(given)
     known = {field.name for field in fields(HarnessOptions)}
     prefixes = tuple(f"{name}_" for name in CONTRASTS)
     own = {n: v for n, v in given.items() if n in _DRAFT or n.startswith(prefixes)}
@@ -99,23 +111,49 @@ def parse_arguments(given: Mapping[str, Any]) -> tuple[HarnessOptions, dict[str,
             f"model_args: {unknown[0]!r} is unknown. Use one of"
             f" {', '.join([*sorted(known), *_DRAFT, *contrasts])}."
         )
-    if "checkpoint" not in given:
-        raise RequestError(
-            "model_args: checkpoint is missing. Give --model_args checkpoint=runs/tuned."
-        )
     options = HarnessOptions(**{name: given[name] for name in given.keys() & known})
     check_choice("dtype", options.dtype, get_args(DtypeName))
     if options.strategy is not None:
         check_choice("strategy", options.strategy, STRATEGIES)
     if options.measure is not None:
         check_choice("measure", options.measure, get_args(Measure))
-    for name in ("max_gen_toks", "max_length", "tensor", "pipeline"):
+    for name in ("pretrained", "policy", "chat_template"):
+        path = getattr(options, name)
+        if path is not None and not isinstance(path, str | Path):  # lm_eval reads 12 as a number.
+            raise RequestError(
+                f"{name} = {path!r} is not a path. Write ./{path} for a file or folder."
+            )
+    for name, most in _LIMITS.items():
         value = getattr(options, name)
-        if value is not None and (type(value) is not int or value < 1):
-            raise RequestError(f"{name} = {value!r} must be an integer of at least 1.")
+        is_default = value is None and getattr(HarnessOptions, name) is None
+        if not is_default and (type(value) is not int or not 1 <= value <= most):
+            raise RequestError(f"{name} = {value!r} must be an integer from 1 to {most}.")
+    if options.exit is not None and type(options.exit) not in (int, str):
+        raise RequestError(f"exit = {options.exit!r} must be a number of layers, or {FINAL}.")
+    if not distributed.is_device_in_use(options.device):
+        raise RequestError(
+            f"device = {options.device!r} (--device) is not the device in use, which is"
+            f" {distributed.device()}. Leave it out, and select a GPU with CUDA_VISIBLE_DEVICES=1,"
+            " say, or the CPU with CUDA_VISIBLE_DEVICES= (empty)."
+        )
     if type(options.add_bos_token) is not bool and options.add_bos_token is not None:
         raise RequestError(f"add_bos_token = {options.add_bos_token!r} must be True or False.")
     return options, own
+
+
+def _with_name(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with the model as `pretrained`; raises RequestError without one."""
+    names = [name for name in ("pretrained", "checkpoint") if given.get(name) is not None]
+    if len(names) != 1:
+        found = (
+            f"pretrained = {given['pretrained']} and checkpoint = {given['checkpoint']} mean the"
+            " same, but both are given"
+            if names
+            else "pretrained is missing"
+        )
+        raise RequestError(f"model_args: {found}. Give --model_args pretrained=runs/tuned.")
+    others = {name: value for name, value in given.items() if name != "checkpoint"}
+    return {**others, "pretrained": given[names[0]]}
 
 
 def num_sequences(options: HarnessOptions) -> int:

@@ -1,5 +1,8 @@
 """Texts as lm_eval's Hugging Face adapter encodes and decodes them, and conversations."""
 
+import contextlib
+import hashlib
+import json
 import logging
 from functools import cached_property
 from pathlib import Path
@@ -38,12 +41,26 @@ class HarnessText:
             chat_template: File with a chat template; None for the model's own.
 
         Raises:
-            UserError: The tokenizer cannot be read, or has no beginning-of-sequence token.
+            UserError: The tokenizer or the file cannot be read, or the tokenizer has no
+                beginning-of-sequence token.
         """
         self.tokenizer: Tokenizer = load_tokenizer(reader.tokenizer(), eos_token)
         adds_bos = stated_bos(reader.path) if add_bos_token is None else add_bos_token
         self._first = first_tokens("auto", self.tokenizer, adds_bos)
         self._path = None if chat_template is None else Path(chat_template)
+        if self._path is not None:
+            _ = self.template  # Find mistakes in the file early.
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of all that prompts depend on besides the task.
+
+        These are the tokenizer, and the chat template with its variables if there is one.
+        """
+        parts: list[object] = [self.tokenizer.fingerprint]
+        with contextlib.suppress(DataError):
+            parts += [self.template.source, self.template.variables]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def prefix_token_id(self) -> int:

@@ -17,7 +17,7 @@ def probe(
     num_tokens: int | None = None,
     num_fit_tokens: int | None = None,
     seq_length: int | None = None,
-    boundaries: Sequence[int] = (),
+    boundaries: Sequence[int] | int = (),
     num_exits: int | None = None,
     risk: float = 0.05,
     costs: CostSource = "measured",
@@ -34,13 +34,13 @@ def probe(
         checkpoint: Checkpoint directory, or run directory, whose newest checkpoint is used.
         data: Prefixes of token files that `ee-llm data prepare` wrote.
         text: Files or folders of plain text, JSON or Parquet, instead of `data`.
-        fit_data: Prefixes of token files for the fit. Nothing means the first part of the text.
+        fit_data: Prefixes of token files for the fit. Empty means the first part of the text.
         num_tokens: Number of tokens to test. None means 10,000.
         num_fit_tokens: Number of tokens of the fit, rounded up to whole windows. None means 20 per
             unit of hidden_size, but at most half of a short text.
         seq_length: Length of a window in tokens. None means the checkpoint's data.seq_length, at
             most 2048.
-        boundaries: Numbers of layers after which to probe. Nothing means all but the last.
+        boundaries: Numbers of layers after which to probe. Empty means all but the last.
         num_exits: Greatest number of exits to recommend. None means 3.
         risk: Share of tokens whose exit may disagree with the final exit about the most probable
             token.
@@ -62,7 +62,7 @@ def probe(
         seq_length=seq_length,
         fit_data=tuple(map(str, listed(fit_data))),
         num_fit_tokens=num_fit_tokens,
-        boundaries=tuple(boundaries),
+        boundaries=tuple(listed(boundaries)),
         num_exits=num_exits,
         risk=risk,
         costs=costs,

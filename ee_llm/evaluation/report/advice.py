@@ -1,13 +1,31 @@
 """What to set, in plain words, with the commands that do it."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ee_llm.evaluation.calibration.options import Metric
+from ee_llm.evaluation.calibration.result import PROMISES
 from ee_llm.evaluation.reliability import calibration_error
 from ee_llm.evaluation.report.content import ReportContent
+from ee_llm.evaluation.result import ExitMetrics
 
+# Tokens from which exits are judged. With n tokens in 15 bins, the calibration error of a perfect
+# confidence is at most about 0.4 sqrt(15 / n), which is half of _MUCH for 1,000 tokens.
+_ENOUGH = 1000
 _MUCH = 0.1  # calibration error from which confidence is misleading
-_RARELY = 0.5  # agreement below which an exit needs training
+_RARELY = 0.5  # agreement below which an exit may need training
+_FEW = 0.01  # share of tokens below which an exit does not pay
+
+_OF_TEXT = (
+    "over windows of text from the same source, if every token is predicted from the true tokens"
+    " before it; generated text is not covered"
+)
+_SCOPES: dict[Metric, str] = {
+    "agreement": _OF_TEXT,
+    "perplexity": _OF_TEXT,
+    "task": "over questions from the same source",
+}
 
 
 @dataclass(frozen=True)
@@ -48,8 +66,8 @@ def _of_calibration(content: ReportContent) -> list[Advice]:
     if calibration is None:
         return [
             Advice(
-                "Thresholds with a guarantee for tokens that differ from the full model's come from"
-                " a calibration on text that did not train the exits:",
+                "Thresholds with a guarantee, such as that few tokens disagree with the final exit,"
+                " come from a calibration on text that did not train the exits:",
                 shlex.join(
                     [
                         *("ee-llm", "calibrate", checkpoint),
@@ -59,12 +77,14 @@ def _of_calibration(content: ReportContent) -> list[Advice]:
                 ),
             )
         ]
-    known = calibration.known
-    text = f"The policy file {calibration.path} has no guarantee."
-    if {"risk", "delta"} <= known.keys():
+    result = calibration.result
+    if result is None:
+        text = f"The policy file {calibration.path} has no guarantee."
+    else:
+        promise = PROMISES[result.metric].format(result.risk)
         text = (
-            f"With probability {1 - known['delta']:g}, at most {known['risk']:.3%} of the tokens of"
-            " text like that of the calibration differ from the full model's:"
+            f"With probability {1 - result.delta:g} over the choice of the text of the calibration,"
+            f" {promise}, on average {_SCOPES[result.metric]}."
         )
     if not any(calibration.policy.thresholds):
         text += " All exits of this policy are off, so it saves nothing."
@@ -73,28 +93,67 @@ def _of_calibration(content: ReportContent) -> list[Advice]:
 
 
 def _of_exits(content: ReportContent) -> list[Advice]:
-    found = []
+    found = _of_shares(content)
+    num_tokens = content.evaluation.num_tokens
+    if num_tokens < _ENOUGH:
+        text = (
+            f"The text has {num_tokens:,} tokens, too few to judge the exits and their confidence."
+            f" Use {_ENOUGH:,} or more."
+        )
+        return [*found, Advice(text)]
     for one in content.evaluation.exits[:-1]:
         if one.agreement < _RARELY:
             found.append(
                 Advice(
                     f"Exit {one.boundary} agrees with the final exit on only {one.agreement:.1%} of"
-                    " tokens. Tune it for longer, or remove it: an exit that few tokens take costs"
-                    " more than it saves."
+                    " tokens. Tuning it for longer may help. Whether it saves time depends on the"
+                    " tokens that it decides under a policy, which a sweep or a calibration"
+                    " measures."
                 )
             )
         error = calibration_error(content.reliability.get(one.boundary, ()))
         if error is not None and error > _MUCH:
-            direction = "over" if one.confidence > one.agreement else "under"
             found.append(
                 Advice(
-                    f"Exit {one.boundary} is {direction}confident: its mean confidence is"
-                    f" {one.confidence:.2f}, and it agrees with the final exit on"
-                    f" {one.agreement:.1%} of tokens. Do not read a threshold such as 0.9 as 90 %"
-                    " certain. Calibrate it instead."
+                    f"The confidence of exit {one.boundary} is {_direction(one, error)}: on"
+                    f" average, it is {one.confidence:.2f}, and the exit agrees with the final exit"
+                    f" on {one.agreement:.1%} of tokens (ECE {error:.2f}). Do not read a threshold"
+                    " such as 0.9 as 90 % certain. Calibrate it instead."
                 )
             )
     return found
+
+
+def _direction(metrics: ExitMetrics, error: float) -> str:
+    """Return in which direction the confidence is wrong, if most of its error is in one."""
+    gap = metrics.confidence - metrics.agreement
+    if abs(gap) <= error / 2:
+        return "misleading, too high for some tokens and too low for others"
+    return "too high" if gap > 0 else "too low"
+
+
+def _of_shares(content: ReportContent) -> list[Advice]:
+    """Return advice on exits that decide few tokens under all policies that were measured."""
+    measured: dict[str, Sequence[float]] = {}
+    calibration, sweep = content.calibration, content.sweep
+    calibrated = None if calibration is None else calibration.result
+    if calibrated is not None and any(calibrated.thresholds):
+        measured["the calibrated policy"] = calibrated.shares
+    if sweep is not None and any(sweep.recommended.thresholds):
+        measured["the recommended point of the sweep"] = sweep.recommended.shares
+    if not measured:
+        return []
+    names = " and ".join(measured)
+    shares = [max(of_exit) for of_exit in zip(*measured.values(), strict=True)]
+    return [
+        Advice(
+            f"Exit {boundary} decides {share:.1%} of tokens under {names}. An exit that few tokens"
+            " take saves little and costs the time of its head, or only memory if it is off."
+            " Remove it with 'ee-llm checkpoint remove-exits', or tune it for longer."
+        )
+        for boundary, share in zip(content.config.exits.boundaries, shares, strict=False)
+        if share < _FEW
+    ]
 
 
 def _source(content: ReportContent) -> list[str]:

@@ -179,10 +179,8 @@ def _front(sweep: SweepResult | None) -> str:
 def _depth(content: ReportContent) -> str:
     ends = (*content.config.exits.boundaries, content.config.model.num_layers)
     columns: dict[str, Sequence[float]] = {}
-    if content.calibration is not None and len(content.calibration.known.get("shares", ())) == len(
-        ends
-    ):
-        columns["text of the calibration"] = content.calibration.known["shares"]
+    if content.calibration is not None and content.calibration.result is not None:
+        columns["text of the calibration"] = content.calibration.result.shares
     if content.sweep is not None and any(content.sweep.recommended.thresholds):
         columns["generations of the sweep"] = content.sweep.recommended.shares
     exits = [exit for sample in content.samples for exit in sample.exits]
@@ -211,20 +209,19 @@ def _bars(name: str, ends: Sequence[int], shares: Iterable[float]) -> str:
 def _samples(content: ReportContent) -> str:
     if not content.samples:
         return ""
+    decoding = content.decoding
+    policy = decoding.policy
     thresholds = ", ".join(
         f"exit {boundary} {'off' if threshold is None else format(threshold, '.4g')}"
-        for boundary, threshold in zip(
-            content.policy.boundaries, content.policy.thresholds, strict=True
-        )
+        for boundary, threshold in zip(policy.boundaries, policy.thresholds, strict=True)
     )
     text = (
-        f"Greedy generations with {content.policy_source} ({content.policy.measure}: {thresholds})."
-        " The prompt is grey, and the color of a token shows its exit."
+        f"Greedy generations with {decoding.source} (strategy {decoding.strategy},"
+        f" {policy.measure}: {thresholds}). The prompt is grey, and the color of a token shows its"
+        " exit."
     )
     shown = (
-        colored_html(
-            sample.prompt or "", sample.tokens, content.policy.boundaries, sample.num_layers
-        )
+        colored_html(sample.prompt or "", sample.tokens, policy.boundaries, sample.num_layers)
         for sample in content.samples
     )
     return _paragraph(text) + "".join(f'<div class="sample">{one}</div>\n' for one in shown)

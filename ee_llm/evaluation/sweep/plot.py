@@ -129,6 +129,8 @@ def draw_front(
 def _write(axes: Any, mark: Mark, text: str, offset: tuple[int, int], **style: Any) -> None:
     """Write a text beside a point; `offset` is in typographic points."""
     place = (mark.speedup[1], 100 * mark.agreement[1])
+    # Names of policy files may have dollar signs, which matplotlib reads as formulas.
+    style["parse_math"] = False
     axes.annotate(text, place, textcoords="offset points", xytext=offset, **style)
 
 

@@ -4,15 +4,18 @@ import csv
 import io
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ee_llm.errors import RequestError
+from ee_llm.evaluation.record import check_record
 from ee_llm.evaluation.result import perplexity_of
 from ee_llm.evaluation.sweep.candidates import Kind
 from ee_llm.evaluation.sweep.plot import Mark, save_front
 from ee_llm.inference.choices import Measure
+from ee_llm.inference.strategies import Strategy
 
 _TUPLES = ("arguments", "thresholds", "shares")
 
@@ -27,6 +30,7 @@ class SweepPoint:
         arguments: The options of `ee-llm generate` that select it.
         thresholds: Threshold of each early exit; None is off.
         measure: Measure of confidence of the thresholds.
+        strategy: The decoding strategy.
         num_tokens: Number of generated tokens that were compared with the full model.
         agreement: Share of them that are the full model's most probable token, given the prompt and
             the generated tokens before it.
@@ -50,6 +54,7 @@ class SweepPoint:
     arguments: tuple[str, ...]
     thresholds: tuple[float | None, ...]
     measure: Measure
+    strategy: Strategy
     num_tokens: int
     agreement: float
     agreement_low: float
@@ -77,7 +82,8 @@ class SweepResult:
 
     Attributes:
         checkpoint: The checkpoint or run directory, as it was given.
-        fingerprint: Fingerprint of its model, 16 hexadecimal digits.
+        fingerprint: Fingerprint of its model, 16 hexadecimal digits. It covers the gates if a point
+            uses them.
         inputs: The source of the prompts.
         num_layers: Number of layers of the model.
         boundaries: Boundaries of the early exits.
@@ -153,15 +159,30 @@ class SweepResult:
         """Return the result that `to_dict` turned into these values.
 
         Raises:
-            KeyError: A value is missing.
+            RequestError: A value is missing, or is not what a sweep writes. The error names it.
         """
+        check_record(cls, values)
         found = {field.name: values[field.name] for field in fields(cls)}
         found |= {name: tuple(found[name]) for name in ("inputs", "boundaries")}
         points = []
         for point in found["points"]:
             kept = {field.name: point[field.name] for field in fields(SweepPoint)}
             points.append(SweepPoint(**{**kept, **{name: tuple(kept[name]) for name in _TUPLES}}))
-        return cls(**{**found, "points": tuple(points)})
+        result = cls(**{**found, "points": tuple(points)})
+        result._check()
+        return result
+
+    def _check(self) -> None:
+        """Raise RequestError unless the points are those of a sweep of one model."""
+        if not self.points or self.full.family != "full":
+            raise RequestError("points must begin with the full model")
+        num_exits = len(self.boundaries)
+        for number, point in enumerate(self.points):
+            if len(point.thresholds) != num_exits or len(point.shares) != num_exits + 1:
+                raise RequestError(
+                    f"points[{number}] has {len(point.thresholds)} thresholds and"
+                    f" {len(point.shares)} shares, but the model has {num_exits} early exits"
+                )
 
     def save_csv(self, path: str | Path) -> None:
         """Write a row for each point.
@@ -286,6 +307,12 @@ class SweepResult:
                 f" {closest.name} with {closest.agreement:.2%}"
             )
         return "nothing measured is faster than the full model"
+
+
+def measure_of_fingerprint(points: Iterable[SweepPoint]) -> Measure:
+    """Return the measure for which `policy_fingerprint` covers all that the points depend on."""
+    measures = [point.measure for point in points]
+    return "gate" if "gate" in measures else measures[0]
 
 
 def _values(point: SweepPoint) -> dict[str, Any]:

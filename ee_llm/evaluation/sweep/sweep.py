@@ -14,12 +14,13 @@ from ee_llm.evaluation.sweep.agreement import FullModel, pooled
 from ee_llm.evaluation.sweep.candidates import Candidate, find_candidates
 from ee_llm.evaluation.sweep.options import SweepOptions, check_sweep
 from ee_llm.evaluation.sweep.prompts import find_prompts
-from ee_llm.evaluation.sweep.result import SweepPoint, SweepResult
+from ee_llm.evaluation.sweep.result import SweepPoint, SweepResult, measure_of_fingerprint
 from ee_llm.evaluation.sweep.timing import Rounds, Timing
 from ee_llm.evaluation.sweep.work import work_of
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.load import policy_fingerprint
 from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.strategies import resolve_strategy
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 
 
@@ -61,7 +62,7 @@ def sweep(options: SweepOptions, prompts: Sequence[object] = ()) -> SweepResult:
     )
     return SweepResult(
         checkpoint=str(options.checkpoint),
-        fingerprint=reader.fingerprint(),
+        fingerprint=policy_fingerprint(reader, measure_of_fingerprint(points)),
         inputs=tuple(sources or ["prompts"]),
         num_layers=config.model.num_layers,
         boundaries=config.exits.boundaries,
@@ -143,6 +144,7 @@ def _score(
                     arguments=candidate.arguments,
                     thresholds=candidate.policy.thresholds,
                     measure=candidate.policy.measure,
+                    strategy=resolve_strategy(candidate.strategy, config)[0],
                     num_tokens=sum(len(output.token_ids) for output in outputs),
                     agreement=agreement.value,
                     agreement_low=agreement.low,

@@ -23,7 +23,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import ee_llm
-from ee_llm.errors import CheckpointError, RequestError
+from ee_llm import distributed
+from ee_llm.errors import CheckpointError, DataError, RequestError
 from ee_llm.evaluation.harness.model import EarlyExitLM
 from tests.unit.conversion.huggingface.folders import make_model
 from tests.unit.data.tokenization.families import FAMILIES, write_family
@@ -112,7 +113,7 @@ class Models:
         ee_llm.convert(self.checkpoint, self.truncated, to="hf", truncate_at=2, **quiet)
 
     def ours(self, **arguments: Any) -> EarlyExitLM:
-        return EarlyExitLM(checkpoint=str(self.checkpoint), dtype="float32", **arguments)
+        return EarlyExitLM(pretrained=str(self.checkpoint), dtype="float32", **arguments)
 
     def theirs(self, truncated: bool = False, **arguments: Any) -> HFLM:
         folder = self.truncated if truncated else self.dense
@@ -259,23 +260,47 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"dtype": "float16"}, "dtype = 'float16' is unknown. Use one of auto, float32"),
     "max_length": ({"max_length": 300}, "max_length = 300 is above the model's max_seq_length"),
     "tensor": ({"tensor": 3}, "tensor = 3 does not divide num_kv_heads = 2"),
+    "draft_exit": (
+        {"strategy": "self-speculative", "draft_exit": 99},
+        "draft_exit = 99 is not an exit. The model has exits at [1, 2]",
+    ),
+    "max_num_seqs": ({"max_num_seqs": 0}, "max_num_seqs = 0 must be an integer from 1 to 16384"),
+    "cache_tokens": ({"cache_tokens": "x"}, "cache_tokens = 'x' must be an integer from 1 to"),
+    "max_gen_toks": ({"max_gen_toks": 0}, "max_gen_toks = 0 must be an integer from 1 to"),
+    "no tensor": ({"tensor": None}, "tensor = None must be an integer from 1 to"),
+    "exit": ({"exit": True}, "exit = True must be a number of layers, or final"),
+    "number as policy": ({"policy": 12}, "policy = 12 is not a path. Write ./12 for a file"),
+    "two names": ({"checkpoint": "runs/b"}, "and checkpoint = runs/b mean the same, but both"),
+    "device": ({"device": "cuda:7"}, "device = 'cuda:7' (--device) is not the device in use"),
     "no policy file": ({"policy": "gone.json"}, "Policy file gone.json cannot be read"),
 }
+
+
+def test_a_missing_chat_template_is_found_before_the_tasks(models: Models) -> None:
+    with pytest.raises(DataError, match="chat_template gone.jinja cannot be read"):
+        models.ours(chat_template="gone.jinja")
+
+
+@pytest.mark.parametrize("device", [None, "cuda", "cuda:0", str(distributed.device())])
+def test_default_devices_are_accepted_everywhere(models: Models, device: str | None) -> None:
+    assert models.ours(device=device).options.device == device
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_arguments_are_refused(models: Models, case: str) -> None:
     arguments, message = REFUSED[case]
     with pytest.raises(RequestError) as caught:
-        EarlyExitLM(checkpoint=str(models.checkpoint), **arguments)
+        EarlyExitLM(pretrained=str(models.checkpoint), **arguments)
     assert message in str(caught.value)
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="checkpoint is missing. Give --model_args checkpoint="):
+    with pytest.raises(RequestError, match="pretrained is missing. Give --model_args pretrained="):
         EarlyExitLM()
+    with pytest.raises(RequestError, match="pretrained = 12 is not a path. Write ./12"):
+        EarlyExitLM(checkpoint=12)
     with pytest.raises(CheckpointError, match="gone"):
-        EarlyExitLM(checkpoint=str(tmp_path / "gone"))
+        EarlyExitLM(pretrained=str(tmp_path / "gone"))
 
 
 def test_the_policy_of_another_model_is_an_error(models: Models, tmp_path: Path) -> None:
@@ -289,6 +314,12 @@ def test_the_policy_of_another_model_is_an_error(models: Models, tmp_path: Path)
 
 REFUSED_REQUESTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "unknown setting": ({}, {"num_beams": 4}, "generation_kwargs: num_beams = 4 is not supported"),
+    "no tokens": ({}, {"max_gen_toks": 0}, "max_gen_toks = 0 must be at least 1"),
+    "no number": (
+        {},
+        {"max_gen_toks": "many"},
+        "generation_kwargs = {'max_gen_toks': 'many'}: inv",
+    ),
     "no room": ({}, {"max_gen_toks": 256}, "max_gen_toks = 256 leaves no room for a prompt"),
 }
 
@@ -345,13 +376,34 @@ def test_programs_without_lm_eval_do_not_import_it(tmp_path: Path) -> None:
     assert done.stdout == f"{[f'ee_llm{name}' for name in names]}\n", done.stderr
 
 
+BROKEN = "raise RuntimeError('another registry')\n"
+
+
+def test_a_broken_lm_eval_does_not_break_torch(tmp_path: Path) -> None:
+    """torch refuses to be imported if one of its entry points raises, whatever the reason."""
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval" / "__init__.py").write_text("")
+    (tmp_path / "lm_eval" / "models.py").write_text(BROKEN)
+    done = python(tmp_path, "-c", "import lm_eval, torch; print(torch.ones(1).item())")
+    assert done.stdout == "1.0\n", done.stderr
+    assert "'ee_llm' cannot be added to lm_eval (RuntimeError: another registry)" in done.stderr
+
+
+def test_programs_that_do_not_use_a_broken_lm_eval_hear_nothing_of_it(tmp_path: Path) -> None:
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval" / "__init__.py").write_text(BROKEN)
+    done = python(tmp_path, "-c", "import torch; print(torch.ones(1).item())")
+    assert (done.stdout, done.stderr) == ("1.0\n", "")
+
+
 @pytest.mark.slow
 def test_the_command_lm_eval_knows_the_model(models: Models, tasks: Path, tmp_path: Path) -> None:
     arguments = ["--model", "ee_llm", "--tasks", tasks / "choices.yaml", "--output_path", "out"]
-    given = f"checkpoint={models.checkpoint},dtype=float32,exit=1"
+    given = f"pretrained={models.checkpoint},dtype=float32,exit=1"
     done = python(tmp_path, "-m", "lm_eval", *arguments, "--model_args", given)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("out/**/results_*.json")
+    assert path.parent.name.endswith(f"__{models.checkpoint.name}"), "not the model's name"
     results = json.loads(path.read_text())
     expected = run(models.ours(exit=1), tasks)["results"]["choices"]
     assert results["results"]["choices"]["acc,none"] == expected["acc,none"]
@@ -365,7 +417,7 @@ def test_our_command_reports_mistakes_in_one_line(
 ) -> None:
     module = "ee_llm.evaluation.harness"
     arguments = ["--model", "ee_llm", "--tasks", tasks / "choices.yaml"]
-    done = python(tmp_path, "-m", module, *arguments, "--model_args", "checkpoint=gone")
+    done = python(tmp_path, "-m", module, *arguments, "--model_args", "pretrained=gone")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("ee-llm: ")

@@ -1,6 +1,7 @@
 """The page of a report: its numbers, its escaping, and that it loads nothing."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 
 import ee_llm
-from ee_llm.errors import RequestError
-from ee_llm.evaluation.reliability import calibration_error
+from ee_llm.errors import RequestError, UserError
+from ee_llm.evaluation.reliability import ReliabilityBin, calibration_error
+from ee_llm.evaluation.report.charts import reliability_svg
 from ee_llm.evaluation.report.content import gather
 from ee_llm.evaluation.report.options import ReportOptions
+from ee_llm.evaluation.report.page import page_of
 from ee_llm.evaluation.sweep.result import SweepResult
 from tests.unit.evaluation.models import write_texts
 from tests.unit.evaluation.sweep.places import make_place
@@ -33,6 +36,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.references: list[str] = []
         self.ids: list[str] = []
+        self.targets: list[str] = []  # ids that attributes refer to
         self.texts: list[str] = []
         self.rows: list[list[str]] = []
         self._open: list[str] = []
@@ -49,6 +53,9 @@ class Page(HTMLParser):
         if tag in ("td", "th") and self.rows:
             self.rows[-1].append("")
         for name, value in attrs:
+            self.targets += re.findall(r"url\(#([^)]*)\)", value or "")
+            if name == "href" and (value or "").startswith("#"):
+                self.targets.append((value or "")[1:])
             if name == "id":
                 self.ids.append(value or "")
             if name in LOADING:
@@ -101,9 +108,22 @@ def test_page_loads_nothing(html: str) -> None:
     assert not re.search(r"https?:|//[a-z]|@import", html)
     for reference in page.references:
         assert "url(" not in reference.replace("url(#", "")
-    targets = [r[1:] for r in page.references if r.startswith("#")]
-    assert targets
-    assert set(targets) <= set(page.ids)
+
+
+def test_ids_are_unique_and_their_targets_exist(html: str) -> None:
+    """Equal shapes have equal ids in all figures of matplotlib."""
+    page = Page(html)
+    assert len(set(page.ids)) == len(page.ids)
+    for figure in ("front-", "reliability-"):
+        assert any(target.startswith(figure) for target in page.targets)
+    assert set(page.targets) <= set(page.ids)
+
+
+def test_points_of_reliability_diagrams_are_not_cut() -> None:
+    """The largest marker lies at a corner, if an exit is always sure and right."""
+    svg = reliability_svg({2: [ReliabilityBin(10, 1.0, 1.0)]}, "label")
+    (group,) = re.findall(r"<g([^>]*)>\s*<use [^>]*fill-opacity: 0.8", svg)
+    assert "clip-path" not in group
 
 
 def test_page_has_its_sections_once(html: str) -> None:
@@ -166,6 +186,110 @@ def test_page_without_results_says_how_to_get_them(place: Path, tmp_path: Path) 
     assert f"ee-llm calibrate {place / 'run'}" in texts
     assert "Speed and agreement" not in texts
     assert "Samples" not in texts
+
+
+HOSTILE = """<img src=x onerror="alert('$x_{$ $y$')"> url(#a) id="a_1" & """
+
+
+def test_texts_of_result_files_are_escaped_and_shown_as_they_are(
+    place: Path, tmp_path: Path
+) -> None:
+    """They come from files, and matplotlib reads dollar signs as formulas."""
+    record = json.loads((place / "sweep.json").read_text())
+    record |= {"checkpoint": HOSTILE, "inputs": [HOSTILE, HOSTILE]}
+    record["points"][1] |= {"name": HOSTILE, "speedup": 9.0, "speedup_low": 9.0, "agreement": 1.0}
+    record["points"][1] |= {"agreement_high": 1.0}
+    assert record["points"][1]["family"] == "thresholds"
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    options = options_of(place, sweep=tmp_path / "sweep.json", num_samples=1, max_tokens=1)
+    ee_llm.report(place / "run", tmp_path / "a.html", **options)
+    html = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "<img" not in html
+    page = Page(html)
+    assert "img" not in page.tags
+    texts = "".join(page.texts)
+    assert f"recommended: {HOSTILE.strip()}" in texts, "the figure"
+    assert f"Recommended: {HOSTILE}, 9.00 times as fast" in texts, "the advice"
+    assert f"prompts of {HOSTILE} {HOSTILE}, up to" in texts, "the caption of the table"
+    assert f"the recommended point of the sweep, {HOSTILE} (strategy exact" in texts, "the samples"
+
+
+def test_samples_use_the_strategy_of_the_sweep(place: Path, tmp_path: Path) -> None:
+    """The approximation of propagate writes other texts than exact exits."""
+    record = json.loads((place / "sweep.json").read_text())
+    best = {"strategy": "propagate", "speedup": 9.0, "speedup_low": 9.0, "agreement": 1.0}
+    record["points"][1] |= best
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    content = gather(
+        ReportOptions(
+            place / "run",
+            text=(place / "hostile",),
+            seq_length=16,
+            dtype="float64",
+            num_samples=1,
+            sweep=tmp_path / "sweep.json",
+        )
+    )
+    assert content.samples[0].strategy == "propagate"
+    assert "(strategy propagate, max_probability:" in page_of(content)
+
+
+@pytest.mark.parametrize("case", ["output", "prompts"])
+def test_mistakes_are_found_before_the_text_is_read(
+    place: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """A pass over a large text takes hours."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("the evaluation has begun")
+
+    monkeypatch.setattr("ee_llm.evaluation.report.content.run_pass", fail)
+    if case == "output":
+        with pytest.raises(UserError, match="output .*gone/a.html: the folder .*gone does not ex"):
+            ee_llm.report(place / "run", place / "gone" / "a.html", **options_of(place))
+    else:
+        with pytest.raises(UserError, match="too short for num_prompts = 90 prompts"):
+            ee_llm.report(place / "run", place / "a.html", **options_of(place, num_samples=90))
+
+
+MALFORMED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no points": ("sweep", {"points": []}, r"points must begin with the full model"),
+    "text": (
+        "sweep",
+        {"speedup": "1.5"},
+        r'points\[1\].speedup = "1.5": input should be a valid n',
+    ),
+    "missing": ("sweep", {"loss": None}, r"points\[1\].loss is missing"),
+    "shares": ("sweep", {"shares": [1.0]}, r"points\[1\] has 2 thresholds and 1 shares"),
+    "boundaries": ("sweep", {"boundaries": [1, 4]}, r"for exits at \[1, 4\], but the model has"),
+    "not finite": ("sweep", {"speedup": math.inf}, "has a number that is not finite"),
+    "text risk": ("calibration", {"risk": "0.1"}, 'risk = "0.1": input should be a valid number'),
+    "no delta": ("calibration", {"delta": None}, "delta is missing"),
+    "metric": ("calibration", {"metric": "x"}, "metric = \"x\": input should be 'agreement', "),
+    "few shares": (
+        "calibration",
+        {"shares": [1.0]},
+        r"shares = \[1.0\] and thresholds = .* do not",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_files_are_named_with_the_field(place: Path, tmp_path: Path, case: str) -> None:
+    kind, changes, expected = MALFORMED[case]
+    name = {"sweep": "sweep.json", "calibration": "policy.json"}[kind]
+    record = json.loads((place / name).read_text())
+    inner = record["calibration"] if kind == "calibration" else record
+    for name, value in changes.items():
+        where = inner if name in inner else record["points"][1]
+        if value is None:
+            del where[name]
+        else:
+            where[name] = value
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(RequestError, match=f"{kind} = {path} is .*{expected}"):
+        ee_llm.report(place / "run", tmp_path / "a.html", **options_of(place, **{kind: path}))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

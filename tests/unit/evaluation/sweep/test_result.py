@@ -18,6 +18,7 @@ FULL = SweepPoint(
     arguments=("--strategy", "full"),
     thresholds=(None, None),
     measure="max_probability",
+    strategy="full",
     num_tokens=1000,
     agreement=1.0,
     agreement_low=0.996,
@@ -40,6 +41,7 @@ def point(name: str, speedup: float, agreement: float, **given: Any) -> SweepPoi
         "family": "thresholds",
         "arguments": ("--thresholds", "0.8", "off"),
         "thresholds": (0.8, None),
+        "strategy": "exact",
         "speedup_low": speedup - 0.05,
         "speedup_high": speedup + 0.05,
         "agreement_low": agreement - 0.02,
@@ -74,6 +76,7 @@ DRAFT = point(
     family="self-speculative",
     arguments=("--strategy", "self-speculative", "--draft-exit", "8"),
     thresholds=(None, None),
+    strategy="self-speculative",
     acceptance=0.7,
 )
 SLOW = point("slow", 0.9, 0.97)
@@ -136,6 +139,15 @@ def test_result_survives_json() -> None:
     assert record["recommended"] == "draft"
     assert record["command"].endswith("--strategy self-speculative --draft-exit 8")
     assert record["points"][3]["perplexity"] is None
+
+
+def test_names_with_dollar_signs_are_drawn(tmp_path: Path) -> None:
+    """matplotlib reads what is between two of them as a formula."""
+    found = result(point("policy $x_{$.json", 1.6, 0.95), point("policy $a$", 1.3, 0.992))
+    found.save_plot(tmp_path / "a.svg")
+    words = "".join(ET.parse(tmp_path / "a.svg").getroot().itertext())
+    assert "policy $x_{$.json" in words
+    assert "recommended: policy $a$" in words
 
 
 def test_csv_has_a_row_for_each_point(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A whole sweep of a small model: quality by hand, batches, and refused input."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 
 import ee_llm
 from ee_llm.architecture.reference import ReferenceModel
+from ee_llm.checkpoint.gates import fingerprint_with_gates, write_gates
+from ee_llm.checkpoint.read import TensorReader
 from ee_llm.errors import DataError, RequestError, UserError
 from ee_llm.evaluation.sweep.result import SweepResult
 from ee_llm.inference.strategies import SelfSpeculation
@@ -20,7 +23,7 @@ from tests.unit.evaluation.sweep.places import (
     agreeing_tensors,
     make_place,
 )
-from tests.unit.inference.models import save_model
+from tests.unit.inference.models import random_gates, save_model
 
 pytestmark = pytest.mark.thorough
 
@@ -133,6 +136,36 @@ def test_prompts_of_prepared_data_and_policy_files(place: Path, tmp_path: Path) 
         place, text=place / "texts", num_prompts=3, prompt_length=5, families=[], policy=path
     )
     assert texts.full.num_tokens == 3 * NUM_NEW
+
+
+def test_single_values_need_no_list(place: Path) -> None:
+    found = sweep(
+        place,
+        families="thresholds",
+        exits="all",
+        thresholds=0.3,
+        draft_exits=2,
+        draft_lengths=2,
+        rounds=1,
+    )
+    assert [point.name for point in found.points] == ["full", "exits 2+4 at 0.3"]
+    assert [point.strategy for point in found.points] == ["full", "exact"]
+    drafts = sweep(place, families="self-speculative", draft_exits=2, draft_lengths=2, rounds=1)
+    assert [point.name for point in drafts.points] == ["full", "draft 2 at exit 2"]
+    assert drafts.points[1].strategy == "self-speculative"
+    with pytest.raises(RequestError, match="there is nothing to measure: families"):
+        sweep(place, families=None)
+
+
+def test_the_fingerprint_covers_gates_that_are_used(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "run", tmp_path / "run")
+    config = agreeing_config()
+    write_gates(TensorReader(tmp_path / "run"), random_gates(config))
+    given: dict[str, Any] = {"families": "thresholds", "thresholds": 0.5, "rounds": 1}
+    with_gates = sweep(tmp_path, measure="gate", **given)
+    assert with_gates.fingerprint == fingerprint_with_gates(TensorReader(tmp_path / "run"))
+    without = sweep(tmp_path, **given)
+    assert without.fingerprint == sweep(place, **given).fingerprint != with_gates.fingerprint
 
 
 def test_result_survives_json(result: SweepResult) -> None:

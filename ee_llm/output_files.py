@@ -1,4 +1,4 @@
-"""Check the files that a command is asked to write."""
+"""Check the files that a command or a function is asked to write."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ def check_writable(name: str, path: Path | None) -> None:
     """Raise UserError for a file that cannot be written, before any work is done.
 
     Args:
-        name: The option.
+        name: The option or argument, such as --output.
         path: Its value.
     """
     if path is None:
