@@ -4,17 +4,21 @@ import csv
 import io
 import math
 import shlex
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ee_llm.evaluation.result import perplexity_of
 from ee_llm.evaluation.sweep.candidates import Kind
+from ee_llm.evaluation.sweep.confirm import MAX_TRIES, MIN_ROUNDS, is_faster
 from ee_llm.evaluation.sweep.plot import Mark, save_front
+from ee_llm.evaluation.sweep.table import advice_of, table_of
 from ee_llm.inference.choices import Measure
 
-_TUPLES = ("arguments", "thresholds", "shares")
+_TUPLES = ("arguments", "thresholds", "shares", "paired_speedups")
+_NO_COLUMNS = ("thresholds", "shares", "paired_speedups")
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,9 @@ class SweepPoint:
         num_tokens: Number of generated tokens that were compared with the full model.
         agreement: Share of them that are the full model's most probable token, given the prompt and
             the generated tokens before it.
-        agreement_low: Lower end of the 95 % confidence interval of `agreement`.
-        agreement_high: Upper end of this interval.
+        agreement_low: Lower end of the 95 % confidence interval of `agreement`; None for a single
+            generation.
+        agreement_high: Upper end of this interval, None likewise.
         loss: Mean negative log probability of the generated tokens under the full model, in nats.
         layers: Mean number of layers per token; for self-speculative decoding, passes through
             layers, each of which checks several tokens.
@@ -39,10 +44,13 @@ class SweepPoint:
         shares: Share of the tokens that each exit decided, the final one last.
         acceptance: Share of drafted tokens that the full model confirmed; None without drafts.
         ideal_speedup: Speed-up over the full model if only reading weights took time, at batch 1.
-        speedup: Measured speed-up over the full model: the ratio of medians over rounds.
-        speedup_low: First quartile of the speed-ups of single rounds.
-        speedup_high: Third quartile of these.
-        tokens_per_second: Median speed of a batch after its first tokens.
+        speedup: Measured speed-up over the full model: the ratio of medians over rounds; None if
+            nothing followed the first step of any generation, so that there was nothing to time.
+        speedup_low: First quartile of the speed-ups of single rounds, None likewise.
+        speedup_high: Third quartile of these, None likewise.
+        tokens_per_second: Median speed of a batch after its first tokens, None likewise.
+        paired_speedups: Speed-ups in pairs of runs made after the rounds, which decide whether the
+            point is recommended; empty for a point that was not tested in this way.
     """
 
     family: Kind
@@ -52,18 +60,24 @@ class SweepPoint:
     measure: Measure
     num_tokens: int
     agreement: float
-    agreement_low: float
-    agreement_high: float
+    agreement_low: float | None
+    agreement_high: float | None
     loss: float
     layers: float
     heads: float
     shares: tuple[float, ...]
     acceptance: float | None
     ideal_speedup: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-    tokens_per_second: float
+    speedup: float | None
+    speedup_low: float | None
+    speedup_high: float | None
+    tokens_per_second: float | None
+    paired_speedups: tuple[float, ...] = ()
+
+    @property
+    def tested_speedup(self) -> float | None:
+        """Median of `paired_speedups`, which no choice of the luckiest point biases."""
+        return statistics.median(self.paired_speedups) if self.paired_speedups else None
 
     @property
     def perplexity(self) -> float:
@@ -110,25 +124,65 @@ class SweepResult:
         """The full model, the baseline of all speed-ups."""
         return self.points[0]
 
+    def is_good(self, point: SweepPoint) -> bool:
+        """Return whether a point agrees with the full model often enough.
+
+        `min_agreement` is relative to the agreement of the generations of the full model itself,
+        which rounding lowers. Drafts are checked by the full model, so they always agree.
+        """
+        least = self.min_agreement * self.full.agreement
+        return point.family == "self-speculative" or point.agreement >= least
+
     @property
     def recommended(self) -> SweepPoint:
-        """The fastest point with an agreement of at least `min_agreement`, or the full model.
-
-        The full model is returned if no other point is both good enough and faster in three
-        quarters of the rounds. Without the latter, the luckiest of many equal points would win.
-        """
-        good = (
-            point
+        """The fastest good point that the pairs of runs show to be faster, or the full model."""
+        good = [
+            (point.tested_speedup or 0.0, point)
             for point in self.points[1:]
-            if point.agreement >= self.min_agreement and point.speedup_low > 1.0
-        )
-        return max(good, key=lambda point: point.speedup, default=self.full)
+            if self.is_good(point) and is_faster(point.paired_speedups)
+        ]
+        return max(good, key=lambda pair: pair[0])[1] if good else self.full
+
+    @property
+    def contenders(self) -> list[int]:
+        """Numbers of the good points that seem faster than the full model, the fastest first.
+
+        Few rounds show nothing. At batch 1, neither does a speed-up of a point that reads as many
+        weights as the full model: it is noise.
+        """
+        if self.rounds < MIN_ROUNDS:
+            return []
+        found = [
+            (point.speedup or 0.0, number)
+            for number, point in enumerate(self.points)
+            if number > 0
+            and self.is_good(point)
+            and (self.batch_size > 1 or point.ideal_speedup > 1.0)
+            and (point.speedup_low or 0.0) > 1.0
+        ]
+        return [number for _, number in sorted(found, reverse=True)]
+
+    def confirmed(self, run_pairs: Callable[[int], Sequence[float]]) -> "SweepResult":
+        """Return the result after tests of the best contenders, up to the first that passes.
+
+        Args:
+            run_pairs: Returns the speed-ups of new pairs of runs of a point, by its number.
+        """
+        result = self
+        for number in self.contenders[:MAX_TRIES]:
+            points = list(result.points)
+            points[number] = replace(points[number], paired_speedups=tuple(run_pairs(number)))
+            result = replace(result, points=tuple(points))
+            if result.recommended is not result.full:
+                break
+        return result
 
     @property
     def front(self) -> tuple[SweepPoint, ...]:
         """The points that no other point beats in both speed and agreement, fastest first."""
         found: list[SweepPoint] = []
-        for point in sorted(self.points, key=lambda one: (-one.speedup, -one.agreement)):
+        timed = [(point.speedup, point) for point in self.points if point.speedup is not None]
+        for _, point in sorted(timed, key=lambda pair: (-pair[0], -pair[1].agreement)):
             if not found or point.agreement > found[-1].agreement:
                 found.append(point)
         return tuple(found)
@@ -171,7 +225,7 @@ class SweepResult:
         """
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
-        names = [name for name in _values(self.full) if name not in ("shares", "thresholds")]
+        names = [name for name in _values(self.full) if name not in _NO_COLUMNS]
         ends = (*self.boundaries, self.num_layers)
         writer.writerow([*names, *(f"share_{end}" for end in ends), "on_front", "is_recommended"])
         front = self.front
@@ -194,102 +248,37 @@ class SweepResult:
         save_front(Path(path), self.marks(), self.min_agreement)
 
     def marks(self) -> list[Mark]:
-        """Return the points as they are drawn."""
+        """Return the points as they are drawn: those that could be timed."""
         front = self.front
         return [
             Mark(
                 point.family,
                 point.name,
-                (point.speedup_low, point.speedup, point.speedup_high),
-                (point.agreement_low, point.agreement, point.agreement_high),
+                _interval(point.speedup_low, point.speedup, point.speedup_high),
+                _interval(point.agreement_low, point.agreement, point.agreement_high),
                 point in front,
                 point is self.recommended,
             )
             for point in self.points
+            if point.speedup is not None
         ]
 
     def __repr__(self) -> str:
-        front = self.front
-        rows = [
-            (
-                *("", "speed-up", "quartiles", "ideal", "agreement", "95 % interval"),
-                *("perplexity", "layers", "heads", "tokens/s"),
-            )
-        ]
-        for point in self.points:
-            rows.append(
-                (
-                    ("* " if point in front else "  ") + point.name,
-                    f"{point.speedup:.2f}",
-                    f"{point.speedup_low:.2f} .. {point.speedup_high:.2f}",
-                    f"{point.ideal_speedup:.2f}",
-                    f"{point.agreement:.2%}",
-                    f"{point.agreement_low:.1%} .. {point.agreement_high:.1%}",
-                    f"{point.perplexity:.4g}",
-                    f"{point.layers:.2f}",
-                    f"{point.heads:.2f}",
-                    f"{point.tokens_per_second:.1f}",
-                )
-            )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in rows
-        ]
-        return "\n".join(
-            [
-                f"{self.checkpoint}: {self.num_prompts} prompts of {' '.join(self.inputs)}, up to"
-                f" {self.max_tokens} tokens each",
-                f"batches of {self.batch_size}, {self.rounds} rounds, {self.dtype}; * is on the"
-                " front of speed and agreement",
-                "",
-                *lines,
-                "",
-                *self.advice(),
-            ]
-        )
+        return table_of(self)
 
     def advice(self) -> list[str]:
         """Return the recommendation as lines of text; the last one is the command."""
-        best = self.recommended
-        wanted = f"{100 * self.min_agreement:.6g}%"
-        if best is self.full:
-            lines = [f"Recommended: exits off ({self._no_gain(wanted)})."]
-        else:
-            lines = [
-                f"Recommended: {best.name}, {best.speedup:.2f} times as fast as exits off,"
-                f" with {best.agreement:.2%} of tokens equal to the full model's (at least {wanted}"
-                " wanted)."
-            ]
-            if best.agreement_low < self.min_agreement:
-                lines.append(
-                    f"With {best.num_tokens:,} tokens, the agreement may be as low as"
-                    f" {best.agreement_low:.1%}. Use more prompts to be surer."
-                )
-        return [*lines, f"  {self.command(best)}"]
+        return advice_of(self)
 
-    def _no_gain(self, wanted: str) -> str:
-        """Return why no point but the full model can be recommended."""
-        faster = [point for point in self.points if point.speedup > 1.0]
-        good = [point for point in faster if point.agreement >= self.min_agreement]
-        if good:
-            best = max(good, key=lambda point: point.speedup)
-            return (
-                f"no good point is faster in three quarters of the rounds; {best.name} has a median"
-                f" speed-up of {best.speedup:.2f} and a first quartile of {best.speedup_low:.2f}."
-                " Use more rounds, on an idle machine, to tell them apart"
-            )
-        if faster:
-            closest = max(faster, key=lambda point: point.agreement)
-            return (
-                f"no faster point agrees with the full model on {wanted} of tokens; the closest is"
-                f" {closest.name} with {closest.agreement:.2%}"
-            )
-        return "nothing measured is faster than the full model"
+
+def _interval(low: float | None, value: float, high: float | None) -> tuple[float, float, float]:
+    """Return an interval to draw; one that is not known has no width."""
+    return value if low is None else low, value, value if high is None else high
 
 
 def _values(point: SweepPoint) -> dict[str, Any]:
     values = asdict(point)
     values |= {name: list(values[name]) for name in _TUPLES}
     values["perplexity"] = point.perplexity if point.perplexity < math.inf else None
+    values["tested_speedup"] = point.tested_speedup
     return values

@@ -90,8 +90,10 @@ def test_full_depth_agrees_and_its_speed_is_the_unit(result: SweepResult) -> Non
     assert all(one.loss == pytest.approx(result.full.loss) for one in lossless)
     assert all(one.acceptance is not None and 0 < one.acceptance < 1 for one in lossless[1:])
     assert (result.full.speedup, result.full.layers, result.full.heads) == (1.0, NUM_LAYERS, 1.0)
-    assert all(one.tokens_per_second > 0 for one in result.points)
-    assert all(one.speedup_low <= one.speedup <= one.speedup_high for one in result.points)
+    for one in result.points:
+        assert one.tokens_per_second is not None
+        assert one.tokens_per_second > 0
+        assert one.speedup_low <= one.speedup <= one.speedup_high  # type: ignore[operator]
 
 
 def test_many_layers_cost_time(result: SweepResult) -> None:
@@ -145,9 +147,32 @@ def test_generations_that_end_at_once_are_named(tmp_path: Path) -> None:
     tensors = make_tensors(config)
     tensors["exits.4.norm.bias"][:] = tensors["output.weight"][EOS] = 10.0
     save_model(tmp_path / "run", config, tensors)
-    with pytest.raises(DataError, match="full: all generations .* end at their first token"):
+    with pytest.raises(DataError, match="full: nothing follows the first step of any generation"):
         sweep(tmp_path, ignore_eos=False)
     assert sweep(tmp_path, families=["self-speculative"]).full.num_tokens == 6 * NUM_NEW
+
+
+def test_a_point_without_time_does_not_end_the_sweep(tmp_path: Path) -> None:
+    """The drafts of the first step are all right, so that no token is left for another."""
+    config = agreeing_config()
+    tensors = agreeing_tensors(config)
+    for name, tensor in tensors.items():
+        if name.startswith("layers.") and int(name.split(".")[1]) > 2:
+            tensor.zero_()
+    save_model(tmp_path / "run", config, tensors)
+    found = sweep(
+        tmp_path,
+        max_tokens=3,
+        draft_lengths=(4, 1),
+        draft_exits=(2,),
+        families=("self-speculative",),
+    )
+    perfect, short = found.points[1:]
+    assert (perfect.name, perfect.acceptance) == ("draft 4 at exit 2", 1.0)
+    assert (perfect.speedup, perfect.speedup_low, perfect.tokens_per_second) == (None, None, None)
+    assert short.speedup is not None
+    assert found.recommended is not perfect
+    assert "not timed" in repr(found)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
