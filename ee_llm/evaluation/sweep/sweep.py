@@ -11,7 +11,7 @@ from ee_llm import distributed
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.config import Config
 from ee_llm.errors import RequestError
-from ee_llm.evaluation.calibration.collector import head_cost
+from ee_llm.evaluation.calibration.collector import final_head_cost, head_cost
 from ee_llm.evaluation.sweep.agreement import (
     FullModel,
     TokenScores,
@@ -202,7 +202,9 @@ def _point(
         heads=work.heads,
         shares=work.shares,
         acceptance=num_accepted / num_drafted if num_drafted else None,
-        ideal_speedup=work.ideal_speedup(config.model.num_layers, head_cost(config)),
+        ideal_speedup=work.ideal_speedup(
+            config.model.num_layers, head_cost(config), final_head_cost(config)
+        ),
         speedup=None if speedup is None else speedup.value,
         speedup_low=None if speedup is None else speedup.low,
         speedup_high=None if speedup is None else speedup.high,

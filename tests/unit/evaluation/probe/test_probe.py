@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 import ee_llm
+from ee_llm.checkpoint.read import TensorReader
 from ee_llm.cli.main import main
 from ee_llm.errors import DataError, RequestError
+from ee_llm.evaluation.probe.costs import weight_ratios
 from ee_llm.evaluation.probe.result import ProbeResult
 from tests.unit.evaluation.probe.models import LENGTH, make_place
 
@@ -114,6 +116,15 @@ def test_parts_of_one_text_do_not_overlap(place: Path) -> None:
     assert halves.num_fit_tokens == pytest.approx(halves.num_tokens, abs=2 * LENGTH)
 
 
+def test_risk_is_a_share_of_tokens(place: Path) -> None:
+    """The last window is shorter than the others: its tokens must not count more."""
+    found = probe(place, risk=0.3)
+    assert found.num_tokens % LENGTH != 0
+    num_wrong = found.best.disagreement * found.num_tokens
+    assert 0 < num_wrong <= 0.3 * found.num_tokens
+    assert num_wrong == pytest.approx(round(num_wrong), abs=1e-6)
+
+
 def test_classes_cover_all_tokens(result: ProbeResult) -> None:
     assert sum(one.num_tokens for one in result.classes) == result.num_tokens
     for index, metrics in enumerate(result.boundaries):
@@ -137,6 +148,8 @@ def test_costs_are_measured(place: Path, result: ProbeResult) -> None:
     # The translator [h, h + 1], the norm [h] and the output weight, over a layer's weights.
     head, layer = 32 * 33 + 32 + 264 * 32, 2 * 32 + 64 * 32 + 32 * 32 + 3 * 48 * 32
     assert result.head_cost == pytest.approx(head / layer)
+    config = TensorReader(place / "dense").config()
+    assert weight_ratios(config) == pytest.approx((head / layer, (32 + 264 * 32) / layer))
 
 
 def test_json_round_trip(result: ProbeResult) -> None:

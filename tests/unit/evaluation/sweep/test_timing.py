@@ -168,6 +168,8 @@ def test_a_candidate_without_time_is_left_out(monkeypatch: pytest.MonkeyPatch) -
     rounds = rounds_of(decoder, monkeypatch, [0.5])
     full, early = rounds.run(lambda: None)
     assert (len(full.speeds), early.speeds, early.full_speeds) == (2, [], [])
+    # The runs before, which are not timed, have 16 tokens; then each round has 3 and 1.
+    assert decoder.now == 2 * 16 + 2 * (3 + 1)
     assert rounds.pairs(1, 2, lambda: None) == []
     assert list(early.outputs) == [0]
     with pytest.raises(DataError, match="full: nothing follows the first step"):
@@ -220,6 +222,8 @@ def test_runs_leave_the_deferral_of_others_alone(tmp_path: Path) -> None:
             with rounds._deferrals.of(index):
                 assert llm.engine.deferral is not None
                 rates.append(llm.engine.deferral.rates[0])
+                # It also forgets the tokens before the timed ones.
+                assert llm.engine.deferral._arrived[0] <= 1.0 + 2 * 8
     # Both begin with a rate of 1/2; the first candidate then declines always, the second never.
     assert rates[0] > 0.9
     assert rates[1] < 0.1
