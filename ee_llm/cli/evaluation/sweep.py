@@ -18,7 +18,11 @@ COMMAND = CommandHelp(
     The speed-up is that of generation on this machine, in turns with the full model. The best ones
     are tested against it in more runs, and recommended only if they are reliably faster.""",
     (
-        Group("Prompts", "prompts data text num_prompts max_tokens", "prompt_length ignore_eos"),
+        Group(
+            "Prompts",
+            "prompts data text num_prompts max_tokens",
+            "prompt_length chat_template ignore_eos",
+        ),
         Group("Thresholds", "exits thresholds policy", "strategy measure families"),
         Group("Drafts", "draft_exits draft_lengths"),
         Group("Measurement", "min_agreement batch_size rounds"),

@@ -212,7 +212,7 @@ def _generate(
         text=options.text,
         num_prompts=options.num_samples,
         prompt_length=prompt_length,
-        max_tokens=min(options.max_tokens, longest - prompt_length),
+        max_tokens=min(options.max_tokens, longest - prompt_length - 1),
     )
     prompts = find_prompts(prompting, reader, config)
     params = SamplingParams(max_tokens=prompting.max_tokens)

@@ -2,87 +2,25 @@
 
 import csv
 import io
-import math
 import shlex
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ee_llm.evaluation.result import perplexity_of
-from ee_llm.evaluation.sweep.candidates import Kind
-from ee_llm.evaluation.sweep.confirm import MAX_TRIES, MIN_ROUNDS, is_faster
+from ee_llm.evaluation.sweep.confirm import (
+    MAX_TRIES,
+    MIN_ROUNDS,
+    is_faster,
+    needed_wins,
+    num_wins,
+)
 from ee_llm.evaluation.sweep.plot import Mark, save_front
-from ee_llm.evaluation.sweep.table import advice_of, table_of
-from ee_llm.inference.choices import Measure
+from ee_llm.evaluation.sweep.point import TUPLES, SweepPoint
+from ee_llm.evaluation.sweep.table import table_of
 
-_TUPLES = ("arguments", "thresholds", "shares", "paired_speedups")
+_LISTS = ("inputs", "boundaries", "execution")
 _NO_COLUMNS = ("thresholds", "shares", "paired_speedups")
-
-
-@dataclass(frozen=True)
-class SweepPoint:
-    """The speed and the quality of one way to decode.
-
-    Attributes:
-        family: "full", "thresholds", "policy" or "self-speculative".
-        name: Name in tables and plots, such as "exits 8+16 at 0.9".
-        arguments: The options of `ee-llm generate` that select it.
-        thresholds: Threshold of each early exit; None is off.
-        measure: Measure of confidence of the thresholds.
-        num_tokens: Number of generated tokens that were compared with the full model.
-        agreement: Share of them that are the full model's most probable token, given the prompt and
-            the generated tokens before it.
-        agreement_low: Lower end of the 95 % confidence interval of `agreement`; None for a single
-            generation.
-        agreement_high: Upper end of this interval, None likewise.
-        loss: Mean negative log probability of the generated tokens under the full model, in nats.
-        layers: Mean number of layers per token; for self-speculative decoding, passes through
-            layers, each of which checks several tokens.
-        heads: Mean number of heads per token, counted likewise.
-        shares: Share of the tokens that each exit decided, the final one last.
-        acceptance: Share of drafted tokens that the full model confirmed; None without drafts.
-        ideal_speedup: Speed-up over the full model if only reading weights took time, at batch 1.
-        speedup: Measured speed-up over the full model: the ratio of medians over rounds; None if
-            nothing followed the first step of any generation, so that there was nothing to time.
-        speedup_low: First quartile of the speed-ups of single rounds, None likewise.
-        speedup_high: Third quartile of these, None likewise.
-        tokens_per_second: Median speed of a batch after its first tokens, None likewise.
-        paired_speedups: Speed-ups in pairs of runs made after the rounds, which decide whether the
-            point is recommended; empty for a point that was not tested in this way.
-    """
-
-    family: Kind
-    name: str
-    arguments: tuple[str, ...]
-    thresholds: tuple[float | None, ...]
-    measure: Measure
-    num_tokens: int
-    agreement: float
-    agreement_low: float | None
-    agreement_high: float | None
-    loss: float
-    layers: float
-    heads: float
-    shares: tuple[float, ...]
-    acceptance: float | None
-    ideal_speedup: float
-    speedup: float | None
-    speedup_low: float | None
-    speedup_high: float | None
-    tokens_per_second: float | None
-    paired_speedups: tuple[float, ...] = ()
-
-    @property
-    def tested_speedup(self) -> float | None:
-        """Median of `paired_speedups`, which no choice of the luckiest point biases."""
-        return statistics.median(self.paired_speedups) if self.paired_speedups else None
-
-    @property
-    def perplexity(self) -> float:
-        """The exponential of the loss; infinite for a loss that is too large for a float."""
-        return perplexity_of(self.loss)
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,7 +39,8 @@ class SweepResult:
         batch_size: Number of prompts that were decoded together.
         rounds: Number of rounds.
         dtype: Name of the dtype of the computation.
-        min_agreement: Least agreement of the recommended point.
+        execution: Options of `ee-llm generate` for the same execution, without default values.
+        min_agreement: Least agreement of the recommended point, relative to that of the full model.
         points: All points; the first one is the full model.
     """
 
@@ -116,6 +55,7 @@ class SweepResult:
     batch_size: int
     rounds: int
     dtype: str
+    execution: tuple[str, ...]
     min_agreement: float
     points: tuple[SweepPoint, ...]
 
@@ -188,9 +128,10 @@ class SweepResult:
         return tuple(found)
 
     def command(self, point: SweepPoint | None = None) -> str:
-        """Return the command that generates as a point does; None for the recommended one."""
+        """Return a command that generates as a point does; None for the recommended one."""
         arguments = (self.recommended if point is None else point).arguments
-        return shlex.join(("ee-llm", "generate", "--checkpoint", self.checkpoint, *arguments))
+        words = ("--checkpoint", self.checkpoint, *arguments, *self.execution, "--prompt", "Hello")
+        return shlex.join(("ee-llm", "generate", *words))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes as values that JSON can represent, and the recommended point.
@@ -198,8 +139,8 @@ class SweepResult:
         An infinite perplexity is None.
         """
         values = asdict(self)
-        values |= {name: list(values[name]) for name in ("inputs", "boundaries")}
-        values["points"] = [_values(point) for point in self.points]
+        values |= {name: list(values[name]) for name in _LISTS}
+        values["points"] = [point.to_dict() for point in self.points]
         return values | {"recommended": self.recommended.name, "command": self.command()}
 
     @classmethod
@@ -210,11 +151,11 @@ class SweepResult:
             KeyError: A value is missing.
         """
         found = {field.name: values[field.name] for field in fields(cls)}
-        found |= {name: tuple(found[name]) for name in ("inputs", "boundaries")}
+        found |= {name: tuple(found[name]) for name in _LISTS}
         points = []
         for point in found["points"]:
             kept = {field.name: point[field.name] for field in fields(SweepPoint)}
-            points.append(SweepPoint(**{**kept, **{name: tuple(kept[name]) for name in _TUPLES}}))
+            points.append(SweepPoint(**{**kept, **{name: tuple(kept[name]) for name in TUPLES}}))
         return cls(**{**found, "points": tuple(points)})
 
     def save_csv(self, path: str | Path) -> None:
@@ -225,12 +166,12 @@ class SweepResult:
         """
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
-        names = [name for name in _values(self.full) if name not in _NO_COLUMNS]
+        names = [name for name in self.full.to_dict() if name not in _NO_COLUMNS]
         ends = (*self.boundaries, self.num_layers)
         writer.writerow([*names, *(f"share_{end}" for end in ends), "on_front", "is_recommended"])
         front = self.front
         for point in self.points:
-            values = _values(point) | {"arguments": shlex.join(point.arguments)}
+            values = point.to_dict() | {"arguments": shlex.join(point.arguments)}
             flags = (point in front, point is self.recommended)
             row = [values[name] for name in names]
             writer.writerow([*row, *point.shares, *(str(flag).lower() for flag in flags)])
@@ -264,21 +205,85 @@ class SweepResult:
         ]
 
     def __repr__(self) -> str:
-        return table_of(self)
+        return "\n".join(
+            [
+                f"{self.checkpoint}: {self.num_prompts} prompts of {' '.join(self.inputs)}, up to"
+                f" {self.max_tokens} tokens each",
+                f"batches of {self.batch_size}, {self.rounds} rounds, {self.dtype}; * is on the"
+                " front of speed and agreement",
+                "",
+                *table_of(self.points, self.front),
+                "",
+                *self.advice(),
+            ]
+        )
 
     def advice(self) -> list[str]:
         """Return the recommendation as lines of text; the last one is the command."""
-        return advice_of(self)
+        best = self.recommended
+        if best is self.full:
+            lines = [f"Recommended: exits off ({self._no_gain()})."]
+        else:
+            pairs = best.paired_speedups
+            lines = [
+                f"Recommended: {best.name}, {best.tested_speedup:.2f} times as fast as exits off"
+                f" (faster in {num_wins(pairs)} of {len(pairs)} pairs of runs after the choice),"
+                f" with {best.agreement:.2%} of tokens equal to the full model's (at least"
+                f" {self._wanted()} wanted)."
+            ]
+            low = best.agreement_low
+            if best.family != "self-speculative" and (low is None or low < self.min_agreement):
+                bound = "is not known" if low is None else f"may be as low as {low:.1%}"
+                lines.append(
+                    f"With {best.num_tokens:,} tokens, the agreement on other text {bound}."
+                    " Use more prompts to be surer."
+                )
+        return [*lines, f"  {self.command(best)}"]
+
+    def _wanted(self) -> str:
+        wanted = f"{100 * self.min_agreement:.6g}%"
+        full = self.full.agreement
+        return wanted if full == 1.0 else f"{wanted} of the {full:.2%} of the full model itself"
+
+    def _no_gain(self) -> str:
+        """Return why no point but the full model can be recommended."""
+        faster = [(point.speedup, point) for point in self.points if (point.speedup or 0.0) > 1.0]
+        good = [pair for pair in faster if self.is_good(pair[1])]
+        if good:
+            return self._not_shown(max(good, key=lambda pair: pair[0] or 0.0)[1])
+        if faster:
+            closest = max((point for _, point in faster), key=lambda point: point.agreement)
+            return (
+                f"no faster point agrees with the full model on {self._wanted()} of tokens; the"
+                f" closest is {closest.name} with {closest.agreement:.2%}"
+            )
+        return "nothing measured is faster than the full model"
+
+    def _not_shown(self, best: SweepPoint) -> str:
+        """Return why a good point, of which `best` is the fastest, is not shown to be faster."""
+        seen = f"{best.name} has a median speed-up of {best.speedup:.2f}"
+        if self.rounds < MIN_ROUNDS:
+            return f"{seen}, but {self.rounds} rounds show little. Use {MIN_ROUNDS} rounds or more"
+        tested = [point for point in self.points if point.paired_speedups]
+        if tested:
+            last = max(tested, key=lambda point: num_wins(point.paired_speedups))
+            pairs = last.paired_speedups
+            return (
+                f"no good point is reliably faster; in {len(pairs)} pairs of runs, {last.name} was"
+                f" faster in {num_wins(pairs)}, and {needed_wins(len(pairs))} are needed. Use more"
+                " rounds, on an idle machine, to find small differences"
+            )
+        if self.batch_size == 1 and best.ideal_speedup <= 1.0:
+            return (
+                f"{seen}, but that is noise: it reads as many weights as the full model, with an"
+                f" ideal speed-up of {best.ideal_speedup:.2f}"
+            )
+        return (
+            f"no good point seems faster in three quarters of the rounds; {seen} and a first"
+            f" quartile of {best.speedup_low:.2f}. Use more rounds, on an idle machine, to tell them apart"
+        )
 
 
 def _interval(low: float | None, value: float, high: float | None) -> tuple[float, float, float]:
     """Return an interval to draw; one that is not known has no width."""
     return value if low is None else low, value, value if high is None else high
-
-
-def _values(point: SweepPoint) -> dict[str, Any]:
-    values = asdict(point)
-    values |= {name: list(values[name]) for name in _TUPLES}
-    values["perplexity"] = point.perplexity if point.perplexity < math.inf else None
-    values["tested_speedup"] = point.tested_speedup
-    return values

@@ -8,6 +8,7 @@ import torch
 from rich.progress import TextColumn
 
 from ee_llm import distributed
+from ee_llm.checkpoint.gates import gated_exits
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.config import Config
 from ee_llm.errors import RequestError
@@ -19,11 +20,16 @@ from ee_llm.evaluation.sweep.agreement import (
     correlation_of,
     mean_loss,
 )
-from ee_llm.evaluation.sweep.candidates import Candidate, find_candidates
+from ee_llm.evaluation.sweep.candidates import (
+    Candidate,
+    execution_arguments,
+    find_candidates,
+)
 from ee_llm.evaluation.sweep.confirm import MAX_TRIES, MIN_PAIRS
 from ee_llm.evaluation.sweep.options import SweepOptions, check_sweep
+from ee_llm.evaluation.sweep.point import SweepPoint
 from ee_llm.evaluation.sweep.prompts import find_prompts
-from ee_llm.evaluation.sweep.result import SweepPoint, SweepResult
+from ee_llm.evaluation.sweep.result import SweepResult
 from ee_llm.evaluation.sweep.timing import Rounds, Timing
 from ee_llm.evaluation.sweep.work import work_of
 from ee_llm.inference.llm import LLM
@@ -55,7 +61,9 @@ def sweep(options: SweepOptions, prompts: Sequence[object] = ()) -> SweepResult:
         )
     reader = TensorReader(options.checkpoint)
     config = reader.config()
-    candidates = find_candidates(options, config, partial(policy_fingerprint, reader))
+    candidates = find_candidates(
+        options, config, partial(policy_fingerprint, reader), gated_exits(reader)
+    )
     encoded = find_prompts(options, reader, config, prompts)
     if len(encoded) < options.batch_size:
         raise RequestError(
@@ -79,6 +87,7 @@ def sweep(options: SweepOptions, prompts: Sequence[object] = ()) -> SweepResult:
         batch_size=options.batch_size,
         rounds=options.rounds,
         dtype=str(dtype).removeprefix("torch."),
+        execution=execution_arguments(options),
         min_agreement=float(options.min_agreement),
         points=tuple(points),
     )

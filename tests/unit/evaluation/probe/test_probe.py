@@ -182,6 +182,21 @@ def test_command_writes_files_and_names_the_next_one(
     assert captured.err == ""
 
 
+def test_the_fit_must_not_use_the_text_of_the_test(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other names of the same data count too."""
+    monkeypatch.chdir(place)
+    with pytest.raises(RequestError, match="fit_data and data are both .*test: the exits would be"):
+        probe(place, data="test", fit_data=place / "fit" / ".." / "test")
+
+
+def test_small_risks_are_shown(place: Path) -> None:
+    found = probe(place, risk=0.0004, boundaries=(3,))
+    assert "best exits if at most 0.04% of the tokens may differ" in repr(found)
+    assert "if at most 0.04% of the tokens may differ" in found.findings[0]
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no text": ({"data": (), "fit_data": ()}, "there is no text"),
     "one layer": ({"model": "single"}, "single has num_layers = 1: there is no boundary"),

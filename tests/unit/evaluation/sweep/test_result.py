@@ -12,7 +12,8 @@ import pytest
 
 from ee_llm.errors import RequestError
 from ee_llm.evaluation.sweep.confirm import is_faster, needed_wins
-from ee_llm.evaluation.sweep.result import SweepPoint, SweepResult
+from ee_llm.evaluation.sweep.point import SweepPoint
+from ee_llm.evaluation.sweep.result import SweepResult
 from ee_llm.evaluation.sweep.timing import Timing
 
 FULL = SweepPoint(
@@ -65,6 +66,7 @@ def result(*points: SweepPoint) -> SweepResult:
         batch_size=1,
         rounds=4,
         dtype="float32",
+        execution=("--dtype", "float32", "--compile"),
         min_agreement=0.99,
         points=(FULL, *points),
     )
@@ -100,8 +102,8 @@ def test_advice_names_the_command() -> None:
     assert "Recommended: good, 1.30 times as fast as exits off (faster in 10 of 10 pairs" in text
     assert "with 99.20% of tokens equal to the full model's (at least 99% wanted)" in text
     assert "the agreement on other text may be as low as 97.2%. Use more prompts" in text
-    command = "ee-llm generate --checkpoint 'runs/my model' --thresholds 0.8 off"
-    assert text.splitlines()[-1] == f"  {command}"
+    command = "ee-llm generate --checkpoint 'runs/my model' --thresholds 0.8 off --dtype float32"
+    assert text.splitlines()[-1] == f"  {command} --compile --prompt Hello"
 
 
 def test_the_test_decides_and_not_the_rounds() -> None:
@@ -228,7 +230,8 @@ def test_exits_off_is_said_plainly(points: tuple[SweepPoint, ...], expected: str
     found = result(*points)
     assert found.recommended is FULL
     assert expected in repr(found)
-    assert repr(found).endswith("--checkpoint 'runs/my model' --strategy full")
+    command = "--checkpoint 'runs/my model' --strategy full --dtype float32 --compile"
+    assert repr(found).endswith(f"{command} --prompt Hello")
 
 
 def test_table_is_aligned_and_marks_the_front() -> None:
@@ -242,7 +245,7 @@ def test_result_survives_json() -> None:
     record = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert SweepResult.from_dict(record) == found
     assert record["recommended"] == "draft"
-    assert record["command"].endswith("--strategy self-speculative --draft-exit 8")
+    assert "--strategy self-speculative --draft-exit 8 --dtype" in record["command"]
     assert record["points"][3]["perplexity"] is None
 
 

@@ -1,6 +1,8 @@
 """A whole sweep of a small model: quality by hand, batches, and refused input."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +192,18 @@ REFUSED: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
     "strategy": ({"strategy": "full"}, RequestError, "strategy = 'full' is unknown. Use one of"),
     "too long": ({"max_tokens": 60}, RequestError, r"prompt 1 has 9 tokens, .* are more than 64"),
     "batch": ({"batch_size": 7}, RequestError, "batch_size = 7 is more than the 6 prompts"),
+    "surrogate": ({"prompts": ["\ud800"]}, RequestError, r"prompts\[0\] is .* Give a text"),
+    "count": ({"num_prompts": 7}, RequestError, "num_prompts = 7 is more than the 6 given prompts"),
+    "scale": (
+        {"measure": "saturation", "thresholds": ()},
+        RequestError,
+        "measure = 'saturation' has no default thresholds",
+    ),
+    "too long text": (
+        {"data": "data", "prompt_length": 60, "num_prompts": 1},
+        RequestError,
+        "prompt 1 has 60 tokens, .* Lower prompt_length, or lower max_tokens",
+    ),
     "no exits": ({"model": "dense"}, RequestError, "has no early exits to measure. Add some with"),
     "id": ({"prompts": [[1, 900]]}, RequestError, "prompt 1 has token ids 1 to 900, outside"),
     "short": (
@@ -216,6 +230,9 @@ def test_empty_files_are_named(place: Path, tmp_path: Path) -> None:
     path.write_text('{"prompt": "a"}\n{"prompt": ""}\n')
     with pytest.raises(RequestError, match='line 2: "prompt" is'):
         sweep(place, prompts=path)
+    path.write_text('{"prompt": "a", "max_tokens": 7, "id": 3}\n')
+    with pytest.raises(RequestError, match="line 1: 'max_tokens' is unknown. Give one of prompt,"):
+        sweep(place, prompts=path)
 
 
 def test_launchers_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,3 +242,53 @@ def test_launchers_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(name, value)
     with pytest.raises(RequestError, match="cannot run under a launcher such as torchrun"):
         sweep(place)
+    # A launcher with a single process is as good as none.
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RequestError, match="batch_size = 2 is more than the 1 prompts"):
+        sweep(place, prompts=["a"], batch_size=2)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"strategy": "propagate", "dtype": "bfloat16", "batch_size": 3},
+        {"measure": "entropy", "exits": ("2",), "thresholds": (0.3,)},
+        {"measure": "agreement", "exits": ("2+4",), "thresholds": (0.05,)},
+    ],
+)
+def test_strategies_measures_and_precisions(place: Path, given: dict[str, Any]) -> None:
+    found = sweep(place, rounds=1, draft_exits=(4,), **given)
+    low = found.points[1]
+    assert low.measure == given.get("measure", "max_probability")
+    assert 0 < low.shares[-1] < 1, "some tokens exit, and some do not"
+    assert low.layers < NUM_LAYERS
+    assert found.dtype == given.get("dtype", "float64")
+    assert found.points[-1].family == "self-speculative"
+    assert found.full.agreement > 0.9
+
+
+_PIPELINE = """
+import json, sys
+import ee_llm
+options = {"max_tokens": 4, "ignore_eos": True, "thresholds": (0.15,), "draft_lengths": (2,)}
+found = ee_llm.sweep(sys.argv[1], ["The", "fox"], pipeline=2, dtype="float64", **options)
+print(json.dumps(found.to_dict()))
+"""
+
+
+@pytest.mark.slow
+def test_pipeline_stages_generate_the_same(place: Path) -> None:
+    """This runs in a new process, because a process group must contain only ranks."""
+    command = [sys.executable, "-c", _PIPELINE, str(place / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = SweepResult.from_dict(json.loads(done.stdout))
+    assert found.execution == ("--dtype", "float64", "--pipeline", "2")
+    one = sweep(place, prompts=["The", "fox"], max_tokens=4, thresholds=(0.15,), draft_lengths=(2,))
+    for left, right in zip(found.points, one.points, strict=True):
+        assert (left.name, left.agreement, left.shares) == (
+            right.name,
+            right.agreement,
+            right.shares,
+        )
+        assert left.loss == pytest.approx(right.loss)
