@@ -280,7 +280,8 @@ class SweepResult:
             )
         return (
             f"no good point seems faster in three quarters of the rounds; {seen} and a first"
-            f" quartile of {best.speedup_low:.2f}. Use more rounds, on an idle machine, to tell them apart"
+            f" quartile of {best.speedup_low:.2f}. Use more rounds, on an idle machine, to tell"
+            " them apart"
         )
 
 

@@ -99,8 +99,7 @@ def test_figures_are_kept_if_the_picture_fails(
     files = [tmp_path / name for name in ("a.json", "a.csv", "a.png")]
     outputs = ["--json", files[0], "--csv", files[1], "--plot", files[2]]
     words = [*PROMPTS, "--num-prompts", 1, *FAST, "--families", "self-speculative", *outputs]
-    with pytest.raises(OSError, match="no space left"):
-        main.main([str(word) for word in ("sweep", "run", *words)])
+    assert main.main([str(word) for word in ("sweep", "run", *words)]) != 0
     assert SweepResult.from_dict(json.loads(files[0].read_text())).num_prompts == 1
     assert files[1].exists()
 
