@@ -12,6 +12,7 @@ import torch
 import ee_llm
 from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.errors import DataError, RequestError, UserError
+from ee_llm.evaluation.sweep.confirm import is_faster
 from ee_llm.evaluation.sweep.result import SweepResult
 from ee_llm.inference.strategies import SelfSpeculation
 from tests.unit.evaluation.models import EOS, make_config, make_tensors
@@ -265,6 +266,19 @@ def test_strategies_measures_and_precisions(place: Path, given: dict[str, Any]) 
     assert found.dtype == given.get("dtype", "float64")
     assert found.points[-1].family == "self-speculative"
     assert found.full.agreement > 0.9
+
+
+def test_the_best_point_is_tested_in_new_runs(place: Path) -> None:
+    """All tokens exit after two of eight layers."""
+    given = {"exits": ("2",), "thresholds": (0.01,), "families": ("thresholds",), "rounds": 4}
+    found = sweep(place, prompts=["The", "fox"], max_tokens=20, min_agreement=0.01, **given)
+    full, early = found.points
+    assert found.contenders == [1]
+    assert full.paired_speedups == ()
+    assert len(early.paired_speedups) == 10
+    assert early.tested_speedup is not None
+    assert early.tested_speedup > 1.0
+    assert found.recommended is (early if is_faster(early.paired_speedups) else full)
 
 
 _PIPELINE = """
