@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ee_llm.evaluation.probe.result import ProbeResult as ProbeResult
     from ee_llm.evaluation.result import EvaluationResult as EvaluationResult
     from ee_llm.evaluation.result import ExitMetrics as ExitMetrics
-    from ee_llm.evaluation.sweep.result import SweepPoint as SweepPoint
+    from ee_llm.evaluation.sweep.point import SweepPoint as SweepPoint
     from ee_llm.evaluation.sweep.result import SweepResult as SweepResult
     from ee_llm.inference.decoding.settings import SLED as SLED
     from ee_llm.inference.decoding.settings import DoLa as DoLa
@@ -69,7 +69,7 @@ _EXPORTS = {
     "ExitMetrics": "ee_llm.evaluation.result",
     "ProbeResult": "ee_llm.evaluation.probe.result",
     "SweepResult": "ee_llm.evaluation.sweep.result",
-    "SweepPoint": "ee_llm.evaluation.sweep.result",
+    "SweepPoint": "ee_llm.evaluation.sweep.point",
     "convert": "ee_llm.api",
     "train": "ee_llm.api",
     "tune": "ee_llm.api",

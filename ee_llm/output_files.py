@@ -11,9 +11,9 @@ def check_writable(name: str, path: Path | None) -> None:
 
     Args:
         name: The option or argument, such as --output.
-        path: Its value.
+        path: Its value. `--json -` is standard output.
     """
-    if path is None:
+    if path is None or (name == "--json" and str(path) == "-"):
         return
     if path.is_dir():
         raise UserError(f"{name} {path} is a folder. Name a file in it.")

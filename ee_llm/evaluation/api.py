@@ -20,11 +20,12 @@ def sweep(
     text: Sequence[str | Path] | str | Path = (),
     num_prompts: int | None = None,
     prompt_length: int = 64,
+    chat_template: str | Path | None = None,
     max_tokens: int = 64,
     ignore_eos: bool = False,
     families: Sequence[Family] | Family = ("thresholds", "self-speculative"),
     exits: Sequence[str | int] | str | int = (),
-    thresholds: Sequence[float] | float = (0.5, 0.7, 0.8, 0.9, 0.95),
+    thresholds: Sequence[float] | float = (),
     strategy: ExitStrategy = "exact",
     measure: Measure = "max_probability",
     policy: Sequence[str | Path] | str | Path = (),
@@ -56,12 +57,13 @@ def sweep(
         text: Files or folders of plain text, JSON or Parquet, to take prompts from.
         num_prompts: Number of prompts. None means all of `prompts`, and 16 of `data` or `text`.
         prompt_length: Tokens of a prompt from `data` or `text`.
+        chat_template: File with a chat template (Jinja) to use instead of the model's own.
         max_tokens: Greatest number of tokens generated after each prompt.
         ignore_eos: Do not stop at the model's end tokens.
         families: What to measure: thresholds, drafts for self-speculative decoding, or both.
-        exits: Sets of exits, such as "8", "8+16" or "all". Empty means each
-            exit alone, and all.
-        thresholds: Thresholds to measure for each set of exits, in (0, 1].
+        exits: Sets of exits, such as "8", "8+16" or "all". Empty means each exit alone, and all.
+        thresholds: Thresholds to measure for each set of exits, in (0, 1]. Empty means 0.5, 0.7,
+            0.8, 0.9 and 0.95; the measures "entropy" and "saturation" have no default.
         strategy: Strategy for thresholds.
         measure: Measure of confidence for thresholds.
         policy: Policy files to measure as well.
@@ -91,6 +93,7 @@ def sweep(
         text=tuple(map(Path, listed(text))),
         num_prompts=num_prompts,
         prompt_length=prompt_length,
+        chat_template=None if chat_template is None else Path(chat_template),
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
         families=tuple(listed(families)),

@@ -11,6 +11,8 @@ BLOCK = 128
 MIN_BLOCKS = 8
 """Blocks from which an error is estimated."""
 
+_FEW_DEGREES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -60,14 +62,17 @@ class Average:
             (total - mean * size) ** 2 for total, size in zip(self._sums, self._counts, strict=True)
         )
         error = math.sqrt(blocks / (blocks - 1) * math.fsum(residuals)) / count
-        return Estimate(mean, error, error * _student(blocks - 1))
+        return Estimate(mean, error, error * student_quantile(blocks - 1))
 
 
-def _student(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t distribution with 7 or more degrees of freedom.
+def student_quantile(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t distribution with 1 or more degrees of freedom.
 
-    This is the expansion of Abramowitz and Stegun (eq. 26.7.5), which is off by less than 0.0001.
+    From 7 degrees on, this is the expansion of Abramowitz and Stegun (eq. 26.7.5), which is off by
+    less than 0.0001. The values below are those of their table 26.10.
     """
+    if freedom <= len(_FEW_DEGREES):
+        return _FEW_DEGREES[freedom - 1]
     z = 1.959963984540054
     terms = (
         (z**3 + z) / 4,

@@ -89,7 +89,7 @@ def check_inputs(options: InputOptions) -> None:
     if options.data and options.text:
         raise RequestError(
             f"data = {options.data[0]} and text = {options.text[0]} are both given. Use one of"
-            " them, and evaluate twice to compare."
+            " them."
         )
     if options.num_tokens is not None and options.num_tokens < 1:
         raise RequestError(f"num_tokens = {options.num_tokens} is out of range. Use 1 or more.")

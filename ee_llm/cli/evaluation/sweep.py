@@ -15,9 +15,14 @@ COMMAND = CommandHelp(
     and in tokens, and recommend the fastest one that is good enough.
 
     Each set of exits is measured with each threshold, and each exit as a draft of several lengths.
-    The speed-up is that of generation on this machine, in turns with the full model.""",
+    The speed-up is that of generation on this machine, in turns with the full model. The best ones
+    are tested against it in more runs, and recommended only if they are reliably faster.""",
     (
-        Group("Prompts", "prompts data text num_prompts max_tokens", "prompt_length ignore_eos"),
+        Group(
+            "Prompts",
+            "prompts data text num_prompts max_tokens",
+            "prompt_length chat_template ignore_eos",
+        ),
         Group("Thresholds", "exits thresholds policy", "strategy measure families"),
         Group("Drafts", "draft_exits draft_lengths"),
         Group("Measurement", "min_agreement batch_size rounds"),
@@ -53,12 +58,14 @@ def run_sweep(arguments: list[str]) -> None:
         check_suffix(options.plot)
     for name in ("csv", "json", "plot"):
         check_writable(f"--{name}", getattr(options, name))
-    from ee_llm.cli.evaluation.output import show
+    from ee_llm.cli.evaluation.output import print_result, write_json
     from ee_llm.evaluation.sweep.sweep import sweep
 
     result = sweep(narrowed(options, SweepOptions))
+    # The picture is last: if it fails, the figures of a long run are kept.
+    write_json(result, options.json)
     if options.csv is not None:
         result.save_csv(options.csv)
     if options.plot is not None:
         result.save_plot(options.plot)
-    show(result, options.json, (options.csv, options.plot))
+    print_result(result, options.json, (options.csv, options.plot))

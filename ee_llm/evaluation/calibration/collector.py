@@ -39,7 +39,11 @@ class Calibration:
         self._options = options
         self._measure = options.measure_used
         self.costs = Costs(
-            self._boundaries, config.model.num_layers, head_cost(config), self._measure
+            self._boundaries,
+            config.model.num_layers,
+            head_cost(config),
+            self._measure,
+            final_head_cost(config),
         )
         self._num_wrong = 0
         self._confidence: list[Tensor] = []
@@ -110,12 +114,20 @@ class Calibration:
 
 
 def head_cost(config: Config) -> float:
-    """Return the weights of an exit's head over those of a layer: its cost when decoding.
+    """Return the weights of an early exit's head over those of a layer: its cost when decoding.
 
     Decoding one token reads every weight that it uses once, and little else takes time.
     """
+    return _head_cost(config, config.exits.boundaries[0])
+
+
+def final_head_cost(config: Config) -> float:
+    """Return the same for the final exit, whose head has a norm and an output projection only."""
+    return _head_cost(config, config.model.num_layers)
+
+
+def _head_cost(config: Config, boundary: int) -> float:
     shapes = tensor_shapes(config)
-    boundary = config.exits.boundaries[0]
     own = (name for name in shapes if name.startswith(f"exits.{boundary}."))
     parts = sum(math.prod(shapes[name]) for name in own if not name.endswith("output.weight"))
     output = config.model.vocab_size * config.model.hidden_size

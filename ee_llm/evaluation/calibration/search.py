@@ -31,16 +31,19 @@ class Costs:
     Attributes:
         boundaries: Boundaries of the early exits.
         num_layers: Number of layers of the model.
-        head: Cost of computing the logits of one exit.
+        head: Cost of computing the logits of one early exit.
         measure: Measure of confidence, which decides which exits compute logits: those of hidden
             states only the exit that the token takes, the shortlist the first exit as well, others
             every exit that the token reaches.
+        final_head: The cost of the final exit's head, which lacks the other parts of early ones;
+            None if it is that of `head`.
     """
 
     boundaries: tuple[int, ...]
     num_layers: int
     head: float = 0.0
     measure: Measure = "max_probability"
+    final_head: float | None = None
 
     def of(self, exits: Tensor, thresholds: Thresholds) -> Tensor:
         """Return the cost [t] of tokens that take these exits (as in `Outcome`), float64.
@@ -48,7 +51,11 @@ class Costs:
         thresholds: those of the early exits; exits that are off compute nothing.
         """
         depths = torch.tensor([*self.boundaries, self.num_layers], dtype=torch.float64)
-        return (depths + self.head * self.heads(thresholds))[exits]
+        heads = self.heads(thresholds)
+        heads[-1] -= 1  # The final exit's own head may cost less.
+        costs = depths + self.head * heads
+        costs[-1] += self._final_head
+        return costs[exits]
 
     def heads(self, thresholds: Thresholds) -> Tensor:
         """Return how many heads a token computes by its exit [e + 1], the final one last."""
@@ -61,7 +68,11 @@ class Costs:
     @property
     def full(self) -> float:
         """Cost of a token without early exits."""
-        return self.num_layers + self.head
+        return self.num_layers + self._final_head
+
+    @property
+    def _final_head(self) -> float:
+        return self.head if self.final_head is None else self.final_head
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.config import Config
-from ee_llm.evaluation.calibration.collector import head_cost
+from ee_llm.evaluation.calibration.collector import final_head_cost, head_cost
 from ee_llm.evaluation.probe.backbone import probed_config
 from ee_llm.inference.execution.runner import Runner
 from ee_llm.inference.execution.stage import ModelStage, partition_layers
@@ -22,20 +22,23 @@ class Latency:
 
     Attributes:
         layer: Seconds of a layer.
-        head: Seconds of an exit's head.
+        head: Seconds of an early exit's head.
+        final_head: Seconds of the final exit's head, which has no translator.
     """
 
     layer: float
     head: float
+    final_head: float
 
 
-def weight_ratio(config: Config) -> float:
-    """Return the weights of a least-squares exit's head over those of a layer."""
-    return head_cost(probed_config(config, (1,)))
+def weight_ratios(config: Config) -> tuple[float, float]:
+    """Return the weights of the heads of a least-squares and of the final exit, in layers."""
+    probed = probed_config(config, (1,))
+    return head_cost(probed), final_head_cost(probed)
 
 
 def measure_latency(reader: TensorReader) -> Latency:
-    """Return the time of a layer and of an exit's head on this machine, without other sequences.
+    """Return the time of a layer and of heads on this machine, without other sequences.
 
     The passes are those of generation. The exit is after the first layer, so that the time of its
     head is not lost in that of the layers before it, and the layer is the mean of the others, whose
@@ -55,5 +58,5 @@ def measure_latency(reader: TensorReader) -> Latency:
     num_layers = layer_ranges[1].last - layer_ranges[1].first + 1
     return Latency(
         statistics.median(passes.time(1, 1) for passes, _ in rounds) / num_layers,
-        statistics.median(heads.time(0, 1) for _, heads in rounds),
+        *(statistics.median(heads.time(s, 1) for _, heads in rounds) for s in (0, 1)),
     )

@@ -41,7 +41,6 @@ class Measured:
         final_losses: Negative log probability [t] of the token at the final exit, float64.
         previous: Ids [t] of the tokens before the predicted ones.
         tokens: Ids [t] of the predicted tokens.
-        windows: Number [t] of the window of each token.
     """
 
     boundaries: tuple[int, ...]
@@ -52,7 +51,6 @@ class Measured:
     final_losses: Tensor
     previous: Tensor
     tokens: Tensor
-    windows: Tensor
 
 
 def fit(
@@ -122,7 +120,7 @@ def measure(
     """
     num_rows = max(1, max_logits // vocab_size)
     parts: list[dict[str, Tensor]] = []
-    for number, window in enumerate(windows):
+    for window in windows:
         check_window(window, vocab_size)
         rows = counted_positions(window, eos_token_id).nonzero()[:, 0]
         streams = backbone.streams(window[:-1])
@@ -131,13 +129,10 @@ def measure(
             here = {b: hidden[chunk.to(hidden.device)] for b, hidden in streams.items()}
             part = _columns(backbone, translators, here, targets, norm_eps)
             part |= {"previous": window[:-1][chunk], "tokens": targets}
-            part["windows"] = torch.full((len(chunk),), number)
             parts.append(part)
         on_tokens(len(window) - 1)
     check_counted(sum(len(part["tokens"]) for part in parts))
     columns = {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
-    # A window without a counted token must not leave a gap in the numbers.
-    columns["windows"] = columns["windows"].unique(return_inverse=True)[1]
     measured = Measured(tuple(translators), **columns)
     _check_finite(measured, backbone.model.dtype)
     return measured

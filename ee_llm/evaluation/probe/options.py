@@ -1,6 +1,7 @@
 """The options of a probe, and their checks."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from ee_llm.errors import RequestError
@@ -23,7 +24,8 @@ class ProbeOptions(InputOptions):
     """Number of tokens to test, after those of the fit. (default: 10,000)"""
 
     fit_data: tuple[str, ...] = ()
-    """Prefixes of prepared data for the least-squares fit. (default: the first part of the text)"""
+    """Prefixes of prepared data for the least-squares fit. (default: the first part of the
+    text, beginning with the first prefix or file)"""
 
     num_fit_tokens: int | None = None
     """Number of tokens for the least-squares fit, rounded up to whole windows. (default: 20 per
@@ -50,7 +52,8 @@ class ProbeOptions(InputOptions):
 def check_probe(options: ProbeOptions) -> None:
     """Raise RequestError for options that are out of range, whatever the model."""
     check_inputs(options)
-    if both := sorted({*options.fit_data} & {*options.data}):
+    tested = {Path(prefix).resolve() for prefix in options.data}
+    if both := [prefix for prefix in options.fit_data if Path(prefix).resolve() in tested]:
         raise RequestError(
             f"fit_data and data are both {both[0]}: the exits would be tested on the text that"
             " they are fitted to. Leave fit_data out, to fit them to the first part of the text."

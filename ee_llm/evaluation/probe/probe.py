@@ -17,7 +17,7 @@ from ee_llm.evaluation.averages import Average
 from ee_llm.evaluation.calibration.records import Records
 from ee_llm.evaluation.calibration.search import Costs
 from ee_llm.evaluation.probe.backbone import Backbone
-from ee_llm.evaluation.probe.costs import measure_latency, weight_ratio
+from ee_llm.evaluation.probe.costs import measure_latency, weight_ratios
 from ee_llm.evaluation.probe.measure import Measured, OnTokens, fit, measure
 from ee_llm.evaluation.probe.options import ProbeOptions, budget, check_probe, probed_boundaries
 from ee_llm.evaluation.probe.recommend import recommend
@@ -58,11 +58,14 @@ def probe(options: ProbeOptions) -> ProbeResult:
     texts = read_texts(options, tokenizer, seq_length, model.hidden_size)
     dtype, measured = _run(options, reader, config, boundaries, tokenizer, texts, seq_length)
     latency = measure_latency(reader) if options.costs == "measured" else None
-    head = weight_ratio(config) if latency is None else latency.head / latency.layer
-    costs = Costs(boundaries, model.num_layers, head)
-    records = Records(
-        boundaries, measured.confidence, 1 - measured.agrees.float(), measured.windows
-    )
+    if latency is None:
+        head, final_head = weight_ratios(config)
+    else:
+        head, final_head = latency.head / latency.layer, latency.final_head / latency.layer
+    costs = Costs(boundaries, model.num_layers, head, final_head=final_head)
+    # The risk is a share of tokens, so each token is a window.
+    each = torch.arange(len(measured.tokens))
+    records = Records(boundaries, measured.confidence, 1 - measured.agrees.float(), each)
     with _bar(options, "choosing exits", num_exits) as advance:
         recommendations = recommend(records, costs, options.risk, num_exits, lambda: advance(1))
     inputs = options.data or tuple(map(str, options.text))

@@ -27,8 +27,8 @@ def report(values: Mapping[str, Any]) -> str:
         "agreement by class of the next token:",
         *_aligned(_class_rows(boundaries, values["classes"])),
         "",
-        f"best exits if at most {values['risk']:.1%} of the tokens may differ (an estimate, without"
-        " a guarantee):",
+        f"best exits if at most {100 * values['risk']:.6g}% of the tokens may differ (an estimate,"
+        " without a guarantee):",
         *_aligned(_recommendation_rows(values["recommendations"], layers)),
         _cost_line(values),
     ]

@@ -141,8 +141,8 @@ class ProbeResult:
             if not self.best.exits:
                 most = "no exit saves anything"
             found.append(
-                f"This model has little to skip: {most} if at most {self.risk:.1%} of the tokens"
-                f" may differ and a head costs {self.head_cost:.1f} layers."
+                f"This model has little to skip: {most} if at most {100 * self.risk:.6g}% of the"
+                f" tokens may differ and a head costs {self.head_cost:.1f} layers."
             )
         if self.num_fit_tokens < (enough := enough_tokens(self.hidden_size)):
             found.append(

@@ -251,7 +251,7 @@ def _find_prompts(
         text=options.text,
         num_prompts=options.num_samples,
         prompt_length=prompt_length,
-        max_tokens=min(options.max_tokens, config.model.max_seq_length - prompt_length),
+        max_tokens=min(options.max_tokens, config.model.max_seq_length - prompt_length - 1),
     )
     return find_prompts(prompting, reader, config)
 

@@ -154,17 +154,17 @@ def _front(sweep: SweepResult | None) -> str:
         rows.append(
             [
                 one.name + (f" ({', '.join(marks)})" if marks else ""),
-                f"{one.speedup:.2f}",
-                f"{one.speedup_low:.2f} to {one.speedup_high:.2f}",
+                "not timed" if one.speedup is None else f"{one.speedup:.2f}",
+                _range(one.speedup_low, one.speedup_high, ".2f"),
                 f"{one.ideal_speedup:.2f}",
                 f"{one.agreement:.2%}",
-                f"{one.agreement_low:.1%} to {one.agreement_high:.1%}",
+                _range(one.agreement_low, one.agreement_high, ".1%"),
                 f"{one.layers:.2f}",
             ]
         )
     label = (
         f"Agreement over speed-up of {len(sweep.points)} points. Recommended: {best.name}, speed-up"
-        f" {best.speedup:.2f}, agreement {best.agreement:.2%}."
+        f" {best.tested_speedup or 1.0:.2f}, agreement {best.agreement:.2%}."
     )
     caption = (
         f"{sweep.num_prompts} prompts of {' '.join(sweep.inputs)}, up to {sweep.max_tokens} tokens"
@@ -174,6 +174,10 @@ def _front(sweep: SweepResult | None) -> str:
         f"<figure>\n{front_svg(sweep.marks(), sweep.min_agreement, label)}\n</figure>\n"
         + _details("The numbers", _table(caption, rows))
     )
+
+
+def _range(low: float | None, high: float | None, style: str) -> str:
+    return "-" if low is None or high is None else f"{low:{style}} to {high:{style}}"
 
 
 def _depth(content: ReportContent) -> str:

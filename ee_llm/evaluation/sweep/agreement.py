@@ -12,11 +12,14 @@ from ee_llm import distributed
 from ee_llm.architecture.tensors import take_tensors
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import CheckpointTensors
+from ee_llm.evaluation.averages import student_quantile
 from ee_llm.evaluation.measure import MAX_LOGITS
 from ee_llm.evaluation.row_statistics import row_statistics
 from ee_llm.inference.execution.teacher_forced import TeacherForced
 
-_Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+LEAST_CORRELATION = 0.05
+"""Correlation of the tokens of a generation that is assumed at least, since a few disagreements do
+not show less."""
 
 
 class TokenScores(NamedTuple):
@@ -36,11 +39,14 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True)
 class Agreement:
-    """The share of tokens that are the full model's, with its 95 % confidence interval."""
+    """The share of tokens that are the full model's, with its 95 % confidence interval.
+
+    A single generation has none: its tokens do not show how much generations differ.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 class FullModel:
@@ -81,30 +87,77 @@ def _alone(part: Tensor) -> Tensor:
     return part
 
 
-def agreement_of(scores: Sequence[TokenScores]) -> Agreement:
+class _Spread(NamedTuple):
+    """The agreement of generations, and its variance.
+
+    Attributes:
+        share: Share of tokens that agree.
+        independent: Variance of `share` if tokens were independent.
+        clustered: Variance from the differences between generations (Cochran, Sampling Techniques,
+            1977, eq. 6.13).
+        size: Mean number of tokens of the generation of a token.
+    """
+
+    share: float
+    independent: float
+    clustered: float
+    size: float
+
+
+def _spread(scores: Sequence[TokenScores]) -> _Spread:
+    count = sum(one.num_tokens for one in scores)
+    share = sum(one.num_agreeing for one in scores) / count
+    residuals = ((one.num_agreeing - share * one.num_tokens) ** 2 for one in scores)
+    correction = len(scores) / max(1, len(scores) - 1)
+    return _Spread(
+        share,
+        share * (1 - share) / count,
+        correction * math.fsum(residuals) / count**2,
+        sum(one.num_tokens**2 for one in scores) / count,
+    )
+
+
+def correlation_of(points: Sequence[Sequence[TokenScores]]) -> float:
+    """Return the correlation of the tokens of a generation, over all points of a sweep.
+
+    It is pooled because a point that almost always agrees hardly shows it, and it is at least
+    `LEAST_CORRELATION`.
+
+    Args:
+        points: The generations of each point.
+    """
+    spreads = [_spread(scores) for scores in points if len(scores) > 1]
+    excess = math.fsum(one.clustered - one.independent for one in spreads)
+    unit = math.fsum(one.independent * (one.size - 1) for one in spreads)
+    return max(LEAST_CORRELATION, excess / unit) if unit > 0 else LEAST_CORRELATION
+
+
+def agreement_of(scores: Sequence[TokenScores], correlation: float) -> Agreement:
     """Return the share of tokens that agree, over all generations.
 
     Tokens of one generation are correlated, so the number of tokens is divided by the design effect
-    (Kish, Survey Sampling, 1965): the variance between generations over that of independent
-    tokens, if it is above 1. The interval is Wilson's (1927), which has a width even if all tokens
-    agree; in this case the design effect is not known and tokens count as independent.
+    (Kish, Survey Sampling, 1965): that of these generations, or of `correlation` if it is larger.
+    The interval is Wilson's (1927), which has a width even if all tokens agree, with the quantile
+    of Student's distribution, since generations show the variance.
+
+    Args:
+        scores: The generations.
+        correlation: Correlation of the tokens of a generation; see `correlation_of`.
     """
     count = sum(one.num_tokens for one in scores)
-    share = sum(one.num_agreeing for one in scores) / count
-    independent = share * (1 - share) / count
-    effect = 1.0
-    if independent > 0 and len(scores) > 1:
-        residuals = ((one.num_agreeing - share * one.num_tokens) ** 2 for one in scores)
-        clustered = len(scores) / (len(scores) - 1) * math.fsum(residuals) / count**2
-        effect = max(1.0, clustered / independent)
-    size = count / effect
-    center = (share + _Z**2 / (2 * size)) / (1 + _Z**2 / size)
-    half = _Z * math.sqrt(share * (1 - share) / size + _Z**2 / (4 * size**2)) / (1 + _Z**2 / size)
+    share, independent, clustered, size = _spread(scores)
+    if len(scores) == 1:
+        return Agreement(share, None, None)
+    own = clustered / independent if independent > 0 else 1.0
+    effective = count / max(1.0, own, 1 + correlation * (size - 1))
+    t = student_quantile(len(scores) - 1)
+    center = (share + t**2 / (2 * effective)) / (1 + t**2 / effective)
+    variance = share * (1 - share) / effective + t**2 / (4 * effective**2)
+    half = t * math.sqrt(variance) / (1 + t**2 / effective)
     low, high = max(0.0, center - half), min(1.0, center + half)
     return Agreement(share, min(low, share), max(high, share))
 
 
-def pooled(scores: Sequence[TokenScores]) -> tuple[Agreement, float]:
-    """Return the agreement of generations, and their mean loss per token in nats."""
-    loss = math.fsum(one.loss for one in scores) / sum(one.num_tokens for one in scores)
-    return agreement_of(scores), loss
+def mean_loss(scores: Sequence[TokenScores]) -> float:
+    """Return the mean loss of a token over all generations, in nats."""
+    return math.fsum(one.loss for one in scores) / sum(one.num_tokens for one in scores)

@@ -14,6 +14,12 @@ Family = Literal["thresholds", "self-speculative"]
 DEFAULT_PROMPTS = 16
 """Number of prompts that are taken from a text."""
 
+DEFAULT_THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
+"""Thresholds for measures that are probabilities, or differences of them."""
+
+_WITHOUT_SCALE: tuple[Measure, ...] = ("entropy", "saturation")
+"""Measures whose scale depends on the model, so that no thresholds suit all models."""
+
 _MIN_VALUES = {"prompt_length": 1, "max_tokens": 2, "batch_size": 1, "rounds": 1}
 _MAX_VALUE = 2**20
 
@@ -39,7 +45,11 @@ class SweepOptions:
     """Number of prompts. (default: all of --prompts; 16 of --data or --text)"""
 
     prompt_length: int = 64
-    """Tokens of a prompt from --data or --text."""
+    """Tokens of a prompt from --data or --text, without a beginning-of-sequence token, which is
+    added if the tokenizer's settings ask for it."""
+
+    chat_template: Path | None = None
+    """Use the chat template (Jinja) in this file instead of the model's own."""
 
     max_tokens: int = 64
     """Generate at most this many tokens for each prompt."""
@@ -54,8 +64,9 @@ class SweepOptions:
     """Exits to use together, as 8, 8+16 or all; each value is a set of its own. (default: each exit
     alone, and all of them)"""
 
-    thresholds: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)
-    """Thresholds to measure for each set of exits, in (0, 1]."""
+    thresholds: tuple[float, ...] = ()
+    """Thresholds to measure for each set of exits, in (0, 1]. (default: 0.5 0.7 0.8 0.9 0.95, but
+    none for the measures entropy and saturation, whose scale depends on the model)"""
 
     strategy: ExitStrategy = "exact"
     """Strategy for thresholds, as for 'ee-llm generate'."""
@@ -81,7 +92,7 @@ class SweepOptions:
 
     rounds: int = 4
     """Number of rounds. In each, every point decodes its share of the prompts, and the full model
-    takes turns with them."""
+    takes turns with them. With fewer than 4, no point is recommended."""
 
     dtype: DtypeName = "auto"
     """Precision to compute in; auto is bfloat16 if the device supports it in hardware, else
@@ -107,6 +118,11 @@ class SweepOptions:
 
     progress: bool = True
     """Show a progress bar on standard error if it is a terminal."""
+
+    @property
+    def thresholds_used(self) -> tuple[float, ...]:
+        """The thresholds, or the default ones."""
+        return self.thresholds or DEFAULT_THRESHOLDS
 
 
 def check_sweep(options: SweepOptions) -> None:
@@ -139,6 +155,13 @@ def check_sweep(options: SweepOptions) -> None:
             raise RequestError(
                 f"families: {family!r} is unknown. Use one of {', '.join(get_args(Family))}."
             )
+    uses_thresholds = "thresholds" in options.families and not options.thresholds
+    if uses_thresholds and options.measure in _WITHOUT_SCALE:
+        raise RequestError(
+            f"measure = {options.measure!r} has no default thresholds, because its scale depends on"
+            " the model. Give some (--thresholds), such as those that 'ee-llm calibrate --measure"
+            f" {options.measure}' finds, or leave thresholds out of families (--families)."
+        )
     if not MIN_TIMEOUT_S <= options.timeout_s <= MAX_TIMEOUT_S:  # NaN fails too
         raise RequestError(
             f"timeout_s = {options.timeout_s} is out of range. Use {MIN_TIMEOUT_S} to"

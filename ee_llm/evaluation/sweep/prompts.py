@@ -9,13 +9,14 @@ from ee_llm.config import Config
 from ee_llm.data.indexed import IndexedTokens
 from ee_llm.data.prepare import check_tokenizer
 from ee_llm.data.text_windows import TextWindows
+from ee_llm.data.tokenization.token_settings import is_encodable
 from ee_llm.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from ee_llm.errors import DataError, RequestError
 from ee_llm.evaluation.sweep.options import DEFAULT_PROMPTS, SweepOptions
 from ee_llm.inference.text.chat import check_messages
 from ee_llm.inference.text.json_lines import MIB, opened, read_objects, short
-from ee_llm.inference.text.prompt_content import prompt_content
-from ee_llm.inference.text.prompt_encoder import EncodedPrompt, PromptEncoder
+from ee_llm.inference.text.prompt_content import KINDS, prompt_content
+from ee_llm.inference.text.prompt_encoder import EncodedPrompt, PromptEncoder, first_tokens
 
 _MAX_FILE = 256 * MIB
 _TEXT_TOKENS = 16
@@ -49,27 +50,29 @@ def find_prompts(
             " prefixes of prepared data; text (--text), text files."
         )
     tokenizer = load_tokenizer(reader.tokenizer(), config.data.eos_token)
+    adds_bos = stated_bos(reader.path)
+    encoder = PromptEncoder(tokenizer, adds_bos, options.chat_template)
     if given:
         prompts = [
-            _given(prompt, f"prompts[{number}]", _encoder(tokenizer, reader))
-            for number, prompt in enumerate(given)
+            _given(prompt, f"prompts[{number}]", encoder) for number, prompt in enumerate(given)
         ]
     elif options.prompts is not None:
-        prompts = _of_file(options.prompts, _encoder(tokenizer, reader))
+        prompts = _of_file(options.prompts, encoder)
     else:
-        prompts = _of_text(options, tokenizer)
-    if options.num_prompts is not None:
-        prompts = prompts[: options.num_prompts]
+        prompts = _of_text(options, tokenizer, first_tokens("auto", tokenizer, adds_bos))
+    count = len(prompts) if options.num_prompts is None else options.num_prompts
+    if count > len(prompts):
+        raise RequestError(
+            f"num_prompts = {count} is more than the {len(prompts)} given prompts. Give more"
+            " prompts, or a smaller num_prompts."
+        )
+    prompts = prompts[:count]
     _check_fit(prompts, options, config)
     return prompts
 
 
-def _encoder(tokenizer: Tokenizer, reader: TensorReader) -> PromptEncoder:
-    return PromptEncoder(tokenizer, stated_bos(reader.path))
-
-
 def _given(prompt: object, where: str, encoder: PromptEncoder) -> EncodedPrompt:
-    if isinstance(prompt, str) and prompt:
+    if isinstance(prompt, str) and prompt and is_encodable(prompt):
         return encoder.encode_text(prompt)
     if isinstance(prompt, Sequence) and prompt and not isinstance(prompt, str | bytes):
         if all(type(token) is int for token in prompt):
@@ -83,6 +86,11 @@ def _of_file(path: Path, encoder: PromptEncoder) -> list[EncodedPrompt]:
     prompts = []
     with opened(path, source) as file:
         for where, record in read_objects(file, source, _MAX_FILE):
+            if unknown := sorted(record.keys() - {*KINDS, "id"}):
+                raise RequestError(
+                    f"{where}: {short(unknown[0])} is unknown. Give one of {', '.join(KINDS)}: the"
+                    " options of a sweep are the same for all prompts."
+                )
             content = prompt_content(record, where)
             prompts.append(_given(next(iter(content.values())), where, encoder))
     if not prompts:
@@ -90,7 +98,8 @@ def _of_file(path: Path, encoder: PromptEncoder) -> list[EncodedPrompt]:
     return prompts
 
 
-def _of_text(options: SweepOptions, tokenizer: Tokenizer) -> list[EncodedPrompt]:
+def _of_text(options: SweepOptions, tokenizer: Tokenizer, first: list[int]) -> list[EncodedPrompt]:
+    """Return prompts cut from a text; those that do not begin with the tokens `first` get them."""
     count = DEFAULT_PROMPTS if options.num_prompts is None else options.num_prompts
     length = options.prompt_length
     if options.data:
@@ -108,6 +117,7 @@ def _of_text(options: SweepOptions, tokenizer: Tokenizer) -> list[EncodedPrompt]
             f"{names} is too short for num_prompts = {count} prompts of prompt_length = {length}"
             " tokens. Give more text, or a smaller num_prompts or prompt_length."
         )
+    windows = [ids if ids[: len(first)] == first else [*first, *ids] for ids in windows]
     texts = ([i for i in ids if 0 <= i < tokenizer.vocab_size] for ids in windows)
     return [
         EncodedPrompt(tokenizer.decode(known), tuple(ids))
@@ -131,6 +141,7 @@ def _of_data(data: Sequence[IndexedTokens], length: int, count: int) -> list[lis
 
 
 def _check_fit(prompts: Sequence[EncodedPrompt], options: SweepOptions, config: Config) -> None:
+    is_cut = bool(options.data or options.text)
     longest, vocab_size = config.model.max_seq_length, config.model.vocab_size
     for number, prompt in enumerate(prompts, start=1):
         ids = prompt.token_ids
@@ -144,6 +155,6 @@ def _check_fit(prompts: Sequence[EncodedPrompt], options: SweepOptions, config: 
         if len(ids) + options.max_tokens > longest:
             raise RequestError(
                 f"prompt {number} has {len(ids)} tokens, which with max_tokens ="
-                f" {options.max_tokens} are more than {longest} (model.max_seq_length). Shorten it,"
-                " or lower max_tokens."
+                f" {options.max_tokens} are more than {longest} (model.max_seq_length)."
+                f" {'Lower prompt_length' if is_cut else 'Shorten it'}, or lower max_tokens."
             )

@@ -2,78 +2,28 @@
 
 import csv
 import io
-import math
 import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ee_llm.errors import RequestError
 from ee_llm.evaluation.record import check_record
-from ee_llm.evaluation.result import perplexity_of
-from ee_llm.evaluation.sweep.candidates import Kind
+from ee_llm.evaluation.sweep.confirm import (
+    MAX_TRIES,
+    MIN_ROUNDS,
+    is_faster,
+    needed_wins,
+    num_wins,
+)
 from ee_llm.evaluation.sweep.plot import Mark, save_front
+from ee_llm.evaluation.sweep.point import TUPLES, SweepPoint
+from ee_llm.evaluation.sweep.table import table_of
 from ee_llm.inference.choices import Measure
-from ee_llm.inference.strategies import Strategy
 
-_TUPLES = ("arguments", "thresholds", "shares")
-
-
-@dataclass(frozen=True)
-class SweepPoint:
-    """The speed and the quality of one way to decode.
-
-    Attributes:
-        family: "full", "thresholds", "policy" or "self-speculative".
-        name: Name in tables and plots, such as "exits 8+16 at 0.9".
-        arguments: The options of `ee-llm generate` that select it.
-        thresholds: Threshold of each early exit; None is off.
-        measure: Measure of confidence of the thresholds.
-        strategy: The decoding strategy.
-        num_tokens: Number of generated tokens that were compared with the full model.
-        agreement: Share of them that are the full model's most probable token, given the prompt and
-            the generated tokens before it.
-        agreement_low: Lower end of the 95 % confidence interval of `agreement`.
-        agreement_high: Upper end of this interval.
-        loss: Mean negative log probability of the generated tokens under the full model, in nats.
-        layers: Mean number of layers per token; for self-speculative decoding, passes through
-            layers, each of which checks several tokens.
-        heads: Mean number of heads per token, counted likewise.
-        shares: Share of the tokens that each exit decided, the final one last.
-        acceptance: Share of drafted tokens that the full model confirmed; None without drafts.
-        ideal_speedup: Speed-up over the full model if only reading weights took time, at batch 1.
-        speedup: Measured speed-up over the full model: the ratio of medians over rounds.
-        speedup_low: First quartile of the speed-ups of single rounds.
-        speedup_high: Third quartile of these.
-        tokens_per_second: Median speed of a batch after its first tokens.
-    """
-
-    family: Kind
-    name: str
-    arguments: tuple[str, ...]
-    thresholds: tuple[float | None, ...]
-    measure: Measure
-    strategy: Strategy
-    num_tokens: int
-    agreement: float
-    agreement_low: float
-    agreement_high: float
-    loss: float
-    layers: float
-    heads: float
-    shares: tuple[float, ...]
-    acceptance: float | None
-    ideal_speedup: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-    tokens_per_second: float
-
-    @property
-    def perplexity(self) -> float:
-        """The exponential of the loss; infinite for a loss that is too large for a float."""
-        return perplexity_of(self.loss)
+_LISTS = ("inputs", "boundaries", "execution")
+_NO_COLUMNS = ("thresholds", "shares", "paired_speedups")
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,7 +43,8 @@ class SweepResult:
         batch_size: Number of prompts that were decoded together.
         rounds: Number of rounds.
         dtype: Name of the dtype of the computation.
-        min_agreement: Least agreement of the recommended point.
+        execution: Options of `ee-llm generate` for the same execution, without default values.
+        min_agreement: Least agreement of the recommended point, relative to that of the full model.
         points: All points; the first one is the full model.
     """
 
@@ -108,6 +59,7 @@ class SweepResult:
     batch_size: int
     rounds: int
     dtype: str
+    execution: tuple[str, ...]
     min_agreement: float
     points: tuple[SweepPoint, ...]
 
@@ -116,33 +68,74 @@ class SweepResult:
         """The full model, the baseline of all speed-ups."""
         return self.points[0]
 
+    def is_good(self, point: SweepPoint) -> bool:
+        """Return whether a point agrees with the full model often enough.
+
+        `min_agreement` is relative to the agreement of the generations of the full model itself,
+        which rounding lowers. Drafts are checked by the full model, so they always agree.
+        """
+        least = self.min_agreement * self.full.agreement
+        return point.family == "self-speculative" or point.agreement >= least
+
     @property
     def recommended(self) -> SweepPoint:
-        """The fastest point with an agreement of at least `min_agreement`, or the full model.
-
-        The full model is returned if no other point is both good enough and faster in three
-        quarters of the rounds. Without the latter, the luckiest of many equal points would win.
-        """
-        good = (
-            point
+        """The fastest good point that the pairs of runs show to be faster, or the full model."""
+        good = [
+            (point.tested_speedup or 0.0, point)
             for point in self.points[1:]
-            if point.agreement >= self.min_agreement and point.speedup_low > 1.0
-        )
-        return max(good, key=lambda point: point.speedup, default=self.full)
+            if self.is_good(point) and is_faster(point.paired_speedups)
+        ]
+        return max(good, key=lambda pair: pair[0])[1] if good else self.full
+
+    @property
+    def contenders(self) -> list[int]:
+        """Numbers of the good points that seem faster than the full model, the fastest first.
+
+        Few rounds show nothing. At batch 1, neither does a speed-up of a point that reads as many
+        weights as the full model: it is noise.
+        """
+        if self.rounds < MIN_ROUNDS:
+            return []
+        found = [
+            (point.speedup or 0.0, number)
+            for number, point in enumerate(self.points)
+            if number > 0
+            and self.is_good(point)
+            and (self.batch_size > 1 or point.ideal_speedup > 1.0)
+            and (point.speedup_low or 0.0) > 1.0
+        ]
+        return [number for _, number in sorted(found, reverse=True)]
+
+    def confirmed(self, run_pairs: Callable[[int], Sequence[float]]) -> "SweepResult":
+        """Return the result after tests of the best contenders, up to the first that passes.
+
+        Args:
+            run_pairs: Returns the speed-ups of new pairs of runs of a point, by its number.
+        """
+        result = self
+        for number in self.contenders[:MAX_TRIES]:
+            points = list(result.points)
+            points[number] = replace(points[number], paired_speedups=tuple(run_pairs(number)))
+            result = replace(result, points=tuple(points))
+            if result.recommended is not result.full:
+                break
+        return result
 
     @property
     def front(self) -> tuple[SweepPoint, ...]:
         """The points that no other point beats in both speed and agreement, fastest first."""
         found: list[SweepPoint] = []
-        for point in sorted(self.points, key=lambda one: (-one.speedup, -one.agreement)):
+        timed = [(point.speedup, point) for point in self.points if point.speedup is not None]
+        for _, point in sorted(timed, key=lambda pair: (-pair[0], -pair[1].agreement)):
             if not found or point.agreement > found[-1].agreement:
                 found.append(point)
         return tuple(found)
 
     def command(self, point: SweepPoint | None = None) -> str:
-        """Return the command that generates as a point does; None for the recommended one."""
+        """Return a command that generates as a point does; None for the recommended one."""
         arguments = (self.recommended if point is None else point).arguments
-        return shlex.join(("ee-llm", "generate", "--checkpoint", self.checkpoint, *arguments))
+        words = ("--checkpoint", self.checkpoint, *arguments, *self.execution, "--prompt", "Hello")
+        return shlex.join(("ee-llm", "generate", *words))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes as values that JSON can represent, and the recommended point.
@@ -150,8 +143,8 @@ class SweepResult:
         An infinite perplexity is None.
         """
         values = asdict(self)
-        values |= {name: list(values[name]) for name in ("inputs", "boundaries")}
-        values["points"] = [_values(point) for point in self.points]
+        values |= {name: list(values[name]) for name in _LISTS}
+        values["points"] = [point.to_dict() for point in self.points]
         return values | {"recommended": self.recommended.name, "command": self.command()}
 
     @classmethod
@@ -163,11 +156,11 @@ class SweepResult:
         """
         check_record(cls, values)
         found = {field.name: values[field.name] for field in fields(cls)}
-        found |= {name: tuple(found[name]) for name in ("inputs", "boundaries")}
+        found |= {name: tuple(found[name]) for name in _LISTS}
         points = []
         for point in found["points"]:
             kept = {field.name: point[field.name] for field in fields(SweepPoint)}
-            points.append(SweepPoint(**{**kept, **{name: tuple(kept[name]) for name in _TUPLES}}))
+            points.append(SweepPoint(**{**kept, **{name: tuple(kept[name]) for name in TUPLES}}))
         result = cls(**{**found, "points": tuple(points)})
         result._check()
         return result
@@ -192,12 +185,12 @@ class SweepResult:
         """
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
-        names = [name for name in _values(self.full) if name not in ("shares", "thresholds")]
+        names = [name for name in self.full.to_dict() if name not in _NO_COLUMNS]
         ends = (*self.boundaries, self.num_layers)
         writer.writerow([*names, *(f"share_{end}" for end in ends), "on_front", "is_recommended"])
         front = self.front
         for point in self.points:
-            values = _values(point) | {"arguments": shlex.join(point.arguments)}
+            values = point.to_dict() | {"arguments": shlex.join(point.arguments)}
             flags = (point in front, point is self.recommended)
             row = [values[name] for name in names]
             writer.writerow([*row, *point.shares, *(str(flag).lower() for flag in flags)])
@@ -215,48 +208,22 @@ class SweepResult:
         save_front(Path(path), self.marks(), self.min_agreement)
 
     def marks(self) -> list[Mark]:
-        """Return the points as they are drawn."""
+        """Return the points as they are drawn: those that could be timed."""
         front = self.front
         return [
             Mark(
                 point.family,
                 point.name,
-                (point.speedup_low, point.speedup, point.speedup_high),
-                (point.agreement_low, point.agreement, point.agreement_high),
+                _interval(point.speedup_low, point.speedup, point.speedup_high),
+                _interval(point.agreement_low, point.agreement, point.agreement_high),
                 point in front,
                 point is self.recommended,
             )
             for point in self.points
+            if point.speedup is not None
         ]
 
     def __repr__(self) -> str:
-        front = self.front
-        rows = [
-            (
-                *("", "speed-up", "quartiles", "ideal", "agreement", "95 % interval"),
-                *("perplexity", "layers", "heads", "tokens/s"),
-            )
-        ]
-        for point in self.points:
-            rows.append(
-                (
-                    ("* " if point in front else "  ") + point.name,
-                    f"{point.speedup:.2f}",
-                    f"{point.speedup_low:.2f} .. {point.speedup_high:.2f}",
-                    f"{point.ideal_speedup:.2f}",
-                    f"{point.agreement:.2%}",
-                    f"{point.agreement_low:.1%} .. {point.agreement_high:.1%}",
-                    f"{point.perplexity:.4g}",
-                    f"{point.layers:.2f}",
-                    f"{point.heads:.2f}",
-                    f"{point.tokens_per_second:.1f}",
-                )
-            )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in rows
-        ]
         return "\n".join(
             [
                 f"{self.checkpoint}: {self.num_prompts} prompts of {' '.join(self.inputs)}, up to"
@@ -264,7 +231,7 @@ class SweepResult:
                 f"batches of {self.batch_size}, {self.rounds} rounds, {self.dtype}; * is on the"
                 " front of speed and agreement",
                 "",
-                *lines,
+                *table_of(self.points, self.front),
                 "",
                 *self.advice(),
             ]
@@ -273,40 +240,68 @@ class SweepResult:
     def advice(self) -> list[str]:
         """Return the recommendation as lines of text; the last one is the command."""
         best = self.recommended
-        wanted = f"{100 * self.min_agreement:.6g}%"
         if best is self.full:
-            lines = [f"Recommended: exits off ({self._no_gain(wanted)})."]
+            lines = [f"Recommended: exits off ({self._no_gain()})."]
         else:
+            pairs = best.paired_speedups
             lines = [
-                f"Recommended: {best.name}, {best.speedup:.2f} times as fast as exits off,"
-                f" with {best.agreement:.2%} of tokens equal to the full model's (at least {wanted}"
-                " wanted)."
+                f"Recommended: {best.name}, {best.tested_speedup:.2f} times as fast as exits off"
+                f" (faster in {num_wins(pairs)} of {len(pairs)} pairs of runs after the choice),"
+                f" with {best.agreement:.2%} of tokens equal to the full model's (at least"
+                f" {self._wanted()} wanted)."
             ]
-            if best.agreement_low < self.min_agreement:
+            low = best.agreement_low
+            if best.family != "self-speculative" and (low is None or low < self.min_agreement):
+                bound = "is not known" if low is None else f"may be as low as {low:.1%}"
                 lines.append(
-                    f"With {best.num_tokens:,} tokens, the agreement may be as low as"
-                    f" {best.agreement_low:.1%}. Use more prompts to be surer."
+                    f"With {best.num_tokens:,} tokens, the agreement on other text {bound}."
+                    " Use more prompts to be surer."
                 )
         return [*lines, f"  {self.command(best)}"]
 
-    def _no_gain(self, wanted: str) -> str:
+    def _wanted(self) -> str:
+        wanted = f"{100 * self.min_agreement:.6g}%"
+        full = self.full.agreement
+        return wanted if full == 1.0 else f"{wanted} of the {full:.2%} of the full model itself"
+
+    def _no_gain(self) -> str:
         """Return why no point but the full model can be recommended."""
-        faster = [point for point in self.points if point.speedup > 1.0]
-        good = [point for point in faster if point.agreement >= self.min_agreement]
+        faster = [(point.speedup, point) for point in self.points if (point.speedup or 0.0) > 1.0]
+        good = [pair for pair in faster if self.is_good(pair[1])]
         if good:
-            best = max(good, key=lambda point: point.speedup)
-            return (
-                f"no good point is faster in three quarters of the rounds; {best.name} has a median"
-                f" speed-up of {best.speedup:.2f} and a first quartile of {best.speedup_low:.2f}."
-                " Use more rounds, on an idle machine, to tell them apart"
-            )
+            return self._not_shown(max(good, key=lambda pair: pair[0] or 0.0)[1])
         if faster:
-            closest = max(faster, key=lambda point: point.agreement)
+            closest = max((point for _, point in faster), key=lambda point: point.agreement)
             return (
-                f"no faster point agrees with the full model on {wanted} of tokens; the closest is"
-                f" {closest.name} with {closest.agreement:.2%}"
+                f"no faster point agrees with the full model on {self._wanted()} of tokens; the"
+                f" closest is {closest.name} with {closest.agreement:.2%}"
             )
         return "nothing measured is faster than the full model"
+
+    def _not_shown(self, best: SweepPoint) -> str:
+        """Return why a good point, of which `best` is the fastest, is not shown to be faster."""
+        seen = f"{best.name} has a median speed-up of {best.speedup:.2f}"
+        if self.rounds < MIN_ROUNDS:
+            return f"{seen}, but {self.rounds} rounds show little. Use {MIN_ROUNDS} rounds or more"
+        tested = [point for point in self.points if point.paired_speedups]
+        if tested:
+            last = max(tested, key=lambda point: num_wins(point.paired_speedups))
+            pairs = last.paired_speedups
+            return (
+                f"no good point is reliably faster; in {len(pairs)} pairs of runs, {last.name} was"
+                f" faster in {num_wins(pairs)}, and {needed_wins(len(pairs))} are needed. Use more"
+                " rounds, on an idle machine, to find small differences"
+            )
+        if self.batch_size == 1 and best.ideal_speedup <= 1.0:
+            return (
+                f"{seen}, but that is noise: it reads as many weights as the full model, with an"
+                f" ideal speed-up of {best.ideal_speedup:.2f}"
+            )
+        return (
+            f"no good point seems faster in three quarters of the rounds; {seen} and a first"
+            f" quartile of {best.speedup_low:.2f}. Use more rounds, on an idle machine, to tell"
+            " them apart"
+        )
 
 
 def measure_of_fingerprint(points: Iterable[SweepPoint]) -> Measure:
@@ -315,8 +310,6 @@ def measure_of_fingerprint(points: Iterable[SweepPoint]) -> Measure:
     return "gate" if "gate" in measures else measures[0]
 
 
-def _values(point: SweepPoint) -> dict[str, Any]:
-    values = asdict(point)
-    values |= {name: list(values[name]) for name in _TUPLES}
-    values["perplexity"] = point.perplexity if point.perplexity < math.inf else None
-    return values
+def _interval(low: float | None, value: float, high: float | None) -> tuple[float, float, float]:
+    """Return an interval to draw; one that is not known has no width."""
+    return value if low is None else low, value, value if high is None else high

@@ -1,26 +1,24 @@
 """Decode with several candidates in turns, and time them."""
 
-import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ee_llm.errors import DataError, RunError
 from ee_llm.evaluation.sweep.candidates import Candidate
-from ee_llm.inference.engine import Engine
+from ee_llm.evaluation.sweep.deferrals import CandidateDeferrals
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
-from ee_llm.inference.scheduling.deferral import Deferral
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 
 BASELINE_EVERY = 4
 """Runs of other candidates for each run of the full model."""
 
-_WARM_UP_TOKENS = 8
+_WARM_UP_TOKENS = 16
 
 
 class Speedup(NamedTuple):
@@ -40,16 +38,29 @@ class Timing:
 
     Attributes:
         outputs: The first output for each prompt, by the prompt's number.
-        speeds: Tokens per second of each run.
-        full_speeds: Tokens per second of the full model next to each run.
+        speeds: Tokens per second of each run that could be timed.
+        full_speeds: Tokens per second of the full model next to each of these runs.
     """
 
     outputs: dict[int, RequestOutput] = field(default_factory=dict)
     speeds: list[float] = field(default_factory=list)
     full_speeds: list[float] = field(default_factory=list)
 
-    def speedup(self) -> Speedup:
-        """Return the speed relative to that of the full model."""
+    def add(self, speed: float | None, full_speed: float) -> None:
+        """Add a run; without a speed, nothing followed its first step, and it does not count."""
+        if speed is not None:
+            self.speeds.append(speed)
+            self.full_speeds.append(full_speed)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Median speed; None if no run could be timed."""
+        return statistics.median(self.speeds) if self.speeds else None
+
+    def speedup(self) -> Speedup | None:
+        """Return the speed relative to that of the full model; None if no run could be timed."""
+        if not self.speeds:
+            return None
         value = statistics.median(self.speeds) / statistics.median(self.full_speeds)
         rounds = [own / full for own, full in zip(self.speeds, self.full_speeds, strict=True)]
         if len(rounds) == 1:
@@ -74,7 +85,7 @@ class Rounds:
         self._llm, self._candidates, self._prompts = llm, candidates, prompts
         self._params, self._batch_size, self._num_rounds = params, batch_size, num_rounds
         self._timings = [Timing() for _ in candidates]
-        self._deferrals: dict[int, Deferral] = {}
+        self._deferrals = CandidateDeferrals(llm.engine)
 
     @property
     def num_runs(self) -> int:
@@ -92,31 +103,63 @@ class Rounds:
             on_run: Called after each run.
 
         Raises:
-            DataError: No generation has more than one token.
+            DataError: The full model cannot be timed, because nothing follows its first step.
             RunError: A request failed.
         """
-        self._warm_up()
+        self._warm_up(range(len(self._candidates)))
         others = range(1, len(self._candidates))
         for number in range(self._num_rounds):
             order = others if number % 2 == 0 else others[::-1]
             prompts = self._prompts_of(number)
             for start in range(0, len(order), BASELINE_EVERY):
-                full = self._timed(0, prompts)
-                self._timings[0].full_speeds.append(full)
+                full = self._timed_full(prompts)
+                self._timings[0].add(full, full)
                 on_run()
                 for index in order[start : start + BASELINE_EVERY]:
-                    self._timed(index, prompts)
-                    self._timings[index].full_speeds.append(full)
+                    self._timings[index].add(self._timed(index, prompts), full)
                     on_run()
         return self._timings
 
-    def _warm_up(self) -> None:
-        """Run the first candidate of each family once, since first runs allocate and compile."""
-        params = SamplingParams(max_tokens=min(_WARM_UP_TOKENS, self._params.max_tokens))
+    def pairs(self, index: int, count: int, on_run: Callable[[], None]) -> list[float]:
+        """Return speed-ups of one candidate, each from a run and one of the full model next to it.
+
+        Which of the two runs first alternates. Pairs in which nothing follows the candidate's first
+        step are left out.
+
+        Args:
+            index: Number of the candidate.
+            count: Number of pairs.
+            on_run: Called after each run.
+
+        Raises:
+            DataError: The full model cannot be timed, because nothing follows its first step.
+            RunError: A request failed.
+        """
+        self._warm_up((0, index))
+        found = []
+        for number in range(count):
+            prompts = self._prompts_of(number)
+            speeds: dict[int, float | None] = {}
+            for one in (0, index) if number % 2 == 0 else (index, 0):
+                speeds[one] = self._timed_full(prompts) if one == 0 else self._timed(one, prompts)
+                on_run()
+            own, full = speeds[index], speeds[0]
+            if own is not None and full is not None:
+                found.append(own / full)
+        return found
+
+    def _warm_up(self, indices: Iterable[int]) -> None:
+        """Run candidates once, since first runs allocate and compile."""
+        params = replace(
+            self._params,
+            max_tokens=min(_WARM_UP_TOKENS, self._params.max_tokens),
+            ignore_eos=True,
+        )
         batch = self._prompts_of(0)[: self._batch_size]
-        for family in dict.fromkeys(candidate.family for candidate in self._candidates):
-            index = [candidate.family for candidate in self._candidates].index(family)
-            self._decode([self._request(index, number, params) for number in batch])
+        for index in indices:
+            with self._deferrals.of(index):
+                self._decode([self._request(index, number, params) for number in batch])
+        self._deferrals.reset()
 
     def _prompts_of(self, round_number: int) -> list[int]:
         """Return the numbers of the prompts of a round: whole batches, and all in all rounds."""
@@ -125,46 +168,35 @@ class Rounds:
         start = round_number * count
         return [number % len(self._prompts) for number in range(start, start + count)]
 
-    def _timed(self, index: int, prompts: Sequence[int]) -> float:
-        """Run a candidate, keep its outputs and return its tokens per second."""
+    def _timed_full(self, prompts: Sequence[int]) -> float:
+        speed = self._timed(0, prompts)
+        if speed is None:
+            raise DataError(
+                "full: nothing follows the first step of any generation of a round, so there is"
+                " nothing to time. Use ignore_eos (--ignore-eos), or other prompts."
+            )
+        return speed
+
+    def _timed(self, index: int, prompts: Sequence[int]) -> float | None:
+        """Run a candidate, keep its outputs and return its tokens per second.
+
+        Return None if nothing follows the first step, in which all prompts have a token.
+        """
         timing = self._timings[index]
         num_tokens, seconds = 0, 0.0
-        with_deferral = self._own_deferral(index)
-        for batch in _batches(prompts, self._batch_size):
-            requests = [self._request(index, number, self._params) for number in batch]
-            outputs, count, taken = self._decode(requests)
-            num_tokens, seconds = num_tokens + count, seconds + taken
-            for number, output in zip(batch, outputs, strict=True):
-                timing.outputs.setdefault(number, output)
-        if with_deferral is not None:
-            self._deferrals[index] = with_deferral
-        if num_tokens == 0:
-            raise DataError(
-                f"{self._candidates[index].name}: all generations of a round end at their first"
-                " token, so there is nothing to time. Use ignore_eos (--ignore-eos), or other"
-                " prompts."
-            )
-        timing.speeds.append(num_tokens / seconds)
-        return timing.speeds[-1]
-
-    def _own_deferral(self, index: int) -> Deferral | None:
-        """Let the engine defer rows by the exit rates of this candidate only."""
-        engine = self._llm.engine
-        if not isinstance(engine, Engine) or engine.deferral is None:
-            return None
-        if not self._deferrals:
-            self._deferrals[-1] = copy.deepcopy(engine.deferral)
-        engine.deferral = self._deferrals.get(index) or copy.deepcopy(self._deferrals[-1])
-        return engine.deferral
+        with self._deferrals.of(index):
+            for batch in _batches(prompts, self._batch_size):
+                requests = [self._request(index, number, self._params) for number in batch]
+                outputs, count, taken = self._decode(requests)
+                num_tokens, seconds = num_tokens + count, seconds + taken
+                for number, output in zip(batch, outputs, strict=True):
+                    timing.outputs.setdefault(number, output)
+        return num_tokens / seconds if num_tokens else None
 
     def _request(self, index: int, number: int, params: SamplingParams) -> Request:
         candidate = self._candidates[index]
-        is_full = candidate.family in ("full", "self-speculative")
         return self._llm.make_request(
-            self._prompts[number],
-            params,
-            exits=None if is_full else candidate.policy,
-            strategy=candidate.strategy,
+            self._prompts[number], params, exits=candidate.policy, strategy=candidate.strategy
         )
 
     def _decode(self, requests: Sequence[Request]) -> tuple[list[RequestOutput], int, float]:

@@ -18,21 +18,25 @@ class Work:
     Attributes:
         layers: Layers per token.
         heads: Heads per token: every exit that decides about the token or drafts it.
+        final_heads: Those of the final exit among them.
         shares: Share of the tokens that each exit decided, the final one last.
     """
 
     layers: float
     heads: float
+    final_heads: float
     shares: tuple[float, ...]
 
-    def ideal_speedup(self, num_layers: int, head_cost: float) -> float:
+    def ideal_speedup(self, num_layers: int, head_cost: float, final_head_cost: float) -> float:
         """Return the speed-up over full depth if only reading weights took time.
 
         Args:
             num_layers: Number of layers of the model.
-            head_cost: Weights of a head over those of a layer.
+            head_cost: Weights of an early exit's head over those of a layer.
+            final_head_cost: The same for the final exit, whose head lacks the other parts.
         """
-        return (num_layers + head_cost) / (self.layers + head_cost * self.heads)
+        heads = head_cost * (self.heads - self.final_heads) + final_head_cost * self.final_heads
+        return (num_layers + final_head_cost) / (self.layers + heads)
 
 
 def work_of(
@@ -55,8 +59,10 @@ def work_of(
         num_drafted = sum(output.num_drafted for output in outputs)
         num_passes = len(exits) - sum(output.num_accepted for output in outputs)
         layers = num_drafted * strategy.draft_exit + num_passes * num_layers
-        return Work(layers / len(exits), (num_drafted + num_passes) / len(exits), shares)
+        num_heads = num_drafted + num_passes
+        return Work(layers / len(exits), num_heads / len(exits), num_passes / len(exits), shares)
     policy = outputs[0].policy
     costs = Costs(policy.boundaries, num_layers, measure=policy.measure)
     heads = dict(zip(ends, costs.heads(policy.thresholds).tolist(), strict=True))
-    return Work(sum(exits) / len(exits), sum(heads[exit] for exit in exits) / len(exits), shares)
+    num_heads = sum(heads[exit] for exit in exits)
+    return Work(sum(exits) / len(exits), num_heads / len(exits), shares[-1], shares)

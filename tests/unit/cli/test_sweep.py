@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from ee_llm.cli.arguments.output_files import check_writable
 
 from ee_llm.cli import main
+from ee_llm.errors import UserError
 from ee_llm.evaluation.sweep.result import SweepResult
 from tests.unit.evaluation.sweep.places import make_place
 
@@ -85,6 +87,30 @@ def test_mistakes_are_one_line(case: str, capsys: pytest.CaptureFixture[str]) ->
     captured = capsys.readouterr()
     assert expected in captured.err
     assert (captured.err.count("\n"), captured.out) == (1, "")
+
+
+def test_figures_are_kept_if_the_picture_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: SweepResult, path: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(SweepResult, "save_plot", fail)
+    files = [tmp_path / name for name in ("a.json", "a.csv", "a.png")]
+    outputs = ["--json", files[0], "--csv", files[1], "--plot", files[2]]
+    words = [*PROMPTS, "--num-prompts", 1, *FAST, "--families", "self-speculative", *outputs]
+    assert main.main([str(word) for word in ("sweep", "run", *words)]) != 0
+    assert SweepResult.from_dict(json.loads(files[0].read_text())).num_prompts == 1
+    assert files[1].exists()
+
+
+def test_standard_output_needs_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """- is not a file in the folder."""
+    (tmp_path / "-").mkdir()
+    monkeypatch.chdir(tmp_path)
+    check_writable("--json", Path("-"))
+    with pytest.raises(UserError, match="--csv - is a folder"):
+        check_writable("--csv", Path("-"))
 
 
 @pytest.mark.parametrize("command", ["sweep", "report"])

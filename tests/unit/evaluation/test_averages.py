@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ee_llm.evaluation.averages import BLOCK, MIN_BLOCKS, Average, _student
+from ee_llm.evaluation.averages import BLOCK, MIN_BLOCKS, Average, student_quantile
 
 
 def average(*windows: torch.Tensor) -> Average:
@@ -60,7 +60,16 @@ def test_interval_has_its_nominal_coverage(length: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("freedom", "expected"), [(7, 2.364624), (10, 2.228139), (30, 2.042272), (10**6, 1.959966)]
+    ("freedom", "expected"),
+    [
+        (1, 12.706205),
+        (3, 3.182446),
+        (6, 2.446912),
+        (7, 2.364624),
+        (10, 2.228139),
+        (30, 2.042272),
+        (10**6, 1.959966),
+    ],
 )
 def test_quantiles_are_those_of_the_tables(freedom: int, expected: float) -> None:
-    assert _student(freedom) == pytest.approx(expected, abs=2e-4)
+    assert student_quantile(freedom) == pytest.approx(expected, abs=2e-4)

@@ -34,6 +34,16 @@ def test_costs_count_the_heads_up_to_a_tokens_exit() -> None:
     assert costs.full == 6.5
 
 
+def test_the_final_head_may_cost_less() -> None:
+    """It has no translator, MLP or block."""
+    costs = Costs((2, 4), num_layers=6, head=1.5, final_head=0.25)
+    exits = torch.tensor([0, 1, 2])
+    assert costs.of(exits, (0.5, 0.5)).tolist() == [3.5, 7.0, 6 + 2 * 1.5 + 0.25]
+    assert costs.of(exits, (None, None))[2] == costs.full == 6.25
+    hidden = Costs((2, 4), 6, 1.5, "gate", 0.25)
+    assert hidden.of(exits, (0.5, 0.5)).tolist() == [3.5, 5.5, 6.25]
+
+
 def test_a_part_has_the_chosen_windows() -> None:
     part = SMALL.part(torch.tensor([1, 1]))
     assert part.windows.tolist() == [0, 0, 1, 1]

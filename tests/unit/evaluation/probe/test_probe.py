@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 import ee_llm
+from ee_llm.checkpoint.read import TensorReader
 from ee_llm.cli.main import main
 from ee_llm.errors import DataError, RequestError
+from ee_llm.evaluation.probe.costs import weight_ratios
 from ee_llm.evaluation.probe.result import ProbeResult
 from tests.unit.evaluation.probe.models import LENGTH, make_place
 
@@ -114,6 +116,15 @@ def test_parts_of_one_text_do_not_overlap(place: Path) -> None:
     assert halves.num_fit_tokens == pytest.approx(halves.num_tokens, abs=2 * LENGTH)
 
 
+def test_risk_is_a_share_of_tokens(place: Path) -> None:
+    """The last window is shorter than the others: its tokens must not count more."""
+    found = probe(place, risk=0.3)
+    assert found.num_tokens % LENGTH != 0
+    num_wrong = found.best.disagreement * found.num_tokens
+    assert 0 < num_wrong <= 0.3 * found.num_tokens
+    assert num_wrong == pytest.approx(round(num_wrong), abs=1e-6)
+
+
 def test_classes_cover_all_tokens(result: ProbeResult) -> None:
     assert sum(one.num_tokens for one in result.classes) == result.num_tokens
     for index, metrics in enumerate(result.boundaries):
@@ -137,6 +148,8 @@ def test_costs_are_measured(place: Path, result: ProbeResult) -> None:
     # The translator [h, h + 1], the norm [h] and the output weight, over a layer's weights.
     head, layer = 32 * 33 + 32 + 264 * 32, 2 * 32 + 64 * 32 + 32 * 32 + 3 * 48 * 32
     assert result.head_cost == pytest.approx(head / layer)
+    config = TensorReader(place / "dense").config()
+    assert weight_ratios(config) == pytest.approx((head / layer, (32 + 264 * 32) / layer))
 
 
 def test_json_round_trip(result: ProbeResult) -> None:
@@ -167,6 +180,21 @@ def test_command_writes_files_and_names_the_next_one(
     captured = capsys.readouterr()
     assert json.loads(captured.out) == result.to_dict()
     assert captured.err == ""
+
+
+def test_the_fit_must_not_use_the_text_of_the_test(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other names of the same data count too."""
+    monkeypatch.chdir(place)
+    with pytest.raises(RequestError, match="fit_data and data are both .*test: the exits would be"):
+        probe(place, data="test", fit_data=place / "fit" / ".." / "test")
+
+
+def test_small_risks_are_shown(place: Path) -> None:
+    found = probe(place, risk=0.0004, boundaries=(3,))
+    assert "best exits if at most 0.04% of the tokens may differ" in repr(found)
+    assert "if at most 0.04% of the tokens may differ" in found.findings[0]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -43,6 +43,8 @@ CALIBRATION = CalibrationResult(
     num_windows=100,
     num_tokens=10_000,
     seq_length=100,
+    calibration_errors=(0.1, 0.1),
+    reliability=(),
     dtype="float32",
 )
 

@@ -10,7 +10,7 @@ from ee_llm.cli.generate import COMMAND
 from ee_llm.cli.generation.options import GenerateOptions
 from ee_llm.cli.generation.strategies import check_strategy_options, strategy_of_options
 from ee_llm.errors import RequestError
-from ee_llm.evaluation.sweep.candidates import Candidate, find_candidates
+from ee_llm.evaluation.sweep.candidates import Candidate, execution_arguments, find_candidates
 from ee_llm.evaluation.sweep.options import SweepOptions
 from ee_llm.inference.exits.policy import ExitPolicy, make_exit_policy, resolve_policy
 from tests.unit.evaluation.models import make_config
@@ -19,7 +19,8 @@ CONFIG = make_config(boundaries=(1, 2, 3))
 
 
 def candidates(**given: Any) -> list[Candidate]:
-    return find_candidates(SweepOptions(Path("runs/x"), **given), CONFIG, lambda: "fingerprint")
+    options = SweepOptions(Path("runs/x"), **given)
+    return find_candidates(options, CONFIG, lambda measure: f"of {measure}", gated=(1, 2))
 
 
 def test_all_sets_thresholds_and_drafts() -> None:
@@ -66,11 +67,69 @@ def test_arguments_select_the_same_on_the_command_line(
             assert found == one.policy
 
 
+def test_thresholds_are_written_in_full() -> None:
+    """Rounded to 1, no token would exit, and names would be equal."""
+    values = (0.9999999, 0.99999991)
+    found = candidates(exits=("all",), thresholds=values, families=("thresholds",))[1:]
+    assert [one.policy.thresholds[0] for one in found] == list(values)
+    for one, value in zip(found, values, strict=True):
+        assert one.arguments == ("--thresholds", repr(value))
+        assert one.name.endswith(f" at {value!r}")
+
+
+def test_policy_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / "a" / "p.json", tmp_path / "b" / "p.json", tmp_path / "q.json"]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        ExitPolicy((1, 2, 3), (None, 0.25, 1.0)).save(path)
+    found = candidates(policy=(*paths, paths[0]), families=())
+    assert [one.name for one in found[1:]] == [
+        *(f"policy {path}" for path in paths[:2]),
+        "policy q.json",
+    ]
+
+
+def test_a_calibrated_policy_must_name_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    policy = ExitPolicy((1, 2, 3), (None, 0.25, 1.0), "entropy")
+    policy.save(path, {"fingerprint": "of entropy"})
+    assert candidates(policy=(path,), families=())[1].policy == policy
+    policy.save(path, {"fingerprint": "another"})
+    with pytest.raises(RequestError, match="calibrated for the model with fingerprint another"):
+        candidates(policy=(path,), families=())
+
+
+def test_agreement_compares_exits() -> None:
+    """The first exit that is on has nothing to compare, so alone, it takes no token."""
+    found = candidates(measure="agreement", families=("thresholds",), thresholds=(0.8,))
+    assert [one.name for one in found] == ["full", "exits 1+2+3 at 0.8"]
+
+
+def test_execution_of_the_command() -> None:
+    """The options are those of `ee-llm generate`."""
+    assert execution_arguments(SweepOptions(Path("runs/x"), batch_size=16)) == ()
+    template = Path("chat template.jinja")
+    given: dict[str, Any] = {"dtype": "bfloat16", "attention": "plain", "chat_template": template}
+    given |= {"tensor": 2, "pipeline": 3, "cuda_graphs": True, "compile": True, "timeout_s": 20}
+    words = execution_arguments(SweepOptions(Path("runs/x"), batch_size=17, **given))
+    options = parse(GenerateOptions, COMMAND, ["--checkpoint", "runs/x", *words])
+    assert options.max_num_seqs == 17
+    assert {name: getattr(options, name) for name in given} == given
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such exit": ({"exits": ("2+7",)}, r"exits: 7 is not an exit. The model has .*\[1, 2, 3\]"),
     "no set": ({"exits": ("2,3",)}, "exits: '2,3' is not a set of exits. Write 8 for one exit"),
     "no such draft": ({"draft_exits": (4,)}, "draft_exits: 4 is not an exit"),
     "no policy": ({"policy": (Path("gone.json"),)}, r"Policy file gone\.json cannot be read"),
+    "no gate": (
+        {"measure": "gate", "exits": ("1", "2+3")},
+        r"exits 2\+3 at 0.5: measure = 'gate' needs a gate for the exit after layer 3",
+    ),
+    "alone": (
+        {"measure": "agreement", "exits": ("1+2", "2")},
+        "exits: no token exits at 2 alone with measure = 'agreement'",
+    ),
     "nothing": ({"families": ()}, "there is nothing to measure"),
 }
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from ee_llm.architecture.reference import ReferenceModel
 from ee_llm.checkpoint.gates import fingerprint_with_gates, write_gates
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.errors import DataError, RequestError, UserError
+from ee_llm.evaluation.sweep.confirm import is_faster
 from ee_llm.evaluation.sweep.result import SweepResult
 from ee_llm.inference.strategies import SelfSpeculation
 from tests.unit.evaluation.models import EOS, make_config, make_tensors
@@ -93,8 +96,10 @@ def test_full_depth_agrees_and_its_speed_is_the_unit(result: SweepResult) -> Non
     assert all(one.loss == pytest.approx(result.full.loss) for one in lossless)
     assert all(one.acceptance is not None and 0 < one.acceptance < 1 for one in lossless[1:])
     assert (result.full.speedup, result.full.layers, result.full.heads) == (1.0, NUM_LAYERS, 1.0)
-    assert all(one.tokens_per_second > 0 for one in result.points)
-    assert all(one.speedup_low <= one.speedup <= one.speedup_high for one in result.points)
+    for one in result.points:
+        assert one.tokens_per_second is not None
+        assert one.tokens_per_second > 0
+        assert one.speedup_low <= one.speedup <= one.speedup_high  # type: ignore[operator]
 
 
 def test_many_layers_cost_time(result: SweepResult) -> None:
@@ -178,9 +183,32 @@ def test_generations_that_end_at_once_are_named(tmp_path: Path) -> None:
     tensors = make_tensors(config)
     tensors["exits.4.norm.bias"][:] = tensors["output.weight"][EOS] = 10.0
     save_model(tmp_path / "run", config, tensors)
-    with pytest.raises(DataError, match="full: all generations .* end at their first token"):
+    with pytest.raises(DataError, match="full: nothing follows the first step of any generation"):
         sweep(tmp_path, ignore_eos=False)
     assert sweep(tmp_path, families=["self-speculative"]).full.num_tokens == 6 * NUM_NEW
+
+
+def test_a_point_without_time_does_not_end_the_sweep(tmp_path: Path) -> None:
+    """The drafts of the first step are all right, so that no token is left for another."""
+    config = agreeing_config()
+    tensors = agreeing_tensors(config)
+    for name, tensor in tensors.items():
+        if name.startswith("layers.") and int(name.split(".")[1]) > 2:
+            tensor.zero_()
+    save_model(tmp_path / "run", config, tensors)
+    found = sweep(
+        tmp_path,
+        max_tokens=3,
+        draft_lengths=(4, 1),
+        draft_exits=(2,),
+        families=("self-speculative",),
+    )
+    perfect, short = found.points[1:]
+    assert (perfect.name, perfect.acceptance) == ("draft 4 at exit 2", 1.0)
+    assert (perfect.speedup, perfect.speedup_low, perfect.tokens_per_second) == (None, None, None)
+    assert short.speedup is not None
+    assert found.recommended is not perfect
+    assert "not timed" in repr(found)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
@@ -198,6 +226,18 @@ REFUSED: dict[str, tuple[dict[str, Any], type[UserError], str]] = {
     "strategy": ({"strategy": "full"}, RequestError, "strategy = 'full' is unknown. Use one of"),
     "too long": ({"max_tokens": 60}, RequestError, r"prompt 1 has 9 tokens, .* are more than 64"),
     "batch": ({"batch_size": 7}, RequestError, "batch_size = 7 is more than the 6 prompts"),
+    "surrogate": ({"prompts": ["\ud800"]}, RequestError, r"prompts\[0\] is .* Give a text"),
+    "count": ({"num_prompts": 7}, RequestError, "num_prompts = 7 is more than the 6 given prompts"),
+    "scale": (
+        {"measure": "saturation", "thresholds": ()},
+        RequestError,
+        "measure = 'saturation' has no default thresholds",
+    ),
+    "too long text": (
+        {"data": "data", "prompt_length": 60, "num_prompts": 1},
+        RequestError,
+        "prompt 1 has 60 tokens, .* Lower prompt_length, or lower max_tokens",
+    ),
     "no exits": ({"model": "dense"}, RequestError, "has no early exits to measure. Add some with"),
     "id": ({"prompts": [[1, 900]]}, RequestError, "prompt 1 has token ids 1 to 900, outside"),
     "short": (
@@ -224,6 +264,9 @@ def test_empty_files_are_named(place: Path, tmp_path: Path) -> None:
     path.write_text('{"prompt": "a"}\n{"prompt": ""}\n')
     with pytest.raises(RequestError, match='line 2: "prompt" is'):
         sweep(place, prompts=path)
+    path.write_text('{"prompt": "a", "max_tokens": 7, "id": 3}\n')
+    with pytest.raises(RequestError, match="line 1: 'max_tokens' is unknown. Give one of prompt,"):
+        sweep(place, prompts=path)
 
 
 def test_launchers_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,3 +276,66 @@ def test_launchers_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv(name, value)
     with pytest.raises(RequestError, match="cannot run under a launcher such as torchrun"):
         sweep(place)
+    # A launcher with a single process is as good as none.
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RequestError, match="batch_size = 2 is more than the 1 prompts"):
+        sweep(place, prompts=["a"], batch_size=2)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"strategy": "propagate", "dtype": "bfloat16", "batch_size": 3},
+        {"measure": "entropy", "exits": ("2",), "thresholds": (0.3,)},
+        {"measure": "agreement", "exits": ("2+4",), "thresholds": (0.05,)},
+    ],
+)
+def test_strategies_measures_and_precisions(place: Path, given: dict[str, Any]) -> None:
+    found = sweep(place, rounds=1, draft_exits=(4,), **given)
+    low = found.points[1]
+    assert low.measure == given.get("measure", "max_probability")
+    assert 0 < low.shares[-1] < 1, "some tokens exit, and some do not"
+    assert low.layers < NUM_LAYERS
+    assert found.dtype == given.get("dtype", "float64")
+    assert found.points[-1].family == "self-speculative"
+    assert found.full.agreement > 0.9
+
+
+def test_the_best_point_is_tested_in_new_runs(place: Path) -> None:
+    """All tokens exit after two of eight layers."""
+    given = {"exits": ("2",), "thresholds": (0.01,), "families": ("thresholds",), "rounds": 4}
+    found = sweep(place, prompts=["The", "fox"], max_tokens=20, min_agreement=0.01, **given)
+    full, early = found.points
+    assert found.contenders == [1]
+    assert full.paired_speedups == ()
+    assert len(early.paired_speedups) == 10
+    assert early.tested_speedup is not None
+    assert early.tested_speedup > 1.0
+    assert found.recommended is (early if is_faster(early.paired_speedups) else full)
+
+
+_PIPELINE = """
+import json, sys
+import ee_llm
+options = {"max_tokens": 4, "ignore_eos": True, "thresholds": (0.15,), "draft_lengths": (2,)}
+found = ee_llm.sweep(sys.argv[1], ["The", "fox"], pipeline=2, dtype="float64", **options)
+print(json.dumps(found.to_dict()))
+"""
+
+
+@pytest.mark.slow
+def test_pipeline_stages_generate_the_same(place: Path) -> None:
+    """This runs in a new process, because a process group must contain only ranks."""
+    command = [sys.executable, "-c", _PIPELINE, str(place / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = SweepResult.from_dict(json.loads(done.stdout))
+    assert found.execution == ("--dtype", "float64", "--pipeline", "2")
+    one = sweep(place, prompts=["The", "fox"], max_tokens=4, thresholds=(0.15,), draft_lengths=(2,))
+    for left, right in zip(found.points, one.points, strict=True):
+        assert (left.name, left.agreement, left.shares) == (
+            right.name,
+            right.agreement,
+            right.shares,
+        )
+        assert left.loss == pytest.approx(right.loss)

@@ -54,6 +54,8 @@ def test_work_equals_the_passes_of_the_engine(
     num_tokens = len(outputs[0].token_ids)
     assert work.heads * num_tokens == pytest.approx(sum(bool(one.logit_rows) for one in passes))
     assert work.layers * num_tokens == pytest.approx(sum(layers))
+    is_last = [step.segment == len(BOUNDARIES) for one in passes for step in one.steps[-1:]]
+    assert work.final_heads * num_tokens == pytest.approx(sum(is_last))
     assert sum(work.shares) == pytest.approx(1.0)
     if strategy in ("exact", "propagate") and case != "rarely":
         assert 0 < work.shares[-1] < 1, "the test would not notice wrong depths"
@@ -61,5 +63,8 @@ def test_work_equals_the_passes_of_the_engine(
 
 def test_ideal_speedup_counts_heads() -> None:
     """A token of half of the layers with two heads, against all layers with one."""
-    assert Work(4.0, 2.0, (0.5, 0.5)).ideal_speedup(8, 0.0) == 2.0
-    assert Work(4.0, 2.0, (0.5, 0.5)).ideal_speedup(8, 2.0) == 10 / 8
+    work = Work(4.0, 2.0, 0.5, (0.5, 0.5))
+    assert work.ideal_speedup(8, 0.0, 0.0) == 2.0
+    assert work.ideal_speedup(8, 2.0, 2.0) == 10 / 8
+    assert work.ideal_speedup(8, 2.0, 1.0) == 9 / (4 + 3 + 0.5)
+    assert Work(8.0, 1.0, 1.0, (0.0, 1.0)).ideal_speedup(8, 2.0, 1.0) == 1.0
