@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from ee_llm.cli.arguments.output_files import check_writable
 
 from ee_llm.cli import main
 from ee_llm.errors import UserError
 from ee_llm.evaluation.sweep.result import SweepResult
+from ee_llm.output_files import check_writable
 from tests.unit.evaluation.sweep.places import make_place
 
 pytestmark = pytest.mark.thorough

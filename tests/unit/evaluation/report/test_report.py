@@ -198,7 +198,7 @@ def test_texts_of_result_files_are_escaped_and_shown_as_they_are(
     record = json.loads((place / "sweep.json").read_text())
     record |= {"checkpoint": HOSTILE, "inputs": [HOSTILE, HOSTILE]}
     record["points"][1] |= {"name": HOSTILE, "speedup": 9.0, "speedup_low": 9.0, "agreement": 1.0}
-    record["points"][1] |= {"agreement_high": 1.0}
+    record["points"][1] |= {"agreement_high": 1.0, "paired_speedups": [9.0] * 10}
     assert record["points"][1]["family"] == "thresholds"
     (tmp_path / "sweep.json").write_text(json.dumps(record))
     options = options_of(place, sweep=tmp_path / "sweep.json", num_samples=1, max_tokens=1)
@@ -218,7 +218,7 @@ def test_samples_use_the_strategy_of_the_sweep(place: Path, tmp_path: Path) -> N
     """The approximation of propagate writes other texts than exact exits."""
     record = json.loads((place / "sweep.json").read_text())
     best = {"strategy": "propagate", "speedup": 9.0, "speedup_low": 9.0, "agreement": 1.0}
-    record["points"][1] |= best
+    record["points"][1] |= best | {"paired_speedups": [9.0] * 10}
     (tmp_path / "sweep.json").write_text(json.dumps(record))
     content = gather(
         ReportOptions(
