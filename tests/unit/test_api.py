@@ -1,5 +1,6 @@
 """Test the Python API: the example of the README, from conversion to verification."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +137,7 @@ def test_errors_name_the_mistake(place: Path) -> None:
         ee_llm.convert(place / "models" / "llama", place / "runs" / "x", exit=[1])
     bad_values = {"to": "HF", "exits": ["two"], "head": "norm", "max_shard_gb": "many", "dtype": "int8"}
     for name, value in bad_values.items():
-        with pytest.raises(ConfigError, match=f"^{name} = {value!r}: "):
+        with pytest.raises(ConfigError, match="^" + re.escape(f"{name} = {value!r}: ")):
             ee_llm.convert(place / "models" / "llama", place / "runs" / "x", **{name: value})
     with pytest.raises(ConfigError, match=r"tuning\.checkpoint"):
         ee_llm.tune(output=place / "runs" / "x")
