@@ -135,7 +135,8 @@ def test_a_model_trains_in_this_process_and_in_several(place: Path) -> None:
 def test_errors_name_the_mistake(place: Path) -> None:
     with pytest.raises(TypeError, match="'exit'"):
         ee_llm.convert(place / "models" / "llama", place / "runs" / "x", exit=[1])
-    bad_values = {"to": "HF", "exits": ["two"], "head": "norm", "max_shard_gb": "many", "dtype": "int8"}
+    bad_values = {"to": "HF", "exits": ["two"], "head": ["nor"], "max_shard_gb": "many"}
+    bad_values |= {"dtype": "int8"}
     for name, value in bad_values.items():
         with pytest.raises(ConfigError, match="^" + re.escape(f"{name} = {value!r}: ")):
             ee_llm.convert(place / "models" / "llama", place / "runs" / "x", **{name: value})
