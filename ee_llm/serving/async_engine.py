@@ -27,8 +27,9 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
     """An asynchronous iterator over the tokens of a request, as `TokenStream` is for threads.
 
     The request is aborted if the reading task is cancelled, or the stream is closed, left as an
-    asynchronous context manager, or garbage-collected before its end. One task at a time may read it. If the request fails, or
-    someone else aborts it, the iterator raises RunError after the last token.
+    asynchronous context manager, or garbage-collected before its end. One task at a time may read
+    it. If the request fails, or someone else aborts it, the iterator raises RunError after the last
+    token.
 
     Attributes:
         request: The request.
@@ -83,6 +84,7 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         self._error = None
         self._is_over = True
         self._engine.abort(self.request)
+        self._changed.set()
 
     async def aclose(self) -> None:
         """Close the stream, as `contextlib.aclosing` does."""
@@ -119,7 +121,7 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         if self._num_unread > self._max_unread:
             self.close()
             self._error = RunError(
-                f"Request {self.request.id!r} was aborted: its reader left {self._num_unread} tokens"
+                f"Request {self.request.id!r} was aborted: {self._num_unread} of its tokens were"
                 f" unread, more than max_unread_tokens = {self._max_unread}."
             )
         self._changed.set()

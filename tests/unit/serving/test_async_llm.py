@@ -117,7 +117,7 @@ def test_a_slow_reader_is_aborted_with_a_reason(llm: LLM) -> None:
         async with AsyncLLM(llm, max_unread_tokens=5) as engine:
             stream = await engine.stream("Once", LONG)
             await idle(llm)
-            with pytest.raises(RunError, match="unread, more than max_unread_tokens = 5"):
+            with pytest.raises(RunError, match="were unread, more than max_unread_tokens = 5"):
                 await anext(stream)
             with pytest.raises(StopAsyncIteration):
                 await anext(stream)
