@@ -49,6 +49,7 @@ class LLM(LoadedModel):
         config: The model's configuration.
         tokenizer: The model's tokenizer.
         dtype: Dtype of the computation.
+        policy: Exit policy of requests without one.
         is_leader: Whether this process takes requests; all other ranks call `worker_loop`.
     """
 
