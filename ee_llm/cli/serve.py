@@ -1,6 +1,5 @@
 """`ee-llm serve`: an HTTP server with OpenAI's API."""
 
-import importlib.util
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,11 @@ COMMAND = CommandHelp(
     (
         Group("Address", "host port api_key_file", "served_model_name"),
         Group("Exits", "policy thresholds", "measure"),
-        Group("Execution", "dtype max_num_seqs cache_tokens tensor pipeline", "quantize attention"),
-        Group("", "", "cuda_graphs compile deferral timeout_s chat_template"),
+        Group(
+            "Execution",
+            "dtype max_num_seqs cache_tokens tensor pipeline",
+            "chat_template quantize attention cuda_graphs compile deferral timeout_s",
+        ),
         Group(
             "Limits",
             "max_queued_requests request_timeout_s",
@@ -105,18 +107,19 @@ class ServeOptions(ExecutionOptions):
 def run_serve(arguments: list[str]) -> None:
     """Run `ee-llm serve` until a signal stops it."""
     options = parse(ServeOptions, COMMAND, arguments, ("checkpoint",))
-    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"ee-llm serve needs {' and '.join(missing)}. Install them with"
-            " pip install 'ee-llm[serve]'."
-        )
     _check(options)
+    try:
+        from ee_llm.serving.api_keys import read_api_keys
+        from ee_llm.serving.server import bind, serve, url_of
+        from ee_llm.serving.settings import ServerSettings
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "starlette", "uvicorn"):
+            raise
+        raise UserError(
+            f"ee-llm serve needs {error.name}. Install it with pip install 'ee-llm[serve]'."
+        ) from None
     from ee_llm import distributed
     from ee_llm.cli.generation.execution import check_execution, load_model
-    from ee_llm.serving.api_keys import read_api_keys
-    from ee_llm.serving.server import bind, serve, url_of
-    from ee_llm.serving.settings import ServerSettings
 
     config = check_execution(options)
     settings = ServerSettings(

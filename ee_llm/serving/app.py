@@ -194,10 +194,12 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def on_exception(request: Request, error: Exception) -> Response:
-        # Its traceback is logged by the server; the text may have parts of the request.
-        return error_response(
-            ApiError(500, "The server has failed. Its log has the reason.", code="internal_error")
-        )
+        # uvicorn logs the traceback. The client must not see it.
+        id = request.state.request_id
+        logger.error("%s: internal error in %s", id, request.url.path)
+        message = f"The server has failed. Its log has the reason, under {id}."
+        headers = {"x-request-id": id}  # This response does not pass the middleware.
+        return error_response(ApiError(500, message, code="internal_error", headers=headers))
 
 
 def _json(response: BaseModel) -> Response:

@@ -99,7 +99,7 @@ def from_validation(error: ValidationError, body: Any) -> ApiError:
     """Return the error of a body that does not have the fields of a request model."""
     problems = error.errors(include_url=False, include_context=False)
     # Of a value that may have several types, each has a problem: report the most specific ones.
-    paths = [_path(problem["loc"], body) for problem in problems]
+    paths = [_path(problem, body) for problem in problems]
     deepest = max((path for path in paths if path[:1] == paths[0][:1]), key=len)
     found = [one for one, path in zip(problems, paths, strict=True) if path == deepest]
     param, kind = ".".join(map(str, deepest)) or None, found[0]["type"]
@@ -112,17 +112,15 @@ def from_validation(error: ValidationError, body: Any) -> ApiError:
     return bad_request(f"{where}: {', or '.join(texts)}.", param)
 
 
-def _path(location: Sequence[int | str], body: Any) -> list[int | str]:
+def _path(problem: Mapping[str, Any], body: Any) -> list[int | str]:
     """Return the location of a problem without parts that name types instead of fields."""
+    location: Sequence[int | str] = problem["loc"]
     path: list[int | str] = []
-    for number, part in enumerate(location, start=1):
-        if isinstance(body, dict):
-            if part not in body and number < len(location):
-                continue
-            body = body.get(part)
-        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+    for part in location:
+        try:
             body = body[part]
-        else:
-            continue
+        except (KeyError, IndexError, TypeError):
+            if problem["type"] != "missing" or part != location[-1]:
+                continue
         path.append(part)
     return path

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -81,14 +82,18 @@ def wait_for(condition: Any, seconds: float = 30.0) -> None:
 
 
 @contextmanager
-def running(llm: LLM, *, max_unread_tokens: int = 8192, **settings: Any) -> Iterator[Running]:
-    """Serve a model with uvicorn while the context lasts."""
+def running(
+    llm: LLM, *, max_unread_tokens: int = 8192, send_buffer: int = 0, **settings: Any
+) -> Iterator[Running]:
+    """Serve a model with uvicorn while the context lasts; send_buffer: size of sockets' buffers."""
     engine = AsyncLLM(llm, max_unread_tokens=max_unread_tokens)
     service = Service(engine, ServerSettings(**{"model_name": NAME} | settings))
     app = create_app(service)
     config = uvicorn.Config(app, http="h11", lifespan="off", log_config=None, access_log=False)
     server = uvicorn.Server(config)
     bound = bind("127.0.0.1", 0)
+    if send_buffer:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
     thread.start()
     try:
