@@ -231,7 +231,6 @@ class AsyncEngine:
                 self._step()
         except RunError as error:
             reason = f"The engine failed: {error}"
-            logger.error(reason)
         except BaseException as error:
             reason = f"The engine failed: {type(error).__name__}: {error}"
             logger.exception("The engine failed.")

@@ -16,6 +16,8 @@ MAX_CHOICES = 128
 
 _MAX_STOPS, _MAX_STOP_LENGTH = 16, 1024  # strings, and characters of one
 
+_RANDOM_SEEDS = 2**53  # JavaScript has no larger integers.
+
 # Larger values overflow logits, and have no use.
 _Factor = Annotated[float, Field(ge=0.01, le=100.0)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -121,7 +123,7 @@ class GenerationFields(BaseModel):
             return SamplingParams(
                 **{"max_tokens": max_tokens} | values,
                 temperature=1.0 if self.temperature is None else self.temperature,
-                seed=secrets.randbelow(2**63) if self.seed is None else self.seed,
+                seed=secrets.randbelow(_RANDOM_SEEDS) if self.seed is None else self.seed,
                 logprobs=self.num_logprobs,
             )
         except RequestError as error:

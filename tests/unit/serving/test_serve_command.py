@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 from ee_llm.cli import main
 from ee_llm.cli.serve import COMMAND, ServeOptions, run_serve
 from ee_llm.errors import UserError
-from tests.unit.serving.servers import save, wait_for
+from tests.unit.serving.servers import save, save_template, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +157,32 @@ def test_help_shows_every_option_in_a_group() -> None:
     named = " ".join(f"{group.common} {group.advanced}" for group in COMMAND.groups).split()
     fields: dict[str, Any] = ServeOptions.__dataclass_fields__
     assert sorted(named) == sorted(fields.keys() - {"checkpoint"})
+
+
+def blocks(language: str) -> list[str]:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "how-to" / "serve.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+
+
+def test_the_examples_of_the_guide(run: Path) -> None:
+    """The commands of curl are sent by httpx, since not every machine has curl."""
+    client, asynchronous = blocks("python")
+    with serving(run, "--chat-template", str(save_template(run))) as (process, url):
+        (commands,) = blocks("bash")
+        for command in commands.splitlines():
+            words = shlex.split(command)
+            path = words[1].removeprefix("http://127.0.0.1:8000")
+            assert words[0] == "curl"
+            options = dict(zip(words[2::2], words[3::2], strict=True))
+            kind = options.get("-H", ": ").split(": ")[1]
+            response = httpx.request(
+                "POST" if "-d" in options else "GET",
+                f"{url}{path}",
+                content=options.get("-d"),
+                headers={"content-type": kind},
+            )
+            assert response.status_code == 200, response.text
+        exec(client.replace("http://127.0.0.1:8000", url), {})
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    exec(asynchronous.replace("runs/tuned", str(run)), {"__name__": "example"})
