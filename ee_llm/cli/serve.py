@@ -85,7 +85,7 @@ class ServeOptions(ExecutionOptions):
     max_queued_tokens: int = 262_144
     """Let prompts with this many tokens altogether wait; further requests get status 429."""
 
-    max_body_mib: float = 8.0
+    max_body_mib: float = 4.0
     """Refuse requests whose body is larger, in MiB."""
 
     max_unread_tokens: int = 8192

@@ -198,9 +198,9 @@ class LLM(LoadedModel):
         Raises:
             RequestError: The engine quantizes the weights, or an output does not fit the model.
         """
-        if self._quantize != "none":
+        if self.quantize != "none":
             raise RequestError(
-                f"quantize = {self._quantize!r}: the checkpoint has other weights than the engine,"
+                f"quantize = {self.quantize!r}: the checkpoint has other weights than the engine,"
                 " so outputs cannot be verified. Use quantize='none'."
             )
         found = [outputs] if isinstance(outputs, RequestOutput) else list(outputs)

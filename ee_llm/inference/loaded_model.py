@@ -57,7 +57,7 @@ class LoadedModel:
     Attributes:
         config: The model's configuration.
         tokenizer: The model's tokenizer.
-        dtype: Dtype of the computation.
+        dtype, quantize: Dtype of the computation, and how the weights are stored.
         policy: Exit policy of requests without one.
         engine: The engine.
     """
@@ -120,7 +120,7 @@ class LoadedModel:
         if chat_template is not None and not isinstance(chat_template, str | Path):
             raise RequestError(f"chat_template = {chat_template!r} must be the path of a file")
         self._check(tensor, pipeline, max_num_seqs, cache_tokens, timeout_s, quantize)
-        self._quantize = quantize
+        self.quantize = quantize
         self.tokenizer: Tokenizer = load_tokenizer(
             self._reader.tokenizer(), self.config.data.eos_token
         )

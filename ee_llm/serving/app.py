@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ee_llm.errors import UserError
 from ee_llm.inference.choices import Bos
@@ -183,8 +184,9 @@ def _handle_errors(app: FastAPI) -> None:
     async def on_user_error(_: Request, error: UserError) -> Response:
         return error_response(bad_request(str(error), None))
 
+    @app.exception_handler(ClientDisconnect)  # while its body is read
     @app.exception_handler(ClientDisconnectedError)
-    async def on_disconnect(_: Request, error: ClientDisconnectedError) -> Response:
+    async def on_disconnect(_: Request, error: Exception) -> Response:
         return Response(status_code=_CLIENT_GONE)
 
     @app.exception_handler(HTTPException)

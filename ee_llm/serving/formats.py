@@ -85,7 +85,6 @@ class CompletionFormat:
         """Return the chunk with the prompt, for `echo`."""
         if not self._request.echo:
             return None
-        self._offsets[index] = len(prompt.text)
         choice = CompletionChoice(index=index, text=prompt.text, logprobs=None, finish_reason=None)
         return self._response([choice], None, is_chunk=True)
 
@@ -119,7 +118,7 @@ class CompletionFormat:
                 CompletionChoice(
                     index=index,
                     text=before + (output.text or ""),
-                    logprobs=self._logprobs(output.tokens, len(before)),
+                    logprobs=self._logprobs(output.tokens, 0),
                     finish_reason=finish_reason(output),
                     **_ee_of_output(self._request.ee.return_exits, output),
                 )

@@ -29,7 +29,7 @@ class Service:
         settings: The settings.
         admission: What is in progress.
         created: Time at which the server started, in seconds since 1970.
-        system_fingerprint: Identity of the weights, in every response.
+        system_fingerprint: Identity of the weights and their dtype, in every response.
         is_draining: Whether the server refuses new requests because it stops.
     """
 
@@ -41,7 +41,8 @@ class Service:
             max_num_seqs + settings.max_queued_requests, settings.max_queued_tokens
         )
         self.created = int(time.time())
-        digest = hashlib.sha256(engine.llm.fingerprint.encode()).hexdigest()
+        weights = f"{engine.llm.fingerprint} {engine.llm.dtype} {engine.llm.quantize}"
+        digest = hashlib.sha256(weights.encode()).hexdigest()
         self.system_fingerprint = f"fp_{digest[:12]}"
         self.is_draining = False
         self._threads = ThreadPoolExecutor(_ENCODING_THREADS, "ee_llm encode")

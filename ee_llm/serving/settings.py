@@ -32,7 +32,7 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()
     max_queued_requests: int = 256
     max_queued_tokens: int = 262_144
-    max_body_mib: float = 8.0
+    max_body_mib: float = 4.0
     request_timeout_s: float = 600.0
     body_timeout_s: float = 30.0
     stall_timeout_s: float = 120.0

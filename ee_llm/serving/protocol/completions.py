@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from ee_llm.inference.sampling.params import MAX_LOGPROBS
 from ee_llm.inference.text.json_lines import short
 from ee_llm.serving.protocol.ee import EEChunk, EEOutput
+from ee_llm.serving.protocol.errors import bad_request
 from ee_llm.serving.protocol.logprobs import CompletionLogprobs
 from ee_llm.serving.protocol.sampling import MAX_CHOICES, GenerationFields
 
@@ -57,6 +58,16 @@ class CompletionRequest(GenerationFields):
     def num_logprobs(self) -> int | None:
         """Number of most probable tokens to report; None for no log probabilities."""
         return self.logprobs
+
+    def check_supported(self) -> None:
+        """Raise ApiError for fields that this server does not support."""
+        super().check_supported()
+        if self.echo and self.logprobs is not None:
+            raise bad_request(
+                "echo with logprobs is not supported, because the prompt has no log probabilities."
+                " Remove one of them.",
+                "echo",
+            )
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -77,6 +77,7 @@ COMPLETIONS: dict[str, tuple[bytes, str | None, str]] = {
     "stream options": (with_fields(stream_options={}), "stream_options", "needs stream"),
     "penalty": (with_fields(presence_penalty=1.0), "presence_penalty", "not supported"),
     "bias": (with_fields(logit_bias={"5": 1}), "logit_bias", "not supported"),
+    "echo": (with_fields(echo=True, logprobs=1), "echo", "the prompt has no log probabilities"),
     "suffix": (with_fields(suffix="x"), "suffix", "not supported"),
     "unknown in ee": (with_fields(ee={"treshold": 1}), "ee.treshold", "is unknown"),
     "ee": (with_fields(ee=5), "ee", "valid dictionary"),

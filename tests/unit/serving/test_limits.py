@@ -137,6 +137,22 @@ def test_a_request_that_takes_too_long_is_aborted(llm: LLM) -> None:
         server.wait_until_idle()
 
 
+def test_a_body_that_does_not_come(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    with running(llm, body_timeout_s=0.3) as server:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n"
+        for leaves in (True, False):
+            url = httpx.URL(server.url)
+            with socket.create_connection((url.host, url.port or 0)) as client:
+                client.sendall(head + b"Content-Type: application/json\r\n\r\n{")
+                wait_for(lambda: server.service.admission.num_requests == 1)
+                if not leaves:
+                    answer = client.recv(2**16)
+                    assert answer.startswith(b"HTTP/1.1 408 ")
+                    assert b"not complete after 0.3 s" in answer
+            server.wait_until_idle()
+    assert "Traceback" not in caplog.text
+
+
 def test_a_slow_reader_is_aborted(llm: LLM) -> None:
     with running(llm, max_unread_tokens=50, send_buffer=4096) as server, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
