@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ import pytest
 from ee_llm.errors import RequestError, RunError
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.serving.async_engine import AsyncTokenStream
 from ee_llm.serving.async_llm import AsyncLLM
 from tests.unit.serving.servers import save
 
-LONG = SamplingParams(max_tokens=50, ignore_eos=True)
+LONG = SamplingParams(max_tokens=4900, ignore_eos=True)  # takes seconds
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("run"))
+    return save(tmp_path_factory.mktemp("run"), max_seq_length=5000)
 
 
 @pytest.fixture
@@ -98,10 +100,8 @@ def test_an_unfinished_stream_aborts_its_request(llm: LLM, how: str) -> None:
                 async with stream:
                     await anext(stream)
             elif how == "cancel":
-                task = asyncio.create_task(engine.generate("Twice", LONG))
-                stream.close()
-                while not llm.engine.has_work:
-                    await asyncio.sleep(0)
+                task = asyncio.create_task(read(stream))
+                await asyncio.sleep(0.01)
                 task.cancel()
                 await asyncio.wait([task])
                 assert task.cancelled()
@@ -110,6 +110,26 @@ def test_an_unfinished_stream_aborts_its_request(llm: LLM, how: str) -> None:
             gc.collect()
             await idle(llm)
             del kept
+
+    drive(main())
+
+
+async def read(stream: AsyncTokenStream) -> None:
+    async for _ in stream:
+        pass
+
+
+def test_a_cancelled_task_aborts_its_requests(llm: LLM) -> None:
+    async def main() -> None:
+        async with AsyncLLM(llm) as engine:
+            params = replace(LONG, n=3)
+            task = asyncio.create_task(engine.generate("Once", params))
+            while not llm.engine.has_work:
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+            await idle(llm)
 
     drive(main())
 
@@ -188,7 +208,7 @@ def test_a_model_that_it_has_loaded_is_closed(run: Path) -> None:
     [
         ("", SamplingParams(), "empty text"),
         ([300], SamplingParams(), "Token id 300"),
-        ([1] * 100, SamplingParams(), "more than model.max_seq_length"),
+        ([1] * 5001, SamplingParams(), "more than model.max_seq_length"),
         ("a", SamplingParams(stop_token_ids=[999]), "stop_token_ids"),
         ("a", SamplingParams(n=2), "n = 2"),
     ],

@@ -10,6 +10,7 @@ import pytest
 
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.inference.strategies import SelfSpeculation
 from tests.unit.serving.servers import EXITS, EXITS_OF_LLM, NAME, Running, running, save
 
 
@@ -103,18 +104,24 @@ def test_early_exits_are_among_the_tests(llm: LLM) -> None:
 
 
 def test_speculation_sends_a_chunk_for_each_token(llm: LLM, server: Running) -> None:
+    """Only the last one ends the choice, though the last step confirms several tokens."""
     ee = {"strategy": "self-speculative", "draft_exit": 2, "draft_length": 3}
-    (expected,) = llm.generate("Once", SamplingParams(max_tokens=20), strategy="full")
-    chunks = server.client.completions.create(
-        model=NAME,
-        prompt="Once",
-        max_tokens=20,
-        temperature=0,
-        stream=True,
-        extra_body={"ee": ee | {"return_exits": True}},
+    params = SamplingParams(max_tokens=13)
+    strategy = SelfSpeculation(draft_exit=2, draft_length=3)
+    request = llm.make_request(llm.encode_prompt("Once"), params, strategy=strategy)
+    assert [len(step.tokens) for step in llm.engine.stream(request)][-1] > 1
+    (expected,) = llm.generate("Once", params, strategy="full")
+    chunks = list(
+        server.client.completions.create(
+            model=NAME,
+            prompt="Once",
+            max_tokens=13,
+            temperature=0,
+            stream=True,
+            extra_body={"ee": ee | {"return_exits": True}},
+        )
     )
-    chunks = list(chunks)
-    assert len(chunks) == len(expected.token_ids)
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * 12 + ["length"]
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected.text
 
 
