@@ -1,6 +1,8 @@
 """The web application: its routes, and how errors become responses."""
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -17,6 +19,7 @@ from ee_llm.serving.body import declared_size, read_body
 from ee_llm.serving.events import ClientDisconnectedError
 from ee_llm.serving.formats import ChatFormat, CompletionFormat, Header, make_header, to_json
 from ee_llm.serving.generation import Endpoint, respond
+from ee_llm.serving.limits import BYTES_PER_TOKEN
 from ee_llm.serving.middleware import RequestGate, error_response
 from ee_llm.serving.protocol.chat import ChatRequest, ChatResponse
 from ee_llm.serving.protocol.completions import (
@@ -92,20 +95,22 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 def _add_tokens(app: FastAPI, service: Service) -> None:
     settings, llm = service.settings, service.engine.llm
 
-    async def body_of(request: Request, kind: type[Any]) -> Any:
+    @asynccontextmanager
+    async def body_of(request: Request, kind: type[Any]) -> AsyncIterator[Any]:
         service.check_open()
-        declared_size(request, settings.max_body_bytes)
-        body = await read_body(request, kind, settings.max_body_bytes, settings.body_timeout_s)
-        service.check_model(body.model)
-        return body
+        size = declared_size(request, settings.max_body_bytes)
+        with service.admission.reserve(size // BYTES_PER_TOKEN):  # Its work takes time as well.
+            body = await read_body(request, kind, settings.max_body_bytes, settings.body_timeout_s)
+            service.check_model(body.model)
+            yield body
 
     @app.post("/tokenize", **_documented(TokenizeRequest, TokenizeResponse))
     async def tokenize(request: Request) -> Response:
         """Return the token ids of a prompt or a conversation."""
-        body: TokenizeRequest = await body_of(request, TokenizeRequest)
-        prompt, param = (body.prompt, "prompt") if body.prompt else (body.messages, "messages")
-        bos: Bos = "auto" if body.add_special_tokens else "off"
-        (encoded,) = await service.encode([prompt], param, bos)
+        async with body_of(request, TokenizeRequest) as body:
+            prompt, param = (body.prompt, "prompt") if body.prompt else (body.messages, "messages")
+            bos: Bos = "auto" if body.add_special_tokens else "off"
+            (encoded,) = await service.encode([prompt], param, bos)
         ids = list(encoded.token_ids)
         return _json(
             TokenizeResponse(
@@ -119,12 +124,13 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", **_documented(DetokenizeRequest, DetokenizeResponse))
     async def detokenize(request: Request) -> Response:
         """Return the text of token ids."""
-        body: DetokenizeRequest = await body_of(request, DetokenizeRequest)
-        size = llm.tokenizer.vocab_size
-        for token in body.tokens:
-            if token >= size:
-                raise bad_request(f"Token id {token} is not below {size}.", "tokens")
-        return _json(DetokenizeResponse(prompt=await service.run(llm.decode, body.tokens)))
+        async with body_of(request, DetokenizeRequest) as body:
+            size = llm.tokenizer.vocab_size
+            for token in body.tokens:
+                if token >= size:
+                    raise bad_request(f"Token id {token} is not below {size}.", "tokens")
+            text = await service.run(llm.decode, body.tokens)
+        return _json(DetokenizeResponse(prompt=text))
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

@@ -17,15 +17,13 @@ from ee_llm.serving.async_engine import AsyncTokenStream
 from ee_llm.serving.body import declared_size, read_body
 from ee_llm.serving.events import EventStream, until_disconnect
 from ee_llm.serving.formats import Format, to_json
-from ee_llm.serving.limits import Reservation
+from ee_llm.serving.limits import BYTES_PER_TOKEN, Reservation
 from ee_llm.serving.protocol.completions import Usage
 from ee_llm.serving.protocol.errors import ApiError, bad_request, engine_refusal
 from ee_llm.serving.protocol.sampling import MAX_CHOICES, GenerationFields
 from ee_llm.serving.service import Service
 
 logger = logging.getLogger(__name__)
-
-_BYTES_PER_TOKEN = 4  # of a body, to estimate the prompt tokens before they are counted
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ async def respond(service: Service, endpoint: Endpoint, http: HttpRequest) -> Re
     service.check_open()
     with ExitStack() as stack:
         size = declared_size(http, settings.max_body_bytes)
-        reservation = stack.enter_context(service.admission.reserve(size // _BYTES_PER_TOKEN))
+        reservation = stack.enter_context(service.admission.reserve(size // BYTES_PER_TOKEN))
         body = await read_body(
             http, endpoint.kind, settings.max_body_bytes, settings.body_timeout_s
         )

@@ -8,6 +8,9 @@ from ee_llm.serving.protocol.errors import ApiError
 RETRY_AFTER_S = 1
 """Seconds after which a client should repeat a request that the server was too busy for."""
 
+BYTES_PER_TOKEN = 4
+"""Bytes of a body per prompt token, to estimate the tokens before they are counted."""
+
 
 class Admission:
     """Counts the sequences and the waiting prompt tokens of all requests, and refuses more.

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ee_llm.errors import RequestError
 from ee_llm.inference.sampling.params import SamplingParams
@@ -23,6 +23,10 @@ _Factor = Annotated[float, Field(ge=0.01, le=100.0)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _StopString = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+def _or_default(value: Any) -> Any:
+    return {} if value is None else value
 
 
 class StreamOptions(BaseModel):
@@ -62,7 +66,7 @@ class GenerationFields(BaseModel):
     stop_token_ids: Annotated[list[_TokenId], Field(max_length=1024)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool | None = None
-    ee: EEOptions = EEOptions()
+    ee: Annotated[EEOptions, BeforeValidator(_or_default)] = EEOptions()
 
     @property
     def num_samples(self) -> int:

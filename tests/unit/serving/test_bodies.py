@@ -183,7 +183,18 @@ def test_fields_without_an_effect_are_ignored(server: Running, fields: Any) -> N
 
 
 def test_null_means_the_default(server: Running) -> None:
-    names = ("temperature", "n", "stop", "seed", "logprobs", "echo", "stream", "top_k", "suffix")
+    names = (
+        "temperature",
+        "n",
+        "stop",
+        "seed",
+        "logprobs",
+        "echo",
+        "stream",
+        "top_k",
+        "suffix",
+        "ee",
+    )
     assert server.post("/v1/completions", with_fields(**dict.fromkeys(names))).status_code == 200
 
 
