@@ -83,7 +83,7 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         self._tokens.clear()
         self._error = None
         self._is_over = True
-        self._engine.abort(self.request)
+        self._abort()
         self._changed.set()
 
     async def aclose(self) -> None:
@@ -97,7 +97,11 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         self.close()
 
     def __del__(self) -> None:
-        self._engine.abort(self.request)
+        self._abort()
+
+    def _abort(self) -> None:
+        if self.output is None:
+            self._engine.abort(self.request)
 
     def _take(self, step: StepOutput) -> None:
         """Move the tokens of a step to the tokens that can be read."""
@@ -195,8 +199,7 @@ class AsyncEngine:
 
     def abort(self, request: Request) -> None:
         """Abort a request before the next step, unless it is finished."""
-        if request.id in self._streams or self._commands:
-            self._command(lambda: self._abort(request))
+        self._command(lambda: self._abort(request))
 
     def close(self) -> None:
         """Abort all requests and end the thread; waits for the step in progress.
@@ -217,11 +220,11 @@ class AsyncEngine:
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:
-            self._commands.append(command)
             if self.error is None:
+                self._commands.append(command)
                 self._wake.notify()
-            else:  # The thread has ended.
-                self._execute_commands()
+                return
+        command()  # The thread has ended, or is about to.
 
     def _run(self) -> None:
         reason = "The engine was closed."
@@ -235,13 +238,14 @@ class AsyncEngine:
             reason = f"The engine failed: {type(error).__name__}: {error}"
             logger.exception("The engine failed.")
         with self._wake:
-            self.error = reason
-            self._step_started = None
-            self._execute_commands()
-            for delivery in self._streams.values():
-                with suppress(Exception):  # The engine may have been closed.
-                    self._engine.abort(delivery.request.id)
-            self._end_all(reason)
+            self.error = reason  # From now on, nobody adds commands.
+        self._step_started = None
+        self._execute_commands()
+        streams = list(self._streams.values())
+        self._end_all(reason)
+        for delivery in streams:
+            with suppress(RequestError):
+                self._engine.abort(delivery.request.id)
 
     def _wait_for_work(self) -> bool:
         """Wait until there is something to do; return False if the engine is to be closed."""
@@ -293,12 +297,12 @@ class AsyncEngine:
     def _abort(self, request: Request) -> None:
         delivery = self._streams.get(request.id)
         if delivery is not None and delivery.request is request:
-            del self._streams[request.id]
+            self._streams.pop(request.id, None)
             with suppress(RequestError):  # It is finished.
                 self._engine.abort(request.id)
 
     def _end_all(self, reason: str) -> None:
-        for delivery in self._streams.values():
+        for delivery in list(self._streams.values()):
             with suppress(RuntimeError):  # The event loop is closed.
                 delivery.loop.call_soon_threadsafe(delivery.fail, RunError(reason))
         self._streams.clear()

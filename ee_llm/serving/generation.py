@@ -187,12 +187,12 @@ async def _tokens(
                 if count == 0:
                     reservation.start(len(choice.prompt.token_ids))
                 count += 1
-                output = choice.stream.output
-                is_last = output is not None and count == len(output.token_ids)
-                is_last = is_last and output is not None and output.error is None
-                if is_last:
+                output = choice.stream.output  # set before the tokens of the last step are read
+                if output is not None and (output.error or count < len(output.token_ids)):
+                    output = None
+                if output is not None:
                     reservation.finish()
-                await queue.put((choice, token, output if is_last else None))
+                await queue.put((choice, token, output))
         except Exception as error:
             failure = error if isinstance(error, RunError) else RunError(str(error))
             await queue.put(failure)

@@ -134,6 +134,26 @@ def test_a_cancelled_task_aborts_its_requests(llm: LLM) -> None:
     drive(main())
 
 
+def test_a_cancelled_submission_leaves_no_request(llm: LLM) -> None:
+    """At whatever moment: before the thread takes the request, while it does, and after."""
+
+    async def main() -> None:
+        async with AsyncLLM(llm) as engine:
+            request = llm.encode_prompt("Once")
+            for number in range(200):
+                made = llm.make_request(request, LONG)
+                task = asyncio.create_task(engine.submit(made, "Once"))
+                for _ in range(number % 10):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait([task])
+                del task
+            gc.collect()
+            await idle(llm)
+
+    drive(main())
+
+
 def test_a_slow_reader_is_aborted_with_a_reason(llm: LLM) -> None:
     async def main() -> None:
         async with AsyncLLM(llm, max_unread_tokens=5) as engine:

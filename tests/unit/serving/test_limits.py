@@ -138,7 +138,7 @@ def test_a_request_that_takes_too_long_is_aborted(llm: LLM) -> None:
 
 
 def test_a_body_that_does_not_come(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
-    with running(llm, body_timeout_s=0.3) as server:
+    with running(llm, body_timeout_s=1) as server:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n"
         for leaves in (True, False):
             url = httpx.URL(server.url)
@@ -146,9 +146,10 @@ def test_a_body_that_does_not_come(llm: LLM, caplog: pytest.LogCaptureFixture) -
                 client.sendall(head + b"Content-Type: application/json\r\n\r\n{")
                 wait_for(lambda: server.service.admission.num_requests == 1)
                 if not leaves:
-                    answer = client.recv(2**16)
+                    answer = b""
+                    while b"not complete after 1 s" not in answer:
+                        answer += client.recv(2**16)
                     assert answer.startswith(b"HTTP/1.1 408 ")
-                    assert b"not complete after 0.3 s" in answer
             server.wait_until_idle()
     assert "Traceback" not in caplog.text
 

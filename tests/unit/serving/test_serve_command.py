@@ -23,6 +23,9 @@ from ee_llm.errors import UserError
 from tests.unit.serving.servers import save, save_template, wait_for
 
 
+pytestmark = pytest.mark.thorough
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
