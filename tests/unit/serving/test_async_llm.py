@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("run"), max_seq_length=5000)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def llm(run: Path) -> Iterator[LLM]:
     with LLM(run, dtype="float64") as llm:
         yield llm

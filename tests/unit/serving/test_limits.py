@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("run"), max_seq_length=30_000)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def llm(run: Path) -> Iterator[LLM]:
     with LLM(run, dtype="float32", max_num_seqs=2, cache_tokens=60_000) as llm:
         yield llm

@@ -22,7 +22,6 @@ from ee_llm.cli.serve import COMMAND, ServeOptions, run_serve
 from ee_llm.errors import UserError
 from tests.unit.serving.servers import save, save_template, wait_for
 
-
 pytestmark = pytest.mark.thorough
 
 
