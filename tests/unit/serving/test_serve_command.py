@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from ee_llm.cli import main
 from ee_llm.cli.serve import COMMAND, ServeOptions, run_serve
 from ee_llm.errors import UserError
+from ee_llm.inference.llm import LLM
+from ee_llm.inference.sampling.params import SamplingParams
 from tests.unit.serving.servers import save, save_template, wait_for
 
 pytestmark = pytest.mark.thorough
@@ -113,6 +116,24 @@ def test_the_time_to_drain_is_limited(run: Path) -> None:
         assert (error["message"], error["code"]) == ("The engine was closed.", "shutting_down")
         assert process.wait(30) == 0
         assert "The time to finish requests is over" in log_of(process)
+
+
+def test_several_ranks_serve_until_one_is_lost(run: Path) -> None:
+    body = {"prompt": "Once", "max_tokens": 8, "temperature": 0, "ee": {"thresholds": 0.2}}
+    with serving(run, "--pipeline", "2") as (process, url):
+        response = httpx.post(f"{url}/v1/completions", json=body)
+        with LLM(run, dtype="float32") as llm:
+            (expected,) = llm.generate("Once", SamplingParams(max_tokens=8), exits=0.2)
+        assert response.json()["choices"][0]["text"] == expected.text
+        with stream(url, 30_000) as lines:
+            (worker,) = psutil.Process(process.pid).children()
+            worker.kill()
+            *_, last = lines
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert error["code"] == "engine_error"
+        assert "Rank 1 of the engine ended: killed by signal 9" in error["message"]
+        assert process.wait(60) == 1
+        assert log_of(process).endswith("Rank 1 of the engine ended: killed by signal 9\n")
 
 
 def test_a_port_in_use_is_an_error_before_the_model_is_loaded(
