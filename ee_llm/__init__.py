@@ -51,11 +51,13 @@ if TYPE_CHECKING:
     from ee_llm.inference.sampling.params import SamplingParams as SamplingParams
     from ee_llm.inference.strategies import SelfSpeculation as SelfSpeculation
     from ee_llm.inference.verification.verify import VerificationReport as VerificationReport
+    from ee_llm.serving.async_llm import AsyncLLM as AsyncLLM
 
 # The public API, by the module that defines each name. Modules are imported on first use, so that
 # `import ee_llm` is fast.
 _EXPORTS = {
     "LLM": "ee_llm.inference.llm",
+    "AsyncLLM": "ee_llm.serving.async_llm",
     "SamplingParams": "ee_llm.inference.sampling.params",
     "ExitPolicy": "ee_llm.inference.exits.policy",
     "SelfSpeculation": "ee_llm.inference.strategies",

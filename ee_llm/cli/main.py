@@ -99,6 +99,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         "write an HTML page about a model's exits", _lazy("evaluation.report", "run_report")
     ),
+    "serve": Command("serve a model over HTTP with OpenAI's API", _lazy("serve", "run_serve")),
     "verify": Command("verify generations against the model", _lazy("verify", "run_verify")),
 }
 

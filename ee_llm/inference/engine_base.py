@@ -144,6 +144,17 @@ class EngineBase(ABC):
             self._ranks.shutdown()
 
     @property
+    def max_num_seqs(self) -> int:
+        """Maximum number of sequences that run at once."""
+        return self._scheduler.config.max_num_seqs
+
+    @property
+    def max_positions(self) -> int:
+        """Maximum number of positions of a sequence: the model's, or those that the cache has."""
+        blocks = self._scheduler.blocks
+        return min(self.config.model.max_seq_length, (blocks.num_blocks - 1) * blocks.block_size)
+
+    @property
     def has_work(self) -> bool:
         """Whether a request is unfinished, or `step` has outputs to return."""
         return self._scheduler.has_work or bool(self._inbox)
@@ -273,7 +284,7 @@ class EngineBase(ABC):
                 if output.request_id == id:
                     inbox.remove(output)
             self._forget(id)
-            return _request_output(sequence) if sequence.exits else None
+            return sequence.output() if sequence.exits else None
 
     def abort_sequence(self, sequence: Sequence) -> None:
         """Abort a sequence unless it is finished."""
@@ -367,32 +378,7 @@ class EngineBase(ABC):
         if sequence.finish_reason is None:
             return StepOutput(id, tokens)
         self._forget(id)
-        return StepOutput(id, tokens, _request_output(sequence))
+        return StepOutput(id, tokens, sequence.output())
 
     def _forget(self, id: str) -> None:
         del self._sequences[id], self._num_reported[id], self._inboxes[id]
-
-
-def _request_output(sequence: Sequence) -> RequestOutput:
-    request = sequence.request
-    finish_reason = sequence.finish_reason
-    assert finish_reason is not None, "the sequence is not finished"
-    return RequestOutput(
-        request_id=request.id,
-        prompt_token_ids=request.prompt_token_ids,
-        token_ids=tuple(sequence.new_tokens),
-        exits=tuple(sequence.exits),
-        confidences=tuple(sequence.confidences),
-        logprobs=tuple(sequence.logprobs),
-        top_logprobs=tuple(sequence.top_logprobs) if request.sampling_params.logprobs else (),
-        finish_reason=finish_reason,
-        policy=request.policy.under(request.strategy),
-        sampling_params=request.sampling_params,
-        strategy=request.strategy,
-        num_layers=sequence.boundaries[-1],
-        eos_token_ids=request.eos_token_ids,
-        num_drafted=sequence.num_drafted,
-        num_accepted=sequence.num_accepted,
-        error=sequence.error,
-        contrast=request.contrast,
-    )

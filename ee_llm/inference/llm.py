@@ -49,6 +49,7 @@ class LLM(LoadedModel):
         config: The model's configuration.
         tokenizer: The model's tokenizer.
         dtype: Dtype of the computation.
+        policy: Exit policy of requests without one.
         is_leader: Whether this process takes requests; all other ranks call `worker_loop`.
     """
 
@@ -84,7 +85,10 @@ class LLM(LoadedModel):
             RequestError: A prompt or parameter is not valid. In this case, nothing is generated.
             RunError: Someone else aborted a request, for example by closing the model.
         """
-        encoded = [self._encode(prompt, bos, parse_special) for prompt in _prompt_list(prompts)]
+        encoded = [
+            self.encode_prompt(prompt, bos=bos, parse_special=parse_special)
+            for prompt in _prompt_list(prompts)
+        ]
         return self._generate(encoded, sampling_params, exits, strategy, progress)
 
     def chat(
@@ -146,13 +150,40 @@ class LLM(LoadedModel):
             RunError: The request failed or was aborted by someone else. The iterator raises this,
                 not `stream`.
         """
-        if _is_list(prompt) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
-            encoded = self._encoder.encode_chat(check_messages(list(prompt), "messages"))
-        else:
-            encoded = self._encode(prompt, bos, parse_special)  # type: ignore[arg-type]
+        encoded = self.encode_prompt(prompt, bos=bos, parse_special=parse_special)
         params = sampling_params or SamplingParams()
         request = self.make_request(encoded, params, exits=exits, strategy=strategy)
         return self.stream_request(request, encoded.text)
+
+    def encode_prompt(
+        self,
+        prompt: Prompt | Sequence[Message],
+        *,
+        bos: Bos = "auto",
+        parse_special: bool = False,
+    ) -> EncodedPrompt:
+        """Return the token ids of a prompt, and its text as the model sees it.
+
+        Args:
+            prompt: A text, token ids, or a conversation.
+            bos: See `generate`.
+            parse_special: See `generate`.
+
+        Raises:
+            RequestError: The prompt is not valid.
+        """
+        if isinstance(prompt, str):
+            if not prompt:
+                raise RequestError("A prompt is an empty text. Give at least one character.")
+            if not is_encodable(prompt):
+                raise RequestError(f"Prompt {short(prompt)} is not valid Unicode text.")
+            return self._encoder.encode_text(prompt, bos=bos, parse_special=parse_special)
+        if _is_list(prompt) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
+            return self._encoder.encode_chat(check_messages(list(prompt), "messages"))
+        ids = list(prompt) if _is_list(prompt) else None
+        if ids is None or not all(type(token) is int for token in ids):
+            raise RequestError(f"Prompt {short(prompt)}: give a text or a list of token ids.")
+        return self._encoder.encode_ids(ids, bos=bos)  # type: ignore[arg-type]
 
     def verify(self, outputs: RequestOutput | Iterable[RequestOutput]) -> VerificationReport:
         """Check outputs of this model against their definition, with one forward pass over each.
@@ -167,9 +198,9 @@ class LLM(LoadedModel):
         Raises:
             RequestError: The engine quantizes the weights, or an output does not fit the model.
         """
-        if self._quantize != "none":
+        if self.quantize != "none":
             raise RequestError(
-                f"quantize = {self._quantize!r}: the checkpoint has other weights than the engine,"
+                f"quantize = {self.quantize!r}: the checkpoint has other weights than the engine,"
                 " so outputs cannot be verified. Use quantize='none'."
             )
         found = [outputs] if isinstance(outputs, RequestOutput) else list(outputs)
@@ -211,17 +242,6 @@ class LLM(LoadedModel):
                 "The LLM was closed, or a request aborted, before the outputs were complete."
             )
         return [outputs[request.id] for request in requests]
-
-    def _encode(self, prompt: Prompt, bos: Bos, parse_special: bool) -> EncodedPrompt:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise RequestError("A prompt is an empty text. Give at least one character.")
-            if not is_encodable(prompt):
-                raise RequestError(f"Prompt {short(prompt)} is not valid Unicode text.")
-            return self._encoder.encode_text(prompt, bos=bos, parse_special=parse_special)
-        if not _is_list(prompt) or not all(type(token) is int for token in prompt):
-            raise RequestError(f"Prompt {short(prompt)}: give a text or a list of token ids.")
-        return self._encoder.encode_ids(prompt, bos=bos)
 
 
 def _is_list(value: object) -> bool:

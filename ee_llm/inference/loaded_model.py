@@ -57,7 +57,8 @@ class LoadedModel:
     Attributes:
         config: The model's configuration.
         tokenizer: The model's tokenizer.
-        dtype: Dtype of the computation.
+        dtype, quantize: Dtype of the computation, and how the weights are stored.
+        policy: Exit policy of requests without one.
         engine: The engine.
     """
 
@@ -106,8 +107,7 @@ class LoadedModel:
             timeout_s: Maximum number of seconds to wait for another rank within a pass.
 
         Raises:
-            UserError: The checkpoint cannot be read, or an argument does not fit the checkpoint or
-                the device.
+            UserError: The checkpoint cannot be read, or an argument does not fit it or the device.
         """
         self._reader = TensorReader(model)
         self.config = self._reader.config()
@@ -120,7 +120,7 @@ class LoadedModel:
         if chat_template is not None and not isinstance(chat_template, str | Path):
             raise RequestError(f"chat_template = {chat_template!r} must be the path of a file")
         self._check(tensor, pipeline, max_num_seqs, cache_tokens, timeout_s, quantize)
-        self._quantize = quantize
+        self.quantize = quantize
         self.tokenizer: Tokenizer = load_tokenizer(
             self._reader.tokenizer(), self.config.data.eos_token
         )
@@ -129,8 +129,8 @@ class LoadedModel:
         gates = read_gates(self._reader)
         self._fingerprint_for = partial(policy_fingerprint, self._reader, gates=gates)
         given = DEFAULT_THRESHOLD if exits is None else exits
-        self._policy = resolve_policy(given, self.config.exits.boundaries, self._fingerprint_for)
-        check_gates(self._policy, gated_boundaries(gates))
+        self.policy = resolve_policy(given, self.config.exits.boundaries, self._fingerprint_for)
+        check_gates(self.policy, gated_boundaries(gates))
         self._request_numbers = itertools.count(1)  # safe to use from several threads
         self._closing = ExitStack()
         self._ranks: distributed.InferenceGrid | None = None
@@ -214,7 +214,7 @@ class LoadedModel:
         """Return the request for an encoded prompt. Raises RequestError if it is not valid."""
         name, speculation, contrast = resolve_strategy(strategy, self.config)
         boundaries = self.config.exits.boundaries
-        policy = self._policy
+        policy = self.policy
         if exits is not None:
             policy = resolve_policy(exits, boundaries, self._fingerprint_for)
         if contrast is not None and exits is not None and policy != policy.without_exits():

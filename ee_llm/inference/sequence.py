@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ee_llm.inference.choices import Measure, logit_measure
+from ee_llm.inference.outputs import RequestOutput
 from ee_llm.inference.request import ExitResult, FinishReason, Request
 from ee_llm.inference.text.detokenizer import GeneratedText
 
@@ -235,6 +236,30 @@ class Sequence:
         self.watermarks = [0] * len(self.boundaries)
         self.slot, self.blocks = -1, []
         self.num_tabled = self.num_published = self.num_cached = 0
+
+    def output(self) -> RequestOutput:
+        """Return the output of a finished sequence, without texts."""
+        request, finish_reason = self.request, self.finish_reason
+        assert finish_reason is not None, "the sequence is not finished"
+        return RequestOutput(
+            request_id=request.id,
+            prompt_token_ids=request.prompt_token_ids,
+            token_ids=tuple(self.new_tokens),
+            exits=tuple(self.exits),
+            confidences=tuple(self.confidences),
+            logprobs=tuple(self.logprobs),
+            top_logprobs=tuple(self.top_logprobs) if request.sampling_params.logprobs else (),
+            finish_reason=finish_reason,
+            policy=request.policy.under(request.strategy),
+            sampling_params=request.sampling_params,
+            strategy=request.strategy,
+            num_layers=self.boundaries[-1],
+            eos_token_ids=request.eos_token_ids,
+            num_drafted=self.num_drafted,
+            num_accepted=self.num_accepted,
+            error=self.error,
+            contrast=request.contrast,
+        )
 
     def _threshold(self, boundary: int) -> float | None:
         """Return the least confidence that exits at a boundary; None if the exit is off."""

@@ -118,7 +118,9 @@ RULES = (
     ),
     Rule("evaluation", never=("megatron",), through=True),
     Rule("", never=("ee_llm.evaluation",), excluded=("evaluation", "api", "cli", "__init__")),
-    Rule("serving", ours=("config", "distributed", "data", "inference", "errors")),
+    Rule("serving", ours=("config", "distributed", "data", "inference", "errors", "version")),
+    Rule("serving", never=("megatron",), through=True),
+    Rule("", never=("ee_llm.serving",), excluded=("serving", "cli", "__init__")),
     Rule("api", never=("ee_llm.cli",)),
     Rule("", never=("ee_llm.cli",), excluded=("cli", "launch", "__main__")),
     Rule(

@@ -58,6 +58,7 @@ SEE_ALSO = """\
 # Classes that the functions above return, and users do not construct.
 RESULTS = (
     "ee_llm.inference.stream.TokenStream",
+    "ee_llm.serving.async_engine.AsyncTokenStream",
     "ee_llm.inference.verification.verify.Finding",
     "ee_llm.inference.verification.certificate.Divergence",
     "ee_llm.conversion.convert.ConversionResult",
@@ -143,7 +144,8 @@ class ApiPage:
 
     def _function_signature(self, name: str, function: Callable[..., Any]) -> str:
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-        assert isinstance(node, ast.FunctionDef), f"{name} is not a function"
+        is_async = isinstance(node, ast.AsyncFunctionDef)
+        assert isinstance(node, ast.FunctionDef) or is_async, f"{name} is not a function"
         arguments = node.args
         positional = [*arguments.posonlyargs, *arguments.args]
         defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
@@ -160,7 +162,7 @@ class ApiPage:
             parts.append(f"**{_parameter(arguments.kwarg, None)}")
         returns = f" -> {_annotation(node.returns)}" if node.returns else ""
         self._note_aliases(function, [*parts, returns])
-        return _joined(name, parts, returns)
+        return _joined(f"await {name}" if is_async else name, parts, returns)
 
     def _dataclass_signature(self, name: str, item: type) -> str:
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(item))).body

@@ -305,8 +305,8 @@ def test_a_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
 
 def test_the_policy_of_another_model_is_an_error(models: Models, tmp_path: Path) -> None:
     with ee_llm.LLM(models.checkpoint, exits=0.5) as llm:
-        llm._policy.save(tmp_path / "own.json", {"fingerprint": llm.fingerprint})
-        llm._policy.save(tmp_path / "other.json", {"fingerprint": "0" * 16})
+        llm.policy.save(tmp_path / "own.json", {"fingerprint": llm.fingerprint})
+        llm.policy.save(tmp_path / "other.json", {"fingerprint": "0" * 16})
     assert models.ours(policy=tmp_path / "own.json").decoding.strategy == "exact"
     with pytest.raises(RequestError, match="other.json was calibrated for the model with finger"):
         models.ours(policy=tmp_path / "other.json")

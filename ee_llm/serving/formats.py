@@ -1,0 +1,234 @@
+"""Write the outputs of the engine in the formats of completions and of chats."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from ee_llm.inference.outputs import RequestOutput, TokenOutput
+from ee_llm.inference.text.prompt_encoder import EncodedPrompt
+from ee_llm.serving.protocol.chat import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatMessage,
+    ChatRequest,
+    ChatResponse,
+)
+from ee_llm.serving.protocol.completions import (
+    CompletionChoice,
+    CompletionRequest,
+    CompletionResponse,
+    FinishReason,
+    Usage,
+)
+from ee_llm.serving.protocol.ee import EEChunk, ee_output
+from ee_llm.serving.protocol.logprobs import TokenText, chat_logprobs, completion_logprobs
+
+
+@dataclass(frozen=True)
+class Header:
+    """What all chunks of a response have in common.
+
+    Attributes:
+        id: Id of the response.
+        created: Time of the request, in seconds since 1970.
+        model: Name of the model.
+        system_fingerprint: Identity of the weights.
+    """
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a response."""
+        return dict(vars(self))
+
+
+class Format(Protocol):
+    """How the choices of one request are written."""
+
+    def first(self, index: int, prompt: EncodedPrompt) -> BaseModel | None:
+        """Return the chunk before the first token of a choice, if there is one."""
+
+    def chunk(
+        self, index: int, prompt: EncodedPrompt, token: TokenOutput, output: RequestOutput | None
+    ) -> BaseModel:
+        """Return the chunk of a token; output: the finished output if the token is the last."""
+
+    def last(self, usage: Usage) -> BaseModel:
+        """Return the chunk with the usage, which ends a stream."""
+
+    def response(
+        self, prompts: Sequence[EncodedPrompt], outputs: Sequence[RequestOutput], usage: Usage
+    ) -> BaseModel:
+        """Return the response with all choices, each with its prompt."""
+
+
+class CompletionFormat:
+    """The format of `/v1/completions`."""
+
+    def __init__(self, request: CompletionRequest, header: Header, token_text: TokenText) -> None:
+        self._request = request
+        self._header = header
+        self._token_text = token_text
+        self._offsets: dict[int, int] = {}  # characters sent, by choice
+
+    def first(self, index: int, prompt: EncodedPrompt) -> BaseModel | None:
+        """Return the chunk with the prompt, for `echo`."""
+        if not self._request.echo:
+            return None
+        choice = CompletionChoice(index=index, text=prompt.text, logprobs=None, finish_reason=None)
+        return self._response([choice], None, is_chunk=True)
+
+    def chunk(
+        self, index: int, prompt: EncodedPrompt, token: TokenOutput, output: RequestOutput | None
+    ) -> BaseModel:
+        """Return the chunk of a token."""
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + len(token.text)
+        choice = CompletionChoice(
+            index=index,
+            text=token.text,
+            logprobs=self._logprobs([token], offset),
+            finish_reason=None if output is None else finish_reason(output),
+            **_ee_of_chunk(self._request.ee.return_exits, token, output),
+        )
+        return self._response([choice], None, is_chunk=True)
+
+    def last(self, usage: Usage) -> BaseModel:
+        """Return the chunk with the usage."""
+        return self._response([], usage, is_chunk=False)
+
+    def response(
+        self, prompts: Sequence[EncodedPrompt], outputs: Sequence[RequestOutput], usage: Usage
+    ) -> BaseModel:
+        """Return the response with all choices."""
+        choices = []
+        for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+            before = prompt.text if self._request.echo else ""
+            choices.append(
+                CompletionChoice(
+                    index=index,
+                    text=before + (output.text or ""),
+                    logprobs=self._logprobs(output.tokens, 0),
+                    finish_reason=finish_reason(output),
+                    **_ee_of_output(self._request.ee.return_exits, output),
+                )
+            )
+        return self._response(choices, usage, is_chunk=False)
+
+    def _logprobs(self, tokens: Sequence[TokenOutput], offset: int) -> Any:
+        if self._request.logprobs is None:
+            return None
+        return completion_logprobs(tokens, self._token_text, offset)
+
+    def _response(
+        self, choices: list[CompletionChoice], usage: Usage | None, *, is_chunk: bool
+    ) -> BaseModel:
+        fields = self._header.fields | {"object": "text_completion", "choices": choices}
+        return CompletionResponse(**fields, **_usage(usage, is_chunk, self._request.include_usage))
+
+
+class ChatFormat:
+    """The format of `/v1/chat/completions`."""
+
+    def __init__(self, request: ChatRequest, header: Header, token_text: TokenText) -> None:
+        self._request = request
+        self._header = header
+        self._token_text = token_text
+
+    def first(self, index: int, prompt: EncodedPrompt) -> BaseModel | None:
+        """Return the chunk with the role."""
+        delta = ChatDelta(role="assistant", content="")
+        return self._chunk(
+            [ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)], None
+        )
+
+    def chunk(
+        self, index: int, prompt: EncodedPrompt, token: TokenOutput, output: RequestOutput | None
+    ) -> BaseModel:
+        """Return the chunk of a token."""
+        choice = ChatChunkChoice(
+            index=index,
+            delta=ChatDelta(content=token.text),
+            logprobs=self._logprobs([token]),
+            finish_reason=None if output is None else finish_reason(output),
+            **_ee_of_chunk(self._request.ee.return_exits, token, output),
+        )
+        return self._chunk([choice], None)
+
+    def last(self, usage: Usage) -> BaseModel:
+        """Return the chunk with the usage."""
+        return self._chunk([], usage)
+
+    def response(
+        self, prompts: Sequence[EncodedPrompt], outputs: Sequence[RequestOutput], usage: Usage
+    ) -> BaseModel:
+        """Return the response with all choices."""
+        choices = [
+            ChatChoice(
+                index=index,
+                message=ChatMessage(role="assistant", content=output.text or ""),
+                logprobs=self._logprobs(output.tokens),
+                finish_reason=finish_reason(output),
+                **_ee_of_output(self._request.ee.return_exits, output),
+            )
+            for index, output in enumerate(outputs)
+        ]
+        fields = self._header.fields | {"object": "chat.completion"}
+        return ChatResponse(**fields, choices=choices, usage=usage)
+
+    def _logprobs(self, tokens: Sequence[TokenOutput]) -> Any:
+        if not self._request.logprobs:
+            return None
+        return chat_logprobs(tokens, self._token_text, self._request.top_logprobs or 0)
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None) -> BaseModel:
+        fields = self._header.fields | {"object": "chat.completion.chunk", "choices": choices}
+        is_chunk = usage is None
+        return ChatChunk(**fields, **_usage(usage, is_chunk, self._request.include_usage))
+
+
+def make_header(prefix: str, model: str, fingerprint: str) -> Header:
+    """Return the header of a new response, whose id begins with `prefix`."""
+    return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, fingerprint)
+
+
+def finish_reason(output: RequestOutput) -> FinishReason:
+    """Return why a finished output ended, in OpenAI's words."""
+    return "stop" if output.finish_reason in ("eos", "stop") else "length"
+
+
+def to_json(response: BaseModel) -> str:
+    """Return a response as JSON: fields that are not set are missing, null ones are null."""
+    return response.model_dump_json(exclude_unset=True)
+
+
+def _usage(usage: Usage | None, is_chunk: bool, is_included: bool) -> dict[str, Any]:
+    """Return the usage of a response; chunks before the last have null, if they have any."""
+    return {"usage": usage} if not is_chunk or is_included else {}
+
+
+def _ee_of_chunk(
+    is_wanted: bool, token: TokenOutput, output: RequestOutput | None
+) -> dict[str, Any]:
+    """Return the field `ee` of a chunk: its token's exit, and in the last one the summary."""
+    if not is_wanted:
+        return {}
+    exits, confidences = [token.exit], [token.confidence]
+    if output is None:
+        return {"ee": EEChunk(exits=exits, confidences=confidences)}
+    own = {"exits": exits, "confidences": confidences}
+    return {"ee": ee_output(output).model_copy(update=own)}
+
+
+def _ee_of_output(is_wanted: bool, output: RequestOutput) -> dict[str, Any]:
+    return {"ee": ee_output(output)} if is_wanted else {}

@@ -1,0 +1,258 @@
+"""Serve the requests of `/v1/completions` and `/v1/chat/completions`."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request as HttpRequest
+from fastapi import Response
+
+from ee_llm.errors import RequestError, RunError
+from ee_llm.inference.outputs import RequestOutput, TokenOutput
+from ee_llm.inference.text.prompt_encoder import EncodedPrompt
+from ee_llm.serving.async_engine import AsyncTokenStream
+from ee_llm.serving.body import declared_size, read_body
+from ee_llm.serving.events import EventStream, until_disconnect
+from ee_llm.serving.formats import Format, to_json
+from ee_llm.serving.limits import BYTES_PER_TOKEN, Reservation
+from ee_llm.serving.protocol.completions import Usage
+from ee_llm.serving.protocol.errors import ApiError, bad_request, engine_refusal
+from ee_llm.serving.protocol.sampling import MAX_CHOICES, GenerationFields
+from ee_llm.serving.service import Service
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What differs between completions and chats.
+
+    Attributes:
+        kind: Model of the request.
+        param: Field that has the prompts.
+        prompts: Returns the prompts of a request.
+        make_format: Returns the format of the response to a request.
+        max_tokens: Maximum number of tokens to generate by default; None for as many as fit.
+    """
+
+    kind: type[GenerationFields]
+    param: str
+    prompts: Callable[[Any], Sequence[Any]]
+    make_format: Callable[[Any], Format]
+    max_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A sequence of a request."""
+
+    index: int
+    prompt: EncodedPrompt
+    stream: AsyncTokenStream
+
+
+async def respond(service: Service, endpoint: Endpoint, http: HttpRequest) -> Response:
+    """Return the response to a request: one JSON object, or a stream of events.
+
+    Raises:
+        ApiError: The request is not valid, or cannot be served now.
+        ClientDisconnectedError: The client has disconnected.
+    """
+    settings, started = service.settings, asyncio.get_running_loop().time()
+    deadline = started + settings.request_timeout_s
+    service.check_open()
+    with ExitStack() as stack:
+        size = declared_size(http, settings.max_body_bytes)
+        reservation = stack.enter_context(service.admission.reserve(size // BYTES_PER_TOKEN))
+        body = await read_body(
+            http, endpoint.kind, settings.max_body_bytes, settings.body_timeout_s
+        )
+        service.check_model(body.model)
+        body.check_supported()
+        choices: list[Choice] = []
+        stack.callback(_finish, service, http, choices, started)
+        try:
+            async with asyncio.timeout_at(deadline):
+                starting = _start(service, endpoint, body, reservation, choices)
+                await until_disconnect(http, starting)
+                if not body.stream:
+                    outputs = await until_disconnect(http, _outputs(choices, reservation))
+        except TimeoutError:
+            raise _timeout(service) from None
+        except RunError as error:
+            raise service.engine_error(str(error)) from None
+        format = endpoint.make_format(body)
+        if body.stream:
+            events = _events(service, format, body, choices, reservation, deadline)
+            return EventStream(events, deadline, stack.pop_all().close)
+        prompts = [choice.prompt for choice in choices]
+        usage = _usage(choices, outputs, body.num_samples)
+        response = format.response(prompts, outputs, usage)
+        return Response(to_json(response), media_type="application/json")
+
+
+async def _start(
+    service: Service,
+    endpoint: Endpoint,
+    body: GenerationFields,
+    reservation: Reservation,
+    choices: list[Choice],
+) -> None:
+    """Submit the sequences of a request, and append each to `choices`."""
+    llm = service.engine.llm
+    prompts, count = endpoint.prompts(body), body.num_samples
+    if len(prompts) * count > MAX_CHOICES:
+        raise bad_request(
+            f"{len(prompts)} prompts with n = {count} are more than {MAX_CHOICES} choices. Send"
+            " several requests.",
+            "n",
+        )
+    policy = body.ee.policy(llm.config.exits.boundaries)
+    strategy = body.ee.decoding_strategy()
+    encoded = await service.encode(prompts, endpoint.param)
+    num_tokens = sum(len(prompt.token_ids) for prompt in encoded)
+    reservation.resize(len(prompts) * count, num_tokens * count)
+    for prompt in encoded:
+        fits = max(1, llm.engine.max_positions - len(prompt.token_ids) + 1)
+        params = body.sampling_params(endpoint.max_tokens or fits)
+        for sample in params.samples():
+            try:
+                request = llm.make_request(prompt, sample, exits=policy, strategy=strategy)
+                stream = await service.engine.submit(request, prompt.text)
+            except RequestError as error:
+                raise engine_refusal(error, endpoint.param) from None
+            choices.append(Choice(len(choices), prompt, stream))
+
+
+async def _events(
+    service: Service,
+    format: Format,
+    body: GenerationFields,
+    choices: Sequence[Choice],
+    reservation: Reservation,
+    deadline: float,
+) -> AsyncGenerator[str, None]:
+    """Yield the events of a stream; an error ends it."""
+    for choice in choices:
+        if first := format.first(choice.index, choice.prompt):
+            yield _event(first)
+    outputs: list[RequestOutput] = []
+    try:
+        async with aclosing(_tokens(choices, reservation, deadline)) as tokens:
+            async for choice, token, output in tokens:
+                if output is not None:
+                    outputs.append(output)
+                yield _event(format.chunk(choice.index, choice.prompt, token, output))
+    except TimeoutError:
+        yield _timeout(service).event
+        return
+    except RunError as error:
+        yield service.engine_error(str(error)).event
+        return
+    if body.include_usage:
+        yield _event(format.last(_usage(choices, outputs, body.num_samples)))
+    yield "data: [DONE]\n\n"
+
+
+async def _outputs(choices: Sequence[Choice], reservation: Reservation) -> list[RequestOutput]:
+    """Return the outputs of all choices, in order."""
+    outputs: dict[int, RequestOutput] = {}
+    async with aclosing(_tokens(choices, reservation, None)) as tokens:
+        async for choice, _, output in tokens:
+            if output is not None:
+                outputs[choice.index] = output
+    return [outputs[choice.index] for choice in choices]
+
+
+_Item = tuple[Choice, TokenOutput, RequestOutput | None]
+
+
+async def _tokens(
+    choices: Sequence[Choice], reservation: Reservation, deadline: float | None
+) -> AsyncGenerator[_Item, None]:
+    """Yield the tokens of all choices as they come, the last of a choice with its output.
+
+    Raises RunError if a choice fails, and TimeoutError after the deadline.
+    """
+    # A reader that is too slow fills the queue, then the streams, which abort their requests.
+    queue: asyncio.Queue[_Item | RunError] = asyncio.Queue(len(choices))
+
+    async def read(choice: Choice) -> None:
+        count = 0
+        try:
+            async for token in choice.stream:
+                if count == 0:
+                    reservation.start(len(choice.prompt.token_ids))
+                count += 1
+                output = choice.stream.output  # set before the tokens of the last step are read
+                if output is not None and (output.error or count < len(output.token_ids)):
+                    output = None
+                if output is not None:
+                    reservation.finish()
+                await queue.put((choice, token, output))
+        except Exception as error:
+            failure = error if isinstance(error, RunError) else RunError(str(error))
+            await queue.put(failure)
+
+    readers = [asyncio.create_task(read(choice)) for choice in choices]
+    num_unfinished = len(choices)
+    try:
+        while num_unfinished:
+            async with asyncio.timeout_at(deadline):
+                item = await queue.get()
+            if isinstance(item, RunError):
+                raise item
+            num_unfinished -= item[2] is not None
+            yield item
+    finally:
+        for reader in readers:
+            reader.cancel()
+
+
+def _finish(service: Service, http: HttpRequest, choices: Sequence[Choice], started: float) -> None:
+    """Abort the sequences that are not finished, and log what the request took."""
+    for choice in choices:
+        choice.stream.close()
+    if not choices or not service.settings.log_requests:
+        return
+    outputs = [choice.stream.output for choice in choices]
+    finished = [output for output in outputs if output is not None]
+    seconds = asyncio.get_running_loop().time() - started
+    exits = [exit for output in finished for exit in output.exits]
+    logger.info(
+        "%s %s: %d of %d choices finished, %d prompt tokens, %d generated, mean depth %.2f of %d,"
+        " policy %s, %.2f s",
+        http.scope["state"]["request_id"],
+        http.url.path,
+        len(finished),
+        len(choices),
+        sum(len(choice.prompt.token_ids) for choice in choices),
+        len(exits),
+        sum(exits) / max(1, len(exits)),
+        service.engine.llm.config.model.num_layers,
+        choices[0].stream.request.policy.under(choices[0].stream.request.strategy).digest,
+        seconds,
+    )
+
+
+def _usage(choices: Sequence[Choice], outputs: Sequence[RequestOutput], num_samples: int) -> Usage:
+    """Return the number of tokens; a prompt with several samples counts once."""
+    prompt = sum(len(choice.prompt.token_ids) for choice in choices[::num_samples])
+    generated = sum(len(output.token_ids) for output in outputs)
+    return Usage(prompt_tokens=prompt, completion_tokens=generated, total_tokens=prompt + generated)
+
+
+def _event(response: Any) -> str:
+    return f"data: {to_json(response)}\n\n"
+
+
+def _timeout(service: Service) -> ApiError:
+    return ApiError(
+        504,
+        f"The request was aborted after {service.settings.request_timeout_s:g} s, the limit of this"
+        " server. Ask for fewer tokens.",
+        code="request_timeout",
+    )

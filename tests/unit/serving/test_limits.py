@@ -1,0 +1,282 @@
+"""Test the limits of a server: its queue, time, keys, clients that leave, and failures."""
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from ee_llm.errors import RequestError
+from ee_llm.inference.llm import LLM
+from ee_llm.serving.api_keys import read_api_keys
+from ee_llm.serving.settings import ServerSettings
+from tests.unit.serving.servers import NAME, Running, running, save, wait_for
+
+# A request that runs until it is aborted: about a minute.
+ENDLESS: dict[str, Any] = {"prompt": "a", "max_tokens": 30_000, "ignore_eos": True}
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("run"), max_seq_length=30_000)
+
+
+@pytest.fixture(scope="module")
+def llm(run: Path) -> Iterator[LLM]:
+    with LLM(run, dtype="float32", max_num_seqs=2, cache_tokens=60_000) as llm:
+        yield llm
+
+
+def open_stream(server: Running, stack: ExitStack, **fields: Any) -> Iterator[str]:
+    """Begin a stream that the stack closes, and return its remaining lines."""
+    body = ENDLESS | {"stream": True} | fields
+    response = stack.enter_context(
+        httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60)
+    )
+    assert response.status_code == 200
+    lines = response.iter_lines()
+    stack.callback(lines.close)  # Without a reference to it, the connection would be closed.
+    next(lines)
+    return lines
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = response.json()["error"]
+    return error
+
+
+def test_a_full_queue_refuses_requests(llm: LLM) -> None:
+    with running(llm, max_queued_requests=1) as server:
+        with ExitStack() as stack:
+            for _ in range(2):
+                open_stream(server, stack)
+            body = {"prompt": ["a", "b"], "max_tokens": 1}
+            response = server.post("/v1/completions", body)
+            assert response.status_code == 429
+            assert response.headers["retry-after"] == "1"
+            assert error_of(response)["type"] == "rate_limit_error"
+            assert "2 sequences are unfinished, of at most 3" in error_of(response)["message"]
+            with pytest.raises(openai.RateLimitError):
+                server.client.completions.create(model=NAME, prompt="a", n=2)
+            assert server.post("/tokenize", {"prompt": "a"}).status_code == 200
+        server.wait_until_idle()
+        assert server.post("/v1/completions", body).status_code == 200
+        response = server.post("/v1/completions", {"prompt": "a", "n": 4})
+        assert response.status_code == 400
+        assert error_of(response)["param"] == "n"
+
+
+def test_waiting_prompts_are_limited_by_their_tokens(llm: LLM) -> None:
+    """By their size before they are encoded, then exactly; a request that is alone is served."""
+    with running(llm, max_queued_tokens=100) as server:
+        with ExitStack() as stack:
+            for _ in range(2):
+                open_stream(server, stack)
+            waiting = threading.Thread(
+                target=lambda: server.post("/v1/completions", {"prompt": "x" * 90, "max_tokens": 1})
+            )
+            waiting.start()
+            wait_for(lambda: server.service.admission.num_tokens == 90)
+            small = server.post("/v1/completions", {"prompt": "x" * 20})
+            assert small.status_code == 429  # 20 tokens
+            assert "90 prompt tokens are waiting, of at most 100" in error_of(small)["message"]
+            size = len('{"prompt": ""}') + 60
+            early = server.post("/v1/completions", b"{" + b" " * size + b"!")
+            assert early.status_code == 429  # It is refused before the body is read.
+        waiting.join()
+        alone = server.post("/v1/completions", {"prompt": "x" * 500, "max_tokens": 1})
+        assert alone.status_code == 200
+        server.wait_until_idle()
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_client_that_leaves_aborts_its_request(llm: LLM, is_stream: bool) -> None:
+    with running(llm) as server:
+        if is_stream:
+            with ExitStack() as stack:
+                lines = open_stream(server, stack, n=2)
+                next(lines)
+                assert llm.engine.has_work
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                server.post("/v1/completions", ENDLESS, timeout=0.5)
+        server.wait_until_idle()
+
+
+def test_a_client_that_leaves_the_queue_is_noticed(llm: LLM) -> None:
+    with running(llm) as server:
+        with ExitStack() as stack:
+            for _ in range(2):
+                open_stream(server, stack)
+            for is_stream in (False, True):
+                body = ENDLESS | {"stream": is_stream}
+                with pytest.raises(httpx.ReadTimeout):
+                    server.post("/v1/completions", body, timeout=0.5)
+            wait_for(lambda: server.service.admission.num_sequences == 2)
+            wait_for(lambda: len(llm.engine.scheduler.waiting) == 0)
+        server.wait_until_idle()
+
+
+def test_a_request_that_takes_too_long_is_aborted(llm: LLM) -> None:
+    with running(llm, request_timeout_s=0.4) as server:
+        response = server.post("/v1/completions", ENDLESS, timeout=30)
+        assert response.status_code == 504
+        assert "aborted after 0.4 s" in error_of(response)["message"]
+        with pytest.raises(openai.APIError, match="aborted after 0.4 s"):
+            for _ in server.client.completions.create(
+                model=NAME, prompt="a", max_tokens=30_000, stream=True
+            ):
+                pass
+        server.wait_until_idle()
+
+
+def test_a_body_that_does_not_come(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    with running(llm, body_timeout_s=1) as server:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n"
+        for leaves in (True, False):
+            url = httpx.URL(server.url)
+            with socket.create_connection((url.host, url.port or 0)) as client:
+                client.sendall(head + b"Content-Type: application/json\r\n\r\n{")
+                wait_for(lambda: server.service.admission.num_requests == 1)
+                if not leaves:
+                    answer = b""
+                    while b"not complete after 1 s" not in answer:
+                        answer += client.recv(2**16)
+                    assert answer.startswith(b"HTTP/1.1 408 ")
+            server.wait_until_idle()
+    assert "Traceback" not in caplog.text
+
+
+def test_a_slow_reader_is_aborted(llm: LLM) -> None:
+    with running(llm, max_unread_tokens=50, send_buffer=4096) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        url = httpx.URL(server.url)
+        client.connect((url.host, url.port))
+        body = json.dumps(ENDLESS | {"stream": True, "logprobs": 20})
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {url.host}\r\nContent-Length: {len(body)}"
+        client.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n{body}".encode())
+        wait_for(lambda: llm.engine.has_work)
+        wait_for(lambda: not llm.engine.has_work)  # The client reads nothing.
+        received = b""
+        while b"of its tokens were unread, more than" not in received:
+            received += client.recv(2**16)
+        assert received.count(b"data: ") < 5000
+        client.shutdown(socket.SHUT_WR)
+
+
+def test_keys(llm: LLM) -> None:
+    keys = ("first-key-of-the-test", "second-key-of-the-test")
+    with running(llm, api_keys=keys) as server:
+        body = {"prompt": "a", "max_tokens": 1}
+        for value in ("", "Bearer wrong", f"Basic {keys[0]}", keys[0], "Bearer \xe9"):
+            headers = {"authorization": value.encode("latin-1")} if value else {}
+            response = server.post("/v1/completions", body, headers=headers)
+            assert response.status_code == 401
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert error_of(response)["code"] == "invalid_api_key"
+            assert "x-request-id" in response.headers
+        for path in ("/v1/models", "/version", "/openapi.json", "/nowhere"):
+            assert server.get(path).status_code == 401
+        for path in ("/health", "/live", "/ready"):
+            assert server.get(path).status_code == 200
+        for key in keys:
+            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=key)
+            assert client.completions.create(model=NAME, prompt="a", max_tokens=1).choices
+
+
+def test_the_file_of_keys(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# ours\n\n  0123456789abcdef  \nfedcba9876543210\n")
+    assert read_api_keys(path) == ("0123456789abcdef", "fedcba9876543210")
+    for text, message in {
+        "": "has no key",
+        "# only\n": "has no key",
+        "short\n": "line 1: a key must have at least 16",
+        "0123456789 abcdef": "line 1: a key must",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(RequestError, match=message) as caught:
+            read_api_keys(path)
+        assert "short" not in str(caught.value).replace("shorter", "")
+    path.write_bytes(b"\xff")
+    with pytest.raises(RequestError, match="UTF-8"):
+        read_api_keys(path)
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_api_keys(tmp_path / "none")
+
+
+def test_a_failure_of_the_engine_ends_all_requests(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(llm) as server, ExitStack() as stack:
+        assert server.get("/health").json() == {"status": "ok"}
+        lines = open_stream(server, stack)
+
+        def fail() -> None:
+            raise ValueError("broken")
+
+        monkeypatch.setattr(llm.engine, "_advance", fail)
+        last = [line for line in lines if line][-1]
+        assert '"type": "server_error"' in last
+        assert "The engine failed: ValueError: broken" in last
+        response = server.post("/v1/completions", {"prompt": "a"})
+        assert response.status_code == 500
+        assert "broken" in error_of(response)["message"]
+        for path in ("/health", "/ready"):
+            assert server.get(path).status_code == 503
+        assert server.get("/live").status_code == 200
+
+
+def test_a_hanging_step_is_reported(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    advance = llm.engine._advance
+    monkeypatch.setattr(llm.engine, "_advance", lambda: release.wait(60) and advance())
+    with running(llm, stall_timeout_s=0.2) as server:
+        assert server.get("/ready").status_code == 200
+        thread = threading.Thread(
+            target=lambda: server.post("/v1/completions", {"prompt": "a", "max_tokens": 1})
+        )
+        thread.start()
+        wait_for(lambda: server.get("/ready").status_code == 503)
+        assert "step has been running" in server.get("/health").json()["status"]
+        release.set()
+        thread.join()
+        assert server.get("/ready").status_code == 200
+
+
+def test_an_error_of_the_server_does_not_tell_about_it(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(llm) as server:
+        monkeypatch.setattr(server.service, "encode", lambda *_: 1 / 0)
+        response = server.post("/v1/completions", {"prompt": "secret"})
+        assert response.status_code == 500
+        id = response.headers["x-request-id"]
+        message = f"The server has failed. Its log has the reason, under {id}."
+        assert error_of(response)["message"] == message
+        wait_for(lambda: "ZeroDivisionError" in caplog.text)
+        assert id in caplog.text
+        assert "secret" not in caplog.text
+        server.wait_until_idle()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_name": ""}, "model_name is empty"),
+        ({"max_queued_requests": 0}, "max_queued_requests = 0"),
+        ({"max_queued_tokens": 1.5}, "max_queued_tokens = 1.5"),
+        ({"request_timeout_s": float("nan")}, "request_timeout_s = nan"),
+        ({"max_body_mib": -1}, "max_body_mib = -1"),
+    ],
+)
+def test_wrong_settings(settings: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        ServerSettings(**{"model_name": "a"} | settings)
