@@ -1,6 +1,6 @@
 """The options of evaluations, and their checks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -102,3 +102,10 @@ def listed(values: object) -> list[Any]:
     if isinstance(values, str | bytes | Path) or not isinstance(values, Iterable):
         return [values]
     return list(values)
+
+
+def shown_inputs(inputs: Sequence[str]) -> str:
+    """Return the names of the texts for a title; of more than three, only the first."""
+    if len(inputs) <= 3:
+        return " ".join(inputs)
+    return f"{inputs[0]} and {len(inputs) - 1} more"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ee_llm.errors import RequestError
+from ee_llm.evaluation.options import shown_inputs
 from ee_llm.evaluation.plot import save_plot
 
 
@@ -162,7 +163,7 @@ class EvaluationResult:
             units += "; ± is half of the 95 % confidence interval"
         return "\n".join(
             [
-                f"{self.checkpoint}: {self.num_tokens:,} tokens of {' '.join(self.inputs)}",
+                f"{self.checkpoint}: {self.num_tokens:,} tokens of {shown_inputs(self.inputs)}",
                 f"windows of {self.seq_length:,} tokens, {self.dtype}, {units}",
                 "",
                 *lines,

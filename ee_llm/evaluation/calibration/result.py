@@ -9,6 +9,7 @@ from typing import Any
 
 from ee_llm.errors import RequestError
 from ee_llm.evaluation.calibration.options import Metric
+from ee_llm.evaluation.options import shown_inputs
 from ee_llm.evaluation.plot import check_suffix, save_figure
 from ee_llm.evaluation.record import check_record
 from ee_llm.evaluation.reliability import ReliabilityBin
@@ -187,7 +188,7 @@ class CalibrationResult:
     def __repr__(self) -> str:
         lines = [
             f"{self.checkpoint}: thresholds of {self.measure}, calibrated on"
-            f" {' '.join(self.inputs)}",
+            f" {shown_inputs(self.inputs)}",
             f"risk {self.risk:g}: with probability {1 - self.delta:g},"
             f" {PROMISES[self.metric].format(self.risk)}",
             "",

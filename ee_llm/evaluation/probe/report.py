@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ee_llm.evaluation.options import shown_inputs
+
 _Rows = list[tuple[str, ...]]
 
 
@@ -16,9 +18,10 @@ def report(values: Mapping[str, Any]) -> str:
     has_margins = any(one["agreement_margin"] is not None for one in boundaries)
     note = "; ± is half of the 95 % confidence interval" if has_margins else ""
     lines = [
-        f"{values['checkpoint']}: {values['num_tokens']:,} tokens of {' '.join(values['inputs'])}",
+        f"{values['checkpoint']}: {values['num_tokens']:,} tokens of"
+        f" {shown_inputs(values['inputs'])}",
         f"least-squares exits from {values['num_fit_tokens']:,} tokens of"
-        f" {' '.join(values['fit_inputs'])}",
+        f" {shown_inputs(values['fit_inputs'])}",
         f"windows of {values['seq_length']:,} tokens, {values['dtype']}, loss in nats per token"
         f" (final exit: {values['final_loss']:.4f}){note}",
         "",

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from ee_llm.evaluation.options import shown_inputs
 from ee_llm.evaluation.reliability import calibration_error
 from ee_llm.evaluation.report.advice import advise
 from ee_llm.evaluation.report.charts import front_svg, reliability_svg
@@ -102,7 +103,7 @@ def _metrics(content: ReportContent) -> str:
             ]
         )
     caption = (
-        f"{result.num_tokens:,} tokens of {' '.join(result.inputs)}, windows of"
+        f"{result.num_tokens:,} tokens of {shown_inputs(result.inputs)}, windows of"
         f" {result.seq_length:,} tokens, {result.dtype}"
     )
     note = (
@@ -167,8 +168,8 @@ def _front(sweep: SweepResult | None) -> str:
         f" {best.tested_speedup or 1.0:.2f}, agreement {best.agreement:.2%}."
     )
     caption = (
-        f"{sweep.num_prompts} prompts of {' '.join(sweep.inputs)}, up to {sweep.max_tokens} tokens"
-        f" each, batches of {sweep.batch_size}, {sweep.dtype}"
+        f"{sweep.num_prompts} prompts of {shown_inputs(sweep.inputs)}, up to"
+        f" {sweep.max_tokens} tokens each, batches of {sweep.batch_size}, {sweep.dtype}"
     )
     return (
         f"<figure>\n{front_svg(sweep.marks(), sweep.min_agreement, label)}\n</figure>\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ee_llm.errors import RequestError
+from ee_llm.evaluation.options import shown_inputs
 from ee_llm.evaluation.record import check_record
 from ee_llm.evaluation.sweep.confirm import (
     MAX_TRIES,
@@ -226,8 +227,8 @@ class SweepResult:
     def __repr__(self) -> str:
         return "\n".join(
             [
-                f"{self.checkpoint}: {self.num_prompts} prompts of {' '.join(self.inputs)}, up to"
-                f" {self.max_tokens} tokens each",
+                f"{self.checkpoint}: {self.num_prompts} prompts of {shown_inputs(self.inputs)},"
+                f" up to {self.max_tokens} tokens each",
                 f"batches of {self.batch_size}, {self.rounds} rounds, {self.dtype}; * is on the"
                 " front of speed and agreement",
                 "",

@@ -11,7 +11,7 @@ from torch import Tensor
 from ee_llm.config import Config
 from ee_llm.errors import DataError, RequestError
 from ee_llm.evaluation.measure import COLUMNS
-from ee_llm.evaluation.options import TextOptions
+from ee_llm.evaluation.options import TextOptions, shown_inputs
 from ee_llm.evaluation.reliability import Reliability, calibration_error
 from ee_llm.evaluation.row_statistics import Gather
 from ee_llm.evaluation.temperatures.logits import SCALES, scaled_normalizers
@@ -85,7 +85,7 @@ class FittedTemperatures:
 
     def __repr__(self) -> str:
         lines = [
-            f"temperatures fitted to {self.num_tokens:,} tokens of {' '.join(self.inputs)}",
+            f"temperatures fitted to {self.num_tokens:,} tokens of {shown_inputs(self.inputs)}",
             f"windows of {self.seq_length:,} tokens, {self.dtype}, cross entropy in nats",
             "",
             "            temperature       cross entropy     calibration error",

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ee_llm.evaluation.options import listed
+from ee_llm.evaluation.options import listed, shown_inputs
 
 
 @pytest.mark.parametrize("value", ["all", Path("a"), 8, 0.5, np.float64(0.5)])
@@ -20,3 +20,8 @@ def test_several_values_keep_their_order(values: list[object]) -> None:
 
 def test_none_is_empty() -> None:
     assert listed(None) == []
+
+
+def test_titles_name_few_inputs() -> None:
+    assert shown_inputs(["a", "b", "c"]) == "a b c"
+    assert shown_inputs(["a", "b", "c", "d"]) == "a and 3 more"
