@@ -26,7 +26,8 @@ def check_strategy_options(options: GenerateOptions, names: Iterable[str] | None
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
         given = f"--{name.replace('_', '-')} {shown}"
         is_of_exits = name in ("thresholds", "policy", "measure")
-        if is_of_exits and options.strategy in CONTRASTS and value not in (None, ("off",)):
+        has_no_exits = options.strategy in ("full", *CONTRASTS)
+        if is_of_exits and has_no_exits and value not in (None, ("off",)):
             raise UserError(
                 f"{given} has no effect: --strategy {options.strategy} runs every token through all"
                 " layers. Remove one of them."

@@ -100,12 +100,16 @@ def check_size(
     """
     needed = 2 * samples_needed(limit, delta)
     if num_windows < needed:
-        about = f", about {num_tokens * needed // num_windows:,} tokens" if num_tokens else ""
         stated = limit if risk is None else risk
+        about, remedy = "", f"more {what}"
+        if what == "windows":
+            remedy = "more text, a shorter seq_length"
+            if num_tokens:
+                about = f", about {num_tokens * needed // num_windows:,} tokens"
         raise DataError(
-            f"the text has {num_windows:,} {what}, too few for risk = {stated:g} with delta ="
-            f" {delta:g}: even without any error, {needed:,} are needed{about}. Give more text, a"
-            " shorter seq_length, or a larger risk."
+            f"too few {what} for risk = {stated:g} with delta = {delta:g}: {num_windows:,} found,"
+            f" and even without any error, {needed:,} are needed{about}. Give {remedy}, or a larger"
+            " risk."
         )
 
 

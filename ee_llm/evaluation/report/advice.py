@@ -88,6 +88,11 @@ def _of_calibration(content: ReportContent) -> list[Advice]:
         )
     if not any(calibration.policy.thresholds):
         text += " All exits of this policy are off, so it saves nothing."
+    elif content.sweep is not None:
+        text += (
+            " Use it where this guarantee matters more than the measured speed above. To see its"
+            " own speed, measure it with 'ee-llm sweep --policy'."
+        )
     command = ["ee-llm", "generate", "--checkpoint", checkpoint]
     return [Advice(text, shlex.join([*command, "--policy", str(calibration.path)]))]
 
@@ -118,7 +123,8 @@ def _of_exits(content: ReportContent) -> list[Advice]:
                     f"The confidence of exit {one.boundary} is {_direction(one, error)}: on"
                     f" average, it is {one.confidence:.2f}, and the exit agrees with the final exit"
                     f" on {one.agreement:.1%} of tokens (ECE {error:.2f}). Do not read a threshold"
-                    " such as 0.9 as 90 % certain. Calibrate it instead."
+                    " such as 0.9 as 90 % certain. 'ee-llm checkpoint fit-temperatures' corrects"
+                    " it; calibrated thresholds need no correction."
                 )
             )
     return found
@@ -133,7 +139,7 @@ def _direction(metrics: ExitMetrics, error: float) -> str:
 
 
 def _of_shares(content: ReportContent) -> list[Advice]:
-    """Return advice on exits that decide few tokens under all policies that were measured."""
+    """Return advice on exits that decide few tokens under all policies that are recommended."""
     measured: dict[str, Sequence[float]] = {}
     calibration, sweep = content.calibration, content.sweep
     calibrated = None if calibration is None else calibration.result
@@ -149,7 +155,8 @@ def _of_shares(content: ReportContent) -> list[Advice]:
         Advice(
             f"Exit {boundary} decides {share:.1%} of tokens under {names}. An exit that few tokens"
             " take saves little and costs the time of its head, or only memory if it is off."
-            " Remove it with 'ee-llm checkpoint remove-exits', or tune it for longer."
+            " If other policies do not use it either, remove it with 'ee-llm checkpoint"
+            " remove-exits', or tune it for longer."
         )
         for boundary, share in zip(content.config.exits.boundaries, shares, strict=False)
         if share < _FEW

@@ -184,7 +184,7 @@ def resolve_policy(
     if isinstance(exits, str | Path):
         found = _read_policy(Path(exits))
         if found.calibration is not None and fingerprint is not None:
-            _check_calibrated(exits, found.calibration, fingerprint(found.measure))
+            _check_calibrated(exits, found, fingerprint(found.measure))
         try:
             return _by_exit(found.thresholds, boundaries, found.measure)
         except RequestError as error:
@@ -280,15 +280,22 @@ def _by_exit(
     )
 
 
-def _check_calibrated(path: str | Path, calibration: Mapping[str, Any], expected: str) -> None:
-    found = calibration.get("fingerprint")
-    if found != expected:
+def _check_calibrated(path: str | Path, policy: _PolicyFile, expected: str) -> None:
+    known = policy.calibration or {}
+    if known.get("fingerprint") == expected:
+        return
+    source = f"the model with fingerprint {known.get('fingerprint')} ({known.get('checkpoint')})"
+    if policy.measure == "gate":
         raise RequestError(
-            f"Policy file {path} was calibrated for the model with fingerprint {found}"
-            f" ({calibration.get('checkpoint')}), but this model has {expected}. Run 'ee-llm"
-            ' calibrate\' on this model, or remove "calibration" from the file to use its'
-            " thresholds without a guarantee."
+            f"Policy file {path} was calibrated for {source} and its gates. This checkpoint is"
+            f" another model, or has other gates or none ({expected}). Train gates and calibrate"
+            " them with 'ee-llm calibrate --train-gate', or use the checkpoint of the policy."
         )
+    raise RequestError(
+        f"Policy file {path} was calibrated for {source}, but this model has {expected}. Run"
+        " 'ee-llm calibrate' on this model, or remove \"calibration\" from the file to use its"
+        " thresholds without a guarantee."
+    )
 
 
 def _read_policy(path: Path) -> _PolicyFile:

@@ -103,6 +103,10 @@ def test_records_have_the_settings_and_pass_the_certificate(run: Path, tmp_path:
         ({"policy": Path("a.json")}, "--policy a.json has no effect"),
         ({"measure": "margin"}, "--measure margin has no effect: --strategy sled"),
         ({"strategy": "dola", "measure": "entropy"}, "--measure entropy has no effect"),
+        (
+            {"strategy": "full", "policy": Path("a.json")},
+            "--policy a.json has no effect: --strategy full runs every token",
+        ),
         ({"sled_rate": 0.0}, "sled: rate = 0.0"),
         ({"sled_layers": (7,)}, "7 is not a boundary"),
         ({"sled_layers": ("all", 1)}, "'all' must be the only value"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ee_llm.errors import DataError
-from ee_llm.evaluation.calibration.choose import choose
+from ee_llm.evaluation.calibration.choose import check_size, choose
 from ee_llm.evaluation.calibration.records import Records
 from ee_llm.evaluation.calibration.search import Costs, Point, find_path
 from tests.unit.evaluation.calibration.synthetic import COSTS, make_records
@@ -117,6 +117,14 @@ def test_the_cheapest_thresholds_that_pass_are_chosen() -> None:
 
 def test_a_text_that_is_too_short_is_refused_with_the_number_of_windows() -> None:
     with pytest.raises(
-        DataError, match=r"100 windows, too few for risk = 0.01 .* 7\d\d are needed"
+        DataError, match=r"too few windows for risk = 0.01 .* 100 found.* 7\d\d are needed"
     ):
         choose(make_records(100, 0), COSTS, 0.01, 0.05)
+
+
+def test_too_few_questions_are_not_told_to_be_longer() -> None:
+    with pytest.raises(DataError) as error:
+        check_size(1, 0.05, 0.05, num_tokens=9, what="questions that the final exit answers right")
+    assert "140 are needed. Give more questions that the final exit answers right, or" in str(
+        error.value
+    )
