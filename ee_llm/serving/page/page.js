@@ -6,7 +6,7 @@ import { ServerError, fetchModel, streamTokens } from "./stream.js";
 import { Tip } from "./tip.js";
 
 const STRATEGIES = {
-  exact: ["Exact early exits", "Each token stops at the first exit that is confident enough. The skipped layers catch up only when a later token needs them."],
+  exact: ["Exact early exits", "Each token stops at the first exit that is confident enough. Skipped layers catch up when a later token needs them."],
   full: ["Full model", "Every token uses all layers."],
   "self-speculative": ["Self-speculative", "An exit drafts tokens and the full model checks them together. The text is the full model's."],
   propagate: ["Propagate", "Skipped layers reuse the exit's state: less work than exact exits, approximate."],

@@ -52,7 +52,7 @@ def test_the_model_describes_its_exits(llm: LLM, server: Running, tmp_path: Path
     }
     assert server.get("/v1/models").json()["data"][0]["ee"] == described
     assert server.get(f"/v1/models/{NAME}").json()["ee"] == described
-    run = save(tmp_path, exits=())
+    run = save(tmp_path, boundaries=())
     with LLM(run, dtype="float64") as dense, running(dense) as other:
         found = other.get("/v1/models").json()["data"][0]["ee"]
     assert (found["exits"], found["has_chat_template"]) == ([], False)
