@@ -35,11 +35,12 @@ COMMAND = CommandHelp(
             "max_queued_requests request_timeout_s",
             "max_queued_tokens max_body_mib max_unread_tokens drain_timeout_s stall_timeout_s",
         ),
-        Group("Output", "", "log_requests"),
+        Group("Output", "page", "log_requests"),
     ),
     (
         "ee-llm serve runs/tuned --policy policy.json",
         "ee-llm serve runs/tuned --port 8080 --max-num-seqs 32 --thresholds 0.9",
+        "ee-llm serve runs/tuned --thresholds 0.9 --no-page",
         "ee-llm serve runs/tuned --host 0.0.0.0 --api-key-file keys.txt",
         "curl localhost:8000/v1/completions -H 'Content-Type: application/json'"
         ' -d \'{"prompt": "Once", "max_tokens": 16}\'',
@@ -100,6 +101,10 @@ class ServeOptions(ExecutionOptions):
     stall_timeout_s: float = 120.0
     """Report in /health and /ready that the engine hangs if a step takes this many seconds."""
 
+    page: bool = True
+    """Serve a page for browsers at /: it shows where tokens exit as they come, beside the full
+    model."""
+
     log_requests: bool = True
     """Log a line for each request: its numbers of tokens, depth and time, never its text."""
 
@@ -131,6 +136,7 @@ def run_serve(arguments: list[str]) -> None:
         request_timeout_s=options.request_timeout_s,
         stall_timeout_s=options.stall_timeout_s,
         log_requests=options.log_requests,
+        page=options.page,
     )
     exits = _exits(options, config.exits.boundaries)
     if not distributed.is_rank_zero():  # of a launcher such as torchrun

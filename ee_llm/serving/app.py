@@ -21,6 +21,7 @@ from ee_llm.serving.formats import ChatFormat, CompletionFormat, Header, make_he
 from ee_llm.serving.generation import Endpoint, respond
 from ee_llm.serving.limits import BYTES_PER_TOKEN
 from ee_llm.serving.middleware import RequestGate, error_response
+from ee_llm.serving.page.routes import add_page
 from ee_llm.serving.protocol.chat import ChatRequest, ChatResponse
 from ee_llm.serving.protocol.completions import (
     DEFAULT_MAX_TOKENS,
@@ -37,6 +38,7 @@ from ee_llm.serving.protocol.models import (
     TokenizeRequest,
     TokenizeResponse,
     Version,
+    model_exits,
 )
 from ee_llm.serving.service import Service
 from ee_llm.version import __version__
@@ -57,6 +59,8 @@ def create_app(service: Service) -> FastAPI:
     _add_tokens(app, service)
     _add_models(app, service)
     _add_probes(app, service)
+    if service.settings.page:
+        add_page(app)
     _document_bodies(app)
     return app
 
@@ -142,6 +146,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         owned_by="ee_llm",
         root=name,
         max_model_len=service.max_model_len,
+        ee=model_exits(service.engine.llm),
     )
 
     @app.get("/v1/models")

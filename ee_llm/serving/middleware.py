@@ -8,10 +8,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ee_llm.serving.api_keys import ApiKeys
+from ee_llm.serving.page.routes import PAGE_PATHS
 from ee_llm.serving.protocol.errors import ApiError
 
-OPEN_PATHS = ("/health", "/live", "/ready")
-"""Paths that need no API key: probes, which tell nothing about the model."""
+OPEN_PATHS = ("/health", "/live", "/ready", *PAGE_PATHS)
+"""Paths that need no API key: probes and the page, which tell nothing about the model."""
 
 
 class RequestGate:

@@ -23,6 +23,7 @@ class ServerSettings:
         body_timeout_s: Maximum number of seconds to wait for a request's body.
         stall_timeout_s: The server is not ready if a step of the engine takes this many seconds.
         log_requests: Log a line for each request, without its text.
+        page: Serve the page at `/`.
 
     Raises:
         RequestError: A value is not allowed.
@@ -37,6 +38,7 @@ class ServerSettings:
     body_timeout_s: float = 30.0
     stall_timeout_s: float = 120.0
     log_requests: bool = True
+    page: bool = True
 
     def __post_init__(self) -> None:
         if not self.model_name:

@@ -8,7 +8,7 @@ from typing import get_args
 
 from ee_llm.data.tokenization.chat_template import ChatTemplate, Message, load_chat_template
 from ee_llm.data.tokenization.tokenizer import Tokenizer
-from ee_llm.errors import RequestError
+from ee_llm.errors import DataError, RequestError
 from ee_llm.inference.choices import Bos
 from ee_llm.inference.text.chat import with_system
 
@@ -79,6 +79,14 @@ class PromptEncoder:
         """
         first = first_tokens(bos, self._tokenizer, self._adds_bos)
         return EncodedPrompt("", tuple(first or [self._tokenizer.eos_token_id]))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be encoded."""
+        try:
+            return bool(self._template)
+        except DataError:
+            return False
 
     def special_texts(self, stops: Sequence[str]) -> tuple[tuple[int, str], ...]:
         """Return the ids and texts of the special tokens that occur in stop strings."""

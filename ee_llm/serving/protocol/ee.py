@@ -121,16 +121,20 @@ class EEOutput(EEChunk):
     seed: int
 
 
+def ee_policy(policy: ExitPolicy) -> EEPolicy:
+    """Return an exit policy as responses have it."""
+    thresholds = zip(map(str, policy.boundaries), policy.thresholds, strict=True)
+    return EEPolicy(measure=policy.measure, thresholds=dict(thresholds))
+
+
 def ee_output(output: RequestOutput) -> EEOutput:
     """Return the exits of a finished output."""
-    policy = output.policy
-    thresholds = zip(map(str, policy.boundaries), policy.thresholds, strict=True)
     return EEOutput(
         exits=list(output.exits),
         confidences=list(output.confidences),
         strategy=output.strategy,
-        policy=EEPolicy(measure=policy.measure, thresholds=dict(thresholds)),
-        digest=policy.digest,
+        policy=ee_policy(output.policy),
+        digest=output.policy.digest,
         mean_depth=output.mean_depth,
         num_layers=output.num_layers,
         seed=output.sampling_params.seed,

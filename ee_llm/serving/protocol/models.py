@@ -1,8 +1,12 @@
-"""Requests and responses of `/tokenize` and `/detokenize`, which have the format of vLLM's."""
+"""Descriptions of the server's model, and bodies of `/tokenize` and `/detokenize` as in vLLM."""
 
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ee_llm.inference.llm import LLM
+from ee_llm.inference.strategies import STRATEGIES, Strategy
+from ee_llm.serving.protocol.ee import EEPolicy, ee_policy
 
 _MAX_TOKENS = 2**20
 
@@ -51,6 +55,22 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
+class ModelExits(BaseModel):
+    """What a client must know about a model to choose exits."""
+
+    num_layers: int
+    exits: list[int]
+    """Boundaries of the early exits: the number of layers before each."""
+
+    policy: EEPolicy
+    """Exit policy of requests without thresholds."""
+
+    strategies: list[Strategy]
+    """Strategies that the model has exits for."""
+
+    has_chat_template: bool
+
+
 class Model(BaseModel):
     """A model that the server has."""
 
@@ -60,6 +80,7 @@ class Model(BaseModel):
     owned_by: str = "ee_llm"
     root: str
     max_model_len: int
+    ee: ModelExits
 
 
 class ModelList(BaseModel):
@@ -79,3 +100,16 @@ class Health(BaseModel):
     """State of the server."""
 
     status: str
+
+
+def model_exits(llm: LLM) -> ModelExits:
+    """Return the description of a model's exits."""
+    boundaries = llm.config.exits.boundaries
+    needs_exits = ("self-speculative",)
+    return ModelExits(
+        num_layers=llm.config.model.num_layers,
+        exits=list(boundaries),
+        policy=ee_policy(llm.policy),
+        strategies=[one for one in STRATEGIES if boundaries or one not in needs_exits],
+        has_chat_template=llm.encoder.has_chat_template,
+    )

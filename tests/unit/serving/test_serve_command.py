@@ -79,8 +79,9 @@ def log_of(process: subprocess.Popen[str]) -> str:
 
 
 def test_sigterm_finishes_running_requests(run: Path) -> None:
-    options = ("--thresholds", "0.5", "off", "--drain-timeout-s", "100")
+    options = ("--thresholds", "0.5", "off", "--drain-timeout-s", "100", "--no-page")
     with serving(run, *options) as (process, url), stream(url, 500) as lines:
+        assert httpx.get(url).status_code == 404
         wait_until_draining(process, url, signal.SIGTERM)
         assert httpx.get(f"{url}/live").status_code == 200
         refused = httpx.post(f"{url}/v1/completions", json={"prompt": "b"})
@@ -98,6 +99,7 @@ def test_sigterm_finishes_running_requests(run: Path) -> None:
 
 def test_a_second_signal_aborts_running_requests(run: Path) -> None:
     with serving(run) as (process, url), stream(url, 30_000) as lines:
+        assert "page/page.js" in httpx.get(url).text
         wait_until_draining(process, url, signal.SIGINT)
         time.sleep(1.2)  # A repetition within a second counts as the same signal.
         assert process.poll() is None
