@@ -70,14 +70,14 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         CompletionRequest,
         "prompt",
         lambda body: body.prompts,
-        lambda body: CompletionFormat(body, header("cmpl"), service.token_text),
+        lambda body, clamps: CompletionFormat(body, header("cmpl"), service.token_text, clamps),
         DEFAULT_MAX_TOKENS,
     )
     chat = Endpoint(
         ChatRequest,
         "messages",
         lambda body: [body.messages],
-        lambda body: ChatFormat(body, header("chatcmpl"), service.token_text),
+        lambda body, clamps: ChatFormat(body, header("chatcmpl"), service.token_text, clamps),
         None,
     )
 

@@ -153,6 +153,7 @@ async def _supervise(
             await asyncio.sleep(_POLL_S / 10)
         on_ready()
         while server.num_signals == 0 and service.engine.error is None:
+            service.gatekeeper.refresh()
             await asyncio.sleep(_POLL_S)
         service.is_draining = server.num_signals > 0
         if service.engine.error is not None:

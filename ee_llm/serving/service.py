@@ -13,6 +13,7 @@ from ee_llm.inference.choices import Bos
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 from ee_llm.serving.async_llm import AsyncLLM
 from ee_llm.serving.limits import RETRY_AFTER_S, Admission
+from ee_llm.serving.operator.gatekeeper import Gatekeeper
 from ee_llm.serving.protocol.errors import ApiError, bad_request
 from ee_llm.serving.settings import ServerSettings
 
@@ -28,6 +29,7 @@ class Service:
         engine: The model.
         settings: The settings.
         admission: What is in progress.
+        gatekeeper: The operator's limits of exits and strategies.
         created: Time at which the server started, in seconds since 1970.
         system_fingerprint: Identity of the weights and their dtype, in every response.
         is_draining: Whether the server refuses new requests because it stops.
@@ -39,6 +41,9 @@ class Service:
         max_num_seqs = engine.llm.engine.max_num_seqs
         self.admission = Admission(
             max_num_seqs + settings.max_queued_requests, settings.max_queued_tokens
+        )
+        self.gatekeeper = Gatekeeper(
+            engine.llm.policy, settings.limits, settings.limits_key_file, settings.audit_log
         )
         self.created = int(time.time())
         weights = f"{engine.llm.fingerprint} {engine.llm.dtype} {engine.llm.quantize}"
@@ -115,5 +120,6 @@ class Service:
         return await loop.run_in_executor(self._threads, function, *arguments)
 
     def close(self) -> None:
-        """End the threads that encode prompts."""
+        """End the threads that encode prompts, and close the audit log."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self.gatekeeper.close()

@@ -156,6 +156,8 @@ def test_a_port_in_use_is_an_error_before_the_model_is_loaded(
         (["--policy", "none.json"], "Policy file none.json cannot be read"),
         (["--thresholds", "0.5", "0.6", "0.7"], "thresholds: 3 given for 2 exits"),
         (["--api-key-file", "none.txt"], "none.txt cannot be read"),
+        (["--limits", "none.json"], "--limits none.json cannot be read"),
+        (["--audit-log", "a.jsonl"], "--audit-log has no effect without --limits"),
         (["--max-num-seqs", "0"], "--max-num-seqs 0 is out of range"),
     ],
 )
