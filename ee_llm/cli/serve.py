@@ -127,10 +127,10 @@ def run_serve(arguments: list[str]) -> None:
         from ee_llm.serving.server import bind, serve, url_of
         from ee_llm.serving.settings import ServerSettings
     except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "starlette", "uvicorn"):
+        if error.name not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
             raise
         raise UserError(
-            f"ee-llm serve needs {error.name}. Install it with pip install 'ee-llm[serve]'."
+            f"ee-llm serve needs {error.name.replace('_', '-')}. Install it with pip install 'ee-llm[serve]'."
         ) from None
     from ee_llm import distributed
     from ee_llm.cli.generation.execution import check_execution, load_model

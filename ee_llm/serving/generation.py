@@ -18,6 +18,7 @@ from ee_llm.serving.body import declared_size, read_body
 from ee_llm.serving.events import EventStream, until_disconnect
 from ee_llm.serving.formats import Format, to_json
 from ee_llm.serving.limits import BYTES_PER_TOKEN, Reservation
+from ee_llm.serving.metrics.sequence_metrics import SequenceMetrics
 from ee_llm.serving.operator.enforce import Effective
 from ee_llm.serving.protocol.completions import Usage
 from ee_llm.serving.protocol.ee import EEClamp
@@ -55,6 +56,7 @@ class Choice:
     index: int
     prompt: EncodedPrompt
     stream: AsyncTokenStream
+    metrics: SequenceMetrics
 
 
 async def respond(service: Service, endpoint: Endpoint, http: HttpRequest) -> Response:
@@ -81,7 +83,7 @@ async def respond(service: Service, endpoint: Endpoint, http: HttpRequest) -> Re
         stack.callback(_finish, service, http, choices, started)
         try:
             async with asyncio.timeout_at(deadline):
-                starting = _start(service, endpoint, body, exits, reservation, choices)
+                starting = _start(service, endpoint, body, exits, reservation, choices, started)
                 await until_disconnect(http, starting)
                 if not body.stream:
                     outputs = await until_disconnect(http, _outputs(choices, reservation))
@@ -106,6 +108,7 @@ async def _start(
     exits: Effective,
     reservation: Reservation,
     choices: list[Choice],
+    arrived: float,
 ) -> None:
     """Submit the sequences of a request, and append each to `choices`."""
     llm = service.engine.llm
@@ -127,10 +130,11 @@ async def _start(
                 request = llm.make_request(
                     prompt, sample, exits=exits.policy, strategy=exits.strategy
                 )
-                stream = await service.engine.submit(request, prompt.text)
+                metrics = SequenceMetrics(service.metrics, len(prompt.token_ids), arrived)
+                stream = await service.engine.submit(request, prompt.text, metrics.add)
             except RequestError as error:
                 raise engine_refusal(error, endpoint.param) from None
-            choices.append(Choice(len(choices), prompt, stream))
+            choices.append(Choice(len(choices), prompt, stream, metrics))
 
 
 async def _events(
@@ -222,6 +226,7 @@ def _finish(service: Service, http: HttpRequest, choices: Sequence[Choice], star
     """Abort the sequences that are not finished, and log what the request took."""
     for choice in choices:
         choice.stream.close()
+        choice.metrics.close("error" if service.engine.error else "abort")
     if not choices or not service.settings.log_requests:
         return
     outputs = [choice.stream.output for choice in choices]

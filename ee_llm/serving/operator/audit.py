@@ -61,5 +61,6 @@ class AuditLog:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
         self._file = -1  # The system gives the old number to the next file.

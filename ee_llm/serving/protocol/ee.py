@@ -14,6 +14,9 @@ from ee_llm.serving.protocol.errors import bad_request
 
 _Boundary = Annotated[str, Field(pattern=r"^[0-9]{1,6}$")]
 _Threshold = float | Literal["off"]
+LIMITED_FIELDS = ("strategy", "measure", "thresholds", "draft_exit", "draft_threshold")
+"""Fields of `ee` that an operator may limit."""
+
 _DRAFT = ("draft_exit", "draft_length", "draft_threshold")
 
 
