@@ -12,7 +12,7 @@ from ee_llm.errors import UserError
 from ee_llm.inference.choices import DeferralMode, Measure
 
 if TYPE_CHECKING:
-    from ee_llm.inference.exits.policy import Exits
+    from ee_llm.inference.exits.policy import ExitPolicy, Exits
     from ee_llm.inference.llm import LLM
 
 COMMAND = CommandHelp(
@@ -130,7 +130,7 @@ def run_serve(arguments: list[str]) -> None:
         if error.name not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
             raise
         raise UserError(
-            f"ee-llm serve needs {error.name.replace('_', '-')}. Install it with pip install 'ee-llm[serve]'."
+            f"ee-llm serve needs {error.name}. Install it with pip install 'ee-llm[serve]'."
         ) from None
     from ee_llm import distributed
     from ee_llm.cli.generation.execution import check_execution, load_model
@@ -163,14 +163,14 @@ def run_serve(arguments: list[str]) -> None:
         bind(options.host, options.port) as bound,  # before the model is loaded, which is slow
         load_model(options, exits=exits, deferral=options.deferral) as llm,
     ):
-        line = _described(llm, settings.model_name, url_of(bound))
+        name, url = settings.model_name, url_of(bound)
         serve(
             llm,
             settings,
             bound,
             drain_timeout_s=options.drain_timeout_s,
             max_unread_tokens=options.max_unread_tokens,
-            on_ready=lambda: print(line, flush=True),
+            on_ready=lambda policy: print(_described(llm, policy, name, url), flush=True),
         )
 
 
@@ -219,9 +219,8 @@ def _model_name(checkpoint: Path) -> str:
     return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
 
 
-def _described(llm: "LLM", name: str, url: str) -> str:
+def _described(llm: "LLM", policy: "ExitPolicy", name: str, url: str) -> str:
     """Return a line about what is served, and where."""
-    policy = llm.policy
     thresholds = zip(policy.boundaries, policy.thresholds, strict=True)
     exits = ", ".join(f"{b}: {'off' if one is None else f'{one:g}'}" for b, one in thresholds)
     shown = f"exits {{{exits}}} by {policy.measure}" if exits else "no exits"

@@ -80,6 +80,11 @@ class Gatekeeper:
         if audit_log is not None:
             self.audit = AuditLog(audit_log)
 
+    @property
+    def policy(self) -> ExitPolicy:
+        """Exit policy of requests without one, within the limits."""
+        return self._default
+
     def refresh(self) -> None:
         """Read the limits again if their file has changed; call this now and then.
 

@@ -71,6 +71,8 @@ def test_metrics_count_tokens_times_and_depths(llm: LLM) -> None:
     for one in {early.finish_reason, full.finish_reason}:
         expected = sum(output.finish_reason == one for output in (early, full))
         assert found[f"request_success_total {reasons[one]}"] == expected
+    assert found["request_success_total abort"] == 0
+    assert not any("created" in name for name in found)
     seconds = found["time_to_first_token_seconds_sum"] + found["inter_token_latency_seconds_sum"]
     assert 0 < seconds == pytest.approx(found["e2e_request_latency_seconds_sum"])
     gauges = ("num_requests_running", "num_requests_waiting")
