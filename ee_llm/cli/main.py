@@ -100,6 +100,10 @@ COMMANDS: dict[str, Command] = {
         "write an HTML page about a model's exits", _lazy("evaluation.report", "run_report")
     ),
     "serve": Command("serve a model over HTTP with OpenAI's API", _lazy("serve", "run_serve")),
+    "sign-limits": Command(
+        "sign the limits of requests for a server",
+        _lazy("serving.sign_limits", "run_sign_limits"),
+    ),
     "verify": Command("verify generations against the model", _lazy("verify", "run_verify")),
 }
 

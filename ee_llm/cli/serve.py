@@ -12,7 +12,7 @@ from ee_llm.errors import UserError
 from ee_llm.inference.choices import DeferralMode, Measure
 
 if TYPE_CHECKING:
-    from ee_llm.inference.exits.policy import Exits
+    from ee_llm.inference.exits.policy import ExitPolicy, Exits
     from ee_llm.inference.llm import LLM
 
 COMMAND = CommandHelp(
@@ -25,6 +25,7 @@ COMMAND = CommandHelp(
     (
         Group("Address", "host port api_key_file", "served_model_name"),
         Group("Exits", "policy thresholds", "measure"),
+        Group("Limits of exits", "limits", "limits_key_file audit_log"),
         Group(
             "Execution",
             "dtype max_num_seqs cache_tokens tensor pipeline",
@@ -42,6 +43,7 @@ COMMAND = CommandHelp(
         "ee-llm serve runs/tuned --port 8080 --max-num-seqs 32 --thresholds 0.9",
         "ee-llm serve runs/tuned --thresholds 0.9 --no-page",
         "ee-llm serve runs/tuned --host 0.0.0.0 --api-key-file keys.txt",
+        "ee-llm serve runs/tuned --limits limits.json --audit-log audit.jsonl",
         "curl localhost:8000/v1/completions -H 'Content-Type: application/json'"
         ' -d \'{"prompt": "Once", "max_tokens": 16}\'',
     ),
@@ -75,6 +77,17 @@ class ServeOptions(ExecutionOptions):
 
     measure: Measure = "max_probability"
     """Measure of confidence that --thresholds are for, as in 'ee-llm generate'."""
+
+    limits: Path | None = None
+    """Keep the exits and the strategies of requests within the limits in this JSON file, such as
+    {"min_thresholds": 0.8, "allowed_strategies": ["exact", "full"], "on_violation": "refuse"}. The
+    server reads the file again when it changes."""
+
+    limits_key_file: Path | None = None
+    """Accept limits only if 'ee-llm sign-limits' has signed them with the key in this file."""
+
+    audit_log: Path | None = None
+    """Append a JSON line to this file for each request that the limits change or refuse."""
 
     deferral: DeferralMode = "auto"
     """Defer rows that did not exit until more of them can run together, if measurements at the
@@ -115,10 +128,11 @@ def run_serve(arguments: list[str]) -> None:
     _check(options)
     try:
         from ee_llm.serving.api_keys import read_api_keys
+        from ee_llm.serving.operator.limits_file import LimitsFile
         from ee_llm.serving.server import bind, serve, url_of
         from ee_llm.serving.settings import ServerSettings
     except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "starlette", "uvicorn"):
+        if error.name not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
             raise
         raise UserError(
             f"ee-llm serve needs {error.name}. Install it with pip install 'ee-llm[serve]'."
@@ -135,9 +149,14 @@ def run_serve(arguments: list[str]) -> None:
         max_body_mib=options.max_body_mib,
         request_timeout_s=options.request_timeout_s,
         stall_timeout_s=options.stall_timeout_s,
+        limits=options.limits,
+        limits_key_file=options.limits_key_file,
+        audit_log=options.audit_log,
         log_requests=options.log_requests,
         page=options.page,
     )
+    if options.limits is not None:  # Report mistakes before the model is loaded, which is slow.
+        LimitsFile(options.limits, options.limits_key_file).read()
     exits = _exits(options, config.exits.boundaries)
     if not distributed.is_rank_zero():  # of a launcher such as torchrun
         # The leader gets the signal too, finishes its requests and ends this rank.
@@ -150,14 +169,14 @@ def run_serve(arguments: list[str]) -> None:
         bind(options.host, options.port) as bound,  # before the model is loaded, which is slow
         load_model(options, exits=exits, deferral=options.deferral) as llm,
     ):
-        line = _described(llm, settings.model_name, url_of(bound))
+        name, url = settings.model_name, url_of(bound)
         serve(
             llm,
             settings,
             bound,
             drain_timeout_s=options.drain_timeout_s,
             max_unread_tokens=options.max_unread_tokens,
-            on_ready=lambda: print(line, flush=True),
+            on_ready=lambda policy: print(_described(llm, policy, name, url), flush=True),
         )
 
 
@@ -178,6 +197,11 @@ def _check(options: ServeOptions) -> None:
         if not least <= value <= most:  # refuses NaN, too
             option = name.replace("_", "-")
             raise UserError(f"--{option} {value} is out of range. Use {least:g} to {most:,}.")
+    for name in ("limits_key_file", "audit_log"):
+        if options.limits is None and getattr(options, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} has no effect without --limits. Give a file of limits."
+            )
     if options.policy is not None:
         for name in ("thresholds", "measure"):
             if getattr(options, name) != getattr(ServeOptions, name):
@@ -201,9 +225,8 @@ def _model_name(checkpoint: Path) -> str:
     return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
 
 
-def _described(llm: "LLM", name: str, url: str) -> str:
+def _described(llm: "LLM", policy: "ExitPolicy", name: str, url: str) -> str:
     """Return a line about what is served, and where."""
-    policy = llm.policy
     thresholds = zip(policy.boundaries, policy.thresholds, strict=True)
     exits = ", ".join(f"{b}: {'off' if one is None else f'{one:g}'}" for b, one in thresholds)
     shown = f"exits {{{exits}}} by {policy.measure}" if exits else "no exits"

@@ -12,7 +12,7 @@ from ee_llm.inference.decoding.settings import resolve_contrast
 from ee_llm.inference.exits.policy import check_exits
 from ee_llm.inference.outputs import RequestOutput, StepOutput, TokenOutput
 from ee_llm.inference.request import Request
-from ee_llm.inference.scheduling.base import SchedulerBase
+from ee_llm.inference.scheduling.base import Load, SchedulerBase
 from ee_llm.inference.scheduling.engine_lock import EngineLock
 from ee_llm.inference.sequence import Sequence
 from ee_llm.inference.text.detokenizer import Detokenize
@@ -153,6 +153,11 @@ class EngineBase(ABC):
         """Maximum number of positions of a sequence: the model's, or those that the cache has."""
         blocks = self._scheduler.blocks
         return min(self.config.model.max_seq_length, (blocks.num_blocks - 1) * blocks.block_size)
+
+    @property
+    def load(self) -> Load:
+        """How busy the engine is."""
+        return self._scheduler.load
 
     @property
     def has_work(self) -> bool:

@@ -28,10 +28,14 @@ class ApiKeys:
         """
         if not self._digests:
             return True
-        scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip())
+        scheme, key = _parts(authorization)
+        given = _digest(key)
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return any(matches) and scheme.lower() == "bearer"
+        return any(matches) and scheme == "bearer"
+
+    def key_id(self, authorization: str) -> str | None:
+        """Return a digest that names the key of an allowed request; None if there are no keys."""
+        return _digest(_parts(authorization)[1]).hex()[:16] if self._digests else None
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:
@@ -61,6 +65,11 @@ def read_api_keys(path: Path) -> tuple[str, ...]:
     if not keys:
         raise RequestError(f"{source} has no key. Write one key per line.")
     return tuple(keys)
+
+
+def _parts(authorization: str) -> tuple[str, str]:
+    scheme, _, key = authorization.partition(" ")
+    return scheme.lower(), key.strip()
 
 
 def _digest(key: str) -> bytes:

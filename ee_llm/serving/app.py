@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -74,14 +74,14 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         CompletionRequest,
         "prompt",
         lambda body: body.prompts,
-        lambda body: CompletionFormat(body, header("cmpl"), service.token_text),
+        lambda body, clamps: CompletionFormat(body, header("cmpl"), service.token_text, clamps),
         DEFAULT_MAX_TOKENS,
     )
     chat = Endpoint(
         ChatRequest,
         "messages",
         lambda body: [body.messages],
-        lambda body: ChatFormat(body, header("chatcmpl"), service.token_text),
+        lambda body, clamps: ChatFormat(body, header("chatcmpl"), service.token_text, clamps),
         None,
     )
 
@@ -169,6 +169,12 @@ def _add_models(app: FastAPI, service: Service) -> None:
 def _add_probes(app: FastAPI, service: Service) -> None:
     def state(trouble: str | None) -> Response:
         return JSONResponse({"status": trouble or "ok"}, 503 if trouble else 200)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics(request: Request) -> Response:
+        """Return metrics in Prometheus's format."""
+        content, kind = service.metrics.export(request.headers.get("accept", "*/*"))
+        return Response(content, media_type=kind)
 
     @app.get("/live", response_model=Health)
     async def live() -> Response:

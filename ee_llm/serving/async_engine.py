@@ -20,6 +20,8 @@ from ee_llm.inference.text.detokenizer import Detokenize
 
 logger = logging.getLogger(__name__)
 
+OnStep = Callable[[StepOutput], None]
+
 _JOIN_S = 60.0  # for the step in progress to end when the engine is closed
 
 
@@ -43,6 +45,7 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         prompt: str,
         detokenize: Detokenize,
         max_unread_tokens: int,
+        on_step: OnStep | None = None,
     ) -> None:
         self.request = request
         self.output: RequestOutput | None = None
@@ -50,6 +53,7 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         self._loop = asyncio.get_running_loop()
         self._texts = StepTexts(request, prompt, detokenize)
         self._max_unread = max_unread_tokens
+        self._on_step = on_step
         self._num_unread = 0
         self._steps: deque[StepOutput] = deque()
         self._tokens: deque[TokenOutput] = deque()
@@ -120,6 +124,8 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         """Take a step from the engine; called in the event loop of the stream."""
         if self._is_over:
             return
+        if self._on_step is not None:
+            self._on_step(step)
         self._steps.append(step)
         self._num_unread += len(step.tokens)
         if self._num_unread > self._max_unread:
@@ -174,19 +180,24 @@ class AsyncEngine:
         started = self._step_started
         return 0.0 if started is None else time.monotonic() - started
 
-    async def submit(self, request: Request, prompt: str) -> AsyncTokenStream:
+    async def submit(
+        self, request: Request, prompt: str, on_step: OnStep | None = None
+    ) -> AsyncTokenStream:
         """Queue a request and return its stream.
 
         Args:
             request: The request. Its id must be unique among the unfinished requests.
             prompt: Text of its prompt.
+            on_step: Called with each step of the request, in the event loop, before it is read.
 
         Raises:
             RequestError: The engine cannot serve the request.
             RunError: The engine has failed or is closed.
         """
         self._engine.check(request)
-        stream = AsyncTokenStream(self, request, prompt, self._detokenize, self._max_unread)
+        stream = AsyncTokenStream(
+            self, request, prompt, self._detokenize, self._max_unread, on_step
+        )
         accepted: Future[None] = Future()
         delivery = _Delivery(stream)
         self._command(lambda: self._add(request, delivery, accepted))

@@ -26,7 +26,7 @@ from ee_llm.serving.protocol.completions import (
     FinishReason,
     Usage,
 )
-from ee_llm.serving.protocol.ee import EEChunk, ee_output
+from ee_llm.serving.protocol.ee import EEChunk, EEClamp, EEClamped, ee_output
 from ee_llm.serving.protocol.logprobs import TokenText, chat_logprobs, completion_logprobs
 
 
@@ -75,8 +75,15 @@ class Format(Protocol):
 class CompletionFormat:
     """The format of `/v1/completions`."""
 
-    def __init__(self, request: CompletionRequest, header: Header, token_text: TokenText) -> None:
+    def __init__(
+        self,
+        request: CompletionRequest,
+        header: Header,
+        token_text: TokenText,
+        clamps: Sequence[EEClamp] = (),
+    ) -> None:
         self._request = request
+        self._clamps = clamps
         self._header = header
         self._token_text = token_text
         self._offsets: dict[int, int] = {}  # characters sent, by choice
@@ -99,7 +106,7 @@ class CompletionFormat:
             text=token.text,
             logprobs=self._logprobs([token], offset),
             finish_reason=None if output is None else finish_reason(output),
-            **_ee_of_chunk(self._request.ee.return_exits, token, output),
+            **_ee_of_chunk(self._request.ee.return_exits, token, output, self._clamps),
         )
         return self._response([choice], None, is_chunk=True)
 
@@ -120,7 +127,7 @@ class CompletionFormat:
                     text=before + (output.text or ""),
                     logprobs=self._logprobs(output.tokens, 0),
                     finish_reason=finish_reason(output),
-                    **_ee_of_output(self._request.ee.return_exits, output),
+                    **_ee_of_output(self._request.ee.return_exits, output, self._clamps),
                 )
             )
         return self._response(choices, usage, is_chunk=False)
@@ -140,8 +147,15 @@ class CompletionFormat:
 class ChatFormat:
     """The format of `/v1/chat/completions`."""
 
-    def __init__(self, request: ChatRequest, header: Header, token_text: TokenText) -> None:
+    def __init__(
+        self,
+        request: ChatRequest,
+        header: Header,
+        token_text: TokenText,
+        clamps: Sequence[EEClamp] = (),
+    ) -> None:
         self._request = request
+        self._clamps = clamps
         self._header = header
         self._token_text = token_text
 
@@ -161,7 +175,7 @@ class ChatFormat:
             delta=ChatDelta(content=token.text),
             logprobs=self._logprobs([token]),
             finish_reason=None if output is None else finish_reason(output),
-            **_ee_of_chunk(self._request.ee.return_exits, token, output),
+            **_ee_of_chunk(self._request.ee.return_exits, token, output, self._clamps),
         )
         return self._chunk([choice], None)
 
@@ -179,7 +193,7 @@ class ChatFormat:
                 message=ChatMessage(role="assistant", content=output.text or ""),
                 logprobs=self._logprobs(output.tokens),
                 finish_reason=finish_reason(output),
-                **_ee_of_output(self._request.ee.return_exits, output),
+                **_ee_of_output(self._request.ee.return_exits, output, self._clamps),
             )
             for index, output in enumerate(outputs)
         ]
@@ -218,17 +232,23 @@ def _usage(usage: Usage | None, is_chunk: bool, is_included: bool) -> dict[str, 
 
 
 def _ee_of_chunk(
-    is_wanted: bool, token: TokenOutput, output: RequestOutput | None
+    is_wanted: bool, token: TokenOutput, output: RequestOutput | None, clamps: Sequence[EEClamp]
 ) -> dict[str, Any]:
     """Return the field `ee` of a chunk: its token's exit, and in the last one the summary."""
+    if output is not None:
+        found = _ee_of_output(is_wanted, output, clamps)
+        own = {"exits": [token.exit], "confidences": [token.confidence]}
+        return {"ee": found["ee"].model_copy(update=own)} if is_wanted else found
     if not is_wanted:
         return {}
-    exits, confidences = [token.exit], [token.confidence]
-    if output is None:
-        return {"ee": EEChunk(exits=exits, confidences=confidences)}
-    own = {"exits": exits, "confidences": confidences}
-    return {"ee": ee_output(output).model_copy(update=own)}
+    return {"ee": EEChunk(exits=[token.exit], confidences=[token.confidence])}
 
 
-def _ee_of_output(is_wanted: bool, output: RequestOutput) -> dict[str, Any]:
-    return {"ee": ee_output(output)} if is_wanted else {}
+def _ee_of_output(
+    is_wanted: bool, output: RequestOutput, clamps: Sequence[EEClamp]
+) -> dict[str, Any]:
+    """Return the field `ee` of a choice: its exits if wanted, and what the limits changed."""
+    clamped = {"clamped": list(clamps)} if clamps else {}
+    if is_wanted:
+        return {"ee": ee_output(output).model_copy(update=clamped)}
+    return {"ee": EEClamped(**clamped)} if clamps else {}

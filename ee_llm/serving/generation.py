@@ -18,7 +18,10 @@ from ee_llm.serving.body import declared_size, read_body
 from ee_llm.serving.events import EventStream, until_disconnect
 from ee_llm.serving.formats import Format, to_json
 from ee_llm.serving.limits import BYTES_PER_TOKEN, Reservation
+from ee_llm.serving.metrics.sequence_metrics import SequenceMetrics
+from ee_llm.serving.operator.enforce import Effective
 from ee_llm.serving.protocol.completions import Usage
+from ee_llm.serving.protocol.ee import EEClamp
 from ee_llm.serving.protocol.errors import ApiError, bad_request, engine_refusal
 from ee_llm.serving.protocol.sampling import MAX_CHOICES, GenerationFields
 from ee_llm.serving.service import Service
@@ -34,14 +37,15 @@ class Endpoint:
         kind: Model of the request.
         param: Field that has the prompts.
         prompts: Returns the prompts of a request.
-        make_format: Returns the format of the response to a request.
+        make_format: Returns the format of the response to a request, with what the operator's
+            limits have changed in it.
         max_tokens: Maximum number of tokens to generate by default; None for as many as fit.
     """
 
     kind: type[GenerationFields]
     param: str
     prompts: Callable[[Any], Sequence[Any]]
-    make_format: Callable[[Any], Format]
+    make_format: Callable[[Any, Sequence[EEClamp]], Format]
     max_tokens: int | None
 
 
@@ -52,6 +56,7 @@ class Choice:
     index: int
     prompt: EncodedPrompt
     stream: AsyncTokenStream
+    metrics: SequenceMetrics
 
 
 async def respond(service: Service, endpoint: Endpoint, http: HttpRequest) -> Response:
@@ -72,11 +77,13 @@ async def respond(service: Service, endpoint: Endpoint, http: HttpRequest) -> Re
         )
         service.check_model(body.model)
         body.check_supported()
+        state = http.scope["state"]
+        exits = service.gatekeeper.apply(body.ee, state["request_id"], state["key_id"])
         choices: list[Choice] = []
         stack.callback(_finish, service, http, choices, started)
         try:
             async with asyncio.timeout_at(deadline):
-                starting = _start(service, endpoint, body, reservation, choices)
+                starting = _start(service, endpoint, body, exits, reservation, choices, started)
                 await until_disconnect(http, starting)
                 if not body.stream:
                     outputs = await until_disconnect(http, _outputs(choices, reservation))
@@ -84,7 +91,7 @@ async def respond(service: Service, endpoint: Endpoint, http: HttpRequest) -> Re
             raise _timeout(service) from None
         except RunError as error:
             raise service.engine_error(str(error)) from None
-        format = endpoint.make_format(body)
+        format = endpoint.make_format(body, exits.clamps)
         if body.stream:
             events = _events(service, format, body, choices, reservation, deadline)
             return EventStream(events, deadline, stack.pop_all().close)
@@ -98,8 +105,10 @@ async def _start(
     service: Service,
     endpoint: Endpoint,
     body: GenerationFields,
+    exits: Effective,
     reservation: Reservation,
     choices: list[Choice],
+    arrived: float,
 ) -> None:
     """Submit the sequences of a request, and append each to `choices`."""
     llm = service.engine.llm
@@ -110,8 +119,6 @@ async def _start(
             " several requests.",
             "n",
         )
-    policy = body.ee.policy(llm.config.exits.boundaries)
-    strategy = body.ee.decoding_strategy()
     encoded = await service.encode(prompts, endpoint.param)
     num_tokens = sum(len(prompt.token_ids) for prompt in encoded)
     reservation.resize(len(prompts) * count, num_tokens * count)
@@ -120,11 +127,14 @@ async def _start(
         params = body.sampling_params(endpoint.max_tokens or fits)
         for sample in params.samples():
             try:
-                request = llm.make_request(prompt, sample, exits=policy, strategy=strategy)
-                stream = await service.engine.submit(request, prompt.text)
+                request = llm.make_request(
+                    prompt, sample, exits=exits.policy, strategy=exits.strategy
+                )
+                metrics = SequenceMetrics(service.metrics, len(prompt.token_ids), arrived)
+                stream = await service.engine.submit(request, prompt.text, metrics.add)
             except RequestError as error:
                 raise engine_refusal(error, endpoint.param) from None
-            choices.append(Choice(len(choices), prompt, stream))
+            choices.append(Choice(len(choices), prompt, stream, metrics))
 
 
 async def _events(
@@ -216,6 +226,7 @@ def _finish(service: Service, http: HttpRequest, choices: Sequence[Choice], star
     """Abort the sequences that are not finished, and log what the request took."""
     for choice in choices:
         choice.stream.close()
+        choice.metrics.close("error" if service.engine.error else "abort")
     if not choices or not service.settings.log_requests:
         return
     outputs = [choice.stream.output for choice in choices]

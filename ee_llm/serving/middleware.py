@@ -19,7 +19,8 @@ class RequestGate:
     """ASGI middleware: gives each request an id, and refuses those without a valid API key.
 
     The id is that of the header x-request-id if it has one that is safe to log, else a new one. It
-    is in the state of the request as `request_id`, and in the response's header.
+    is in the state of the request as `request_id`, and in the response's header. The state also has
+    a digest of the API key as `key_id`.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
@@ -41,7 +42,9 @@ class RequestGate:
                 MutableHeaders(scope=message)["x-request-id"] = id
             await send(message)
 
-        allowed = scope["path"] in OPEN_PATHS or self._keys.allow(headers.get("authorization", ""))
+        authorization = headers.get("authorization", "")
+        allowed = scope["path"] in OPEN_PATHS or self._keys.allow(authorization)
+        scope["state"]["key_id"] = self._keys.key_id(authorization) if allowed else None
         app = self._app if allowed else error_response(_UNAUTHORIZED)
         await app(scope, receive, send_with_id)
 

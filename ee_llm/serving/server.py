@@ -11,6 +11,7 @@ from types import FrameType
 import uvicorn
 
 from ee_llm.errors import RunError, UserError
+from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.llm import LLM
 from ee_llm.serving.app import create_app
 from ee_llm.serving.async_llm import AsyncLLM
@@ -70,7 +71,7 @@ def serve(
     *,
     drain_timeout_s: float = 30.0,
     max_unread_tokens: int = 8192,
-    on_ready: Callable[[], None] = lambda: None,
+    on_ready: Callable[[ExitPolicy], None] = lambda policy: None,
 ) -> None:
     """Serve a model until a signal asks to stop.
 
@@ -83,7 +84,7 @@ def serve(
         bound: Socket to listen on.
         drain_timeout_s: Maximum number of seconds to finish running requests.
         max_unread_tokens: See `AsyncLLM`.
-        on_ready: Called once the server takes requests.
+        on_ready: Called once the server takes requests, with the exit policy of those without one.
 
     Raises:
         RunError: The engine has failed.
@@ -103,7 +104,7 @@ async def _serve(
     bound: socket.socket,
     drain_timeout_s: float,
     max_unread_tokens: int,
-    on_ready: Callable[[], None],
+    on_ready: Callable[[ExitPolicy], None],
 ) -> None:
     async with AsyncLLM(llm, max_unread_tokens=max_unread_tokens) as engine:
         service = Service(engine, settings)
@@ -145,14 +146,18 @@ class _Server(uvicorn.Server):
 
 
 async def _supervise(
-    server: _Server, service: Service, drain_timeout_s: float, on_ready: Callable[[], None]
+    server: _Server,
+    service: Service,
+    drain_timeout_s: float,
+    on_ready: Callable[[ExitPolicy], None],
 ) -> None:
     """End the server after a signal, once its requests are finished, or if the engine fails."""
     try:
         while not server.started:
             await asyncio.sleep(_POLL_S / 10)
-        on_ready()
+        on_ready(service.gatekeeper.policy)
         while server.num_signals == 0 and service.engine.error is None:
+            service.gatekeeper.refresh()
             await asyncio.sleep(_POLL_S)
         service.is_draining = server.num_signals > 0
         if service.engine.error is not None:

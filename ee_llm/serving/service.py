@@ -13,6 +13,8 @@ from ee_llm.inference.choices import Bos
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 from ee_llm.serving.async_llm import AsyncLLM
 from ee_llm.serving.limits import RETRY_AFTER_S, Admission
+from ee_llm.serving.metrics.server_metrics import ServerMetrics
+from ee_llm.serving.operator.gatekeeper import Gatekeeper
 from ee_llm.serving.protocol.errors import ApiError, bad_request
 from ee_llm.serving.settings import ServerSettings
 
@@ -28,6 +30,8 @@ class Service:
         engine: The model.
         settings: The settings.
         admission: What is in progress.
+        gatekeeper: The operator's limits of exits and strategies.
+        metrics: What `/metrics` reports.
         created: Time at which the server started, in seconds since 1970.
         system_fingerprint: Identity of the weights and their dtype, in every response.
         is_draining: Whether the server refuses new requests because it stops.
@@ -40,6 +44,10 @@ class Service:
         self.admission = Admission(
             max_num_seqs + settings.max_queued_requests, settings.max_queued_tokens
         )
+        self.gatekeeper = Gatekeeper(
+            engine.llm.policy, settings.limits, settings.limits_key_file, settings.audit_log
+        )
+        self.metrics = ServerMetrics(settings.model_name, engine.llm.engine, self.gatekeeper)
         self.created = int(time.time())
         weights = f"{engine.llm.fingerprint} {engine.llm.dtype} {engine.llm.quantize}"
         digest = hashlib.sha256(weights.encode()).hexdigest()
@@ -115,5 +123,6 @@ class Service:
         return await loop.run_in_executor(self._threads, function, *arguments)
 
     def close(self) -> None:
-        """End the threads that encode prompts."""
+        """End the threads that encode prompts, and close the audit log."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self.gatekeeper.close()

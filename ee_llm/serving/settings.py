@@ -1,6 +1,7 @@
 """Settings of the HTTP server."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from ee_llm.errors import RequestError
 from ee_llm.inference.sampling.plain_numbers import plain_float
@@ -22,6 +23,9 @@ class ServerSettings:
         request_timeout_s: Maximum number of seconds from a request to the end of its response.
         body_timeout_s: Maximum number of seconds to wait for a request's body.
         stall_timeout_s: The server is not ready if a step of the engine takes this many seconds.
+        limits: File with the operator's limits of exits and strategies; None for no limits.
+        limits_key_file: File with the key of the limits' signature; None if they are not signed.
+        audit_log: File that records what the limits change or refuse.
         log_requests: Log a line for each request, without its text.
         page: Serve the page at `/`.
 
@@ -37,12 +41,18 @@ class ServerSettings:
     request_timeout_s: float = 600.0
     body_timeout_s: float = 30.0
     stall_timeout_s: float = 120.0
+    limits: Path | None = None
+    limits_key_file: Path | None = None
+    audit_log: Path | None = None
     log_requests: bool = True
     page: bool = True
 
     def __post_init__(self) -> None:
         if not self.model_name:
             raise RequestError("model_name is empty. Give the name that requests use.")
+        for name in ("limits_key_file", "audit_log"):
+            if getattr(self, name) is not None and self.limits is None:
+                raise RequestError(f"{name} has no effect without limits. Give a file of limits.")
         for name in ("max_queued_requests", "max_queued_tokens"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:

@@ -3,12 +3,24 @@
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from ee_llm.errors import RequestError
 from ee_llm.inference.scheduling.block_manager import BlockManager
 from ee_llm.inference.scheduling.config import SchedulerConfig
 from ee_llm.inference.scheduling.prefix_cache import share_prefix
 from ee_llm.inference.sequence import Sequence
+
+
+class Load(NamedTuple):
+    """How busy an engine is."""
+
+    num_running: int
+    """Number of sequences that run."""
+    num_waiting: int
+    """Number of sequences that wait to run."""
+    cache_usage: float
+    """Share of the K/V cache that sequences occupy, from 0 to 1."""
 
 
 class SchedulerBase(ABC):
@@ -32,6 +44,12 @@ class SchedulerBase(ABC):
     def has_work(self) -> bool:
         """Whether any sequence is unfinished."""
         return bool(self.waiting or self.running)
+
+    @property
+    def load(self) -> Load:
+        """How busy the engine is; may be read while another thread runs a step."""
+        usage = 1.0 - self.blocks.num_available / (self.blocks.num_blocks - 1)
+        return Load(len(self._slot_holders()), len(self.waiting), usage)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; raises RequestError if the cache is too small for it."""

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 
 from ee_llm.inference.sampling.params import MAX_LOGPROBS
 from ee_llm.serving.protocol.completions import FinishReason, Usage
-from ee_llm.serving.protocol.ee import EEChunk, EEOutput
+from ee_llm.serving.protocol.ee import EEChunk, EEClamped, EEOutput
 from ee_llm.serving.protocol.errors import bad_request
 from ee_llm.serving.protocol.logprobs import ChatLogprobs
 from ee_llm.serving.protocol.sampling import Count, GenerationFields
@@ -83,8 +83,8 @@ class ChatChoice(BaseModel):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
-    ee: EEOutput | None = None
-    """Only with `ee.return_exits`."""
+    ee: EEOutput | EEClamped | None = None
+    """Only with `ee.return_exits`, or if the operator's limits have changed the request."""
 
 
 class ChatChunkChoice(BaseModel):
@@ -94,8 +94,9 @@ class ChatChunkChoice(BaseModel):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
-    ee: EEOutput | EEChunk | None = None
-    """Only with `ee.return_exits`; a chunk before the last has only exits and confidences."""
+    ee: EEOutput | EEChunk | EEClamped | None = None
+    """Only with `ee.return_exits`, or if the operator's limits have changed the request; a chunk
+    before the last has only exits and confidences."""
 
 
 class ChatResponse(BaseModel):

@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from ee_llm.inference.sampling.params import MAX_LOGPROBS
 from ee_llm.inference.text.json_lines import short
-from ee_llm.serving.protocol.ee import EEChunk, EEOutput
+from ee_llm.serving.protocol.ee import EEChunk, EEClamped, EEOutput
 from ee_llm.serving.protocol.errors import bad_request
 from ee_llm.serving.protocol.logprobs import CompletionLogprobs
 from ee_llm.serving.protocol.sampling import MAX_CHOICES, GenerationFields
@@ -90,8 +90,9 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
-    ee: EEOutput | EEChunk | None = None
-    """Only with `ee.return_exits`; a chunk before the last has only exits and confidences."""
+    ee: EEOutput | EEChunk | EEClamped | None = None
+    """Only with `ee.return_exits`, or if the operator's limits have changed the request; a chunk
+    before the last has only exits and confidences."""
 
 
 class CompletionResponse(BaseModel):

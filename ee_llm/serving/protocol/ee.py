@@ -14,6 +14,9 @@ from ee_llm.serving.protocol.errors import bad_request
 
 _Boundary = Annotated[str, Field(pattern=r"^[0-9]{1,6}$")]
 _Threshold = float | Literal["off"]
+LIMITED_FIELDS = ("strategy", "measure", "thresholds", "draft_exit", "draft_threshold")
+"""Fields of `ee` that an operator may limit."""
+
 _DRAFT = ("draft_exit", "draft_length", "draft_threshold")
 
 
@@ -106,6 +109,28 @@ class EEPolicy(BaseModel):
     """Threshold of each exit; null if it is off."""
 
 
+class EEClamp(BaseModel):
+    """A value of a request that the operator's limits have changed."""
+
+    param: str
+    """Field of the request, such as "ee.thresholds"."""
+
+    exit: int | None
+    """Exit that the value is for; null if it is not for one exit."""
+
+    asked: float | str | None
+    """Value in the request."""
+
+    effective: float | str | None
+    """Value that was used; null if the exit was turned off."""
+
+
+class EEClamped(BaseModel):
+    """What the operator's limits have changed in a request."""
+
+    clamped: list[EEClamp]
+
+
 class EEOutput(EEChunk):
     """Exits of a whole choice, with everything that determines its tokens besides the prompt."""
 
@@ -119,6 +144,9 @@ class EEOutput(EEChunk):
 
     num_layers: int
     seed: int
+
+    clamped: list[EEClamp] | None = None
+    """What the operator's limits have changed; only if there is something."""
 
 
 def ee_policy(policy: ExitPolicy) -> EEPolicy:

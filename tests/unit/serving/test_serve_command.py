@@ -36,8 +36,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(run: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run the command while the context lasts; yields its process and URL."""
+def serving(
+    run: Path, *options: str, shown: str = ""
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run the command while the context lasts; yields its process and URL.
+
+    shown: part of the line at the start.
+    """
     command = [sys.executable, "-m", "ee_llm", "serve", str(run), "--port", "0"]
     with subprocess.Popen(
         [*command, "--dtype", "float32", *options],
@@ -52,6 +57,7 @@ def serving(run: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], s
             found = re.match(r"Serving (\S+) at (http://127\.0\.0\.1:\d+)/v1 ", line)
             assert found, line + (process.stderr.read() if process.stderr else "")
             assert found[1] == run.name
+            assert shown in line
             yield process, found[2]
         finally:
             process.kill()
@@ -138,6 +144,21 @@ def test_several_ranks_serve_until_one_is_lost(run: Path) -> None:
         assert log_of(process).endswith("Rank 1 of the engine ended: killed by signal 9\n")
 
 
+def test_limits_are_in_force_when_the_server_starts(run: Path, tmp_path: Path) -> None:
+    limits, log = tmp_path / "limits.json", tmp_path / "audit.jsonl"
+    limits.write_text('{"min_thresholds": 0.95}')
+    options = ("--limits", str(limits), "--audit-log", str(log))
+    with serving(run, *options, shown="exits {1: 0.95, 2: 0.95}") as (process, url):
+        body = {"prompt": "a", "max_tokens": 1, "ee": {"thresholds": 0.1}}
+        (choice,) = httpx.post(f"{url}/v1/completions", json=body).json()["choices"]
+        assert [one["effective"] for one in choice["ee"]["clamped"]] == [0.95, 0.95]
+        assert 'ee_llm:clamps_total{kind="thresholds"' in httpx.get(f"{url}/metrics").text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert "threshold of exit 1 0.8 -> 0.95" in log_of(process)
+    assert json.loads(log.read_text())["event"] == "clamp"
+
+
 def test_a_port_in_use_is_an_error_before_the_model_is_loaded(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +179,8 @@ def test_a_port_in_use_is_an_error_before_the_model_is_loaded(
         (["--policy", "none.json"], "Policy file none.json cannot be read"),
         (["--thresholds", "0.5", "0.6", "0.7"], "thresholds: 3 given for 2 exits"),
         (["--api-key-file", "none.txt"], "none.txt cannot be read"),
+        (["--limits", "none.json"], "--limits none.json cannot be read"),
+        (["--audit-log", "a.jsonl"], "--audit-log has no effect without --limits"),
         (["--max-num-seqs", "0"], "--max-num-seqs 0 is out of range"),
     ],
 )
