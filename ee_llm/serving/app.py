@@ -1,7 +1,7 @@
 """The web application: its routes, and how errors become responses."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -47,11 +47,16 @@ _CLIENT_GONE = 499  # nginx's status for a client that has disconnected; nobody 
 _SCHEMA_PATH = "#/components/schemas/{model}"
 
 
-def create_app(service: Service) -> FastAPI:
-    """Return the application that serves a model."""
+def create_app(service: Service, hosts: Collection[str] = ()) -> FastAPI:
+    """Return the application that serves a model.
+
+    Args:
+        service: The model and its limits.
+        hosts: Hosts that requests may name; empty for any. See `RequestGate`.
+    """
     # The pages of FastAPI's documentation load scripts from elsewhere.
     app = FastAPI(title="ee_llm", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(RequestGate, keys=ApiKeys(service.settings.api_keys))
+    app.add_middleware(RequestGate, keys=ApiKeys(service.settings.api_keys), hosts=hosts)
     _handle_errors(app)
     _add_generation(app, service)
     _add_tokens(app, service)

@@ -14,6 +14,7 @@ from ee_llm.errors import RunError, UserError
 from ee_llm.inference.llm import LLM
 from ee_llm.serving.app import create_app
 from ee_llm.serving.async_llm import AsyncLLM
+from ee_llm.serving.middleware import LOCAL_HOSTS
 from ee_llm.serving.service import Service
 from ee_llm.serving.settings import ServerSettings
 
@@ -63,11 +64,25 @@ def is_loopback(bound: socket.socket) -> bool:
     return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
 
 
+def allowed_hosts(bound: socket.socket, host: str, settings: ServerSettings) -> tuple[str, ...]:
+    """Return the hosts that requests may name, empty for any; see `RequestGate`.
+
+    Args:
+        bound: Socket of the server.
+        host: What the user calls its address.
+        settings: Settings of the server.
+    """
+    if settings.api_keys or not is_loopback(bound):
+        return ()
+    return (*LOCAL_HOSTS, f"[{host}]" if ":" in host else host)
+
+
 def serve(
     llm: LLM,
     settings: ServerSettings,
     bound: socket.socket,
     *,
+    host: str = "127.0.0.1",
     drain_timeout_s: float = 30.0,
     max_unread_tokens: int = 8192,
     on_ready: Callable[[], None] = lambda: None,
@@ -81,6 +96,7 @@ def serve(
         llm: The model, which stays open.
         settings: What the server allows.
         bound: Socket to listen on.
+        host: Address of the socket as the user calls it, which requests may use.
         drain_timeout_s: Maximum number of seconds to finish running requests.
         max_unread_tokens: See `AsyncLLM`.
         on_ready: Called once the server takes requests.
@@ -94,13 +110,15 @@ def serve(
             " model. Give --api-key-file, or use --host 127.0.0.1.",
             url_of(bound),
         )
-    asyncio.run(_serve(llm, settings, bound, drain_timeout_s, max_unread_tokens, on_ready))
+    hosts = allowed_hosts(bound, host, settings)
+    asyncio.run(_serve(llm, settings, bound, hosts, drain_timeout_s, max_unread_tokens, on_ready))
 
 
 async def _serve(
     llm: LLM,
     settings: ServerSettings,
     bound: socket.socket,
+    hosts: tuple[str, ...],
     drain_timeout_s: float,
     max_unread_tokens: int,
     on_ready: Callable[[], None],
@@ -108,7 +126,7 @@ async def _serve(
     async with AsyncLLM(llm, max_unread_tokens=max_unread_tokens) as engine:
         service = Service(engine, settings)
         config = uvicorn.Config(
-            create_app(service),
+            create_app(service, hosts),
             http="h11",
             ws="none",
             lifespan="off",

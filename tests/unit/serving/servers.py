@@ -20,7 +20,7 @@ from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.inference.llm import LLM
 from ee_llm.serving.app import create_app
 from ee_llm.serving.async_llm import AsyncLLM
-from ee_llm.serving.server import bind, url_of
+from ee_llm.serving.server import allowed_hosts, bind, url_of
 from ee_llm.serving.service import Service
 from ee_llm.serving.settings import ServerSettings
 from tests.unit.inference.models import random_tensors, tiny_config
@@ -88,10 +88,10 @@ def running(
     """Serve a model with uvicorn while the context lasts; send_buffer: size of sockets' buffers."""
     engine = AsyncLLM(llm, max_unread_tokens=max_unread_tokens)
     service = Service(engine, ServerSettings(**{"model_name": NAME} | settings))
-    app = create_app(service)
+    bound = bind("127.0.0.1", 0)
+    app = create_app(service, allowed_hosts(bound, "127.0.0.1", service.settings))
     config = uvicorn.Config(app, http="h11", lifespan="off", log_config=None, access_log=False)
     server = uvicorn.Server(config)
-    bound = bind("127.0.0.1", 0)
     if send_buffer:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))

@@ -15,6 +15,7 @@ import pytest
 from ee_llm.errors import RequestError
 from ee_llm.inference.llm import LLM
 from ee_llm.serving.api_keys import read_api_keys
+from ee_llm.serving.server import allowed_hosts, bind
 from ee_llm.serving.settings import ServerSettings
 from tests.unit.serving.servers import NAME, Running, running, save, wait_for
 
@@ -139,7 +140,7 @@ def test_a_request_that_takes_too_long_is_aborted(llm: LLM) -> None:
 
 def test_a_body_that_does_not_come(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
     with running(llm, body_timeout_s=1) as server:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
         for leaves in (True, False):
             url = httpx.URL(server.url)
             with socket.create_connection((url.host, url.port or 0)) as client:
@@ -189,6 +190,33 @@ def test_keys(llm: LLM) -> None:
         for key in keys:
             client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=key)
             assert client.completions.create(model=NAME, prompt="a", max_tokens=1).choices
+
+
+def test_a_page_of_another_host_cannot_use_a_local_server(llm: LLM) -> None:
+    """A name that an attacker lets mean 127.0.0.1; with keys, a page has none to send."""
+    body = {"prompt": "a", "max_tokens": 1}
+    with running(llm) as server:
+        for host in ("page.example", "page.example:8000", "localhost.page.example", "[::2]:1", ""):
+            for response in (
+                server.post("/v1/completions", body, headers={"host": host}),
+                server.get("/health", headers={"host": host}),
+            ):
+                assert response.status_code == 403
+                assert error_of(response)["type"] == "permission_error"
+                assert "x-request-id" in response.headers
+        for host in ("localhost", "LOCALHOST:1234", "127.0.0.1:80", "[::1]", "[::1]:8000"):
+            assert server.get("/v1/models", headers={"host": host}).status_code == 200
+    with running(llm, api_keys=("a-key-of-the-test",)) as server:
+        assert server.get("/health", headers={"host": "page.example"}).status_code == 200
+
+
+def test_the_hosts_of_a_server() -> None:
+    settings = ServerSettings(model_name="a")
+    with bind("127.0.0.1", 0) as bound:
+        assert allowed_hosts(bound, "my-machine", settings)[-1] == "my-machine"
+        assert allowed_hosts(bound, "::1", settings)[-1] == "[::1]"
+    with bind("0.0.0.0", 0) as bound:
+        assert allowed_hosts(bound, "0.0.0.0", settings) == ()
 
 
 def test_the_file_of_keys(tmp_path: Path) -> None:
