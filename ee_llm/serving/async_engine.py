@@ -20,6 +20,9 @@ from ee_llm.inference.text.detokenizer import Detokenize
 
 logger = logging.getLogger(__name__)
 
+CLOSED = "The engine was closed."
+"""Value of `AsyncEngine.error` after its end without a failure."""
+
 _JOIN_S = 60.0  # for the step in progress to end when the engine is closed
 
 
@@ -227,13 +230,14 @@ class AsyncEngine:
         command()  # The thread has ended, or is about to.
 
     def _run(self) -> None:
-        reason = "The engine was closed."
+        reason = CLOSED
         try:
             while self._wait_for_work():
                 self._execute_commands()
                 self._step()
         except RunError as error:
             reason = f"The engine failed: {error}"
+            logger.error(reason)
         except BaseException as error:
             reason = f"The engine failed: {type(error).__name__}: {error}"
             logger.exception("The engine failed.")

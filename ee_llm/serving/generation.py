@@ -21,7 +21,7 @@ from ee_llm.serving.limits import BYTES_PER_TOKEN, Reservation
 from ee_llm.serving.protocol.completions import Usage
 from ee_llm.serving.protocol.errors import ApiError, bad_request, engine_refusal
 from ee_llm.serving.protocol.sampling import MAX_CHOICES, GenerationFields
-from ee_llm.serving.service import Service
+from ee_llm.serving.service import ENGINE_FAILED, Service
 
 logger = logging.getLogger(__name__)
 
@@ -193,9 +193,11 @@ async def _tokens(
                 if output is not None:
                     reservation.finish()
                 await queue.put((choice, token, output))
-        except Exception as error:
-            failure = error if isinstance(error, RunError) else RunError(str(error))
-            await queue.put(failure)
+        except RunError as error:
+            await queue.put(error)
+        except Exception:
+            logger.exception("Choice %d of a request failed.", choice.index)
+            await queue.put(RunError(ENGINE_FAILED))
 
     readers = [asyncio.create_task(read(choice)) for choice in choices]
     num_unfinished = len(choices)

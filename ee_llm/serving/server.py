@@ -175,7 +175,7 @@ async def _supervise(
         service.is_draining = server.num_signals > 0
         if service.engine.error is not None:
             await asyncio.sleep(_POLL_S)  # Responses with the error are on their way.
-            raise RunError(service.engine.error)
+            raise RunError("The engine has failed. The log above has the reason.")
         logger.info(
             "Stopping: %d sequences are finished first, for at most %g s. Repeat the signal to"
             " abort them.",

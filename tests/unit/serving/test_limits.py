@@ -12,10 +12,12 @@ import httpx
 import openai
 import pytest
 
-from ee_llm.errors import RequestError
+from ee_llm.errors import RequestError, RunError
 from ee_llm.inference.llm import LLM
 from ee_llm.serving.api_keys import read_api_keys
+from ee_llm.serving.async_engine import AsyncTokenStream
 from ee_llm.serving.server import allowed_hosts, bind
+from ee_llm.serving.service import ENGINE_FAILED
 from ee_llm.serving.settings import ServerSettings
 from tests.unit.serving.servers import NAME, Running, running, save, wait_for
 
@@ -240,29 +242,56 @@ def test_the_file_of_keys(tmp_path: Path) -> None:
         read_api_keys(tmp_path / "none")
 
 
+@pytest.mark.parametrize("kind", [ValueError, RunError])
 def test_a_failure_of_the_engine_ends_all_requests(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
+    llm: LLM,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: type[Exception],
 ) -> None:
+    """Clients get no internal text; probes need no key, so they tell even less."""
     with running(llm) as server, ExitStack() as stack:
         assert server.get("/health").json() == {"status": "ok"}
+        failure = kind("broken")
         lines = open_stream(server, stack)
 
         def fail() -> None:
-            raise ValueError("broken")
+            raise failure
 
         monkeypatch.setattr(llm.engine, "_advance", fail)
         last = [line for line in lines if line][-1]
         assert '"type": "server_error"' in last
-        assert "The engine failed: ValueError: broken" in last
+        assert "The engine has failed; the server's log has the reason." in last
+        assert "broken" not in last
         response = server.post("/v1/completions", {"prompt": "a"})
         assert response.status_code == 500
-        assert "broken" in error_of(response)["message"]
+        assert error_of(response)["message"] == ENGINE_FAILED
         for path in ("/health", "/ready"):
             assert server.get(path).status_code == 503
+            assert server.get(path).json() == {"status": "failed"}
         assert server.get("/live").status_code == 200
+        assert len([r for r in caplog.records if "engine failed" in r.getMessage()]) == 1
+        assert "broken" in caplog.text
 
 
-def test_a_hanging_step_is_reported(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_to_read_a_choice_does_not_tell_about_it(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: AsyncTokenStream, step: Any) -> None:
+        raise ValueError("/secret/path")
+
+    monkeypatch.setattr(AsyncTokenStream, "_take", fail)
+    with running(llm) as server:
+        response = server.post("/v1/completions", {"prompt": "a"})
+        assert response.status_code == 500
+        assert error_of(response)["message"] == ENGINE_FAILED
+        assert caplog.text.count("ValueError: /secret/path") == 1
+        server.wait_until_idle()
+
+
+def test_a_hanging_step_is_reported(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     release = threading.Event()
     advance = llm.engine._advance
     monkeypatch.setattr(llm.engine, "_advance", lambda: release.wait(60) and advance())
@@ -273,7 +302,8 @@ def test_a_hanging_step_is_reported(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
         )
         thread.start()
         wait_for(lambda: server.get("/ready").status_code == 503)
-        assert "step has been running" in server.get("/health").json()["status"]
+        assert server.get("/health").json()["status"] == "stalled"
+        assert caplog.text.count("step has been running") == 1
         release.set()
         thread.join()
         assert server.get("/ready").status_code == 200

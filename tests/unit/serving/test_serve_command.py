@@ -23,6 +23,7 @@ from ee_llm.cli.serve import COMMAND, ServeOptions, run_serve
 from ee_llm.errors import UserError
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.serving.service import ENGINE_FAILED
 from tests.unit.serving.servers import save, save_template, wait_for
 
 pytestmark = pytest.mark.thorough
@@ -131,8 +132,9 @@ def test_several_ranks_serve_until_one_is_lost(run: Path) -> None:
             *_, last = lines
         error = json.loads(last.removeprefix("data: "))["error"]
         assert error["code"] == "engine_error"
-        assert "Rank 1 of the engine ended: killed by signal 9" in error["message"]
+        assert error["message"] == ENGINE_FAILED
         assert process.wait(60) == 1
+        assert log_of(process).count("Rank 1 of the engine ended: killed by signal 9") == 1
         assert log_of(process).endswith("Rank 1 of the engine ended: killed by signal 9\n")
 
 
