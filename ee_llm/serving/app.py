@@ -15,11 +15,10 @@ from starlette.requests import ClientDisconnect
 from ee_llm.errors import UserError
 from ee_llm.inference.choices import Bos
 from ee_llm.serving.api_keys import ApiKeys
-from ee_llm.serving.body import declared_size, read_body
+from ee_llm.serving.body import check_headers, read_body
 from ee_llm.serving.events import ClientDisconnectedError
 from ee_llm.serving.formats import ChatFormat, CompletionFormat, Header, make_header, to_json
 from ee_llm.serving.generation import Endpoint, respond
-from ee_llm.serving.limits import BYTES_PER_TOKEN
 from ee_llm.serving.middleware import RequestGate, error_response
 from ee_llm.serving.protocol.chat import ChatRequest, ChatResponse
 from ee_llm.serving.protocol.completions import (
@@ -103,9 +102,11 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @asynccontextmanager
     async def body_of(request: Request, kind: type[Any]) -> AsyncIterator[Any]:
         service.check_open()
-        size = declared_size(request, settings.max_body_bytes)
-        with service.admission.reserve(size // BYTES_PER_TOKEN):  # Its work takes time as well.
-            body = await read_body(request, kind, settings.max_body_bytes, settings.body_timeout_s)
+        check_headers(request, settings.max_body_bytes)
+        with service.admission.reserve() as reservation:  # Its work takes time as well.
+            body = await read_body(
+                request, kind, settings.max_body_bytes, settings.body_timeout_s, reservation
+            )
             service.check_model(body.model)
             yield body
 

@@ -14,10 +14,10 @@ from ee_llm.errors import RequestError, RunError
 from ee_llm.inference.outputs import RequestOutput, TokenOutput
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 from ee_llm.serving.async_engine import AsyncTokenStream
-from ee_llm.serving.body import declared_size, read_body
+from ee_llm.serving.body import check_headers, read_body
 from ee_llm.serving.events import EventStream, until_disconnect
 from ee_llm.serving.formats import Format, to_json
-from ee_llm.serving.limits import BYTES_PER_TOKEN, Reservation
+from ee_llm.serving.limits import Reservation
 from ee_llm.serving.protocol.completions import Usage
 from ee_llm.serving.protocol.errors import ApiError, bad_request, engine_refusal
 from ee_llm.serving.protocol.sampling import MAX_CHOICES, GenerationFields
@@ -65,10 +65,10 @@ async def respond(service: Service, endpoint: Endpoint, http: HttpRequest) -> Re
     deadline = started + settings.request_timeout_s
     service.check_open()
     with ExitStack() as stack:
-        size = declared_size(http, settings.max_body_bytes)
-        reservation = stack.enter_context(service.admission.reserve(size // BYTES_PER_TOKEN))
+        check_headers(http, settings.max_body_bytes)
+        reservation = stack.enter_context(service.admission.reserve())
         body = await read_body(
-            http, endpoint.kind, settings.max_body_bytes, settings.body_timeout_s
+            http, endpoint.kind, settings.max_body_bytes, settings.body_timeout_s, reservation
         )
         service.check_model(body.model)
         body.check_supported()

@@ -14,7 +14,7 @@ from ee_llm.inference.choices import Bos
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 from ee_llm.serving.async_engine import CLOSED
 from ee_llm.serving.async_llm import AsyncLLM
-from ee_llm.serving.limits import RETRY_AFTER_S, Admission
+from ee_llm.serving.limits import BODIES_AT_A_TIME, RETRY_AFTER_S, Admission
 from ee_llm.serving.protocol.errors import ApiError, bad_request
 from ee_llm.serving.settings import ServerSettings
 
@@ -45,7 +45,9 @@ class Service:
         self.settings = settings
         max_num_seqs = engine.llm.engine.max_num_seqs
         self.admission = Admission(
-            max_num_seqs + settings.max_queued_requests, settings.max_queued_tokens
+            max_num_seqs + settings.max_queued_requests,
+            settings.max_queued_tokens,
+            BODIES_AT_A_TIME * settings.max_body_bytes,
         )
         self.created = int(time.time())
         weights = f"{engine.llm.fingerprint} {engine.llm.dtype} {engine.llm.quantize}"

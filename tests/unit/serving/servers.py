@@ -71,7 +71,7 @@ class Running:
         wait_for(lambda: not engine.has_work and not self.service.admission.num_requests)
         engine.scheduler.check_integrity()
         admission = self.service.admission
-        assert (admission.num_sequences, admission.num_tokens) == (0, 0)
+        assert (admission.num_sequences, admission.num_tokens, admission.num_bytes) == (0, 0, 0)
 
 
 def wait_for(condition: Any, seconds: float = 30.0) -> None:

@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,50 @@ def test_waiting_prompts_are_limited_by_their_tokens(llm: LLM) -> None:
             small = server.post("/v1/completions", {"prompt": "x" * 20})
             assert small.status_code == 429  # 20 tokens
             assert "90 prompt tokens are waiting, of at most 100" in error_of(small)["message"]
-            size = len('{"prompt": ""}') + 60
-            early = server.post("/v1/completions", b"{" + b" " * size + b"!")
-            assert early.status_code == 429  # It is refused before the body is read.
+            early = server.post("/v1/completions", b"{" + b" " * 60 + b"!")
+            assert early.status_code == 429  # It is refused before the body is parsed.
         waiting.join()
         alone = server.post("/v1/completions", {"prompt": "x" * 500, "max_tokens": 1})
         assert alone.status_code == 200
+        server.wait_until_idle()
+
+
+def test_a_long_prompt_that_waits_does_not_keep_others_out(llm: LLM) -> None:
+    with running(llm, max_queued_tokens=100) as server, ThreadPoolExecutor() as pool:
+        with ExitStack() as stack:
+            for _ in range(2):
+                open_stream(server, stack)
+            admission = server.service.admission
+            body = {"prompt": "x" * 500, "max_tokens": 1}
+            long = pool.submit(server.post, "/v1/completions", body)
+            wait_for(lambda: admission.num_sequences == 3)
+            short = pool.submit(server.post, "/v1/completions", body | {"prompt": "x" * 40})
+            wait_for(lambda: admission.num_sequences == 4 and admission.num_tokens == 90)
+            second = server.post("/v1/completions", body)
+            assert second.status_code == 429  # Only one that is alone may be that long.
+        assert (long.result().status_code, short.result().status_code) == (200, 200)
+        server.wait_until_idle()
+
+
+def test_a_slow_upload_does_not_keep_others_out(llm: LLM) -> None:
+    with running(llm, max_queued_tokens=100, max_body_mib=0.01) as server, ExitStack() as stack:
+        url, admission = httpx.URL(server.url), server.service.admission
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000\r\n"
+
+        def upload(number: int) -> None:
+            client = stack.enter_context(socket.create_connection((url.host, url.port or 0)))
+            client.sendall(head + b"Content-Type: application/json\r\n\r\n" + b" " * 9000)
+            wait_for(lambda: admission.num_bytes == 9000 * number)
+
+        upload(1)
+        body = {"prompt": "x" * 50, "max_tokens": 1}
+        assert server.post("/v1/completions", body).status_code == 200
+        for number in range(2, 19):
+            upload(number)
+        refused = server.post("/v1/completions", b" " * 8000)  # Bytes that wait are limited, too.
+        assert refused.status_code == 429
+        assert "162000 bytes of other bodies" in error_of(refused)["message"]
+        stack.close()
         server.wait_until_idle()
 
 
