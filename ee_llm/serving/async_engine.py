@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Self
+from typing import Protocol, Self
 
 from ee_llm.errors import RequestError, RunError
 from ee_llm.inference.engine_base import EngineBase
@@ -24,6 +24,19 @@ CLOSED = "The engine was closed."
 """Value of `AsyncEngine.error` after its end without a failure."""
 
 _JOIN_S = 60.0  # for the step in progress to end when the engine is closed
+
+
+class StreamObserver(Protocol):
+    """What gets to know how a request gets on, in the event loop of its stream.
+
+    The methods may be called more than once.
+    """
+
+    def started(self) -> None:
+        """The request has a token."""
+
+    def ended(self) -> None:
+        """The request is finished, has failed or is aborted; its tokens may be unread."""
 
 
 class AsyncTokenStream(AsyncIterator[TokenOutput]):
@@ -46,6 +59,7 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         prompt: str,
         detokenize: Detokenize,
         max_unread_tokens: int,
+        observer: StreamObserver | None = None,
     ) -> None:
         self.request = request
         self.output: RequestOutput | None = None
@@ -53,6 +67,7 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         self._loop = asyncio.get_running_loop()
         self._texts = StepTexts(request, prompt, detokenize)
         self._max_unread = max_unread_tokens
+        self._observer = observer
         self._num_unread = 0
         self._steps: deque[StepOutput] = deque()
         self._tokens: deque[TokenOutput] = deque()
@@ -87,6 +102,7 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         self._error = None
         self._is_over = True
         self._abort()
+        self._has_ended()
         self._changed.set()
 
     async def aclose(self) -> None:
@@ -105,6 +121,10 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
     def _abort(self) -> None:
         if self.output is None:
             self._engine.abort(self.request)
+
+    def _has_ended(self) -> None:
+        if self._observer is not None:
+            self._observer.ended()
 
     def _take(self, step: StepOutput) -> None:
         """Move the tokens of a step to the tokens that can be read."""
@@ -125,6 +145,10 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
             return
         self._steps.append(step)
         self._num_unread += len(step.tokens)
+        if self._observer is not None and step.tokens:
+            self._observer.started()
+        if step.request_output is not None:
+            self._has_ended()
         if self._num_unread > self._max_unread:
             self.close()
             self._error = RunError(
@@ -137,6 +161,7 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         """End the stream with an error after the tokens received so far."""
         if not self._is_over and not any(step.request_output for step in self._steps):
             self._error = error
+        self._has_ended()
         self._changed.set()
 
 
@@ -177,19 +202,24 @@ class AsyncEngine:
         started = self._step_started
         return 0.0 if started is None else time.monotonic() - started
 
-    async def submit(self, request: Request, prompt: str) -> AsyncTokenStream:
+    async def submit(
+        self, request: Request, prompt: str, observer: StreamObserver | None = None
+    ) -> AsyncTokenStream:
         """Queue a request and return its stream.
 
         Args:
             request: The request. Its id must be unique among the unfinished requests.
             prompt: Text of its prompt.
+            observer: Gets to know how the request gets on.
 
         Raises:
             RequestError: The engine cannot serve the request.
             RunError: The engine has failed or is closed.
         """
         self._engine.check(request)
-        stream = AsyncTokenStream(self, request, prompt, self._detokenize, self._max_unread)
+        stream = AsyncTokenStream(
+            self, request, prompt, self._detokenize, self._max_unread, observer
+        )
         accepted: Future[None] = Future()
         delivery = _Delivery(stream)
         self._command(lambda: self._add(request, delivery, accepted))

@@ -17,7 +17,7 @@ from ee_llm.serving.async_engine import AsyncTokenStream
 from ee_llm.serving.body import check_headers, read_body
 from ee_llm.serving.events import EventStream, until_disconnect
 from ee_llm.serving.formats import Format, to_json
-from ee_llm.serving.limits import Reservation
+from ee_llm.serving.limits import Place, Reservation
 from ee_llm.serving.protocol.completions import Usage
 from ee_llm.serving.protocol.errors import ApiError, bad_request, engine_refusal
 from ee_llm.serving.protocol.sampling import MAX_CHOICES, GenerationFields
@@ -79,14 +79,14 @@ async def respond(service: Service, endpoint: Endpoint, http: HttpRequest) -> Re
                 starting = _start(service, endpoint, body, reservation, choices)
                 await until_disconnect(http, starting)
                 if not body.stream:
-                    outputs = await until_disconnect(http, _outputs(choices, reservation))
+                    outputs = await until_disconnect(http, _outputs(choices))
         except TimeoutError:
             raise _timeout(service) from None
         except RunError as error:
             raise service.engine_error(str(error)) from None
         format = endpoint.make_format(body)
         if body.stream:
-            events = _events(service, format, body, choices, reservation, deadline)
+            events = _events(service, format, body, choices, deadline)
             return EventStream(events, deadline, stack.pop_all().close)
         prompts = [choice.prompt for choice in choices]
         usage = _usage(choices, outputs, body.num_samples)
@@ -121,7 +121,8 @@ async def _start(
         for sample in params.samples():
             try:
                 request = llm.make_request(prompt, sample, exits=policy, strategy=strategy)
-                stream = await service.engine.submit(request, prompt.text)
+                place = Place(reservation, len(prompt.token_ids))
+                stream = await service.engine.submit(request, prompt.text, place)
             except RequestError as error:
                 raise engine_refusal(error, endpoint.param) from None
             choices.append(Choice(len(choices), prompt, stream))
@@ -132,7 +133,6 @@ async def _events(
     format: Format,
     body: GenerationFields,
     choices: Sequence[Choice],
-    reservation: Reservation,
     deadline: float,
 ) -> AsyncGenerator[str, None]:
     """Yield the events of a stream; an error ends it."""
@@ -141,7 +141,7 @@ async def _events(
             yield _event(first)
     outputs: list[RequestOutput] = []
     try:
-        async with aclosing(_tokens(choices, reservation, deadline)) as tokens:
+        async with aclosing(_tokens(choices, deadline)) as tokens:
             async for choice, token, output in tokens:
                 if output is not None:
                     outputs.append(output)
@@ -157,10 +157,10 @@ async def _events(
     yield "data: [DONE]\n\n"
 
 
-async def _outputs(choices: Sequence[Choice], reservation: Reservation) -> list[RequestOutput]:
+async def _outputs(choices: Sequence[Choice]) -> list[RequestOutput]:
     """Return the outputs of all choices, in order."""
     outputs: dict[int, RequestOutput] = {}
-    async with aclosing(_tokens(choices, reservation, None)) as tokens:
+    async with aclosing(_tokens(choices, None)) as tokens:
         async for choice, _, output in tokens:
             if output is not None:
                 outputs[choice.index] = output
@@ -170,9 +170,7 @@ async def _outputs(choices: Sequence[Choice], reservation: Reservation) -> list[
 _Item = tuple[Choice, TokenOutput, RequestOutput | None]
 
 
-async def _tokens(
-    choices: Sequence[Choice], reservation: Reservation, deadline: float | None
-) -> AsyncGenerator[_Item, None]:
+async def _tokens(choices: Sequence[Choice], deadline: float | None) -> AsyncGenerator[_Item, None]:
     """Yield the tokens of all choices as they come, the last of a choice with its output.
 
     Raises RunError if a choice fails, and TimeoutError after the deadline.
@@ -184,14 +182,10 @@ async def _tokens(
         count = 0
         try:
             async for token in choice.stream:
-                if count == 0:
-                    reservation.start(len(choice.prompt.token_ids))
                 count += 1
                 output = choice.stream.output  # set before the tokens of the last step are read
                 if output is not None and (output.error or count < len(output.token_ids)):
                     output = None
-                if output is not None:
-                    reservation.finish()
                 await queue.put((choice, token, output))
         except RunError as error:
             await queue.put(error)

@@ -106,13 +106,11 @@ class Reservation:
             num_tokens = limits.max_tokens // 2
         self._set(num_sequences, num_tokens)
 
-    def start(self, num_tokens: int) -> None:
-        """Release the prompt tokens of a sequence that has its first token."""
-        self._set(self._num_sequences, max(0, self._num_tokens - num_tokens))
-
-    def finish(self) -> None:
-        """Release one sequence, which is finished."""
-        self._set(self._num_sequences - 1, self._num_tokens)
+    def release(self, num_sequences: int, num_tokens: int) -> None:
+        """Release a part of the share, or what is left of it."""
+        self._set(
+            max(0, self._num_sequences - num_sequences), max(0, self._num_tokens - num_tokens)
+        )
 
     def close(self) -> None:
         """Release everything; call this once."""
@@ -139,6 +137,29 @@ class Reservation:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class Place:
+    """The share of one sequence. Its stream releases it, whether or not somebody reads the stream.
+
+    It is a `StreamObserver`.
+    """
+
+    def __init__(self, reservation: Reservation, num_tokens: int) -> None:
+        self._reservation = reservation
+        self._num_tokens = num_tokens
+        self._is_held = True
+
+    def started(self) -> None:
+        """Release the prompt tokens: the sequence has a token."""
+        self._reservation.release(0, self._num_tokens)
+        self._num_tokens = 0
+
+    def ended(self) -> None:
+        """Release everything: the sequence is finished, failed or aborted."""
+        self.started()
+        self._reservation.release(int(self._is_held), 0)
+        self._is_held = False
 
 
 def _too_busy(reason: str) -> ApiError:

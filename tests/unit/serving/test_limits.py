@@ -206,11 +206,35 @@ def test_a_slow_reader_is_aborted(llm: LLM) -> None:
         client.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n{body}".encode())
         wait_for(lambda: llm.engine.has_work)
         wait_for(lambda: not llm.engine.has_work)  # The client reads nothing.
+        admission = server.service.admission
+        wait_for(lambda: (admission.num_sequences, admission.num_tokens) == (0, 0), 5)
+        assert admission.num_requests == 1
         received = b""
         while b"of its tokens were unread, more than" not in received:
             received += client.recv(2**16)
         assert received.count(b"data: ") < 5000
         client.shutdown(socket.SHUT_WR)
+
+
+def test_a_finished_stream_that_nobody_reads_has_no_place(llm: LLM) -> None:
+    fields = {"max_tokens": 60, "n": 3, "stream": True, "logprobs": 20}
+    body = json.dumps(ENDLESS | fields | {"prompt": "a" * 200})
+    with running(llm, send_buffer=4096) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        url, admission = httpx.URL(server.url), server.service.admission
+        client.connect((url.host, url.port))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {url.host}\r\nContent-Length: {len(body)}"
+        client.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n{body}".encode())
+        wait_for(lambda: admission.num_sequences == 3)
+        wait_for(lambda: not llm.engine.has_work)
+        wait_for(lambda: (admission.num_sequences, admission.num_tokens) == (0, 0), 5)
+        assert admission.num_requests == 1
+        received = b""
+        while b"[DONE]" not in received:
+            received += client.recv(2**16)
+        assert received.count(b'"finish_reason":"length"') == 3
+        client.shutdown(socket.SHUT_WR)
+        server.wait_until_idle()
 
 
 def test_keys(llm: LLM) -> None:
