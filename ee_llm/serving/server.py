@@ -3,7 +3,9 @@
 import asyncio
 import ipaddress
 import logging
+import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _REPEAT_S = 1.0  # Launchers may deliver one request to stop twice.
+_ABORT_S = 5.0  # for the engine's step to end after a second signal
 _CLOSE_S = 5  # for the last bytes of responses to reach their clients
 _MAX_HEADER_BYTES = 64 * 1024
 
@@ -90,7 +93,7 @@ def serve(
     """Serve a model until a signal asks to stop.
 
     After SIGTERM or SIGINT, new requests get status 503 and running ones are finished. A second
-    signal aborts them.
+    signal aborts them. If the engine's step does not end then, the process exits with status 1.
 
     Args:
         llm: The model, which stays open.
@@ -173,9 +176,7 @@ async def _supervise(
         while server.num_signals == 0 and service.engine.error is None:
             await asyncio.sleep(_POLL_S)
         service.is_draining = server.num_signals > 0
-        if service.engine.error is not None:
-            await asyncio.sleep(_POLL_S)  # Responses with the error are on their way.
-            raise RunError("The engine has failed. The log above has the reason.")
+        await _check(service)
         logger.info(
             "Stopping: %d sequences are finished first, for at most %g s. Repeat the signal to"
             " abort them.",
@@ -188,7 +189,38 @@ async def _supervise(
                 logger.warning("The time to finish requests is over; they are aborted.")
                 break
             await asyncio.sleep(_POLL_S)
-        await service.engine.close()  # Streams end with an error.
+        await _check(service)
+        await _close(server, service)  # Streams end with an error.
+        await _check(service)
     finally:
         server.force_exit = server.num_signals > 1
         server.should_exit = True
+
+
+async def _check(service: Service) -> None:
+    """Raise RunError if the engine has failed, once responses could tell that."""
+    if service.has_failed:
+        await asyncio.sleep(_POLL_S)
+        raise RunError("The engine has failed. The log above has the reason.")
+
+
+async def _close(server: _Server, service: Service) -> None:
+    """Close the engine; end the process if its step hangs, which nothing else can end."""
+    closing = asyncio.create_task(service.engine.close())
+    num_signals, started = server.num_signals, time.monotonic()
+    while not closing.done():
+        # The second signal came before the close, or comes during it.
+        is_urgent = server.num_signals > 1 and time.monotonic() - started > _ABORT_S
+        if is_urgent or server.num_signals > num_signals:
+            _exit(f"The engine's step has not ended for {service.engine.seconds_in_step:.0f} s.")
+        await asyncio.sleep(_POLL_S)
+    if (error := closing.exception()) is not None:
+        _exit(str(error))
+
+
+def _exit(reason: str) -> None:
+    """End the process, with status 1, although a thread of it cannot be ended."""
+    logger.error("%s The process exits without its end.", reason)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(1)
