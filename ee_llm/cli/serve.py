@@ -174,6 +174,7 @@ def run_serve(arguments: list[str]) -> None:
             llm,
             settings,
             bound,
+            host=options.host,
             drain_timeout_s=options.drain_timeout_s,
             max_unread_tokens=options.max_unread_tokens,
             on_ready=lambda policy: print(_described(llm, policy, name, url), flush=True),

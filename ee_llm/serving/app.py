@@ -1,7 +1,7 @@
 """The web application: its routes, and how errors become responses."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,11 +15,10 @@ from starlette.requests import ClientDisconnect
 from ee_llm.errors import UserError
 from ee_llm.inference.choices import Bos
 from ee_llm.serving.api_keys import ApiKeys
-from ee_llm.serving.body import declared_size, read_body
+from ee_llm.serving.body import check_headers, read_body
 from ee_llm.serving.events import ClientDisconnectedError
 from ee_llm.serving.formats import ChatFormat, CompletionFormat, Header, make_header, to_json
 from ee_llm.serving.generation import Endpoint, respond
-from ee_llm.serving.limits import BYTES_PER_TOKEN
 from ee_llm.serving.middleware import RequestGate, error_response
 from ee_llm.serving.page.routes import add_page
 from ee_llm.serving.protocol.chat import ChatRequest, ChatResponse
@@ -49,11 +48,16 @@ _CLIENT_GONE = 499  # nginx's status for a client that has disconnected; nobody 
 _SCHEMA_PATH = "#/components/schemas/{model}"
 
 
-def create_app(service: Service) -> FastAPI:
-    """Return the application that serves a model."""
+def create_app(service: Service, hosts: Collection[str] = ()) -> FastAPI:
+    """Return the application that serves a model.
+
+    Args:
+        service: The model and its limits.
+        hosts: Hosts that requests may name; empty for any. See `RequestGate`.
+    """
     # The pages of FastAPI's documentation load scripts from elsewhere.
     app = FastAPI(title="ee_llm", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(RequestGate, keys=ApiKeys(service.settings.api_keys))
+    app.add_middleware(RequestGate, keys=ApiKeys(service.settings.api_keys), hosts=hosts)
     _handle_errors(app)
     _add_generation(app, service)
     _add_tokens(app, service)
@@ -102,9 +106,11 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @asynccontextmanager
     async def body_of(request: Request, kind: type[Any]) -> AsyncIterator[Any]:
         service.check_open()
-        size = declared_size(request, settings.max_body_bytes)
-        with service.admission.reserve(size // BYTES_PER_TOKEN):  # Its work takes time as well.
-            body = await read_body(request, kind, settings.max_body_bytes, settings.body_timeout_s)
+        check_headers(request, settings.max_body_bytes)
+        with service.admission.reserve() as reservation:  # Its work takes time as well.
+            body = await read_body(
+                request, kind, settings.max_body_bytes, settings.body_timeout_s, reservation
+            )
             service.check_model(body.model)
             yield body
 

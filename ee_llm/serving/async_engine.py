@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Self
+from typing import Protocol, Self
 
 from ee_llm.errors import RequestError, RunError
 from ee_llm.inference.engine_base import EngineBase
@@ -22,7 +22,23 @@ logger = logging.getLogger(__name__)
 
 OnStep = Callable[[StepOutput], None]
 
+CLOSED = "The engine was closed."
+"""Value of `AsyncEngine.error` after its end without a failure."""
+
 _JOIN_S = 60.0  # for the step in progress to end when the engine is closed
+
+
+class StreamObserver(Protocol):
+    """What gets to know how a request gets on, in the event loop of its stream.
+
+    The methods may be called more than once.
+    """
+
+    def started(self) -> None:
+        """The request has a token."""
+
+    def ended(self) -> None:
+        """The request is finished, has failed or is aborted; its tokens may be unread."""
 
 
 class AsyncTokenStream(AsyncIterator[TokenOutput]):
@@ -45,6 +61,7 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         prompt: str,
         detokenize: Detokenize,
         max_unread_tokens: int,
+        observer: StreamObserver | None = None,
         on_step: OnStep | None = None,
     ) -> None:
         self.request = request
@@ -53,6 +70,7 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         self._loop = asyncio.get_running_loop()
         self._texts = StepTexts(request, prompt, detokenize)
         self._max_unread = max_unread_tokens
+        self._observer = observer
         self._on_step = on_step
         self._num_unread = 0
         self._steps: deque[StepOutput] = deque()
@@ -88,6 +106,7 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         self._error = None
         self._is_over = True
         self._abort()
+        self._has_ended()
         self._changed.set()
 
     async def aclose(self) -> None:
@@ -106,6 +125,10 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
     def _abort(self) -> None:
         if self.output is None:
             self._engine.abort(self.request)
+
+    def _has_ended(self) -> None:
+        if self._observer is not None:
+            self._observer.ended()
 
     def _take(self, step: StepOutput) -> None:
         """Move the tokens of a step to the tokens that can be read."""
@@ -128,6 +151,10 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
             self._on_step(step)
         self._steps.append(step)
         self._num_unread += len(step.tokens)
+        if self._observer is not None and step.tokens:
+            self._observer.started()
+        if step.request_output is not None:
+            self._has_ended()
         if self._num_unread > self._max_unread:
             self.close()
             self._error = RunError(
@@ -140,6 +167,7 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         """End the stream with an error after the tokens received so far."""
         if not self._is_over and not any(step.request_output for step in self._steps):
             self._error = error
+        self._has_ended()
         self._changed.set()
 
 
@@ -181,13 +209,18 @@ class AsyncEngine:
         return 0.0 if started is None else time.monotonic() - started
 
     async def submit(
-        self, request: Request, prompt: str, on_step: OnStep | None = None
+        self,
+        request: Request,
+        prompt: str,
+        observer: StreamObserver | None = None,
+        on_step: OnStep | None = None,
     ) -> AsyncTokenStream:
         """Queue a request and return its stream.
 
         Args:
             request: The request. Its id must be unique among the unfinished requests.
             prompt: Text of its prompt.
+            observer: Gets to know how the request gets on.
             on_step: Called with each step of the request, in the event loop, before it is read.
 
         Raises:
@@ -196,7 +229,7 @@ class AsyncEngine:
         """
         self._engine.check(request)
         stream = AsyncTokenStream(
-            self, request, prompt, self._detokenize, self._max_unread, on_step
+            self, request, prompt, self._detokenize, self._max_unread, observer, on_step
         )
         accepted: Future[None] = Future()
         delivery = _Delivery(stream)
@@ -238,13 +271,14 @@ class AsyncEngine:
         command()  # The thread has ended, or is about to.
 
     def _run(self) -> None:
-        reason = "The engine was closed."
+        reason = CLOSED
         try:
             while self._wait_for_work():
                 self._execute_commands()
                 self._step()
         except RunError as error:
             reason = f"The engine failed: {error}"
+            logger.error(reason)
         except BaseException as error:
             reason = f"The engine failed: {type(error).__name__}: {error}"
             logger.exception("The engine failed.")

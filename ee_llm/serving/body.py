@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from ee_llm.data.tokenization.token_settings import is_encodable
 from ee_llm.errors import RequestError
 from ee_llm.inference.text.json_lines import parse
+from ee_llm.serving.limits import Reservation
 from ee_llm.serving.protocol.errors import ApiError, bad_request, from_validation
 
 MAX_DEPTH = 64
@@ -17,11 +18,8 @@ MAX_DEPTH = 64
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
-def declared_size(request: Request, max_bytes: int) -> int:
-    """Return the size of the body that the headers declare, 0 if they do not.
-
-    Raises ApiError if the body is too large, or is not declared as JSON.
-    """
+def check_headers(request: Request, max_bytes: int) -> None:
+    """Raise ApiError if the body is declared as too large, or not as JSON."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # Browsers send other types to a local server without asking it first.
@@ -35,11 +33,16 @@ def declared_size(request: Request, max_bytes: int) -> int:
     size = int(declared) if declared.isascii() and declared.isdigit() else 0
     if size > max_bytes:
         raise _too_large(max_bytes)
-    return size
 
 
-async def read_body(request: Request, kind: type[_Body], max_bytes: int, timeout_s: float) -> _Body:
-    """Return the body of a request as a model.
+async def read_body(
+    request: Request,
+    kind: type[_Body],
+    max_bytes: int,
+    timeout_s: float,
+    reservation: Reservation,
+) -> _Body:
+    """Return the body of a request as a model; its reservation then has a share.
 
     Raises ApiError if it is too large (413), too slow (408) or not valid (400).
     """
@@ -50,11 +53,13 @@ async def read_body(request: Request, kind: type[_Body], max_bytes: int, timeout
                 size += len(part)
                 if size > max_bytes:
                     raise _too_large(max_bytes)
+                reservation.receive(len(part))
                 parts.append(part)
     except TimeoutError:
         raise ApiError(
             408, f"The body was not complete after {timeout_s:g} s.", code="request_timeout"
         ) from None
+    reservation.complete()
     return parse_body(b"".join(parts), kind)
 
 

@@ -14,17 +14,17 @@ from ee_llm.errors import RequestError, RunError
 from ee_llm.inference.outputs import RequestOutput, TokenOutput
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 from ee_llm.serving.async_engine import AsyncTokenStream
-from ee_llm.serving.body import declared_size, read_body
+from ee_llm.serving.body import check_headers, read_body
 from ee_llm.serving.events import EventStream, until_disconnect
 from ee_llm.serving.formats import Format, to_json
-from ee_llm.serving.limits import BYTES_PER_TOKEN, Reservation
+from ee_llm.serving.limits import Place, Reservation
 from ee_llm.serving.metrics.sequence_metrics import SequenceMetrics
 from ee_llm.serving.operator.enforce import Effective
 from ee_llm.serving.protocol.completions import Usage
 from ee_llm.serving.protocol.ee import EEClamp
 from ee_llm.serving.protocol.errors import ApiError, bad_request, engine_refusal
 from ee_llm.serving.protocol.sampling import MAX_CHOICES, GenerationFields
-from ee_llm.serving.service import Service
+from ee_llm.serving.service import ENGINE_FAILED, Service
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,10 @@ async def respond(service: Service, endpoint: Endpoint, http: HttpRequest) -> Re
     deadline = started + settings.request_timeout_s
     service.check_open()
     with ExitStack() as stack:
-        size = declared_size(http, settings.max_body_bytes)
-        reservation = stack.enter_context(service.admission.reserve(size // BYTES_PER_TOKEN))
+        check_headers(http, settings.max_body_bytes)
+        reservation = stack.enter_context(service.admission.reserve())
         body = await read_body(
-            http, endpoint.kind, settings.max_body_bytes, settings.body_timeout_s
+            http, endpoint.kind, settings.max_body_bytes, settings.body_timeout_s, reservation
         )
         service.check_model(body.model)
         body.check_supported()
@@ -86,14 +86,14 @@ async def respond(service: Service, endpoint: Endpoint, http: HttpRequest) -> Re
                 starting = _start(service, endpoint, body, exits, reservation, choices, started)
                 await until_disconnect(http, starting)
                 if not body.stream:
-                    outputs = await until_disconnect(http, _outputs(choices, reservation))
+                    outputs = await until_disconnect(http, _outputs(choices))
         except TimeoutError:
             raise _timeout(service) from None
         except RunError as error:
             raise service.engine_error(str(error)) from None
         format = endpoint.make_format(body, exits.clamps)
         if body.stream:
-            events = _events(service, format, body, choices, reservation, deadline)
+            events = _events(service, format, body, choices, deadline)
             return EventStream(events, deadline, stack.pop_all().close)
         prompts = [choice.prompt for choice in choices]
         usage = _usage(choices, outputs, body.num_samples)
@@ -131,7 +131,8 @@ async def _start(
                     prompt, sample, exits=exits.policy, strategy=exits.strategy
                 )
                 metrics = SequenceMetrics(service.metrics, len(prompt.token_ids), arrived)
-                stream = await service.engine.submit(request, prompt.text, metrics.add)
+                place = Place(reservation, len(prompt.token_ids))
+                stream = await service.engine.submit(request, prompt.text, place, metrics.add)
             except RequestError as error:
                 raise engine_refusal(error, endpoint.param) from None
             choices.append(Choice(len(choices), prompt, stream, metrics))
@@ -142,7 +143,6 @@ async def _events(
     format: Format,
     body: GenerationFields,
     choices: Sequence[Choice],
-    reservation: Reservation,
     deadline: float,
 ) -> AsyncGenerator[str, None]:
     """Yield the events of a stream; an error ends it."""
@@ -151,7 +151,7 @@ async def _events(
             yield _event(first)
     outputs: list[RequestOutput] = []
     try:
-        async with aclosing(_tokens(choices, reservation, deadline)) as tokens:
+        async with aclosing(_tokens(choices, deadline)) as tokens:
             async for choice, token, output in tokens:
                 if output is not None:
                     outputs.append(output)
@@ -167,10 +167,10 @@ async def _events(
     yield "data: [DONE]\n\n"
 
 
-async def _outputs(choices: Sequence[Choice], reservation: Reservation) -> list[RequestOutput]:
+async def _outputs(choices: Sequence[Choice]) -> list[RequestOutput]:
     """Return the outputs of all choices, in order."""
     outputs: dict[int, RequestOutput] = {}
-    async with aclosing(_tokens(choices, reservation, None)) as tokens:
+    async with aclosing(_tokens(choices, None)) as tokens:
         async for choice, _, output in tokens:
             if output is not None:
                 outputs[choice.index] = output
@@ -180,9 +180,7 @@ async def _outputs(choices: Sequence[Choice], reservation: Reservation) -> list[
 _Item = tuple[Choice, TokenOutput, RequestOutput | None]
 
 
-async def _tokens(
-    choices: Sequence[Choice], reservation: Reservation, deadline: float | None
-) -> AsyncGenerator[_Item, None]:
+async def _tokens(choices: Sequence[Choice], deadline: float | None) -> AsyncGenerator[_Item, None]:
     """Yield the tokens of all choices as they come, the last of a choice with its output.
 
     Raises RunError if a choice fails, and TimeoutError after the deadline.
@@ -194,18 +192,16 @@ async def _tokens(
         count = 0
         try:
             async for token in choice.stream:
-                if count == 0:
-                    reservation.start(len(choice.prompt.token_ids))
                 count += 1
                 output = choice.stream.output  # set before the tokens of the last step are read
                 if output is not None and (output.error or count < len(output.token_ids)):
                     output = None
-                if output is not None:
-                    reservation.finish()
                 await queue.put((choice, token, output))
-        except Exception as error:
-            failure = error if isinstance(error, RunError) else RunError(str(error))
-            await queue.put(failure)
+        except RunError as error:
+            await queue.put(error)
+        except Exception:
+            logger.exception("Choice %d of a request failed.", choice.index)
+            await queue.put(RunError(ENGINE_FAILED))
 
     readers = [asyncio.create_task(read(choice)) for choice in choices]
     num_unfinished = len(choices)

@@ -1,7 +1,8 @@
-"""What happens before every request: its id, and the check of its API key."""
+"""What happens before every request: its id, and the checks of its host and its API key."""
 
 import re
 import uuid
+from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -15,17 +16,32 @@ OPEN_PATHS = ("/health", "/live", "/ready", *PAGE_PATHS)
 """Paths that need no API key: probes and the page, which tell nothing about the model."""
 
 
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+"""Names of this machine, as in the header Host."""
+
+
 class RequestGate:
-    """ASGI middleware: gives each request an id, and refuses those without a valid API key.
+    """ASGI middleware: gives each request an id, and refuses those that are not allowed.
+
+    Without API keys, a web page could read from a server of this machine by giving its own name the
+    address 127.0.0.1 (DNS rebinding). Its requests then have the name of the page as their host.
 
     The id is that of the header x-request-id if it has one that is safe to log, else a new one. It
     is in the state of the request as `request_id`, and in the response's header. The state also has
     a digest of the API key as `key_id`.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, hosts: Collection[str] = ()) -> None:
+        """Wrap an application.
+
+        Args:
+            app: The application.
+            keys: The API keys.
+            hosts: Hosts without port that requests may name, as in the header Host; empty for any.
+        """
         self._app = app
         self._keys = keys
+        self._hosts = frozenset(host.lower() for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
@@ -45,13 +61,25 @@ class RequestGate:
         authorization = headers.get("authorization", "")
         allowed = scope["path"] in OPEN_PATHS or self._keys.allow(authorization)
         scope["state"]["key_id"] = self._keys.key_id(authorization) if allowed else None
+        host = re.sub(r":[0-9]*$", "", headers.get("host", "")).lower()
         app = self._app if allowed else error_response(_UNAUTHORIZED)
+        if self._hosts and host not in self._hosts:
+            app = error_response(_foreign_host(host))
         await app(scope, receive, send_with_id)
 
 
 def error_response(error: ApiError) -> JSONResponse:
     """Return the response for an error."""
     return JSONResponse(error.body, error.status, error.headers)
+
+
+def _foreign_host(host: str) -> ApiError:
+    return ApiError(
+        403,
+        f"The host {host[:100]!r} is not a name of this server, which has no API keys. Use"
+        " 127.0.0.1 or localhost in the URL, or start the server with --api-key-file.",
+        code="host_not_allowed",
+    )
 
 
 _UNAUTHORIZED = ApiError(

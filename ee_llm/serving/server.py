@@ -3,7 +3,9 @@
 import asyncio
 import ipaddress
 import logging
+import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -15,6 +17,7 @@ from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.llm import LLM
 from ee_llm.serving.app import create_app
 from ee_llm.serving.async_llm import AsyncLLM
+from ee_llm.serving.middleware import LOCAL_HOSTS
 from ee_llm.serving.service import Service
 from ee_llm.serving.settings import ServerSettings
 
@@ -22,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _REPEAT_S = 1.0  # Launchers may deliver one request to stop twice.
+_ABORT_S = 5.0  # for the engine's step to end after a second signal
 _CLOSE_S = 5  # for the last bytes of responses to reach their clients
 _MAX_HEADER_BYTES = 64 * 1024
 
@@ -64,11 +68,25 @@ def is_loopback(bound: socket.socket) -> bool:
     return ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
 
 
+def allowed_hosts(bound: socket.socket, host: str, settings: ServerSettings) -> tuple[str, ...]:
+    """Return the hosts that requests may name, empty for any; see `RequestGate`.
+
+    Args:
+        bound: Socket of the server.
+        host: What the user calls its address.
+        settings: Settings of the server.
+    """
+    if settings.api_keys or not is_loopback(bound):
+        return ()
+    return (*LOCAL_HOSTS, f"[{host}]" if ":" in host else host)
+
+
 def serve(
     llm: LLM,
     settings: ServerSettings,
     bound: socket.socket,
     *,
+    host: str = "127.0.0.1",
     drain_timeout_s: float = 30.0,
     max_unread_tokens: int = 8192,
     on_ready: Callable[[ExitPolicy], None] = lambda policy: None,
@@ -76,12 +94,13 @@ def serve(
     """Serve a model until a signal asks to stop.
 
     After SIGTERM or SIGINT, new requests get status 503 and running ones are finished. A second
-    signal aborts them.
+    signal aborts them. If the engine's step does not end then, the process exits with status 1.
 
     Args:
         llm: The model, which stays open.
         settings: What the server allows.
         bound: Socket to listen on.
+        host: Address of the socket as the user calls it, which requests may use.
         drain_timeout_s: Maximum number of seconds to finish running requests.
         max_unread_tokens: See `AsyncLLM`.
         on_ready: Called once the server takes requests, with the exit policy of those without one.
@@ -95,13 +114,15 @@ def serve(
             " model. Give --api-key-file, or use --host 127.0.0.1.",
             url_of(bound),
         )
-    asyncio.run(_serve(llm, settings, bound, drain_timeout_s, max_unread_tokens, on_ready))
+    hosts = allowed_hosts(bound, host, settings)
+    asyncio.run(_serve(llm, settings, bound, hosts, drain_timeout_s, max_unread_tokens, on_ready))
 
 
 async def _serve(
     llm: LLM,
     settings: ServerSettings,
     bound: socket.socket,
+    hosts: tuple[str, ...],
     drain_timeout_s: float,
     max_unread_tokens: int,
     on_ready: Callable[[ExitPolicy], None],
@@ -109,7 +130,7 @@ async def _serve(
     async with AsyncLLM(llm, max_unread_tokens=max_unread_tokens) as engine:
         service = Service(engine, settings)
         config = uvicorn.Config(
-            create_app(service),
+            create_app(service, hosts),
             http="h11",
             ws="none",
             lifespan="off",
@@ -160,9 +181,7 @@ async def _supervise(
             service.gatekeeper.refresh()
             await asyncio.sleep(_POLL_S)
         service.is_draining = server.num_signals > 0
-        if service.engine.error is not None:
-            await asyncio.sleep(_POLL_S)  # Responses with the error are on their way.
-            raise RunError(service.engine.error)
+        await _check(service)
         logger.info(
             "Stopping: %d sequences are finished first, for at most %g s. Repeat the signal to"
             " abort them.",
@@ -175,7 +194,38 @@ async def _supervise(
                 logger.warning("The time to finish requests is over; they are aborted.")
                 break
             await asyncio.sleep(_POLL_S)
-        await service.engine.close()  # Streams end with an error.
+        await _check(service)
+        await _close(server, service)  # Streams end with an error.
+        await _check(service)
     finally:
         server.force_exit = server.num_signals > 1
         server.should_exit = True
+
+
+async def _check(service: Service) -> None:
+    """Raise RunError if the engine has failed, once responses could tell that."""
+    if service.has_failed:
+        await asyncio.sleep(_POLL_S)
+        raise RunError("The engine has failed. The log above has the reason.")
+
+
+async def _close(server: _Server, service: Service) -> None:
+    """Close the engine; end the process if its step hangs, which nothing else can end."""
+    closing = asyncio.create_task(service.engine.close())
+    num_signals, started = server.num_signals, time.monotonic()
+    while not closing.done():
+        # The second signal came before the close, or comes during it.
+        is_urgent = server.num_signals > 1 and time.monotonic() - started > _ABORT_S
+        if is_urgent or server.num_signals > num_signals:
+            _exit(f"The engine's step has not ended for {service.engine.seconds_in_step:.0f} s.")
+        await asyncio.sleep(_POLL_S)
+    if (error := closing.exception()) is not None:
+        _exit(str(error))
+
+
+def _exit(reason: str) -> None:
+    """End the process, with status 1, although a thread of it cannot be ended."""
+    logger.error("%s The process exits without its end.", reason)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(1)

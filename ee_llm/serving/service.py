@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +12,18 @@ from typing import Any, TypeVar
 from ee_llm.errors import UserError
 from ee_llm.inference.choices import Bos
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
+from ee_llm.serving.async_engine import CLOSED
 from ee_llm.serving.async_llm import AsyncLLM
-from ee_llm.serving.limits import RETRY_AFTER_S, Admission
+from ee_llm.serving.limits import BODIES_AT_A_TIME, RETRY_AFTER_S, Admission
 from ee_llm.serving.metrics.server_metrics import ServerMetrics
 from ee_llm.serving.operator.gatekeeper import Gatekeeper
 from ee_llm.serving.protocol.errors import ApiError, bad_request
 from ee_llm.serving.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+ENGINE_FAILED = "The engine has failed; the server's log has the reason."
+"""What clients get to know: paths, ranks and exceptions are none of their business."""
 
 _Result = TypeVar("_Result")
 
@@ -42,7 +49,9 @@ class Service:
         self.settings = settings
         max_num_seqs = engine.llm.engine.max_num_seqs
         self.admission = Admission(
-            max_num_seqs + settings.max_queued_requests, settings.max_queued_tokens
+            max_num_seqs + settings.max_queued_requests,
+            settings.max_queued_tokens,
+            BODIES_AT_A_TIME * settings.max_body_bytes,
         )
         self.gatekeeper = Gatekeeper(
             engine.llm.policy, settings.limits, settings.limits_key_file, settings.audit_log
@@ -53,6 +62,7 @@ class Service:
         digest = hashlib.sha256(weights.encode()).hexdigest()
         self.system_fingerprint = f"fp_{digest[:12]}"
         self.is_draining = False
+        self._is_stalled = False
         self._threads = ThreadPoolExecutor(_ENCODING_THREADS, "ee_llm encode")
         llm = engine.llm
         special = {id: text for text, id in llm.tokenizer.special_tokens.items()}
@@ -66,14 +76,20 @@ class Service:
         return self.engine.llm.config.model.max_seq_length
 
     @property
+    def has_failed(self) -> bool:
+        """Whether the engine has ended by a failure, which it has logged."""
+        return self.engine.error not in (None, CLOSED)
+
+    @property
     def trouble(self) -> str | None:
-        """Why the engine does not work; None if it does."""
+        """Why the engine does not work, "failed" or "stalled"; None if it does."""
         if self.engine.error is not None:
-            return self.engine.error
+            return "failed"
         seconds = self.engine.seconds_in_step
-        if seconds > self.settings.stall_timeout_s:
-            return f"The engine's step has been running for {seconds:.0f} s."
-        return None
+        was_stalled, self._is_stalled = self._is_stalled, seconds > self.settings.stall_timeout_s
+        if self._is_stalled and not was_stalled:
+            logger.error("The engine's step has been running for %.0f s.", seconds)
+        return "stalled" if self._is_stalled else None
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) unless a request names the model of this server, or none."""
@@ -100,6 +116,8 @@ class Service:
 
     def engine_error(self, message: str) -> ApiError:
         """Return the error of a request that ended because of the engine."""
+        if self.has_failed:
+            return ApiError(500, ENGINE_FAILED, code="engine_error")
         if self.is_draining:
             return ApiError(503, message, code="shutting_down")
         return ApiError(500, message, code="engine_error")

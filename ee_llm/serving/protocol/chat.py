@@ -28,6 +28,12 @@ class ChatRequest(GenerationFields):
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
+        "reasoning_effort": ("none",),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "add_special_tokens": (False,),  # The template adds them.
     }
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=_MAX_MESSAGES)]

@@ -43,6 +43,7 @@ class CompletionRequest(GenerationFields):
         **GenerationFields.unsupported,
         "suffix": ("",),
         "best_of": (1,),
+        "add_special_tokens": (True,),
     }
 
     prompt: Annotated[list[str | list[int]] | str | list[int], BeforeValidator(_prompts)]

@@ -11,6 +11,7 @@ from ee_llm.inference.text.json_lines import short
 # The type of an error by HTTP status, as in OpenAI's API.
 _TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     500: "server_error",

@@ -49,6 +49,19 @@ class GenerationFields(BaseModel):
         "presence_penalty": (0,),
         "frequency_penalty": (0,),
         "logit_bias": ({},),
+        "use_beam_search": (False,),
+        "length_penalty": (1,),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "structured_outputs": (),
+        "allowed_token_ids": (),
+        "bad_words": ([],),
+        "prompt_logprobs": (),
+        "truncate_prompt_tokens": (),
+        "include_stop_str_in_output": (False,),
+        "skip_special_tokens": (True,),
     }
 
     model: str | None = None
@@ -89,7 +102,7 @@ class GenerationFields(BaseModel):
         return self.max_tokens
 
     def check_supported(self) -> None:
-        """Raise ApiError for known fields of OpenAI's API that have an effect elsewhere only."""
+        """Raise ApiError for known fields of OpenAI's and vLLM's API that this server lacks."""
         for name, neutral in self.unsupported.items():
             value = (self.model_extra or {}).get(name)
             if value is not None and value not in neutral:

@@ -20,7 +20,7 @@ from ee_llm.checkpoint.write import TensorSpec, write_checkpoint
 from ee_llm.inference.llm import LLM
 from ee_llm.serving.app import create_app
 from ee_llm.serving.async_llm import AsyncLLM
-from ee_llm.serving.server import bind, url_of
+from ee_llm.serving.server import allowed_hosts, bind, url_of
 from ee_llm.serving.service import Service
 from ee_llm.serving.settings import ServerSettings
 from tests.unit.inference.models import random_tensors, tiny_config
@@ -71,7 +71,7 @@ class Running:
         wait_for(lambda: not engine.has_work and not self.service.admission.num_requests)
         engine.scheduler.check_integrity()
         admission = self.service.admission
-        assert (admission.num_sequences, admission.num_tokens) == (0, 0)
+        assert (admission.num_sequences, admission.num_tokens, admission.num_bytes) == (0, 0, 0)
 
 
 def wait_for(condition: Any, seconds: float = 30.0) -> None:
@@ -88,10 +88,10 @@ def running(
     """Serve a model with uvicorn while the context lasts; send_buffer: size of sockets' buffers."""
     engine = AsyncLLM(llm, max_unread_tokens=max_unread_tokens)
     service = Service(engine, ServerSettings(**{"model_name": NAME} | settings))
-    app = create_app(service)
+    bound = bind("127.0.0.1", 0)
+    app = create_app(service, allowed_hosts(bound, "127.0.0.1", service.settings))
     config = uvicorn.Config(app, http="h11", lifespan="off", log_config=None, access_log=False)
     server = uvicorn.Server(config)
-    bound = bind("127.0.0.1", 0)
     if send_buffer:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))

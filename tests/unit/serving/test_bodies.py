@@ -141,6 +141,33 @@ CHATS: dict[str, tuple[dict[str, Any], str | None, str]] = {
 }
 
 
+# Fields that change the output elsewhere, with values that do.
+UNSUPPORTED: dict[str, Any] = {
+    "use_beam_search": True,
+    "length_penalty": 0.5,
+    "guided_json": {"type": "object"},
+    "guided_regex": "[0-9]",
+    "guided_choice": ["yes", "no"],
+    "guided_grammar": "root ::= x",
+    "structured_outputs": {"regex": "[0-9]"},
+    "allowed_token_ids": [5],
+    "bad_words": ["a"],
+    "prompt_logprobs": 0,
+    "truncate_prompt_tokens": 1,
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+}
+UNSUPPORTED_CHAT: dict[str, Any] = {
+    "reasoning_effort": "high",
+    "chat_template": "{{ messages }}",
+    "chat_template_kwargs": {"enable_thinking": False},
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+    "add_special_tokens": True,
+}
+MESSAGES = {"messages": [{"role": "user", "content": "a"}]}
+
+
 def check(response: httpx.Response, param: str | None, message: str) -> None:
     error = response.json()["error"]
     assert response.status_code == 400, error
@@ -163,6 +190,15 @@ def test_wrong_chats(server: Running, case: str) -> None:
     check(server.post("/v1/chat/completions", body), param, message)
 
 
+def test_fields_that_change_the_output_elsewhere_are_refused(server: Running) -> None:
+    for name, value in (UNSUPPORTED | {"add_special_tokens": False}).items():
+        response = server.post("/v1/completions", with_fields(**{name: value}))
+        check(response, name, f"{name} is not supported")
+    for name, value in (UNSUPPORTED | UNSUPPORTED_CHAT).items():
+        response = server.post("/v1/chat/completions", MESSAGES | {name: value})
+        check(response, name, f"{name} is not supported")
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -177,7 +213,17 @@ def test_wrong_tokens(server: Running, path: str, body: Any, param: str | None) 
     check(server.post(path, body), param, "")
 
 
-@pytest.mark.parametrize("fields", [{"user": "me"}, {"store": False}, {"frequency_penalty": 0.0}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "me"},
+        {"store": False},
+        {"frequency_penalty": 0.0},
+        {"use_beam_search": False, "length_penalty": 1.0, "bad_words": []},
+        {"include_stop_str_in_output": False, "skip_special_tokens": True},
+        {"add_special_tokens": True, **dict.fromkeys(UNSUPPORTED)},
+    ],
+)
 def test_fields_without_an_effect_are_ignored(server: Running, fields: Any) -> None:
     assert server.post("/v1/completions", with_fields(**fields)).status_code == 200
 

@@ -4,6 +4,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import httpx
 import openai
 import pytest
 
-from ee_llm.errors import RequestError
+from ee_llm.errors import RequestError, RunError
 from ee_llm.inference.llm import LLM
 from ee_llm.serving.api_keys import read_api_keys
+from ee_llm.serving.async_engine import AsyncTokenStream
+from ee_llm.serving.server import allowed_hosts, bind
+from ee_llm.serving.service import ENGINE_FAILED
 from ee_llm.serving.settings import ServerSettings
 from tests.unit.serving.servers import NAME, Running, running, save, wait_for
 
@@ -87,12 +91,50 @@ def test_waiting_prompts_are_limited_by_their_tokens(llm: LLM) -> None:
             small = server.post("/v1/completions", {"prompt": "x" * 20})
             assert small.status_code == 429  # 20 tokens
             assert "90 prompt tokens are waiting, of at most 100" in error_of(small)["message"]
-            size = len('{"prompt": ""}') + 60
-            early = server.post("/v1/completions", b"{" + b" " * size + b"!")
-            assert early.status_code == 429  # It is refused before the body is read.
+            early = server.post("/v1/completions", b"{" + b" " * 60 + b"!")
+            assert early.status_code == 429  # It is refused before the body is parsed.
         waiting.join()
         alone = server.post("/v1/completions", {"prompt": "x" * 500, "max_tokens": 1})
         assert alone.status_code == 200
+        server.wait_until_idle()
+
+
+def test_a_long_prompt_that_waits_does_not_keep_others_out(llm: LLM) -> None:
+    with running(llm, max_queued_tokens=100) as server, ThreadPoolExecutor() as pool:
+        with ExitStack() as stack:
+            for _ in range(2):
+                open_stream(server, stack)
+            admission = server.service.admission
+            body = {"prompt": "x" * 500, "max_tokens": 1}
+            long = pool.submit(server.post, "/v1/completions", body)
+            wait_for(lambda: admission.num_sequences == 3)
+            short = pool.submit(server.post, "/v1/completions", body | {"prompt": "x" * 40})
+            wait_for(lambda: admission.num_sequences == 4 and admission.num_tokens == 90)
+            second = server.post("/v1/completions", body)
+            assert second.status_code == 429  # Only one that is alone may be that long.
+        assert (long.result().status_code, short.result().status_code) == (200, 200)
+        server.wait_until_idle()
+
+
+def test_a_slow_upload_does_not_keep_others_out(llm: LLM) -> None:
+    with running(llm, max_queued_tokens=100, max_body_mib=0.01) as server, ExitStack() as stack:
+        url, admission = httpx.URL(server.url), server.service.admission
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000\r\n"
+
+        def upload(number: int) -> None:
+            client = stack.enter_context(socket.create_connection((url.host, url.port or 0)))
+            client.sendall(head + b"Content-Type: application/json\r\n\r\n" + b" " * 9000)
+            wait_for(lambda: admission.num_bytes == 9000 * number)
+
+        upload(1)
+        body = {"prompt": "x" * 50, "max_tokens": 1}
+        assert server.post("/v1/completions", body).status_code == 200
+        for number in range(2, 19):
+            upload(number)
+        refused = server.post("/v1/completions", b" " * 8000)  # Bytes that wait are limited, too.
+        assert refused.status_code == 429
+        assert "162000 bytes of other bodies" in error_of(refused)["message"]
+        stack.close()
         server.wait_until_idle()
 
 
@@ -139,7 +181,7 @@ def test_a_request_that_takes_too_long_is_aborted(llm: LLM) -> None:
 
 def test_a_body_that_does_not_come(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
     with running(llm, body_timeout_s=1) as server:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
         for leaves in (True, False):
             url = httpx.URL(server.url)
             with socket.create_connection((url.host, url.port or 0)) as client:
@@ -164,11 +206,35 @@ def test_a_slow_reader_is_aborted(llm: LLM) -> None:
         client.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n{body}".encode())
         wait_for(lambda: llm.engine.has_work)
         wait_for(lambda: not llm.engine.has_work)  # The client reads nothing.
+        admission = server.service.admission
+        wait_for(lambda: (admission.num_sequences, admission.num_tokens) == (0, 0), 5)
+        assert admission.num_requests == 1
         received = b""
         while b"of its tokens were unread, more than" not in received:
             received += client.recv(2**16)
         assert received.count(b"data: ") < 5000
         client.shutdown(socket.SHUT_WR)
+
+
+def test_a_finished_stream_that_nobody_reads_has_no_place(llm: LLM) -> None:
+    fields = {"max_tokens": 60, "n": 3, "stream": True, "logprobs": 20}
+    body = json.dumps(ENDLESS | fields | {"prompt": "a" * 200})
+    with running(llm, send_buffer=4096) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        url, admission = httpx.URL(server.url), server.service.admission
+        client.connect((url.host, url.port))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {url.host}\r\nContent-Length: {len(body)}"
+        client.sendall(f"{head}\r\nContent-Type: application/json\r\n\r\n{body}".encode())
+        wait_for(lambda: admission.num_sequences == 3)
+        wait_for(lambda: not llm.engine.has_work)
+        wait_for(lambda: (admission.num_sequences, admission.num_tokens) == (0, 0), 5)
+        assert admission.num_requests == 1
+        received = b""
+        while b"[DONE]" not in received:
+            received += client.recv(2**16)
+        assert received.count(b'"finish_reason":"length"') == 3
+        client.shutdown(socket.SHUT_WR)
+        server.wait_until_idle()
 
 
 def test_keys(llm: LLM) -> None:
@@ -189,6 +255,33 @@ def test_keys(llm: LLM) -> None:
         for key in keys:
             client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=key)
             assert client.completions.create(model=NAME, prompt="a", max_tokens=1).choices
+
+
+def test_a_page_of_another_host_cannot_use_a_local_server(llm: LLM) -> None:
+    """A name that an attacker lets mean 127.0.0.1; with keys, a page has none to send."""
+    body = {"prompt": "a", "max_tokens": 1}
+    with running(llm) as server:
+        for host in ("page.example", "page.example:8000", "localhost.page.example", "[::2]:1", ""):
+            for response in (
+                server.post("/v1/completions", body, headers={"host": host}),
+                server.get("/health", headers={"host": host}),
+            ):
+                assert response.status_code == 403
+                assert error_of(response)["type"] == "permission_error"
+                assert "x-request-id" in response.headers
+        for host in ("localhost", "LOCALHOST:1234", "127.0.0.1:80", "[::1]", "[::1]:8000"):
+            assert server.get("/v1/models", headers={"host": host}).status_code == 200
+    with running(llm, api_keys=("a-key-of-the-test",)) as server:
+        assert server.get("/health", headers={"host": "page.example"}).status_code == 200
+
+
+def test_the_hosts_of_a_server() -> None:
+    settings = ServerSettings(model_name="a")
+    with bind("127.0.0.1", 0) as bound:
+        assert allowed_hosts(bound, "my-machine", settings)[-1] == "my-machine"
+        assert allowed_hosts(bound, "::1", settings)[-1] == "[::1]"
+    with bind("0.0.0.0", 0) as bound:
+        assert allowed_hosts(bound, "0.0.0.0", settings) == ()
 
 
 def test_the_file_of_keys(tmp_path: Path) -> None:
@@ -212,29 +305,56 @@ def test_the_file_of_keys(tmp_path: Path) -> None:
         read_api_keys(tmp_path / "none")
 
 
+@pytest.mark.parametrize("kind", [ValueError, RunError])
 def test_a_failure_of_the_engine_ends_all_requests(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
+    llm: LLM,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: type[Exception],
 ) -> None:
+    """Clients get no internal text; probes need no key, so they tell even less."""
     with running(llm) as server, ExitStack() as stack:
         assert server.get("/health").json() == {"status": "ok"}
+        failure = kind("broken")
         lines = open_stream(server, stack)
 
         def fail() -> None:
-            raise ValueError("broken")
+            raise failure
 
         monkeypatch.setattr(llm.engine, "_advance", fail)
         last = [line for line in lines if line][-1]
         assert '"type": "server_error"' in last
-        assert "The engine failed: ValueError: broken" in last
+        assert "The engine has failed; the server's log has the reason." in last
+        assert "broken" not in last
         response = server.post("/v1/completions", {"prompt": "a"})
         assert response.status_code == 500
-        assert "broken" in error_of(response)["message"]
+        assert error_of(response)["message"] == ENGINE_FAILED
         for path in ("/health", "/ready"):
             assert server.get(path).status_code == 503
+            assert server.get(path).json() == {"status": "failed"}
         assert server.get("/live").status_code == 200
+        assert len([r for r in caplog.records if "engine failed" in r.getMessage()]) == 1
+        assert "broken" in caplog.text
 
 
-def test_a_hanging_step_is_reported(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_to_read_a_choice_does_not_tell_about_it(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: AsyncTokenStream, step: Any) -> None:
+        raise ValueError("/secret/path")
+
+    monkeypatch.setattr(AsyncTokenStream, "_take", fail)
+    with running(llm) as server:
+        response = server.post("/v1/completions", {"prompt": "a"})
+        assert response.status_code == 500
+        assert error_of(response)["message"] == ENGINE_FAILED
+        assert caplog.text.count("ValueError: /secret/path") == 1
+        server.wait_until_idle()
+
+
+def test_a_hanging_step_is_reported(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     release = threading.Event()
     advance = llm.engine._advance
     monkeypatch.setattr(llm.engine, "_advance", lambda: release.wait(60) and advance())
@@ -245,7 +365,8 @@ def test_a_hanging_step_is_reported(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
         )
         thread.start()
         wait_for(lambda: server.get("/ready").status_code == 503)
-        assert "step has been running" in server.get("/health").json()["status"]
+        assert server.get("/health").json()["status"] == "stalled"
+        assert caplog.text.count("step has been running") == 1
         release.set()
         thread.join()
         assert server.get("/ready").status_code == 200

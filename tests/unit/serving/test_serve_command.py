@@ -23,6 +23,7 @@ from ee_llm.cli.serve import COMMAND, ServeOptions, run_serve
 from ee_llm.errors import UserError
 from ee_llm.inference.llm import LLM
 from ee_llm.inference.sampling.params import SamplingParams
+from ee_llm.serving.service import ENGINE_FAILED
 from tests.unit.serving.servers import save, save_template, wait_for
 
 pytestmark = pytest.mark.thorough
@@ -37,13 +38,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def serving(
-    run: Path, *options: str, shown: str = ""
+    run: Path, *options: str, shown: str = "", code: str = ""
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run the command while the context lasts; yields its process and URL.
 
-    shown: part of the line at the start.
+    Args:
+        run: The checkpoint.
+        options: Options of the command.
+        shown: Part of the line at the start.
+        code: Python code to run instead of the command.
     """
-    command = [sys.executable, "-m", "ee_llm", "serve", str(run), "--port", "0"]
+    start = ["-c", code] if code else ["-m", "ee_llm"]
+    command = [sys.executable, *start, "serve", str(run), "--port", "0"]
     with subprocess.Popen(
         [*command, "--dtype", "float32", *options],
         stdout=subprocess.PIPE,
@@ -126,6 +132,58 @@ def test_the_time_to_drain_is_limited(run: Path) -> None:
         assert "The time to finish requests is over" in log_of(process)
 
 
+# Runs the command with an engine whose fourth step hangs, or fails after the first signal.
+_TROUBLE = """
+import sys, time
+from ee_llm.inference import engine_base
+from ee_llm.serving import server
+from ee_llm.cli.main import main
+
+step, count = engine_base.EngineBase.step, [0]
+handle = server._Server.handle_exit
+signals = []
+server._Server.handle_exit = lambda self, *a: (signals.append(1), handle(self, *a))
+
+def broken(self):
+    count[0] += 1
+    if count[0] > 3:
+        while KIND == "hangs" or not signals:
+            time.sleep(0.05)
+        raise ValueError("broken")
+    return step(self)
+
+engine_base.EngineBase.step = broken
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("drain", ["100", "0.2"])
+def test_a_hanging_step_does_not_keep_the_server_from_ending(run: Path, drain: str) -> None:
+    """After a second signal, before the engine is closed or meanwhile."""
+    code = _TROUBLE.replace("KIND", "'hangs'")
+    with (
+        serving(run, "--drain-timeout-s", drain, code=code) as (process, url),
+        suppress(httpx.HTTPError),
+        stream(url, 30_000),
+    ):
+        wait_until_draining(process, url, signal.SIGTERM)
+        time.sleep(1.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 1
+        assert "The engine's step has not ended" in log_of(process)
+
+
+def test_a_failure_while_requests_are_finished(run: Path) -> None:
+    code = _TROUBLE.replace("KIND", "'fails'")
+    with serving(run, code=code) as (process, url), stream(url, 30_000) as lines:
+        process.send_signal(signal.SIGTERM)
+        *_, last = lines
+        assert json.loads(last.removeprefix("data: "))["error"]["message"] == ENGINE_FAILED
+        assert process.wait(30) == 1
+        assert log_of(process).count("ValueError: broken") == 1
+
+
 def test_several_ranks_serve_until_one_is_lost(run: Path) -> None:
     body = {"prompt": "Once", "max_tokens": 8, "temperature": 0, "ee": {"thresholds": 0.2}}
     with serving(run, "--pipeline", "2") as (process, url):
@@ -139,9 +197,11 @@ def test_several_ranks_serve_until_one_is_lost(run: Path) -> None:
             *_, last = lines
         error = json.loads(last.removeprefix("data: "))["error"]
         assert error["code"] == "engine_error"
-        assert "Rank 1 of the engine ended: killed by signal 9" in error["message"]
+        assert error["message"] == ENGINE_FAILED
         assert process.wait(60) == 1
-        assert log_of(process).endswith("Rank 1 of the engine ended: killed by signal 9\n")
+        log = log_of(process)
+        assert log.count("Rank 1 of the engine ended: killed by signal 9") == 1
+        assert log.endswith("The engine has failed. The log above has the reason.\n")
 
 
 def test_limits_are_in_force_when_the_server_starts(run: Path, tmp_path: Path) -> None:
