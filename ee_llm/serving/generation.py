@@ -39,7 +39,8 @@ class Endpoint:
         prompts: Returns the prompts of a request.
         make_format: Returns the format of the response to a request, with what the operator's
             limits have changed in it.
-        max_tokens: Maximum number of tokens to generate by default; None for as many as fit.
+        max_tokens: Maximum number of tokens to generate by default, if as many fit; None for as
+            many as fit.
     """
 
     kind: type[GenerationFields]
@@ -124,7 +125,7 @@ async def _start(
     reservation.resize(len(prompts) * count, num_tokens * count)
     for prompt in encoded:
         fits = max(1, llm.engine.max_positions - len(prompt.token_ids) + 1)
-        params = body.sampling_params(endpoint.max_tokens or fits)
+        params = body.sampling_params(min(fits, endpoint.max_tokens or fits))
         for sample in params.samples():
             try:
                 request = llm.make_request(

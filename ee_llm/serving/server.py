@@ -194,7 +194,6 @@ async def _supervise(
                 logger.warning("The time to finish requests is over; they are aborted.")
                 break
             await asyncio.sleep(_POLL_S)
-        await _check(service)
         await _close(server, service)  # Streams end with an error.
         await _check(service)
     finally:

@@ -72,7 +72,10 @@ class Service:
 
     @property
     def max_model_len(self) -> int:
-        """Maximum number of tokens of a prompt and its continuation."""
+        """Maximum number of tokens that the model reads of a prompt and its continuation.
+
+        The last token of a continuation is not read, so there may be one more.
+        """
         return self.engine.llm.config.model.max_seq_length
 
     @property

@@ -25,6 +25,8 @@ _PARAMS = {
     "min_tokens = ": "min_tokens",
     "stop_token_ids": "stop_token_ids",
     "Lower max_tokens": "max_tokens",
+    "draft_length": "ee.draft_length",
+    "draft_threshold": "ee.draft_threshold",
     "draft_": "ee.draft_exit",
     "measure = ": "ee.measure",
     "strategy": "ee.strategy",

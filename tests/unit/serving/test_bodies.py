@@ -105,6 +105,11 @@ COMPLETIONS: dict[str, tuple[bytes, str | None, str]] = {
         "ee.draft_length",
         "at least 1",
     ),
+    "long draft": (
+        with_fields(ee={"strategy": "self-speculative", "draft_length": 10_000}),
+        "ee.draft_length",
+        "must be below",
+    ),
     "contrast": (
         with_fields(ee={"strategy": "dola", "thresholds": 0.5}),
         "ee.strategy",

@@ -150,3 +150,9 @@ def test_the_cache_limits_the_default_length(run: Path) -> None:
         found = server.post("/v1/chat/completions", body).json()
         usage = found["usage"]
         assert usage["total_tokens"] == 32 + 1
+        for num_prompt, num_generated in ((16, 16), (30, 3), (32, 1)):
+            body = {"prompt": "a" * num_prompt, "ignore_eos": True}
+            found = server.post("/v1/completions", body).json()
+            assert found["usage"]["completion_tokens"] == num_generated
+        refused = server.post("/v1/completions", body | {"max_tokens": 2}).json()
+        assert refused["error"]["param"] == "max_tokens"

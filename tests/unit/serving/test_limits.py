@@ -173,7 +173,11 @@ def test_a_request_that_takes_too_long_is_aborted(llm: LLM) -> None:
         assert "aborted after 0.4 s" in error_of(response)["message"]
         with pytest.raises(openai.APIError, match="aborted after 0.4 s"):
             for _ in server.client.completions.create(
-                model=NAME, prompt="a", max_tokens=30_000, stream=True
+                model=NAME,
+                prompt="a",
+                max_tokens=30_000,
+                stream=True,
+                extra_body={"ignore_eos": True},
             ):
                 pass
         server.wait_until_idle()
