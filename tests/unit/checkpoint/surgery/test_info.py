@@ -28,6 +28,7 @@ def test_as_json(tmp_path, capsys):
         "head": ["norm"],
         "output_weight": "exits.1.output.weight",
         "temperature": 0.5,
+        "gate": None,
         "parameters": 260 * 32 + 32,
     }
     assert facts["exits"][2]["output_weight"] == "output.weight"
