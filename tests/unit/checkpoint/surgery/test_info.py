@@ -52,7 +52,7 @@ def test_as_text(tmp_path, capsys):
         "llama, 4 layers, hidden 32, 4 heads (2 of keys and values), ffn 48, 260 tokens",
         "optimizer 6 steps",
         "saved by 2 ranks",
-        "layer 2 0 norm output.weight 1 32",
+        "layer 2 0 norm output.weight 1 - 32",
         "layer 4 (final)",
         "exits.1.norm.weight bfloat16 [32]",
     ):
