@@ -1,8 +1,8 @@
 """The web application: its routes, and how errors become responses."""
 
 import logging
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from collections.abc import Collection
+from contextlib import ExitStack
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -15,7 +15,6 @@ from starlette.requests import ClientDisconnect
 from ee_llm.errors import UserError
 from ee_llm.inference.choices import Bos
 from ee_llm.serving.api_keys import ApiKeys
-from ee_llm.serving.body import check_headers, read_body
 from ee_llm.serving.events import ClientDisconnectedError
 from ee_llm.serving.formats import ChatFormat, CompletionFormat, Header, make_header, to_json
 from ee_llm.serving.generation import Endpoint, respond
@@ -101,23 +100,13 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
-    settings, llm = service.settings, service.engine.llm
-
-    @asynccontextmanager
-    async def body_of(request: Request, kind: type[Any]) -> AsyncIterator[Any]:
-        service.check_open()
-        check_headers(request, settings.max_body_bytes)
-        with service.admission.reserve() as reservation:  # Its work takes time as well.
-            body = await read_body(
-                request, kind, settings.max_body_bytes, settings.body_timeout_s, reservation
-            )
-            service.check_model(body.model)
-            yield body
+    llm = service.engine.llm
 
     @app.post("/tokenize", **_documented(TokenizeRequest, TokenizeResponse))
     async def tokenize(request: Request) -> Response:
         """Return the token ids of a prompt or a conversation."""
-        async with body_of(request, TokenizeRequest) as body:
+        with ExitStack() as stack:  # The reservation lasts, since the work takes time as well.
+            body, _ = await service.read_body(request, TokenizeRequest, stack)
             prompt, param = (body.prompt, "prompt") if body.prompt else (body.messages, "messages")
             bos: Bos = "auto" if body.add_special_tokens else "off"
             (encoded,) = await service.encode([prompt], param, bos)
@@ -134,7 +123,8 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", **_documented(DetokenizeRequest, DetokenizeResponse))
     async def detokenize(request: Request) -> Response:
         """Return the text of token ids."""
-        async with body_of(request, DetokenizeRequest) as body:
+        with ExitStack() as stack:
+            body, _ = await service.read_body(request, DetokenizeRequest, stack)
             size = llm.tokenizer.vocab_size
             for token in body.tokens:
                 if token >= size:

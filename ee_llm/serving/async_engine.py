@@ -20,8 +20,6 @@ from ee_llm.inference.text.detokenizer import Detokenize
 
 logger = logging.getLogger(__name__)
 
-OnStep = Callable[[StepOutput], None]
-
 CLOSED = "The engine was closed."
 """Value of `AsyncEngine.error` after its end without a failure."""
 
@@ -29,16 +27,16 @@ _JOIN_S = 60.0  # for the step in progress to end when the engine is closed
 
 
 class StreamObserver(Protocol):
-    """What gets to know how a request gets on, in the event loop of its stream.
+    """What gets to know how a request gets on, in the event loop of its stream."""
 
-    The methods may be called more than once.
-    """
-
-    def started(self) -> None:
-        """The request has a token."""
+    def received(self, step: StepOutput) -> None:
+        """A step has come from the engine; nobody has read it yet."""
 
     def ended(self) -> None:
-        """The request is finished, has failed or is aborted; its tokens may be unread."""
+        """The request is finished, has failed or is aborted; its tokens may be unread.
+
+        This may be called more than once.
+        """
 
 
 class AsyncTokenStream(AsyncIterator[TokenOutput]):
@@ -62,7 +60,6 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         detokenize: Detokenize,
         max_unread_tokens: int,
         observer: StreamObserver | None = None,
-        on_step: OnStep | None = None,
     ) -> None:
         self.request = request
         self.output: RequestOutput | None = None
@@ -71,7 +68,6 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         self._texts = StepTexts(request, prompt, detokenize)
         self._max_unread = max_unread_tokens
         self._observer = observer
-        self._on_step = on_step
         self._num_unread = 0
         self._steps: deque[StepOutput] = deque()
         self._tokens: deque[TokenOutput] = deque()
@@ -147,12 +143,10 @@ class AsyncTokenStream(AsyncIterator[TokenOutput]):
         """Take a step from the engine; called in the event loop of the stream."""
         if self._is_over:
             return
-        if self._on_step is not None:
-            self._on_step(step)
+        if self._observer is not None:
+            self._observer.received(step)
         self._steps.append(step)
         self._num_unread += len(step.tokens)
-        if self._observer is not None and step.tokens:
-            self._observer.started()
         if step.request_output is not None:
             self._has_ended()
         if self._num_unread > self._max_unread:
@@ -209,11 +203,7 @@ class AsyncEngine:
         return 0.0 if started is None else time.monotonic() - started
 
     async def submit(
-        self,
-        request: Request,
-        prompt: str,
-        observer: StreamObserver | None = None,
-        on_step: OnStep | None = None,
+        self, request: Request, prompt: str, observer: StreamObserver | None = None
     ) -> AsyncTokenStream:
         """Queue a request and return its stream.
 
@@ -221,7 +211,6 @@ class AsyncEngine:
             request: The request. Its id must be unique among the unfinished requests.
             prompt: Text of its prompt.
             observer: Gets to know how the request gets on.
-            on_step: Called with each step of the request, in the event loop, before it is read.
 
         Raises:
             RequestError: The engine cannot serve the request.
@@ -229,7 +218,7 @@ class AsyncEngine:
         """
         self._engine.check(request)
         stream = AsyncTokenStream(
-            self, request, prompt, self._detokenize, self._max_unread, observer, on_step
+            self, request, prompt, self._detokenize, self._max_unread, observer
         )
         accepted: Future[None] = Future()
         delivery = _Delivery(stream)

@@ -18,7 +18,7 @@ from ee_llm.inference.request import Request
 from ee_llm.inference.sampling.params import SamplingParams
 from ee_llm.inference.strategies import SelfSpeculation, Strategy
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
-from ee_llm.serving.async_engine import AsyncEngine, AsyncTokenStream, OnStep, StreamObserver
+from ee_llm.serving.async_engine import AsyncEngine, AsyncTokenStream, StreamObserver
 
 MAX_UNREAD_TOKENS = 8192
 
@@ -154,11 +154,7 @@ class AsyncLLM:
         return await self.submit(request, encoded.text)
 
     async def submit(
-        self,
-        request: Request,
-        prompt: str,
-        observer: StreamObserver | None = None,
-        on_step: OnStep | None = None,
+        self, request: Request, prompt: str, observer: StreamObserver | None = None
     ) -> AsyncTokenStream:
         """Queue a request of `LLM.make_request` and return the stream of its tokens.
 
@@ -166,14 +162,13 @@ class AsyncLLM:
             request: The request.
             prompt: Text of its prompt.
             observer: Gets to know how the request gets on, also if nobody reads the stream.
-            on_step: Called with each step of the request, in the event loop, before it is read.
 
         Raises:
             RequestError: The engine cannot serve the request, for example because its prompt is too
                 long.
             RunError: The engine has failed or was closed.
         """
-        return await self._engine.submit(request, prompt, observer, on_step)
+        return await self._engine.submit(request, prompt, observer)
 
     async def close(self) -> None:
         """Abort all requests and end the engine; free the model if this object has loaded it."""

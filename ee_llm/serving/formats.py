@@ -2,9 +2,10 @@
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
@@ -28,6 +29,9 @@ from ee_llm.serving.protocol.completions import (
 )
 from ee_llm.serving.protocol.ee import EEChunk, EEClamp, EEClamped, ee_output
 from ee_llm.serving.protocol.logprobs import TokenText, chat_logprobs, completion_logprobs
+from ee_llm.serving.protocol.sampling import GenerationFields
+
+_Request = TypeVar("_Request", bound=GenerationFields)
 
 
 @dataclass(frozen=True)
@@ -52,45 +56,74 @@ class Header:
         return dict(vars(self))
 
 
-class Format(Protocol):
-    """How the choices of one request are written."""
+@dataclass
+class Format(ABC, Generic[_Request]):
+    """How the choices of one request are written.
 
+    Attributes:
+        request: The request.
+        header: What all chunks have in common.
+        token_text: Returns the text of a token id.
+        clamps: What the operator's limits have changed in the request.
+    """
+
+    request: _Request
+    header: Header
+    token_text: TokenText
+    clamps: Sequence[EEClamp] = ()
+
+    @abstractmethod
     def first(self, index: int, prompt: EncodedPrompt) -> BaseModel | None:
         """Return the chunk before the first token of a choice, if there is one."""
 
+    @abstractmethod
     def chunk(
         self, index: int, prompt: EncodedPrompt, token: TokenOutput, output: RequestOutput | None
     ) -> BaseModel:
         """Return the chunk of a token; output: the finished output if the token is the last."""
 
+    @abstractmethod
     def last(self, usage: Usage) -> BaseModel:
         """Return the chunk with the usage, which ends a stream."""
 
+    @abstractmethod
     def response(
         self, prompts: Sequence[EncodedPrompt], outputs: Sequence[RequestOutput], usage: Usage
     ) -> BaseModel:
         """Return the response with all choices, each with its prompt."""
 
+    def _ee_of_chunk(self, token: TokenOutput, output: RequestOutput | None) -> dict[str, Any]:
+        """Return the field `ee` of a chunk: its token's exit, and in the last one the summary."""
+        is_wanted = self.request.ee.return_exits
+        if output is not None:
+            found = self._ee_of_output(output)
+            own = {"exits": [token.exit], "confidences": [token.confidence]}
+            return {"ee": found["ee"].model_copy(update=own)} if is_wanted else found
+        if not is_wanted:
+            return {}
+        return {"ee": EEChunk(exits=[token.exit], confidences=[token.confidence])}
 
-class CompletionFormat:
+    def _ee_of_output(self, output: RequestOutput) -> dict[str, Any]:
+        """Return the field `ee` of a choice: its exits if wanted, and what the limits changed."""
+        clamped = {"clamped": list(self.clamps)} if self.clamps else {}
+        if self.request.ee.return_exits:
+            return {"ee": ee_output(output).model_copy(update=clamped)}
+        return {"ee": EEClamped(**clamped)} if clamped else {}
+
+    def _usage(self, usage: Usage | None, *, is_chunk: bool) -> dict[str, Any]:
+        """Return the usage of a response; chunks before the last have null, if they have any."""
+        return {"usage": usage} if not is_chunk or self.request.include_usage else {}
+
+
+@dataclass
+class CompletionFormat(Format[CompletionRequest]):
     """The format of `/v1/completions`."""
 
-    def __init__(
-        self,
-        request: CompletionRequest,
-        header: Header,
-        token_text: TokenText,
-        clamps: Sequence[EEClamp] = (),
-    ) -> None:
-        self._request = request
-        self._clamps = clamps
-        self._header = header
-        self._token_text = token_text
-        self._offsets: dict[int, int] = {}  # characters sent, by choice
+    _offsets: dict[int, int] = field(default_factory=dict)  # characters sent, by choice
 
     def first(self, index: int, prompt: EncodedPrompt) -> BaseModel | None:
         """Return the chunk with the prompt, for `echo`."""
-        if not self._request.echo:
+        if not self.request.echo:
             return None
         choice = CompletionChoice(index=index, text=prompt.text, logprobs=None, finish_reason=None)
         return self._response([choice], None, is_chunk=True)
@@ -106,7 +139,7 @@ class CompletionFormat:
             text=token.text,
             logprobs=self._logprobs([token], offset),
             finish_reason=None if output is None else finish_reason(output),
-            **_ee_of_chunk(self._request.ee.return_exits, token, output, self._clamps),
+            **self._ee_of_chunk(token, output),
         )
         return self._response([choice], None, is_chunk=True)
 
@@ -120,44 +153,32 @@ class CompletionFormat:
         """Return the response with all choices."""
         choices = []
         for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
-            before = prompt.text if self._request.echo else ""
+            before = prompt.text if self.request.echo else ""
             choices.append(
                 CompletionChoice(
                     index=index,
                     text=before + (output.text or ""),
                     logprobs=self._logprobs(output.tokens, 0),
                     finish_reason=finish_reason(output),
-                    **_ee_of_output(self._request.ee.return_exits, output, self._clamps),
+                    **self._ee_of_output(output),
                 )
             )
         return self._response(choices, usage, is_chunk=False)
 
     def _logprobs(self, tokens: Sequence[TokenOutput], offset: int) -> Any:
-        if self._request.logprobs is None:
+        if self.request.logprobs is None:
             return None
-        return completion_logprobs(tokens, self._token_text, offset)
+        return completion_logprobs(tokens, self.token_text, offset)
 
     def _response(
         self, choices: list[CompletionChoice], usage: Usage | None, *, is_chunk: bool
     ) -> BaseModel:
-        fields = self._header.fields | {"object": "text_completion", "choices": choices}
-        return CompletionResponse(**fields, **_usage(usage, is_chunk, self._request.include_usage))
+        fields = self.header.fields | {"object": "text_completion", "choices": choices}
+        return CompletionResponse(**fields, **self._usage(usage, is_chunk=is_chunk))
 
 
-class ChatFormat:
+class ChatFormat(Format[ChatRequest]):
     """The format of `/v1/chat/completions`."""
-
-    def __init__(
-        self,
-        request: ChatRequest,
-        header: Header,
-        token_text: TokenText,
-        clamps: Sequence[EEClamp] = (),
-    ) -> None:
-        self._request = request
-        self._clamps = clamps
-        self._header = header
-        self._token_text = token_text
 
     def first(self, index: int, prompt: EncodedPrompt) -> BaseModel | None:
         """Return the chunk with the role."""
@@ -175,7 +196,7 @@ class ChatFormat:
             delta=ChatDelta(content=token.text),
             logprobs=self._logprobs([token]),
             finish_reason=None if output is None else finish_reason(output),
-            **_ee_of_chunk(self._request.ee.return_exits, token, output, self._clamps),
+            **self._ee_of_chunk(token, output),
         )
         return self._chunk([choice], None)
 
@@ -193,22 +214,22 @@ class ChatFormat:
                 message=ChatMessage(role="assistant", content=output.text or ""),
                 logprobs=self._logprobs(output.tokens),
                 finish_reason=finish_reason(output),
-                **_ee_of_output(self._request.ee.return_exits, output, self._clamps),
+                **self._ee_of_output(output),
             )
             for index, output in enumerate(outputs)
         ]
-        fields = self._header.fields | {"object": "chat.completion"}
+        fields = self.header.fields | {"object": "chat.completion"}
         return ChatResponse(**fields, choices=choices, usage=usage)
 
     def _logprobs(self, tokens: Sequence[TokenOutput]) -> Any:
-        if not self._request.logprobs:
+        if not self.request.logprobs:
             return None
-        return chat_logprobs(tokens, self._token_text, self._request.top_logprobs or 0)
+        return chat_logprobs(tokens, self.token_text, self.request.top_logprobs or 0)
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None) -> BaseModel:
-        fields = self._header.fields | {"object": "chat.completion.chunk", "choices": choices}
+        fields = self.header.fields | {"object": "chat.completion.chunk", "choices": choices}
         is_chunk = usage is None
-        return ChatChunk(**fields, **_usage(usage, is_chunk, self._request.include_usage))
+        return ChatChunk(**fields, **self._usage(usage, is_chunk=is_chunk))
 
 
 def make_header(prefix: str, model: str, fingerprint: str) -> Header:
@@ -224,31 +245,3 @@ def finish_reason(output: RequestOutput) -> FinishReason:
 def to_json(response: BaseModel) -> str:
     """Return a response as JSON: fields that are not set are missing, null ones are null."""
     return response.model_dump_json(exclude_unset=True)
-
-
-def _usage(usage: Usage | None, is_chunk: bool, is_included: bool) -> dict[str, Any]:
-    """Return the usage of a response; chunks before the last have null, if they have any."""
-    return {"usage": usage} if not is_chunk or is_included else {}
-
-
-def _ee_of_chunk(
-    is_wanted: bool, token: TokenOutput, output: RequestOutput | None, clamps: Sequence[EEClamp]
-) -> dict[str, Any]:
-    """Return the field `ee` of a chunk: its token's exit, and in the last one the summary."""
-    if output is not None:
-        found = _ee_of_output(is_wanted, output, clamps)
-        own = {"exits": [token.exit], "confidences": [token.confidence]}
-        return {"ee": found["ee"].model_copy(update=own)} if is_wanted else found
-    if not is_wanted:
-        return {}
-    return {"ee": EEChunk(exits=[token.exit], confidences=[token.confidence])}
-
-
-def _ee_of_output(
-    is_wanted: bool, output: RequestOutput, clamps: Sequence[EEClamp]
-) -> dict[str, Any]:
-    """Return the field `ee` of a choice: its exits if wanted, and what the limits changed."""
-    clamped = {"clamped": list(clamps)} if clamps else {}
-    if is_wanted:
-        return {"ee": ee_output(output).model_copy(update=clamped)}
-    return {"ee": EEClamped(**clamped)} if clamps else {}

@@ -11,10 +11,9 @@ from fastapi import Request as HttpRequest
 from fastapi import Response
 
 from ee_llm.errors import RequestError, RunError
-from ee_llm.inference.outputs import RequestOutput, TokenOutput
+from ee_llm.inference.outputs import RequestOutput, StepOutput, TokenOutput
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 from ee_llm.serving.async_engine import AsyncTokenStream
-from ee_llm.serving.body import check_headers, read_body
 from ee_llm.serving.events import EventStream, until_disconnect
 from ee_llm.serving.formats import Format, to_json
 from ee_llm.serving.limits import Place, Reservation
@@ -60,6 +59,25 @@ class Choice:
     metrics: SequenceMetrics
 
 
+@dataclass(frozen=True)
+class _Accounts:
+    """Keeps the share and the metrics of a sequence up to date, also if nobody reads its stream.
+
+    It is a `StreamObserver`.
+    """
+
+    place: Place
+    metrics: SequenceMetrics
+
+    def received(self, step: StepOutput) -> None:
+        self.metrics.add(step)
+        if step.tokens:
+            self.place.started()
+
+    def ended(self) -> None:
+        self.place.ended()
+
+
 async def respond(service: Service, endpoint: Endpoint, http: HttpRequest) -> Response:
     """Return the response to a request: one JSON object, or a stream of events.
 
@@ -67,16 +85,11 @@ async def respond(service: Service, endpoint: Endpoint, http: HttpRequest) -> Re
         ApiError: The request is not valid, or cannot be served now.
         ClientDisconnectedError: The client has disconnected.
     """
-    settings, started = service.settings, asyncio.get_running_loop().time()
-    deadline = started + settings.request_timeout_s
-    service.check_open()
+    started = asyncio.get_running_loop().time()
+    deadline = started + service.settings.request_timeout_s
     with ExitStack() as stack:
-        check_headers(http, settings.max_body_bytes)
-        reservation = stack.enter_context(service.admission.reserve())
-        body = await read_body(
-            http, endpoint.kind, settings.max_body_bytes, settings.body_timeout_s, reservation
-        )
-        service.check_model(body.model)
+        body: GenerationFields
+        body, reservation = await service.read_body(http, endpoint.kind, stack)
         body.check_supported()
         state = http.scope["state"]
         exits = service.gatekeeper.apply(body.ee, state["request_id"], state["key_id"])
@@ -132,8 +145,8 @@ async def _start(
                     prompt, sample, exits=exits.policy, strategy=exits.strategy
                 )
                 metrics = SequenceMetrics(service.metrics, len(prompt.token_ids), arrived)
-                place = Place(reservation, len(prompt.token_ids))
-                stream = await service.engine.submit(request, prompt.text, place, metrics.add)
+                accounts = _Accounts(Place(reservation, len(prompt.token_ids)), metrics)
+                stream = await service.engine.submit(request, prompt.text, accounts)
             except RequestError as error:
                 raise engine_refusal(error, endpoint.param) from None
             choices.append(Choice(len(choices), prompt, stream, metrics))

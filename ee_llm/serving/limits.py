@@ -1,6 +1,5 @@
 """Limits on how much work the server accepts at a time."""
 
-from types import TracebackType
 from typing import Self
 
 from ee_llm.serving.protocol.errors import ApiError
@@ -10,7 +9,6 @@ RETRY_AFTER_S = 1
 
 BYTES_PER_TOKEN = 4
 """Bytes of a body per prompt token, to estimate the tokens before they are counted."""
-
 
 BODIES_AT_A_TIME = 16
 """Number of bodies of maximum size whose bytes may wait for the rest of their bodies."""
@@ -130,20 +128,12 @@ class Reservation:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 class Place:
-    """The share of one sequence. Its stream releases it, whether or not somebody reads the stream.
-
-    It is a `StreamObserver`.
-    """
+    """The share of one sequence."""
 
     def __init__(self, reservation: Reservation, num_tokens: int) -> None:
         self._reservation = reservation

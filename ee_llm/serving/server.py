@@ -16,7 +16,7 @@ from ee_llm.errors import RunError, UserError
 from ee_llm.inference.exits.policy import ExitPolicy
 from ee_llm.inference.llm import LLM
 from ee_llm.serving.app import create_app
-from ee_llm.serving.async_llm import AsyncLLM
+from ee_llm.serving.async_llm import MAX_UNREAD_TOKENS, AsyncLLM
 from ee_llm.serving.middleware import LOCAL_HOSTS
 from ee_llm.serving.service import Service
 from ee_llm.serving.settings import ServerSettings
@@ -88,7 +88,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     drain_timeout_s: float = 30.0,
-    max_unread_tokens: int = 8192,
+    max_unread_tokens: int = MAX_UNREAD_TOKENS,
     on_ready: Callable[[ExitPolicy], None] = lambda policy: None,
 ) -> None:
     """Serve a model until a signal asks to stop.

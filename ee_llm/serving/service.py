@@ -6,15 +6,19 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any, TypeVar
+
+from fastapi import Request as HttpRequest
 
 from ee_llm.errors import UserError
 from ee_llm.inference.choices import Bos
 from ee_llm.inference.text.prompt_encoder import EncodedPrompt
 from ee_llm.serving.async_engine import CLOSED
 from ee_llm.serving.async_llm import AsyncLLM
-from ee_llm.serving.limits import BODIES_AT_A_TIME, RETRY_AFTER_S, Admission
+from ee_llm.serving.body import check_headers, read_body
+from ee_llm.serving.limits import BODIES_AT_A_TIME, RETRY_AFTER_S, Admission, Reservation
 from ee_llm.serving.metrics.server_metrics import ServerMetrics
 from ee_llm.serving.operator.gatekeeper import Gatekeeper
 from ee_llm.serving.protocol.errors import ApiError, bad_request
@@ -93,6 +97,23 @@ class Service:
         if self._is_stalled and not was_stalled:
             logger.error("The engine's step has been running for %.0f s.", seconds)
         return "stalled" if self._is_stalled else None
+
+    async def read_body(
+        self, http: HttpRequest, kind: type[Any], stack: ExitStack
+    ) -> tuple[Any, Reservation]:
+        """Return the body of a request, of this kind, and its reservation, which `stack` closes.
+
+        Raises ApiError if the server takes no requests, or the request cannot be served.
+        """
+        settings = self.settings
+        self.check_open()
+        check_headers(http, settings.max_body_bytes)
+        reservation = stack.enter_context(self.admission.reserve())
+        body = await read_body(
+            http, kind, settings.max_body_bytes, settings.body_timeout_s, reservation
+        )
+        self.check_model(body.model)
+        return body, reservation
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) unless a request names the model of this server, or none."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field
 
 from ee_llm.inference.sampling.params import MAX_LOGPROBS
-from ee_llm.serving.protocol.completions import FinishReason, Usage
+from ee_llm.serving.protocol.completions import FinishReason, ResponseHeader, Usage
 from ee_llm.serving.protocol.ee import EEChunk, EEClamped, EEOutput
 from ee_llm.serving.protocol.errors import bad_request
 from ee_llm.serving.protocol.logprobs import ChatLogprobs
@@ -105,25 +105,17 @@ class ChatChunkChoice(BaseModel):
     before the last has only exits and confidences."""
 
 
-class ChatResponse(BaseModel):
+class ChatResponse(ResponseHeader):
     """Response of `/v1/chat/completions`."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(ResponseHeader):
     """A chunk of the stream of `/v1/chat/completions`."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None

@@ -96,13 +96,19 @@ class CompletionChoice(BaseModel):
     before the last has only exits and confidences."""
 
 
-class CompletionResponse(BaseModel):
-    """Response of `/v1/completions`, or a chunk of its stream."""
+class ResponseHeader(BaseModel):
+    """What all responses and chunks of their streams have in common."""
 
     id: str
-    object: Literal["text_completion"] = "text_completion"
+    object: str
     created: int
     model: str
     system_fingerprint: str
+
+
+class CompletionResponse(ResponseHeader):
+    """Response of `/v1/completions`, or a chunk of its stream."""
+
+    object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
     usage: Usage | None = None
