@@ -1,6 +1,7 @@
 """Averages over positions, with errors that allow for the correlation of neighbours."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -35,8 +36,7 @@ class Average:
 
     Losses of neighbouring tokens are correlated, so the error comes from the differences between
     blocks of `BLOCK` positions, which continue in the next window, since windows of one text are
-    neighbours too. The estimate is a ratio of two sums, because the last block is shorter (Cochran,
-    Sampling Techniques, 1977, eq. 6.13).
+    neighbours too. The estimate is a ratio of two sums, because the last block is shorter.
     """
 
     _sums: list[float] = field(default_factory=list)
@@ -54,15 +54,28 @@ class Average:
 
     def estimate(self) -> Estimate:
         """Return the average of all values and its uncertainty."""
-        count, blocks = sum(self._counts), len(self._sums)
-        mean = math.fsum(self._sums) / count
+        mean, variance = ratio_of_sums(self._sums, self._counts)
+        blocks = len(self._sums)
         if blocks < MIN_BLOCKS:
             return Estimate(mean, None, None)
-        residuals = (
-            (total - mean * size) ** 2 for total, size in zip(self._sums, self._counts, strict=True)
-        )
-        error = math.sqrt(blocks / (blocks - 1) * math.fsum(residuals)) / count
+        error = math.sqrt(variance)
         return Estimate(mean, error, error * student_quantile(blocks - 1))
+
+
+def ratio_of_sums(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Return the mean of all values in groups, and its variance if groups are independent.
+
+    The variance is that of a ratio (Cochran, Sampling Techniques, 1977, eq. 6.13); that of a single
+    group is not known, and 0 here.
+
+    Args:
+        sums: Sum of the values of each group.
+        counts: Number of values of each group.
+    """
+    count, groups = sum(counts), len(counts)
+    mean = math.fsum(sums) / count
+    residuals = ((total - mean * size) ** 2 for total, size in zip(sums, counts, strict=True))
+    return mean, groups / max(1, groups - 1) * math.fsum(residuals) / count**2
 
 
 def student_quantile(freedom: int) -> float:

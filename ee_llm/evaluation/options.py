@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from ee_llm.config import Config
 from ee_llm.config.limits import MAX_RANKS, MAX_TIMEOUT_S, MIN_TIMEOUT_S
 from ee_llm.errors import RequestError
 from ee_llm.inference.choices import DtypeName
@@ -93,6 +94,15 @@ def check_inputs(options: InputOptions) -> None:
         )
     if options.num_tokens is not None and options.num_tokens < 1:
         raise RequestError(f"num_tokens = {options.num_tokens} is out of range. Use 1 or more.")
+
+
+def check_exits_exist(config: Config, checkpoint: Path, purpose: str) -> None:
+    """Raise RequestError for a model without early exits; purpose: what they are wanted for."""
+    if not config.exits.boundaries:
+        raise RequestError(
+            f"checkpoint = {checkpoint} has no early exits to {purpose}. Add some with 'ee-llm"
+            " checkpoint add-exits', and tune them."
+        )
 
 
 def listed(values: object) -> list[Any]:

@@ -1,7 +1,7 @@
 """The result of an evaluation: the metrics of every exit."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -153,11 +153,6 @@ class EvaluationResult:
                     f"{one.confidence:.3f}",
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in rows
-        ]
         units = "loss in nats per token"
         if self.final.loss_margin is not None:
             units += "; ± is half of the 95 % confidence interval"
@@ -166,9 +161,23 @@ class EvaluationResult:
                 f"{self.checkpoint}: {self.num_tokens:,} tokens of {shown_inputs(self.inputs)}",
                 f"windows of {self.seq_length:,} tokens, {self.dtype}, {units}",
                 "",
-                *lines,
+                *aligned(rows),
             ]
         )
+
+
+def aligned(rows: Sequence[Sequence[str]], *, is_named: bool = False) -> list[str]:
+    """Return rows of cells as lines with columns of equal width, aligned to the right.
+
+    Args:
+        rows: The rows, the titles first.
+        is_named: Align the first column to the left.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    first = str.ljust if is_named else str.rjust
+    return [
+        "  ".join([first(row[0], widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
 
 
 def _percent(share: float | None) -> float | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 import ee_llm
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.data.windows import TargetWindow
+from ee_llm.evaluation.averages import ratio_of_sums
 from ee_llm.evaluation.calibration.options import CalibrateOptions
 from ee_llm.evaluation.sweep.agreement import FullModel
 from tools.bench.exit_records import collect_exits
@@ -28,14 +29,9 @@ class Mean(NamedTuple):
 
 
 def mean_per_token(sums: Sequence[float], counts: Sequence[int]) -> Mean:
-    """Return sum(sums) / sum(counts); the groups, not their tokens, count as independent.
-
-    The error is that of a ratio (Cochran, Sampling Techniques, 1977, eq. 6.13).
-    """
-    total, size = sum(counts), len(counts)
-    value = math.fsum(sums) / total
-    residuals = ((s - value * n) ** 2 for s, n in zip(sums, counts, strict=True))
-    return Mean(value, math.sqrt(size / (size - 1) * math.fsum(residuals)) / total)
+    """Return sum(sums) / sum(counts); the groups, not their tokens, count as independent."""
+    value, variance = ratio_of_sums(sums, counts)
+    return Mean(value, math.sqrt(variance))
 
 
 class Prompts(NamedTuple):

@@ -17,6 +17,7 @@ from ee_llm.evaluation.calibration.gate_training import GateTraining, TrainedGat
 from ee_llm.evaluation.calibration.options import CalibrateOptions, check_calibration
 from ee_llm.evaluation.calibration.result import CalibrationResult
 from ee_llm.evaluation.calibration.task import TaskWindows
+from ee_llm.evaluation.options import check_exits_exist
 from ee_llm.evaluation.text_pass import TextPass, run_command, run_pass
 from ee_llm.inference.load import policy_fingerprint
 
@@ -62,7 +63,7 @@ def calibrate(options: CalibrateOptions) -> CalibrationResult:
 
 
 def _gate_training(config: Config, options: CalibrateOptions) -> GateTraining:
-    Calibration(config, options)  # checks that the model has exits
+    check_exits_exist(config, options.checkpoint, "calibrate")
     return GateTraining(config, options.seed)
 
 

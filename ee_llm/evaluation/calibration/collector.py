@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ee_llm.architecture.tensors import tensor_shapes
 from ee_llm.config import Config
-from ee_llm.errors import RequestError
 from ee_llm.evaluation.calibration.choose import check_size, choose
 from ee_llm.evaluation.calibration.options import CalibrateOptions, Metric
 from ee_llm.evaluation.calibration.records import Aggregate, Records
 from ee_llm.evaluation.calibration.search import Costs
 from ee_llm.evaluation.measure import COLUMNS
+from ee_llm.evaluation.options import check_exits_exist
 from ee_llm.evaluation.reliability import Reliability, calibration_error
 
 AGGREGATES: dict[Metric, Aggregate] = {
@@ -30,12 +30,8 @@ class Calibration:
 
     def __init__(self, config: Config, options: CalibrateOptions) -> None:
         """Raise RequestError for a model without early exits."""
+        check_exits_exist(config, options.checkpoint, "calibrate")
         self._boundaries = config.exits.boundaries
-        if not self._boundaries:
-            raise RequestError(
-                f"checkpoint = {options.checkpoint} has no early exits to calibrate. Add some with"
-                " 'ee-llm checkpoint add-exits', and tune them."
-            )
         self._options = options
         self._measure = options.measure_used
         self.costs = Costs(

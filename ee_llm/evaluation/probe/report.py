@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ee_llm.evaluation.options import shown_inputs
+from ee_llm.evaluation.result import aligned
 
 _Rows = list[tuple[str, ...]]
 
@@ -25,14 +26,14 @@ def report(values: Mapping[str, Any]) -> str:
         f"windows of {values['seq_length']:,} tokens, {values['dtype']}, loss in nats per token"
         f" (final exit: {values['final_loss']:.4f}){note}",
         "",
-        *_aligned(_boundary_rows(boundaries)),
+        *aligned(_boundary_rows(boundaries)),
         "",
         "agreement by class of the next token:",
-        *_aligned(_class_rows(boundaries, values["classes"])),
+        *aligned(_class_rows(boundaries, values["classes"])),
         "",
         f"best exits if at most {100 * values['risk']:.6g}% of the tokens may differ (an estimate,"
         " without a guarantee):",
-        *_aligned(_recommendation_rows(values["recommendations"], layers)),
+        *aligned(_recommendation_rows(values["recommendations"], layers)),
         _cost_line(values),
     ]
     for finding in values["findings"]:
@@ -105,11 +106,3 @@ def _share(value: float | None) -> str:
 def _with_margin(value: float, margin: float | None, digits: int, scale: float = 1) -> str:
     text = f"{scale * value:.{digits}f}"
     return text if margin is None else f"{text} ± {scale * margin:.{digits}f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    ]

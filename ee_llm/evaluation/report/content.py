@@ -13,7 +13,7 @@ from ee_llm.config import Config
 from ee_llm.errors import RequestError
 from ee_llm.evaluation.calibration.result import CalibrationResult
 from ee_llm.evaluation.metrics import Metrics
-from ee_llm.evaluation.options import EvaluateOptions, check_options
+from ee_llm.evaluation.options import EvaluateOptions, check_exits_exist, check_options
 from ee_llm.evaluation.reliability import Reliability, ReliabilityBin
 from ee_llm.evaluation.report.options import ReportOptions, check_report
 from ee_llm.evaluation.result import EvaluationResult, ExitMetrics
@@ -130,11 +130,7 @@ def gather(options: ReportOptions) -> ReportContent:
     reader = TensorReader(options.checkpoint)
     config = reader.config()
     boundaries = config.exits.boundaries
-    if not boundaries:
-        raise RequestError(
-            f"checkpoint = {options.checkpoint} has no early exits to report on. Add some with"
-            " 'ee-llm checkpoint add-exits', and tune them."
-        )
+    check_exits_exist(config, options.checkpoint, "report on")
     sweep = None if options.sweep is None else _read_sweep(options.sweep, reader)
     calibration = None
     if options.calibration is not None:

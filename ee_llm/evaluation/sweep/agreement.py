@@ -12,7 +12,7 @@ from ee_llm import distributed
 from ee_llm.architecture.tensors import take_tensors
 from ee_llm.checkpoint.read import TensorReader
 from ee_llm.checkpoint.tensors import CheckpointTensors
-from ee_llm.evaluation.averages import student_quantile
+from ee_llm.evaluation.averages import ratio_of_sums, student_quantile
 from ee_llm.evaluation.measure import MAX_LOGITS
 from ee_llm.evaluation.row_statistics import row_statistics
 from ee_llm.inference.execution.teacher_forced import TeacherForced
@@ -93,8 +93,7 @@ class _Spread(NamedTuple):
     Attributes:
         share: Share of tokens that agree.
         independent: Variance of `share` if tokens were independent.
-        clustered: Variance from the differences between generations (Cochran, Sampling Techniques,
-            1977, eq. 6.13).
+        clustered: Variance from the differences between generations.
         size: Mean number of tokens of the generation of a token.
     """
 
@@ -105,16 +104,10 @@ class _Spread(NamedTuple):
 
 
 def _spread(scores: Sequence[TokenScores]) -> _Spread:
-    count = sum(one.num_tokens for one in scores)
-    share = sum(one.num_agreeing for one in scores) / count
-    residuals = ((one.num_agreeing - share * one.num_tokens) ** 2 for one in scores)
-    correction = len(scores) / max(1, len(scores) - 1)
-    return _Spread(
-        share,
-        share * (1 - share) / count,
-        correction * math.fsum(residuals) / count**2,
-        sum(one.num_tokens**2 for one in scores) / count,
-    )
+    counts = [one.num_tokens for one in scores]
+    share, clustered = ratio_of_sums([one.num_agreeing for one in scores], counts)
+    independent = share * (1 - share) / sum(counts)
+    return _Spread(share, independent, clustered, sum(n**2 for n in counts) / sum(counts))
 
 
 def correlation_of(points: Sequence[Sequence[TokenScores]]) -> float:

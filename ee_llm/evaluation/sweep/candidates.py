@@ -6,6 +6,7 @@ from typing import Literal
 
 from ee_llm.config import Config
 from ee_llm.errors import RequestError
+from ee_llm.evaluation.options import check_exits_exist
 from ee_llm.evaluation.sweep.options import SweepOptions
 from ee_llm.inference.choices import Measure
 from ee_llm.inference.exits.policy import ExitPolicy, check_gates, resolve_policy
@@ -53,12 +54,8 @@ def find_candidates(
         RequestError: The model has no early exits, or none of those that the options name, or not
             the gates that a policy needs, or there is nothing to measure.
     """
+    check_exits_exist(config, options.checkpoint, "measure")
     boundaries = config.exits.boundaries
-    if not boundaries:
-        raise RequestError(
-            f"checkpoint = {options.checkpoint} has no early exits to measure. Add some with"
-            " 'ee-llm checkpoint add-exits', and tune them."
-        )
     off = ExitPolicy(boundaries, (None,) * len(boundaries))
     found = [Candidate("full", "full", off, "full", ("--strategy", "full"))]
     if "thresholds" in options.families:

@@ -177,9 +177,9 @@ def _score(
                 [model.score(output.prompt_token_ids, output.token_ids) for output in outputs]
             )
             advance()
-    correlation = correlation_of(scores)
+    correlation, config = correlation_of(scores), reader.config()
     return [
-        _point(reader.config(), candidate, timing, found, correlation)
+        _point(config, candidate, timing, found, correlation)
         for candidate, timing, found in zip(candidates, timings, scores, strict=True)
     ]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ee_llm.evaluation.result import aligned
 from ee_llm.evaluation.sweep.point import SweepPoint
 
 _HEAD = (
@@ -12,11 +13,7 @@ _HEAD = (
 
 def table_of(points: Sequence[SweepPoint], front: Sequence[SweepPoint]) -> list[str]:
     """Return the lines of a table with a row for each point; those of the front are marked."""
-    rows = [_HEAD, *(_row(point, point in front) for point in points)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
+    return aligned([_HEAD, *(_row(point, point in front) for point in points)], is_named=True)
 
 
 def _row(point: SweepPoint, is_on_front: bool) -> tuple[str, ...]:

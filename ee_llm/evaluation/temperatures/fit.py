@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ee_llm.config import Config
 from ee_llm.errors import DataError, RequestError
 from ee_llm.evaluation.measure import COLUMNS
-from ee_llm.evaluation.options import TextOptions, shown_inputs
+from ee_llm.evaluation.options import TextOptions, check_exits_exist, shown_inputs
 from ee_llm.evaluation.reliability import Reliability, calibration_error
 from ee_llm.evaluation.row_statistics import Gather
 from ee_llm.evaluation.temperatures.logits import SCALES, scaled_normalizers
@@ -122,7 +123,7 @@ def fit_temperatures(options: TextOptions) -> FittedTemperatures | None:
     done = run_pass(
         options,
         "fitting temperatures",
-        lambda config: TemperatureCollector(config, str(options.checkpoint)),
+        lambda config: TemperatureCollector(config, options.checkpoint),
     )
     if done is None:
         return None
@@ -138,14 +139,10 @@ def fit_temperatures(options: TextOptions) -> FittedTemperatures | None:
 class TemperatureCollector:
     """Collects the normalizers of every early exit, and fits; see `measure.LogitCollector`."""
 
-    def __init__(self, config: Config, checkpoint: str) -> None:
+    def __init__(self, config: Config, checkpoint: Path) -> None:
         """Raise RequestError for a model without early exits."""
         exits = config.exits
-        if not exits.boundaries:
-            raise RequestError(
-                f"checkpoint = {checkpoint} has no early exits, so it has no temperatures. Add"
-                " exits with 'ee-llm checkpoint add-exits', and tune them."
-            )
+        check_exits_exist(config, checkpoint, "fit temperatures of")
         self._old = dict(zip(exits.boundaries, exits.temperatures, strict=True))
         self._gaps: dict[int, list[Tensor]] = {b: [] for b in self._old}
         self._normalizers: dict[int, list[Tensor]] = {b: [] for b in self._old}
