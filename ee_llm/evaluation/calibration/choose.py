@@ -107,9 +107,9 @@ def check_size(
             if num_tokens:
                 about = f", about {num_tokens * needed // num_windows:,} tokens"
         raise DataError(
-            f"too few {what} for risk = {stated:g} with delta = {delta:g}: {num_windows:,} found,"
-            f" and even without any error, {needed:,} are needed{about}. Give {remedy}, or a larger"
-            " risk."
+            f"the text has {num_windows:,} {what}, too few for risk = {stated:g} with delta ="
+            f" {delta:g}: even without any error, {needed:,} are needed{about}. Give {remedy}, or a"
+            " larger risk."
         )
 
 

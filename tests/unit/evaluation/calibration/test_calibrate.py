@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "risk": ({"risk": 1.5}, "risk = 1.5 is not between 0 and 1"),
     "delta": ({"delta": 0.0}, "delta = 0.0 is not between 0 and 1"),
     "measure": ({"measure": "doubt"}, "measure = 'doubt' is unknown. Use one of max_prob"),
-    "too short": ({"risk": 0.001}, "too few windows for risk = 0.001 with delta = 0.05"),
+    "too short": ({"risk": 0.001}, "windows, too few for risk = 0.001 with delta = 0.05"),
     "no text": ({"data": ()}, "there is no text"),
 }
 

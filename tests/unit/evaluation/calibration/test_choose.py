@@ -117,7 +117,7 @@ def test_the_cheapest_thresholds_that_pass_are_chosen() -> None:
 
 def test_a_text_that_is_too_short_is_refused_with_the_number_of_windows() -> None:
     with pytest.raises(
-        DataError, match=r"too few windows for risk = 0.01 .* 100 found.* 7\d\d are needed"
+        DataError, match=r"100 windows, too few for risk = 0.01 .* 7\d\d are needed"
     ):
         choose(make_records(100, 0), COSTS, 0.01, 0.05)
 
